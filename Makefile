@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Installed first and by exact version: a later, looser requirement would otherwise fetch another build.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-heavy lint install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py kernels/cpu_experts.c
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/moe demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p moe
+
+test: install lint
+	$(BIN)/python -m pytest -m "not heavy"
+
+test-heavy: install
+	$(BIN)/python -m pytest -m heavy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,73 @@
+"""How one expert lies in memory: the same bytes on a packed disk file, in a host copy and in a slot."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 4096  # O_DIRECT on every file system that we know; also the page size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertSite:
+    """One layer's experts as the model's own module declares them, before their weights exist.
+
+    `module` is the dotted name in the transformers model ("model.layers.3.mlp.experts"). N = 2I when `gated`, else I.
+    `transposed`: the module keeps [H, N] and [I, H] (GPT-OSS, Llama 4) where others keep [N, H] and [H, I].
+    """
+
+    module: str
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    gated: bool = True
+    has_bias: bool = False
+    transposed: bool = False
+
+
+class Piece(NamedTuple):
+    offset: int  # bytes from the start of the blob
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertLayout:
+    """Byte layout of one expert's blob: gate_up, down, biases, padded to `ALIGNMENT`.
+
+    Always [N, H] and [H, I] with the input dimension contiguous, whatever the checkpoint's orientation; the order of
+    the N rows (gate first, or interleaved) is the module's own.
+    """
+
+    gate_up: Piece  # [N, H]
+    down: Piece  # [H, I]
+    gate_up_bias: Piece | None  # [N]
+    down_bias: Piece | None  # [H]
+    dtype: torch.dtype
+    nbytes: int
+
+    @staticmethod
+    def of(site: ExpertSite, dtype: torch.dtype) -> "ExpertLayout":
+        n = site.intermediate_size * (2 if site.gated else 1)
+        shapes: list[tuple[int, ...]] = [(n, site.hidden_size), (site.hidden_size, site.intermediate_size)]
+        shapes += [(n,), (site.hidden_size,)] if site.has_bias else []
+        pieces, offset = [], 0
+        for shape in shapes:
+            pieces.append(Piece(offset, shape))
+            offset += -(-prod(shape) * dtype.itemsize // 64) * 64  # every piece starts on a cache line
+        bias = (pieces[2], pieces[3]) if site.has_bias else (None, None)
+        return ExpertLayout(
+            gate_up=pieces[0],
+            down=pieces[1],
+            gate_up_bias=bias[0],
+            down_bias=bias[1],
+            dtype=dtype,
+            nbytes=-(-offset // ALIGNMENT) * ALIGNMENT,
+        )
+
+    def view(self, blobs: Tensor, piece: Piece) -> Tensor:
+        """`piece` of every blob. blobs: uint8 [S, nbytes], contiguous. Returns [S, *piece.shape], no copy."""
+        typed = blobs.view(self.dtype)
+        start = piece.offset // self.dtype.itemsize
+        return typed[:, start : start + prod(piece.shape)].unflatten(1, piece.shape)

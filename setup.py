@@ -1,0 +1,18 @@
+"""Builds the one compiled helper; everything else about the package is in pyproject.toml.
+
+The extension is plain C without the Python API: it is loaded with ctypes. It is compiled with OpenMP's code
+generation but not linked to an OpenMP library, so that it uses the thread pool that torch already loaded.
+"""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "moe.kernels._cpu_experts",
+            ["kernels/cpu_experts.c"],
+            extra_compile_args=["-O3", "-std=c11", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"],
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,71 @@
+"""Imports go only downward, and no folder is imported by its bare name."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {
+    "kernels": set(),
+    "placement": set(),
+    "offload": {"placement"},
+    "comm": {"kernels"},
+    "moe": {"offload", "comm", "kernels", "placement", "moe"},
+    "launch": {"moe", "placement", "offload", "comm", "kernels"},
+}
+FOLDERS = sorted(ALLOWED)
+
+
+def imported_modules(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.append(node.module or "")
+    return names
+
+
+def folder_of(module: str) -> str | None:
+    """The folder of this project that a dotted name belongs to; None for other packages."""
+    parts = module.split(".")
+    if parts[0] != "moe":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "moe"
+
+
+def sources(folder: str) -> list[Path]:
+    return [p for p in sorted((ROOT / folder).glob("**/*.py")) if not any(q.is_symlink() for q in p.parents)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_arrows_point_downward(folder):
+    for path in sources(folder):
+        for module in imported_modules(path):
+            target = folder_of(module)
+            assert target is None or target == folder or target in ALLOWED[folder], f"{path} imports {module}"
+
+
+def test_placement_is_free_of_torch():
+    for path in sources("placement"):
+        assert not {m.split(".")[0] for m in imported_modules(path)} & {"torch", "transformers"}, path
+
+
+def test_no_bare_folder_names():
+    bare = {"placement", "offload", "comm", "kernels", "launch"}
+    for path in [p for f in (*FOLDERS, "tests", "bench", "examples") for p in sources(f)]:
+        assert not {m.split(".")[0] for m in imported_modules(path)} & bare, path
+
+
+def test_root_folders_are_not_regular_packages():
+    assert [f for f in FOLDERS if f != "moe" and (ROOT / f / "__init__.py").exists()] == []
+
+
+def test_import_is_cheap():
+    import subprocess
+    import sys
+
+    code = "import sys, moe; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
