@@ -70,4 +70,4 @@ class ExpertLayout:
         """`piece` of every blob. blobs: uint8 [S, nbytes], contiguous. Returns [S, *piece.shape], no copy."""
         typed = blobs.view(self.dtype)
         start = piece.offset // self.dtype.itemsize
-        return typed[:, start : start + prod(piece.shape)].unflatten(1, piece.shape)
+        return typed[:, start : start + prod(piece.shape)].view(len(blobs), *piece.shape)
