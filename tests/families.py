@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from moe.offload.layout import ExpertSite
 
 VOCAB_SIZE = 97
 
@@ -319,3 +322,46 @@ def tiny_checkpoint(
     """Writes `tiny_model(family)` into `folder` in the family's Hugging Face format and returns `folder`."""
     tiny_model(family, dtype, seed).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def expert_sites(model: PreTrainedModel) -> list[ExpertSite]:
+    """The experts modules of `model` in order of layers; the model may be on the meta device."""
+    sites = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # the experts interface
+            rows = module.down_proj.shape[1:]
+            hidden, inner = rows[::-1] if module.is_transposed else rows
+            options = {"gated": module.has_gate, "has_bias": module.has_bias, "transposed": module.is_transposed}
+            count = len(module.down_proj)
+        elif kind == "Llama4TextExperts":
+            count, inner, hidden = module.down_proj.shape
+            options = {"transposed": True}
+        elif kind == "DbrxExperts":
+            count, inner, hidden, options = module.num_experts, module.ffn_hidden_size, module.hidden_size, {}
+        elif kind in {"SwitchTransformersExperts", "NllbMoeExperts"}:
+            first = module.expert_0.wi if hasattr(module.expert_0, "wi") else module.expert_0.fc1
+            count = sum(child.startswith("expert_") for child, _ in module.named_children())
+            inner, hidden = first.weight.shape
+            options = {"gated": False, "has_bias": first.bias is not None}
+        else:
+            continue
+        sites.append(ExpertSite(module=name, num_experts=count, hidden_size=hidden, intermediate_size=inner, **options))
+    return sites
+
+
+def expert_parameters(model: PreTrainedModel, site: ExpertSite, expert: int) -> list[Tensor | None]:
+    """gate_up [N, H], down [H, I], gate_up bias, down bias of one expert as transformers loaded them."""
+    module = model.get_submodule(site.module)
+    if hasattr(module, "mlp"):  # DBRX
+        w1, v1, w2 = (w.view(site.num_experts, -1, site.hidden_size)[expert] for w in module.mlp.parameters())
+        assert [n for n, _ in module.mlp.named_parameters()] == ["w1", "v1", "w2"]
+        return [torch.cat([w1, v1]), w2.T, None, None]
+    if hasattr(module, "expert_0"):
+        one = getattr(module, f"expert_{expert}")
+        up, down = (one.wi, one.wo) if hasattr(one, "wi") else (one.fc1, one.fc2)
+        return [up.weight, down.weight, up.bias, down.bias]
+    first = "gate_up_proj" if site.gated else "up_proj"
+    matrices = [getattr(module, name)[expert] for name in (first, "down_proj")]
+    biases = [getattr(module, f"{name}_bias")[expert] if site.has_bias else None for name in (first, "down_proj")]
+    return [m.T if site.transposed else m for m in matrices] + biases

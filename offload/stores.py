@@ -1,0 +1,230 @@
+"""Tiers that an expert's blob can be read from.
+
+`FileStore` is the default: one read per run of adjacent bytes, straight into the slot where the file's alignment
+allows it. `MmapStore` is its plain twin. `RamStore` keeps every blob in host memory; it is also the store for tests.
+"""
+
+import errno
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.offload.index import ExpertIndex, Segment
+from moe.offload.layout import ALIGNMENT, ExpertLayout
+
+log = logging.getLogger(__name__)
+
+
+class ExpertStore(Protocol):
+    """Reads one expert's blob from a tier; safe to call from several threads."""
+
+    @property
+    def layouts(self) -> Sequence[ExpertLayout]: ...
+    @property
+    def num_experts(self) -> Sequence[int]: ...
+    def read_into(self, layer: int, expert: int, out: Tensor) -> int:
+        """Fills `out` (uint8 [nbytes], host memory) with the blob; padding between pieces is left as it was.
+
+        Returns the bytes moved. Raises OSError, naming the file, if they cannot be read.
+        """
+
+    def close(self) -> None: ...
+
+
+def aligned_bytes(nbytes: int) -> Tensor:
+    """Zeroed uint8 [nbytes] that starts on a page and takes memory only where it is written."""
+    if nbytes == 0:
+        return torch.zeros(0, dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= 1 << 22:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def available_memory() -> int:
+    """Bytes that new allocations and the page cache can take without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable line")
+
+
+class Run(NamedTuple):
+    """Segments that lie side by side in one file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    segments: tuple[Segment, ...]
+
+
+def runs_of(segments: Sequence[Segment]) -> list[Run]:
+    runs: list[Run] = []
+    for segment in sorted(segments):
+        last = runs[-1] if runs else None
+        if last is not None and (last.path, last.offset + last.nbytes) == (segment.path, segment.offset):
+            runs[-1] = Run(last.path, last.offset, last.nbytes + segment.nbytes, (*last.segments, segment))
+        else:
+            runs.append(Run(segment.path, segment.offset, segment.nbytes, (segment,)))
+    return runs
+
+
+def _place(segment: Segment, source: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """Copies one segment's bytes to its place in the blob. source: uint8 [segment.nbytes], aligned for dtype."""
+    target = out[segment.blob_offset : segment.blob_offset + segment.nbytes]
+    if segment.size is None or segment.stride is None:
+        target.copy_(source)
+    else:
+        target.view(dtype).view(segment.size).copy_(source.view(dtype).as_strided(segment.size, segment.stride))
+
+
+class MmapStore:
+    """Every file mapped, every segment copied; the operating system decides what is cached."""
+
+    def __init__(self, index: ExpertIndex) -> None:
+        self.index = index
+        self.layouts = index.layouts
+        self.num_experts = [site.num_experts for site in index.sites]
+        self._maps = {path: np.memmap(path, dtype=np.uint8, mode="r") for path in index.files()}
+
+    def read_into(self, layer: int, expert: int, out: Tensor) -> int:
+        segments = self.index.segments(layer, expert)
+        for segment in segments:
+            stored = self._maps[segment.path][segment.offset : segment.offset + segment.nbytes]
+            _place(segment, torch.from_numpy(np.array(stored)), out, self.layouts[layer].dtype)
+        return sum(segment.nbytes for segment in segments)
+
+    def close(self) -> None:
+        self._maps.clear()
+
+
+class RamStore:
+    """Every blob in host memory, read once from another store."""
+
+    def __init__(self, source: ExpertStore) -> None:
+        self.layouts = source.layouts
+        self.num_experts = source.num_experts
+        self.blobs = [aligned_bytes(n * layout.nbytes).view(n, -1) for n, layout in zip(self.num_experts, self.layouts)]
+        for layer, blobs in enumerate(self.blobs):
+            for expert, blob in enumerate(blobs):
+                source.read_into(layer, expert, blob)
+
+    def read_into(self, layer: int, expert: int, out: Tensor) -> int:
+        out.copy_(self.blobs[layer][expert])
+        return len(out)
+
+    def close(self) -> None:
+        self.blobs.clear()
+
+
+class FileStore:
+    """Positioned reads of the checkpoint's own files, buffered or past the page cache (O_DIRECT).
+
+    direct: None takes O_DIRECT only if the experts' files together are larger than half of the memory that is
+    available now: below that the page cache holds them after the first pass and reads from it are 4-5 times faster
+    than the disk (bench/bench_stores.py); above it, buffered reads cost CPU time and push out the pages of others. A
+    file system that refuses O_DIRECT is read buffered, which is logged once.
+    A run of bytes whose place in the file and in `out` is aligned (packed files) goes straight into `out`; any other
+    direct read takes the whole pages around it into a buffer kept per thread, and is copied from there.
+    """
+
+    def __init__(self, index: ExpertIndex, *, direct: bool | None = None) -> None:
+        self.index = index
+        self.layouts = index.layouts
+        self.num_experts = [site.num_experts for site in index.sites]
+        files = index.files()
+        size = sum(path.stat().st_size for path in files)
+        self.direct = size > available_memory() // 2 if direct is None else direct
+        self._files: dict[Path, tuple[int, bool]] = {}  # descriptor, opened with O_DIRECT
+        self._scratch = threading.local()
+        try:
+            for path in files:
+                self._files[path] = self._open(path)
+        except OSError:
+            self.close()
+            raise
+
+    def _open(self, path: Path) -> tuple[int, bool]:
+        if self.direct:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                log.warning("%s: the file system refuses O_DIRECT; expert reads go through the page cache", path.parent)
+                self.direct = False
+        return os.open(path, os.O_RDONLY), False
+
+    def read_into(self, layer: int, expert: int, out: Tensor) -> int:
+        dtype = self.layouts[layer].dtype
+        total = 0
+        for run in runs_of(self.index.segments(layer, expert)):
+            file, direct = self._files[run.path]
+            if not direct and all(segment.size is None for segment in run.segments):
+                memory = out.numpy().data
+                parts = [memory[s.blob_offset : s.blob_offset + s.nbytes] for s in run.segments]
+                self._read(run, file, parts, run.offset, run.nbytes)
+            elif direct and _is_aligned(run, out):
+                start = run.segments[0].blob_offset
+                self._read(run, file, [out.numpy().data[start : start + run.nbytes]], run.offset, run.nbytes)
+            else:
+                self._read_scattered(run, out, dtype)
+            total += run.nbytes
+        return total
+
+    def _read_scattered(self, run: Run, out: Tensor, dtype: torch.dtype) -> None:
+        """Reads the run into this thread's buffer, whole pages when direct, and copies the segments from there."""
+        file, direct = self._files[run.path]
+        skip = run.offset % ALIGNMENT if direct else 0
+        length = skip + run.nbytes
+        capacity = -(-length // ALIGNMENT) * ALIGNMENT if direct else length
+        scratch = self._scratch_of(capacity)
+        self._read(run, file, [scratch.numpy().data[:capacity]], run.offset - skip, length)
+        for segment in run.segments:
+            start = skip + segment.offset - run.offset
+            source = scratch[start : start + segment.nbytes]
+            if segment.size is not None and start % dtype.itemsize:
+                source = source.clone()  # a view of another dtype needs an aligned start
+            _place(segment, source, out, dtype)
+
+    def _scratch_of(self, nbytes: int) -> Tensor:
+        scratch: Tensor | None = getattr(self._scratch, "buffer", None)
+        if scratch is None or len(scratch) < nbytes:
+            scratch = self._scratch.buffer = aligned_bytes(-(-nbytes // ALIGNMENT) * ALIGNMENT)
+        return scratch
+
+    def _read(self, run: Run, file: int, parts: list[memoryview], offset: int, needed: int) -> None:
+        """preadv until `needed` bytes arrived; the file may end inside the last page that was asked for."""
+        try:
+            done = os.preadv(file, parts, offset)
+            while done < needed:
+                rest, skip = [], done
+                for part in parts:
+                    rest.append(part[skip:])
+                    skip = max(0, skip - len(part))
+                more = os.preadv(file, rest, offset + done)
+                if more == 0:
+                    raise OSError(errno.EIO, f"the file ends after {offset + done} bytes, {offset + needed} are needed")
+                done += more
+        except OSError as error:
+            raise OSError(error.errno, f"reading {needed} bytes at {offset}: {error.strerror}", str(run.path)) from None
+
+    def close(self) -> None:
+        for file, _ in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def _is_aligned(run: Run, out: Tensor) -> bool:
+    """Whether the run is one plain segment that O_DIRECT can put where it belongs."""
+    (first, *others) = run.segments
+    place = out.data_ptr() + first.blob_offset
+    return not others and first.size is None and not (run.offset | run.nbytes | place) % ALIGNMENT
