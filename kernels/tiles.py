@@ -1,0 +1,245 @@
+"""The two matrix tiles of an expert, shared by the grouped path and the single launch, and their sizes.
+
+A weight operand is either a pointer with strides or a TMA descriptor over [S, rows, columns]; gate and up are passed as
+separate views, so that interleaved and stacked layouts are the same to the kernel.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe.kernels.intrinsics import activate, cast, device_function, dot, is_interpreted, same_dtype
+from moe.kernels.weights import ExpertWeights
+
+
+class TileConfig(NamedTuple):
+    """Tile sizes of the two GEMMs and how they are compiled."""
+
+    block_m: int
+    block_n1: int  # columns of the first GEMM; gate and up each
+    block_n2: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def pick_tiles(rows_per_expert: float, dtype: torch.dtype, capability: int) -> TileConfig:
+    """Sizes by rows per expert, from ahead-of-time register and shared-memory reports; not yet tuned on a GPU.
+
+    capability: 10 * major + minor of the GPU, 0 for the interpreter (which pays per operation: few, larger tiles).
+    """
+    if capability == 0:
+        return TileConfig(16 if rows_per_expert <= 16 else 64, 128, 128, 128, 4, 1)
+    if dtype == torch.float32:
+        return TileConfig(16 if rows_per_expert <= 16 else 64, 64, 64, 32, 4, 2)
+    if rows_per_expert <= 16:
+        return TileConfig(16, 64, 128, 128, 4, 3)
+    if rows_per_expert <= 64 or capability < 90:
+        return TileConfig(64, 64, 128, 64, 4, 3)
+    return TileConfig(128, 128, 256, 64, 8, 3)
+
+
+def device_capability(device: torch.device) -> int:
+    """10 * major + minor, 0 under the interpreter."""
+    if is_interpreted():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+class WeightOperands(NamedTuple):
+    """An `ExpertWeights` as kernel arguments."""
+
+    gate: Any
+    up: Any
+    down: Any
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    strides: tuple[int, int, int, int, int, int]  # first: slot, row; second: slot, row; biases: slot, slot
+    bias_step: int  # between neighbouring columns of the first bias
+    tma: bool
+
+
+def weight_operands(weights: ExpertWeights, config: TileConfig, *, tma: bool) -> WeightOperands:
+    """Views (or TMA descriptors) of gate, up and down.
+
+    TMA needs bases and strides on 16 bytes and weights in the dtype of the activations; the caller decides by
+    `can_use_tma`.
+    """
+    act = weights.activation
+    first, bias = weights.gate_up, weights.gate_up_bias
+    half = first.shape[1] // 2
+    if not act.gated:
+        gate, up, gate_bias, up_bias = first, first, bias, bias
+    elif act.interleaved:
+        gate, up = first[:, 0::2], first[:, 1::2]
+        gate_bias, up_bias = (None, None) if bias is None else (bias[:, 0::2], bias[:, 1::2])
+    else:
+        gate, up = first[:, :half], first[:, half:]
+        gate_bias, up_bias = (None, None) if bias is None else (bias[:, :half], bias[:, half:])
+    down, down_bias = weights.down, weights.down_bias
+    strides = (
+        up.stride(0),
+        up.stride(1),
+        down.stride(0),
+        down.stride(1),
+        0 if up_bias is None else up_bias.stride(0),
+        0 if down_bias is None else down_bias.stride(0),
+    )
+    operands: tuple[Any, Any, Any] = (gate, up, down)
+    if tma:
+        operands = (
+            TensorDescriptor.from_tensor(gate, [1, config.block_n1, config.block_k]),
+            TensorDescriptor.from_tensor(up, [1, config.block_n1, config.block_k]),
+            TensorDescriptor.from_tensor(down, [1, config.block_n2, config.block_k]),
+        )
+    step = 1 if up_bias is None else up_bias.stride(1)
+    return WeightOperands(*operands, gate_bias, up_bias, down_bias, strides, step, tma)
+
+
+def can_use_tma(weights: ExpertWeights, dtype: torch.dtype, capability: int) -> bool:
+    """sm_90 or later, weights of the activations' dtype, every base and stride on 16 bytes."""
+    if capability < 90 or weights.gate_up.dtype != dtype:
+        return False
+    operands = weight_operands(weights, TileConfig(16, 16, 16, 16, 4, 1), tma=False)
+    itemsize = dtype.itemsize
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * itemsize % 16 == 0 and t.stride(1) * itemsize % 16 == 0
+        for t in (operands.gate, operands.up, operands.down)
+    )
+
+
+@device_function
+def _weight_tile(ptrs, desc, slot, n0, k0, mask, TMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # [BLOCK_K, BLOCK_N]
+    if TMA:
+        return tl.reshape(desc.load([slot, n0, k0]), (BLOCK_N, BLOCK_K)).T
+    else:
+        if mask is None:
+            return tl.load(ptrs + k0)
+        else:
+            return tl.load(ptrs + k0, mask=mask, other=0.0)
+
+
+@device_function
+def gate_up_tile(
+    rows,  # pointers [BLOCK_M] to the activations' rows
+    row_ok,
+    gate,
+    up,
+    gate_bias,
+    up_bias,
+    slot,
+    n0,
+    stride_slot,
+    stride_row,
+    stride_bias,
+    bias_step,
+    alpha,
+    limit,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """activation(rows @ gate.T, rows @ up.T) in float32, [BLOCK_M, BLOCK_N]; the two products share the row tile.
+
+    The products are rounded to DTYPE before the activation, as `reference.py` specifies.
+    """
+    cols = n0 + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    x_ptrs = rows[:, None] + ks[None, :]
+    if TMA:
+        gate_ptrs = None
+        up_ptrs = None
+    else:
+        offsets = slot.to(tl.int64) * stride_slot + cols.to(tl.int64)[None, :] * stride_row + ks[:, None]
+        gate_ptrs = gate + offsets
+        up_ptrs = up + offsets
+    acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, H, BLOCK_K):
+        if H % BLOCK_K == 0:
+            x_mask = row_ok[:, None]
+        else:
+            x_mask = row_ok[:, None] & (ks < H - k0)[None, :]
+        if H % BLOCK_K == 0 and I % BLOCK_N == 0:
+            w_mask = None
+        else:
+            w_mask = (ks < H - k0)[:, None] & (cols < I)[None, :]
+        x = tl.load(x_ptrs + k0, mask=x_mask, other=0.0)
+        if GATED:
+            w = _weight_tile(gate_ptrs, gate, slot, n0, k0, w_mask, TMA, BLOCK_N, BLOCK_K)
+            a, b = same_dtype(x, w)
+            acc_gate = dot(a, b, acc_gate)
+        w = _weight_tile(up_ptrs, up, slot, n0, k0, w_mask, TMA, BLOCK_N, BLOCK_K)
+        a, b = same_dtype(x, w)
+        acc_up = dot(a, b, acc_up)
+    if HAS_BIAS:
+        offsets = slot.to(tl.int64) * stride_bias + cols * bias_step
+        if GATED:
+            acc_gate += tl.load(gate_bias + offsets, mask=cols < I, other=0.0).to(tl.float32)[None, :]
+        acc_up += tl.load(up_bias + offsets, mask=cols < I, other=0.0).to(tl.float32)[None, :]
+    rounded_gate = cast(acc_gate, DTYPE).to(tl.float32)
+    rounded_up = cast(acc_up, DTYPE).to(tl.float32)
+    return activate(rounded_gate, rounded_up, KIND, GATED, alpha, limit)
+
+
+@device_function
+def down_tile(
+    rows,
+    row_ok,
+    down,
+    down_bias,
+    slot,
+    n0,
+    stride_slot,
+    stride_row,
+    stride_bias,
+    H: tl.constexpr,
+    I: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """rows @ down.T + bias in float32, [BLOCK_M, BLOCK_N]."""
+    cols = n0 + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    h_ptrs = rows[:, None] + ks[None, :]
+    if TMA:
+        w_ptrs = None
+    else:
+        w_ptrs = down + (slot.to(tl.int64) * stride_slot + cols.to(tl.int64)[None, :] * stride_row + ks[:, None])
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, I, BLOCK_K):
+        if I % BLOCK_K == 0:
+            h_mask = row_ok[:, None]
+        else:
+            h_mask = row_ok[:, None] & (ks < I - k0)[None, :]
+        if I % BLOCK_K == 0 and H % BLOCK_N == 0:
+            w_mask = None
+        else:
+            w_mask = (ks < I - k0)[:, None] & (cols < H)[None, :]
+        h = tl.load(h_ptrs + k0, mask=h_mask, other=0.0)
+        w = _weight_tile(w_ptrs, down, slot, n0, k0, w_mask, TMA, BLOCK_N, BLOCK_K)
+        a, b = same_dtype(h, w)
+        acc = dot(a, b, acc)
+    if HAS_BIAS:
+        acc += tl.load(down_bias + slot.to(tl.int64) * stride_bias + cols, mask=cols < H, other=0.0).to(tl.float32)[
+            None, :
+        ]
+    return acc

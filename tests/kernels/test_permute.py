@@ -1,0 +1,54 @@
+"""Sorting rows by expert: the one-launch kernel, the torch path, and a plain Python twin agree exactly."""
+
+import pytest
+import torch
+from kernels_experts import random_ids
+
+from moe.kernels.permute import expert_offsets, max_tiles, permute, small_routing, sort_rows, tile_table, unpermute
+
+
+def python_tiles(ids, block_m):
+    """(id, first row, rows) of every tile, from a dictionary."""
+    tiles, row = [], 0
+    for expert in sorted(set(ids)):
+        left = ids.count(expert)
+        while left:
+            tiles.append((expert, row, min(left, block_m)))
+            row, left = row + tiles[-1][2], left - tiles[-1][2]
+    return tiles
+
+
+CASES = [(1, 1, 1, "none"), (1, 8, 8, "none"), (63, 2, 5, "holes"), (20, 3, 64, "none"), (63, 3, 4, "one")]
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_ids", "skew"), CASES)
+@pytest.mark.parametrize("block_m", [4, 16])
+def test_all_three_agree(num_tokens, top_k, num_ids, skew, block_m):
+    ids = random_ids(num_tokens, top_k, num_ids, skew=skew)
+    rows = sort_rows(ids)
+    tiles = tile_table(rows.ids, num_ids, block_m)
+    small = small_routing(ids, num_ids, block_m, with_offsets=True)
+    count = int(tiles.num_tiles)
+    flat = ids.flatten().tolist()
+    assert rows.order.tolist() == sorted(range(len(flat)), key=lambda r: flat[r])  # Python's sort is stable
+    assert [tuple(t) for t in tiles.table[:, :count].T.tolist()] == python_tiles(flat, block_m)
+    assert expert_offsets(rows.ids, num_ids).tolist() == [sum(i < e for i in flat) for e in range(num_ids + 1)]
+    assert torch.equal(small.rows.order, rows.order)
+    assert torch.equal(small.rows.ids, rows.ids)
+    assert torch.equal(small.tiles.num_tiles, tiles.num_tiles)
+    assert torch.equal(small.tiles.table[:, :count], tiles.table[:, :count])
+    assert torch.equal(small.offsets, expert_offsets(rows.ids, num_ids))
+    assert count <= max_tiles(len(flat), num_ids, block_m)
+
+
+def test_nobody_and_everybody():
+    for ids in (torch.full((5, 2), -1, dtype=torch.int32), torch.full((5, 2), 3, dtype=torch.int32)):
+        small, rows = small_routing(ids, 4, 4, with_offsets=True), sort_rows(ids)
+        assert [tuple(t) for t in small.tiles.table[:, :3].T.tolist()] == python_tiles(ids.flatten().tolist(), 4)
+        assert torch.equal(small.offsets, expert_offsets(rows.ids, 4))
+
+
+def test_unpermute_undoes_permute():
+    ids, x = random_ids(63, 3, 7), torch.randn(63, 5)
+    rows = sort_rows(ids)
+    assert torch.equal(unpermute(permute(x, rows, 3), rows), x.repeat_interleave(3, 0))
