@@ -11,7 +11,11 @@ setup(
         Extension(
             "moe.kernels._cpu_experts",
             ["kernels/cpu_experts.c"],
-            extra_compile_args=["-O3", "-std=c11", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"],
+            extra_compile_args=[
+                *["-O3", "-std=c11", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"],
+                *["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],  # the same bits from every compiler
+            ],
+            depends=["kernels/cpu_experts_isa.h"],
             optional=True,
         )
     ]

@@ -1,0 +1,175 @@
+"""Expert compute on CPUs through the compiled helper `_cpu_experts` (cpu_experts.c), one call per layer.
+
+Storage stays fp32, bf16 or fp16 and is widened in registers; all arithmetic is fp32, on every x86-64 (AVX-512, AVX2 or
+neither, chosen at run time) and on aarch64. It wins over torch at every number of tokens (bench/bench_experts_cpu.py),
+because torch has no fast bf16 product on such CPUs and pays several calls per expert.
+
+A token's result does not depend on the other tokens, their number, the slot numbers or the number of threads: bit for
+bit. It rounds where kernels/reference.py says. Threads: `torch.set_num_threads`. The GIL is released.
+"""
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+from struct import Struct
+
+import torch
+from torch import Tensor
+
+from moe.kernels.reference import check_expert_input, check_expert_weights, combine_reference, experts_reference
+from moe.kernels.weights import ExpertWeights
+
+log = logging.getLogger(__name__)
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "gpt_oss": 5}
+_LAYER = Struct("=20q2f")  # struct layer: two matrices of 8, slots, gated, interleaved, act, alpha, limit
+_CALL = Struct("=11q")  # struct call
+
+
+@cache
+def load_helper() -> ctypes.CDLL | None:
+    """The compiled helper, or None where it is absent or cannot run; the reason is logged, once."""
+    folder = Path(__file__).resolve().parent
+    files = sorted(folder.glob("_cpu_experts*.so"))
+    try:
+        if not files:
+            raise OSError(f"no _cpu_experts*.so in {folder}; it is compiled at installation, which needs gcc or clang")
+        helper = ctypes.CDLL(str(files[0]))  # after `import torch`: its OpenMP runtime must be there
+        if helper.moe_cpu_abi() != 1000 * _LAYER.size + _CALL.size:
+            raise OSError(f"{files[0].name} was compiled from other sources; reinstall")
+    except OSError as error:
+        log.warning("experts on the CPU run in plain torch, several times slower: %s", error)
+        return None
+    helper.moe_cpu_experts.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
+    helper.moe_cpu_experts.restype = ctypes.c_int64
+    helper.moe_cpu_isa.argtypes, helper.moe_cpu_isa.restype = [ctypes.c_int64], ctypes.c_char_p
+    return helper
+
+
+def instruction_sets() -> list[str]:
+    """What the helper can use on this machine, best first; empty without a helper."""
+    helper = load_helper()
+    names: list[str] = []
+    while helper is not None and (name := helper.moe_cpu_isa(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+@cache
+def _say_custom_is_slow() -> None:
+    log.warning("experts with a custom activation run in plain torch: the compiled helper cannot call Python")
+
+
+class CpuExperts:
+    """The experts of one layer, ready to be called: addresses and shapes are looked up once.
+
+    Holds the tensors of `weights`; their contents may change between calls, their addresses may not.
+    `isa`: index into `instruction_sets()`, for tests. Raises ValueError if the tensors do not fit together.
+    """
+
+    def __init__(self, weights: ExpertWeights, *, isa: int = 0) -> None:
+        check_expert_weights(weights)
+        if weights.gate_up.device.type != "cpu" or weights.gate_up.dtype not in _KINDS:
+            found = f"{weights.gate_up.dtype} on {weights.gate_up.device}"
+            raise ValueError(f"expert weights are {found}; CPU experts take float32, bfloat16 or float16 on cpu")
+        self.weights = weights
+        self._isa = isa
+        self._layer = b""
+        self._slots, self._hidden = len(weights.gate_up), weights.gate_up.shape[2]
+        self._helper = load_helper()
+        if weights.activation.kind == "custom":
+            self._helper = None
+            _say_custom_is_slow()
+        if self._helper is not None:
+            a = weights.activation
+            self._layer = _LAYER.pack(
+                *_matrix(weights.gate_up, weights.gate_up_bias),
+                *_matrix(weights.down, weights.down_bias),
+                *(self._slots, a.gated, a.gated and a.interleaved, _ACTIVATIONS[a.kind], a.alpha, a.limit),
+            )
+            self._run = self._helper.moe_cpu_experts
+
+    def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
+        """y[t, k] = expert(slot_ids[t, k])(x[t]), 0 where slot_ids is -1.
+
+        x: [T, H] fp32, bf16 or fp16; slot_ids: int [T, K]; T may be 0. Returns y [T, K, H] in fp32, `out_y` if given
+        (contiguous). Raises ValueError for a slot that does not exist.
+        """
+        self._check(x, slot_ids)
+        shape = (*slot_ids.shape, self._hidden)
+        if out_y is None:
+            out_y = torch.empty(shape, dtype=torch.float32)
+        elif out_y.shape != shape or out_y.dtype != torch.float32 or not out_y.is_contiguous():
+            raise ValueError(f"out_y is {out_y.dtype} {tuple(out_y.shape)}; it must be float32 {shape}, contiguous")
+        if self._helper is None:
+            return out_y.copy_(experts_reference(x, slot_ids, self.weights))
+        self._call(x, slot_ids, None, out_y)
+        return out_y
+
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """out[t] = Σ_k topk_weights[t, k] · y[t, k] in the order of k, in fp32, rounded once to the dtype of x.
+
+        The same bits as `combine_reference(self.experts(x, slot_ids), topk_weights, x.dtype)`, without y in memory of
+        the caller. topk_weights: [T, K] fp32, bf16 or fp16. Returns [T, H].
+        """
+        self._check(x, slot_ids)
+        if topk_weights.shape != slot_ids.shape or topk_weights.dtype not in _KINDS:
+            found = f"{topk_weights.dtype} {tuple(topk_weights.shape)}"
+            raise ValueError(
+                f"topk_weights is {found}; it must be float32, bfloat16 or float16 {tuple(slot_ids.shape)}"
+            )
+        if self._helper is None:
+            return combine_reference(experts_reference(x, slot_ids, self.weights), topk_weights, x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._call(x, slot_ids, topk_weights, out)
+        return out
+
+    def _check(self, x: Tensor, slot_ids: Tensor) -> None:
+        check_expert_input(x, slot_ids, self.weights)
+        if not (x.is_cpu and slot_ids.is_cpu):
+            raise ValueError(f"x is on {x.device}, slot_ids on {slot_ids.device}; CPU experts need both on cpu")
+
+    def _call(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor | None, out: Tensor) -> None:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        slot_ids = slot_ids.contiguous()
+        if topk_weights is not None:
+            topk_weights = topk_weights.contiguous()
+        call = _CALL.pack(
+            x.data_ptr(),
+            x.stride(0) * x.itemsize,
+            _KINDS[x.dtype],
+            slot_ids.data_ptr(),
+            slot_ids.dtype == torch.int64,
+            0 if topk_weights is None else topk_weights.data_ptr(),
+            0 if topk_weights is None else _KINDS[topk_weights.dtype],
+            *slot_ids.shape,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        status: int = self._run(self._layer, call, self._isa)
+        if status < 0:
+            raise MemoryError(f"no scratch memory for {tuple(slot_ids.shape)} rows of experts")
+        if status:
+            slot = int(slot_ids.view(-1)[status - 1])
+            raise ValueError(f"slot id {slot} must be -1 or lie in [0, {self._slots}), the slots of the slab")
+
+
+def _matrix(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """struct matrix: data, bias, three strides in bytes, n, k, kind."""
+    size = weight.itemsize
+    bias_at, bias_slot = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)
+    slot, row = weight.stride(0) * size, weight.stride(1) * size
+    return weight.data_ptr(), bias_at, slot, row, bias_slot, weight.shape[1], weight.shape[2], _KINDS[weight.dtype]
+
+
+def cpu_experts(x: Tensor, slot_ids: Tensor, weights: ExpertWeights, out_y: Tensor | None = None) -> Tensor:
+    """`CpuExperts(weights).experts(x, slot_ids, out_y)`; keep the object where a layer is called often."""
+    return CpuExperts(weights).experts(x, slot_ids, out_y)
+
+
+def cpu_experts_combine(x: Tensor, slot_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> Tensor:
+    """`CpuExperts(weights).combine(x, slot_ids, topk_weights)`; keep the object where a layer is called often."""
+    return CpuExperts(weights).combine(x, slot_ids, topk_weights)
