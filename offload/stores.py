@@ -107,15 +107,21 @@ class MmapStore:
 
 
 class RamStore:
-    """Every blob in host memory, read once from another store."""
+    """Every blob in host memory. blobs: per layer uint8 [E, nbytes]."""
 
-    def __init__(self, source: ExpertStore) -> None:
-        self.layouts = source.layouts
-        self.num_experts = source.num_experts
-        self.blobs = [aligned_bytes(n * layout.nbytes).view(n, -1) for n, layout in zip(self.num_experts, self.layouts)]
-        for layer, blobs in enumerate(self.blobs):
-            for expert, blob in enumerate(blobs):
+    def __init__(self, layouts: Sequence[ExpertLayout], blobs: Sequence[Tensor]) -> None:
+        self.layouts = layouts
+        self.num_experts = [len(layer) for layer in blobs]
+        self.blobs = list(blobs)
+
+    @staticmethod
+    def read_from(source: ExpertStore) -> "RamStore":
+        """Reads every blob of `source` once."""
+        blobs = [aligned_bytes(n * layout.nbytes).view(n, -1) for n, layout in zip(source.num_experts, source.layouts)]
+        for layer, experts in enumerate(blobs):
+            for expert, blob in enumerate(experts):
                 source.read_into(layer, expert, blob)
+        return RamStore(source.layouts, blobs)
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
         out.copy_(self.blobs[layer][expert])

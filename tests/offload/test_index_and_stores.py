@@ -37,7 +37,7 @@ def index_of(folder, family, sites=None) -> ExpertIndex:
 
 def stores_of(index):
     mapped = MmapStore(index)
-    return [mapped, RamStore(mapped), FileStore(index, direct=False), FileStore(index, direct=True)]
+    return [mapped, RamStore.read_from(mapped), FileStore(index, direct=False), FileStore(index, direct=True)]
 
 
 def check_store(store, index: ExpertIndex, model) -> None:
@@ -222,7 +222,7 @@ def test_no_sites(tmp_path):
 def test_threads_read_the_same_bytes(tmp_path):
     folder = tiny_checkpoint("gpt_oss", tmp_path)
     index = index_of(folder, "gpt_oss")
-    ram = RamStore(MmapStore(index))
+    ram = RamStore.read_from(MmapStore(index))
     everything = [(layer, e) for layer, site in enumerate(index.sites) for e in range(site.num_experts)] * 20
 
     for direct in (False, True):

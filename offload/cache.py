@@ -1,0 +1,348 @@
+"""The expert slots: one slab of memory, a map from expert to slot, and waves when a layer needs more than fits.
+
+    compute thread      acquire(layer, experts) ─ hits ─▶ Wave ─▶ (GEMM) ─▶ next wave ─▶ …
+    reader threads                        └ misses ─▶ read_into(slot) ─▶ arrived ─┘
+
+One thread acquires; readers touch only the bytes of the slot that they were given, never the maps.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe.offload.layout import ALIGNMENT
+from moe.offload.policy import Lfu, Lru, Policy
+from moe.offload.stores import ExpertStore, aligned_bytes
+
+# Below this a read from the page cache costs less than handing it to another thread and back (bench/bench_stores.py).
+INLINE_READ_BYTES = 1 << 18
+
+
+Ids = npt.NDArray[np.int32]
+
+
+class Wave(NamedTuple):
+    """Experts that are in memory now, and their slots: both int32 [n] of numpy, in the same order."""
+
+    experts: Ids
+    slots: Ids
+
+
+@dataclass(slots=True)
+class LayerStats:
+    """What one layer's acquires cost since the start or the last `reset_stats`."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_seconds: float = 0.0  # the caller waited for reads and could not compute
+    waves: int = 0
+
+
+class SlabViews(NamedTuple):
+    """A layer's weights in every slot; only the slots that hold experts of this layer mean anything.
+
+    gate_up: [S, N, H]; down: [S, H, I]; biases: [S, N] and [S, H] or None.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+class _Batch:
+    """The reads of one acquire: where they arrive, and whether anyone still wants them."""
+
+    def __init__(self) -> None:
+        self.done: SimpleQueue[_Arrival] = SimpleQueue()
+        self.num_reading = 0
+        self.is_cancelled = False
+
+
+class _Job(NamedTuple):
+    layer: int
+    expert: int
+    slot: int
+    batch: _Batch
+
+
+class _Arrival(NamedTuple):
+    expert: int
+    slot: int
+    nbytes: int  # -1: cancelled before it was read
+    error: BaseException | None
+
+
+class ExpertCache:
+    """S slots for the experts of all layers, filled from a store on demand.
+
+    num_slots: 1 .. all experts of the store. policy: "lfu" (frequency with ageing), "lru", or a `Policy` of the
+    caller's over keys 0 .. sum(store.num_experts) - 1, layer after layer. num_readers: threads that read misses while
+    the hits are computed; 0 reads in the calling thread, as experts below `INLINE_READ_BYTES` always are.
+    Raises ValueError for a bad number of slots. Takes num_slots x the largest blob of memory, committed as slots fill.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        num_slots: int,
+        *,
+        policy: Literal["lru", "lfu"] | Policy = "lfu",
+        num_readers: int = 2,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.store = store
+        self.num_experts = list(store.num_experts)
+        total = sum(self.num_experts)
+        if not 1 <= num_slots <= total:
+            raise ValueError(f"num_slots ({num_slots}) must be between 1 and the number of experts ({total})")
+        self.num_slots = num_slots
+        self.device = torch.device(device)
+        self.blob_bytes = max(layout.nbytes for layout in store.layouts)
+        nbytes = num_slots * self.blob_bytes
+        on_host = self.device.type == "cpu"
+        memory = aligned_bytes(nbytes) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        self.slab = memory.view(num_slots, self.blob_bytes)
+        assert self.slab.data_ptr() % (ALIGNMENT if on_host else 16) == 0, self.slab.data_ptr()
+        if policy == "lru":
+            self.policy: Policy = Lru(self.num_experts)
+        elif policy == "lfu":
+            self.policy = Lfu(self.num_experts)
+        elif isinstance(policy, str):
+            raise ValueError(f"policy ({policy!r}) must be 'lru' or 'lfu'")
+        else:
+            self.policy = policy
+        # key = expert of a layer, numbered through the model
+        self._first_key = np.concatenate([[0], np.cumsum(self.num_experts)]).astype(np.int64)
+        self._slot_of = np.full(total, -1, np.int32)
+        self._slot_of_layer = [self._slot_of[a:b] for a, b in zip(self._first_key[:-1], self._first_key[1:])]
+        self._key_of = np.full(num_slots, -1, np.int64)  # -1: free, or being read
+        self._pins = np.zeros(num_slots, np.int32)
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._loading: set[int] = set()  # slots that a read may still write to
+        self._has_all_slots = num_slots == total  # nothing is ever evicted: no pins, no policy
+        self._is_acquiring = False
+        self._views = [
+            SlabViews(
+                gate_up=layout.view(self.slab, layout.gate_up),
+                down=layout.view(self.slab, layout.down),
+                gate_up_bias=layout.gate_up_bias and layout.view(self.slab, layout.gate_up_bias),
+                down_bias=layout.down_bias and layout.view(self.slab, layout.down_bias),
+            )
+            for layout in store.layouts
+        ]
+        self.stats = [LayerStats() for _ in self.num_experts]
+        self._staging = threading.local()
+        inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
+        self._jobs: SimpleQueue[_Job | None] | None = None if inline else SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, args=(self._jobs,), name=f"expert-reader-{n}", daemon=True)
+            for n in range(0 if inline else num_readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def acquire(self, layer: int, experts: Sequence[int] | npt.NDArray[np.integer]) -> Iterator[Wave]:
+        """Brings `experts` (distinct) of `layer` into slots, as waves that together hold each of them exactly once.
+
+        A wave's slots stay as they are until the next wave is asked for or the iterator is closed. The first wave is
+        what is resident already, while the misses are read; then what has arrived, as far as slots allow. If all are
+        resident it costs a few microseconds. Only one acquire with misses may be open at a time, by one thread. Raises
+        OSError naming layer, expert and file if a read fails, IndexError for an unknown expert, ValueError for
+        repeated ones. The cache stays whole after any of them.
+        """
+        wanted = np.asarray(experts, dtype=np.int32)
+        if not len(wanted):
+            return
+        slots = self._slot_of_layer[layer][wanted]
+        if wanted.min() < 0:
+            raise IndexError(f"expert {wanted.min()} of layer {layer} does not exist")
+        stats = self.stats[layer]
+        if self._has_all_slots:
+            if slots.min() >= 0:
+                stats.hits += len(wanted)
+                stats.waves += 1
+                yield Wave(wanted, slots)
+                return
+        else:
+            self.policy.used(layer, self._first_key[layer] + wanted)
+            if slots.min() >= 0:
+                stats.hits += len(wanted)
+                stats.waves += 1
+                self._pins[slots] += 1
+                try:
+                    yield Wave(wanted, slots)
+                finally:
+                    self._pins[slots] -= 1
+                return
+        if len(set(wanted.tolist())) != len(wanted):
+            raise ValueError(f"layer {layer}: experts {wanted.tolist()} must be distinct")
+        if self._is_acquiring:
+            raise ValueError(f"layer {layer}: another acquire is still open; exhaust or close it first")
+        self._is_acquiring = True
+        try:
+            yield from self._acquire_missing(layer, wanted, slots)
+        finally:
+            self._is_acquiring = False
+
+    def views(self, layer: int) -> SlabViews:
+        """The layer's weights as views of all slots: gate_up [S, N, H], down [S, H, I], biases or None. No copy."""
+        return self._views[layer]
+
+    def resident_slots(self, layer: int) -> Tensor:
+        """int32 [E]: the slot of each expert of `layer`, -1 where it is not resident. A live view: do not write.
+
+        Once `is_all_resident`, it never changes again and may be used without `acquire`.
+        """
+        return torch.from_numpy(self._slot_of_layer[layer])
+
+    @property
+    def is_all_resident(self) -> bool:
+        return self._has_all_slots and not self._free and not self._loading
+
+    def preload(self) -> None:
+        """Reads experts into the free slots, layer by layer, until none is free; counts no hits and no misses."""
+        kept = self.stats
+        self.stats = [LayerStats() for _ in kept]
+        try:
+            for layer, slot_of in enumerate(self._slot_of_layer):
+                missing = np.flatnonzero(slot_of < 0).astype(np.int32)[: len(self._free)]
+                if len(missing):
+                    for _ in self._acquire_missing(layer, missing, slot_of[missing]):
+                        pass
+        finally:
+            self.stats = kept
+
+    def reset_stats(self) -> None:
+        self.stats = [LayerStats() for _ in self.num_experts]
+
+    def close(self) -> None:
+        """Stops the readers. The slab and its views stay valid; the store is not closed."""
+        if self._jobs is not None:
+            for _ in self._threads:
+                self._jobs.put(None)
+            for thread in self._threads:
+                thread.join()
+        self._threads = []
+
+    def check(self) -> None:
+        """Asserts that free + used = total, both maps are inverse to each other, and no free slot is pinned."""
+        used = np.flatnonzero(self._key_of >= 0)
+        parts = [set(used.tolist()), set(self._free), self._loading]
+        assert sum(map(len, parts)) == self.num_slots == len(set.union(*parts)), [len(p) for p in parts]
+        assert len(self._free) == len(set(self._free)), self._free
+        assert (self._slot_of[self._key_of[used]] == used).all(), "slot -> key -> slot"
+        assert (self._slot_of >= 0).sum() == len(used), ((self._slot_of >= 0).sum(), len(used))
+        assert (self._pins >= 0).all(), self._pins.min()
+        assert not self._pins[self._free].any(), "a free slot is pinned"
+
+    def _acquire_missing(self, layer: int, wanted: Ids, slots: Ids) -> Iterator[Wave]:
+        stats = self.stats[layer]
+        missing = wanted[slots < 0].tolist()[::-1]  # taken from the end
+        stats.misses += len(missing)
+        stats.hits += len(wanted) - len(missing)
+        ready = Wave(wanted[slots >= 0], slots[slots >= 0])
+        batch = _Batch()
+        self._pins[ready.slots] += 1
+        try:
+            while True:
+                self._start_reads(layer, missing, batch)
+                if self._jobs is None or not len(ready.slots):  # without readers all that was read joins the wave
+                    arrived = self._arrivals(layer, batch)
+                    self._pins[arrived.slots] += 1
+                    ready = Wave(*(np.concatenate(pair) for pair in zip(ready, arrived)))
+                assert len(ready.slots), "no slot can be had: all are pinned by other acquires"
+                stats.waves += 1
+                yield ready
+                self._pins[ready.slots] -= 1
+                ready = Wave(wanted[:0], slots[:0])
+                if not missing and not batch.num_reading:
+                    return
+        finally:
+            self._pins[ready.slots] -= 1
+            batch.is_cancelled = True
+            while batch.num_reading:  # the consumer stopped early: wait for what is being read right now
+                self._enter(layer, batch, batch.done.get())
+
+    def _start_reads(self, layer: int, missing: list[int], batch: _Batch) -> None:
+        """Starts as many reads as slots can be had for, and takes them off `missing`."""
+        short = len(missing) - len(self._free)
+        if short > 0:
+            self._evict(short)
+        for _ in range(min(len(missing), len(self._free))):
+            job = _Job(layer, missing.pop(), self._free.pop(), batch)
+            self._loading.add(job.slot)
+            batch.num_reading += 1
+            if self._jobs is None:
+                batch.done.put(self._read(job))
+            else:
+                self._jobs.put(job)
+
+    def _evict(self, count: int) -> None:
+        """Frees up to `count` slots, the policy's choice of those that are not pinned."""
+        resident = np.flatnonzero(self._slot_of >= 0)
+        keys = resident[self._pins[self._slot_of[resident]] == 0]
+        count = min(count, len(keys))
+        if count:
+            evicted = keys[self.policy.victims(keys, count)]
+            chosen = self._slot_of[evicted]
+            self._slot_of[evicted] = -1
+            self._key_of[chosen] = -1
+            self._free += chosen.tolist()
+
+    def _arrivals(self, layer: int, batch: _Batch) -> Wave:
+        """Takes all finished reads into the map, waits for one at least. Raises the first error."""
+        entered: list[_Arrival] = []
+        start = time.perf_counter()
+        while batch.num_reading and (not entered or not batch.done.empty()):
+            arrival = batch.done.get()
+            self._enter(layer, batch, arrival)
+            if arrival.error is not None:
+                raise OSError(f"expert {arrival.expert} of layer {layer}: {arrival.error}") from arrival.error
+            entered.append(arrival)
+        if self._jobs is not None:
+            self.stats[layer].stall_seconds += time.perf_counter() - start
+        return Wave(np.array([a.expert for a in entered], np.int32), np.array([a.slot for a in entered], np.int32))
+
+    def _enter(self, layer: int, batch: _Batch, arrival: _Arrival) -> None:
+        """Makes an arrived expert resident, or frees its slot if it was not read."""
+        batch.num_reading -= 1
+        self._loading.remove(arrival.slot)
+        if arrival.error is not None or arrival.nbytes < 0:
+            self._free.append(arrival.slot)
+            return
+        key = self._first_key[layer] + arrival.expert
+        assert self._slot_of[key] < 0, (layer, arrival)
+        self._slot_of[key] = arrival.slot
+        self._key_of[arrival.slot] = key
+        self.stats[layer].bytes_read += arrival.nbytes
+
+    def _read(self, job: _Job) -> _Arrival:
+        """Reads one expert into its slot. Never raises: an error travels to the thread that waits for the read."""
+        if job.batch.is_cancelled:
+            return _Arrival(job.expert, job.slot, -1, None)
+        try:
+            target = self.slab[job.slot, : self.store.layouts[job.layer].nbytes]
+            if self.device.type == "cpu":
+                return _Arrival(job.expert, job.slot, self.store.read_into(job.layer, job.expert, target), None)
+            staging: Tensor | None = getattr(self._staging, "blob", None)
+            if staging is None:
+                staging = self._staging.blob = torch.zeros(self.blob_bytes, dtype=torch.uint8, pin_memory=True)
+            nbytes = self.store.read_into(job.layer, job.expert, staging[: len(target)])
+            target.copy_(staging[: len(target)])  # returns when the staging buffer may be used again
+            return _Arrival(job.expert, job.slot, nbytes, None)
+        except BaseException as error:
+            return _Arrival(job.expert, job.slot, -1, error)
+
+    def _serve(self, jobs: "SimpleQueue[_Job | None]") -> None:
+        while (job := jobs.get()) is not None:
+            job.batch.done.put(self._read(job))

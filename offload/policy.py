@@ -1,0 +1,138 @@
+"""Which experts to evict: LRU, frequency with ageing, and the oracle that knows the future.
+
+A key is an expert of a layer, numbered through the whole model. An access is what one layer needs in one step: all its
+keys are wanted at once, those that are resident are served first. All slots are shared by all layers, and layers are
+visited in a cycle, so LRU tends to evict just what the coming layers need. Rates counted in visits of the key's own
+layer do not have that fault; bench/bench_policies.py has both on recorded routing.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Keys = npt.NDArray[np.int64]
+
+
+class Access(NamedTuple):
+    layer: int
+    keys: Keys  # distinct
+
+
+class Policy(Protocol):
+    """Sees every access and chooses victims; knows nothing of slots."""
+
+    def used(self, layer: int, keys: Keys) -> None:
+        """`layer` needs `keys` now, resident or not."""
+
+    def victims(self, keys: Keys, count: int) -> Keys:
+        """Indices in `keys` (resident, not in use) of the `count` to evict, 1 <= count <= len(keys)."""
+
+
+def smallest(scores: npt.NDArray[np.float64], count: int) -> Keys:
+    """Indices of the `count` smallest scores, ties in favour of the first."""
+    if count == 1:
+        return np.array([scores.argmin()])
+    return np.argsort(scores, kind="stable")[:count]
+
+
+class Lru:
+    """Evicts the keys whose last use is longest ago."""
+
+    def __init__(self, num_experts: Sequence[int]) -> None:
+        self._last = np.zeros(sum(num_experts))
+        self._now = 0
+
+    def used(self, layer: int, keys: Keys) -> None:
+        self._now += 1
+        self._last[keys] = self._now
+
+    def victims(self, keys: Keys, count: int) -> Keys:
+        return smallest(self._last[keys], count)
+
+
+class Lfu:
+    """Evicts the keys that their layer's next visit needs with the least likelihood, by an aged count of uses.
+
+    The estimate is the rate of use, where a visit of the layer loses half its weight in `half_life` visits, plus
+    `recency` x 2^-(visits since the last use): tokens that follow each other share experts more than their rates say.
+    Counts of evicted keys are kept. `used` costs O(experts of the layer).
+    """
+
+    def __init__(self, num_experts: Sequence[int], *, half_life: float = 64.0, recency: float = 0.2) -> None:
+        if not (half_life > 0 and recency >= 0):
+            raise ValueError(f"half_life ({half_life}) must be > 0 visits and recency ({recency}) >= 0")
+        first = [0, *np.cumsum(num_experts).tolist()]
+        self._scores = np.zeros((2, first[-1]))  # rate, recency
+        self._of_layer = [self._scores[:, a:b] for a, b in pairwise(first)]
+        rate = 0.5 ** (1.0 / half_life)
+        self._decay = np.array([[rate], [0.5]])
+        self._gain, self._recency = 1.0 - rate, recency
+
+    def used(self, layer: int, keys: Keys) -> None:
+        self._of_layer[layer] *= self._decay
+        self._scores[0, keys] += self._gain
+        self._scores[1, keys] = self._recency
+
+    def victims(self, keys: Keys, count: int) -> Keys:
+        return smallest(self._scores[0, keys] + self._scores[1, keys], count)
+
+
+class Belady:
+    """Evicts the keys that are needed again last; knows all accesses beforehand, and must then see each of them."""
+
+    def __init__(self, num_keys: int, accesses: Sequence[Access]) -> None:
+        self._accesses = accesses
+        self._next = np.full(num_keys, len(accesses), np.float64)
+        self._next_of = [self._next] * len(accesses)
+        for time in range(len(accesses) - 1, -1, -1):
+            self._next_of[time] = self._next[accesses[time].keys]
+            self._next[accesses[time].keys] = time
+        self._now = 0
+
+    def used(self, layer: int, keys: Keys) -> None:
+        assert np.array_equal(keys, self._accesses[self._now].keys), self._now
+        self._next[keys] = self._next_of[self._now]
+        self._now += 1
+
+    def victims(self, keys: Keys, count: int) -> Keys:
+        return smallest(-self._next[keys], count)
+
+    def needed_last_first(self, keys: Keys) -> Keys:
+        return keys[smallest(-self._next[keys], len(keys))] if len(keys) else keys
+
+
+def simulate(policy: Policy, accesses: Sequence[Access], num_slots: int) -> int:
+    """Misses of `policy` over `accesses` with `num_slots` slots that are empty at first.
+
+    Follows `ExpertCache`: hits are in use until every miss that fits beside them has its slot; only then may they be
+    evicted for the rest. With `Belady` it is the least number of misses that any policy can have.
+    """
+    if num_slots < 1:
+        raise ValueError(f"num_slots ({num_slots}) must be >= 1")
+    num_keys = 1 + max((int(a.keys.max()) for a in accesses if len(a.keys)), default=0)
+    is_resident, in_use = np.zeros(num_keys, bool), np.zeros(num_keys, bool)
+    num_resident = misses = 0
+    for layer, keys in accesses:
+        policy.used(layer, keys)
+        hit = is_resident[keys]
+        wanted = keys[~hit]
+        misses += len(wanted)
+        if isinstance(policy, Belady):
+            wanted = policy.needed_last_first(wanted)
+        busy = keys[hit]
+        while len(wanted):
+            in_use[busy] = True
+            evictable = np.flatnonzero(is_resident & ~in_use)
+            in_use[busy] = False
+            take = min(len(wanted), num_slots - num_resident + len(evictable))
+            evict = take - (num_slots - num_resident)
+            if evict > 0:
+                is_resident[evictable[policy.victims(evictable, evict)]] = False
+                num_resident -= evict
+            busy, wanted = wanted[:take], wanted[take:]
+            is_resident[busy] = True
+            num_resident += take
+    return misses
