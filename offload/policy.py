@@ -100,15 +100,13 @@ class Belady:
     def victims(self, keys: Keys, count: int) -> Keys:
         return smallest(-self._next[keys], count)
 
-    def needed_last_first(self, keys: Keys) -> Keys:
-        return keys[smallest(-self._next[keys], len(keys))] if len(keys) else keys
-
 
 def simulate(policy: Policy, accesses: Sequence[Access], num_slots: int) -> int:
     """Misses of `policy` over `accesses` with `num_slots` slots that are empty at first.
 
-    Follows `ExpertCache`: hits are in use until every miss that fits beside them has its slot; only then may they be
-    evicted for the rest. With `Belady` it is the least number of misses that any policy can have.
+    Follows `ExpertCache` without reader threads: hits are in use while as many misses as fit beside them are read; what
+    is left evicts any of these. With `Belady` it is the least number of misses that any policy can have, provided that
+    no access is larger than `num_slots`.
     """
     if num_slots < 1:
         raise ValueError(f"num_slots ({num_slots}) must be >= 1")
@@ -120,8 +118,6 @@ def simulate(policy: Policy, accesses: Sequence[Access], num_slots: int) -> int:
         hit = is_resident[keys]
         wanted = keys[~hit]
         misses += len(wanted)
-        if isinstance(policy, Belady):
-            wanted = policy.needed_last_first(wanted)
         busy = keys[hit]
         while len(wanted):
             in_use[busy] = True
@@ -132,7 +128,7 @@ def simulate(policy: Policy, accesses: Sequence[Access], num_slots: int) -> int:
             if evict > 0:
                 is_resident[evictable[policy.victims(evictable, evict)]] = False
                 num_resident -= evict
-            busy, wanted = wanted[:take], wanted[take:]
-            is_resident[busy] = True
+            is_resident[wanted[:take]] = True
+            busy, wanted = busy[:0], wanted[take:]
             num_resident += take
     return misses

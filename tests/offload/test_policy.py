@@ -57,7 +57,7 @@ def least_misses(accesses, num_slots) -> int:
         evict = max(0, take - (num_slots - len(resident)))
         for now in {frozenset(p[:take]) for p in permutations(wanted)}:
             for gone in combinations(sorted(evictable), evict):
-                yield from after((resident - set(gone)) | now, wanted - now, now)
+                yield from after((resident - set(gone)) | now, wanted - now, frozenset())
 
     @cache
     def best(time, resident):
@@ -71,13 +71,13 @@ def least_misses(accesses, num_slots) -> int:
 
 
 @settings(max_examples=60, deadline=None)
-@given(accesses=SHORT, num_slots=st.integers(1, 5))
+@given(accesses=SHORT, num_slots=st.integers(3, 6))  # no access is larger
 def test_belady_is_the_least_possible(accesses, num_slots):
     assert simulate(Belady(7, accesses), accesses, num_slots) == least_misses(accesses, num_slots)
 
 
 @settings(max_examples=200, deadline=None)
-@given(accesses=STEPS, num_slots=st.integers(1, 7), seed=st.integers(0, 100))
+@given(accesses=STEPS, num_slots=st.integers(4, 7), seed=st.integers(0, 100))  # no access is larger
 def test_no_policy_misses_less_than_belady(accesses, num_slots, seed):
     oracle = simulate(Belady(7, accesses), accesses, num_slots)
     distinct = len({int(k) for a in accesses for k in a.keys})
