@@ -126,10 +126,10 @@ class ExpertCache:
         self._slot_of = np.full(total, -1, np.int32)
         self._slot_of_layer = [self._slot_of[a:b] for a, b in zip(self._first_key[:-1], self._first_key[1:])]
         self._key_of = np.full(num_slots, -1, np.int64)  # -1: free, or being read
-        self._pins = np.zeros(num_slots, np.int32)
+        self._held: dict[object, Ids] = {}  # slots of the waves that are in use
         self._free = list(range(num_slots - 1, -1, -1))
         self._loading: set[int] = set()  # slots that a read may still write to
-        self._has_all_slots = num_slots == total  # nothing is ever evicted: no pins, no policy
+        self._has_all_slots = num_slots == total  # nothing is ever evicted
         self._is_acquiring = False
         self._views = [
             SlabViews(
@@ -160,32 +160,28 @@ class ExpertCache:
         OSError naming layer, expert and file if a read fails, IndexError for an unknown expert, ValueError for
         repeated ones. The cache stays whole after any of them.
         """
-        wanted = np.asarray(experts, dtype=np.int32)
-        if not len(wanted):
+        ids = experts.tolist() if isinstance(experts, np.ndarray) else list(experts)
+        if not ids:
             return
-        slots = self._slot_of_layer[layer][wanted]
-        if wanted.min() < 0:
-            raise IndexError(f"expert {wanted.min()} of layer {layer} does not exist")
-        stats = self.stats[layer]
-        if self._has_all_slots:
-            if slots.min() >= 0:
-                stats.hits += len(wanted)
-                stats.waves += 1
-                yield Wave(wanted, slots)
-                return
-        else:
+        if min(ids) < 0:
+            raise IndexError(f"expert {min(ids)} of layer {layer} does not exist")
+        wanted = np.array(ids, dtype=np.int32)
+        slots = self._slot_of_layer[layer].take(wanted)
+        if not self._has_all_slots:
             self.policy.used(layer, self._first_key[layer] + wanted)
-            if slots.min() >= 0:
-                stats.hits += len(wanted)
-                stats.waves += 1
-                self._pins[slots] += 1
-                try:
-                    yield Wave(wanted, slots)
-                finally:
-                    self._pins[slots] -= 1
-                return
-        if len(set(wanted.tolist())) != len(wanted):
-            raise ValueError(f"layer {layer}: experts {wanted.tolist()} must be distinct")
+        if min(slots.tolist()) >= 0:
+            stats = self.stats[layer]
+            stats.hits += len(ids)
+            stats.waves += 1
+            token = object()
+            self._held[token] = slots
+            try:
+                yield Wave(wanted, slots)
+            finally:
+                del self._held[token]
+            return
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"layer {layer}: experts {ids} must be distinct")
         if self._is_acquiring:
             raise ValueError(f"layer {layer}: another acquire is still open; exhaust or close it first")
         self._is_acquiring = True
@@ -235,15 +231,15 @@ class ExpertCache:
         self._threads = []
 
     def check(self) -> None:
-        """Asserts that free + used = total, both maps are inverse to each other, and no free slot is pinned."""
+        """Asserts that free + used = total, both maps are inverse to each other, and slots in use are full."""
         used = np.flatnonzero(self._key_of >= 0)
         parts = [set(used.tolist()), set(self._free), self._loading]
         assert sum(map(len, parts)) == self.num_slots == len(set.union(*parts)), [len(p) for p in parts]
         assert len(self._free) == len(set(self._free)), self._free
         assert (self._slot_of[self._key_of[used]] == used).all(), "slot -> key -> slot"
         assert (self._slot_of >= 0).sum() == len(used), ((self._slot_of >= 0).sum(), len(used))
-        assert (self._pins >= 0).all(), self._pins.min()
-        assert not self._pins[self._free].any(), "a free slot is pinned"
+        held = {slot for slots in self._held.values() for slot in slots.tolist()}
+        assert held <= set(used.tolist()), "a slot in use was evicted"
 
     def _acquire_missing(self, layer: int, wanted: Ids, slots: Ids) -> Iterator[Wave]:
         stats = self.stats[layer]
@@ -252,23 +248,22 @@ class ExpertCache:
         stats.hits += len(wanted) - len(missing)
         ready = Wave(wanted[slots >= 0], slots[slots >= 0])
         batch = _Batch()
-        self._pins[ready.slots] += 1
         try:
             while True:
+                self._held[batch] = ready.slots
                 self._start_reads(layer, missing, batch)
                 if self._jobs is None or not len(ready.slots):  # without readers all that was read joins the wave
                     arrived = self._arrivals(layer, batch)
-                    self._pins[arrived.slots] += 1
                     ready = Wave(*(np.concatenate(pair) for pair in zip(ready, arrived)))
-                assert len(ready.slots), "no slot can be had: all are pinned by other acquires"
+                    self._held[batch] = ready.slots
+                assert len(ready.slots), "no slot can be had: all are held by other acquires"
                 stats.waves += 1
                 yield ready
-                self._pins[ready.slots] -= 1
                 ready = Wave(wanted[:0], slots[:0])
                 if not missing and not batch.num_reading:
                     return
         finally:
-            self._pins[ready.slots] -= 1
+            del self._held[batch]
             batch.is_cancelled = True
             while batch.num_reading:  # the consumer stopped early: wait for what is being read right now
                 self._enter(layer, batch, batch.done.get())
@@ -288,9 +283,11 @@ class ExpertCache:
                 self._jobs.put(job)
 
     def _evict(self, count: int) -> None:
-        """Frees up to `count` slots, the policy's choice of those that are not pinned."""
-        resident = np.flatnonzero(self._slot_of >= 0)
-        keys = resident[self._pins[self._slot_of[resident]] == 0]
+        """Frees up to `count` slots, the policy's choice of those that no wave holds."""
+        is_evictable = self._slot_of >= 0
+        for slots in self._held.values():
+            is_evictable[self._key_of[slots]] = False
+        keys = np.flatnonzero(is_evictable)
         count = min(count, len(keys))
         if count:
             evicted = keys[self.policy.victims(keys, count)]

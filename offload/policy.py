@@ -65,19 +65,21 @@ class Lfu:
         if not (half_life > 0 and recency >= 0):
             raise ValueError(f"half_life ({half_life}) must be > 0 visits and recency ({recency}) >= 0")
         first = [0, *np.cumsum(num_experts).tolist()]
-        self._scores = np.zeros((2, first[-1]))  # rate, recency
-        self._of_layer = [self._scores[:, a:b] for a, b in pairwise(first)]
-        rate = 0.5 ** (1.0 / half_life)
-        self._decay = np.array([[rate], [0.5]])
-        self._gain, self._recency = 1.0 - rate, recency
+        scores = np.zeros((2, first[-1]))
+        self._rates, self._recent = scores
+        self._of_layer = [scores[:, a:b] for a, b in pairwise(first)]
+        aged = 0.5 ** (1.0 / half_life)
+        self._ageing = np.array([[aged], [0.5]])
+        self._gain, self._recency = 1.0 - aged, recency
 
     def used(self, layer: int, keys: Keys) -> None:
-        self._of_layer[layer] *= self._decay
-        self._scores[0, keys] += self._gain
-        self._scores[1, keys] = self._recency
+        scores = self._of_layer[layer]
+        np.multiply(scores, self._ageing, out=scores)
+        self._rates[keys] += self._gain
+        self._recent[keys] = self._recency
 
     def victims(self, keys: Keys, count: int) -> Keys:
-        return smallest(self._scores[0, keys] + self._scores[1, keys], count)
+        return smallest(self._rates[keys] + self._recent[keys], count)
 
 
 class Belady:

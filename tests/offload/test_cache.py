@@ -92,7 +92,7 @@ def run(cache, store, accesses):
             got += wave.experts.tolist()
         assert sorted(got) == sorted(experts)  # each exactly once
         cache.check()
-        assert not cache._pins.any()
+        assert not cache._held
 
 
 ACCESSES = st.lists(
@@ -174,7 +174,7 @@ def test_pinned_slots_survive_everything_else(threads):
     assert sorted(run_other) == list(range(8))
     check_wave(cache, store, 0, wave)
     held.close()
-    assert not cache._pins.any()
+    assert not cache._held
     cache.close()
 
 
@@ -188,7 +188,7 @@ def test_closing_early_leaves_the_cache_whole(threads):
             next(waves)
         waves.close()
         cache.check()
-        assert not cache._pins.any()
+        assert not cache._held
         assert not cache._loading
         run(cache, store, [(2, [0, 1, 2]), (1, list(range(8)))])
         cache.close()
@@ -203,7 +203,7 @@ def test_a_failed_read_is_named_and_leaves_the_cache_whole(num_slots, threads):
         with pytest.raises(OSError, match=r"expert 3 of layer 1: .*the disk is gone.*shard-7"):
             run(cache, store, [(1, [0, 1, 2, 3, 4, 5])])
         cache.check()
-        assert not cache._pins.any()
+        assert not cache._held
         assert not cache._loading
         assert cache.resident_slots(1)[3] == -1
     run(cache, store, [(1, [0, 1, 2, 4]), (0, [0, 4])])  # the others still work
