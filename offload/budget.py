@@ -1,0 +1,84 @@
+"""How many expert slots a budget buys."""
+
+import re
+from typing import Literal, NamedTuple
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
+
+
+class Budget(NamedTuple):
+    kind: Literal["bytes", "experts", "fraction"]
+    value: float
+
+
+def parse_budget(text: str | int | float) -> Budget:
+    """ "6GiB" or "800 MB" are bytes (MB = 10^6), "64" experts, "0.25" or "25%" a fraction of all experts.
+
+    Numbers mean the same as their text: 64 experts, 0.25 a fraction; 1 is one expert, 1.0 all of them. Raises
+    ValueError for anything else.
+    """
+    written = str(text).strip()
+    if match := _BYTES.fullmatch(written):
+        number, unit, binary = match[1], match[2].upper(), match[3]
+        power = "KMGT".find(unit) + 1 if unit else 0
+        return Budget("bytes", float(number) * (_UNITS[unit] if binary or not unit else 1000**power))
+    if re.fullmatch(r"\d+", written):
+        return Budget("experts", int(written))
+    percent = written.removesuffix("%")
+    try:
+        value = float(percent) / (100 if percent != written else 1)
+    except ValueError:
+        value = -1.0
+    if 0 <= value <= 1:
+        return Budget("fraction", value)
+    raise ValueError(
+        f"offload.budget {written!r} is not understood; give bytes (6GiB), a number of experts (64) or a fraction of "
+        "them (0.25)"
+    )
+
+
+def format_bytes(nbytes: float) -> str:
+    if nbytes < 1024:
+        return f"{nbytes:.0f} B"
+    power = next((p for p in (1, 2, 3) if nbytes < 1024 ** (p + 1)), 4)
+    return f"{nbytes / 1024**power:.1f} {'KMGT'[power - 1]}iB"
+
+
+def resolve_slots(
+    budget: str | int | float | None, *, blob_bytes: int, total_experts: int, available_bytes: int | None = None
+) -> int:
+    """Number of expert slots that `budget` buys, never above `total_experts`.
+
+    blob_bytes: the largest expert. available_bytes: what is free after dense weights and KV cache; it is the budget
+    when `budget` is None, and then required. A fraction is rounded down to whole experts, but a fraction > 0 buys one
+    at least. Raises ValueError for a budget below one expert, or one that is larger than `available_bytes`.
+    """
+    assert blob_bytes > 0, blob_bytes
+    assert total_experts > 0, total_experts
+    one = f"1 expert ({format_bytes(blob_bytes)})"
+    if budget is None:
+        if available_bytes is None:
+            raise ValueError("the available memory is not known; set offload.budget")
+        if available_bytes < blob_bytes:
+            raise ValueError(
+                "the memory left for experts after dense weights and KV cache "
+                f"({format_bytes(max(0, available_bytes))}) must be >= {one}; lower the KV cache or free memory"
+            )
+        return min(total_experts, available_bytes // blob_bytes)
+    kind, value = parse_budget(budget)
+    if kind == "bytes":
+        slots = int(value // blob_bytes)
+    elif kind == "experts":
+        slots = int(value)
+    else:
+        slots = max(int(value * total_experts + 1e-9), 1 if value > 0 else 0)
+    if slots < 1:
+        raise ValueError(f"the memory for experts ({budget}) must be >= {one}; raise offload.budget")
+    slots = min(slots, total_experts)
+    if available_bytes is not None and slots * blob_bytes > available_bytes:
+        raise ValueError(
+            f"offload.budget ({budget} = {format_bytes(slots * blob_bytes)}) is more than the memory left after dense "
+            f"weights and KV cache ({format_bytes(max(0, available_bytes))}); lower offload.budget"
+        )
+    return slots

@@ -1,0 +1,163 @@
+"""Writes a checkpoint again with every expert as one contiguous, page-aligned blob, so that one read fetches it.
+
+    packed.json                what `index_experts` checks: version, dtype, layout of each layer, list of files
+    experts-00007.safetensors  one tensor packed.experts.7, uint8 [E, nbytes]; its data starts at a multiple of 4096
+    dense.safetensors          all other tensors, under their old names
+    config.json, tokenizer.json, …  copied
+
+The folder does not look like an ordinary checkpoint on purpose: another loader would find no experts in it and
+silently make random ones.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe.offload.budget import format_bytes
+from moe.offload.checkpoint import DTYPE_NAMES, DTYPES, PACKED_FILE, PACKED_VERSION, Checkpoint, TensorInfo
+from moe.offload.index import PACKED_PREFIX, ExpertIndex, describe_site
+from moe.offload.layout import ALIGNMENT
+from moe.offload.stores import FileStore, aligned_bytes
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+def pack(
+    checkpoint: Checkpoint,
+    index: ExpertIndex,
+    out_folder: str | Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes the packed form of `checkpoint` to `out_folder`, which must not exist, and returns it.
+
+    progress(bytes written, bytes in all) is called after each expert and dense tensor. Memory: one expert or dense
+    tensor. The folder appears whole or not at all: it is written beside its place, synced and renamed. Raises
+    ValueError for a bad request, OSError for a full disk or any other failed write, and leaves nothing behind.
+    """
+    out = Path(out_folder)
+    if checkpoint.packed is not None:
+        raise ValueError(f"{checkpoint.folder} is packed already; copy the folder instead")
+    if out.exists():
+        raise ValueError(f"{out} exists already; remove it or choose another folder")
+    dense = sorted(set(checkpoint.tensors) - index.expert_keys)
+    total = sum(checkpoint.tensors[name].nbytes for name in dense)
+    total += sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, index.layouts))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < total:
+        raise OSError(
+            errno.ENOSPC,
+            f"packing needs {format_bytes(total)}, {format_bytes(free)} are free; nothing was written",
+            out,
+        )
+    work = out.parent / f".{out.name}.{os.getpid()}.partial"
+    work.mkdir()
+    try:
+        try:
+            _write_folder(checkpoint, index, dense, work, _Progress(progress, total))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"packing stopped ({error.strerror or error}); {format_bytes(total)} are needed, "
+                "the unfinished folder was removed",
+                str(out),
+            ) from error
+        _sync(work)
+        work.rename(out)
+        _sync(out.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return out
+
+
+class _Progress:
+    def __init__(self, report: Callable[[int, int], None] | None, total: int) -> None:
+        self.report, self.total, self.done = report, total, 0
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.report is not None:
+            self.report(self.done, self.total)
+
+
+def _write_folder(
+    checkpoint: Checkpoint, index: ExpertIndex, dense: list[str], folder: Path, progress: _Progress
+) -> None:
+    layers = [describe_site(site, layout) for site, layout in zip(index.sites, index.layouts)]
+    files = []
+    store = FileStore(index)
+    try:
+        for layer, (site, layout) in enumerate(zip(index.sites, index.layouts)):
+            files.append(f"experts-{layer:05d}.safetensors")
+            tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
+            blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero
+            metadata = {"layout": json.dumps(layers[layer]), "dtype": DTYPE_NAMES[index.dtype]}
+            with (folder / files[-1]).open("wb") as file:
+                _write_header(file, tensors, metadata)
+                for expert in range(site.num_experts):
+                    store.read_into(layer, expert, blob)
+                    file.write(blob.numpy().data)
+                    progress.add(layout.nbytes)
+                _flush(file)
+    finally:
+        store.close()
+    files.append("dense.safetensors")
+    with (folder / files[-1]).open("wb") as file:
+        infos = {name: checkpoint.tensors[name] for name in dense}
+        _write_header(file, {name: (DTYPE_NAMES[i.dtype], i.shape) for name, i in infos.items()}, {})
+        for info in infos.values():
+            _copy(info, file)
+            progress.add(info.nbytes)
+        _flush(file)
+    for source in sorted(checkpoint.folder.iterdir()):
+        if source.is_file() and source.suffix not in _WEIGHTS and not source.name.endswith(".index.json"):
+            shutil.copyfile(source, folder / source.name)
+    description = {"version": PACKED_VERSION, "dtype": DTYPE_NAMES[index.dtype], "layers": layers, "files": files}
+    with (folder / PACKED_FILE).open("wb") as file:
+        file.write(json.dumps(description, indent=1).encode())
+        _flush(file)
+
+
+def _write_header(file: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> None:
+    """A safetensors header, padded with spaces so that the data starts at a multiple of `ALIGNMENT`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "packed_version": str(PACKED_VERSION)} | metadata}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    file.write(len(raw).to_bytes(8, "little") + raw)
+
+
+def _copy(info: TensorInfo, file: BinaryIO) -> None:
+    with info.path.open("rb") as source:
+        source.seek(info.offset)
+        left = info.nbytes
+        while left:
+            data = source.read(min(left, 1 << 24))
+            if not data:
+                raise OSError(errno.EIO, f"{info.path} ended while it was copied")
+            file.write(data)
+            left -= len(data)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,80 @@
+"""Budgets in all their spellings."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe.offload.budget import Budget, format_bytes, parse_budget, resolve_slots
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("6GiB", ("bytes", 6 << 30)),
+        ("1.5 KiB", ("bytes", 1536)),
+        ("800MB", ("bytes", 800_000_000)),
+        ("100b", ("bytes", 100)),
+        ("64", ("experts", 64)),
+        (64, ("experts", 64)),
+        (1, ("experts", 1)),
+        ("0.25", ("fraction", 0.25)),
+        (0.25, ("fraction", 0.25)),
+        (1.0, ("fraction", 1.0)),
+        ("12.5%", ("fraction", 0.125)),
+        (".5", ("fraction", 0.5)),
+    ],
+)
+def test_parse(text, expected):
+    assert parse_budget(text) == Budget(*expected)
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "1.5", "6 GiBs", "nan", "inf", "-0.5", "120%", "GiB", "0x10", True])
+def test_refused(text):
+    with pytest.raises(ValueError, match=r"offload\.budget .* is not understood; give bytes \(6GiB\)"):
+        parse_budget(text)
+
+
+def test_resolve():
+    sizes = {"blob_bytes": 12 * MIB, "total_experts": 100}
+    assert resolve_slots("120MiB", **sizes) == 10
+    assert resolve_slots("131MiB", **sizes) == 10
+    assert resolve_slots("64", **sizes) == 64
+    assert resolve_slots("640", **sizes) == 100
+    assert resolve_slots("0.29", **sizes) == 29  # 0.29 * 100 is 28.999…
+    assert resolve_slots("0.001", **sizes) == 1
+    assert resolve_slots("10GiB", **sizes) == 100
+    assert resolve_slots(None, available_bytes=37 * MIB, **sizes) == 3
+    assert resolve_slots(None, available_bytes=1 << 50, **sizes) == 100
+
+
+def test_too_little():
+    sizes = {"blob_bytes": int(12.6 * MIB), "total_experts": 100}
+    for budget in ("12MiB", "0", "0.0", 0):
+        with pytest.raises(ValueError, match=r"must be >= 1 expert \(12\.6 MiB\); raise offload\.budget"):
+            resolve_slots(budget, **sizes)
+    with pytest.raises(ValueError, match=r"left for experts .*\(5\.0 MiB\) must be >= 1 expert \(12\.6 MiB\)"):
+        resolve_slots(None, available_bytes=5 * MIB, **sizes)
+    with pytest.raises(ValueError, match=r"50 = 630\.0 MiB\) is more than the memory left .*\(100\.0 MiB\)"):
+        resolve_slots("50", available_bytes=100 * MIB, **sizes)
+    with pytest.raises(ValueError, match="not known"):
+        resolve_slots(None, **sizes)
+
+
+@given(st.integers(1, 1 << 44), st.integers(1, 10_000), st.integers(0, 1 << 50))
+def test_bytes_are_never_exceeded(blob_bytes, total_experts, nbytes):
+    if nbytes < blob_bytes:
+        with pytest.raises(ValueError, match=r"raise offload\.budget"):
+            resolve_slots(f"{nbytes}B", blob_bytes=blob_bytes, total_experts=total_experts)
+        return
+    slots = resolve_slots(f"{nbytes}B", blob_bytes=blob_bytes, total_experts=total_experts)
+    assert 1 <= slots <= total_experts
+    assert slots * blob_bytes <= nbytes
+    assert slots == total_experts or (slots + 1) * blob_bytes > nbytes
+
+
+def test_format():
+    assert [format_bytes(n) for n in (0, 1023, 1024, 12.6 * MIB, 6 << 30, 1 << 50)] == [
+        "0 B", "1023 B", "1.0 KiB", "12.6 MiB", "6.0 GiB", "1024.0 TiB",
+    ]  # fmt: skip
