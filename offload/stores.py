@@ -135,9 +135,9 @@ class FileStore:
     """Positioned reads of the checkpoint's own files, buffered or past the page cache (O_DIRECT).
 
     direct: None takes O_DIRECT only if the experts' files together are larger than half of the memory that is
-    available now: below that the page cache holds them after the first pass and reads from it are 4-5 times faster
-    than the disk (bench/bench_stores.py); above it, buffered reads cost CPU time and push out the pages of others. A
-    file system that refuses O_DIRECT is read buffered, which is logged once.
+    available now: below that the page cache holds them after the first pass, and reading from it is faster than the
+    disk; above it, buffered reads cost 7 times the CPU time of direct ones (bench/bench_stores.py) and push out the
+    pages of others. A file system that refuses O_DIRECT is read buffered, which is logged once.
     A run of bytes whose place in the file and in `out` is aligned (packed files) goes straight into `out`; any other
     direct read takes the whole pages around it into a buffer kept per thread, and is copied from there.
     """

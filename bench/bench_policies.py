@@ -1,0 +1,71 @@
+"""Hit rates of the eviction policies on recorded routing, beside the oracle that knows the future.
+
+Limit: `Belady`, the least number of misses any policy can have. Misses become bytes and stall only with an expert's
+size and a disk, so read this beside bench_stores.py. Routing: the .npz files of a folder, each with `expert_ids`
+[tokens, layers, K]; every token is one decode step of a batch of one. All slots are shared by all layers; "per layer"
+is LRU with the slots divided among the layers, which cannot follow a layer that needs more.
+
+    python bench/bench_policies.py TRACES_FOLDER [--first 1000] [--tokens 400]
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from moe.offload.policy import Access, Belady, Lfu, Lru, Policy, simulate
+
+
+def misses_per_layer(accesses: list[Access], num_layers: int, num_experts: int, num_slots: int) -> int:
+    each = [[a._replace(layer=0) for a in accesses if a.layer == layer] for layer in range(num_layers)]
+    per_layer = max(1, num_slots // num_layers)
+    return sum(simulate(Lru([num_experts] * num_layers), steps, per_layer) for steps in each)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--first", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=400)
+    arguments = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}")
+    print(f"python {' '.join(sys.argv)}\n")
+    part = slice(arguments.first, arguments.first + arguments.tokens)
+    traces = {p.stem: np.load(p)["expert_ids"][part] for p in sorted(arguments.folder.glob("deepseek*.npz"))}
+    third = arguments.tokens // len(traces)
+    traces["all, one after another"] = np.concatenate([ids[:third] for ids in traces.values()])
+    num_layers, num_experts = traces["all, one after another"].shape[1], 64
+    sizes = [num_experts] * num_layers
+    print("hit rate %\n\n| routing | slots % | LRU | LRU per layer | LFU, no recency | LFU (default) | oracle |")
+    print("|---|---|---|---|---|---|---|")
+    rows = []
+    for name, ids in traces.items():
+        accesses = [
+            Access(layer, ids[token, layer].astype(np.int64) + num_experts * layer)
+            for token in range(len(ids))
+            for layer in range(num_layers)
+        ]
+        for share in (0.125, 0.25, 0.5):
+            num_slots = int(share * num_experts * num_layers)
+            policies: dict[str, Policy] = {
+                "lru": Lru(sizes),
+                "lfu_no_recency": Lfu(sizes, recency=0),
+                "lfu": Lfu(sizes),
+                "oracle": Belady(sum(sizes), accesses),
+            }
+            misses = {key: simulate(policy, accesses, num_slots) for key, policy in policies.items()}
+            misses["lru_per_layer"] = misses_per_layer(accesses, num_layers, num_experts, num_slots)
+            assert misses["oracle"] == min(misses.values()), misses
+            rate = {key: 100 * (1 - count / ids.size) for key, count in misses.items()}
+            order = ("lru", "lru_per_layer", "lfu_no_recency", "lfu", "oracle")
+            print(f"| {name} | {100 * share:g} | " + " | ".join(f"{rate[key]:.1f}" for key in order) + " |", flush=True)
+            rows.append({"routing": name, "share": share} | rate)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
