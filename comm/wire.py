@@ -1,0 +1,158 @@
+"""Bytes between ranks: rows packed into one buffer, one all-to-all per call, every byte that leaves counted."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moe.comm.groups import CommError, Groups, first_line
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one rank has sent since `reset`: all figures exclude what it kept for itself.
+
+    bytes_to: payload bytes by global destination rank. control_bytes_to: the same for the counts that precede payload.
+    messages: non-empty payload parts. collectives: all-to-all calls. calls: dispatches. host_syncs: times that a
+    figure had to be known on the CPU (free on a CPU device).
+    """
+
+    rank: int
+    world_size: int
+    ranks_per_node: int
+    bytes_to: list[int] = field(default_factory=list)
+    control_bytes_to: list[int] = field(default_factory=list)
+    messages: int = 0
+    collectives: int = 0
+    calls: int = 0
+    host_syncs: int = 0
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.bytes_to = [0] * self.world_size
+        self.control_bytes_to = [0] * self.world_size
+        self.messages = self.collectives = self.calls = self.host_syncs = 0
+
+    @property
+    def cross_node_bytes(self) -> int:
+        """Payload bytes that left this node."""
+        node = self.rank // self.ranks_per_node
+        return sum(n for r, n in enumerate(self.bytes_to) if r // self.ranks_per_node != node)
+
+
+def traffic_of(groups: Groups) -> Traffic:
+    return Traffic(groups.rank, groups.world_size, groups.ranks_per_node)
+
+
+class Wire:
+    """All-to-all over one process group, with its traffic and with errors that say who and what.
+
+    group None: one member, nothing moves. ranks: the members' global ranks in the order of the group.
+    """
+
+    def __init__(self, groups: Groups, group: ProcessGroup | None, ranks: Sequence[int], traffic: Traffic):
+        if group is None and len(ranks) != 1:
+            raise ValueError(f"ranks {tuple(ranks)} need a process group; only one rank goes without")
+        self.groups, self.group, self.ranks, self.traffic = groups, group, tuple(ranks), traffic
+        self.size = len(self.ranks)
+        self.index = self.ranks.index(groups.rank)
+
+    def exchange(
+        self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: str, *, is_control: bool = False
+    ) -> Tensor:
+        """Send the first `send[0]` rows to member 0, and so on. buffer: [sum(send), ...]. Returns [sum(recv), ...]."""
+        return self.start_exchange(buffer, send, recv, what, is_control=is_control).wait()
+
+    def start_exchange(
+        self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: str, *, is_control: bool = False
+    ) -> "Exchange":
+        """`exchange` that goes on in the background until `wait`; all ranks must start in the same order."""
+        assert len(buffer) == sum(send), (tuple(buffer.shape), send)
+        assert len(send) == len(recv) == self.size, (send, recv, self.size)
+        if self.group is None:
+            return Exchange(self, what, buffer, buffer, None)
+        self._count(send, buffer.shape[1:].numel() * buffer.element_size(), is_control)
+        received = torch.empty(sum(recv), *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
+        exchange = Exchange(self, what, buffer.contiguous(), received, None)
+        try:
+            exchange.work = dist.all_to_all_single(
+                received, exchange.sent, list(recv), list(send), group=self.group, async_op=True
+            )
+        except RuntimeError as error:
+            raise exchange.failed(error) from error
+        return exchange
+
+    def exchange_counts(self, counts: Tensor, what: str) -> Tensor:
+        """Row i goes to member i. counts: int64 [members, C]. Returns what they sent here, [members, C]."""
+        ones = [1] * self.size
+        return self.exchange(counts, ones, ones, what, is_control=True)
+
+    def to_host(self, figures: Tensor) -> list[list[int]]:
+        """Figures as Python integers: the one place where the CPU waits for the device."""
+        self.traffic.host_syncs += 1  # host sync
+        values: list[list[int]] = figures.tolist()
+        return values
+
+    def _count(self, send: Sequence[int], row_bytes: int, is_control: bool) -> None:
+        traffic = self.traffic
+        traffic.collectives += 1
+        bytes_to = traffic.control_bytes_to if is_control else traffic.bytes_to
+        for rank, rows in zip(self.ranks, send):
+            if rank != self.groups.rank and rows * row_bytes:
+                bytes_to[rank] += rows * row_bytes
+                traffic.messages += not is_control
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """An all-to-all under way; it keeps the buffers alive until `wait`."""
+
+    wire: Wire
+    what: str
+    sent: Tensor
+    received: Tensor
+    work: dist.Work | None
+    started: float = field(default_factory=time.monotonic)
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            try:
+                self.work.wait()
+            except RuntimeError as error:
+                raise self.failed(error) from error
+            self.work = None
+        return self.received
+
+    def failed(self, error: RuntimeError) -> CommError:
+        groups = self.wire.groups
+        return CommError(
+            f"rank {groups.rank} of {groups.world_size}: {self.what} with ranks {list(self.wire.ranks)} failed after "
+            f"{time.monotonic() - self.started:.1f} s; a peer ended or did not answer within {groups.timeout_s:g} s "
+            f"({first_line(error)})"
+        )
+
+
+def pack_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors [N, ...] of any dtypes as the bytes uint8 [N, B], row by row."""
+    flat = [part.reshape(len(part), part.shape[1:].numel()).contiguous().view(torch.uint8) for part in parts]
+    return torch.cat(flat, dim=1)
+
+
+def unpack_rows(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Undo `pack_rows`. packed: uint8 [N, B]; `like` gives the trailing shapes and dtypes. Returns tensors [N, ...]."""
+    parts, at = [], 0
+    for part in like:
+        shape = part.shape[1:]
+        width = shape.numel() * part.element_size()
+        # A clone begins at an aligned address; a one-row slice would count as contiguous and keep its odd offset.
+        piece = packed[:, at : at + width].clone(memory_format=torch.contiguous_format)
+        parts.append(piece.view(-1).view(part.dtype).view(len(packed), *shape))
+        at += width
+    assert at == packed.shape[1], (at, tuple(packed.shape))
+    return parts

@@ -1,0 +1,185 @@
+"""Process groups: the mesh, clean ends, and errors that say which rank lost whom, within the time-out."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
+from moe.comm.dispatcher import ExpertRanks, LocalDispatcher, contiguous_ranks
+from moe.comm.groups import CommError, Groups, process_groups, start_groups, stop_groups
+from moe.comm.wire import pack_rows, unpack_rows
+from tests.distributed import RankFailed, spawn
+
+ALONE = Groups(device=torch.device("cpu"))
+
+
+def rank_mesh():
+    with process_groups(timeout_s=20) as groups:
+        found = []
+        for group, ranks in ((groups.local, groups.local_ranks), (groups.cross, groups.cross_ranks)):
+            assert (group is None) == (len(ranks) == 1)
+            if group is not None:
+                assert tuple(dist.get_process_group_ranks(group)) == ranks
+            found.append(ranks)
+        return groups.num_nodes, groups.node, groups.local_rank, *found
+
+
+def test_mesh_of_two_nodes():
+    assert spawn(4, rank_mesh, ranks_per_node=2) == [
+        (2, 0, 0, (0, 1), (0, 2)),
+        (2, 0, 1, (0, 1), (1, 3)),
+        (2, 1, 0, (2, 3), (0, 2)),
+        (2, 1, 1, (2, 3), (1, 3)),
+    ]
+
+
+def test_mesh_of_one_node_and_of_one_rank_per_node():
+    assert spawn(2, rank_mesh)[1] == (1, 0, 1, (0, 1), (1,))
+    assert spawn(2, rank_mesh, ranks_per_node=1)[1] == (2, 1, 0, (1,), (0, 1))
+
+
+def test_one_rank_needs_no_torch_distributed():
+    groups = start_groups(rank=0, world_size=1)
+    assert (groups.num_nodes, groups.node, groups.local_ranks, groups.world) == (1, 0, (0,), None)
+    assert not dist.is_initialized()
+    stop_groups(groups)
+
+
+def rank_restart():
+    for _ in range(2):
+        with process_groups(timeout_s=20) as groups:
+            total = torch.ones(1)
+            dist.all_reduce(total, group=groups.world)
+            assert total.item() == 2
+    assert not dist.is_initialized()
+
+
+def test_groups_can_start_again_after_a_clean_end():
+    spawn(2, rank_restart)
+
+
+def lost_peer(kind, how, timeout_s):
+    """Rank 1 leaves before its third layer; the others say what they saw and how long it took."""
+    seen = None
+    started = time.monotonic()
+    try:
+        with process_groups(timeout_s=timeout_s) as groups:
+            dispatcher = kind(groups, contiguous_ranks(8, groups.world_size))
+            for layer in range(4):
+                started = time.monotonic()
+                if layer == 2 and groups.rank == 1:
+                    if how == "killed":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if how == "raises":
+                        raise KeyError("a rank's own error")
+                    time.sleep(2.5 * timeout_s)
+                x, ids = torch.ones(3, 4), torch.tensor([[0, 5], [2, 7], [3, 4]])
+                sent = dispatcher.dispatch(x, ids, torch.ones(3, 2), layer=layer)
+                dispatcher.combine(torch.ones(len(sent.rows), 2, 4), sent.handle)
+    except (CommError, KeyError) as error:
+        seen = str(error)
+    return seen, time.monotonic() - started
+
+
+@pytest.mark.parametrize(("kind", "how"), [(AllToAllDispatcher, "killed"), (HierarchicalDispatcher, "hangs"),
+                                           (AllToAllDispatcher, "raises")])  # fmt: skip
+def test_a_lost_peer_is_an_error_that_names_rank_and_layer(kind, how):
+    timeout_s = 3.0
+    results = spawn(4, lost_peer, kind, how, timeout_s, ranks_per_node=2, may_die=[1] if how == "killed" else [])
+    for rank in (0, 2, 3):
+        message, seconds = results[rank]
+        assert message.startswith(f"rank {rank} of 4: "), message
+        assert "of layer 2 with ranks" in message, message
+        assert seconds < 3 * timeout_s + 5  # bounded: at most a time-out per step, not the speed of anything
+    if how == "raises":
+        assert "own error" in results[1][0]
+
+
+def late():
+    with process_groups(timeout_s=2):
+        pass
+
+
+def never_comes():
+    if os.environ["RANK"] == "0":
+        late()
+
+
+def test_a_rank_that_never_comes_is_named_as_a_meeting_that_failed():
+    with pytest.raises(RankFailed, match=r"rank 0 of 2: the ranks did not meet at 127\.0\.0\.1:\d+"):
+        spawn(2, never_comes)
+
+
+def fails_on_rank_1():
+    if os.environ["RANK"] == "1":
+        raise ZeroDivisionError("seen by the test")
+
+
+def stays():
+    time.sleep(60)
+
+
+def test_spawn_raises_a_ranks_error_and_ends_a_rank_that_stays():
+    with pytest.raises(RankFailed, match=r"(?s)rank 1: Traceback.*seen by the test"):
+        spawn(2, fails_on_rank_1)
+    started = time.monotonic()
+    with pytest.raises(RankFailed, match="no result within 1 s"):
+        spawn(1, stays, time_limit_s=1.0)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2, "world_size": 2}, r"rank 2 must lie in \[0, 2\)"),
+        ({"rank": 0, "world_size": 3, "ranks_per_node": 2}, "world size 3 is not a multiple of ranks_per_node"),
+        ({"rank": 0, "world_size": 2, "timeout_s": 0.0}, "must be positive"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        start_groups(**options)
+
+
+def test_bad_input_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="holds ranks 0 to 1; the run has ranks 0 to 0"):
+        ExpertRanks(torch.tensor([0, 1]), ALONE)
+    with pytest.raises(ValueError, match="10 physical experts do not divide over 4"):
+        contiguous_ranks(10, 4)
+    with pytest.raises(ValueError, match="'sum'"):
+        AllToAllDispatcher(ALONE, torch.zeros(2), combine="sum")
+    x, ids, weights = torch.ones(2, 4), torch.tensor([[0], [1]]), torch.ones(2, 1)
+    for dispatcher in (LocalDispatcher(ALONE, torch.zeros(2)), AllToAllDispatcher(ALONE, torch.zeros(2))):
+        with pytest.raises(ValueError, match="of one T"):
+            dispatcher.dispatch(x, ids[:1], weights)
+        with pytest.raises(ValueError, match="integer"):
+            dispatcher.dispatch(x, ids.float(), weights)
+        with pytest.raises(ValueError, match=r"physical ids 0 to 2 must be -1 or lie in \[0, 2\)"):
+            dispatcher.dispatch(x, ids * 2, weights)
+        sent = dispatcher.dispatch(x, ids, weights)
+        with pytest.raises(ValueError, match=r"must be \[R, K, H\]"):
+            dispatcher.combine(torch.ones(2, 2, 4), sent.handle)
+        with pytest.raises(ValueError, match="the handle is a tuple"):
+            dispatcher.combine(torch.ones(2, 1, 4), ())
+    with pytest.raises(ValueError, match="with 2 at 0"):
+        AllToAllDispatcher(ALONE, torch.zeros(2)).dispatch(x, ids, weights, tokens_per_rank=(3,))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5])
+def test_packed_rows_come_back(num_rows):
+    parts = [
+        torch.randn(num_rows, 3).to(torch.bfloat16),  # 6 bytes: what follows is not aligned
+        torch.arange(num_rows * 2, dtype=torch.int32).view(num_rows, 2),
+        torch.randn(num_rows, 0),
+        torch.randn(num_rows, 2, 3, dtype=torch.float64),
+        torch.arange(num_rows),
+    ]
+    packed = pack_rows(parts)
+    assert packed.shape == (num_rows, 6 + 8 + 48 + 8)
+    for back, part in zip(unpack_rows(packed, parts), parts):
+        assert back.dtype == part.dtype
+        assert torch.equal(back, part)
