@@ -23,6 +23,7 @@ from moe.kernels.weights import ExpertWeights
 log = logging.getLogger(__name__)
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INTEGERS = {torch.int32: 0, torch.int64: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "gpt_oss": 5}
 _LAYER = Struct("=20q2f")  # struct layer: two matrices of 8, slots, gated, interleaved, act, alpha, limit
 _CALL = Struct("=11q")  # struct call
@@ -97,8 +98,7 @@ class CpuExperts:
         x: [T, H] fp32, bf16 or fp16; slot_ids: int [T, K]; T may be 0. Returns y [T, K, H] in fp32, `out_y` if given
         (contiguous). Raises ValueError for a slot that does not exist.
         """
-        self._check(x, slot_ids)
-        shape = (*slot_ids.shape, self._hidden)
+        shape = (*self._check(x, slot_ids), self._hidden)
         if out_y is None:
             out_y = torch.empty(shape, dtype=torch.float32)
         elif out_y.shape != shape or out_y.dtype != torch.float32 or not out_y.is_contiguous():
@@ -122,31 +122,32 @@ class CpuExperts:
             )
         if self._helper is None:
             return combine_reference(experts_reference(x, slot_ids, self.weights), topk_weights, x.dtype)
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         self._call(x, slot_ids, topk_weights, out)
         return out
 
-    def _check(self, x: Tensor, slot_ids: Tensor) -> None:
-        check_expert_input(x, slot_ids, self.weights)
+    def _check(self, x: Tensor, slot_ids: Tensor) -> torch.Size:
+        """The shape of slot_ids. One pass over what is mostly right: a call costs microseconds, and so would more."""
+        shape, rows = x.shape, slot_ids.shape
+        fits = len(shape) == 2 and len(rows) == 2 and shape[0] == rows[0] and shape[1] == self._hidden
+        if not (fits and x.dtype in _KINDS and slot_ids.dtype in _INTEGERS):
+            check_expert_input(x, slot_ids, self.weights)
         if not (x.is_cpu and slot_ids.is_cpu):
             raise ValueError(f"x is on {x.device}, slot_ids on {slot_ids.device}; CPU experts need both on cpu")
+        return rows
 
     def _call(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor | None, out: Tensor) -> None:
         if x.stride(1) != 1:
             x = x.contiguous()
         slot_ids = slot_ids.contiguous()
+        weights_at = weights_kind = 0
         if topk_weights is not None:
             topk_weights = topk_weights.contiguous()
+            weights_at, weights_kind = topk_weights.data_ptr(), _KINDS[topk_weights.dtype]
+        kind = _KINDS[x.dtype]
         call = _CALL.pack(
-            x.data_ptr(),
-            x.stride(0) * x.itemsize,
-            _KINDS[x.dtype],
-            slot_ids.data_ptr(),
-            slot_ids.dtype == torch.int64,
-            0 if topk_weights is None else topk_weights.data_ptr(),
-            0 if topk_weights is None else _KINDS[topk_weights.dtype],
-            *slot_ids.shape,
-            out.data_ptr(),
+            *(x.data_ptr(), x.stride(0) * (4 if kind == 0 else 2), kind, slot_ids.data_ptr()),
+            *(_INTEGERS[slot_ids.dtype], weights_at, weights_kind, *slot_ids.shape, out.data_ptr()),
             torch.get_num_threads(),
         )
         status: int = self._run(self._layer, call, self._isa)

@@ -29,9 +29,10 @@
 enum { F32, BF16, F16 };                               /* storage; the order of cpu.py's _KINDS */
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS };  /* the order of cpu.py's _ACTIVATIONS */
 enum { LANES = 16, KC = 1024 };                        /* they define the order of sums; do not tune per machine */
-enum { ROWS = 240, UP_TILE = 32, DOWN_TILE = 64, STRAIGHT_ROWS = 12 };
-#define CHUNK_BYTES (64 << 20)     /* scratch per call; more tokens are done in chunks */
-#define SERIAL_MACS (INT64_C(400000)) /* below, waking a second thread costs more than it brings */
+enum { ROWS = 240, UP_TILE = 32, DOWN_TILE = 64 };
+enum { STRAIGHT_ROWS_F32 = 96, STRAIGHT_ROWS_16 = 24 }; /* rows of x up to which W is used where it lies (measured) */
+#define CHUNK_BYTES (64 << 20) /* scratch per call; more tokens are done in chunks */
+#define SERIAL_MACS 400000     /* below, waking a second thread costs more than it brings */
 
 struct matrix { /* of one slot; strides in bytes */
     const char *data, *bias;
@@ -54,6 +55,11 @@ struct call {
     int64_t tokens, top_k;
     void *out; /* y: fp32 [T, K, H]; otherwise [T, H] of the kind of x; contiguous */
     int64_t threads;
+};
+
+struct walk { /* one pass over W; strides in bytes */
+    int64_t row, step, group, groups, steps, ldc, first;
+    int64_t ahead; /* how far to prefetch, 0 = not */
 };
 
 struct kernels {
@@ -169,13 +175,6 @@ SCALAR float gelu_tanh(float x) { return x * sigmoid(1.5957691f * (x + 0.044715f
 
 #if defined(__x86_64__)
 
-SCALAR __m128 sum4(__m128 a, __m128 b, __m128 c, __m128 d) { /* (l0+l2) + (l1+l3) of each */
-    __m128 ab0 = _mm_unpacklo_ps(a, b), ab1 = _mm_unpackhi_ps(a, b); /* a0 b0 a1 b1, a2 b2 a3 b3 */
-    __m128 cd0 = _mm_unpacklo_ps(c, d), cd1 = _mm_unpackhi_ps(c, d);
-    __m128 ab = _mm_add_ps(ab0, ab1), cd = _mm_add_ps(cd0, cd1); /* a02 b02 a13 b13 */
-    return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
-}
-
 #define NAME(x) avx512_##x
 #define ISA "avx512"
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
@@ -190,13 +189,34 @@ SCALAR __m128 sum4(__m128 a, __m128 b, __m128 c, __m128 d) { /* (l0+l2) + (l1+l3
 #define MR 6
 #define NR 4
 
-static inline __attribute__((always_inline)) TARGET void avx512_sum(VEC a[4][1], float *c, int first) {
-    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a[0][0], a[1][0], 0x44), _mm512_shuffle_f32x4(a[0][0], a[1][0], 0xee));
-    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(a[2][0], a[3][0], 0x44), _mm512_shuffle_f32x4(a[2][0], a[3][0], 0xee));
-    __m512 v = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd)); /* a b c d, 4 each */
-    __m128 sum = sum4(_mm512_castps512_ps128(v), _mm512_extractf32x4_ps(v, 1), _mm512_extractf32x4_ps(v, 2),
-                      _mm512_extractf32x4_ps(v, 3));
-    _mm_storeu_ps(c, first ? sum : _mm_add_ps(_mm_loadu_ps(c), sum));
+/* Four rows of x by four rows of w at once: 15 additions for 16 sums of 16 lanes. */
+static inline __attribute__((always_inline)) TARGET void avx512_sum(int mr, VEC a[6][4][1], float *c, int64_t ldc,
+                                                                   int64_t first) {
+#pragma GCC unroll 2
+    for (int m = 0; m < mr; m += 4) {
+        VEC v[4], none = VZERO;
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) {
+            VEC r0 = a[m][n][0], r1 = m + 1 < mr ? a[m + 1][n][0] : none, r2 = m + 2 < mr ? a[m + 2][n][0] : none;
+            VEC r3 = m + 3 < mr ? a[m + 3][n][0] : none; /* i and i+8: */
+            VEC p = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, r0, r1), _mm512_shuffle_f32x4(r0, r1, 0x4e));
+            VEC q = m + 2 < mr ? _mm512_add_ps(_mm512_mask_blend_ps(0xff00, r2, r3), _mm512_shuffle_f32x4(r2, r3, 0x4e))
+                               : none;
+            v[n] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd)); /* i and i+4 */
+        }
+        VEC s01 = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])); /* i and i+2 */
+        VEC s23 = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+        __m512d d01 = _mm512_castps_pd(s01), d23 = _mm512_castps_pd(s23);
+        VEC sum = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d01, d23)),
+                                _mm512_castpd_ps(_mm512_unpackhi_pd(d01, d23))); /* i and i+1; a row in each quarter */
+        __m128 row[4] = {_mm512_castps512_ps128(sum), _mm512_extractf32x4_ps(sum, 1), _mm512_extractf32x4_ps(sum, 2),
+                         _mm512_extractf32x4_ps(sum, 3)};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            float *to = c + (m + i) * ldc;
+            if (m + i < mr) _mm_storeu_ps(to, first ? row[i] : _mm_add_ps(_mm_loadu_ps(to), row[i]));
+        }
+    }
 }
 #define SUM_BLOCK avx512_sum
 #include "cpu_experts_isa.h"
@@ -220,10 +240,15 @@ SCALAR TARGET __m128 avx2_fold(VEC v[2]) {
     return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 
-SCALAR TARGET void avx2_sum(VEC a[2][2], float *c, int first) {
-    __m128 sum = sum4(avx2_fold(a[0]), avx2_fold(a[1]), _mm_setzero_ps(), _mm_setzero_ps());
-    if (!first) sum = _mm_add_ps(_mm_castpd_ps(_mm_load_sd((const double *)(void *)c)), sum);
-    _mm_storel_pi((__m64 *)(void *)c, sum);
+SCALAR TARGET void avx2_sum(int mr, VEC a[3][2][2], float *c, int64_t ldc, int64_t first) {
+#pragma GCC unroll 3
+    for (int m = 0; m < mr; m++, c += ldc) {
+        __m128 p = avx2_fold(a[m][0]), q = avx2_fold(a[m][1]);
+        __m128 s = _mm_add_ps(_mm_unpacklo_ps(p, q), _mm_unpackhi_ps(p, q)); /* p02 q02 p13 q13 */
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        if (!first) s = _mm_add_ps(_mm_castpd_ps(_mm_load_sd((const double *)(void *)c)), s);
+        _mm_storel_pi((__m64 *)(void *)c, s);
+    }
 }
 #define SUM_BLOCK avx2_sum
 #include "cpu_experts_isa.h"
@@ -374,7 +399,10 @@ static void up_task(struct run *r, int64_t task, float *c) {
     float *gate = c, *up = l->gated ? c + size : NULL, *both = c + C_FLOATS, *packed_w = both + C_FLOATS;
     int kind = (int)r->c->x_kind;
 
-    if (n < UP_TILE) memset(c, 0, C_FLOATS * 2 * sizeof(float)); /* nobody reads those columns, but all are computed */
+    if (n < UP_TILE) { /* nobody reads the columns beyond n, but the activation runs over them */
+        memset(gate, 0, 2 * size * sizeof(float));
+        memset(both, 0, 2 * size * sizeof(float));
+    }
     if (l->interleaved) {
         product(r, &l->up, p, x, 2 * i0, 2 * n, both, 2 * UP_TILE, packed_w);
         for (int64_t i = 0; i < size; i++) gate[i] = both[2 * i], up[i] = both[2 * i + 1];

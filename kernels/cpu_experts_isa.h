@@ -10,69 +10,72 @@
 
 #define SUB (LANES / WIDTH) /* vectors that make up 16 lanes */
 
-/* c[m][n] (+)= sum over `steps` * 16 elements of x row m times w row n.
+/* c[m][n] (+)= sum over `steps` * 16 elements of x row m times w row n, for `groups` groups of NR rows of w.
  * x: [steps][mr][16] floats. w: row n of step s begins at w + n * row + s * step bytes, in storage `kind`. */
-static inline __attribute__((always_inline)) TARGET void NAME(block)(int mr, int kind, const float *x, const char *w,
-                                                                    int64_t row, int64_t step, int64_t steps, float *c,
-                                                                    int64_t ldc, int first) {
-    VEC acc[MR][NR][SUB];
-#pragma GCC unroll 8
-    for (int m = 0; m < mr; m++)
-#pragma GCC unroll 8
-        for (int n = 0; n < NR; n++)
-#pragma GCC unroll 8
-            for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
-    for (int64_t s = 0; s < steps; s++) {
-        VEC wv[NR][SUB];
-#pragma GCC unroll 8
-        for (int n = 0; n < NR; n++)
-#pragma GCC unroll 8
-            for (int u = 0; u < SUB; u++) {
-                const char *p = w + n * row;
-                if (kind == F32)
-                    wv[n][u] = VLOAD((const float *)p + u * WIDTH);
-                else if (kind == BF16)
-                    wv[n][u] = VLOAD_BF16((const uint16_t *)p + u * WIDTH);
-                else
-                    wv[n][u] = VLOAD_F16((const uint16_t *)p + u * WIDTH);
-            }
+static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int kind, const float *x0, const char *w0,
+                                                                    const struct walk *k, float *c) {
+    int64_t row = k->row, step = k->step, ldc = k->ldc, ahead = k->ahead;
+    for (int64_t g = 0; g < k->groups; g++, w0 += k->group, c += NR) {
+        const float *x = x0;
+        const char *w = w0;
+        VEC acc[MR][NR][SUB];
 #pragma GCC unroll 8
         for (int m = 0; m < mr; m++)
 #pragma GCC unroll 8
-            for (int u = 0; u < SUB; u++) {
-                VEC xv = VLOAD(x + m * LANES + u * WIDTH);
+            for (int n = 0; n < NR; n++)
 #pragma GCC unroll 8
-                for (int n = 0; n < NR; n++) acc[m][n][u] = VFMA(xv, wv[n][u], acc[m][n][u]);
-            }
-        x += mr * LANES;
-        w += step;
-    }
+                for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
+        for (int64_t s = 0; s < k->steps; s++) {
+            VEC wv[NR][SUB];
 #pragma GCC unroll 8
-    for (int m = 0; m < mr; m++) {
-#ifdef SUM_BLOCK
-        SUM_BLOCK(acc[m], c + m * ldc, first); /* c is a tile: the columns up to a multiple of NR exist */
-#else
-        for (int n = 0; n < NR; n++) {
-            float lane[LANES];
-            for (int u = 0; u < SUB; u++) memcpy(lane + u * WIDTH, &acc[m][n][u], sizeof(VEC));
-            for (int half = LANES / 2; half; half /= 2)
-                for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-            c[m * ldc + n] = first ? lane[0] : c[m * ldc + n] + lane[0];
+            for (int n = 0; n < NR; n++)
+#pragma GCC unroll 8
+                for (int u = 0; u < SUB; u++) {
+                    const char *p = w + n * row;
+                    if (u == 0 && ahead) __builtin_prefetch(p + ahead);
+                    if (kind == F32)
+                        wv[n][u] = VLOAD((const float *)(const void *)p + u * WIDTH);
+                    else if (kind == BF16)
+                        wv[n][u] = VLOAD_BF16((const uint16_t *)(const void *)p + u * WIDTH);
+                    else
+                        wv[n][u] = VLOAD_F16((const uint16_t *)(const void *)p + u * WIDTH);
+                }
+#pragma GCC unroll 8
+            for (int m = 0; m < mr; m++)
+#pragma GCC unroll 8
+                for (int u = 0; u < SUB; u++) {
+                    VEC xv = VLOAD(x + m * LANES + u * WIDTH);
+#pragma GCC unroll 8
+                    for (int n = 0; n < NR; n++) acc[m][n][u] = VFMA(xv, wv[n][u], acc[m][n][u]);
+                }
+            x += mr * LANES;
+            w += step;
         }
+#ifdef SUM_BLOCK
+        SUM_BLOCK(mr, acc, c, ldc, k->first);
+#else
+        for (int m = 0; m < mr; m++)
+            for (int n = 0; n < NR; n++) {
+                float lane[LANES];
+                memcpy(lane, acc[m][n], sizeof lane);
+                for (int half = LANES / 2; half; half /= 2)
+                    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+                c[m * ldc + n] = k->first ? lane[0] : c[m * ldc + n] + lane[0];
+            }
 #endif
     }
 }
 
-static TARGET void NAME(any_block)(int mr, int kind, const float *x, const char *w, int64_t row, int64_t step,
-                                   int64_t steps, float *c, int64_t ldc, int first) {
-#define CASE(M)                                                                   \
-    case M:                                                                       \
-        if (kind == F32)                                                          \
-            NAME(block)(M, F32, x, w, row, step, steps, c, ldc, first);           \
-        else if (kind == BF16)                                                    \
-            NAME(block)(M, BF16, x, w, row, step, steps, c, ldc, first);          \
-        else                                                                      \
-            NAME(block)(M, F16, x, w, row, step, steps, c, ldc, first);           \
+static TARGET void NAME(any_panel)(int64_t mr, int64_t kind, const float *x, const char *w, const struct walk *k,
+                                   float *c) {
+#define CASE(M)                                 \
+    case M:                                     \
+        if (kind == F32)                        \
+            NAME(panel)(M, F32, x, w, k, c);    \
+        else if (kind == BF16)                  \
+            NAME(panel)(M, BF16, x, w, k, c);   \
+        else                                    \
+            NAME(panel)(M, F16, x, w, k, c);    \
         break;
     switch (mr) {
         CASE(1)
@@ -84,11 +87,7 @@ static TARGET void NAME(any_block)(int mr, int kind, const float *x, const char 
 #endif
 #if MR >= 4
         CASE(4)
-#endif
-#if MR >= 5
         CASE(5)
-#endif
-#if MR >= 6
         CASE(6)
 #endif
     }
@@ -135,31 +134,34 @@ static TARGET void NAME(pack_w)(const struct matrix *w, const char *from, int64_
                 for (int64_t s = 0; s < steps; s++) memset(to + (s * NR + n) * LANES, 0, LANES * sizeof(float));
 }
 
-/* C[m][n] = x row m · W row n for m < rows, n < count. x: blocks of MR rows, each [K16/16][mr][16].
+/* C[m][n] = x row m * W row n0 + n for m < rows, n < count. x: blocks of MR rows, each [K16/16][mr][16].
  * C has ldc columns, a multiple of 16 that is >= count: columns beyond count receive rubbish. */
 static TARGET void NAME(tile)(const float *x, int64_t rows, const struct matrix *w, const char *base, int64_t n0,
                               int64_t count, float *c, int64_t ldc, float *scratch) {
-    int64_t k = w->k, k16 = (k + LANES - 1) / LANES * LANES, size = w->kind == F32 ? 4 : 2;
-    int64_t straight = k == k16 && rows <= STRAIGHT_ROWS ? count / NR * NR : 0;
+    int64_t k16 = (w->k + LANES - 1) / LANES * LANES, size = w->kind == F32 ? 4 : 2;
+    int64_t few = w->kind == F32 ? STRAIGHT_ROWS_F32 : STRAIGHT_ROWS_16;
+    int64_t straight = w->k == k16 && rows <= few ? count / NR * NR : 0;
     base += n0 * w->row;
+    struct walk k = {.row = w->row, .step = LANES * size, .ldc = ldc, .groups = 1};
     for (int64_t n = 0; n < straight; n += NR) /* few rows of x: W is read once, from where it lies */
         for (int64_t k0 = 0; k0 < k16; k0 += KC) {
             int64_t kc = k16 - k0 < KC ? k16 - k0 : KC;
+            k.steps = kc / LANES, k.first = k0 == 0;
             for (int64_t m = 0; m < rows; m += MR) {
-                int mr = rows - m < MR ? (int)(rows - m) : MR;
-                NAME(any_block)(mr, w->kind, x + m * k16 + k0 * mr, base + n * w->row + k0 * size, w->row,
-                                LANES * size, kc / LANES, c + m * ldc + n, ldc, k0 == 0);
+                int64_t mr = rows - m < MR ? rows - m : MR;
+                k.ahead = m == 0 ? NR * w->row : 0; /* the hardware loses the four streams at every page */
+                NAME(any_panel)(mr, w->kind, x + m * k16 + k0 * mr, base + n * w->row + k0 * size, &k, c + m * ldc + n);
             }
         }
     if (straight == count) return;
+    k = (struct walk){.row = LANES * 4, .step = NR * LANES * 4, .ldc = ldc, .groups = (count - straight + NR - 1) / NR};
     for (int64_t k0 = 0; k0 < k16; k0 += KC) { /* many rows of x: W widened and packed first */
         int64_t kc = k16 - k0 < KC ? k16 - k0 : KC;
-        NAME(pack_w)(w, base + straight * w->row, count - straight, k0, k0 + kc < k ? k0 + kc : k, scratch);
+        k.steps = kc / LANES, k.first = k0 == 0, k.group = NR * kc * 4;
+        NAME(pack_w)(w, base + straight * w->row, count - straight, k0, k0 + kc < w->k ? k0 + kc : w->k, scratch);
         for (int64_t m = 0; m < rows; m += MR) {
-            int mr = rows - m < MR ? (int)(rows - m) : MR;
-            for (int64_t n = straight; n < count; n += NR)
-                NAME(any_block)(mr, F32, x + m * k16 + k0 * mr, (const char *)(scratch + (n - straight) * kc),
-                                LANES * 4, NR * LANES * 4, kc / LANES, c + m * ldc + n, ldc, k0 == 0);
+            int64_t mr = rows - m < MR ? rows - m : MR;
+            NAME(any_panel)(mr, F32, x + m * k16 + k0 * mr, (const char *)scratch, &k, c + m * ldc + straight);
         }
     }
 }
