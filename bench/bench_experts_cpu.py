@@ -3,7 +3,7 @@
     python bench/bench_experts_cpu.py [--threads 1] [--seconds 3] [--out bench/results/experts_cpu]
 
 Baseline is a real MixtralExperts module with its `eager`, `batched_mm` and `grouped_mm` implementations. Candidates
-take turns, each turn with another routing (uniform, K distinct experts), so that no candidate finds its weights in cache.
+take turns, each turn with another routing (uniform, K distinct experts), so that none finds its weights in cache.
 At T = 1 and 8 the limit is memory bandwidth, at T = 256 the fp32 multiply-add rate; both are measured in the same run
 (largest rate of torch's own sum, matrix-vector and matrix product). Shapes whose experts fit into a cache exceed the
 memory's rate. With one thread the clock is the thread's CPU time, which other jobs on the machine disturb less; with
