@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py kernels/cpu_experts.c
+$(VENV)/.installed: pyproject.toml setup.py kernels/cpu_experts.c kernels/cpu_experts_isa.h
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	$(BIN)/python -m pip install --quiet -e ".[dev]"

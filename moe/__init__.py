@@ -1,3 +1,23 @@
-"""Mixture-of-Experts inference from expert slots: models larger than fast memory, exact by default."""
+"""Mixture-of-Experts inference from expert slots: models larger than fast memory, exact by default.
 
+`import moe` is cheap: torch and transformers are loaded when `LLM` is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe.config import EngineConfig as EngineConfig
+    from moe.llm import LLM as LLM
+    from moe.sampling import SamplingParams as SamplingParams
+
+__all__ = ["LLM", "EngineConfig", "SamplingParams"]
 __version__ = "0.1.0"
+
+_HOME = {"LLM": "moe.llm", "SamplingParams": "moe.sampling", "EngineConfig": "moe.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moe' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

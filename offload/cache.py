@@ -8,7 +8,7 @@ One thread acquires; readers touch only the bytes of the slot that they were giv
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Literal, NamedTuple
@@ -151,7 +151,7 @@ class ExpertCache:
         for thread in self._threads:
             thread.start()
 
-    def acquire(self, layer: int, experts: Sequence[int] | npt.NDArray[np.integer]) -> Iterator[Wave]:
+    def acquire(self, layer: int, experts: Sequence[int] | npt.NDArray[np.integer]) -> Generator[Wave, None, None]:
         """Brings `experts` (distinct) of `layer` into slots, as waves that together hold each of them exactly once.
 
         A wave's slots stay as they are until the next wave is asked for or the iterator is closed. The first wave is
@@ -278,7 +278,9 @@ class ExpertCache:
             self._loading.add(job.slot)
             batch.num_reading += 1
             if self._jobs is None:
+                start = time.perf_counter()
                 batch.done.put(self._read(job))
+                self.stats[layer].stall_seconds += time.perf_counter() - start
             else:
                 self._jobs.put(job)
 

@@ -1,0 +1,108 @@
+"""The numbers that every run can print, and the progress line of long ones."""
+
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from moe.engine import Engine, peak_rss_bytes
+from moe.offload.budget import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """Sums over layers and steps. Rates in tokens/s, times in seconds, memory in bytes."""
+
+    prefill_tokens: int
+    prefill_rate: float
+    decode_tokens: int
+    decode_rate: float
+    first_token_seconds: float
+    hits: int
+    misses: int
+    bytes_read: int
+    stall_seconds: float
+    waves: int
+    slots: int
+    num_experts: int
+    slot_bytes: int
+    dense_bytes: int
+    peak_rss: int
+    shared_tokens: int
+    preemptions: int
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+def run_report(engine: Engine) -> RunReport:
+    steps, layers = engine.stats, engine.layer_stats()
+    cache = engine.experts.cache if engine.experts is not None else None
+    return RunReport(
+        prefill_tokens=steps.prefill_tokens,
+        prefill_rate=steps.prefill_tokens / steps.prefill_seconds if steps.prefill_seconds else 0.0,
+        decode_tokens=steps.decode_tokens,
+        decode_rate=steps.pure_decode_tokens / steps.decode_seconds if steps.decode_seconds else 0.0,
+        first_token_seconds=median(steps.first_token_seconds) if steps.first_token_seconds else 0.0,
+        hits=sum(s.hits for s in layers),
+        misses=sum(s.misses for s in layers),
+        bytes_read=sum(s.bytes_read for s in layers),
+        stall_seconds=sum(s.stall_seconds for s in layers),
+        waves=sum(s.waves for s in layers),
+        slots=cache.num_slots if cache else 0,
+        num_experts=engine.blueprint.num_experts,
+        slot_bytes=cache.num_slots * cache.blob_bytes if cache else 0,
+        dense_bytes=engine.blueprint.dense_bytes,
+        peak_rss=peak_rss_bytes(),
+        shared_tokens=steps.shared_tokens,
+        preemptions=steps.preemptions,
+    )
+
+
+def print_report(engine: Engine, console: Console, per_layer: bool = False) -> None:
+    r = run_report(engine)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("prefill", f"{r.prefill_tokens} tokens, {r.prefill_rate:.1f} tokens/s")
+    table.add_row("decode", f"{r.decode_tokens} tokens, {r.decode_rate:.1f} tokens/s")
+    table.add_row("time to first token", f"{r.first_token_seconds * 1000:.0f} ms (median)")
+    if r.slots:
+        table.add_row(
+            "experts in memory",
+            f"{r.slots} of {r.num_experts} ({r.slots / r.num_experts:.1%}), {format_bytes(r.slot_bytes)}",
+        )
+        table.add_row("expert hits", f"{r.hit_rate:.1%} ({r.hits} hits, {r.misses} misses, {r.waves} waves)")
+        table.add_row("experts read", f"{format_bytes(r.bytes_read)}, waited {r.stall_seconds:.2f} s for them")
+    if r.shared_tokens or r.preemptions:
+        table.add_row("prefix sharing", f"{r.shared_tokens} tokens saved, {r.preemptions} preemptions")
+    table.add_row("memory", f"peak {format_bytes(r.peak_rss)} resident, dense weights {format_bytes(r.dense_bytes)}")
+    console.print(table)
+    if per_layer:
+        _print_layers(engine, console)
+
+
+def _print_layers(engine: Engine, console: Console) -> None:
+    layers = Table("layer", "hits", "misses", "hit rate", "read", "stall ms", "waves", box=None, padding=(0, 2, 0, 0))
+    for index, s in enumerate(engine.layer_stats()):
+        rate = s.hits / max(1, s.hits + s.misses)
+        values = asdict(s)
+        layers.add_row(
+            str(index),
+            str(values["hits"]),
+            str(values["misses"]),
+            f"{rate:.1%}",
+            format_bytes(s.bytes_read),
+            f"{s.stall_seconds * 1000:.1f}",
+            str(s.waves),
+        )
+    console.print(layers)
+
+
+def progress_text(engine: Engine) -> str:
+    """Short figures for a progress bar."""
+    r = run_report(engine)
+    seconds = engine.stats.prefill_seconds + engine.stats.decode_seconds
+    rate = (r.prefill_tokens + r.decode_tokens) / seconds if seconds else 0.0
+    text = f"{rate:.0f} tokens/s"
+    return text + (f", {r.hit_rate:.0%} hits, {format_bytes(r.bytes_read)} read" if r.slots else "")

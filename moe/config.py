@@ -1,0 +1,146 @@
+"""One record for everything a run can be told: defaults ← TOML file ← `--set offload.budget=0.25`."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OffloadConfig:
+    """Where experts live. `budget`: "6GiB", "64" (experts), "0.25" (fraction); None derives it from free memory."""
+
+    budget: str | None = None
+    policy: Literal["lru", "lfu"] = "lfu"
+    store: Literal["file", "mmap", "ram"] = "file"
+    direct: bool | None = None  # O_DIRECT; None decides by the size of the files
+    readers: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.readers >= 0, f"offload.readers ({self.readers}) must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """How requests share a step. Units: tokens and sequences."""
+
+    max_tokens: int = 512  # of one step; longer prompts are prefilled in chunks of what is left
+    max_sequences: int = 16
+    block_size: int = 16  # tokens of one KV block
+    kv_tokens: int | None = None  # capacity of the KV cache; None: max_sequences contexts, in 1/4 of free memory
+    prefix_sharing: bool = True
+    packed: bool = True  # false runs one sequence at a time even where the architecture allows packing
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_sequences", "block_size"):
+            _require(getattr(self, name) >= 1, f"batch.{name} ({getattr(self, name)}) must be >= 1")
+        _require(
+            self.max_tokens >= self.max_sequences,
+            f"batch.max_tokens ({self.max_tokens}) must be >= batch.max_sequences ({self.max_sequences}): "
+            "every running sequence takes one token of a step",
+        )
+        _require(
+            self.kv_tokens is None or self.kv_tokens >= self.block_size,
+            f"batch.kv_tokens ({self.kv_tokens}) must be >= batch.block_size ({self.block_size})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """All of a run. `dtype`: of activations and dense weights; "auto" is what the model's config says."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None  # None: the GPU if there is one
+    kernel: Literal["auto", "reference", "cpu"] = "auto"  # of expert compute
+    threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
+    max_context: int | None = None  # tokens; None: what the model allows
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.threads is None or self.threads >= 1, f"threads ({self.threads}) must be >= 1")
+        _require(self.max_context is None or self.max_context >= 1, f"max_context ({self.max_context}) must be >= 1")
+
+    @staticmethod
+    def load(path: str | Path | None = None, settings: Iterable[str] = ()) -> "EngineConfig":
+        """Reads a TOML file, then `key=value` settings over it. Raises ValueError for an unknown key or a bad value."""
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                values = tomllib.loads(Path(path).read_text())
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is not a valid TOML file: {error}") from None
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            _require(bool(equals), f"setting {setting!r} must look like offload.budget=0.25")
+            *folders, name = key.split(".")
+            target = values
+            for folder in folders:
+                target = target.setdefault(folder, {})
+                _require(isinstance(target, dict), f"setting {key!r}: {folder} is not a group of settings")
+            target[name] = text
+        built: EngineConfig = _build(EngineConfig, values, "")
+        return built
+
+    def with_budget(self, budget: str) -> "EngineConfig":
+        return dataclasses.replace(self, offload=dataclasses.replace(self.offload, budget=budget))
+
+    def describe(self) -> str:
+        """The whole configuration, one `key = value` a line."""
+        return "\n".join(f"{key} = {value!r}" for key, value in _flatten(dataclasses.asdict(self)))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        _require(key in known, f"unknown setting {prefix}{key}; known: {', '.join(prefix + k for k in sorted(known))}")
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            _require(isinstance(value, dict), f"{prefix}{key} is a group of settings, got {value!r}")
+            arguments[key] = _build(typing.cast(type[Any], hint), value, f"{prefix}{key}.")
+        else:
+            arguments[key] = _parse(hint, value, prefix + key)
+    return cls(**arguments)
+
+
+def _parse(hint: Any, value: Any, name: str) -> Any:
+    """`value` (from TOML, or a string) as `hint`: int, bool, str, a Literal, or one of these or None."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and (value is None or value == "none"):
+        return None
+    (kind,) = [o for o in options if o is not type(None)]
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        _require(value in choices, f"{name} ({value!r}) must be one of {', '.join(choices)}")
+        return value
+    if kind is bool:
+        words = {"true": True, "false": False, True: True, False: False}
+        _require(value in words, f"{name} ({value!r}) must be true or false")
+        return words[value]
+    if kind is int:
+        try:
+            _require(not isinstance(value, (bool, float)), f"{name} ({value!r}) must be a whole number")
+            return int(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} ({value!r}) must be a whole number") from None
+    return str(value)

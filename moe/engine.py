@@ -1,0 +1,297 @@
+"""The engine: requests in, one step after another, tokens out.
+
+add_request ─▶ Scheduler ─▶ chunks ─▶ Runner ─▶ logits ─▶ Sampler ─▶ next token, or finished
+                                         │ per layer
+                                         └─ router ─▶ SlotExperts ─▶ ExpertCache ─▶ ExpertStore
+"""
+
+import logging
+import resource
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.attention import ATTENTION_NAME
+from moe.config import EngineConfig
+from moe.experts import SlotExperts
+from moe.kv import BlockPool
+from moe.model import Blueprint, load_dense, read_blueprint
+from moe.offload.budget import resolve_slots
+from moe.offload.cache import ExpertCache, LayerStats
+from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
+from moe.recorder import TraceRecorder
+from moe.runner import PackedRunner, Runner, SequentialRunner, kv_bytes_per_token, make_paged_kv, why_not_packed
+from moe.sampling import Sampler, SamplingParams
+from moe.scheduler import Chunk, Scheduler, Sequence
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What steps cost. A step that computes any prompt tokens counts as prefill."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    pure_decode_tokens: int = 0  # of the steps that decode_seconds counts
+    decode_seconds: float = 0.0
+    shared_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    first_token_seconds: list[float] = field(default_factory=list)
+
+
+class Engine:
+    """One model in this process. Not thread-safe; one thread adds requests and steps.
+
+    Raises ValueError for a folder, a budget or a setting that cannot be served.
+    """
+
+    def __init__(self, folder: str | Path, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.blueprint = read_blueprint(folder)
+        self.device = torch.device(self.config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.notes = _notes(self.blueprint)
+        reason = why_not_packed(self.blueprint.skeleton)
+        self.is_packed = reason is None and self.config.batch.packed
+        if reason is not None:
+            self.notes.append(f"sequences run one at a time, not packed: {reason}")
+        dtype = _DTYPES.get(self.config.dtype) or _own_dtype(self.blueprint)
+        self.model = load_dense(self.blueprint, dtype, "eager").to(self.device)
+        self.max_context = min(n for n in (self.config.max_context, self.blueprint.max_context, 1 << 30) if n)
+        self.scheduler, self.runner = self._make_runner()
+        self.experts = self._make_experts()
+        self.eos_ids = _eos_ids(self.model)
+        self.stats = StepStats()
+        self.recorder: TraceRecorder | None = None
+        self.last_logits: dict[int, list[Tensor]] | None = None  # by sequence, when `keep_logits` was called
+        self._started: dict[int, float] = {}
+        self.next_id = 0
+
+    def step(self) -> list[Sequence]:
+        """Computes one batch. Returns the sequences that got a token, finished ones included."""
+        start = time.perf_counter()
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        logits = self.runner.forward(chunks)
+        self._record(chunks)
+        for chunk in chunks:
+            self.scheduler.computed(chunk)
+        stepped = [self._sample(c.sequence, row) for c, row in zip(chunks, logits.cpu()) if c.samples]
+        self._count(chunks, start)
+        return stepped
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add_request(self, tokens: Seq[int], params: SamplingParams) -> Sequence:
+        """Queues a prompt of token ids. Raises ValueError if it cannot ever run."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if not tokens:
+            raise ValueError("the prompt has no tokens; give at least one")
+        if bad := next((t for t in tokens if not 0 <= t < vocabulary), None):
+            raise ValueError(f"prompt token {bad} is outside the vocabulary of {vocabulary}")
+        if len(tokens) >= self.max_context:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, the context holds {self.max_context} with at least one for "
+                "the answer; shorten it"
+            )
+        pool = self.scheduler.pool
+        longest = min(len(tokens) + params.max_tokens, self.max_context)
+        if -(-longest // pool.block_size) > pool.num_blocks:
+            raise ValueError(
+                f"prompt and answer take {longest} tokens, the KV cache holds {pool.num_blocks * pool.block_size}; "
+                "raise batch.kv_tokens or lower max_tokens"
+            )
+        sequence = Sequence(
+            id=self.next_id,
+            tokens=list(tokens),
+            params=params,
+            num_prompt=len(tokens),
+            sampler=Sampler(params),
+        )
+        self.next_id += 1
+        self._started[sequence.id] = time.perf_counter()
+        self.scheduler.add(sequence)
+        return sequence
+
+    def stop(self, sequence: Sequence) -> None:
+        """Ends a sequence that is complete by its text (a stop string); no effect on a finished one."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason = "stop"
+            self.scheduler.finish(sequence)
+
+    def record(self) -> TraceRecorder:
+        """From now on every token's routing is kept; prefixes are no longer shared, so that none is left out."""
+        if self.experts is None:
+            raise ValueError(f"{self.blueprint.folder} has no experts in slots: there is no routing to record")
+        self.scheduler.pool.sharing = False
+        self.experts.recording = True
+        num_experts = max(site.num_experts for site in self.blueprint.index.sites)
+        self.recorder = TraceRecorder(num_experts, self.blueprint.folder.name)
+        return self.recorder
+
+    def keep_logits(self) -> dict[int, list[Tensor]]:
+        """From now on the logits of every sampled token are kept, fp32 [V] each, by sequence."""
+        self.last_logits = {}
+        return self.last_logits
+
+    def layer_stats(self) -> list[LayerStats]:
+        return [] if self.experts is None else self.experts.cache.stats
+
+    def close(self) -> None:
+        if self.experts is not None:
+            self.experts.cache.close()
+            self.experts.cache.store.close()
+
+    def _sample(self, sequence: Sequence, logits: Tensor) -> Sequence:
+        if self.last_logits is not None:
+            self.last_logits.setdefault(sequence.id, []).append(logits.clone())
+        params = sequence.params
+        token = sequence.sampler.sample(logits, sequence.tokens)
+        logprobs = sequence.sampler.logprobs(logits, token)
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
+        sequence.tokens.append(token)
+        if sequence.num_output == 1:
+            self.stats.first_token_seconds.append(time.perf_counter() - self._started.pop(sequence.id))
+        is_end = token in self.eos_ids and not params.ignore_eos
+        if is_end or token in params.stop_token_ids:
+            sequence.finish_reason = "stop"
+        elif sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self.max_context:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason is not None:
+            self.stats.shared_tokens += sequence.num_shared
+            self.stats.preemptions += sequence.num_preempted
+            self.scheduler.finish(sequence)
+        return sequence
+
+    def _record(self, chunks: Seq[Chunk]) -> None:
+        if self.recorder is not None and self.experts is not None:
+            self.recorder.add(chunks, self.experts.recorded)
+
+    def _count(self, chunks: Seq[Chunk], start: float) -> None:
+        seconds = time.perf_counter() - start
+        prompt = sum(max(0, min(c.end, c.sequence.num_prompt) - c.start) for c in chunks)
+        self.stats.steps += 1
+        self.stats.prefill_tokens += prompt
+        self.stats.decode_tokens += sum(c.end - c.start for c in chunks) - prompt
+        if prompt:
+            self.stats.prefill_seconds += seconds
+        else:
+            self.stats.pure_decode_tokens += len(chunks)
+            self.stats.decode_seconds += seconds
+
+    def _make_runner(self) -> tuple[Scheduler, Runner]:
+        batch = self.config.batch
+        if not self.is_packed:
+            unlimited = BlockPool(batch.max_sequences, self.max_context, sharing=False)
+            return Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(self.model)
+        with _detached_experts(self.model, self.blueprint):
+            self.kv_token_bytes = kv_bytes_per_token(self.model)
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        tokens = batch.kv_tokens
+        if tokens is None:
+            affordable = available_memory() // 4 // max(1, self.kv_token_bytes)
+            tokens = min(batch.max_sequences * self.max_context, affordable)
+        num_blocks = max(1, -(-tokens // batch.block_size))
+        pool = BlockPool(num_blocks, batch.block_size, batch.prefix_sharing)
+        self.kv_bytes = num_blocks * batch.block_size * self.kv_token_bytes
+        return Scheduler(batch, pool), PackedRunner(self.model, make_paged_kv(self.model, pool))
+
+    kv_token_bytes = 0
+    kv_bytes = 0
+
+    def _make_experts(self) -> SlotExperts | None:
+        blueprint, offload = self.blueprint, self.config.offload
+        if not blueprint.experts:
+            return None
+        blob_bytes = max(layout.nbytes for layout in blueprint.index.layouts)
+        available = available_memory() if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
+        num_slots = resolve_slots(
+            offload.budget,
+            blob_bytes=blob_bytes,
+            total_experts=blueprint.num_experts,
+            available_bytes=max(0, available - self.kv_bytes)
+            * 9
+            // 10,  # activations, buffers, the rest of the machine
+        )
+        store: ExpertStore
+        if offload.store == "mmap":
+            store = MmapStore(blueprint.index)
+        else:
+            store = FileStore(blueprint.index, direct=offload.direct)
+            if offload.store == "ram":
+                files, store = store, RamStore.read_from(store)
+                files.close()
+        cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=self.device)
+        if num_slots == blueprint.num_experts:
+            cache.preload()
+        experts = SlotExperts(cache, [e.activation for e in blueprint.experts], self.config.kernel)
+        for layer, site in enumerate(blueprint.index.sites):
+            self.model.get_submodule(site.module).compute = experts.layer(layer)
+        return experts
+
+
+class _detached_experts:
+    """Inside this block experts return zeros, so that the dense part can run before the slots exist."""
+
+    def __init__(self, model: Any, blueprint: Blueprint) -> None:
+        self._modules = [model.get_submodule(site.module) for site in blueprint.index.sites]
+
+    def __enter__(self) -> None:
+        for module in self._modules:
+            module.compute = lambda x, *_: torch.zeros_like(x)
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._modules:
+            module.compute = None
+
+
+def _notes(blueprint: Blueprint) -> list[str]:
+    text = blueprint.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
+    if blueprint.experts:
+        return []
+    if declared > 1:
+        return [
+            f"{blueprint.config.model_type} keeps its {declared} experts in modules that cannot be served from slots: "
+            "the whole model is in memory"
+        ]
+    return ["this model is dense: it has no experts, the whole model is in memory"]
+
+
+def _own_dtype(blueprint: Blueprint) -> torch.dtype:
+    declared = getattr(blueprint.config, "dtype", None)
+    if isinstance(declared, str):
+        declared = getattr(torch, declared, None)
+    if isinstance(declared, torch.dtype) and declared in _DTYPES.values():
+        return declared
+    stored = {info.dtype for info in blueprint.checkpoint.tensors.values()} & set(_DTYPES.values())
+    return next(iter(stored)) if len(stored) == 1 else torch.float32
+
+
+def _eos_ids(model: Any) -> set[int]:
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return {eos} if isinstance(eos, int) else set(eos)
+    return set()
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,137 @@
+"""A layer's experts at run time: routing in, weights from slots, one row per token out.
+
+    topk_ids ─▶ which experts ─▶ cache.acquire ─▶ wave: experts, slots ─▶ kernel ─▶ y[t, k] ─▶ Σ_k w·y
+                                      └── next wave while slots are fewer than experts
+
+A wave fills only the (token, k) pairs of its experts; the sum over k is taken once, in order, after the last wave. So
+slots and waves cannot change a bit of the result.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe.kernels.cpu import CpuExperts
+from moe.kernels.reference import combine_reference, experts_reference
+from moe.kernels.weights import Activation, ExpertWeights
+from moe.offload.cache import ExpertCache
+
+KernelName = Literal["auto", "reference", "cpu"]
+
+
+class LayerKernel(Protocol):
+    """One layer's expert compute over all slots."""
+
+    def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
+        """y [T, K, H] fp32; pairs whose slot id is -1 are 0."""
+
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Σ_k w·y [T, H] in x's dtype, in the order of k."""
+
+
+class ReferenceKernel:
+    """The specification itself, for tests and for what no fast kernel can run."""
+
+    def __init__(self, weights: ExpertWeights) -> None:
+        self.weights = weights
+
+    def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
+        y = experts_reference(x, slot_ids, self.weights)
+        return y if out_y is None else out_y.copy_(y)
+
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return combine_reference(self.experts(x, slot_ids), topk_weights, x.dtype)
+
+
+def kernel_for(name: KernelName, device: torch.device) -> Callable[[ExpertWeights], LayerKernel]:
+    """The kernel class to run on `device`. Raises ValueError for a kernel that cannot."""
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"kernel 'cpu' cannot run on {device}; use 'reference'")
+    return CpuExperts if device.type == "cpu" and name != "reference" else ReferenceKernel
+
+
+class RoutedLayer(NamedTuple):
+    """One layer's routing of one step: ids int16 [T, K], weights fp32 [T, K]."""
+
+    topk_ids: npt.NDArray[np.int16]
+    topk_weights: npt.NDArray[np.float32]
+
+
+class SlotExperts:
+    """The experts of all layers over one cache. `recorded[layer]` holds the step's routing while `recording`."""
+
+    def __init__(self, cache: ExpertCache, activations: Sequence[Activation], kernel: KernelName = "auto") -> None:
+        make = kernel_for(kernel, cache.device)
+        self.cache = cache
+        self.kernels = [
+            make(ExpertWeights(*cache.views(layer), activation)) for layer, activation in enumerate(activations)
+        ]
+        # One more than there are experts: id -1 reads the last entry, which stays -1.
+        self._slot_of = [np.full(n + 1, -1, np.int32) for n in cache.num_experts]
+        self.recording = False
+        self.recorded: list[RoutedLayer | None] = [None] * len(activations)
+
+    def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+        """`compute(x [T, H], topk_ids [T, K], topk_weights [T, K], scale_input) -> [T, H]` of one layer."""
+
+        def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, scale_input: bool) -> Tensor:
+            return self.compute(index, x, topk_ids, topk_weights, scale_input)
+
+        return compute
+
+    def compute(
+        self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, scale_input: bool = False
+    ) -> Tensor:
+        """x: [T, H]; topk_ids: int [T, K], -1 = no expert; T may be 0. Returns [T, H] in x's dtype.
+
+        scale_input: the weights scale each expert's input instead of its output (Llama 4). Raises OSError if an
+        expert cannot be read.
+        """
+        ids: npt.NDArray[np.int64] = topk_ids.numpy(force=True)  # host sync on an accelerator
+        if self.recording:
+            weights = topk_weights.detach().float().numpy(force=True)
+            self.recorded[layer] = RoutedLayer(ids.astype(np.int16), weights)
+        if scale_input:
+            rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
+            y = self._run(layer, rows, ids.reshape(-1, 1), None).view(*topk_ids.shape, -1)
+            return combine_reference(y, torch.ones_like(topk_weights), x.dtype)
+        return self._run(layer, x, ids, topk_weights)
+
+    def _run(self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor | None) -> Tensor:
+        """The combined rows [T, H] in x's dtype, or without weights y of every pair, fp32 [T, K, H]."""
+        kernel, slot_of = self.kernels[layer], self._slot_of[layer]
+        wanted = _distinct(ids)
+        y: Tensor | None = None
+        with closing(self.cache.acquire(layer, wanted)) as waves:
+            for wave in waves:
+                slot_of[wave.experts] = wave.slots
+                slot_ids = torch.from_numpy(slot_of[ids]).to(x.device)
+                slot_of[wave.experts] = -1
+                if topk_weights is not None and len(wave.experts) == len(wanted):
+                    return kernel.combine(x, slot_ids, topk_weights)
+                y = self._add_wave(kernel, x, slot_ids, y)
+        if y is None:  # no token, or none that has an expert
+            y = torch.zeros(*ids.shape, x.shape[1], device=x.device)
+        return y if topk_weights is None else combine_reference(y, topk_weights, x.dtype)
+
+    @staticmethod
+    def _add_wave(kernel: LayerKernel, x: Tensor, slot_ids: Tensor, y: Tensor | None) -> Tensor:
+        """Fills the pairs of this wave; the others keep what earlier waves gave them, or 0.
+
+        Only the tokens that need the wave are computed: costs nothing for the others.
+        """
+        if y is None:
+            return kernel.experts(x, slot_ids)
+        rows = (slot_ids >= 0).any(dim=1).nonzero().squeeze(1)
+        y[rows] += kernel.experts(x[rows], slot_ids[rows])  # adds to zeros only: exact
+        return y
+
+
+def _distinct(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    wanted: npt.NDArray[np.int64] = ids[0] if len(ids) == 1 else np.unique(ids)  # top-k of one token is distinct
+    return wanted[wanted >= 0]

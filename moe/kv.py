@@ -1,0 +1,131 @@
+"""The paged KV cache: blocks, who uses them, and prompts that share their beginning."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from moe.attention import PagedLayer, StepLayout
+
+_Key = tuple[int, tuple[int, ...]]  # (identity of the block before, -1 at the start; the block's tokens)
+
+
+class BlockPool:
+    """Numbers of blocks: free, used by sequences (counted), or kept for a prompt that begins the same way.
+
+    A full block may be shared: its key is its tokens and the identity of the block before it, so that equal keys mean
+    equal prefixes (no hashes to collide). A kept block is given up, oldest first, when no free one is left.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, sharing: bool = True) -> None:
+        self.num_blocks, self.block_size, self.sharing = num_blocks, block_size, sharing
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._users = [0] * num_blocks
+        self._key_of: dict[int, _Key] = {}
+        self._shared: dict[_Key, int] = {}
+        self._identity: dict[int, int] = {}  # of a keyed block; never used twice
+        self._next_identity = 0
+        self._kept: OrderedDict[int, None] = OrderedDict()  # keyed, no user
+
+    @property
+    def num_available(self) -> int:
+        return len(self._free) + len(self._kept)
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks, each with one user. The caller has looked at `num_available`."""
+        assert count <= self.num_available, (count, self.num_available)
+        blocks = []
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict()
+            self._users[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        for block in reversed(blocks):  # the end of a prefix goes before its beginning
+            self._users[block] -= 1
+            assert self._users[block] >= 0, block
+            if self._users[block] == 0:
+                if block in self._key_of:
+                    self._kept[block] = None
+                else:
+                    self._free.append(block)
+
+    def match(self, tokens: Sequence[int]) -> list[int]:
+        """The longest run of full blocks that holds a proper prefix of `tokens`; they get one user more."""
+        blocks: list[int] = []
+        before = -1
+        size = self.block_size
+        for start in range(0, len(tokens) - size, size):  # at least one token is left to compute
+            block = self._shared.get((before, tuple(tokens[start : start + size])))
+            if block is None or not self.sharing:
+                break
+            blocks.append(block)
+            before = self._identity[block]
+        for block in blocks:
+            self._users[block] += 1
+            self._kept.pop(block, None)
+        return blocks
+
+    def publish(self, blocks: Sequence[int], index: int, tokens: Sequence[int]) -> None:
+        """Blocks[index] is full with `tokens`: later prompts may share it, if all before it are shared too."""
+        if not self.sharing or blocks[index] in self._key_of:
+            return
+        before = -1 if index == 0 else self._identity.get(blocks[index - 1])
+        key = None if before is None else (before, tuple(tokens))
+        if key is None or key in self._shared:  # computed twice at the same time: the first stays
+            return
+        self._key_of[blocks[index]] = key
+        self._shared[key] = blocks[index]
+        self._identity[blocks[index]] = self._next_identity
+        self._next_identity += 1
+
+    def _evict(self) -> int:
+        block, _ = self._kept.popitem(last=False)
+        del self._shared[self._key_of.pop(block)], self._identity[block]
+        return block
+
+    def check(self) -> None:
+        """Every block is free, kept or used, and in one of these only."""
+        used = {b for b, n in enumerate(self._users) if n}
+        free, kept = set(self._free), set(self._kept)
+        assert len(free) == len(self._free)
+        assert not used & (free | kept), (used, free, kept)
+        assert not free & kept, (free, kept)
+        assert len(used) + len(free) + len(kept) == self.num_blocks
+        assert {self._shared[k]: k for k in self._shared} == self._key_of
+
+
+class PagedKV:
+    """Keys and values of all layers in blocks of one pool; `cache` is what transformers' models take."""
+
+    def __init__(self, num_layers: int, pool: BlockPool, device: torch.device) -> None:
+        self.pool = pool
+        self.device = device
+        self.layers = [PagedLayer(pool.num_blocks * pool.block_size) for _ in range(num_layers)]
+        self.cache: Any = Cache(layers=list(self.layers))
+
+    def begin(self, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> StepLayout:
+        """Lays out a step that computes the tokens [start, end) of each sequence with these blocks."""
+        size = self.pool.block_size
+        query_starts, key_starts, write_at, read_at = [0], [0], [], []
+        for own, start, end in zip(blocks, starts, ends):
+            rows = (torch.tensor(own[: -(-end // size)])[:, None] * size + torch.arange(size)).flatten()[:end]
+            write_at.append(rows[start:])
+            read_at.append(rows)
+            query_starts.append(query_starts[-1] + end - start)
+            key_starts.append(key_starts[-1] + end)
+        read = torch.cat(read_at)
+        first, last = int(read[0]), int(read[-1])
+        in_order = last - first + 1 == len(read) and bool((read.diff() == 1).all())
+        layout = StepLayout(
+            query_starts,
+            key_starts,
+            torch.cat(write_at).to(self.device),
+            slice(first, last + 1) if in_order else read.to(self.device),
+        )
+        for layer in self.layers:
+            layer.step = layout
+        return layout

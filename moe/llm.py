@@ -1,0 +1,176 @@
+"""`LLM`: load a checkpoint, generate; the shape that users of offline batch APIs know."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moe.config import EngineConfig
+from moe.engine import Engine
+from moe.model import load_tokenizer
+from moe.sampling import Logprobs, SamplingParams
+from moe.scheduler import FinishReason
+from moe.scheduler import Sequence as Running
+from moe.text import TextStream
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer. `logprobs` has one entry per token if they were asked for."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[Logprobs] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt and its n answers."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+
+
+class Generation:
+    """A request on its way: its sequence in the engine and its text so far."""
+
+    def __init__(self, sequence: Running, text: TextStream) -> None:
+        self.sequence, self.text = sequence, text
+
+    def completion(self) -> Completion:
+        sequence = self.sequence
+        assert sequence.finish_reason is not None
+        tokens = sequence.tokens[sequence.num_prompt :]
+        logprobs = sequence.logprobs if sequence.params.logprobs is not None else None
+        return Completion(self.text.text, tokens, sequence.finish_reason, logprobs)
+
+
+class LLM:
+    """A model from its Hugging Face folder (or a packed one), with its experts in slots.
+
+    experts_in_memory: "0.25" (fraction), "64" (experts) or "6GiB", over config.offload.budget. Close it, or use it in
+    a `with` block. Raises ValueError, with the remedy, for whatever cannot be served.
+    """
+
+    def __init__(
+        self, model: str | Path, config: EngineConfig | None = None, *, experts_in_memory: str | float | None = None
+    ) -> None:
+        config = config or EngineConfig()
+        if experts_in_memory is not None:
+            config = config.with_budget(str(experts_in_memory))
+        self.engine = Engine(model, config)
+        self.tokenizer = load_tokenizer(Path(model))
+        self._open: dict[int, Generation] = {}
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers every prompt (text or token ids); results in the order of the prompts."""
+        listed = _as_prompts(prompts)
+        each = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(listed):
+            raise ValueError(f"{len(each)} sampling parameters for {len(listed)} prompts; give one, or one for each")
+        tokens = [self.encode(p) for p in listed]
+        samples: list[list[Generation]] = []
+        try:
+            for ids, one in zip(tokens, each):
+                samples.append([self.add(ids, replace(one, n=1, seed=one.seed + i)) for i in range(one.n)])
+            while self.engine.has_work:
+                self.step()
+        except BaseException:
+            self.abort(g for group in samples for g in group)
+            raise
+        return [
+            RequestOutput(p if isinstance(p, str) else None, ids, [g.completion() for g in group])
+            for p, ids, group in zip(listed, tokens, samples)
+        ]
+
+    def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
+        """Answers one conversation, written out by the model's own chat template."""
+        return self.generate([self.encode_chat(messages)], params)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer's text, piece by piece, as it is certain (a possible beginning of a stop string is held back)."""
+        generation = self.add(self.encode(prompt), params or SamplingParams())
+        try:
+            while generation.sequence.finish_reason is None:
+                self.step()
+                piece = generation.text.delta(generation.sequence.finish_reason is not None)
+                if piece:
+                    yield piece
+        finally:
+            self.abort([generation])
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises ValueError if it is empty, or text and the model has no tokenizer."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError(f"{self.engine.blueprint.folder} has no tokenizer; give token ids")
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        if not ids and self.tokenizer.bos_token_id is not None:
+            return [self.tokenizer.bos_token_id]
+        return ids
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise ValueError(f"{self.engine.blueprint.folder} has no chat template; use generate with a written prompt")
+        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def add(self, tokens: Sequence[int], params: SamplingParams) -> Generation:
+        """Queues one sample; `step` moves it on. For callers that run their own loop."""
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer; use stop_token_ids")
+        sequence = self.engine.add_request(tokens, params)
+        generation = Generation(sequence, TextStream(self.tokenizer, params.stop))
+        self._open[sequence.id] = generation
+        return generation
+
+    def step(self) -> list[Generation]:
+        """One engine step. Returns the generations that finished in it."""
+        finished = []
+        for sequence in self.engine.step():
+            generation = self._open[sequence.id]
+            ended_by_token = sequence.finish_reason == "stop"
+            if not ended_by_token:  # the token that ends a text is not part of it
+                generation.text.add(sequence.tokens[-1])
+            if generation.text.is_stopped:
+                if sequence.finish_reason is None:
+                    self.engine.stop(sequence)
+                sequence.finish_reason = "stop"
+            if sequence.finish_reason is not None:
+                generation.text.finish()
+                finished.append(self._open.pop(sequence.id))
+        return finished
+
+    def abort(self, generations: Iterable[Generation]) -> None:
+        """Drops what is not finished yet."""
+        for generation in generations:
+            if generation.sequence.finish_reason is None:
+                self.engine.scheduler.abort(generation.sequence)
+                self._open.pop(generation.sequence.id, None)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    tokens = [p for p in prompts if isinstance(p, int)]
+    if tokens and len(tokens) == len(prompts):
+        return [tokens]
+    return [p for p in prompts if not isinstance(p, int)]

@@ -1,0 +1,173 @@
+"""Loads a transformers model without its experts: dense weights in memory, experts known by where they lie on disk."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
+from transformers.utils import logging as transformers_logging
+
+from moe.families import FoundExperts, find_experts, slot_class
+from moe.offload.checkpoint import Checkpoint
+from moe.offload.index import ExpertIndex, index_experts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blueprint:
+    """What is known of a model from its folder without reading weights."""
+
+    folder: Path
+    config: Any
+    skeleton: Any  # the whole transformers model on the meta device
+    checkpoint: Checkpoint
+    experts: tuple[FoundExperts, ...]
+    index: ExpertIndex
+
+    @property
+    def dense_bytes(self) -> int:
+        tensors = self.checkpoint.tensors
+        return sum(info.nbytes for key, info in tensors.items() if key not in self.index.expert_keys)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts as they lie in slots, padding included."""
+        return sum(s.num_experts * b.nbytes for s, b in zip(self.index.sites, self.index.layouts))
+
+    @property
+    def num_experts(self) -> int:
+        return sum(site.num_experts for site in self.index.sites)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token; 0 for a dense model."""
+        if not self.experts:
+            return 0
+        text = self.config.get_text_config()
+        for name in ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk"):
+            if isinstance(getattr(text, name, None), int):
+                return int(getattr(text, name))
+        ffn = getattr(text, "ffn_config", None)
+        return int(getattr(ffn, "moe_top_k", 1)) if ffn is not None else 1
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens the positions allow; None where the architecture sets no limit."""
+        text = self.config.get_text_config()
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            if isinstance(getattr(text, name, None), int):
+                return int(getattr(text, name))
+        return None
+
+
+def read_blueprint(folder: str | Path) -> Blueprint:
+    """Reads config and safetensors headers. Raises ValueError for a folder that is no such checkpoint.
+
+    Costs the construction of the model on the meta device: no memory for weights.
+    """
+    folder = Path(folder)
+    checkpoint = Checkpoint.open(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from None
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            skeleton = auto.from_config(config)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: architecture {getattr(config, 'architectures', None) or config.model_type} is no text "
+            f"generation model that this transformers version knows: {_first_line(error)}"
+        ) from None
+    experts = tuple(find_experts(skeleton))
+    index = index_experts(
+        checkpoint,
+        [e.site for e in experts],
+        get_model_conversion_mapping(skeleton),
+        skeleton.base_model_prefix,
+    )
+    return Blueprint(
+        folder=folder, config=config, skeleton=skeleton, checkpoint=checkpoint, experts=experts, index=index
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
+    """The transformers model in eval mode with every weight but the experts', which its modules do not have.
+
+    attention: a name of transformers' attention interface. Raises ValueError if dense tensors are missing.
+    Peak memory: the dense weights and one tensor.
+    """
+    # What transformers itself passes over (DeepSeek-V3's prediction layers, experts included) is not read either.
+    unused = [re.compile(p) for p in getattr(blueprint.skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    wanted = [
+        key
+        for key in blueprint.checkpoint.tensors
+        if key not in blueprint.index.expert_keys and not any(p.search(key) for p in unused)
+    ]
+    dense = {key: blueprint.checkpoint.load(key) for key in wanted}
+    with _quiet(), _patched({cls.__name__: slot_class(cls) for e in blueprint.experts for cls in e.replaced}):
+        model, info = type(blueprint.skeleton).from_pretrained(
+            None,
+            config=blueprint.config,
+            state_dict=dense,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{blueprint.folder}: {len(missing)} dense tensors are missing from the checkpoint, first {missing[0]}"
+        )
+    if info.get("mismatched_keys"):
+        raise ValueError(f"{blueprint.folder}: tensors of another shape than the config's: {info['mismatched_keys']}")
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar: loading dense weights takes a moment."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _patched(mapping: dict[str, type[nn.Module]]) -> Iterator[None]:
+    """transformers builds `mapping`'s classes in place of those of the same name, inside this block only."""
+    exact = {f"^{name}$": cls for name, cls in mapping.items()}
+    if exact:
+        register_patch_mapping(exact)
+    try:
+        yield
+    finally:
+        if exact:
+            unregister_patch_mapping(list(exact))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None if it has none (prompts are then token ids)."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,106 @@
+"""Runs a model on the chunks of one step: all packed into one row, or one sequence after another."""
+
+from collections.abc import Sequence as Seq
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from moe.kv import BlockPool, PagedKV
+from moe.scheduler import Chunk
+
+
+class Runner(Protocol):
+    def forward(self, chunks: Seq[Chunk]) -> Tensor:
+        """Logits of the last token of every chunk, fp32 [len(chunks), V]."""
+
+
+def why_not_packed(model: Any) -> str | None:
+    """The reason why sequences of this model cannot share one packed row; None if they can."""
+    config = model.config
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention does not go through transformers' attention interface"
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or getattr(model, "_is_stateful", False):
+        return "some of its layers keep a recurrent state"
+    if any(getattr(m, "attn_temperature_tuning", False) for m in model.modules()):
+        return "its attention counts positions from the cache's length"
+    return None
+
+
+class PackedRunner:
+    """One forward for all chunks, over the paged KV cache."""
+
+    def __init__(self, model: Any, kv: PagedKV) -> None:
+        self.model, self.kv = model, kv
+
+    @torch.inference_mode()
+    def forward(self, chunks: Seq[Chunk]) -> Tensor:
+        device = self.kv.device
+        step = self.kv.begin([c.sequence.blocks for c in chunks], [c.start for c in chunks], [c.end for c in chunks])
+        tokens = torch.tensor([[t for c in chunks for t in c.sequence.tokens[c.start : c.end]]], device=device)
+        positions = torch.tensor([[p for c in chunks for p in range(c.start, c.end)]], device=device)
+        last = torch.tensor(step.query_starts[1:], device=device) - 1
+        logits = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            past_key_values=self.kv.cache,
+            use_cache=True,
+            logits_to_keep=last,
+            step=step,
+        ).logits
+        return logits[0].float()  # type: ignore[no-any-return]
+
+
+class SequentialRunner:
+    """Each sequence by itself, with the cache that transformers makes for this architecture.
+
+    For recurrent layers and encoder-decoders: exact, but experts are fetched for one sequence at a time. An
+    encoder-decoder's prompt goes to the encoder; its output starts from the decoder's start token.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Seq[Chunk]) -> Tensor:
+        return torch.stack([self._forward_one(chunk) for chunk in chunks])
+
+    def _forward_one(self, chunk: Chunk) -> Tensor:
+        sequence, device = chunk.sequence, self.model.device
+        new = sequence.tokens[chunk.start : chunk.end]
+        arguments: dict[str, Any] = {}
+        if self.is_encoder_decoder:
+            prompt = torch.tensor([sequence.tokens[: sequence.num_prompt]], device=device)
+            if sequence.state is None:
+                encoded = self.model.get_encoder()(input_ids=prompt)
+                start = self.model.generation_config.decoder_start_token_id
+                start = self.model.config.decoder_start_token_id if start is None else start
+                sequence.state = (encoded, None)
+                new = [start, *sequence.tokens[sequence.num_prompt :]]
+            encoded, past = sequence.state
+            arguments = {"encoder_outputs": encoded, "decoder_input_ids": torch.tensor([new], device=device)}
+        else:
+            past = sequence.state
+            positions = torch.arange(chunk.start, chunk.end, device=device)[None]
+            arguments = {"input_ids": torch.tensor([new], device=device), "position_ids": positions}
+        out = self.model(**arguments, past_key_values=past, use_cache=True)
+        cache = out.past_key_values
+        sequence.state = (encoded, cache) if self.is_encoder_decoder else cache
+        return out.logits[0, -1].float()  # type: ignore[no-any-return]
+
+
+def kv_bytes_per_token(model: Any) -> int:
+    """Of all layers, found by running one token through the dense weights (experts must be detached)."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
+    return sum(t[0, :, 0].numel() * t.itemsize for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def make_paged_kv(model: Any, pool: BlockPool) -> PagedKV:
+    return PagedKV(model.config.get_text_config().num_hidden_layers, pool, model.device)
