@@ -56,10 +56,11 @@ def grouped_experts(
         return y
     capability = device_capability(x.device)
     num_slots = len(weights.down)
-    config = config or pick_tiles(num_rows / min(num_rows, num_experts or num_slots), x.dtype, capability)
+    tma = can_use_tma(weights, x.dtype, capability)
+    config = config or pick_tiles(num_rows / min(num_rows, num_experts or num_slots), x.dtype, capability, tma=tma)
     rows, tiles = route_rows(slot_ids.to(torch.int32), num_slots, config.block_m)
     h = torch.empty(num_rows, inter, dtype=x.dtype, device=x.device)
-    operands = weight_operands(weights, config, tma=can_use_tma(weights, x.dtype, capability))
+    operands = weight_operands(weights, config, tma=tma)
     act, (s_slot, s_row, d_slot, d_row, b1, b2) = weights.activation, operands.strides
     options = launch_options(config.num_warps, config.num_stages)
     x = x if x.stride(1) == 1 else x.contiguous()

@@ -105,18 +105,25 @@ def wait_at_least(ptr, want, error, code, limit, SCOPE: tl.constexpr):
 
 
 @device_function
-def wait_all_at_least(ptrs, want, mask, error, code, limit, N: tl.constexpr, SCOPE: tl.constexpr):
-    """`wait_at_least` for a block of N pointers at once."""
+def wait_all(ptrs, want, mask, error, code, limit, EXACT: tl.constexpr, N: tl.constexpr, SCOPE: tl.constexpr):
+    """`wait_at_least` for a block of N pointers at once; EXACT: until they equal `want`."""
     zero = tl.zeros((N,), tl.int32)
     polls = tl.where(tl.load(error) == 0, 0, limit)
-    while (
-        tl.sum((((tl.atomic_add(ptrs, zero, mask=mask, sem="acquire", scope=SCOPE) - want) < 0) & mask).to(tl.int32), 0)
-        > 0
-    ) & (polls <= limit):
+    while (_num_unready(tl.atomic_add(ptrs, zero, mask=mask, sem="acquire", scope=SCOPE), want, mask, EXACT) > 0) & (
+        polls <= limit
+    ):
         polls += 1
     if polls > limit:
         tl.atomic_or(error, code, sem="relaxed", scope="gpu")
     tl.debug_barrier()
+
+
+@device_function
+def _num_unready(value, want, mask, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.sum(((value != want) & mask).to(tl.int32), 0)
+    else:
+        return tl.sum((((value - want) < 0) & mask).to(tl.int32), 0)
 
 
 @device_function

@@ -28,10 +28,11 @@ class TileConfig(NamedTuple):
     num_stages: int
 
 
-def pick_tiles(rows_per_expert: float, dtype: torch.dtype, capability: int) -> TileConfig:
+def pick_tiles(rows_per_expert: float, dtype: torch.dtype, capability: int, *, tma: bool = False) -> TileConfig:
     """Sizes by rows per expert, from ahead-of-time register and shared-memory reports; not yet tuned on a GPU.
 
     capability: 10 * major + minor of the GPU, 0 for the interpreter (which pays per operation: few, larger tiles).
+    tma: weights come by descriptors, which leaves the registers of their addresses to a wider second tile.
     """
     if capability == 0:
         return TileConfig(16 if rows_per_expert <= 16 else 64, 128, 128, 128, 4, 1)
@@ -41,7 +42,7 @@ def pick_tiles(rows_per_expert: float, dtype: torch.dtype, capability: int) -> T
         return TileConfig(16, 64, 128, 128, 4, 3)
     if rows_per_expert <= 64 or capability < 90:
         return TileConfig(64, 64, 128, 64, 4, 3)
-    return TileConfig(128, 128, 256, 64, 8, 3)
+    return TileConfig(128, 128, 256 if tma and capability < 100 else 128, 64, 8, 3)
 
 
 def device_capability(device: torch.device) -> int:
