@@ -123,7 +123,7 @@ def _send_tokens(
         distance += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # it changes with every step
 def fused_experts_kernel(
     bases,  # int64 [G], where every rank's heap lies as this process sees it
     state,  # int32 [3]: epoch of this launch, exit counter, error bits; in memory, so that a graph can replay

@@ -1,0 +1,89 @@
+"""One layer's experts for the engine, by Triton: the grouped path, and the single launch for steps of few tokens."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe.kernels.combine import combine
+from moe.kernels.fused import FusedExperts
+from moe.kernels.grouped_gemm import grouped_experts
+from moe.kernels.heap_layout import FusedShape, HeapLayout
+from moe.kernels.reference import check_expert_weights
+from moe.kernels.weights import ExpertWeights
+
+
+class GroupedExperts:
+    """Two grouped GEMMs and a combine. `num_experts`: of the layer, for the tile sizes (None: as many as slots)."""
+
+    def __init__(self, weights: ExpertWeights, num_experts: int | None = None) -> None:
+        check_expert_weights(weights)
+        self.weights, self.num_experts = weights, num_experts
+
+    def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
+        """y [T, K, H] float32, 0 where the slot id is -1. x: [T, H]; slot_ids: int [T, K]."""
+        y = grouped_experts(x, slot_ids, self.weights, num_experts=self.num_experts)
+        return y if out_y is None else out_y.copy_(y)
+
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Σ_k w·y [T, H] in x's dtype, in the order of k."""
+        return combine(self.experts(x, slot_ids), topk_weights, x.dtype)
+
+
+class SingleLaunch:
+    """The heap and scratch of the single launch on one rank, shared by all layers of one shape."""
+
+    def __init__(self, max_tokens: int) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens ({max_tokens}) must be at least 1")
+        self.max_tokens = max_tokens
+        self._made: dict[FusedShape, tuple[Tensor, FusedExperts]] = {}
+
+    def layer(self, weights: ExpertWeights) -> "FusedLayerExperts":
+        return FusedLayerExperts(weights, self)
+
+    def of(self, shape: FusedShape, device: torch.device) -> FusedExperts:
+        if shape not in self._made:
+            heap = torch.zeros(HeapLayout.of(shape).nbytes, dtype=torch.uint8, device=device)
+            self._made[shape] = heap, FusedExperts(shape, torch.tensor([heap.data_ptr()], device=device))
+        return self._made[shape][1]
+
+    def check(self) -> None:
+        """`RuntimeError` when a launch ended in an error; a host sync."""
+        for _, fused in self._made.values():
+            fused.check()
+
+
+class FusedLayerExperts(GroupedExperts):
+    """The single launch for up to `max_tokens` tokens that need no waves, the grouped path for everything else."""
+
+    def __init__(self, weights: ExpertWeights, launch: SingleLaunch, num_experts: int | None = None) -> None:
+        super().__init__(weights, num_experts)
+        self.launch = launch
+        self.slots = torch.arange(len(weights.down), dtype=torch.int32, device=weights.down.device)
+
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Σ_k w·y [T, H] in x's dtype, in the order of k; one launch beside the sort."""
+        if len(x) > self.launch.max_tokens:
+            return super().combine(x, slot_ids, topk_weights)
+        shape = FusedShape(
+            world_size=1,
+            num_experts=len(self.slots),  # slots are the launch's experts: a slab of other layers costs no time
+            top_k=slot_ids.shape[1],
+            hidden_size=x.shape[1],
+            intermediate_size=self.weights.down.shape[2],
+            max_tokens=self.launch.max_tokens,
+            dtype=x.dtype,
+        )
+        return self.launch.of(shape, x.device)(x, slot_ids, topk_weights, self.slots, self.weights)
+
+
+def by_crossover(choose: Callable[[int], str], fused: FusedLayerExperts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A `combine` that asks `choose(tokens)`, a measured table's answer, for "single" or "grouped"."""
+
+    def run(x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        if choose(len(x)) == "single":
+            return fused.combine(x, slot_ids, topk_weights)
+        return GroupedExperts.combine(fused, x, slot_ids, topk_weights)
+
+    return run
