@@ -140,8 +140,10 @@ class Exchange:
 
 def pack_rows(parts: Sequence[Tensor]) -> Tensor:
     """Tensors [N, ...] of any dtypes as the bytes uint8 [N, B], row by row."""
-    flat = [part.reshape(len(part), part.shape[1:].numel()).contiguous().view(torch.uint8) for part in parts]
-    return torch.cat(flat, dim=1)
+    flat = [part.reshape(len(part), part.shape[1:].numel()).contiguous() for part in parts]
+    # A last dimension of size 1 may have any stride and still count as contiguous; bytes need a stride of 1.
+    flat = [f if f.stride(1) == 1 else f.clone(memory_format=torch.contiguous_format) for f in flat]
+    return torch.cat([f.view(torch.uint8) for f in flat], dim=1)
 
 
 def unpack_rows(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

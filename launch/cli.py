@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 if TYPE_CHECKING:
     from moe.config import EngineConfig
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+from rich.console import Console
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,12 +192,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _batch(args: argparse.Namespace) -> int:
     from moe.batch import BatchProgress, run_batch
-    from moe.launch.report import print_report, progress_text
+    from moe.launch.report import batch_progress, print_report, progress_text
     from moe.sampling import SamplingParams
     from moe.verify import verify
 
     config = _engine_config(args)
-    with _loaded(args, config) as llm, _progress() as progress:
+    with _loaded(args, config) as llm, batch_progress() as progress:
         task = progress.add_task("", total=None, figures="")
 
         def show(state: BatchProgress) -> None:
@@ -216,16 +215,6 @@ def _batch(args: argparse.Namespace) -> int:
         prompts = _read_prompts(args.input, args.verify)
         err.print(str(verify(args.model, config, prompts, SamplingParams(max_tokens=32))), markup=False)
     return 1 if state.failed else 0
-
-
-def _progress() -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=err,
-    )
 
 
 def _read_prompts(path: Path, limit: int | None) -> list[str]:
@@ -273,6 +262,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
+    from moe.launch.report import batch_progress
     from moe.model import read_blueprint
     from moe.offload.budget import format_bytes
     from moe.offload.pack import pack
@@ -280,7 +270,7 @@ def _pack(args: argparse.Namespace) -> int:
     blueprint = read_blueprint(args.model)
     if not blueprint.experts:
         raise ValueError(f"{args.model} has no experts to pack")
-    with _progress() as progress:
+    with batch_progress() as progress:
         task = progress.add_task("", total=None, figures="")
 
         def show(done: int, total: int) -> None:

@@ -1,13 +1,21 @@
 """The numbers that every run can print, and the progress line of long ones."""
 
+import sys
 from dataclasses import asdict, dataclass
 from statistics import median
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moe.comm.groups import Groups
 from moe.engine import Engine, peak_rss_bytes
 from moe.offload.budget import format_bytes
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +114,48 @@ def progress_text(engine: Engine) -> str:
     rate = (r.prefill_tokens + r.decode_tokens) / seconds if seconds else 0.0
     text = f"{rate:.0f} tokens/s"
     return text + (f", {r.hit_rate:.0%} hits, {format_bytes(r.bytes_read)} read" if r.slots else "")
+
+
+def batch_progress(disable: bool = False) -> Progress:
+    """A bar with lines done, time left, and `progress_text` as the task's field `figures`."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    return Progress(*columns, console=err, disable=disable)
+
+
+def gather_reports(engine: Engine, groups: Groups) -> Table:
+    """Every rank's figures. A collective."""
+    r = run_report(engine)
+    traffic = None if engine.parallel is None else engine.parallel.dispatcher.traffic
+    own = [
+        r.prefill_tokens + r.decode_tokens,
+        engine.stats.prefill_seconds + engine.stats.decode_seconds,
+        r.slots,
+        r.hits,
+        r.misses,
+        r.bytes_read,
+        r.stall_seconds,
+        r.peak_rss,
+        0 if traffic is None else sum(traffic.bytes_to),
+        0 if traffic is None else traffic.cross_node_bytes,
+    ]
+    rows = [torch.tensor(own, dtype=torch.float64, device=groups.device)]
+    if groups.world is not None:
+        rows = [torch.empty_like(rows[0]) for _ in range(groups.world_size)]
+        dist.all_gather(rows, torch.tensor(own, dtype=torch.float64, device=groups.device), group=groups.world)
+    names = ("rank", "tokens", "tokens/s", "slots", "hit rate", "read", "stall s", "peak RSS", "sent", "cross-node")
+    table = Table(*names, box=None, padding=(0, 2, 0, 0))
+    for rank, row in enumerate(rows):
+        tokens, seconds, slots, hits, misses, read, stall, rss, sent, cross = row.tolist()
+        table.add_row(
+            str(rank),
+            f"{tokens:.0f}",
+            f"{tokens / seconds if seconds else 0:.1f}",
+            f"{slots:.0f}",
+            f"{hits / max(1, hits + misses):.1%}",
+            format_bytes(read),
+            f"{stall:.2f}",
+            format_bytes(rss),
+            format_bytes(sent),
+            format_bytes(cross),
+        )
+    return table

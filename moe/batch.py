@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moe.llm import LLM, Generation
+from moe.parallel import broadcast_lines
 from moe.sampling import SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -72,25 +73,33 @@ def run_batch(
     was finished stays, and the same call goes on from there.
     """
     lines = Path(source).read_bytes().splitlines()
+    parallel = llm.engine.parallel
+    rank, world_size = (0, 1) if parallel is None else (parallel.groups.rank, parallel.groups.world_size)
     progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
-    with _Results(Path(target)) as results:
+    results = _Results(Path(target), progress) if parallel is None or rank == 0 else _Remote(parallel.outbox)
+    with results:
         done = results.finished_lines()
         _check_same_file(lines, done, Path(target))
-        progress.resumed = progress.finished = len(done)
-        todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done]
-        seen = {custom_id for custom_id in done.values() if custom_id is not None}
+        finished = set(done) if parallel is None else broadcast_lines(parallel.groups, list(done))
+        progress.resumed = progress.finished = len(finished)
+        todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in finished]
+        todo = todo[rank::world_size][::-1]
+        names = _NamesOfLines(lines)
         open_requests: dict[int, _Open] = {}  # by id of a generation
-        todo.reverse()
         window = 4 * llm.engine.config.batch.max_sequences  # prompts are encoded as they are needed
-        while todo or open_requests:
+        llm.engine.start()
+        while todo or open_requests or llm.engine.has_work:
             while todo and len(open_requests) < window:
-                _open_line(llm, *todo.pop(), seen, open_requests, results, progress)
+                _open_line(llm, *todo.pop(), names, open_requests, results)
             for generation in llm.step():
                 entry = open_requests.pop(id(generation))
                 entry.num_finished += 1
                 if entry.num_finished == len(entry.generations):
                     results.write(_response(entry))
-                    progress.finished += 1
+            if parallel is not None and rank == 0:
+                for line in parallel.inbox:
+                    results.write(json.loads(line))
+                parallel.inbox.clear()
             if on_progress is not None:
                 on_progress(progress)
     return progress
@@ -100,18 +109,16 @@ def _open_line(
     llm: LLM,
     number: int,
     line: bytes,
-    seen: set[str],
+    names: "_NamesOfLines",
     open_requests: dict[int, _Open],
-    results: "_Results",
-    progress: BatchProgress,
+    results: "_Results | _Remote",
 ) -> None:
     custom_id: str | None = None
     try:
         fields = _parse_line(line)
         custom_id = fields["custom_id"]
-        if custom_id in seen:
-            raise BadRequest(f"custom_id {custom_id!r} was used by an earlier line")
-        seen.add(custom_id)
+        if (earlier := names.first_line_of(fields["custom_id"])) < number:
+            raise BadRequest(f"custom_id {custom_id!r} was used by line {earlier}")
         request = _parse_request(llm, number, fields)
         params = request.params
         entry = _Open(request, [])
@@ -127,8 +134,6 @@ def _open_line(
                 "error": {"code": "invalid_request", "message": f"line {number}: {error}"},
             }
         )
-        progress.finished += 1
-        progress.failed += 1
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -231,11 +236,50 @@ def _check_same_file(lines: list[bytes], done: dict[int, str | None], target: Pa
             )
 
 
+class _NamesOfLines:
+    """Which line used a custom_id first; the same on every rank and after a restart. Parsed when first asked."""
+
+    def __init__(self, lines: list[bytes]) -> None:
+        self._lines = lines
+        self._first: dict[str, int] | None = None
+
+    def first_line_of(self, custom_id: str) -> int:
+        if self._first is None:
+            self._first = {}
+            for number, line in enumerate(self._lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    self._first.setdefault(_parse_line(line)["custom_id"], number)
+                except BadRequest:  # that line says so itself
+                    continue
+        return self._first[custom_id]
+
+
+class _Remote:
+    """The output file as a rank other than 0 sees it: lines travel to rank 0 with the next step."""
+
+    def __init__(self, outbox: list[bytes]) -> None:
+        self._outbox = outbox
+
+    def __enter__(self) -> "_Remote":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._outbox.clear()
+
+    def finished_lines(self) -> dict[int, str | None]:
+        return {}
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._outbox.append(json.dumps(entry).encode() + b"\n")
+
+
 class _Results:
     """The output file: whole lines only, whatever happens while one is written."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, progress: BatchProgress) -> None:
+        self.path, self.progress = path, progress
         self._file: BinaryIO
 
     def __enter__(self) -> "_Results":
@@ -283,3 +327,5 @@ class _Results:
                 f"{error.strerror}; all finished lines are kept: make room and run the same command again",
                 str(self.path),
             ) from None
+        self.progress.finished += 1
+        self.progress.failed += entry["error"] is not None

@@ -50,6 +50,19 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How ranks share the experts. `plan`: a file of `moe place`; None places contiguous blocks."""
+
+    plan: str | None = None
+    dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
+    ranks_per_node: int | None = None  # None: as torchrun says; smaller, to let one machine stand for several
+    timeout_seconds: int = 300  # until a rank that waits for a lost peer gives up
+
+    def __post_init__(self) -> None:
+        _require(self.timeout_seconds >= 1, f"parallel.timeout_seconds ({self.timeout_seconds}) must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """All of a run. `dtype`: of activations and dense weights; "auto" is what the model's config says."""
 
@@ -60,6 +73,7 @@ class EngineConfig:
     max_context: int | None = None  # tokens; None: what the model allows
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         _require(self.threads is None or self.threads >= 1, f"threads ({self.threads}) must be >= 1")

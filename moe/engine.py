@@ -8,7 +8,9 @@ add_request ─▶ Scheduler ─▶ chunks ─▶ Runner ─▶ logits ─▶ Sa
 import logging
 import resource
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ import torch
 from torch import Tensor
 
 from moe.attention import ATTENTION_NAME
-from moe.config import EngineConfig
+from moe.comm.groups import Groups
+from moe.config import EngineConfig, ParallelConfig
 from moe.experts import SlotExperts
 from moe.kv import BlockPool
 from moe.model import Blueprint, load_dense, read_blueprint
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache, LayerStats
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
+from moe.parallel import ExpertParallel
+from moe.placement.plan import Plan
 from moe.recorder import TraceRecorder
 from moe.runner import PackedRunner, Runner, SequentialRunner, kv_bytes_per_token, make_paged_kv, why_not_packed
 from moe.sampling import Sampler, SamplingParams
@@ -52,15 +57,18 @@ class StepStats:
 class Engine:
     """One model in this process. Not thread-safe; one thread adds requests and steps.
 
+    With `groups` the experts are shared by their ranks, and every call of `start` and `step` is a collective.
+
     Raises ValueError for a folder, a budget or a setting that cannot be served.
     """
 
-    def __init__(self, folder: str | Path, config: EngineConfig | None = None) -> None:
+    def __init__(self, folder: str | Path, config: EngineConfig | None = None, groups: Groups | None = None) -> None:
         self.config = config or EngineConfig()
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.blueprint = read_blueprint(folder)
         self.device = torch.device(self.config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.parallel = None if groups is None else _make_parallel(groups, self.blueprint, self.config.parallel)
         self.notes = _notes(self.blueprint)
         reason = why_not_packed(self.blueprint.skeleton)
         self.is_packed = reason is None and self.config.batch.packed
@@ -82,9 +90,10 @@ class Engine:
         """Computes one batch. Returns the sequences that got a token, finished ones included."""
         start = time.perf_counter()
         chunks = self.scheduler.schedule()
-        if not chunks:
-            return []
-        logits = self.runner.forward(chunks)
+        joins = self._agree(chunks)
+        logits = self.runner.forward(chunks) if chunks else torch.empty(0)
+        for _ in range(joins):
+            self._join()
         self._record(chunks)
         for chunk in chunks:
             self.scheduler.computed(chunk)
@@ -92,9 +101,15 @@ class Engine:
         self._count(chunks, start)
         return stepped
 
+    def start(self) -> None:
+        """Begins a run of steps after which `has_work` is false. With ranks: a collective, before the first step."""
+        if self.parallel is not None:
+            self.parallel.agree(1, 0)
+
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether this rank, or any, has something to compute or to hand over."""
+        return self.scheduler.has_work if self.parallel is None else not self.parallel.agreement.is_over
 
     def add_request(self, tokens: Seq[int], params: SamplingParams) -> Sequence:
         """Queues a prompt of token ids. Raises ValueError if it cannot ever run."""
@@ -178,6 +193,18 @@ class Engine:
             self.scheduler.finish(sequence)
         return sequence
 
+    def _agree(self, chunks: Seq[Chunk]) -> int:
+        """How many forwards of other ranks this one must join in this step."""
+        if self.parallel is None:
+            return 0
+        own = self.runner.num_forwards(chunks)
+        return max(self.parallel.agree(own, sum(c.end - c.start for c in chunks)).forwards) - own
+
+    @torch.inference_mode()
+    def _join(self) -> None:
+        assert self.experts is not None
+        self.experts.join(self.blueprint.index.sites[0].hidden_size, self.model.dtype, self._pairs)
+
     def _record(self, chunks: Seq[Chunk]) -> None:
         if self.recorder is not None and self.experts is not None:
             self.recorder.add(chunks, self.experts.recorded)
@@ -196,11 +223,14 @@ class Engine:
 
     def _make_runner(self) -> tuple[Scheduler, Runner]:
         batch = self.config.batch
+        with _detached_experts(self.model, self.blueprint) as pairs:
+            self.kv_token_bytes = kv_bytes_per_token(self.model) if self.is_packed else 0
+            if self.parallel is not None and not self.is_packed:
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+            self._pairs = list(pairs)
         if not self.is_packed:
             unlimited = BlockPool(batch.max_sequences, self.max_context, sharing=False)
             return Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(self.model)
-        with _detached_experts(self.model, self.blueprint):
-            self.kv_token_bytes = kv_bytes_per_token(self.model)
         self.model.set_attn_implementation(ATTENTION_NAME)
         tokens = batch.kv_tokens
         if tokens is None:
@@ -211,7 +241,12 @@ class Engine:
         self.kv_bytes = num_blocks * batch.block_size * self.kv_token_bytes
         return Scheduler(batch, pool), PackedRunner(self.model, make_paged_kv(self.model, pool))
 
-    kv_token_bytes = 0
+    def _own_experts(self) -> list[list[int]]:
+        """The logical experts that this rank serves, by layer."""
+        if self.parallel is None:
+            return [list(range(site.num_experts)) for site in self.blueprint.index.sites]
+        return self.parallel.hosted()
+
     kv_bytes = 0
 
     def _make_experts(self) -> SlotExperts | None:
@@ -220,10 +255,11 @@ class Engine:
             return None
         blob_bytes = max(layout.nbytes for layout in blueprint.index.layouts)
         available = available_memory() if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
+        own = self._own_experts()
         num_slots = resolve_slots(
             offload.budget,
             blob_bytes=blob_bytes,
-            total_experts=blueprint.num_experts,
+            total_experts=sum(map(len, own)),
             available_bytes=max(0, available - self.kv_bytes)
             * 9
             // 10,  # activations, buffers, the rest of the machine
@@ -237,27 +273,56 @@ class Engine:
                 files, store = store, RamStore.read_from(store)
                 files.close()
         cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=self.device)
-        if num_slots == blueprint.num_experts:
-            cache.preload()
-        experts = SlotExperts(cache, [e.activation for e in blueprint.experts], self.config.kernel)
+        if num_slots == sum(map(len, own)):
+            cache.preload(own)
+        activations = [e.activation for e in blueprint.experts]
+        experts = SlotExperts(cache, activations, self.config.kernel, self.parallel)
         for layer, site in enumerate(blueprint.index.sites):
             self.model.get_submodule(site.module).compute = experts.layer(layer)
         return experts
 
 
-class _detached_experts:
-    """Inside this block experts return zeros, so that the dense part can run before the slots exist."""
+@contextmanager
+def _detached_experts(model: Any, blueprint: Blueprint) -> Iterator[list[int]]:
+    """Inside this block experts return zeros, so that the dense part can run before the slots exist.
 
-    def __init__(self, model: Any, blueprint: Blueprint) -> None:
-        self._modules = [model.get_submodule(site.module) for site in blueprint.index.sites]
+    Yields the list of each layer's pairs per dispatched row (K), filled by the first forward.
+    """
+    modules = [model.get_submodule(site.module) for site in blueprint.index.sites]
+    pairs = [0] * len(modules)
 
-    def __enter__(self) -> None:
-        for module in self._modules:
-            module.compute = lambda x, *_: torch.zeros_like(x)
+    def zeros(layer: int) -> Any:
+        def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, scale_input: bool) -> Tensor:
+            pairs[layer] = 1 if scale_input else topk_ids.shape[1]
+            return torch.zeros_like(x)
 
-    def __exit__(self, *_: object) -> None:
-        for module in self._modules:
+        return compute
+
+    for layer, module in enumerate(modules):
+        module.compute = zeros(layer)
+    try:
+        yield pairs
+    finally:
+        for module in modules:
             module.compute = None
+
+
+def _make_parallel(groups: Groups, blueprint: Blueprint, config: ParallelConfig) -> ExpertParallel:
+    counts = {site.num_experts for site in blueprint.index.sites}
+    if blueprint.config.is_encoder_decoder or len(counts) != 1:
+        reason = "it is an encoder-decoder" if blueprint.config.is_encoder_decoder else "layers differ in experts"
+        raise ValueError(f"{blueprint.folder} cannot be served by several ranks: {reason if counts else 'no experts'}")
+    num_layers, num_experts = len(blueprint.index.sites), counts.pop()
+    if config.plan is None:
+        plan = Plan.contiguous(num_layers, num_experts, groups.world_size)
+    else:
+        plan = Plan.load(config.plan)
+    if (plan.num_layers, plan.num_experts) != (num_layers, num_experts):
+        raise ValueError(
+            f"{config.plan} places {plan.num_layers} layers of {plan.num_experts} experts, {blueprint.folder} has "
+            f"{num_layers} of {num_experts}: it is the plan of another model"
+        )
+    return ExpertParallel(groups, plan, config.dispatcher)
 
 
 def _notes(blueprint: Blueprint) -> list[str]:

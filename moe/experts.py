@@ -20,6 +20,7 @@ from moe.kernels.cpu import CpuExperts
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
 from moe.offload.cache import ExpertCache
+from moe.parallel import ExpertParallel
 
 KernelName = Literal["auto", "reference", "cpu"]
 
@@ -65,9 +66,15 @@ class RoutedLayer(NamedTuple):
 class SlotExperts:
     """The experts of all layers over one cache. `recorded[layer]` holds the step's routing while `recording`."""
 
-    def __init__(self, cache: ExpertCache, activations: Sequence[Activation], kernel: KernelName = "auto") -> None:
+    def __init__(
+        self,
+        cache: ExpertCache,
+        activations: Sequence[Activation],
+        kernel: KernelName = "auto",
+        parallel: ExpertParallel | None = None,
+    ) -> None:
         make = kernel_for(kernel, cache.device)
-        self.cache = cache
+        self.cache, self.parallel = cache, parallel
         self.kernels = [
             make(ExpertWeights(*cache.views(layer), activation)) for layer, activation in enumerate(activations)
         ]
@@ -98,9 +105,22 @@ class SlotExperts:
             self.recorded[layer] = RoutedLayer(ids.astype(np.int16), weights)
         if scale_input:
             rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
-            y = self._run(layer, rows, ids.reshape(-1, 1), None).view(*topk_ids.shape, -1)
-            return combine_reference(y, torch.ones_like(topk_weights), x.dtype)
-        return self._run(layer, x, ids, topk_weights)
+            ones = torch.ones_like(topk_weights)
+            y = self._parallel_or_here(layer, rows, ids.reshape(-1, 1), ones.view(-1, 1))
+            return combine_reference(y.view(*topk_ids.shape, -1), ones, x.dtype)
+        return self._parallel_or_here(layer, x, ids, topk_weights)
+
+    def join(self, hidden_size: int, dtype: torch.dtype, num_pairs: Sequence[int]) -> None:
+        """Takes part in all layers of a forward that only other ranks have. num_pairs: K of each layer's dispatch."""
+        for layer, top_k in enumerate(num_pairs):
+            x = torch.zeros(0, hidden_size, dtype=dtype, device=self.cache.device)
+            weights = torch.zeros(0, top_k, device=self.cache.device)
+            self._parallel_or_here(layer, x, np.zeros((0, top_k), np.int64), weights)
+
+    def _parallel_or_here(self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor) -> Tensor:
+        if self.parallel is None:
+            return self._run(layer, x, ids, topk_weights)
+        return self.parallel.compute(layer, x, ids, topk_weights, lambda rows, own: self._run(layer, rows, own, None))
 
     def _run(self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor | None) -> Tensor:
         """The combined rows [T, H] in x's dtype, or without weights y of every pair, fp32 [T, K, H]."""

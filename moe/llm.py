@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moe.comm.groups import Groups
 from moe.config import EngineConfig
 from moe.engine import Engine
 from moe.model import load_tokenizer
@@ -52,16 +53,22 @@ class LLM:
     """A model from its Hugging Face folder (or a packed one), with its experts in slots.
 
     experts_in_memory: "0.25" (fraction), "64" (experts) or "6GiB", over config.offload.budget. Close it, or use it in
-    a `with` block. Raises ValueError, with the remedy, for whatever cannot be served.
+    a `with` block. groups: of a run of several ranks; each then has prompts of its own (there may be none), and
+    `generate` is a collective. Raises ValueError, with the remedy, for whatever cannot be served.
     """
 
     def __init__(
-        self, model: str | Path, config: EngineConfig | None = None, *, experts_in_memory: str | float | None = None
+        self,
+        model: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        experts_in_memory: str | float | None = None,
+        groups: Groups | None = None,
     ) -> None:
         config = config or EngineConfig()
         if experts_in_memory is not None:
             config = config.with_budget(str(experts_in_memory))
-        self.engine = Engine(model, config)
+        self.engine = Engine(model, config, groups)
         self.tokenizer = load_tokenizer(Path(model))
         self._open: dict[int, Generation] = {}
 
@@ -89,6 +96,7 @@ class LLM:
         try:
             for ids, one in zip(tokens, each):
                 samples.append([self.add(ids, replace(one, n=1, seed=one.seed + i)) for i in range(one.n)])
+            self.engine.start()
             while self.engine.has_work:
                 self.step()
         except BaseException:

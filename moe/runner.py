@@ -15,6 +15,9 @@ class Runner(Protocol):
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
         """Logits of the last token of every chunk, fp32 [len(chunks), V]."""
 
+    def num_forwards(self, chunks: Seq[Chunk]) -> int:
+        """How often `forward` runs the model for these chunks."""
+
 
 def why_not_packed(model: Any) -> str | None:
     """The reason why sequences of this model cannot share one packed row; None if they can."""
@@ -54,6 +57,9 @@ class PackedRunner:
         ).logits
         return logits[0].float()  # type: ignore[no-any-return]
 
+    def num_forwards(self, chunks: Seq[Chunk]) -> int:
+        return 1 if chunks else 0
+
 
 class SequentialRunner:
     """Each sequence by itself, with the cache that transformers makes for this architecture.
@@ -69,6 +75,9 @@ class SequentialRunner:
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
         return torch.stack([self._forward_one(chunk) for chunk in chunks])
+
+    def num_forwards(self, chunks: Seq[Chunk]) -> int:
+        return len(chunks)
 
     def _forward_one(self, chunk: Chunk) -> Tensor:
         sequence, device = chunk.sequence, self.model.device

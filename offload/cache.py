@@ -205,13 +205,17 @@ class ExpertCache:
     def is_all_resident(self) -> bool:
         return self._has_all_slots and not self._free and not self._loading
 
-    def preload(self) -> None:
-        """Reads experts into the free slots, layer by layer, until none is free; counts no hits and no misses."""
+    def preload(self, experts: Sequence[Sequence[int]] | None = None) -> None:
+        """Reads experts into the free slots, layer by layer, until none is free; counts no hits and no misses.
+
+        experts: which, by layer; None: all of them.
+        """
         kept = self.stats
         self.stats = [LayerStats() for _ in kept]
         try:
             for layer, slot_of in enumerate(self._slot_of_layer):
-                missing = np.flatnonzero(slot_of < 0).astype(np.int32)[: len(self._free)]
+                wanted = np.arange(len(slot_of)) if experts is None else np.asarray(experts[layer], np.int64)
+                missing = wanted[slot_of[wanted] < 0].astype(np.int32)[: len(self._free)]
                 if len(missing):
                     for _ in self._acquire_missing(layer, missing, slot_of[missing]):
                         pass

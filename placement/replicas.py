@@ -27,6 +27,8 @@ def choose_replicas(
     each expert's tokens is dealt to its copies so that ranks fill evenly, experts in ascending order. T may be 0.
     """
     ids = np.asarray(topk_ids, np.int64)
+    if not len(ids):
+        return ids
     home = np.broadcast_to(np.asarray(home, np.int64), ids.shape[:1])
     copies = np.where((ids >= 0)[:, :, None], log2phy[ids], -1)  # [T, K, R]
     ranks = np.where(copies >= 0, copies // physical_per_rank, -1)

@@ -1,0 +1,159 @@
+"""Expert parallelism of one rank: who serves each token, and the lock step of all ranks.
+
+Attention is data-parallel: every rank has requests of its own. In each layer tokens go to the ranks that hold their
+experts, there to slots (which may be fewer than the rank's experts), and back. Every rank must take part in every
+layer of every forward: a rank with less work joins with T = 0.
+
+    logical ──choose_replicas──▶ physical ──dispatcher──▶ rank, local ──phy2log──▶ logical ──cache──▶ slot
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
+from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
+from moe.comm.groups import CommError, Groups, first_line
+from moe.placement.plan import Plan
+from moe.placement.replicas import choose_replicas
+
+DispatcherName = Literal["all_to_all", "hierarchical"]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What all ranks said at the start of a step. forwards, tokens: per rank."""
+
+    forwards: tuple[int, ...]
+    tokens: tuple[int, ...]
+    letters: tuple[int, ...]  # bytes of finished results that each rank has for rank 0
+
+    @property
+    def is_over(self) -> bool:
+        """No rank has anything to compute or to hand over."""
+        return not any(self.forwards) and not any(self.letters)
+
+
+class ExpertParallel:
+    """This rank's part of a plan. Raises ValueError for a plan of another model or number of ranks."""
+
+    def __init__(self, groups: Groups, plan: Plan, dispatcher: DispatcherName = "all_to_all") -> None:
+        if plan.num_ranks != groups.world_size:
+            raise ValueError(
+                f"the plan is for {plan.num_ranks} ranks, this run has {groups.world_size}; solve it again for them"
+            )
+        self.groups = groups
+        rank_of = torch.from_numpy(plan.rank_of_physical())
+        self.dispatcher: TokenDispatcher
+        if groups.world_size == 1:
+            self.dispatcher = LocalDispatcher(groups, rank_of)
+        elif dispatcher == "hierarchical":
+            self.dispatcher = HierarchicalDispatcher(groups, rank_of)
+        else:
+            self.dispatcher = AllToAllDispatcher(groups, rank_of)
+        self.plan = plan
+        self.use(plan)
+        self.agreement = Agreement((1,), (0,), (0,))
+        self.outbox: list[bytes] = []  # results for rank 0, handed over with the next step
+        self.inbox: list[bytes] = []  # on rank 0: what came
+
+    def use(self, plan: Plan) -> None:
+        """From the next step on, experts are where `plan` says. All ranks must change in the same step.
+
+        Same model, same number of ranks, same number of physical experts per rank. Nothing is moved here: an expert
+        that is new on a rank is read from its store when a token first needs it. Costs a table per layer.
+        """
+        if (plan.num_ranks, plan.num_physical, plan.num_layers, plan.num_experts) != (
+            self.plan.num_ranks,
+            self.plan.num_physical,
+            self.plan.num_layers,
+            self.plan.num_experts,
+        ):
+            raise ValueError(
+                f"the new plan has {plan.num_layers} layers, {plan.num_experts} experts and {plan.num_physical} "
+                f"physical experts on {plan.num_ranks} ranks, the run has {self.plan.num_layers}, "
+                f"{self.plan.num_experts}, {self.plan.num_physical} and {self.plan.num_ranks}"
+            )
+        self.plan = plan
+        mine = slice(self.groups.rank * plan.physical_per_rank, (self.groups.rank + 1) * plan.physical_per_rank)
+        none = np.full((plan.num_layers, 1), -1, np.int64)
+        self._logical_of = np.concatenate([plan.phy2log[:, mine], none], axis=1).astype(np.int64)  # id -1 reads -1
+        self._has_replicas = bool((plan.replicas > 1).any())
+
+    def hosted(self) -> list[list[int]]:
+        """The logical experts of this rank, by layer."""
+        return [[int(e) for e in row[:-1] if e >= 0] for row in self._logical_of]
+
+    def physical(self, layer: int, topk_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The physical expert that serves each pair: [T, K], -1 kept. Local copies first, then the least loaded."""
+        plan = self.plan
+        if self._has_replicas:
+            chosen = choose_replicas(topk_ids, self.groups.rank, plan.log2phy[layer], plan.physical_per_rank)
+            return np.asarray(chosen, np.int64)
+        return np.where(topk_ids >= 0, plan.log2phy[layer][topk_ids, 0], -1).astype(np.int64)
+
+    def compute(
+        self,
+        layer: int,
+        x: Tensor,
+        topk_ids: npt.NDArray[np.int64],
+        topk_weights: Tensor,
+        run: Callable[[Tensor, npt.NDArray[np.int64]], Tensor],
+    ) -> Tensor:
+        """One layer's experts for this rank's tokens. run(rows [R, H], logical ids [R, K]) -> y [R, K, H]."""
+        physical = torch.from_numpy(self.physical(layer, topk_ids)).to(x.device)
+        sent = self.dispatcher.dispatch(x.contiguous(), physical, topk_weights.float(), layer=layer)
+        here: npt.NDArray[np.int64] = self._logical_of[layer][sent.local_ids.numpy(force=True)]  # host sync
+        return self.dispatcher.combine(run(sent.rows, here), sent.handle)
+
+    def agree(self, forwards: int, tokens: int) -> Agreement:
+        """Tells all ranks what this one will do in this step, and hands finished results to rank 0. A collective."""
+        letter = b"".join(self.outbox)
+        own = torch.tensor([forwards, tokens, len(letter)], dtype=torch.int64)
+        gathered = self._gather(own, "the agreement on a step")
+        columns = list(zip(*(row.tolist() for row in gathered)))
+        self.agreement = Agreement(*columns)
+        if any(self.agreement.letters):
+            self._deliver(letter)
+        return self.agreement
+
+    def _deliver(self, letter: bytes) -> None:
+        size = max(self.agreement.letters)
+        padded = torch.frombuffer(bytearray(letter.ljust(size, b"\0")), dtype=torch.uint8)
+        letters = self._gather(padded, "handing over results")
+        if self.groups.rank == 0:
+            for data, length in zip(letters, self.agreement.letters):
+                self.inbox += bytes(data[:length].numpy()).splitlines(keepends=True)
+        self.outbox.clear()
+
+    def _gather(self, own: Tensor, what: str) -> list[Tensor]:
+        if self.groups.world is None:
+            return [own]
+        try:
+            own = own.to(self.groups.device)
+            gathered = [torch.empty_like(own) for _ in range(self.groups.world_size)]
+            dist.all_gather(gathered, own, group=self.groups.world)
+        except RuntimeError as error:
+            raise CommError(
+                f"rank {self.groups.rank} of {self.groups.world_size}: a peer was lost in {what} ({first_line(error)})"
+            ) from error
+        return [g.cpu() for g in gathered]
+
+
+def broadcast_lines(groups: Groups, lines: Sequence[int]) -> set[int]:
+    """Rank 0's numbers on every rank. A collective."""
+    if groups.world is None:
+        return set(lines)
+    count = torch.tensor([len(lines)], device=groups.device)
+    dist.broadcast(count, 0, group=groups.world)
+    numbers = torch.zeros(int(count), dtype=torch.int64, device=groups.device)
+    if groups.rank == 0:
+        numbers.copy_(torch.tensor(list(lines), dtype=torch.int64))
+    dist.broadcast(numbers, 0, group=groups.world)
+    return set(numbers.tolist())

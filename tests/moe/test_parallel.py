@@ -1,0 +1,208 @@
+"""Several gloo ranks, each with fewer slots than its share of the experts, say what one process says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe.batch import run_batch
+from moe.comm.groups import process_groups
+from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
+from moe.llm import LLM
+from moe.placement.plan import Plan
+from moe.sampling import SamplingParams
+from tests.distributed import spawn
+from tests.families import VOCAB_SIZE, tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "examples" / "tinymoe"
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True)
+
+
+def prompts_of(seed: int, vocabulary: int = VOCAB_SIZE) -> list[list[int]]:
+    """Seven prompts of odd lengths, so that ranks get unequal shares."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in (5, 1, 37, 20, 3, 63, 8)]
+
+
+def config_of(budget: str, plan: str | None, dispatcher: str, packed: bool = True) -> EngineConfig:
+    return EngineConfig(
+        dtype="float32",
+        offload=OffloadConfig(budget=budget),
+        batch=BatchConfig(max_tokens=48, max_sequences=3, packed=packed, kv_tokens=1024),
+        parallel=ParallelConfig(plan=plan, dispatcher=dispatcher, timeout_seconds=60),
+    )
+
+
+def tokens_alone(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    with LLM(folder, config_of("1.0", None, "all_to_all")) as llm:
+        return [o.outputs[0].token_ids for o in llm.generate(prompts, PARAMS)]
+
+
+def serve_cases(folder: str, prompts: list[list[int]], cases: list[tuple], only_rank: int | None) -> list:
+    """One rank: its share of the prompts under every case."""
+    answers = []
+    with process_groups(timeout_s=60) as groups:
+        for budget, plan, dispatcher, packed in cases:
+            own = prompts[groups.rank :: groups.world_size]
+            if only_rank is not None:
+                own = prompts if groups.rank == only_rank else []
+            with LLM(folder, config_of(budget, plan, dispatcher, packed), groups=groups) as llm:
+                answers.append([o.outputs[0].token_ids for o in llm.generate(own, PARAMS)])
+                llm.engine.experts.cache.check()
+    return answers
+
+
+def write_plans(folder: Path, num_layers: int, num_experts: int, world_size: int) -> list[str | None]:
+    """Contiguous (None), random, and random with a replica of the first experts on every rank."""
+    rng = np.random.default_rng(world_size)
+    ranks = np.stack([rng.permutation(np.arange(num_experts) % world_size) for _ in range(num_layers)])
+    hosted = ranks[:, :, None] == np.arange(world_size)
+    plans: list[str | None] = [None]
+    for name in ("random", "replicated"):
+        Plan.from_hosted(hosted).save(folder / f"{name}{world_size}.json")
+        plans.append(str(folder / f"{name}{world_size}.json"))
+        hosted = hosted.copy()
+        hosted[:, :2] = True
+    return plans
+
+
+def check_all(folder: Path, tmp_path: Path, world_size: int, shape: tuple[int, int], dispatchers, budgets, nodes=None):
+    prompts = prompts_of(world_size)
+    expected = tokens_alone(folder, prompts)
+    plans = write_plans(tmp_path, *shape, world_size)
+    cases = [(b, p, d, True) for b in budgets for p in plans for d in dispatchers]
+    answers = spawn(world_size, serve_cases, str(folder), prompts, cases, None, ranks_per_node=nodes, time_limit_s=250)
+    for case, by_rank in zip(cases, zip(*answers)):
+        for rank, own in enumerate(by_rank):
+            assert own == expected[rank::world_size], (case, rank)
+
+
+@pytest.fixture(scope="module")
+def deepseek_v3(tmp_path_factory) -> Path:
+    return tiny_checkpoint("deepseek_v3", tmp_path_factory.mktemp("deepseek_v3"))
+
+
+def test_two_ranks_say_what_one_says(deepseek_v3, tmp_path):
+    check_all(deepseek_v3, tmp_path, 2, (2, 8), ["all_to_all"], ["1.0", "1"])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_plans_dispatchers_and_slots(family, world_size, tmp_path):
+    folder = tiny_checkpoint(family, tmp_path / "model")
+    shape = {"mixtral": (3, 7), "qwen3_moe": (3, 8), "deepseek_v3": (2, 8)}[family]
+    nodes = 2 if world_size == 4 else None
+    check_all(folder, tmp_path, world_size, shape, ["all_to_all", "hierarchical"], ["1.0", "0.25", "3"], nodes)
+
+
+def test_ranks_without_any_prompt_take_part(deepseek_v3):
+    prompts = prompts_of(5)
+    expected = tokens_alone(deepseek_v3, prompts)
+    answers = spawn(2, serve_cases, str(deepseek_v3), prompts, [("2", None, "all_to_all", True)], 1)
+    assert answers[0] == [[]]
+    assert answers[1] == [expected]
+
+
+def test_ranks_step_together_one_sequence_at_a_time(deepseek_v3):
+    """Unequal numbers of forwards in a step, and sequences that end at different times."""
+    prompts = prompts_of(6)[:5]
+    expected = tokens_alone(deepseek_v3, prompts)
+    answers = spawn(2, serve_cases, str(deepseek_v3), prompts, [("3", None, "all_to_all", False)], None)
+    assert [answers[0][0], answers[1][0]] == [expected[0::2], expected[1::2]]
+
+
+def change_plan_while_running(folder: str, prompts: list[list[int]], plan: str) -> list:
+    with process_groups(timeout_s=60) as groups:
+        with LLM(folder, config_of("2", None, "all_to_all"), groups=groups) as llm:
+            own = [llm.add(p, PARAMS) for p in prompts[groups.rank :: groups.world_size]]
+            llm.engine.start()
+            steps = 0
+            first = llm.engine.parallel.plan
+            while llm.engine.has_work:
+                llm.step()
+                steps += 1
+                if steps % 3 == 0:
+                    llm.engine.parallel.use(Plan.load(plan) if steps % 2 else first)
+            return [g.completion().token_ids for g in own]
+
+
+def test_a_plan_may_change_between_steps(deepseek_v3, tmp_path):
+    prompts = prompts_of(7)
+    expected = tokens_alone(deepseek_v3, prompts)
+    rng = np.random.default_rng(0)
+    ranks = np.stack([rng.permutation(np.arange(8) % 2) for _ in range(2)])
+    Plan.from_assignment(ranks, 2).save(tmp_path / "other.json")
+    answers = spawn(2, change_plan_while_running, str(deepseek_v3), prompts, str(tmp_path / "other.json"))
+    assert [answers[0], answers[1]] == [expected[0::2], expected[1::2]]
+
+
+def test_a_plan_of_another_model_or_world_is_refused(deepseek_v3, tmp_path):
+    Plan.contiguous(2, 8, 3).save(tmp_path / "three.json")
+    Plan.contiguous(5, 8, 1).save(tmp_path / "layers.json")
+    with process_groups() as groups:
+        with pytest.raises(ValueError, match="the plan is for 3 ranks, this run has 1"):
+            LLM(deepseek_v3, config_of("1.0", str(tmp_path / "three.json"), "all_to_all"), groups=groups)
+        with pytest.raises(ValueError, match=r"5 layers of 8 experts.*2 of 8"):
+            LLM(deepseek_v3, config_of("1.0", str(tmp_path / "layers.json"), "all_to_all"), groups=groups)
+
+
+def torchrun(output: Path, *settings: str, num_lines: int | None = None, wait: bool = True):
+    source = ROOT / "examples" / "batch.jsonl"
+    if num_lines is not None:
+        lines = source.read_text().splitlines()
+        source = output.with_suffix(".in")
+        entries = [json.loads(lines[i % len(lines)]) | {"custom_id": f"c{i}"} for i in range(num_lines)]
+        source.write_text("\n".join(json.dumps(e) for e in entries))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "moe.launch.torchrun", str(DEMO), str(source), str(output), "--experts-in-memory", "0.25"]
+    command += [f"--set={s}" for s in ("dtype=float32", "threads=1", "parallel.timeout_seconds=20", *settings)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    return (process, process.communicate(timeout=200)[0]) if wait else (process, "")
+
+
+def results_of(path: Path) -> dict:
+    return {(e := json.loads(line))["custom_id"]: e["response"]["body"] for line in path.read_text().splitlines()}
+
+
+def test_torchrun_writes_the_batch_of_one_process(tmp_path):
+    process, printed = torchrun(tmp_path / "two.jsonl")
+    assert process.returncode == 0, printed
+    with LLM(DEMO, EngineConfig(dtype="float32")) as llm:
+        run_batch(llm, ROOT / "examples" / "batch.jsonl", tmp_path / "one.jsonl")
+    assert results_of(tmp_path / "two.jsonl") == results_of(tmp_path / "one.jsonl")
+    assert "peak RSS" in printed
+
+
+@pytest.mark.heavy
+def test_a_killed_rank_stops_the_others_and_a_restart_resumes(tmp_path):
+    output = tmp_path / "out.jsonl"
+    process, _ = torchrun(output, num_lines=200, wait=False)
+    deadline = time.monotonic() + 120
+    while not (output.exists() and output.read_bytes().count(b"\n") >= 20):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no results were written"
+        time.sleep(0.2)
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    ranks = [int(line.split()[0]) for line in listing.splitlines() if line.split()[1:2] == [str(process.pid)]]
+    os.kill(ranks[1], signal.SIGKILL)
+    printed = process.communicate(timeout=100)[0]
+    assert process.returncode != 0
+    assert "rank 0 of 2" in printed or "SIGKILL" in printed.upper() or "Signal 9" in printed, printed
+    before = output.read_bytes()
+    assert 20 <= before[: before.rfind(b"\n")].count(b"\n") + 1 < 200
+    again, printed = torchrun(output, num_lines=200)
+    assert again.returncode == 0, printed
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted(e["custom_id"] for e in lines) == sorted(f"c{i}" for i in range(200))
+    assert output.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
