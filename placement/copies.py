@@ -8,7 +8,7 @@ look-up; replicas are added where a token comes anyway. The busiest rank's load 
 
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from moe.placement.replicas import fill_up
 from moe.placement.trace import RoutingTrace
 
 Single = NDArray[np.float32]
+FULL = 50.0  # rank visits that a token above the load cap costs: more than a swap can ever save by it
+SOFT = (0.1, 0.5, FULL, FULL)  # first penalty of a descent: half of them come from outside the cap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +137,7 @@ class LayerSearch:
     def __init__(self, touched: Touched, load: Floats, cap: float, num_ranks: int, options: CopyOptions) -> None:
         self.hits, self.pins, self.load = touched.hits, touched.pins, load
         self.cap, self.ranks, self.options = cap, num_ranks, options
-        self.penalty = 50.0 * float(self.hits.sum()) / max(float(load.sum()), 1e-12)
+        self.penalty = FULL * float(self.hits.sum()) / max(float(load.sum()), 1e-12)
 
     def run(self, start: Ints, rng: np.random.Generator, deadline: float) -> Ints:
         """Descend from `start` and from shuffles of the best, until the deadline; at least one descent."""
@@ -145,14 +147,27 @@ class LayerSearch:
             trial = best.copy()
             among = rng.choice(len(trial), int(rng.integers(2, max(3, len(trial) // 3) + 1)), replace=False)
             trial[among] = rng.permutation(trial[among])
-            trial = self.descend(trial, deadline)
+            soft = float(rng.choice(SOFT))
+            trial = self.settle(trial, soft, deadline) if soft < FULL else self.descend(trial, deadline)
             cost = self.cost(trial)
             if cost < best_cost:
                 best, best_cost = trial, cost
         return best
 
+    def settle(self, ranks: Ints, soft: float, deadline: float) -> Ints:
+        """Descend with a penalty of `soft` visits per overloading token, then twice, ... up to the full penalty."""
+        full = self.penalty
+        self.penalty = full * soft / FULL
+        while self.penalty < full and time.perf_counter() < deadline:
+            ranks = self.descend(ranks, deadline)
+            if np.bincount(ranks, weights=self.load, minlength=self.ranks).max() <= self.cap:
+                break
+            self.penalty = max(2 * self.penalty, full * 0.1 / FULL)
+        self.penalty = full
+        return self.descend(ranks, deadline)
+
     def cost(self, ranks: Ints) -> float:
-        over = max(np.bincount(ranks, weights=self.load, minlength=self.ranks).max() - self.cap, 0.0)
+        over = float(self.overload(np.bincount(ranks, weights=self.load, minlength=self.ranks)).sum())
         total = float((self.counts(ranks) > 0).sum())
         if self.options.node_weight and self.options.nodes is not None:
             nodes = np.array(self.options.nodes)[ranks]
@@ -190,15 +205,17 @@ class LayerSearch:
             ranks[e], ranks[f] = ranks[f], ranks[e]
         return ranks
 
+    def overload(self, load: NDArray[Any]) -> Floats:
+        """Load above the cap; summed over ranks rather than the busiest alone, so that every step towards it counts."""
+        return np.maximum(load - self.cap, 0.0)
+
     def overload_changes(self, ranks: Ints) -> Floats:
-        """Change of max(busiest load - cap, 0) by every swap: [E, E]."""
+        """Change of the total overload by every swap: [E, E]."""
         load = np.bincount(ranks, weights=self.load, minlength=self.ranks)
         change = self.load[None, :] - self.load[:, None]
-        top = np.maximum(load[ranks][:, None] + change, load[ranks][None, :] - change)
-        others = np.full(top.shape, -np.inf)
-        for rank in np.argsort(-load)[:3][::-1]:
-            others = np.where((ranks[:, None] != rank) & (ranks[None, :] != rank), load[rank], others)
-        return np.asarray(np.maximum(np.maximum(top, others), self.cap) - max(float(load.max()), self.cap))
+        now = self.overload(load)[ranks]
+        here, there = load[ranks][:, None] + change, load[ranks][None, :] - change
+        return np.asarray(self.overload(here) + self.overload(there) - now[:, None] - now[None, :])
 
 
 class ReplicaSearch:
@@ -227,7 +244,7 @@ class ReplicaSearch:
         items, _, hits = self.split(hosted)
         load = np.bincount(items[:, 1], weights=hits.sum(axis=0), minlength=self.base.ranks)
         used = greedy_cover(self.base.hits, hosted, self.base.pins)
-        return float(used.sum()) + self.base.penalty * max(float(load.max()) - self.cap, 0.0)
+        return float(used.sum()) + self.base.penalty * float(np.maximum(load - self.cap, 0.0).sum())
 
     def split(self, hosted: NDArray[np.bool_]) -> tuple[Ints, Ints, Single]:
         """(copies [C, 2] of expert and rank, experts [C], K-hot rows over copies [N, C]), each token at one copy."""

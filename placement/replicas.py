@@ -43,11 +43,8 @@ def choose_replicas(
     visited = np.zeros((len(ids), num_ranks), bool)
     token, slot = np.nonzero(chosen >= 0)
     visited[token, chosen[token, slot] // physical_per_rank] = True
-    passing = np.where(
-        ranks >= 0,
-        np.take_along_axis(visited, np.maximum(ranks, 0).reshape(len(ids), -1), 1).reshape(ranks.shape),
-        False,
-    )
+    token = np.arange(len(ids))[:, None, None]
+    passing = (ranks >= 0) & visited[token, np.maximum(ranks, 0)]
     load = np.bincount(chosen[chosen >= 0] // physical_per_rank, minlength=num_ranks)
     open_pair = (chosen < 0) & (num_copies > 0)
     # Copies on ranks that the token visits anyway; where there are several, dealt like the rest.

@@ -1,0 +1,173 @@
+"""Placement on synthetic routing: plan, bound, gap and time on fixed instances, and how the cost of solving grows.
+
+Bound by CPU: eigenvalue projections (bound) and linear assignments (plan), one process. Baseline: the project's first
+experiments, whose figures stand in the table. Run: python bench/bench_placement.py [--seconds 60] [--out FILE]
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import highspy
+import numpy as np
+import scipy
+
+from moe.placement.bounds import lower_bound, matching_lp_bound
+from moe.placement.copies import CopyOptions, LayerSearch, Touched, k_hot
+from moe.placement.program import Program
+from moe.placement.relaxation import relax
+from moe.placement.solver import solve
+from tests.placement.instances import topic_trace, transitions
+
+# layers, experts, ranks, kind, best plan and best bound of the first experiments
+INSTANCES = (
+    (4, 8, 2, "topic", 0.4237, 0.4237),
+    (32, 8, 4, "topic", 0.69907, 0.69907),
+    (12, 16, 4, "topic", 0.6721, 0.6718),
+    (24, 32, 4, "topic", 0.6439, 0.6168),
+    (24, 64, 8, "topic", 0.7757, 0.7353),
+    (48, 128, 8, "topic", 0.7454, 0.6911),
+    (61, 256, 32, "topic", 0.8847, 0.8548),
+    (12, 16, 4, "zipf", 0.5525, 0.5339),
+    (24, 64, 8, "zipf", 0.677, 0.438),
+)
+HEADER = "| L, E, G, kind | plan | bound | gap | was: plan | was: bound | bound s | search s | iterations | beats |"
+
+
+def hardware() -> dict[str, str]:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "cpu": f"{names[0] if names else platform.processor()} x {os.cpu_count()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "highs": highspy.Highs().version(),
+        "load": f"{os.getloadavg()[0]:.1f} at start (shared machine)",
+    }
+
+
+def run_instance(layers: int, experts: int, ranks: int, kind: str, seconds: float) -> dict[str, object]:
+    program = Program.even(transitions(layers, experts, ranks, kind), ranks)
+    bound = lower_bound(program, time_limit=seconds)
+    found = solve(program, time_limit=seconds, guide=bound.relaxation, seed=1)
+    assert bound.value <= found.cost + 1e-9
+    return {
+        "instance": [layers, experts, ranks, kind],
+        "plan": found.cost,
+        "bound": min(bound.value, found.cost),
+        "gap": max(found.cost - bound.value, 0.0) / found.cost,
+        "method": bound.method,
+        "bound_seconds": bound.seconds,
+        "search_seconds": found.seconds,
+        "iterations": bound.relaxation.iterations if bound.relaxation else None,
+        "history": found.history,
+    }
+
+
+def exponent(xs: list[int], ys: list[float]) -> float:
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def growth() -> list[dict[str, object]]:
+    """Fitted exponents of: one relaxation iteration, one full sweep, one swap table; medians of 3."""
+
+    def median(action, repeats=3) -> float:
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - began)
+        return float(np.median(times))
+
+    def iteration(layers: int, experts: int, ranks: int) -> float:
+        mass = transitions(layers, experts, ranks)
+        few = relax(mass, ranks, time_limit=0.8)
+        return few.seconds / few.iterations
+
+    def sweep(layers: int, experts: int, ranks: int) -> float:
+        program = Program.even(transitions(layers, experts, ranks), ranks)
+        return median(lambda: solve(program, time_limit=1e-9, rounds=0))
+
+    def table(tokens: int, experts: int, ranks: int) -> float:
+        trace = topic_trace(tokens, 1, experts, 4, 4)
+        hits = k_hot(trace.expert_ids[:, 0], experts)
+        search = LayerSearch(Touched(hits, None), hits.sum(axis=0).astype(float), 1e9, ranks, CopyOptions())
+        start = np.arange(experts) % ranks
+        return median(lambda: search.descend(start.copy(), time.perf_counter() + 1e-9) is None or search.cost(start))
+
+    rows = []
+    chain = {"L": (0, [4, 8, 16]), "E": (1, [32, 64, 128]), "G": (2, [2, 4, 8])}
+    tokens = {"N": (0, [2000, 4000, 8000, 16000]), "E": (1, [32, 64, 128])}
+    for name, measure, base, axes in (
+        ("relaxation iteration", iteration, (8, 32, 4), chain),
+        ("one start, swept", sweep, (8, 32, 4), chain),
+        ("token cost of a layer", table, (4000, 64, 8), tokens),
+    ):
+        for axis, (place, values) in axes.items():
+            times = [measure(*[v if i == place else b for i, b in enumerate(base)]) for v in values]
+            ms = [t * 1e3 for t in times]
+            rows.append({"what": name, "axis": axis, "values": values, "ms": ms, "exponent": exponent(values, times)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for the bound, again for the search; half up to E = 32"
+    )
+    parser.add_argument("--only", type=int, nargs="*", help="instance numbers")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "placement_synthetic")
+    args = parser.parse_args()
+    lines = [f"command: python bench/bench_placement.py --seconds {args.seconds:g}", ""]
+    about = hardware()
+    lines += [f"{key}: {value}" for key, value in about.items()] + ["", HEADER, "|" + "---|" * 10]
+    print("\n".join(lines), flush=True)
+    results = []
+    for number, (layers, experts, ranks, kind, plan, bound) in enumerate(INSTANCES):
+        if args.only is not None and number not in args.only:
+            continue
+        row = run_instance(layers, experts, ranks, kind, args.seconds if experts > 32 else args.seconds / 2)
+        if experts <= 32:
+            mass = transitions(layers, experts, ranks, kind)
+            row["matching_bound"] = matching_lp_bound(mass, ranks)
+        row["first_plan"], row["first_bound"] = plan, bound
+        results.append(row)
+        better = ("plan " if row["plan"] < plan - 5e-5 else "") + ("bound" if row["bound"] > bound + 5e-5 else "")
+        cells = [
+            f"{layers}, {experts}, {ranks}, {kind}",
+            f"{row['plan']:.5f}",
+            f"{row['bound']:.5f}",
+            f"{row['gap']:.3%}",
+            plan,
+            bound,
+            f"{row['bound_seconds']:.1f}",
+            f"{row['search_seconds']:.1f}",
+            row["iterations"] or row["method"],
+            better or "=",
+        ]
+        lines.append("| " + " | ".join(str(c) for c in cells) + " |")
+        print(lines[-1], flush=True)
+    table = growth()
+    lines += ["", "| cost of | grows with | values | ms | exponent |", "|---|---|---|---|---|"]
+    for r in table:
+        lines.append(
+            f"| {r['what']} | {r['axis']} | {r['values']} | {[round(x, 2) for x in r['ms']]} | {r['exponent']:.2f} |"
+        )
+    print("\n".join(lines[-len(table) - 2 :]))
+    document = {"hardware": about, "seconds": args.seconds, "instances": results, "growth": table}
+    args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print(json.dumps({k: v for k, v in document.items() if k != "instances"}))
+
+
+if __name__ == "__main__":
+    main()

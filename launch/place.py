@@ -1,0 +1,311 @@
+"""`moe analyze`, `moe place` and `moe simulate`: from a routing trace to a plan and to what it will cost."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe.placement.affinity import expert_load, transition_counts
+from moe.placement.baselines import eplb_greedy
+from moe.placement.bounds import lower_bound
+from moe.placement.copies import CopyOptions, solve_copies
+from moe.placement.copies_bound import copies_bound
+from moe.placement.importers import from_deepseek_esft_npz
+from moe.placement.migrate import plan_migration, relabel
+from moe.placement.plan import Plan, check_capacity
+from moe.placement.program import Program, Weights
+from moe.placement.report import analyse, bars_svg, cell_text, grid_svg, heatmap_svg, save_png, table_html, write_page
+from moe.placement.simulate import Simulation, Workload, simulate
+from moe.placement.solver import plan_of, solve
+from moe.placement.topology import Topology
+from moe.placement.trace import RoutingTrace
+
+
+def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `analyze`, `place` and `simulate`; each sets `run`, a function of the parsed arguments to an exit status."""
+    parser = subparsers.add_parser("analyze", help="does this model suit offloading, and how much affinity is there")
+    parser.add_argument("trace", type=Path, help="routing trace (.npz, .safetensors)")
+    parser.add_argument("--segment", type=int, default=16, help="m of SRP and SCH, tokens (default 16)")
+    _add_pictures(parser)
+    parser.set_defaults(run=run_analyze)
+
+    parser = subparsers.add_parser("place", help="decide where every expert lives")
+    parser.add_argument("trace", type=Path)
+    _add_topology(parser)
+    parser.add_argument("--out", type=Path, required=True, help="plan to write (.json)")
+    parser.add_argument(
+        "--objective", choices=("copies", "coherent", "transitions"), default="copies",
+        help="copies: ranks a token touches, attention at home; coherent: attention moves with the heaviest expert; "
+        "transitions: rank changes between consecutive layers (ExFlow), with a proven bound",
+    )  # fmt: skip
+    parser.add_argument("--replicas", type=float, default=0.0, help="spare slots as a share of the experts, e.g. 0.125")
+    parser.add_argument(
+        "--load-weight", type=float, default=0.0, help="weight of imbalance for --objective transitions"
+    )
+    parser.add_argument(
+        "--fit", type=float, default=0.8, help="share of sequences to fit; the rest judges (default 0.8)"
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="solver time (default 30)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--present", type=Path, help="running plan: rename ranks to move little, report the migration")
+    parser.add_argument("--bytes-per-step", type=int, default=1 << 28, help="migration budget between two steps")
+    _add_workload(parser)
+    _add_pictures(parser)
+    parser.set_defaults(run=run_place)
+
+    parser = subparsers.add_parser("simulate", help="predict bytes, load, misses and time of a plan on a trace")
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("plan", type=Path)
+    _add_topology(parser)
+    _add_workload(parser)
+    _add_pictures(parser)
+    parser.set_defaults(run=run_simulate)
+
+
+def run_analyze(args: argparse.Namespace) -> int:
+    """Print the locality, affinity and cache report of a trace."""
+    trace = read_trace(args.trace)
+    found = analyse(trace, segment=args.segment)
+    rows = [(key, found[key]) for key in ("model", "tokens", "layers", "experts", "top_k")]
+    rows += [
+        ("usage entropy / log E", found["entropy"]),
+        ("hottest expert / mean", found["hottest"]),
+        (f"SRP, m = {found['segment']}", found["srp"]),
+        ("predicted / true activations", found["srp_ratio"]),
+        ("knee of the cache, experts per layer", found["knee"]),
+        ("affinity of consecutive layers (share of entropy explained)", found["affinity"]),
+    ]
+    _show("analysis", ("", "value"), rows)
+    cache = [(c["slots"], c["oracle"], c["lru"]) for c in found["cache"]]
+    _show("hit rate by cache size", ("slots per layer", f"oracle, {found['segment']} tokens ahead", "LRU"), cache)
+    print(f"{found['model']} {found['verdict']}")
+    pictures = {"load, layers x experts": expert_load(trace)}
+    if trace.num_layers > 1:
+        pictures["transitions, first two layers"] = transition_counts(trace)[0]
+    if args.html:
+        parts = [
+            f"<p>{found['verdict']}</p>",
+            table_html(rows, ("", "value")),
+            table_html(cache, ("slots", "oracle", "LRU")),
+        ]
+        write_page(
+            args.html, f"Routing of {found['model']}", parts + [heatmap_svg(m, title=t) for t, m in pictures.items()]
+        )
+    if args.png:
+        save_png(args.png, pictures)
+    return 0
+
+
+def run_place(args: argparse.Namespace) -> int:
+    """Solve on the fitted part, judge on the rest beside baselines, write the plan."""
+    trace, topology = read_trace(args.trace), read_topology(args.topology)
+    fit, held = trace.split(args.fit, args.seed) if trace.num_sequences > 1 else (trace, trace)
+    slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, args.expert_bytes)
+    if args.objective == "transitions":
+        if slots is not None:
+            raise ValueError("--replicas needs --objective copies or coherent; transitions places one copy each")
+        plan = _place_transitions(fit, topology, args)
+    else:
+        coherent = args.objective == "coherent"
+        options = CopyOptions(seconds=args.seconds, seed=args.seed, coherent=coherent, nodes=topology.node_of_rank,
+                              node_weight=_node_weight(topology))  # fmt: skip
+        plan = solve_copies(fit, topology.num_ranks, slots_per_rank=slots, options=options)
+        if not coherent and slots is None and not options.node_weight:
+            bound = copies_bound(fit, topology.num_ranks, seconds=0.5 * args.seconds, hint=plan.hosted)
+            plan = plan.with_result(bound=min(float(bound.mean()), plan.value or 0.0))
+    work = _workload(args)
+    if args.objective == "coherent" and args.dispatcher == "home":
+        print("note: placed for coherent decode but judged with --dispatcher home", file=sys.stderr)
+    present = Plan.load(args.present) if args.present else None
+    if present is not None:
+        plan = relabel(
+            present, plan, nodes=topology.node_of_rank, per_layer=args.objective == "copies" and topology.num_nodes == 1
+        )
+    shape = (trace.num_layers, trace.num_experts, topology.num_ranks)
+    plans = {
+        "contiguous": Plan.contiguous(*shape),
+        "eplb greedy": eplb_greedy(expert_load(fit), topology.num_ranks, slots),
+        "this plan": plan,
+    }
+    if present is not None:
+        plans["present"] = present
+    results = {name: simulate(held, p, topology, work) for name, p in plans.items()}
+    rows = [_row(name, result) for name, result in results.items()]
+    _show(f"held-out {held.num_sequences} sequences, {held.num_tokens} tokens", _HEADER, rows)
+    proof = "no bound for this objective"
+    if plan.bound is not None and plan.gap is not None:
+        proof = f"bound {plan.bound:.4f}, gap {plan.gap:.2%}"
+    print(f"objective {plan.objective} {plan.value:.4f}, {proof}, {plan.seconds:.1f} s")
+    plan.save(args.out)
+    if present is not None:
+        _report_migration(present, plan, topology, args, results)
+    if args.html:
+        load = expert_load(fit)
+        before = plans["present" if present is not None else "contiguous"]
+        parts = [
+            table_html(rows, _HEADER),
+            grid_svg(before, title="before: experts by rank, darker = hotter, red edge = replicated", load=load),
+            grid_svg(plan, title="after", load=load),
+            bars_svg({n: r.layer_copies for n, r in results.items()}, title="copies per token and layer"),
+        ]
+        write_page(args.html, f"Placement of {trace.model}", parts)
+    if args.png:
+        save_png(args.png, {n: _rank_of_expert(p) for n, p in plans.items()})
+    return 0
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    """Replay a trace on a plan and on the contiguous one."""
+    trace, plan, topology = read_trace(args.trace), Plan.load(args.plan), read_topology(args.topology)
+    result = simulate(trace, plan, topology, _workload(args))
+    base = simulate(
+        trace, Plan.contiguous(plan.num_layers, plan.num_experts, plan.num_ranks), topology, _workload(args)
+    )
+    rows = [_row("contiguous", base), _row(str(args.plan), result)]
+    _show(f"{trace.num_tokens} tokens in {result.num_steps} steps", _HEADER, rows)
+    names = [f"rank {g}" for g in range(plan.num_ranks)]
+    links = [(name, *(int(b) for b in row)) for name, row in zip(names, result.link_bytes, strict=True)]
+    _show("bytes by link, from row to column", ("", *names), links)
+    if args.html:
+        parts = [
+            table_html(rows, _HEADER),
+            grid_svg(plan, title="experts by rank", load=expert_load(trace)),
+            heatmap_svg(result.link_bytes, title="bytes from row to column", cell=24),
+            heatmap_svg(result.load, title="load, layers x ranks", cell=14),
+        ]
+        write_page(args.html, f"Simulation of {trace.model}", parts)
+    if args.png:
+        save_png(args.png, {"bytes by link": result.link_bytes, "load": result.load})
+    return 0
+
+
+def read_trace(path: Path) -> RoutingTrace:
+    """A trace of our own format, or an array copy of ESFT's logs."""
+    if path.suffix == ".npz" and path.is_file():
+        with np.load(path, allow_pickle=False) as file:
+            foreign = "gate_weights_e4" in file.files
+        if foreign:
+            return from_deepseek_esft_npz(path)
+    return RoutingTrace.load(path)
+
+
+def read_topology(name: str) -> Topology:
+    """A JSON file, or a preset's name."""
+    return Topology.load(name) if name.endswith(".json") else Topology.preset(name)
+
+
+def slots_per_rank(
+    num_experts: int, topology: Topology, replicas: float, num_layers: int, expert_bytes: int
+) -> int | None:
+    """Copies per rank and layer; None without replicas. Raises ValueError if fast plus host memory cannot hold them."""
+    if replicas < 0:
+        raise ValueError(f"--replicas ({replicas}) must be >= 0")
+    slots = None
+    if replicas:
+        slots = min(int(num_experts * (1 + replicas)) // topology.num_ranks, num_experts)
+        check_capacity(num_experts, topology.num_ranks, slots, expert_bytes)
+    if topology.fast_bytes is not None and topology.host_bytes is not None:
+        need = num_layers * (num_experts if slots is None else slots * topology.num_ranks) * expert_bytes
+        have = sum(topology.fast_bytes) + sum(topology.host_bytes)
+        if need > have:
+            raise ValueError(
+                f"the experts need {need} bytes, fast and host memory hold {have}: {need - have} bytes are missing"
+            )
+    return slots
+
+
+def _place_transitions(fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Plan:
+    program = Program.even(
+        transition_counts(fit, pairs="home"), topology.num_ranks, load=expert_load(fit), link_cost=topology.link_cost(),
+        weights=Weights(load=args.load_weight),
+    )  # fmt: skip
+    bound = lower_bound(program, time_limit=0.5 * args.seconds)
+    found = solve(program, time_limit=0.5 * args.seconds, seed=args.seed, guide=bound.relaxation)
+    return plan_of(
+        program, found, bound=min(bound.value, found.cost), solver="search", objective="program", model=fit.model,
+        seconds=bound.seconds + found.seconds,
+    )  # fmt: skip
+
+
+def _report_migration(
+    present: Plan, plan: Plan, topology: Topology, args: argparse.Namespace, results: dict[str, Simulation]
+) -> None:
+    times = (results["present"].step_seconds, results["this plan"].step_seconds)
+    move = plan_migration(
+        present,
+        plan,
+        topology,
+        expert_bytes=args.expert_bytes,
+        bytes_per_step=args.bytes_per_step,
+        seconds_per_step=times,
+    )
+    print(
+        f"migration: {move.num_bytes / 1e9:.2f} GB in {len(move.steps)} steps, {move.seconds:.2f} s; "
+        f"saves {move.saving * 1e3:.3f} ms per step, pays back after {move.steps_to_pay:.0f} steps"
+    )
+
+
+def _node_weight(topology: Topology) -> float:
+    cost = topology.link_cost()
+    return float(cost.max() - 1) if topology.num_nodes > 1 and topology.num_ranks > topology.num_nodes else 0.0
+
+
+def _rank_of_expert(plan: Plan) -> Any:
+    return plan.hosted.argmax(axis=2)
+
+
+_HEADER = ("plan", "copies", "node copies", "max/mean", "in step", "miss rate", "a2a s", "step ms")
+
+
+def _row(name: str, r: Simulation) -> tuple[Any, ...]:
+    return (
+        name,
+        r.copies,
+        r.node_copies,
+        r.imbalance,
+        r.step_imbalance,
+        r.miss_rate,
+        r.all_to_all_seconds,
+        r.step_seconds * 1e3,
+    )
+
+
+def _show(title: str, header: tuple[str, ...], rows: list[Any]) -> None:
+    table = Table(title=title, title_justify="left")
+    for k, name in enumerate(header):
+        table.add_column(name, justify="left" if k == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell_text(value) for value in row))
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    return Workload(
+        batch_tokens=args.batch,
+        token_bytes=args.token_bytes,
+        expert_bytes=args.expert_bytes,
+        dispatcher=args.dispatcher,
+        fast_slots=args.fast_slots,
+    )
+
+
+def _add_topology(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", default="h200x8", help="JSON file or preset such as h200x8, 2xh200x4, laptopx4")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=256, help="tokens per step")
+    parser.add_argument("--token-bytes", type=int, default=4096, help="bytes of one hidden state")
+    parser.add_argument("--expert-bytes", type=int, default=17_301_504, help="bytes of one expert's weights")
+    parser.add_argument("--dispatcher", choices=("home", "coherent"), default="home")
+    parser.add_argument("--fast-slots", type=int, help="experts per rank in fast memory, all layers; default all")
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", type=Path, help="write a self-contained page with pictures")
+    parser.add_argument("--png", type=Path, help="write pictures as PNG (needs matplotlib)")

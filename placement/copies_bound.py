@@ -1,0 +1,93 @@
+"""How few ranks tokens can touch at all: a lower bound for every placement without replicas of equal capacity.
+
+A token touches sum over its experts of 1 / (1 + q) ranks, q = its other experts on the same rank. 1 / (1 + q) is
+convex, so tangents bound it from below by a linear function of "i and j share a rank", and the best linear value
+over all placements is bounded by the semidefinite relaxation of `relaxation.py`, used on one layer against itself.
+Any tangents give a valid bound; they are taken where the relaxation's own optimum lies, and the best is kept.
+"""
+
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe.placement.copies import k_hot
+from moe.placement.program import Floats
+from moe.placement.relaxation import relax
+from moe.placement.trace import RoutingTrace
+
+ROUNDS = 4
+
+
+def copies_bound(
+    trace: RoutingTrace, num_ranks: int, *, seconds: float = 30.0, hint: NDArray[np.bool_] | None = None
+) -> Floats:
+    """Lower bound on the mean ranks touched per token in each layer, [L], for any placement with ceil(E/G) per rank.
+
+    hint: hosted [L, E, G] of a good plan, where the first tangents are taken. Better bounds need more seconds.
+    """
+    bounds = np.zeros(trace.num_layers)
+    for layer in range(trace.num_layers):
+        hits = k_hot(trace.expert_ids[:, layer], trace.num_experts).astype(np.float64)
+        together = None
+        if hint is not None:
+            together = (hint[layer].astype(float) @ hint[layer].T.astype(float)) > 0
+        bounds[layer] = layer_bound(hits, num_ranks, seconds / trace.num_layers, together)
+    return bounds
+
+
+def layer_bound(hits: Floats, num_ranks: int, seconds: float, together: NDArray[np.bool_] | None = None) -> float:
+    """The bound of one layer: hits [N, E] K-hot; together [E, E] who shares a rank in a good placement."""
+    experts = hits.shape[1]
+    capacity = -(-experts // num_ranks)
+    floor = float((np.ceil(hits.sum(axis=1) / capacity)).mean())  # a rank holds `capacity` experts at most
+    if num_ranks == 1 or not hits.any():
+        return floor
+    average = (capacity - 1) / max(num_ranks * capacity - 1, 1)
+    shared = np.full((experts, experts), average)
+    if together is not None:
+        shared = 0.5 * shared + 0.5 * together
+    best, deadline = floor, time.perf_counter() + seconds
+    for attempt in range(ROUNDS):
+        np.fill_diagonal(shared, 0.0)
+        constant, weight = tangents(hits, shared)
+        value, found = most_shared(
+            weight, num_ranks, capacity, max(deadline - time.perf_counter(), 0.01) / (ROUNDS - attempt)
+        )
+        best = max(best, (constant - value) / len(hits))
+        if time.perf_counter() >= deadline:
+            break
+        shared = 0.5 * shared + 0.5 * found
+    return float(best)
+
+
+def tangents(hits: Floats, shared: Floats) -> tuple[float, Floats]:
+    """(constant, weight [E, E] symmetric): ranks touched >= constant - <weight, s> / 2 for every 0/1 co-location s.
+
+    The tangents are taken at `shared`, [E, E] in [0, 1] with a zero diagonal.
+    """
+    near = hits @ shared
+    piece = np.floor(near)
+    slope = hits / ((piece + 1) * (piece + 2))  # 1/(k+1) - 1/(k+2)
+    constant = float((hits / (piece + 1) + slope * piece).sum())
+    half = slope.T @ hits
+    weight = half + half.T
+    np.fill_diagonal(weight, 0.0)
+    return constant, weight
+
+
+def most_shared(weight: Floats, num_ranks: int, capacity: int, seconds: float) -> tuple[float, Floats]:
+    """(upper bound on <weight, s> / 2 over placements, the relaxation's s).
+
+    One layer against a copy of itself; a reward D for sharing with oneself, paid in full by every true placement,
+    ties the two copies together.
+    """
+    experts = len(weight)
+    reward = float(weight.sum(axis=1).mean()) or 1.0
+    missing = num_ranks * capacity - experts
+    mass = np.pad(weight, ((0, missing), (0, missing))) + reward * np.eye(experts + missing)
+    total = float(mass.sum())
+    solved = relax(mass[None] / total, num_ranks, time_limit=seconds)
+    upper = (1 - max(solved.bound, 0.0)) * total - reward * (experts + missing)
+    s = (solved.within[0] + solved.within[1] + solved.between[0] + solved.between[0].T)[:experts, :experts] / 4
+    return upper / 2, np.asarray(s)

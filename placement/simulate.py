@@ -1,0 +1,213 @@
+"""Replay a trace on a plan: bytes per link, load per rank, all-to-all time, misses and step time.
+
+A prediction, not a measurement: links carry what the dispatcher sends (one copy per token and destination rank),
+experts cost time by token, misses are read from host memory, and nothing overlaps. Compare plans with it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe.placement.affinity import check_routes, heaviest_experts
+from moe.placement.plan import Plan, merge_models
+from moe.placement.replicas import choose_replicas
+from moe.placement.topology import Topology
+from moe.placement.trace import RoutingTrace
+
+Dispatcher = Literal["home", "coherent"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What a step is: batch_tokens tokens of the trace, in order; sizes in bytes; seconds of expert work per token.
+
+    dispatcher: "home" returns every result to the token's own rank; "coherent" keeps the token where its heaviest
+    expert is. fast_slots: experts (all layers) per rank in fast memory, least recently used goes; None = all fit.
+    split: how copies share tokens: "local" (`choose_replicas`) or "even" (each copy the same share, as EPLB deals).
+    """
+
+    batch_tokens: int = 256
+    token_bytes: int = 4096
+    expert_bytes: int = 17_301_504
+    expert_token_seconds: float = 2e-7
+    dispatcher: Dispatcher = "home"
+    fast_slots: int | None = None
+    split: Literal["local", "even"] = "local"
+
+    def __post_init__(self) -> None:
+        if min(self.batch_tokens, self.token_bytes, self.expert_bytes) < 1 or self.expert_token_seconds < 0:
+            raise ValueError(f"batch, token and expert sizes must be at least 1 and times >= 0: {self}")
+        if self.fast_slots is not None and self.fast_slots < 1:
+            raise ValueError(f"fast_slots ({self.fast_slots}) must be at least 1 per rank")
+
+
+class Simulation(NamedTuple):
+    """Totals over the trace. copies and node_copies are per token and layer, dispatch only.
+
+    link_bytes: [G, G] sent from row to column, dispatch and combine. load: [L, G] token-expert pairs per rank.
+    imbalance: mean over layers of max / mean load over the whole trace; step_imbalance: the same inside steps.
+    """
+
+    copies: float
+    node_copies: float
+    layer_copies: NDArray[np.float64]
+    link_bytes: NDArray[np.int64]
+    load: NDArray[np.int64]
+    imbalance: float
+    step_imbalance: float
+    misses: int
+    miss_rate: float
+    miss_bytes: int
+    all_to_all_seconds: float
+    expert_seconds: float
+    miss_seconds: float
+    step_seconds: float
+    num_steps: int
+
+
+def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Workload | None = None) -> Simulation:
+    """Replay; sequences are dealt to home ranks in turn. Raises ValueError if trace, plan and topology do not match."""
+    work = workload or Workload()
+    check_routes(trace)
+    merge_models([trace.model, plan.model])
+    if (trace.num_layers, trace.num_experts) != plan.hosted.shape[:2]:
+        raise ValueError(
+            f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, the plan "
+            f"{plan.num_layers} of {plan.num_experts}; use a plan for this model"
+        )
+    if topology.num_ranks != plan.num_ranks:
+        raise ValueError(f"the plan is for {plan.num_ranks} ranks, the topology has {topology.num_ranks}")
+    ranks, layers = plan.num_ranks, trace.num_layers
+    same_node = topology.same_node()
+    home = np.repeat(np.arange(trace.num_sequences) % ranks, trace.sequence_lengths)
+    heaviest = heaviest_experts(trace) if work.dispatcher == "coherent" else None
+    cache = _Caches(plan, work.fast_slots)
+    link_bytes, load = np.zeros((ranks, ranks), np.int64), np.zeros((layers, ranks), np.int64)
+    layer_copies = np.zeros(layers)
+    node_copies = uses = steps = 0
+    step_imbalance: list[float] = []
+    seconds = np.zeros(3)  # all-to-all, experts, misses
+    for begin in range(0, trace.num_tokens, work.batch_tokens):
+        tokens = slice(begin, min(begin + work.batch_tokens, trace.num_tokens))
+        at = home[tokens].copy()
+        steps += 1
+        for layer in range(layers):
+            ids = trace.expert_ids[tokens, layer]
+            if work.split == "local":
+                physical = choose_replicas(ids, at, plan.log2phy[layer], plan.physical_per_rank)
+            else:
+                physical = deal_evenly(ids, plan.log2phy[layer], begin)
+            rank = np.where(physical >= 0, physical // plan.physical_per_rank, ranks)
+            visited = np.zeros((len(ids), ranks + 1), bool)
+            np.put_along_axis(visited, rank, True, axis=1)
+            visited = visited[:, :-1]
+            after = at
+            if heaviest is not None:
+                after = _homes_after(ids, rank, heaviest[tokens, layer], at)
+            sent, returned = np.zeros((ranks, ranks), np.int64), np.zeros((ranks, ranks), np.int64)
+            token, to = np.nonzero(visited)
+            np.add.at(sent, (at[token], to), 1)
+            np.add.at(returned, (to, after[token]), 1)
+            np.fill_diagonal(sent, 0)
+            np.fill_diagonal(returned, 0)
+            layer_copies[layer] += sent.sum()
+            node_copies += int(_node_copies(visited, at, topology.nodes))
+            bytes_both = (sent + returned) * work.token_bytes
+            link_bytes += bytes_both
+            busy = np.bincount(rank[rank < ranks], minlength=ranks)
+            load[layer] += busy
+            step_imbalance.append(float(busy.max() / max(busy.mean(), 1e-12)))
+            missed = cache.use(layer, plan, physical)
+            uses += cache.last_uses
+            seconds += (
+                all_to_all_seconds(sent * work.token_bytes, same_node, topology)
+                + all_to_all_seconds(returned * work.token_bytes, same_node, topology),
+                float(busy.max()) * work.expert_token_seconds,
+                float(missed.max()) * work.expert_bytes / topology.host.bandwidth
+                + float(missed.any()) * topology.host.latency,
+            )
+            at = after
+    per = trace.num_tokens
+    misses = cache.misses
+    return Simulation(
+        copies=float(layer_copies.sum() / per / layers),
+        node_copies=node_copies / per / layers,
+        layer_copies=layer_copies / per,
+        link_bytes=link_bytes,
+        load=load,
+        imbalance=float((load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-12)).mean()),
+        step_imbalance=float(np.mean(step_imbalance)),
+        misses=misses,
+        miss_rate=misses / max(uses, 1),
+        miss_bytes=misses * work.expert_bytes,
+        all_to_all_seconds=float(seconds[0]),
+        expert_seconds=float(seconds[1]),
+        miss_seconds=float(seconds[2]),
+        step_seconds=float(seconds.sum() / steps),
+        num_steps=steps,
+    )
+
+
+def all_to_all_seconds(num_bytes: NDArray[np.int64], same_node: NDArray[np.bool_], topology: Topology) -> float:
+    """Time of one all-to-all [G, G]: the busiest rank's bytes, in or out, per link class; the classes in parallel."""
+    worst = 0.0
+    for link, mask in ((topology.intra, same_node), (topology.inter, ~same_node)):
+        part = np.where(mask, num_bytes, 0)
+        most = max(int(part.sum(axis=0).max()), int(part.sum(axis=1).max()))
+        if most:
+            worst = max(worst, link.seconds(most))
+    return worst
+
+
+def deal_evenly(ids: NDArray[np.integer[Any]], log2phy: NDArray[np.int32], offset: int = 0) -> NDArray[np.int64]:
+    """Each copy of an expert takes its tokens in turn, blind to ranks: [T, K] physical ids."""
+    copies = (log2phy >= 0).sum(axis=1)
+    position = np.arange(ids.size).reshape(ids.shape) + offset * ids.shape[1]
+    turn = position % copies[np.maximum(ids, 0)]
+    return np.where(ids >= 0, log2phy[np.maximum(ids, 0), turn], -1).astype(np.int64)
+
+
+def _homes_after(
+    ids: NDArray[np.int16], rank: NDArray[np.int64], heaviest: NDArray[np.int64], at: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    slot = (ids == heaviest[:, None]).argmax(axis=1)
+    return np.where(heaviest >= 0, rank[np.arange(len(ids)), slot], at).astype(np.int64)
+
+
+def _node_copies(visited: NDArray[np.bool_], at: NDArray[np.int64], nodes: NDArray[np.int64]) -> int:
+    """Copies to other nodes, one per token and node."""
+    by_node = np.zeros((len(visited), int(nodes.max()) + 1), bool)
+    for rank, node in enumerate(nodes):
+        by_node[:, node] |= visited[:, rank]
+    by_node[np.arange(len(visited)), nodes[at]] = False
+    return int(by_node.sum())
+
+
+class _Caches:
+    """One least-recently-used set of (layer, expert) per rank."""
+
+    def __init__(self, plan: Plan, slots: int | None) -> None:
+        self.slots, self.misses, self.last_uses, self.clock = slots, 0, 0, 0
+        self.last = np.full((plan.num_ranks, plan.num_layers * plan.physical_per_rank), -1, np.int64)
+
+    def use(self, layer: int, plan: Plan, physical: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Touch what a batch uses in a layer; how many experts each rank had to fetch: [G]."""
+        width = plan.physical_per_rank
+        used = np.unique(physical[physical >= 0])
+        self.last_uses = used.size
+        missed = np.zeros(plan.num_ranks, np.int64)
+        if self.slots is None:
+            return missed
+        self.clock += 1
+        rank, item = used // width, layer * width + used % width
+        absent = self.last[rank, item] < 0
+        np.add.at(missed, rank[absent], 1)
+        self.last[rank, item] = self.clock
+        for g in np.flatnonzero((self.last >= 0).sum(axis=1) > self.slots):
+            held = np.flatnonzero(self.last[g] >= 0)
+            order = held[np.argsort(self.last[g, held], kind="stable")]
+            self.last[g, order[: len(held) - self.slots]] = -1
+        self.misses += int(missed.sum())
+        return missed

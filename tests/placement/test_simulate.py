@@ -1,0 +1,233 @@
+"""Simulation against a loop over tokens; migrations that are valid at every step; pages and commands that work."""
+
+import argparse
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.launch.place import add_parsers
+from moe.placement.affinity import heaviest_experts
+from moe.placement.migrate import plan_migration, relabel, widened
+from moe.placement.plan import Plan
+from moe.placement.report import analyse, domain_distances, png_html, save_png
+from moe.placement.simulate import Workload, simulate
+from moe.placement.topology import Topology
+from moe.placement.trace import RoutingTrace
+from tests.placement.instances import topic_trace
+
+PAIR = Topology.preset("2xh200x2")
+
+
+def random_hosted(rng: np.random.Generator, layers=2, experts=8, ranks=4, share=0.15) -> np.ndarray:
+    hosted = rng.random((layers, experts, ranks)) < share
+    hosted[np.arange(layers)[:, None], np.arange(experts), rng.integers(0, ranks, (layers, experts))] = True
+    return hosted
+
+
+@pytest.mark.parametrize("dispatcher", ["home", "coherent"])
+@pytest.mark.parametrize("split", ["local", "even"])
+def test_simulation_equals_a_loop_over_tokens(dispatcher, split):
+    trace = topic_trace(90, 3, 8, 3, seed=4, length=15)
+    plan = Plan.from_hosted(random_hosted(np.random.default_rng(0), layers=3)).with_result(model="synthetic")
+    if split == "local":  # without replicas the choice is no choice, so the loop below needs none
+        plan = Plan.random(3, 8, 4)
+    else:
+        plan = Plan.random(3, 8, 4, seed=1)
+    work = Workload(batch_tokens=32, token_bytes=10, dispatcher=dispatcher, split=split)
+    got = simulate(trace, plan, PAIR, work)
+    owner, heavy = plan.assignment, heaviest_experts(trace)
+    links, copies, nodes, load = np.zeros((4, 4), int), 0, 0, np.zeros((3, 4), int)
+    for t in range(90):
+        at = (t // 15) % 4
+        for layer in range(3):
+            ranks = {int(owner[layer, e]) for e in trace.expert_ids[t, layer]}
+            after = int(owner[layer, heavy[t, layer]]) if dispatcher == "coherent" else at
+            copies += len(ranks - {at})
+            nodes += len({r // 2 for r in ranks} - {at // 2})
+            for r in ranks:
+                links[at, r] += 10 * (r != at)
+                links[r, after] += 10 * (r != after)
+            for e in trace.expert_ids[t, layer]:
+                load[layer, owner[layer, e]] += 1
+            at = after
+    np.testing.assert_array_equal(got.link_bytes, links)
+    np.testing.assert_array_equal(got.load, load)
+    assert got.copies == pytest.approx(copies / 90 / 3)
+    assert got.node_copies == pytest.approx(nodes / 90 / 3)
+    assert got.num_steps == 3
+    assert got.misses == 0
+    assert got.step_seconds * 3 == pytest.approx(got.all_to_all_seconds + got.expert_seconds)
+
+
+def test_misses_fall_with_slots_and_vanish_when_all_fit():
+    trace = topic_trace(200, 3, 8, 2, seed=1)
+    plan = Plan.contiguous(3, 8, 4)
+    misses = [simulate(trace, plan, PAIR, Workload(batch_tokens=8, fast_slots=s)).misses for s in (1, 3, 5, 6)]
+    assert misses == sorted(misses, reverse=True)
+    assert misses[-1] == 24  # every expert once
+    assert simulate(trace, plan, PAIR, Workload(batch_tokens=8)).misses == 0
+
+
+def test_replicas_cut_copies_and_load():
+    trace = topic_trace(300, 2, 8, 2, seed=7)
+    everywhere = Plan.from_hosted(np.ones((2, 8, 4), bool))
+    assert simulate(trace, everywhere, PAIR).copies == 0
+    even = simulate(trace, everywhere, PAIR, Workload(split="even"))
+    assert even.copies > 1
+    assert even.imbalance < 1.1
+
+
+def test_mismatches_are_refused():
+    trace = topic_trace(40, 2, 8, 2)
+    with pytest.raises(ValueError, match="3 of 8"):
+        simulate(trace, Plan.contiguous(3, 8, 4), PAIR)
+    with pytest.raises(ValueError, match="4 ranks, the topology has 8"):
+        simulate(trace, Plan.contiguous(2, 8, 4), Topology.preset("h200x8"))
+    with pytest.raises(ValueError, match="different models: other, synthetic"):
+        simulate(trace, Plan.contiguous(2, 8, 4).with_result(model="other"), PAIR)
+    with pytest.raises(ValueError, match="empty"):
+        simulate(trace.select([]), Plan.contiguous(2, 8, 4), PAIR)
+    with pytest.raises(ValueError, match="fast_slots"):
+        Workload(fast_slots=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.booleans(), st.booleans())
+def test_migration_is_valid_at_every_step_and_reversible(seed, replicas, per_layer):
+    rng = np.random.default_rng(seed)
+    if replicas:
+        plans = [Plan.from_hosted(random_hosted(rng)) for _ in range(2)]
+    else:
+        plans = [Plan.random(2, 8, 4, seed=int(rng.integers(1000))) for _ in range(2)]
+    target = relabel(plans[0], plans[1], per_layer=per_layer)
+    np.testing.assert_array_equal(np.sort(target.replicas, axis=1), np.sort(plans[1].replicas, axis=1))
+    budget = int(rng.choice([2, 3, 50])) * 100
+    args = {"expert_bytes": 100, "bytes_per_step": budget, "seconds_per_step": (2.0, 1.0)}
+    move = plan_migration(plans[0], target, PAIR, **args)
+    states = list(move.states())
+    if states:
+        np.testing.assert_array_equal(states[-1].phy2log, move.target.phy2log)
+    assert move.num_bytes >= 100 * int((target.hosted & ~plans[0].hosted).sum())
+    table = move.target.phy2log.copy()
+    for step in move.reversed_steps():
+        for write in step:
+            assert table[write.layer, write.physical] == write.old
+            table[write.layer, write.physical] = write.new
+    np.testing.assert_array_equal(table, move.start.phy2log)
+
+
+def test_relabelling_finds_the_renamed_plan_and_keeps_nodes():
+    present = Plan.random(3, 8, 4, seed=2)
+    names = np.array([2, 3, 1, 0])
+    renamed = Plan.from_assignment(names[present.assignment], 4)
+    back = relabel(present, renamed)
+    np.testing.assert_array_equal(back.phy2log, present.phy2log)
+    move = plan_migration(present, back, PAIR, expert_bytes=1, bytes_per_step=2, seconds_per_step=(1, 1))
+    assert (move.num_bytes, move.steps, move.steps_to_pay) == (0, (), 0.0)
+    whole_nodes = relabel(present, renamed, nodes=(0, 0, 1, 1))
+    np.testing.assert_array_equal(whole_nodes.phy2log, present.phy2log)  # 2, 3 | 1, 0 trades whole nodes
+    mixed = relabel(present, Plan.from_assignment(np.array([0, 2, 1, 3])[present.assignment], 4), nodes=(0, 0, 1, 1))
+    pairs = [{frozenset(np.flatnonzero(p.assignment[0] // 2 == n)) for n in (0, 1)} for p in (mixed, present)]
+    assert pairs[0] != pairs[1]  # a renaming across nodes must not be undone
+
+
+def test_migrations_that_do_not_pay_are_refused():
+    a, b = Plan.random(2, 8, 4, seed=0), Plan.random(2, 8, 4, seed=1)
+    args = {"expert_bytes": 10**9, "bytes_per_step": 10**10}
+    with pytest.raises(ValueError, match="never pays back"):
+        plan_migration(a, b, PAIR, seconds_per_step=(1.0, 1.0), **args)
+    with pytest.raises(ValueError, match="horizon 10"):
+        plan_migration(a, b, PAIR, seconds_per_step=(1.0, 0.9999), horizon_steps=10, **args)
+    with pytest.raises(ValueError, match="less than a group"):
+        plan_migration(a, b, PAIR, expert_bytes=100, bytes_per_step=100, seconds_per_step=(2.0, 1.0))
+    with pytest.raises(ValueError, match="cannot be joined"):
+        relabel(a, Plan.random(3, 8, 4))
+    with pytest.raises(ValueError, match="cannot hold"):
+        widened(a, 1)
+
+
+def test_analysis_has_the_published_measures():
+    trace = topic_trace(400, 3, 16, 3, seed=1, length=40)
+    found = analyse(trace)
+    assert 0 < found["srp"] < 1
+    assert 0 < found["affinity"] < 1
+    assert [c["slots"] for c in found["cache"]] == sorted(c["slots"] for c in found["cache"])
+    assert all(c["oracle"] >= c["lru"] - 0.02 for c in found["cache"])
+    distances = domain_distances([trace, topic_trace(400, 3, 16, 3, seed=9, length=40)])
+    assert distances[0, 0] == 0
+    assert distances[0, 1] > 0.1
+
+
+def test_pictures_without_matplotlib_say_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r"moeflow\[bench\]"):
+        save_png(tmp_path / "x.png", {"a": np.eye(3)})
+
+
+def test_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    save_png(tmp_path / "x.png", {"a": np.eye(3), "b": np.ones((2, 2))})
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert png_html({"a": np.eye(3)}).startswith('<img src="data:image/png;base64,')
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_parsers(parser.add_subparsers(required=True))
+    args = parser.parse_args([str(a) for a in arguments])
+    return int(args.run(args))
+
+
+@pytest.mark.parametrize("objective", ["copies", "coherent", "transitions"])
+def test_commands_from_trace_to_picture(tmp_path, capsys, objective):
+    trace = topic_trace(400, 3, 16, 3, seed=1, length=20)
+    trace.save(tmp_path / "t.npz")
+    page, out = tmp_path / "p.html", tmp_path / "plan.json"
+    assert run("analyze", tmp_path / "t.npz", "--html", page) == 0
+    assert "<svg" in page.read_text()
+    options = ["--topology", "laptopx4", "--seconds", 1, "--objective", objective, "--html", page]
+    replicas = [] if objective == "transitions" else ["--replicas", 0.25]
+    assert run("place", tmp_path / "t.npz", "--out", out, *options, *replicas) == 0
+    plan = Plan.load(out)
+    assert plan.model == "synthetic"
+    assert plan.num_physical == (16 if objective == "transitions" else 20)
+    assert page.read_text().count("<svg") == 3
+    assert "http" not in page.read_text().replace("http://www.w3.org/2000/svg", "")  # needs no other file
+    assert run("simulate", tmp_path / "t.npz", out, "--topology", "laptopx4", "--html", page, "--fast-slots", 4) == 0
+    printed = capsys.readouterr().out
+    assert "eplb greedy" in printed
+    assert ("gap" in printed) == (objective == "transitions")
+    with pytest.raises(ValueError, match="4 ranks, the topology has 2"):
+        run("simulate", tmp_path / "t.npz", out, "--topology", "laptopx2")
+
+
+def test_place_from_a_running_plan_reports_the_migration(tmp_path, capsys):
+    trace = topic_trace(800, 2, 16, 3, seed=1)
+    trace.save(tmp_path / "t.safetensors")
+    Plan.random(2, 16, 4).save(tmp_path / "old.json")
+    options = ["--topology", "laptopx4", "--seconds", 1, "--present", tmp_path / "old.json", "--expert-bytes", 1000]
+    assert run("place", tmp_path / "t.safetensors", "--out", tmp_path / "n.json", *options) == 0
+    assert "pays back after" in capsys.readouterr().out
+
+
+def test_memory_that_is_too_small_is_refused_with_the_bytes(tmp_path):
+    topic_trace(100, 2, 16, 3).save(tmp_path / "t.npz")
+    Topology.uniform(1, 2, fast_bytes=(50, 50), host_bytes=(100,)).save(tmp_path / "t.json")
+    options = ["--out", tmp_path / "p.json", "--expert-bytes", 10, "--topology", tmp_path / "t.json"]
+    with pytest.raises(ValueError, match="320 bytes, fast and host memory hold 200: 120 bytes are missing"):
+        run("place", tmp_path / "t.npz", *options)
+    with pytest.raises(ValueError, match="transitions places one copy each"):
+        run("place", tmp_path / "t.npz", "--replicas", 1, "--objective", "transitions", *options[:2])
+
+
+def test_traces_of_top_1_and_single_layer_work(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 4, (60, 1, 1)).astype(np.int16)
+    RoutingTrace(expert_ids=ids, sequence_lengths=np.full(6, 10, np.int32), num_experts=4, model="m").save(
+        tmp_path / "t.npz"
+    )
+    assert run("analyze", tmp_path / "t.npz") == 0
+    assert (
+        run("place", tmp_path / "t.npz", "--out", tmp_path / "p.json", "--topology", "laptopx2", "--seconds", 0.5) == 0
+    )
