@@ -23,10 +23,10 @@ from moe.comm.dispatcher import (
     ExpertRanks,
     check_tokens,
     pair_values,
-    placed,
     row_values,
     table_with_none,
     weighted_sum,
+    weighted_sum_of_pairs,
 )
 from moe.comm.groups import Groups
 from moe.comm.hop import Hop, HopHandle
@@ -121,10 +121,10 @@ class AllToAllDispatcher:
         values = pair_values(y, handle.local_ids, sum(steps[-1][3].pairs_from))
         for hop, step, _, counts in reversed(steps[1:]):
             values, positions = hop.return_pairs(values, step, counts, what)
-            values = values[torch.argsort(positions)]
+            values = values.index_select(0, torch.argsort(positions))
         hop, step, _, counts = steps[0]
-        y = placed(*hop.return_pairs(values, step, counts, what), handle.topk_weights.shape)
-        return weighted_sum(y, handle.topk_weights, handle.dtype)
+        values, positions = hop.return_pairs(values, step, counts, what)
+        return weighted_sum_of_pairs(values, positions, handle.topk_weights, handle.dtype)
 
 
 class HierarchicalDispatcher(AllToAllDispatcher):

@@ -20,9 +20,9 @@ from moe.comm.dispatcher import (
     ExpertRanks,
     check_tokens,
     pair_values,
-    placed,
     row_values,
     weighted_sum,
+    weighted_sum_of_pairs,
 )
 from moe.comm.groups import Groups
 from moe.comm.hop import exchange_pairs, exchange_sums, hits_of
@@ -152,7 +152,7 @@ class CoherentDispatcher:
         widths = packed.shape[1], packed_payload.shape[1]
         row = needed.t().nonzero_static(size=sum(rows_to))[:, 1]
         moving = moves.t().nonzero_static(size=sum(moves_to))[:, 1]
-        parts = zip(torch.split(packed[row], rows_to), torch.split(packed_payload[moving], moves_to))
+        parts = zip(torch.split(packed.index_select(0, row), rows_to), torch.split(packed_payload[moving], moves_to))
         buffer = torch.cat([piece.reshape(-1) for pair in parts for piece in pair])
         send = [r * widths[0] + m * widths[1] for r, m in zip(rows_to, moves_to)]
         recv = [r * widths[0] + m * widths[1] for r, m in zip(rows_from, moves_from)]
@@ -192,7 +192,7 @@ class CoherentDispatcher:
         here = (arrived.home == me).nonzero_static(size=tokens_per_rank[me])[:, 0]
         payload = handle.payload[here] if handle.tokens_per_rank is None else handle.payload
         out = self._results_at(here, y, handle, is_split)
-        x = arrived.x[here]
+        x = arrived.x.index_select(0, here)
         return Moved(out.to(x.dtype), x, payload, arrived.source[here], tokens_per_rank)
 
     def _results_at(self, here: Tensor, y: Tensor, handle: CoherentHandle, is_split: bool) -> Tensor:
@@ -201,7 +201,7 @@ class CoherentDispatcher:
         what = f"coherent combine of layer {handle.layer}"
         member, weights, dtype = arrived.member[here], arrived.weights[here], arrived.x.dtype
         if not is_split:  # by agreement of all ranks: every result is at home already
-            return weighted_sum(row_values(y, handle.local_ids)[here], weights, dtype)
+            return weighted_sum(row_values(y, handle.local_ids).index_select(0, here), weights, dtype)
         is_exact = self.combine_mode == "exact"
         hits = hits_of(member, size)
         mine = arrived.member == me
@@ -213,13 +213,13 @@ class CoherentDispatcher:
             values = pair_values(y, handle.local_ids, sum(send))
         else:
             sums = weighted_sum(row_values(y, handle.local_ids), arrived.weights, torch.float32)
-            values = sums[leaving.nonzero_static(size=sum(send))[:, 0]]
+            values = sums.index_select(0, leaving.nonzero_static(size=sum(send))[:, 0])
         home = torch.repeat_interleave(arrived.home, leaving, output_size=sum(send))
-        values = values[torch.argsort(home, stable=True)]
+        values = values.index_select(0, torch.argsort(home, stable=True))
         if not is_exact:
             return exchange_sums(self.wire, values, send, recv, member, what)
-        y = placed(*exchange_pairs(self.wire, values, send, recv, member, what), member.shape)
-        return weighted_sum(y, weights, dtype)
+        got, positions = exchange_pairs(self.wire, values, send, recv, member, what)
+        return weighted_sum_of_pairs(got, positions, weights, dtype)
 
 
 def home_of(member: Tensor, weights: Tensor, otherwise: Tensor) -> Tensor:

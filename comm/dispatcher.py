@@ -111,7 +111,7 @@ def local_pairs(local_ids: Tensor, num_pairs: int | None = None) -> Tensor:
 def pair_values(y: Tensor, local_ids: Tensor, num_pairs: int | None = None) -> Tensor:
     """y [R, K, H] or [M, H] as [M, H]."""
     _check_results(y, local_ids)
-    return y if y.ndim == 2 else y.flatten(0, 1)[local_pairs(local_ids, num_pairs)]
+    return y if y.ndim == 2 else y.flatten(0, 1).index_select(0, local_pairs(local_ids, num_pairs))
 
 
 def row_values(y: Tensor, local_ids: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def row_values(y: Tensor, local_ids: Tensor) -> Tensor:
 def placed(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
     """[N, K, H] of zeros with values [M, H] at the flat positions [M]."""
     y = values.new_zeros(shape.numel(), values.shape[1])
-    y[positions] = values
+    y.index_copy_(0, positions, values)
     return y.view(*shape, values.shape[1])
 
 
@@ -135,6 +135,29 @@ def weighted_sum(y: Tensor, topk_weights: Tensor, dtype: torch.dtype) -> Tensor:
 
     out: Tensor = combine(y, topk_weights, dtype)
     return out
+
+
+def weighted_sum_of_pairs(values: Tensor, positions: Tensor, topk_weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weighted_sum(placed(values, positions, ...))`, bit for bit, without the [T, K, H] in between on the CPU.
+
+    values: [M, H]; positions: int64 [M], flat t * K + k, none twice; topk_weights: [T, K]. Returns [T, H].
+    """
+    if values.device.type != "cpu":
+        return weighted_sum(placed(values, positions, topk_weights.shape), topk_weights, dtype)
+    num_tokens, top_k = topk_weights.shape
+    where = torch.full((num_tokens * top_k,), -1)
+    where[positions] = torch.arange(len(positions))
+    where = where.view(num_tokens, top_k)
+    out = torch.zeros(num_tokens, values.shape[1])
+    for k in range(top_k):
+        row = (where[:, k] >= 0).nonzero()[:, 0]
+        term = values.index_select(0, where[row, k]).float()
+        term *= topk_weights[row, k, None].float()
+        if len(row) == num_tokens:
+            out += term
+        else:
+            out.index_add_(0, row, term)
+    return out.to(dtype)
 
 
 def _check_results(y: Tensor, local_ids: Tensor) -> None:

@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 
 class CommError(RuntimeError):
@@ -100,8 +102,12 @@ def start_groups(
     limit = timedelta(seconds=timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
+        store = next(iter(rendezvous("env://", rank, world_size, timeout=limit)))[0]
+        # torchrun's store outlives a group: a second start must not read the addresses that the first one left.
+        start = store.add(f"moe_starts_of_{rank}", 1)
         dist.init_process_group(
             backend,
+            store=PrefixStore(f"moe_start_{start}", store),
             rank=rank,
             world_size=world_size,
             timeout=limit,

@@ -58,7 +58,7 @@ class Hop:
         incoming = wire.exchange_counts(outgoing, f"counts for {what}")
         counts = Counts(*wire.to_host(torch.cat([outgoing, incoming], 1).t()))
         rows = needed.t().nonzero_static(size=sum(counts.rows_to))[:, 1]  # by member, then by row
-        received = wire.exchange(packed[rows], counts.rows_to, counts.rows_from, what)
+        received = wire.exchange(packed.index_select(0, rows), counts.rows_to, counts.rows_from, what)
         return received, HopHandle(member, tuple(counts.rows_from), counts)
 
     def counts(self, handle: HopHandle, mine: Tensor) -> Counts:
@@ -85,7 +85,7 @@ class Hop:
     def return_sums(self, sums: Tensor, mine: Tensor, handle: HopHandle, counts: Counts, what: str) -> Tensor:
         """sums: [R, H], one per received row; rows without a pair in `mine` [R, K] stay. See `exchange_sums`."""
         if handle.counts is None:
-            sums = sums[mine.any(1).nonzero_static(size=sum(counts.rows_from))[:, 0]]
+            sums = sums.index_select(0, mine.any(1).nonzero_static(size=sum(counts.rows_from))[:, 0])
         return exchange_sums(self.wire, sums, counts.rows_from, counts.rows_to, handle.member, what)
 
 
@@ -117,5 +117,5 @@ def exchange_sums(wire: Wire, sums: Tensor, send: list[int], recv: list[int], me
     rows = needed.t().nonzero_static(size=sum(recv))[:, 1]
     out = torch.zeros(len(member), sums.shape[1], dtype=sums.dtype, device=sums.device)
     for part, row in zip(torch.split(got, recv), torch.split(rows, recv)):
-        out[row] = out[row] + part  # no row twice in a part; a scatter-add could reorder the sum on a GPU
+        out.index_add_(0, row, part)  # no row twice in a part, so that the order of the sum is that of the members
     return out

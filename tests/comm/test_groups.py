@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
-from moe.comm.dispatcher import ExpertRanks, LocalDispatcher, contiguous_ranks
+from moe.comm.dispatcher import ExpertRanks, LocalDispatcher, contiguous_ranks, weighted_sum_of_pairs
 from moe.comm.groups import CommError, Groups, process_groups, start_groups, stop_groups
 from moe.comm.wire import pack_rows, unpack_rows
+from moe.kernels.reference import combine_reference
 from tests.distributed import RankFailed, spawn
 
 ALONE = Groups(device=torch.device("cpu"))
@@ -50,7 +51,7 @@ def test_one_rank_needs_no_torch_distributed():
 
 
 def rank_restart():
-    for _ in range(2):
+    for _ in range(4):
         with process_groups(timeout_s=20) as groups:
             total = torch.ones(1)
             dist.all_reduce(total, group=groups.world)
@@ -167,6 +168,21 @@ def test_bad_input_is_refused_with_the_numbers():
             dispatcher.combine(torch.ones(2, 1, 4), ())
     with pytest.raises(ValueError, match="with 2 at 0"):
         AllToAllDispatcher(ALONE, torch.zeros(2)).dispatch(x, ids, weights, tokens_per_rank=(3,))
+
+
+@pytest.mark.parametrize("holes", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 1), (63, 5)])
+def test_the_sum_over_pairs_is_the_reference_bit_for_bit(num_tokens, top_k, holes):
+    generator = torch.Generator().manual_seed(0)
+    positions = (torch.rand(num_tokens * top_k, generator=generator) >= holes).nonzero()[:, 0]
+    positions = positions[torch.randperm(len(positions), generator=generator)]
+    values = torch.randn(len(positions), 33, generator=generator)
+    weights = torch.rand(num_tokens, top_k, generator=generator)
+    y = torch.zeros(num_tokens * top_k, 33)
+    y[positions] = values
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = combine_reference(y.view(num_tokens, top_k, 33), weights, dtype)
+        assert torch.equal(weighted_sum_of_pairs(values, positions, weights, dtype), expected)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
