@@ -68,7 +68,9 @@ class EngineConfig:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None  # None: the GPU if there is one
-    kernel: Literal["auto", "reference", "cpu"] = "auto"  # of expert compute
+    # Of expert compute. auto: cpu on the CPU, measured on a GPU (the single launch for as few tokens as it wins with).
+    kernel: Literal["auto", "reference", "cpu", "grouped", "fused", "measured"] = "auto"
+    crossover_table: str = "~/.cache/moe/crossover.json"  # where `measured` keeps what this machine is best at
     threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
     max_context: int | None = None  # tokens; None: what the model allows
     offload: OffloadConfig = field(default_factory=OffloadConfig)

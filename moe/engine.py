@@ -21,7 +21,8 @@ from torch import Tensor
 from moe.attention import ATTENTION_NAME
 from moe.comm.groups import Groups
 from moe.config import EngineConfig, ParallelConfig
-from moe.experts import SlotExperts
+from moe.experts import SlotExperts, layer_kernels
+from moe.kernels.weights import ExpertWeights
 from moe.kv import BlockPool
 from moe.model import Blueprint, load_dense, read_blueprint
 from moe.offload.budget import resolve_slots
@@ -275,8 +276,10 @@ class Engine:
         cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=self.device)
         if num_slots == sum(map(len, own)):
             cache.preload(own)
-        activations = [e.activation for e in blueprint.experts]
-        experts = SlotExperts(cache, activations, self.config.kernel, self.parallel)
+        weights = [ExpertWeights(*cache.views(i), e.activation) for i, e in enumerate(blueprint.experts)]
+        table = Path(self.config.crossover_table).expanduser()
+        kernels = layer_kernels(self.config.kernel, weights, blueprint.top_k, self.model.dtype, table)
+        experts = SlotExperts(cache, kernels, self.parallel)
         for layer, site in enumerate(blueprint.index.sites):
             self.model.get_submodule(site.module).compute = experts.layer(layer)
         return experts

@@ -7,8 +7,10 @@ A wave fills only the (token, k) pairs of its experts; the sum over k is taken o
 slots and waves cannot change a bit of the result.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -18,11 +20,11 @@ from torch import Tensor
 
 from moe.kernels.cpu import CpuExperts
 from moe.kernels.reference import combine_reference, experts_reference
-from moe.kernels.weights import Activation, ExpertWeights
+from moe.kernels.weights import ExpertWeights
 from moe.offload.cache import ExpertCache
 from moe.parallel import ExpertParallel
 
-KernelName = Literal["auto", "reference", "cpu"]
+KernelName = Literal["auto", "reference", "cpu", "grouped", "fused", "measured"]
 
 
 class LayerKernel(Protocol):
@@ -49,11 +51,30 @@ class ReferenceKernel:
         return combine_reference(self.experts(x, slot_ids), topk_weights, x.dtype)
 
 
-def kernel_for(name: KernelName, device: torch.device) -> Callable[[ExpertWeights], LayerKernel]:
-    """The kernel class to run on `device`. Raises ValueError for a kernel that cannot."""
-    if name == "cpu" and device.type != "cpu":
-        raise ValueError(f"kernel 'cpu' cannot run on {device}; use 'reference'")
-    return CpuExperts if device.type == "cpu" and name != "reference" else ReferenceKernel
+def layer_kernels(
+    name: KernelName, layers: Sequence[ExpertWeights], top_k: int, dtype: torch.dtype, table: Path
+) -> list[LayerKernel]:
+    """The kernel of every layer. dtype: of activations; table: file of the crossovers that `measured` chooses by.
+
+    Raises ValueError for a kernel that cannot run on the weights' device. `measured` may time both paths, once for
+    each shape on this machine: seconds.
+    """
+    device = layers[0].gate_up.device
+    if name == "auto":
+        name = "cpu" if device.type == "cpu" else "measured"
+    if name == "reference":
+        return [ReferenceKernel(weights) for weights in layers]
+    if name == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"kernel 'cpu' cannot run on {device}; leave kernel at 'auto'")
+        return [CpuExperts(weights) for weights in layers]
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"kernel {name!r} needs a GPU (or TRITON_INTERPRET=1, for tests); use 'cpu'")
+    try:
+        from moe import triton_kernels
+    except ImportError as error:
+        raise ValueError(f"kernel {name!r} needs triton, which is not installed ({error})") from None
+    return [*triton_kernels.make(name, layers, top_k, dtype, table)]
 
 
 class RoutedLayer(NamedTuple):
@@ -69,19 +90,14 @@ class SlotExperts:
     def __init__(
         self,
         cache: ExpertCache,
-        activations: Sequence[Activation],
-        kernel: KernelName = "auto",
+        kernels: Sequence[LayerKernel],
         parallel: ExpertParallel | None = None,
     ) -> None:
-        make = kernel_for(kernel, cache.device)
-        self.cache, self.parallel = cache, parallel
-        self.kernels = [
-            make(ExpertWeights(*cache.views(layer), activation)) for layer, activation in enumerate(activations)
-        ]
+        self.cache, self.kernels, self.parallel = cache, list(kernels), parallel
         # One more than there are experts: id -1 reads the last entry, which stays -1.
         self._slot_of = [np.full(n + 1, -1, np.int32) for n in cache.num_experts]
         self.recording = False
-        self.recorded: list[RoutedLayer | None] = [None] * len(activations)
+        self.recorded: list[RoutedLayer | None] = [None] * len(self.kernels)
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
         """`compute(x [T, H], topk_ids [T, K], topk_weights [T, K], scale_input) -> [T, H]` of one layer."""

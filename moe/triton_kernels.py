@@ -1,0 +1,80 @@
+"""The Triton paths as the engine's layer kernels: grouped GEMM, single launch, or the faster one as measured."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe.kernels.crossover import TOKENS, CrossoverTable, LayerKey, machine_name
+from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch
+from moe.kernels.weights import ExpertWeights
+
+MAX_SINGLE_LAUNCH_TOKENS = 256  # the heap is made for these; beyond, the grouped path
+MEASURED_TOKENS = tuple(t for t in TOKENS if t <= MAX_SINGLE_LAUNCH_TOKENS)
+
+
+class MeasuredExperts(FusedLayerExperts):
+    """The single launch or the grouped path, whichever the machine's table says for this number of tokens."""
+
+    def __init__(self, weights: ExpertWeights, launch: SingleLaunch, key: LayerKey, table: CrossoverTable) -> None:
+        super().__init__(weights, launch)
+        self.key, self.table = key, table
+
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Σ_k w·y [T, H] in x's dtype; both paths give the same bits."""
+        if self.table.choose(self.key, len(x)) == "single":
+            return FusedLayerExperts.combine(self, x, slot_ids, topk_weights)
+        return GroupedExperts.combine(self, x, slot_ids, topk_weights)
+
+
+def make(
+    name: Literal["auto", "reference", "cpu", "grouped", "fused", "measured"],
+    layers: Sequence[ExpertWeights],
+    top_k: int,
+    dtype: torch.dtype,
+    table_file: Path,
+    tokens: Sequence[int] = MEASURED_TOKENS,
+) -> list[GroupedExperts]:
+    """One kernel per layer. Times both paths for shapes that `table_file` does not know on this machine."""
+    if name == "grouped":
+        return [GroupedExperts(weights) for weights in layers]
+    launch = SingleLaunch(MAX_SINGLE_LAUNCH_TOKENS)
+    if name == "fused":
+        return [FusedLayerExperts(weights, launch) for weights in layers]
+    device = layers[0].gate_up.device
+    table = CrossoverTable(table_file, machine_name(device))
+    made: list[GroupedExperts] = []
+    for weights in layers:
+        key = LayerKey(
+            num_experts=len(weights.down),  # slots: what the single launch addresses
+            top_k=top_k,
+            hidden_size=weights.down.shape[1],
+            intermediate_size=weights.down.shape[2],
+            world_size=1,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        kernel = MeasuredExperts(weights, launch, key, table)
+        if not table.is_measured(key):
+            _measure(kernel, dtype, tokens)
+        made.append(kernel)
+    return made
+
+
+def _measure(kernel: MeasuredExperts, dtype: torch.dtype, tokens: Sequence[int]) -> None:
+    """Random rows over random slots: what is in the slots does not matter to the time."""
+    key, device = kernel.key, kernel.weights.down.device
+    generator = torch.Generator().manual_seed(0)
+    inputs = {}
+    for count in tokens:
+        x = torch.randn(count, key.hidden_size, generator=generator).to(device, dtype)
+        ids = torch.rand(count, key.num_experts, generator=generator).topk(min(key.top_k, key.num_experts)).indices
+        weights = torch.full(ids.shape, 1 / key.top_k)
+        inputs[count] = x, ids.to(device, torch.int32), weights.to(device)
+
+    def run(path: type[GroupedExperts], count: int) -> Tensor:
+        return path.combine(kernel, *inputs[count])
+
+    kernel.table.measure(key, partial(run, FusedLayerExperts), partial(run, GroupedExperts), device, tokens=tokens)
