@@ -32,7 +32,7 @@ from moe.kernels.gate import _gate_kernel
 from moe.kernels.grouped_gemm import _down_kernel, _gate_up_kernel
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.intrinsics import is_interpreted, tl_dtype
-from moe.kernels.permute import _small_routing_kernel
+from moe.kernels.permute import _small_dense_routing_kernel, _small_routing_kernel
 from moe.kernels.tiles import TileConfig, pick_tiles
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -122,6 +122,15 @@ def cases(arch: str) -> Iterator[Case]:
         _small_routing_kernel,
         {**dict.fromkeys(pointers, "*i32"), "num_rows": "i32", "num_ids": "i32", "capacity": "i32"},
         {"WITH_OFFSETS": True, "BLOCK_M": 16, "BLOCK": 1024, "BLOCK_ROWS": 8, "BLOCK_IDS": 8},
+        8,
+        1,
+    )
+    pointers = ("ids_ptr", "order_ptr", "sorted_ptr", "dense_ptr", "slots_ptr", "offsets_ptr")
+    yield Case(
+        "small_dense_routing",
+        _small_dense_routing_kernel,
+        {**dict.fromkeys(pointers, "*i32"), "num_rows": "i32", "capacity": "i32"},
+        {"BLOCK": 1024, "BLOCK_ROWS": 8},
         8,
         1,
     )

@@ -14,7 +14,14 @@ from moe.kernels.fused_kernel import fused_experts_kernel
 from moe.kernels.grouped_gemm import num_programs as programs_of
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.intrinsics import check_device, is_interpreted, launch_options, tl_dtype
-from moe.kernels.permute import SMALL_ROWS, expert_offsets, small_routing, sort_rows
+from moe.kernels.permute import (
+    SMALL_ROWS,
+    dense_routing,
+    expert_offsets,
+    small_dense_routing,
+    small_routing,
+    sort_rows,
+)
 from moe.kernels.reference import check_expert_weights
 from moe.kernels.tiles import TileConfig, can_use_tma, device_capability, pick_tiles, weight_operands
 from moe.kernels.weights import ExpertWeights
@@ -96,10 +103,40 @@ class FusedExperts:
         """
         shape_out = x.shape
         x, ids, topk_weights, slots = self._checked(x, ids, topk_weights, slots)
+        order, offsets = self._routing(ids)
+        return self._launch(x, ids, topk_weights, order, offsets, slots, weights, out).view(shape_out)
+
+    def run_slots(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> Tensor:
+        """The same for one rank without peers, by slot: out[t] = Σ_k topk_weights[t, k] · expert(slot_ids[t, k])(x[t]).
+
+        slot_ids: int [T, K], -1 = none, in a slab of any size; the shape's num_experts bounds only the slots in use, so
+        that max_tokens * top_k is always enough.
+        """
+        shape = self.shape
+        assert shape.world_size == 1, shape.world_size
+        if slot_ids.numel() == 0:
+            return torch.empty_like(x)
+        route = small_dense_routing if slot_ids.numel() <= SMALL_ROWS else dense_routing
+        dense = route(slot_ids.to(torch.int32), shape.num_experts)
+        x, ids, topk_weights, slots = self._checked(x, dense.ids.view(slot_ids.shape), topk_weights, dense.slots)
+        return self._launch(x, ids, topk_weights, dense.order, dense.offsets, slots, weights, None)[0]
+
+    def _launch(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        topk_weights: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        slots: Tensor,
+        weights: ExpertWeights,
+        out: Tensor | None,
+    ) -> Tensor:
         check_expert_weights(weights)
+        if weights.activation.kind == "custom":
+            raise ValueError("a custom activation function runs only in the torch reference; use experts_reference")
         shape, config, layout = self.shape, self.config, HeapLayout.of(self.shape)
         num_tokens = x.shape[1]
-        order, offsets = self._routing(ids)
         out = torch.empty_like(x) if out is None else out
         tma = can_use_tma(weights, shape.dtype, self.capability)
         operands = weight_operands(weights, config, tma=tma)
@@ -144,7 +181,7 @@ class FusedExperts:
             ALIGNED=shape.hidden_size * shape.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0,
             **launch_options(config.num_warps, config.num_stages),
         )
-        return out.view(shape_out)
+        return out
 
     def check(self) -> None:
         """`RuntimeError` if a launch so far ended in an error; then the heaps must be rebuilt. Costs a host sync."""

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.kernels.intrinsics import launch_options
+from moe.kernels.intrinsics import device_function, launch_options
 
 SMALL_ROWS = 1024
 COMPARED = 8192  # pairs that the small kernel compares at a time: 32 registers per thread
@@ -109,6 +109,28 @@ def small_routing(ids: Tensor, num_ids: int, block_m: int, *, with_offsets: bool
     return SmallRouting(SortedRows(order, sorted_ids), Tiles(table, num_tiles, capacity), offsets)
 
 
+@device_function
+def _sort_by_comparing(ids_ptr, order_ptr, sorted_ptr, num_rows, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Write the stable order of ids and the sorted ids; every thread sees them afterwards."""
+    row = tl.arange(0, BLOCK)
+    ok = row < num_rows
+    ids = tl.load(ids_ptr + row, mask=ok, other=0)
+    # A key that is unique keeps the sort stable, and a row's place is the number of smaller keys: at most 2^20
+    # comparisons by one program, with nothing to exchange. num_ids < 2^20 and BLOCK <= 2^10 fit an int32.
+    key = tl.where(ok, (ids + 1) * BLOCK + row, 0x7FFFFFFF)
+    start = 0
+    while start < num_rows:
+        mine = start + tl.arange(0, BLOCK_ROWS)
+        mine_ok = mine < num_rows
+        my_id = tl.load(ids_ptr + mine, mask=mine_ok, other=0)
+        my_key = (my_id + 1) * BLOCK + mine
+        place = tl.sum((key[None, :] < my_key[:, None]).to(tl.int32), 1)
+        tl.store(order_ptr + place, mine, mask=mine_ok)
+        tl.store(sorted_ptr + place, my_id, mask=mine_ok)
+        start += BLOCK_ROWS
+    tl.debug_barrier()
+
+
 @triton.jit
 def _small_routing_kernel(
     ids_ptr,
@@ -127,23 +149,9 @@ def _small_routing_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IDS: tl.constexpr,
 ):
+    _sort_by_comparing(ids_ptr, order_ptr, sorted_ptr, num_rows, BLOCK, BLOCK_ROWS)
     row = tl.arange(0, BLOCK)
     ok = row < num_rows
-    ids = tl.load(ids_ptr + row, mask=ok, other=0)
-    # A key that is unique keeps the sort stable, and a row's place is the number of smaller keys: at most 2^20
-    # comparisons by one program, with nothing to exchange. num_ids < 2^20 and BLOCK <= 2^10 fit an int32.
-    key = tl.where(ok, (ids + 1) * BLOCK + row, 0x7FFFFFFF)
-    start = 0
-    while start < num_rows:
-        mine = start + tl.arange(0, BLOCK_ROWS)
-        mine_ok = mine < num_rows
-        my_id = tl.load(ids_ptr + mine, mask=mine_ok, other=0)
-        my_key = (my_id + 1) * BLOCK + mine
-        place = tl.sum((key[None, :] < my_key[:, None]).to(tl.int32), 1)
-        tl.store(order_ptr + place, mine, mask=mine_ok)
-        tl.store(sorted_ptr + place, my_id, mask=mine_ok)
-        start += BLOCK_ROWS
-    tl.debug_barrier()
     sorted_ids = tl.load(sorted_ptr + row, mask=ok, other=0)
     before = tl.load(sorted_ptr + row - 1, mask=ok & (row > 0), other=-2)
     is_first = ok & (before != sorted_ids)
@@ -167,6 +175,90 @@ def _small_routing_kernel(
             smaller = ((sorted_ids[:, None] < wanted[None, :]) & ok[:, None]).to(tl.int32)
             tl.store(offsets_ptr + wanted, tl.sum(smaller, 0), mask=wanted <= num_ids)
             first += BLOCK_IDS
+
+
+class DenseRouting(NamedTuple):
+    """A slab of any size as seen by one step: its slots in use, numbered 0, 1, … in ascending order.
+
+    order: int32 [R], rows sorted by slot, "none" first; ids: int32 [R], for each row (not sorted) the number of its
+    slot, -1 = none; slots: int32 [C], the slots by number, -1 beyond the last; offsets: int32 [C + 1], where each one's
+    sorted rows begin.
+    """
+
+    order: Tensor
+    ids: Tensor
+    slots: Tensor
+    offsets: Tensor
+
+
+def dense_routing(slot_ids: Tensor, capacity: int) -> DenseRouting:
+    """Number the slots in use, without a host sync. slot_ids: int32 [T, K], of at most `capacity` distinct slots."""
+    rows, num_rows, device = sort_rows(slot_ids), slot_ids.numel(), slot_ids.device
+    is_first = torch.ones(num_rows, dtype=torch.bool, device=device)
+    is_first[1:] = rows.ids[1:] != rows.ids[:-1]
+    number = torch.cumsum(is_first & (rows.ids >= 0), 0) - 1  # -1 for "none", which comes first
+    ids = torch.empty_like(rows.order)
+    ids[rows.order.long()] = number.to(torch.int32)
+    place = torch.where(is_first & (rows.ids >= 0), number, capacity)  # the last place is thrown away
+    slots = torch.full((capacity + 1,), -1, dtype=torch.int32, device=device).scatter_(0, place, rows.ids)
+    begin = torch.arange(num_rows, dtype=torch.int32, device=device)
+    offsets = torch.full((capacity + 1,), num_rows, dtype=torch.int32, device=device).scatter_(0, place, begin)
+    offsets[capacity] = num_rows
+    return DenseRouting(rows.order, ids, slots[:capacity], offsets)
+
+
+def small_dense_routing(slot_ids: Tensor, capacity: int) -> DenseRouting:
+    """`dense_routing` in one launch of one program, for 1 to `SMALL_ROWS` rows."""
+    num_rows = slot_ids.numel()
+    assert 0 < num_rows <= SMALL_ROWS, num_rows
+    block = max(2, triton.next_power_of_2(num_rows))
+    order, sorted_ids, ids = (torch.empty(num_rows, dtype=torch.int32, device=slot_ids.device) for _ in range(3))
+    slots, offsets = (torch.empty(capacity + 1, dtype=torch.int32, device=slot_ids.device) for _ in range(2))
+    _small_dense_routing_kernel[(1,)](
+        slot_ids.contiguous(),
+        order,
+        sorted_ids,
+        ids,
+        slots,
+        offsets,
+        num_rows,
+        capacity,
+        BLOCK=block,
+        BLOCK_ROWS=min(block, COMPARED // block),
+        **launch_options(4 if block <= 256 else 8, 1),
+    )
+    return DenseRouting(order, ids, slots[:capacity], offsets)
+
+
+@triton.jit
+def _small_dense_routing_kernel(
+    ids_ptr,
+    order_ptr,
+    sorted_ptr,
+    dense_ptr,
+    slots_ptr,
+    offsets_ptr,
+    num_rows,
+    capacity,
+    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    _sort_by_comparing(ids_ptr, order_ptr, sorted_ptr, num_rows, BLOCK, BLOCK_ROWS)
+    row = tl.arange(0, BLOCK)
+    ok = row < num_rows
+    i = 0
+    while i <= capacity:
+        tl.store(slots_ptr + i + row, tl.full((BLOCK,), -1, tl.int32), mask=i + row <= capacity)
+        tl.store(offsets_ptr + i + row, tl.zeros((BLOCK,), tl.int32) + num_rows, mask=i + row <= capacity)
+        i += BLOCK
+    tl.debug_barrier()
+    sorted_ids = tl.load(sorted_ptr + row, mask=ok, other=-1)
+    before = tl.load(sorted_ptr + row - 1, mask=ok & (row > 0), other=-1)
+    is_first = ok & (sorted_ids >= 0) & (before != sorted_ids)
+    number = tl.cumsum(is_first.to(tl.int32), 0) - 1
+    tl.store(dense_ptr + tl.load(order_ptr + row, mask=ok, other=0), number, mask=ok)
+    tl.store(slots_ptr + number, sorted_ids, mask=is_first)
+    tl.store(offsets_ptr + number, row, mask=is_first)
 
 
 def permute(x: Tensor, rows: SortedRows, top_k: int) -> Tensor:

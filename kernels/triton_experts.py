@@ -60,7 +60,6 @@ class FusedLayerExperts(GroupedExperts):
     def __init__(self, weights: ExpertWeights, launch: SingleLaunch, num_experts: int | None = None) -> None:
         super().__init__(weights, num_experts)
         self.launch = launch
-        self.slots = torch.arange(len(weights.down), dtype=torch.int32, device=weights.down.device)
 
     def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Σ_k w·y [T, H] in x's dtype, in the order of k; one launch beside the sort."""
@@ -68,14 +67,14 @@ class FusedLayerExperts(GroupedExperts):
             return super().combine(x, slot_ids, topk_weights)
         shape = FusedShape(
             world_size=1,
-            num_experts=len(self.slots),  # slots are the launch's experts: a slab of other layers costs no time
+            num_experts=min(len(self.weights.down), self.launch.max_tokens * slot_ids.shape[1]),  # in use at most
             top_k=slot_ids.shape[1],
             hidden_size=x.shape[1],
             intermediate_size=self.weights.down.shape[2],
             max_tokens=self.launch.max_tokens,
             dtype=x.dtype,
         )
-        return self.launch.of(shape, x.device)(x, slot_ids, topk_weights, self.slots, self.weights)
+        return self.launch.of(shape, x.device).run_slots(x, slot_ids, topk_weights, self.weights)
 
 
 def by_crossover(choose: Callable[[int], str], fused: FusedLayerExperts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

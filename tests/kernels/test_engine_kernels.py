@@ -23,6 +23,16 @@ def test_layers_share_a_launch_and_equal_the_reference():
     launch.check()
 
 
+def test_slab_much_larger_than_a_step():
+    launch, weights = SingleLaunch(max_tokens=3), random_weights(40, 16, 16)
+    fused = launch.layer(weights)
+    for tokens in (3, 0, 1):
+        x, ids, topk_weights = torch.randn(tokens, 16), random_ids(tokens, 2, 40), torch.rand(tokens, 2)
+        want = combine_reference(experts_reference(x, ids, weights), topk_weights)
+        assert relative_error(fused.combine(x, ids, topk_weights), want) <= 1e-6
+    assert [shape.num_experts for shape in launch._made] == [6]
+
+
 def test_out_y_is_filled():
     weights, ids, x = random_weights(3, 16, 16), random_ids(4, 2, 3), torch.randn(4, 16)
     out = torch.full((4, 2, 16), torch.nan)

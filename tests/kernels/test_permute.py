@@ -4,7 +4,17 @@ import pytest
 import torch
 from kernels_experts import random_ids
 
-from moe.kernels.permute import expert_offsets, max_tiles, permute, small_routing, sort_rows, tile_table, unpermute
+from moe.kernels.permute import (
+    dense_routing,
+    expert_offsets,
+    max_tiles,
+    permute,
+    small_dense_routing,
+    small_routing,
+    sort_rows,
+    tile_table,
+    unpermute,
+)
 
 
 def python_tiles(ids, block_m):
@@ -46,6 +56,21 @@ def test_nobody_and_everybody():
         small, rows = small_routing(ids, 4, 4, with_offsets=True), sort_rows(ids)
         assert [tuple(t) for t in small.tiles.table[:, :3].T.tolist()] == python_tiles(ids.flatten().tolist(), 4)
         assert torch.equal(small.offsets, expert_offsets(rows.ids, 4))
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_slots", "skew"), CASES)
+def test_slots_in_use_are_numbered(num_tokens, top_k, num_slots, skew):
+    ids = random_ids(num_tokens, top_k, num_slots, skew=skew)
+    slot_ids = torch.where(ids >= 0, 1000 - 7 * ids, -1)  # far apart in a large slab
+    flat = slot_ids.flatten().tolist()
+    used = sorted({slot for slot in flat if slot >= 0})
+    capacity = num_slots + 3
+    for dense in (dense_routing(slot_ids, capacity), small_dense_routing(slot_ids, capacity)):
+        assert dense.order.tolist() == sorted(range(len(flat)), key=lambda r: flat[r])
+        assert dense.ids.tolist() == [used.index(slot) if slot >= 0 else -1 for slot in flat]
+        assert dense.slots.tolist() == used + [-1] * (capacity - len(used))
+        begins = [sum(other < slot for other in flat) for slot in used]
+        assert dense.offsets.tolist() == begins + [len(flat)] * (capacity + 1 - len(used))
 
 
 def test_unpermute_undoes_permute():
