@@ -125,11 +125,11 @@ def cases(arch: str) -> Iterator[Case]:
         8,
         1,
     )
-    pointers = ("ids_ptr", "order_ptr", "sorted_ptr", "dense_ptr", "slots_ptr", "offsets_ptr")
+    dense = ("ids_ptr", "order_ptr", "sorted_ptr", "dense_ptr", "slots_ptr", "offsets_ptr")
     yield Case(
         "small_dense_routing",
         _small_dense_routing_kernel,
-        {**dict.fromkeys(pointers, "*i32"), "num_rows": "i32", "capacity": "i32"},
+        {**dict.fromkeys(dense, "*i32"), "num_rows": "i32", "capacity": "i32"},
         {"BLOCK": 1024, "BLOCK_ROWS": 8},
         8,
         1,
