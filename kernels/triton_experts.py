@@ -1,7 +1,5 @@
 """One layer's experts for the engine, by Triton: the grouped path, and the single launch for steps of few tokens."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -75,14 +73,3 @@ class FusedLayerExperts(GroupedExperts):
             dtype=x.dtype,
         )
         return self.launch.of(shape, x.device).run_slots(x, slot_ids, topk_weights, self.weights)
-
-
-def by_crossover(choose: Callable[[int], str], fused: FusedLayerExperts) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A `combine` that asks `choose(tokens)`, a measured table's answer, for "single" or "grouped"."""
-
-    def run(x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        if choose(len(x)) == "single":
-            return fused.combine(x, slot_ids, topk_weights)
-        return GroupedExperts.combine(fused, x, slot_ids, topk_weights)
-
-    return run

@@ -7,7 +7,7 @@ import torch
 from kernels_experts import random_ids, random_weights, relative_error
 
 from moe.kernels.reference import combine_reference, experts_reference
-from moe.kernels.triton_experts import GroupedExperts, SingleLaunch, by_crossover
+from moe.kernels.triton_experts import GroupedExperts, SingleLaunch
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 
@@ -47,12 +47,6 @@ def test_more_tokens_than_the_launch_holds_take_the_grouped_path():
     want = combine_reference(experts_reference(x, ids, weights), topk_weights)
     assert relative_error(fused.combine(x, ids, topk_weights), want) <= 1e-6
     assert not launch._made
-    asked = []
-    run = by_crossover(lambda tokens: asked.append(tokens) or ("single" if tokens < 3 else "grouped"), fused)
-    assert relative_error(run(x, ids, topk_weights), want) <= 1e-6
-    assert relative_error(run(x[:2], ids[:2], topk_weights[:2]), want[:2]) <= 1e-6
-    assert asked == [3, 2]
-    assert launch._made
 
 
 @pytest.mark.heavy
