@@ -1,4 +1,4 @@
-"""The command line: `moe info|generate|batch|trace|pack|demo MODEL …`."""
+"""The command line: `moe info|generate|batch|trace|pack|analyze|place|simulate|demo …`."""
 
 import argparse
 import json
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from moe.config import EngineConfig
 
 from rich.console import Console
+
+from moe.launch import place
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
@@ -70,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("model", type=Path)
     pack.add_argument("out", type=Path)
     pack.set_defaults(run=_pack)
+
+    place.add_parsers(commands)
 
     demo = commands.add_parser(
         "demo", help="the small model of this repository with a quarter of its experts in memory"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
-from moe.comm.groups import CommError, Groups, first_line
+from moe.comm.groups import CommError, Groups, cause
 from moe.placement.plan import Plan
 from moe.placement.replicas import choose_replicas
 
@@ -141,7 +141,7 @@ class ExpertParallel:
             dist.all_gather(gathered, own, group=self.groups.world)
         except RuntimeError as error:
             raise CommError(
-                f"rank {self.groups.rank} of {self.groups.world_size}: a peer was lost in {what} ({first_line(error)})"
+                f"rank {self.groups.rank} of {self.groups.world_size}: a peer was lost in {what} ({cause(error)})"
             ) from error
         return [g.cpu() for g in gathered]
 
