@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 4 bench/bench_dispatch.py --ranks-per-node 2
 
 The limit for a few tokens is the number of all-to-all rounds, for many the bytes: both are measured in the same run (a
-round of 8 bytes, and a large one) and combined into `limit` = rounds x round + bytes / rate. Experts are left out: y is
-ready before the clock starts. Every candidate's output is checked first. Rounds of all candidates are interleaved.
+round of 8 bytes, and a large one) and combined into `limit` = rounds x round + bytes / rate; the steps of the
+hierarchical one have fewer members than the round that was measured, so that they can beat it. Experts are left out: y
+is ready before the clock starts. Every candidate's output is checked first. Rounds of all candidates are interleaved.
 """
 
 import argparse

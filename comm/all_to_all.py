@@ -23,9 +23,8 @@ from moe.comm.dispatcher import (
     ExpertRanks,
     check_tokens,
     pair_values,
-    row_values,
+    row_sums,
     table_with_none,
-    weighted_sum,
     weighted_sum_of_pairs,
 )
 from moe.comm.groups import Groups
@@ -114,7 +113,7 @@ class AllToAllDispatcher:
         what = f"combine of layer {handle.layer}"
         steps = [(hop, step, mine, hop.counts(step, mine)) for hop, (step, mine) in zip(self.hops, handle.steps)]
         if handle.local_weights is not None:
-            sums = weighted_sum(row_values(y, handle.local_ids), handle.local_weights, torch.float32)
+            sums = row_sums(y, handle.local_ids, handle.local_weights)
             for hop, step, mine, counts in reversed(steps):
                 sums = hop.return_sums(sums, mine, step, counts, what)
             return sums.to(handle.dtype)

@@ -20,6 +20,7 @@ from moe.comm.dispatcher import (
     ExpertRanks,
     check_tokens,
     pair_values,
+    row_sums,
     row_values,
     weighted_sum,
     weighted_sum_of_pairs,
@@ -212,7 +213,7 @@ class CoherentDispatcher:
         if is_exact:
             values = pair_values(y, handle.local_ids, sum(send))
         else:
-            sums = weighted_sum(row_values(y, handle.local_ids), arrived.weights, torch.float32)
+            sums = row_sums(y, handle.local_ids, arrived.weights)
             values = sums.index_select(0, leaving.nonzero_static(size=sum(send))[:, 0])
         home = torch.repeat_interleave(arrived.home, leaving, output_size=sum(send))
         values = values.index_select(0, torch.argsort(home, stable=True))

@@ -160,6 +160,15 @@ def weighted_sum_of_pairs(values: Tensor, positions: Tensor, topk_weights: Tenso
     return out.to(dtype)
 
 
+def row_sums(y: Tensor, local_ids: Tensor, weights: Tensor) -> Tensor:
+    """Σ_k w·y over the pairs computed here, float32 [R, H]. y: [R, K, H] or [M, H]; weights: [R, K]."""
+    if y.device.type != "cpu":
+        return weighted_sum(row_values(y, local_ids), weights, torch.float32)
+    # Of K ids of a row about K / G are here: reading only those beats adding the zeros of the others.
+    values = pair_values(y, local_ids)
+    return weighted_sum_of_pairs(values, local_pairs(local_ids, len(values)), weights, torch.float32)
+
+
 def _check_results(y: Tensor, local_ids: Tensor) -> None:
     if y.ndim not in (2, 3) or (y.ndim == 3 and y.shape[:2] != local_ids.shape):
         raise ValueError(f"y {tuple(y.shape)} must be [R, K, H] or [M, H] for local_ids {tuple(local_ids.shape)}")

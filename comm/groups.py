@@ -133,7 +133,7 @@ def start_groups(
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise CommError(
             f"rank {rank} of {world_size}: the ranks did not meet at {where} ({time.monotonic() - started:.1f} s of "
-            f"{timeout_s:g} s); start all {world_size} and see which one ended ({cause(error)})"
+            f"{timeout_s:g} s); start all {world_size} and see which one ended ({first_line(error)})"
         ) from error
 
 
@@ -146,7 +146,7 @@ def stop_groups(groups: Groups, *, wait: bool = True) -> None:
             dist.barrier(group=groups.world)
     except RuntimeError as error:
         raise CommError(
-            f"rank {groups.rank} of {groups.world_size}: a peer was gone at the end of the run ({cause(error)})"
+            f"rank {groups.rank} of {groups.world_size}: a peer was gone at the end of the run ({first_line(error)})"
         ) from error
     finally:
         dist.destroy_process_group()
@@ -166,7 +166,7 @@ def process_groups(
     stop_groups(groups)
 
 
-def cause(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first sentence of a backend's error, without its source position."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if line.startswith("[") and "] " in line:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe.comm.groups import CommError, Groups, cause
+from moe.comm.groups import CommError, Groups, first_line
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ class Exchange:
         return CommError(
             f"rank {groups.rank} of {groups.world_size}: {self.what} with ranks {list(self.wire.ranks)} failed after "
             f"{time.monotonic() - self.started:.1f} s; a peer ended or did not answer within {groups.timeout_s:g} s "
-            f"({cause(error)})"
+            f"({first_line(error)})"
         )
 
 
