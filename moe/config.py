@@ -56,6 +56,7 @@ class ParallelConfig:
     plan: str | None = None
     dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
     ranks_per_node: int | None = None  # None: as torchrun says; smaller, to let one machine stand for several
+    broadcast_tokens: int = 8  # up to this many per rank go to every rank: one round less a layer, more bytes
     timeout_seconds: int = 300  # until a rank that waits for a lost peer gives up
 
     def __post_init__(self) -> None:

@@ -204,7 +204,7 @@ class Engine:
     @torch.inference_mode()
     def _join(self) -> None:
         assert self.experts is not None
-        self.experts.join(self.blueprint.index.sites[0].hidden_size, self.model.dtype, self._pairs)
+        self.experts.join(self.blueprint.index.sites[0].hidden_size, self.model.dtype, self._dispatch_shapes)
 
     def _record(self, chunks: Seq[Chunk]) -> None:
         if self.recorder is not None and self.experts is not None:
@@ -224,11 +224,11 @@ class Engine:
 
     def _make_runner(self) -> tuple[Scheduler, Runner]:
         batch = self.config.batch
-        with _detached_experts(self.model, self.blueprint) as pairs:
+        with _detached_experts(self.model, self.blueprint) as shapes:
             self.kv_token_bytes = kv_bytes_per_token(self.model) if self.is_packed else 0
             if self.parallel is not None and not self.is_packed:
                 self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
-            self._pairs = list(pairs)
+            self._dispatch_shapes = list(shapes)
         if not self.is_packed:
             unlimited = BlockPool(batch.max_sequences, self.max_context, sharing=False)
             return Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(self.model)
@@ -286,17 +286,18 @@ class Engine:
 
 
 @contextmanager
-def _detached_experts(model: Any, blueprint: Blueprint) -> Iterator[list[int]]:
+def _detached_experts(model: Any, blueprint: Blueprint) -> Iterator[list[tuple[int, int]]]:
     """Inside this block experts return zeros, so that the dense part can run before the slots exist.
 
-    Yields the list of each layer's pairs per dispatched row (K), filled by the first forward.
+    Yields each layer's (rows per token, K of a row) as experts are dispatched, filled by the first forward.
     """
     modules = [model.get_submodule(site.module) for site in blueprint.index.sites]
-    pairs = [0] * len(modules)
+    shapes = [(1, 1)] * len(modules)
 
     def zeros(layer: int) -> Any:
         def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, scale_input: bool) -> Tensor:
-            pairs[layer] = 1 if scale_input else topk_ids.shape[1]
+            top_k = topk_ids.shape[1]
+            shapes[layer] = (top_k, 1) if scale_input else (1, top_k)
             return torch.zeros_like(x)
 
         return compute
@@ -304,7 +305,7 @@ def _detached_experts(model: Any, blueprint: Blueprint) -> Iterator[list[int]]:
     for layer, module in enumerate(modules):
         module.compute = zeros(layer)
     try:
-        yield pairs
+        yield shapes
     finally:
         for module in modules:
             module.compute = None
@@ -325,7 +326,7 @@ def _make_parallel(groups: Groups, blueprint: Blueprint, config: ParallelConfig)
             f"{config.plan} places {plan.num_layers} layers of {plan.num_experts} experts, {blueprint.folder} has "
             f"{num_layers} of {num_experts}: it is the plan of another model"
         )
-    return ExpertParallel(groups, plan, config.dispatcher)
+    return ExpertParallel(groups, plan, config.dispatcher, config.broadcast_tokens)
 
 
 def _notes(blueprint: Blueprint) -> list[str]:

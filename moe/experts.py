@@ -122,21 +122,27 @@ class SlotExperts:
         if scale_input:
             rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
             ones = torch.ones_like(topk_weights)
-            y = self._parallel_or_here(layer, rows, ids.reshape(-1, 1), ones.view(-1, 1))
+            y = self._parallel_or_here(layer, rows, ids.reshape(-1, 1), ones.view(-1, 1), ids.shape[1])
             return combine_reference(y.view(*topk_ids.shape, -1), ones, x.dtype)
         return self._parallel_or_here(layer, x, ids, topk_weights)
 
-    def join(self, hidden_size: int, dtype: torch.dtype, num_pairs: Sequence[int]) -> None:
-        """Takes part in all layers of a forward that only other ranks have. num_pairs: K of each layer's dispatch."""
-        for layer, top_k in enumerate(num_pairs):
+    def join(self, hidden_size: int, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> None:
+        """Takes part in all layers of a forward that only other ranks have. shapes: (rows per token, K) by layer."""
+        for layer, (rows_per_token, top_k) in enumerate(shapes):
             x = torch.zeros(0, hidden_size, dtype=dtype, device=self.cache.device)
             weights = torch.zeros(0, top_k, device=self.cache.device)
-            self._parallel_or_here(layer, x, np.zeros((0, top_k), np.int64), weights)
+            self._parallel_or_here(layer, x, np.zeros((0, top_k), np.int64), weights, rows_per_token)
 
-    def _parallel_or_here(self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor) -> Tensor:
+    def _parallel_or_here(
+        self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor, rows_per_token: int = 1
+    ) -> Tensor:
         if self.parallel is None:
             return self._run(layer, x, ids, topk_weights)
-        return self.parallel.compute(layer, x, ids, topk_weights, lambda rows, own: self._run(layer, rows, own, None))
+
+        def run(rows: Tensor, own: npt.NDArray[np.int64]) -> Tensor:
+            return self._run(layer, rows, own, None)
+
+        return self.parallel.compute(layer, x, ids, topk_weights, run, rows_per_token)
 
     def _run(self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor | None) -> Tensor:
         """The combined rows [T, H] in x's dtype, or without weights y of every pair, fp32 [T, K, H]."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
-from moe.comm.groups import CommError, Groups, cause
+from moe.comm.groups import CommError, Groups, first_line
 from moe.placement.plan import Plan
 from moe.placement.replicas import choose_replicas
 
@@ -43,7 +43,9 @@ class Agreement:
 class ExpertParallel:
     """This rank's part of a plan. Raises ValueError for a plan of another model or number of ranks."""
 
-    def __init__(self, groups: Groups, plan: Plan, dispatcher: DispatcherName = "all_to_all") -> None:
+    def __init__(
+        self, groups: Groups, plan: Plan, dispatcher: DispatcherName = "all_to_all", broadcast_tokens: int = 0
+    ) -> None:
         if plan.num_ranks != groups.world_size:
             raise ValueError(
                 f"the plan is for {plan.num_ranks} ranks, this run has {groups.world_size}; solve it again for them"
@@ -54,9 +56,9 @@ class ExpertParallel:
         if groups.world_size == 1:
             self.dispatcher = LocalDispatcher(groups, rank_of)
         elif dispatcher == "hierarchical":
-            self.dispatcher = HierarchicalDispatcher(groups, rank_of)
+            self.dispatcher = HierarchicalDispatcher(groups, rank_of, broadcast_tokens=broadcast_tokens)
         else:
-            self.dispatcher = AllToAllDispatcher(groups, rank_of)
+            self.dispatcher = AllToAllDispatcher(groups, rank_of, broadcast_tokens=broadcast_tokens)
         self.plan = plan
         self.use(plan)
         self.agreement = Agreement((1,), (0,), (0,))
@@ -105,10 +107,18 @@ class ExpertParallel:
         topk_ids: npt.NDArray[np.int64],
         topk_weights: Tensor,
         run: Callable[[Tensor, npt.NDArray[np.int64]], Tensor],
+        rows_per_token: int = 1,
     ) -> Tensor:
-        """One layer's experts for this rank's tokens. run(rows [R, H], logical ids [R, K]) -> y [R, K, H]."""
+        """One layer's experts for this rank's rows. run(rows [R, H], logical ids [R, K]) -> y [R, K, H].
+
+        rows_per_token: rows that a token of the step has here, 1 unless each of its pairs is a row of its own.
+        """
         physical = torch.from_numpy(self.physical(layer, topk_ids)).to(x.device)
-        sent = self.dispatcher.dispatch(x.contiguous(), physical, topk_weights.float(), layer=layer)
+        told = self.agreement
+        known = tuple(t * rows_per_token for t in told.tokens) if max(told.forwards) <= 1 else None
+        sent = self.dispatcher.dispatch(
+            x.contiguous(), physical, topk_weights.float(), layer=layer, tokens_per_rank=known
+        )
         here: npt.NDArray[np.int64] = self._logical_of[layer][sent.local_ids.numpy(force=True)]  # host sync
         return self.dispatcher.combine(run(sent.rows, here), sent.handle)
 
@@ -141,7 +151,7 @@ class ExpertParallel:
             dist.all_gather(gathered, own, group=self.groups.world)
         except RuntimeError as error:
             raise CommError(
-                f"rank {self.groups.rank} of {self.groups.world_size}: a peer was lost in {what} ({cause(error)})"
+                f"rank {self.groups.rank} of {self.groups.world_size}: a peer was lost in {what} ({first_line(error)})"
             ) from error
         return [g.cpu() for g in gathered]
 
