@@ -91,15 +91,19 @@ def test_equals_reference_over_epochs(dtype, world, experts, top_k, hidden, inte
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("programs", [1, 3])
 @pytest.mark.parametrize(
-    ("world", "experts", "top_k", "tokens"),
-    [(8, 64, 8, 2), (3, 6, 2, 63), (2, 64, 4, 9), (1, 64, 8, 63), (2, 2, 1, 63)],
+    ("world", "experts", "top_k", "tokens", "programs", "split"),
+    [
+        (8, 16, 2, 2, 3, True),
+        (3, 6, 2, 20, 3, True),
+        (2, 64, 4, 3, 1, False),
+        (1, 64, 8, 3, 3, False),
+        (2, 2, 1, 63, 1, False),
+    ],
 )
 def test_equals_reference_larger(world, experts, top_k, tokens, programs, split):
     ranks = Ranks(make_shape(world, experts, top_k, 40, 24, tokens), split=split, programs=programs, config=SMALL)
-    for epoch, skew in enumerate(["one", "none", "holes"]):
+    for epoch, skew in enumerate(["one", "holes"]):
         inputs = ranks.inputs(tokens, epoch, skew)
         assert relative_error(ranks.run(*inputs), ranks.reference(*inputs)) <= BOUND[torch.float32]
 
