@@ -21,6 +21,7 @@ from moe.placement.replicas import fill_up
 from moe.placement.trace import RoutingTrace
 
 Single = NDArray[np.float32]
+AT_ONCE = 4  # swaps applied per table
 FULL = 50.0  # rank visits that a token above the load cap costs: more than a swap can ever save by it
 SOFT = (0.1, 0.5, FULL, FULL)  # first penalty of a descent: half of them come from outside the cap
 
@@ -31,6 +32,7 @@ class CopyOptions:
 
     coherent: attention follows the heaviest expert, so each layer is pinned to the one before; else homes are fixed
     and unknown. node_weight: extra cost of each node that a token touches, relative to a rank. seconds: whole search.
+    rounds: instead of seconds, so many perturbations per layer, which makes the result reproducible.
     """
 
     slack: float = 1.0
@@ -38,6 +40,7 @@ class CopyOptions:
     node_weight: float = 0.0
     nodes: tuple[int, ...] | None = None
     seconds: float = 30.0
+    rounds: int | None = None
     seed: int = 0
 
 
@@ -82,11 +85,12 @@ def solve_copies(
             search = LayerSearch(Touched(layer_hits, pins), load[layer], single_caps[layer], num_ranks, options)
             share = 1.0 if slots_per_rank is None or sweep < passes - 1 else 0.3
             now = time.perf_counter()
-            rows[layer] = search.run(rows[layer], rng, now + share * (began + options.seconds * done - now))
+            until = np.inf if options.rounds is not None else began + options.seconds * done
+            rows[layer] = search.run(rows[layer], rng, until if share == 1 else now + share * (until - now))
             hosted[layer] = rows[layer][:, None] == np.arange(num_ranks)
             if slots_per_rank is not None and sweep == passes - 1:
                 replicas = ReplicaSearch(search, slots, float(caps[layer]))
-                hosted[layer] = replicas.run(rows[layer], rng, began + options.seconds * done)
+                hosted[layer] = replicas.run(rows[layer], rng, until)
     return Plan.from_hosted(
         hosted, model=trace.model, solver="copies", objective="ranks touched / token / layer",
         value=float(np.mean(ranks_touched(trace, hosted))), seconds=time.perf_counter() - began,
@@ -135,7 +139,7 @@ class LayerSearch:
     """Swap search in one layer; the assignment [E] of ranks with counts per rank kept."""
 
     def __init__(self, touched: Touched, load: Floats, cap: float, num_ranks: int, options: CopyOptions) -> None:
-        self.hits, self.pins, self.load = touched.hits, touched.pins, load
+        self.hits, self.pins, self.load = np.asfortranarray(touched.hits), touched.pins, load  # experts contiguous
         self.cap, self.ranks, self.options = cap, num_ranks, options
         self.penalty = FULL * float(self.hits.sum()) / max(float(load.sum()), 1e-12)
 
@@ -143,7 +147,9 @@ class LayerSearch:
         """Descend from `start` and from shuffles of the best, until the deadline; at least one descent."""
         best = self.descend(start.copy())
         best_cost = self.cost(best)
-        while time.perf_counter() < deadline:
+        rounds = np.inf if self.options.rounds is None else self.options.rounds
+        while time.perf_counter() < deadline and rounds > 0:
+            rounds -= 1
             trial = best.copy()
             among = rng.choice(len(trial), int(rng.integers(2, max(3, len(trial) // 3) + 1)), replace=False)
             trial[among] = rng.permutation(trial[among])
@@ -186,6 +192,7 @@ class LayerSearch:
 
     def descend(self, ranks: Ints, deadline: float = np.inf, expert: Ints | None = None) -> Ints:
         """Best swap after best swap until none helps (or the deadline). expert: items with equal ones stay apart."""
+        before: float | None = None
         while time.perf_counter() < deadline:
             table = swap_changes(self.hits, self.counts(ranks), ranks)
             if self.options.node_weight and self.options.nodes is not None:
@@ -199,10 +206,17 @@ class LayerSearch:
                 np.logical_or.at(there, (expert, ranks), True)
                 blocked = there[expert][:, ranks]  # item e may not go where a twin is
                 table[blocked | blocked.T] = 0
-            e, f = np.unravel_index(int(table.argmin()), table.shape)
-            if table[e, f] > -1e-3:  # float32 counts are exact far beyond any trace length
+            swaps = best_swaps(table, 1 if expert is not None else AT_ONCE)
+            if not swaps:
                 break
-            ranks[e], ranks[f] = ranks[f], ranks[e]
+            trial = swapped(ranks, swaps)
+            if len(swaps) > 1:  # swaps of different experts only nearly add up: keep them if they beat the best alone
+                before = self.cost(ranks) if before is None else before
+                alone, after = before + float(table[swaps[0]]), self.cost(trial)
+                if after >= alone:
+                    trial, after = swapped(ranks, swaps[:1]), alone
+                before = after
+            ranks = trial
         return ranks
 
     def overload(self, load: NDArray[Any]) -> Floats:
@@ -230,12 +244,14 @@ class ReplicaSearch:
         hosted = add_replicas(base.hits, ranks[:, None] == np.arange(base.ranks), base.load, self.slots, self.cap)
         best, best_cost = hosted, self.cost(hosted)
         trial = hosted
+        rounds = np.inf if base.options.rounds is None else base.options.rounds
         while True:
+            rounds -= 1
             trial = self.swap(trial, rng, deadline)
             cost = self.cost(trial)
             if cost < best_cost:
                 best, best_cost = trial, cost
-            if time.perf_counter() >= deadline:
+            if time.perf_counter() >= deadline or rounds < 0:
                 return best
             trial = self.rechoose(best, rng)
 
@@ -301,16 +317,39 @@ class ReplicaSearch:
         return add_replicas(self.base.hits[keep], hosted, self.base.load, self.slots, self.cap)
 
 
+def best_swaps(table: Floats, limit: int) -> list[tuple[int, int]]:
+    """The best improving swaps that share no expert, best first."""
+    flat = table.reshape(-1)
+    few = np.argpartition(flat, min(8 * limit, flat.size - 1))[: 8 * limit]
+    chosen: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    for index in few[np.argsort(flat[few], kind="stable")]:
+        e, f = divmod(int(index), len(table))
+        if flat[index] > -1e-3 or len(chosen) == limit:  # float32 counts are exact far beyond any trace length
+            break
+        if not {e, f} & taken:
+            chosen.append((e, f))
+            taken |= {e, f}
+    return chosen
+
+
+def swapped(ranks: Ints, swaps: list[tuple[int, int]]) -> Ints:
+    out = ranks.copy()
+    for e, f in swaps:
+        out[[e, f]] = ranks[[f, e]]
+    return out
+
+
 def swap_changes(hits: Single, counts: Single, ranks: Ints) -> Floats:
     """How many more rank visits every swap of two experts' ranks makes: [E, E], exact for pairs on different ranks.
 
     hits: [N, E]; counts: [N, G] experts (and pins) of each token on each rank.
     """
-    alone = (counts == 1).astype(np.float32)
-    sole = hits * alone[:, ranks]  # the token visits this expert's rank only for it
+    alone = np.ascontiguousarray((counts == 1).T, np.float32)  # [G, N]
+    sole = hits.T * alone[ranks]  # [E, N]: the token visits this expert's rank only for it
     arrive = hits.T @ (counts == 0).astype(np.float32)  # [E, G]
-    leave = sole.sum(axis=0)
-    both = sole.T @ hits
+    leave = sole.sum(axis=1)
+    both = sole @ hits
     table = arrive[:, ranks] - leave[:, None]
     return np.asarray(table + table.T + both + both.T, np.float64)
 

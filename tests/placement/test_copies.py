@@ -25,6 +25,7 @@ from moe.placement.copies_bound import copies_bound, layer_bound, tangents
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
 from moe.placement.replicas import choose_for_plan, choose_replicas, fill_up
+from moe.placement.trace import RoutingTrace
 from tests.placement.instances import layer_assignments, topic_trace
 
 
@@ -162,14 +163,23 @@ def test_k_hot_ignores_absent_experts():
     np.testing.assert_array_equal(rows, [[1, 0, 1], [0, 1, 0], [0, 0, 0]])
 
 
+def test_rounds_make_the_search_reproducible():
+    trace = topic_trace(300, 2, 12, 3)
+    for slots in (None, 4):
+        options = CopyOptions(rounds=3, seed=5)
+        one, two = (solve_copies(trace, 4, slots_per_rank=slots, options=options) for _ in range(2))
+        np.testing.assert_array_equal(one.phy2log, two.phy2log)
+
+
 @pytest.mark.heavy
 def test_recorded_routing_meets_the_target_without_replicas(shared_data):
-    """At least 20 % fewer rank visits than the greedy on held-out tokens, load within 2 % of its load."""
+    """A fifth fewer rank visits than the greedy on held-out tokens of six layers, load within 2 % of its load."""
     trace = from_deepseek_esft_npz(shared_data / "traces" / "deepseek_v2_lite_intent.npz")
-    fit, held = trace.split(0.6)
+    few = {"expert_ids": trace.expert_ids[:, ::5], "weights": None}
+    fit, held = RoutingTrace(**{name: getattr(trace, name) for name in trace.__slots__} | few).split(0.6)
     for ranks in (4, 8):
         greedy = eplb_greedy(expert_load(fit), ranks)
-        ours = solve_copies(fit, ranks, options=CopyOptions(seconds=15))
+        ours = solve_copies(fit, ranks, options=CopyOptions(rounds=30))
         assert ranks_touched(held, ours.hosted).mean() < 0.8 * ranks_touched(held, greedy.hosted).mean()
         loads = [busiest_load(p.hosted, expert_load(held)).sum() for p in (ours, greedy)]
         assert loads[0] <= 1.02 * loads[1]
