@@ -271,7 +271,9 @@ class Engine:
         else:
             store = FileStore(blueprint.index, direct=offload.direct)
             if offload.store == "ram":
-                files, store = store, RamStore.read_from(store)
+                files = store
+                parallel = self.parallel
+                store = RamStore.read_from(files) if parallel is None else parallel.share_host_copy(files)
                 files.close()
         cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=self.device)
         if num_slots == sum(map(len, own)):

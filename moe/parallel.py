@@ -7,6 +7,8 @@ layer of every forward: a rank with less work joins with T = 0.
     logical ──choose_replicas──▶ physical ──dispatcher──▶ rank, local ──phy2log──▶ logical ──cache──▶ slot
 """
 
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +22,7 @@ from torch import Tensor
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
 from moe.comm.groups import CommError, Groups, first_line
+from moe.offload.stores import ExpertStore, RamStore, SharedStore
 from moe.placement.plan import Plan
 from moe.placement.replicas import choose_replicas
 
@@ -132,6 +135,29 @@ class ExpertParallel:
         if any(self.agreement.letters):
             self._deliver(letter)
         return self.agreement
+
+    def share_host_copy(self, source: ExpertStore) -> ExpertStore:
+        """All experts of `source` in host memory once for this node; each rank reads its part. A collective."""
+        groups = self.groups
+        if groups.local is None:
+            return RamStore.read_from(source)
+        name = bytes(64)
+        if groups.local_rank == 0:
+            file, path = tempfile.mkstemp(prefix="moe-experts-", dir="/dev/shm")
+            os.close(file)
+            name = path.encode().ljust(64, b"\0")
+        shared = torch.frombuffer(bytearray(name), dtype=torch.uint8).to(groups.device)
+        dist.broadcast(shared, groups.local_ranks[0], group=groups.local)
+        path = bytes(shared.cpu().numpy()).rstrip(b"\0").decode()
+        try:
+            store = SharedStore(source, path)
+            dist.barrier(group=groups.local)  # all have it open
+        finally:
+            if groups.local_rank == 0:
+                os.unlink(path)
+        store.fill(source, groups.local_rank, groups.ranks_per_node)
+        dist.barrier(group=groups.local)  # all parts are there
+        return store
 
     def _deliver(self, letter: bytes) -> None:
         size = max(self.agreement.letters)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 MULTIPROCESSING = multiprocessing.get_context("forkserver")
 # torch._inductor.config is what use_deterministic_algorithms imports: seconds per rank if each did it.
-MULTIPROCESSING.set_forkserver_preload(["torch.distributed", "torch._inductor.config", "pytest"])
+MULTIPROCESSING.set_forkserver_preload(["torch.distributed", "torch._inductor.config", "pytest", "moe.llm"])
 
 
 class RankFailed(AssertionError):

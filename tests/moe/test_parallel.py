@@ -104,6 +104,32 @@ def test_ranks_plans_dispatchers_and_slots(family, world_size, tmp_path):
     check_all(folder, tmp_path, world_size, shape, ["all_to_all", "hierarchical"], ["1.0", "0.25", "3"], nodes)
 
 
+def serve_from_host(folder: str, prompts: list[list[int]]) -> tuple[list, int, list[str]]:
+    config = EngineConfig(dtype="float32", offload=OffloadConfig(budget="2", store="ram"))
+    with process_groups(timeout_s=60) as groups:
+        with LLM(folder, config, groups=groups) as llm:
+            answers = [o.outputs[0].token_ids for o in llm.generate(prompts[groups.rank :: groups.world_size], PARAMS)]
+            blob = llm.engine.experts.cache.store.blobs[0][0]
+            maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/moe-experts" in line]
+            return answers, int(blob.long().sum()), maps
+
+
+def test_ranks_of_a_node_share_one_host_copy(deepseek_v3):
+    prompts = prompts_of(8)
+    expected = tokens_alone(deepseek_v3, prompts)
+    (first, first_sum, first_maps), (second, second_sum, second_maps) = spawn(
+        2, serve_from_host, str(deepseek_v3), prompts
+    )
+    assert [first, second] == [expected[0::2], expected[1::2]]
+    assert first_sum == second_sum != 0
+
+    def inodes(maps: list[str]) -> set[str]:
+        return {line.split()[4] for line in maps}
+
+    assert len(inodes(first_maps)) == 1
+    assert inodes(first_maps) == inodes(second_maps)
+
+
 def test_ranks_without_any_prompt_take_part(deepseek_v3):
     prompts = prompts_of(5)
     expected = tokens_alone(deepseek_v3, prompts)
