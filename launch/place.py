@@ -16,9 +16,19 @@ from moe.placement.copies import CopyOptions, solve_copies
 from moe.placement.copies_bound import copies_bound
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.migrate import plan_migration, relabel
-from moe.placement.plan import Plan, check_capacity
+from moe.placement.plan import Plan, check_capacity, merge_models
 from moe.placement.program import Program, Weights
-from moe.placement.report import analyse, bars_svg, cell_text, grid_svg, heatmap_svg, save_png, table_html, write_page
+from moe.placement.report import (
+    analyse,
+    bars_svg,
+    cell_text,
+    domain_distances,
+    grid_svg,
+    heatmap_svg,
+    save_png,
+    table_html,
+    write_page,
+)
 from moe.placement.simulate import Simulation, Workload, simulate
 from moe.placement.solver import plan_of, solve
 from moe.placement.topology import Topology
@@ -29,6 +39,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     """Add `analyze`, `place` and `simulate`; each sets `run`, a function of the parsed arguments to an exit status."""
     parser = subparsers.add_parser("analyze", help="does this model suit offloading, and how much affinity is there")
     parser.add_argument("trace", type=Path, help="routing trace (.npz, .safetensors)")
+    parser.add_argument("--against", type=Path, nargs="*", default=[], help="other traces: how far the load shifts")
     parser.add_argument("--segment", type=int, default=16, help="m of SRP and SCH, tokens (default 16)")
     _add_pictures(parser)
     parser.set_defaults(run=run_analyze)
@@ -82,6 +93,13 @@ def run_analyze(args: argparse.Namespace) -> int:
     _show("analysis", ("", "value"), rows)
     cache = [(c["slots"], c["oracle"], c["lru"]) for c in found["cache"]]
     _show("hit rate by cache size", ("slots per layer", f"oracle, {found['segment']} tokens ahead", "LRU"), cache)
+    others = [read_trace(path) for path in args.against]
+    if others:
+        merge_models([trace.model, *(other.model for other in others)])
+        distances = domain_distances([trace, *others])
+        names = [str(path) for path in (args.trace, *args.against)]
+        shift = [(name, *row) for name, row in zip(names, distances, strict=True)]
+        _show("total-variation distance of the load", ("", *names), shift)
     print(f"{found['model']} {found['verdict']}")
     pictures = {"load, layers x experts": expert_load(trace)}
     if trace.num_layers > 1:

@@ -200,12 +200,14 @@ def exflow(
     num_ranks: int,
     *,
     time_limit: float = 60.0,
-    split: Literal["direct", "bipart"] = "direct",
+    split: Literal["direct", "bipart", "staged"] = "direct",
+    num_nodes: int = 1,
 ) -> Plan:
     """ExFlow's program as published: top-1 paths [tokens, L], one cost variable per token and step, equal counts.
 
     Minimises the tokens' rank changes / steps (`plan.value`, with its bound when solved directly). split "bipart"
-    halves recursively (its default), which needs a power of two and gives no bound. arXiv 2401.08383, section 4.
+    halves recursively (its default), "staged" divides over num_nodes first and then inside each node; both need
+    numbers that divide and give no bound. arXiv 2401.08383, section 4.
     """
     tokens, layers = paths.shape
     began = time.perf_counter()
@@ -218,23 +220,43 @@ def exflow(
             paths, np.ones_like(owner, bool), even_capacities(num_experts, num_ranks), time_limit
         )
     else:
-        if num_ranks & (num_ranks - 1) or num_experts % num_ranks:
-            raise ValueError(
-                f"recursive halving needs a power of two that divides {num_experts} experts, not {num_ranks}"
-            )
-        levels = num_ranks.bit_length() - 1
-        for level in range(levels):
-            next_owner = owner * 2
-            for part in range(2**level):
-                member = owner == part
-                half = np.full(2, num_experts // 2 ** (level + 1))
-                bit, _ = _exflow_step(paths, member, half, time_limit / max(num_ranks - 1, 1))
-                next_owner[member] += bit[member]
-            owner = next_owner
+        owner = _exflow_levels(
+            paths, num_experts, num_ranks, _branching(split, num_experts, num_ranks, num_nodes), time_limit
+        )
     value = float((np.take_along_axis(owner, paths.T, 1)[1:] != np.take_along_axis(owner, paths.T, 1)[:-1]).mean())
     plan = Plan.from_assignment(owner, num_ranks, solver=f"exflow-{split}", objective="top-1 hops / step", value=value)
     bound = None if bound is None else min(bound, value)
     return plan.with_result(bound=bound, seconds=time.perf_counter() - began)
+
+
+def _branching(split: str, num_experts: int, num_ranks: int, num_nodes: int) -> list[int]:
+    """How many parts each level divides into."""
+    if split == "bipart":
+        if num_ranks & (num_ranks - 1) or num_experts % num_ranks:
+            raise ValueError(
+                f"recursive halving needs a power of two that divides {num_experts} experts, not {num_ranks}"
+            )
+        return [2] * (num_ranks.bit_length() - 1)
+    if num_nodes < 1 or num_ranks % num_nodes or num_experts % num_ranks:
+        raise ValueError(
+            f"staging needs nodes that divide ranks that divide experts: {num_nodes}, {num_ranks}, {num_experts}"
+        )
+    return [num_nodes, num_ranks // num_nodes]
+
+
+def _exflow_levels(paths: Ints, num_experts: int, branching: list[int], time_limit: float) -> Ints:
+    """Divide level by level; a part of one level is a sub-problem of the next."""
+    owner = np.zeros((paths.shape[1], num_experts), np.int64)
+    parts, problems = 1, int(sum(np.cumprod([1, *branching[:-1]])))
+    for branches in branching:
+        next_owner = owner * branches
+        for part in range(parts):
+            member = owner == part
+            size = np.full(branches, num_experts // (parts * branches))
+            inner, _ = _exflow_step(paths, member, size, time_limit / problems)
+            next_owner[member] += inner[member]
+        owner, parts = next_owner, parts * branches
+    return owner
 
 
 def _exflow_step(paths: Ints, member: NDArray[np.bool_], capacities: Ints, time_limit: float) -> tuple[Ints, float]:

@@ -185,7 +185,7 @@ def test_commands_from_trace_to_picture(tmp_path, capsys, objective):
     trace = topic_trace(400, 3, 16, 3, seed=1, length=20)
     trace.save(tmp_path / "t.npz")
     page, out = tmp_path / "p.html", tmp_path / "plan.json"
-    assert run("analyze", tmp_path / "t.npz", "--html", page) == 0
+    assert run("analyze", tmp_path / "t.npz", "--html", page, "--against", tmp_path / "t.npz") == 0
     assert "<svg" in page.read_text()
     options = ["--topology", "laptopx4", "--seconds", 1, "--objective", objective, "--html", page]
     replicas = [] if objective == "transitions" else ["--replicas", 0.25]
@@ -198,6 +198,7 @@ def test_commands_from_trace_to_picture(tmp_path, capsys, objective):
     assert run("simulate", tmp_path / "t.npz", out, "--topology", "laptopx4", "--html", page, "--fast-slots", 4) == 0
     printed = capsys.readouterr().out
     assert "eplb greedy" in printed
+    assert "distance of the load" in printed
     assert ("gap" in printed) == (objective == "transitions")
     with pytest.raises(ValueError, match="4 ranks, the topology has 2"):
         run("simulate", tmp_path / "t.npz", out, "--topology", "laptopx2")

@@ -211,6 +211,12 @@ def test_exflow_program_matches_its_definition():
     assert plan.value == pytest.approx(aggregated, abs=1e-6)  # aggregation loses nothing
     halves = exflow(rng.integers(0, 4, (20, 3)), 4, 4, time_limit=20, split="bipart")
     assert (halves.hosted.sum(axis=1) == 1).all()
+    staged = exflow(paths, 4, 4, time_limit=20, split="staged", num_nodes=2)
+    assert (staged.hosted.sum(axis=1) == 1).all()
+    nodes = staged.assignment[np.arange(3), paths] // 2  # the first stage is the direct program on two nodes
+    assert (nodes[:, 1:] != nodes[:, :-1]).mean() == pytest.approx(plan.value)
+    with pytest.raises(ValueError, match="nodes that divide"):
+        exflow(paths, 4, 4, split="staged", num_nodes=3)
     with pytest.raises(ValueError, match="power of two"):
         exflow(paths, 4, 3, split="bipart")
     with pytest.raises(ValueError, match="at least two layers"):
