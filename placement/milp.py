@@ -220,9 +220,8 @@ def exflow(
             paths, np.ones_like(owner, bool), even_capacities(num_experts, num_ranks), time_limit
         )
     else:
-        owner = _exflow_levels(
-            paths, num_experts, num_ranks, _branching(split, num_experts, num_ranks, num_nodes), time_limit
-        )
+        branching = _branching(split, num_experts, num_ranks, num_nodes)
+        owner = _exflow_levels(paths, num_experts, branching, time_limit)
     value = float((np.take_along_axis(owner, paths.T, 1)[1:] != np.take_along_axis(owner, paths.T, 1)[:-1]).mean())
     plan = Plan.from_assignment(owner, num_ranks, solver=f"exflow-{split}", objective="top-1 hops / step", value=value)
     bound = None if bound is None else min(bound, value)
