@@ -280,7 +280,8 @@ class Engine:
             cache.preload(own)
         weights = [ExpertWeights(*cache.views(i), e.activation) for i, e in enumerate(blueprint.experts)]
         table = Path(self.config.crossover_table).expanduser()
-        kernels = layer_kernels(self.config.kernel, weights, blueprint.top_k, self.model.dtype, table)
+        counts = [site.num_experts for site in blueprint.index.sites]
+        kernels = layer_kernels(self.config.kernel, weights, counts, blueprint.top_k, self.model.dtype, table)
         experts = SlotExperts(cache, kernels, self.parallel)
         for layer, site in enumerate(blueprint.index.sites):
             self.model.get_submodule(site.module).compute = experts.layer(layer)

@@ -52,9 +52,16 @@ class ReferenceKernel:
 
 
 def layer_kernels(
-    name: KernelName, layers: Sequence[ExpertWeights], top_k: int, dtype: torch.dtype, table: Path
+    name: KernelName,
+    layers: Sequence[ExpertWeights],
+    num_experts: Sequence[int],
+    top_k: int,
+    dtype: torch.dtype,
+    table: Path,
 ) -> list[LayerKernel]:
-    """The kernel of every layer. dtype: of activations; table: file of the crossovers that `measured` chooses by.
+    """The kernel of every layer.
+
+    num_experts: that a layer chooses from; dtype: of activations; table: the file of crossovers for `measured`.
 
     Raises ValueError for a kernel that cannot run on the weights' device. `measured` may time both paths, once for
     each shape on this machine: seconds.
@@ -74,7 +81,7 @@ def layer_kernels(
         from moe import triton_kernels
     except ImportError as error:
         raise ValueError(f"kernel {name!r} needs triton, which is not installed ({error})") from None
-    return [*triton_kernels.make(name, layers, top_k, dtype, table)]
+    return [*triton_kernels.make(name, layers, num_experts, top_k, dtype, table)]
 
 
 class RoutedLayer(NamedTuple):

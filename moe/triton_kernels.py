@@ -20,11 +20,11 @@ class MeasuredExperts(FusedLayerExperts):
     """The single launch or the grouped path, whichever the machine's table says for this number of tokens."""
 
     def __init__(self, weights: ExpertWeights, launch: SingleLaunch, key: LayerKey, table: CrossoverTable) -> None:
-        super().__init__(weights, launch)
+        super().__init__(weights, launch, key.num_experts)
         self.key, self.table = key, table
 
     def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Σ_k w·y [T, H] in x's dtype; both paths give the same bits."""
+        """Σ_k w·y [T, H] in x's dtype; both paths follow the reference's order over k."""
         if self.table.choose(self.key, len(x)) == "single":
             return FusedLayerExperts.combine(self, x, slot_ids, topk_weights)
         return GroupedExperts.combine(self, x, slot_ids, topk_weights)
@@ -33,23 +33,27 @@ class MeasuredExperts(FusedLayerExperts):
 def make(
     name: Literal["auto", "reference", "cpu", "grouped", "fused", "measured"],
     layers: Sequence[ExpertWeights],
+    num_experts: Sequence[int],
     top_k: int,
     dtype: torch.dtype,
     table_file: Path,
     tokens: Sequence[int] = MEASURED_TOKENS,
 ) -> list[GroupedExperts]:
-    """One kernel per layer. Times both paths for shapes that `table_file` does not know on this machine."""
+    """One kernel per layer. num_experts: of each layer, for the tile sizes.
+
+    Times both paths for shapes that `table_file` does not know on this machine.
+    """
     if name == "grouped":
-        return [GroupedExperts(weights) for weights in layers]
+        return [GroupedExperts(weights, n) for weights, n in zip(layers, num_experts)]
     launch = SingleLaunch(MAX_SINGLE_LAUNCH_TOKENS)
     if name == "fused":
-        return [FusedLayerExperts(weights, launch) for weights in layers]
+        return [FusedLayerExperts(weights, launch, n) for weights, n in zip(layers, num_experts)]
     device = layers[0].gate_up.device
     table = CrossoverTable(table_file, machine_name(device))
     made: list[GroupedExperts] = []
-    for weights in layers:
+    for weights, count in zip(layers, num_experts):
         key = LayerKey(
-            num_experts=len(weights.down),  # slots: what the single launch addresses
+            num_experts=count,
             top_k=top_k,
             hidden_size=weights.down.shape[1],
             intermediate_size=weights.down.shape[2],
@@ -70,7 +74,8 @@ def _measure(kernel: MeasuredExperts, dtype: torch.dtype, tokens: Sequence[int])
     inputs = {}
     for count in tokens:
         x = torch.randn(count, key.hidden_size, generator=generator).to(device, dtype)
-        ids = torch.rand(count, key.num_experts, generator=generator).topk(min(key.top_k, key.num_experts)).indices
+        num_slots = min(key.num_experts, len(kernel.weights.down))
+        ids = torch.rand(count, num_slots, generator=generator).topk(min(key.top_k, num_slots)).indices
         weights = torch.full(ids.shape, 1 / key.top_k)
         inputs[count] = x, ids.to(device, torch.int32), weights.to(device)
 

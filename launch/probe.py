@@ -1,0 +1,90 @@
+"""Measures the links of a running cluster and writes them as a topology for `moe place`.
+
+    torchrun --nproc-per-node 4 -m moe.launch.probe topology.json
+
+All ranks take part in all-to-alls of several sizes, first inside each node, then between nodes; latency and bandwidth
+are fitted to the medians. Nodes are told apart by LOCAL_WORLD_SIZE, or --ranks-per-node.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe.comm.groups import CommError, Groups, process_groups
+from moe.launch.report import err, out
+from moe.offload.budget import format_bytes
+from moe.placement.topology import Link, Topology, probe_link
+
+SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="moe.launch.probe", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("topology", type=Path, help="JSON file to write")
+    parser.add_argument("--ranks-per-node", type=int)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args(arguments)
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with process_groups(ranks_per_node=args.ranks_per_node, timeout_s=120, device=device) as groups:
+            topology = probe(groups, SIZES, args.repeats)
+        if groups.rank == 0:
+            topology.save(args.topology)
+            out.print(f"{args.topology}: {describe(topology)}", markup=False)
+    except (ValueError, OSError, CommError) as error:
+        err.print(f"moe.launch.probe: {error}", markup=False)
+        return 2
+    return 0
+
+
+def describe(topology: Topology) -> str:
+    links = f"inside a node {_link(topology.intra)}"
+    if topology.num_nodes > 1:
+        links += f", between nodes {_link(topology.inter)}"
+    return f"{topology.num_ranks} ranks on {topology.num_nodes} nodes, {links}"
+
+
+def _link(link: Link) -> str:
+    return f"{format_bytes(link.bandwidth)}/s and {link.latency * 1e6:.0f} µs"
+
+
+def probe(groups: Groups, sizes: Sequence[int], repeats: int) -> Topology:
+    """The measured topology, the same on every rank. A collective. Raises ValueError for a run of one rank."""
+    if groups.world_size == 1:
+        raise ValueError("one rank has no links to measure; start several with torchrun")
+    fields: dict[str, Any] = {}
+    if groups.local is not None:
+        fields["intra"] = probe_link(_timed(groups, groups.local, groups.ranks_per_node), sizes, repeats)
+    if groups.cross is not None:
+        fields["inter"] = probe_link(_timed(groups, groups.cross, groups.num_nodes), sizes, repeats)
+    nodes = tuple(rank // groups.ranks_per_node for rank in range(groups.world_size))
+    return Topology(node_of_rank=nodes, name="measured", **fields)
+
+
+def _timed(groups: Groups, group: dist.ProcessGroup, size: int) -> Callable[[int], float]:
+    """all_to_all(bytes sent per rank) -> seconds: the slowest rank's, so that all ranks fit the same link."""
+
+    def all_to_all(num_bytes: int) -> float:
+        part = max(1, num_bytes // size)
+        sent = torch.zeros(part * size, dtype=torch.uint8, device=groups.device)
+        received = torch.empty_like(sent)
+        dist.barrier(group=groups.world)
+        start = time.perf_counter()
+        dist.all_to_all_single(received, sent, group=group)
+        if groups.device.type == "cuda":
+            torch.cuda.synchronize(groups.device)
+        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=groups.device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.world)
+        return float(seconds)
+
+    return all_to_all
+
+
+if __name__ == "__main__":
+    sys.exit(main())
