@@ -1,7 +1,6 @@
 """The command line: `moe info|generate|batch|trace|pack|analyze|place|simulate|demo …`."""
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 from rich.console import Console
 
 from moe.launch import place
+from moe.launch.prompts import read_prompts
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
@@ -216,39 +216,16 @@ def _batch(args: argparse.Namespace) -> int:
         )
         print_report(llm.engine, err, args.per_layer)
     if args.verify:
-        prompts = _read_prompts(args.input, args.verify)
+        prompts = read_prompts(args.input, args.verify)
         err.print(str(verify(args.model, config, prompts, SamplingParams(max_tokens=32))), markup=False)
     return 1 if state.failed else 0
-
-
-def _read_prompts(path: Path, limit: int | None) -> list[str]:
-    """The prompts of a text, prompt or batch file; lines that are no JSON objects are prompts themselves."""
-    prompts: list[str] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if limit is not None and len(prompts) >= limit:
-            break
-        if not line.strip():
-            continue
-        entry: Any = line
-        if line.lstrip().startswith("{"):
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, is not valid JSON: {error}") from None
-            entry = fields.get("prompt", (fields.get("body") or {}).get("prompt"))
-        if not isinstance(entry, str):
-            raise ValueError(f"{path}, line {number}, has no prompt")
-        prompts.append(entry)
-    if not prompts:
-        raise ValueError(f"{path} has no prompts")
-    return prompts
 
 
 def _trace(args: argparse.Namespace) -> int:
     from moe.launch.report import print_report
     from moe.sampling import SamplingParams
 
-    prompts = _read_prompts(args.prompts, args.limit)
+    prompts = read_prompts(args.prompts, args.limit)
     if args.trace.suffix not in {".npz", ".safetensors"}:
         raise ValueError(f"{args.trace} must end in .npz or .safetensors")
     with _loaded(args, _engine_config(args)) as llm:

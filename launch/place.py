@@ -38,7 +38,8 @@ from moe.placement.trace import RoutingTrace
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `analyze`, `place` and `simulate`; each sets `run`, a function of the parsed arguments to an exit status."""
     parser = subparsers.add_parser("analyze", help="does this model suit offloading, and how much affinity is there")
-    parser.add_argument("trace", type=Path, help="routing trace (.npz, .safetensors)")
+    parser.add_argument("trace", type=Path, metavar="TRACE|MODEL", help="routing trace, or a model's folder")
+    parser.add_argument("--prompts", type=Path, help="of a model: prompts whose routing is recorded first")
     parser.add_argument("--against", type=Path, nargs="*", default=[], help="other traces: how far the load shifts")
     parser.add_argument("--segment", type=int, default=16, help="m of SRP and SCH, tokens (default 16)")
     _add_pictures(parser)
@@ -77,9 +78,24 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(run=run_simulate)
 
 
+def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
+    """Records the model's routing of the prompts and of short answers to them."""
+    from moe.launch.prompts import read_prompts
+    from moe.llm import LLM
+    from moe.sampling import SamplingParams
+
+    if args.prompts is None:
+        raise ValueError(f"{args.trace} is a model; give prompts to record its routing: --prompts prompts.jsonl")
+    prompts = read_prompts(args.prompts, None)
+    with LLM(args.trace) as llm:
+        recorder = llm.engine.record()
+        llm.generate(prompts, SamplingParams(max_tokens=16))
+        return recorder.trace()
+
+
 def run_analyze(args: argparse.Namespace) -> int:
     """Print the locality, affinity and cache report of a trace."""
-    trace = read_trace(args.trace)
+    trace = _trace_of_model(args) if args.trace.is_dir() else read_trace(args.trace)
     found = analyse(trace, segment=args.segment)
     rows = [(key, found[key]) for key in ("model", "tokens", "layers", "experts", "top_k")]
     rows += [
