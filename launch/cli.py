@@ -266,7 +266,8 @@ def _demo(args: argparse.Namespace) -> int:
     from moe.config import EngineConfig, OffloadConfig
     from moe.launch.demo import run_demo
 
-    config = EngineConfig(dtype="float32", offload=OffloadConfig(budget="0.25"))
+    # One thread: the matrices of this model are too small to share.
+    config = EngineConfig(dtype="float32", threads=1, offload=OffloadConfig(budget="0.25"))
     return run_demo(args.model, config, out)
 
 
