@@ -30,6 +30,7 @@ _FIELDS = {
     "n": int,
 }
 _DEFAULT_TEMPERATURE = 1.0  # what the format says when a request does not
+_START = b'{"id": "line-'  # of every result
 _IGNORED = {"model", "prompt", "messages", "stop", "logprobs", "top_logprobs", "stream", "user"}
 
 
@@ -56,7 +57,7 @@ class _Open:
 
 @dataclass(slots=True)
 class BatchProgress:
-    """How far a batch is. `resumed`: lines that an earlier run had finished."""
+    """How far a batch is, in lines. `resumed`: what an earlier run had finished; `failed`: of all that are finished."""
 
     total: int
     finished: int = 0
@@ -78,8 +79,7 @@ def run_batch(
     progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
     results = _Results(Path(target), progress) if parallel is None or rank == 0 else _Remote(parallel.outbox)
     with results:
-        done = results.finished_lines()
-        _check_same_file(lines, done, Path(target))
+        done = results.finished_lines(lines)
         finished = set(done) if parallel is None else broadcast_lines(parallel.groups, list(done))
         progress.resumed = progress.finished = len(finished)
         todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in finished]
@@ -88,21 +88,39 @@ def run_batch(
         open_requests: dict[int, _Open] = {}  # by id of a generation
         window = 4 * llm.engine.config.batch.max_sequences  # prompts are encoded as they are needed
         llm.engine.start()
-        while todo or open_requests or llm.engine.has_work:
-            while todo and len(open_requests) < window:
-                _open_line(llm, *todo.pop(), names, open_requests, results)
-            for generation in llm.step():
-                entry = open_requests.pop(id(generation))
-                entry.num_finished += 1
-                if entry.num_finished == len(entry.generations):
-                    results.write(_response(entry))
-            if parallel is not None and rank == 0:
-                for line in parallel.inbox:
-                    results.write(json.loads(line))
-                parallel.inbox.clear()
-            if on_progress is not None:
-                on_progress(progress)
+        try:
+            while todo or open_requests or llm.engine.has_work:
+                while todo and len(open_requests) < window:
+                    _open_line(llm, *todo.pop(), names, open_requests, results)
+                for generation in llm.step():
+                    entry = open_requests.pop(id(generation))
+                    entry.num_finished += 1
+                    if entry.num_finished == len(entry.generations):
+                        results.write(_response(entry))
+                if parallel is not None and rank == 0:
+                    for line in parallel.inbox:
+                        results.write(json.loads(line))
+                    parallel.inbox.clear()
+                if on_progress is not None:
+                    on_progress(progress)
+        finally:  # after an error the same engine can go on
+            llm.abort(g for entry in open_requests.values() for g in entry.generations)
     return progress
+
+
+def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
+    """The prompts, as token ids, of the first `limit` lines of `source` that can be served."""
+    prompts: list[list[int]] = []
+    for number, line in enumerate(Path(source).read_bytes().splitlines(), 1):
+        if len(prompts) == limit:
+            break
+        try:
+            request = _parse_request(llm, number, _parse_line(line))
+            llm.engine.check_request(request.tokens, request.params)
+        except ValueError:  # its result says so
+            continue
+        prompts.append(request.tokens)
+    return prompts
 
 
 def _open_line(
@@ -178,16 +196,23 @@ def _params(body: dict[str, Any]) -> SamplingParams:
             kind = _FIELDS[name]
             if isinstance(value, bool) or not isinstance(value, (int, kind)):
                 raise BadRequest(f"{name} ({value!r}) must be a {'whole number' if kind is int else 'number'}")
-            values[name] = kind(value)
-    stop = body.get("stop") or ()
-    values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) for s in values["stop"]):
+            try:
+                values[name] = kind(value)
+            except OverflowError:
+                raise BadRequest(f"{name} is too large") from None
+    stop = [] if body.get("stop") is None else body["stop"]
+    stop = [stop] if isinstance(stop, str) else stop
+    if not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
         raise BadRequest("stop must be a string or a list of strings")
-    logprobs = body.get("logprobs")
-    if logprobs is True:
-        values["logprobs"] = int(body.get("top_logprobs") or 0)
-    elif type(logprobs) is int:
-        values["logprobs"] = logprobs
+    values["stop"] = tuple(stop)
+    logprobs, top = body.get("logprobs"), body.get("top_logprobs")
+    if logprobs is True:  # the chat format; the other one gives the number itself
+        logprobs = 0 if top is None else top
+        if type(logprobs) is not int:
+            raise BadRequest(f"top_logprobs ({logprobs!r}) must be a whole number")
+    elif logprobs is not None and logprobs is not False and type(logprobs) is not int:
+        raise BadRequest(f"logprobs ({logprobs!r}) must be true, false or a whole number")
+    values["logprobs"] = None if logprobs is False else logprobs
     return SamplingParams(**values)
 
 
@@ -225,8 +250,13 @@ def _response(entry: _Open) -> dict[str, Any]:
 
 def _check_same_file(lines: list[bytes], done: dict[int, str | None], target: Path) -> None:
     for number, custom_id in done.items():
+        if not 1 <= number <= len(lines):
+            raise ValueError(
+                f"{target} has a result for line {number}, the input has {len(lines)} lines: it is the output of "
+                "another file; give another name"
+            )
         try:
-            expected = json.loads(lines[number - 1]).get("custom_id") if number <= len(lines) else None
+            expected = json.loads(lines[number - 1]).get("custom_id")
         except (ValueError, AttributeError, RecursionError):
             expected = None
         if custom_id is not None and expected != custom_id:
@@ -268,7 +298,7 @@ class _Remote:
     def __exit__(self, *_: object) -> None:
         self._outbox.clear()
 
-    def finished_lines(self) -> dict[int, str | None]:
+    def finished_lines(self, lines: list[bytes]) -> dict[int, str | None]:
         return {}
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -292,21 +322,32 @@ class _Results:
         finally:
             self._file.close()
 
-    def finished_lines(self) -> dict[int, str | None]:
-        """Input line -> custom_id of every result; a line that was cut off is removed from the file."""
+    def finished_lines(self, lines: list[bytes]) -> dict[int, str | None]:
+        """Input line -> custom_id of every result; a line that was cut off is removed from the file.
+
+        Raises ValueError, and leaves the file as it is, if it holds anything but results of the input `lines`.
+        """
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
+        done = self._parse(content[:whole])
+        _check_same_file(lines, done, self.path)
+        if not (content[whole:].startswith(_START) or _START.startswith(content[whole:])):
+            raise ValueError(f"the end of {self.path} is no result of this program; give another output file")
         if whole < len(content):
             self._file.truncate(whole)
+        return done
+
+    def _parse(self, content: bytes) -> dict[int, str | None]:
         done: dict[int, str | None] = {}
-        for number, line in enumerate(content[:whole].splitlines(), 1):
+        for number, line in enumerate(content.splitlines(), 1):
             try:
                 entry = json.loads(line)
                 word, _, place = entry["id"].partition("-")
                 if word != "line":
                     raise ValueError
                 done[int(place)] = entry["custom_id"]
+                self.progress.failed += entry["error"] is not None
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(
                     f"{self.path}, line {number}, is no result of this program; give another output file"
@@ -314,7 +355,8 @@ class _Results:
         return done
 
     def write(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        # Half a surrogate pair, which JSON can name, is written as it was named.
+        line = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         written = 0
         try:

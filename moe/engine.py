@@ -112,8 +112,8 @@ class Engine:
         """Whether this rank, or any, has something to compute or to hand over."""
         return self.scheduler.has_work if self.parallel is None else not self.parallel.agreement.is_over
 
-    def add_request(self, tokens: Seq[int], params: SamplingParams) -> Sequence:
-        """Queues a prompt of token ids. Raises ValueError if it cannot ever run."""
+    def check_request(self, tokens: Seq[int], params: SamplingParams) -> None:
+        """Raises ValueError for a prompt of token ids that cannot ever run."""
         vocabulary = self.model.config.get_text_config().vocab_size
         if not tokens:
             raise ValueError("the prompt has no tokens; give at least one")
@@ -131,6 +131,10 @@ class Engine:
                 f"prompt and answer take {longest} tokens, the KV cache holds {pool.num_blocks * pool.block_size}; "
                 "raise batch.kv_tokens or lower max_tokens"
             )
+
+    def add_request(self, tokens: Seq[int], params: SamplingParams) -> Sequence:
+        """Queues a prompt of token ids. Raises ValueError if it cannot ever run."""
+        self.check_request(tokens, params)
         sequence = Sequence(
             id=self.next_id,
             tokens=list(tokens),

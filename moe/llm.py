@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from moe.comm.groups import Groups
 from moe.config import EngineConfig
 from moe.engine import Engine
@@ -129,6 +131,7 @@ class LLM:
             return list(prompt)
         if self.tokenizer is None:
             raise ValueError(f"{self.engine.blueprint.folder} has no tokenizer; give token ids")
+        _check_text(prompt)
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         if not ids and self.tokenizer.bos_token_id is not None:
             return [self.tokenizer.bos_token_id]
@@ -137,7 +140,11 @@ class LLM:
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise ValueError(f"{self.engine.blueprint.folder} has no chat template; use generate with a written prompt")
-        text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the model's chat template does not take these messages: {error}") from None
+        _check_text(text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -173,6 +180,13 @@ class LLM:
             if generation.sequence.finish_reason is None:
                 self.engine.scheduler.abort(generation.sequence)
                 self._open.pop(generation.sequence.id, None)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not valid text: character {error.start} is half a surrogate pair") from None
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

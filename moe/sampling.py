@@ -41,12 +41,16 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         checks = {
             f"max_tokens ({self.max_tokens}) must be >= 1": self.max_tokens >= 1,
-            f"temperature ({self.temperature}) must be >= 0": self.temperature >= 0,
+            f"temperature ({self.temperature}) must be 0 (greedy) or lie in [1e-6, 1e6]": self.temperature == 0
+            or 1e-6 <= self.temperature <= 1e6,
             f"top_k ({self.top_k}) must be >= 0, 0 keeps all": self.top_k >= 0,
             f"top_p ({self.top_p}) must lie in (0, 1]": 0 < self.top_p <= 1,
             f"min_p ({self.min_p}) must lie in [0, 1]": 0 <= self.min_p <= 1,
-            f"repetition_penalty ({self.repetition_penalty}) must be > 0": self.repetition_penalty > 0,
+            f"repetition_penalty ({self.repetition_penalty}) must lie in [1e-6, 1e6]": 1e-6
+            <= self.repetition_penalty
+            <= 1e6,
             f"n ({self.n}) must be >= 1": self.n >= 1,
+            f"seed ({self.seed}) must lie in [0, 2^63 - n]": 0 <= self.seed <= (1 << 63) - max(1, self.n),
             f"logprobs ({self.logprobs}) must be >= 0": self.logprobs is None or self.logprobs >= 0,
             "stop strings must not be empty": all(self.stop),
         }
