@@ -151,13 +151,13 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
         _require(value in choices, f"{name} ({value!r}) must be one of {', '.join(choices)}")
         return value
     if kind is bool:
-        words = {"true": True, "false": False, True: True, False: False}
-        _require(value in words, f"{name} ({value!r}) must be true or false")
-        return words[value]
+        _require(value in (True, False, "true", "false"), f"{name} ({value!r}) must be true or false")
+        return value in (True, "true")
     if kind is int:
         try:
             _require(not isinstance(value, (bool, float)), f"{name} ({value!r}) must be a whole number")
             return int(value)
         except (TypeError, ValueError):
             raise ValueError(f"{name} ({value!r}) must be a whole number") from None
+    _require(isinstance(value, (str, int, float)), f"{name} ({value!r}) must be text or a number")
     return str(value)

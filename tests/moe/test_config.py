@@ -1,0 +1,96 @@
+"""Defaults, then the TOML file, then --set; unknown keys and bad values are refused with what would be right."""
+
+import dataclasses
+
+import pytest
+
+from moe.config import BatchConfig, EngineConfig, OffloadConfig
+
+
+def test_layers_of_settings(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'dtype = "bfloat16"\nthreads = 2\n[offload]\nbudget = 0.25\nstore = "mmap"\n'
+        "[batch]\nmax_tokens = 64\nprefix_sharing = false\n"
+    )
+    config = EngineConfig.load(
+        file, ["offload.store=ram", "batch.max_tokens=128", "threads=none", "batch.packed=false"]
+    )
+    assert config == EngineConfig(
+        dtype="bfloat16",
+        offload=OffloadConfig(budget="0.25", store="ram"),
+        batch=BatchConfig(max_tokens=128, prefix_sharing=False, packed=False),
+    )
+    assert EngineConfig.load() == EngineConfig()
+    assert EngineConfig.load(None, ["offload.direct=true"]).offload.direct is True
+    assert EngineConfig.load(None, ["offload.direct=none"]).offload.direct is None
+    assert EngineConfig.load(None, ["batch.max_tokens=64", "batch.max_tokens=32"]).batch.max_tokens == 32
+    assert config.with_budget("3").offload == dataclasses.replace(config.offload, budget="3")
+
+
+def test_describe_names_every_setting_once():
+    lines = EngineConfig().describe().splitlines()
+    assert "offload.budget = None" in lines
+    assert "batch.max_tokens = 512" in lines
+    assert len(lines) == len(set(lines)) > 15
+    settings = [line.replace(" = ", "=").replace("'", "") for line in lines]
+    settings = [s.replace("None", "none").replace("True", "true").replace("False", "false") for s in settings]
+    assert EngineConfig.load(None, settings) == EngineConfig()  # what is printed can be given back
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("bugdet=1", r"unknown setting bugdet; known: .*batch.*dtype.*offload"),
+        ("offload.bugdet=1", r"unknown setting offload.bugdet; known: offload.budget, offload.direct"),
+        ("batch.max.tokens=1", r"unknown setting batch.max; known: batch.block_size"),
+        ("offload", "must look like offload.budget=0.25"),
+        ("offload=3", "offload is a group of settings"),
+        ("threads.x=3", "threads"),
+        ("threads=many", r"threads \('many'\) must be a whole number"),
+        ("threads=1.5", "whole number"),
+        ("threads=0", r"threads \(0\) must be >= 1"),
+        ("dtype=float8", r"dtype \('float8'\) must be one of auto, float32, bfloat16, float16"),
+        ("kernel=cuda", r"kernel \('cuda'\) must be one of"),
+        ("offload.policy=fifo", "must be one of lru, lfu"),
+        ("offload.store=s3", "must be one of file, mmap, ram"),
+        ("offload.direct=maybe", "must be true or false"),
+        ("offload.readers=-1", r"offload.readers \(-1\) must be >= 0"),
+        ("batch.packed=", "must be true or false"),
+        ("batch.max_tokens=0", r"batch.max_tokens \(0\) must be >= 1"),
+        ("batch.max_tokens=4", r"batch.max_tokens \(4\) must be >= batch.max_sequences \(16\)"),
+        ("batch.kv_tokens=3", r"batch.kv_tokens \(3\) must be >= batch.block_size \(16\)"),
+        ("max_context=0", "max_context"),
+    ],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.load(None, [setting])
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("dtype = ", "is not a valid TOML file"),
+        ("\xff\xfe", "is not a valid TOML file"),
+        ("dtype = 4", "must be one of"),
+        ("dtype = []", "must be one of"),
+        ("offload = 3", "offload is a group of settings"),
+        ("[threads]\nx = 1", "must be a whole number"),
+        ("threads = true", "must be a whole number"),
+        ("[batch]\npacked = []", "must be true or false"),
+        ("[batch]\npacked = {a = 1}", "must be true or false"),
+        ("[offload]\nbudget = [1]", "budget"),
+        ("[offload.budget]\nx = 1", "budget"),
+    ],
+)
+def test_bad_files(tmp_path, toml, message):
+    file = tmp_path / "run.toml"
+    file.write_bytes(toml.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.load(file)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.toml"):
+        EngineConfig.load(tmp_path / "none.toml")
