@@ -9,7 +9,8 @@ layer of every forward: a rank with less work joins with T = 0.
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,7 @@ class ExpertParallel:
         self.plan = plan
         self.use(plan)
         self.agreement = Agreement((1,), (0,), (0,))
+        self._coming: deque[Plan] = deque()
         self.outbox: list[bytes] = []  # results for rank 0, handed over with the next step
         self.inbox: list[bytes] = []  # on rank 0: what came
 
@@ -90,6 +92,11 @@ class ExpertParallel:
         none = np.full((plan.num_layers, 1), -1, np.int64)
         self._logical_of = np.concatenate([plan.phy2log[:, mine], none], axis=1).astype(np.int64)  # id -1 reads -1
         self._has_replicas = bool((plan.replicas > 1).any())
+
+    def migrate(self, states: Iterable[Plan]) -> None:
+        """Takes on one plan after another, one a step (`Migration.states`). All ranks must call it between the same
+        steps with the same plans; requests go on running."""
+        self._coming.extend(states)
 
     def hosted(self) -> list[list[int]]:
         """The logical experts of this rank, by layer."""
@@ -130,6 +137,8 @@ class ExpertParallel:
         letter = b"".join(self.outbox)
         own = torch.tensor([forwards, tokens, len(letter)], dtype=torch.int64)
         gathered = self._gather(own, "the agreement on a step")
+        if self._coming:
+            self.use(self._coming.popleft())
         columns = list(zip(*(row.tolist() for row in gathered)))
         self.agreement = Agreement(*columns)
         if any(self.agreement.letters):

@@ -16,7 +16,9 @@ from moe.batch import run_batch
 from moe.comm.groups import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.llm import LLM
+from moe.placement.migrate import plan_migration
 from moe.placement.plan import Plan
+from moe.placement.topology import Topology
 from moe.sampling import SamplingParams
 from tests.distributed import spawn
 from tests.families import VOCAB_SIZE, tiny_checkpoint
@@ -146,29 +148,40 @@ def test_ranks_step_together_one_sequence_at_a_time(deepseek_v3):
     assert [answers[0][0], answers[1][0]] == [expected[0::2], expected[1::2]]
 
 
-def change_plan_while_running(folder: str, prompts: list[list[int]], plan: str) -> list:
+def migrate_while_running(folder: str, prompts: list[list[int]], plan: str) -> tuple[list, int]:
     with process_groups(timeout_s=60) as groups:
         with LLM(folder, config_of("2", None, "all_to_all"), groups=groups) as llm:
             own = [llm.add(p, PARAMS) for p in prompts[groups.rank :: groups.world_size]]
+            parallel = llm.engine.parallel
+            start, target = parallel.plan, Plan.load(plan)
+            migration = plan_migration(
+                start,
+                target,
+                Topology.preset("laptopx2"),
+                expert_bytes=1,
+                bytes_per_step=2,
+                seconds_per_step=(1.0, 0.5),
+            )
             llm.engine.start()
             steps = 0
-            first = llm.engine.parallel.plan
             while llm.engine.has_work:
                 llm.step()
                 steps += 1
-                if steps % 3 == 0:
-                    llm.engine.parallel.use(Plan.load(plan) if steps % 2 else first)
-            return [g.completion().token_ids for g in own]
+                if steps == 2:
+                    parallel.migrate(migration.states())
+            assert (parallel.plan.hosted == target.hosted).all()
+            return [g.completion().token_ids for g in own], len(migration.steps)
 
 
-def test_a_plan_may_change_between_steps(deepseek_v3, tmp_path):
+def test_experts_move_step_by_step_while_requests_run(deepseek_v3, tmp_path):
     prompts = prompts_of(7)
     expected = tokens_alone(deepseek_v3, prompts)
     rng = np.random.default_rng(0)
     ranks = np.stack([rng.permutation(np.arange(8) % 2) for _ in range(2)])
     Plan.from_assignment(ranks, 2).save(tmp_path / "other.json")
-    answers = spawn(2, change_plan_while_running, str(deepseek_v3), prompts, str(tmp_path / "other.json"))
-    assert [answers[0], answers[1]] == [expected[0::2], expected[1::2]]
+    answers = spawn(2, migrate_while_running, str(deepseek_v3), prompts, str(tmp_path / "other.json"))
+    assert [tokens for tokens, _ in answers] == [expected[0::2], expected[1::2]]
+    assert answers[0][1] >= 2
 
 
 def test_a_plan_of_another_model_or_world_is_refused(deepseek_v3, tmp_path):
