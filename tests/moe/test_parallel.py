@@ -81,7 +81,7 @@ def check_all(folder: Path, tmp_path: Path, world_size: int, shape: tuple[int, i
     expected = tokens_alone(folder, prompts)
     plans = write_plans(tmp_path, *shape, world_size)
     cases = [(b, p, d, True) for b in budgets for p in plans for d in dispatchers]
-    answers = spawn(world_size, serve_cases, str(folder), prompts, cases, None, ranks_per_node=nodes, time_limit_s=250)
+    answers = spawn(world_size, serve_cases, str(folder), prompts, cases, None, ranks_per_node=nodes, time_limit_s=600)
     for case, by_rank in zip(cases, zip(*answers)):
         for rank, own in enumerate(by_rank):
             assert own == expected[rank::world_size], (case, rank)
