@@ -9,6 +9,7 @@ result cannot depend on what it was batched with.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -18,21 +19,18 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
+from moe.offload.stores import aligned_bytes
+
 ATTENTION_NAME = "moe_paged"
 
 
 class StepLayout(NamedTuple):
     """Where the tokens of one step stand. All tensors are int64; S sequences, T new tokens, N cached tokens."""
 
-    query_starts: list[int]  # [S + 1] places in the packed row
-    key_starts: list[int]  # [S + 1] places in what is read back
-    write_at: Tensor  # [T] rows of the pool
-    read_at: Tensor | slice  # [N] rows of the pool; a slice where they follow each other
-
-    def first_position(self, sequence: int) -> int:
-        """Position of the sequence's first new token."""
-        new = self.query_starts[sequence + 1] - self.query_starts[sequence]
-        return self.key_starts[sequence + 1] - self.key_starts[sequence] - new
+    query_lengths: list[int]  # [S] new tokens; they sum to T
+    key_lengths: list[int]  # [S] cached tokens, the new ones included; they sum to N
+    write_at: Tensor | slice  # [T] rows of the pool; a slice where they follow each other
+    read_at: Tensor | slice  # [N] rows of the pool
 
 
 class MaskRule:
@@ -46,9 +44,10 @@ class MaskRule:
     def mask(self, sequence: int, step: StepLayout, device: torch.device) -> Tensor | None:
         """bool [new, cached] for one sequence; None if everything may be seen."""
         if sequence not in self._masks:
-            first, last = step.first_position(sequence), step.key_starts[sequence + 1] - step.key_starts[sequence]
+            length = step.key_lengths[sequence]
+            first = length - step.query_lengths[sequence]  # position of the first new token
             zero = torch.zeros((), dtype=torch.int64, device=device)
-            keys = torch.arange(last, device=device)
+            keys = torch.arange(length, device=device)
             mask = self.function(zero, zero, keys[first:, None], keys[None, :])
             self._masks[sequence] = None if bool(mask.all()) else mask
         return self._masks[sequence]
@@ -80,12 +79,14 @@ def paged_attention(
             f"{type(module).__name__} does not hand its step, or hands a position bias or a mask of its own, to "
             "attention; run this architecture with batch.packed=false"
         )
-    outputs = []
-    for s in range(len(step.query_starts) - 1):
-        q = query[:, :, step.query_starts[s] : step.query_starts[s + 1]]
-        k = key[:, :, step.key_starts[s] : step.key_starts[s + 1]]
-        v = value[:, :, step.key_starts[s] : step.key_starts[s + 1]]
-        outputs.append(_attend(q, k, v, attention_mask, s, step, scaling, softcap, s_aux))
+    if len(step.query_lengths) == 1:
+        return _attend(query, key, value, attention_mask, 0, step, scaling, softcap, s_aux).transpose(1, 2), None
+    queries = torch.split(query, step.query_lengths, dim=2)
+    keys, values = (torch.split(x, step.key_lengths, dim=2) for x in (key, value))
+    outputs = [
+        _attend(q, k, v, attention_mask, s, step, scaling, softcap, s_aux)
+        for s, (q, k, v) in enumerate(zip(queries, keys, values))
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -149,7 +150,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def rows(like: Tensor) -> Tensor:
-            return torch.zeros(self.capacity, like.shape[1], like.shape[3], dtype=like.dtype, device=like.device)
+            shape = (self.capacity, like.shape[1], like.shape[3])
+            if like.device.type == "cpu":  # takes memory as blocks are written, which torch.zeros does not
+                return aligned_bytes(prod(shape) * like.itemsize).view(like.dtype).view(shape)
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
         self.keys, self.values = rows(key_states), rows(value_states)
         self.is_initialized = True

@@ -103,6 +103,7 @@ class SlotExperts:
         self.cache, self.kernels, self.parallel = cache, list(kernels), parallel
         # One more than there are experts: id -1 reads the last entry, which stays -1.
         self._slot_of = [np.full(n + 1, -1, np.int32) for n in cache.num_experts]
+        self._has_settled = False  # all experts are resident for good, and _slot_of says where
         self.recording = False
         self.recorded: list[RoutedLayer | None] = [None] * len(self.kernels)
 
@@ -155,6 +156,10 @@ class SlotExperts:
         """The combined rows [T, H] in x's dtype, or without weights y of every pair, fp32 [T, K, H]."""
         kernel, slot_of = self.kernels[layer], self._slot_of[layer]
         wanted = _distinct(ids)
+        if self._has_settled or self._settle():
+            self.cache.count_hits(layer, len(wanted))
+            slot_ids = torch.from_numpy(slot_of[ids]).to(x.device)
+            return kernel.experts(x, slot_ids) if topk_weights is None else kernel.combine(x, slot_ids, topk_weights)
         y: Tensor | None = None
         with closing(self.cache.acquire(layer, wanted)) as waves:
             for wave in waves:
@@ -167,6 +172,13 @@ class SlotExperts:
         if y is None:  # no token, or none that has an expert
             y = torch.zeros(*ids.shape, x.shape[1], device=x.device)
         return y if topk_weights is None else combine_reference(y, topk_weights, x.dtype)
+
+    def _settle(self) -> bool:
+        if self.cache.is_all_resident:
+            for layer, slot_of in enumerate(self._slot_of):
+                slot_of[:-1] = self.cache.resident_slots(layer)
+            self._has_settled = True
+        return self._has_settled
 
     @staticmethod
     def _add_wave(kernel: LayerKernel, x: Tensor, slot_ids: Tensor, y: Tensor | None) -> Tensor:

@@ -4,7 +4,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from moe.attention import PagedLayer, StepLayout
@@ -110,22 +113,25 @@ class PagedKV:
     def begin(self, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> StepLayout:
         """Lays out a step that computes the tokens [start, end) of each sequence with these blocks."""
         size = self.pool.block_size
-        query_starts, key_starts, write_at, read_at = [0], [0], [], []
+        in_block = np.arange(size)
+        write_at, read_at = [], []
         for own, start, end in zip(blocks, starts, ends):
-            rows = (torch.tensor(own[: -(-end // size)])[:, None] * size + torch.arange(size)).flatten()[:end]
+            rows = (np.array(own[: -(-end // size)])[:, None] * size + in_block).reshape(-1)[:end]
             write_at.append(rows[start:])
             read_at.append(rows)
-            query_starts.append(query_starts[-1] + end - start)
-            key_starts.append(key_starts[-1] + end)
-        read = torch.cat(read_at)
-        first, last = int(read[0]), int(read[-1])
-        in_order = last - first + 1 == len(read) and bool((read.diff() == 1).all())
         layout = StepLayout(
-            query_starts,
-            key_starts,
-            torch.cat(write_at).to(self.device),
-            slice(first, last + 1) if in_order else read.to(self.device),
+            [end - start for start, end in zip(starts, ends)],
+            list(ends),
+            self._rows(np.concatenate(write_at)),
+            self._rows(np.concatenate(read_at)),
         )
         for layer in self.layers:
             layer.step = layout
         return layout
+
+    def _rows(self, rows: npt.NDArray[np.int64]) -> Tensor | slice:
+        """A slice where the rows follow each other: it is written and read without a gather."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows) and (rows[1:] - rows[:-1] == 1).all():
+            return slice(first, last + 1)
+        return torch.from_numpy(rows).to(self.device)

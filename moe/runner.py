@@ -1,6 +1,7 @@
 """Runs a model on the chunks of one step: all packed into one row, or one sequence after another."""
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +47,7 @@ class PackedRunner:
         step = self.kv.begin([c.sequence.blocks for c in chunks], [c.start for c in chunks], [c.end for c in chunks])
         tokens = torch.tensor([[t for c in chunks for t in c.sequence.tokens[c.start : c.end]]], device=device)
         positions = torch.tensor([[p for c in chunks for p in range(c.start, c.end)]], device=device)
-        last = torch.tensor(step.query_starts[1:], device=device) - 1
+        last = torch.tensor(list(accumulate(step.query_lengths)), device=device) - 1
         logits = self.model(
             input_ids=tokens,
             position_ids=positions,

@@ -205,6 +205,12 @@ class ExpertCache:
     def is_all_resident(self) -> bool:
         return self._has_all_slots and not self._free and not self._loading
 
+    def count_hits(self, layer: int, count: int) -> None:
+        """For callers that use `resident_slots` instead of `acquire`: one use of `count` experts of `layer`."""
+        stats = self.stats[layer]
+        stats.hits += count
+        stats.waves += 1
+
     def preload(self, experts: Sequence[Sequence[int]] | None = None) -> None:
         """Reads experts into the free slots, layer by layer, until none is free; counts no hits and no misses.
 
