@@ -1,0 +1,34 @@
+"""Four hosts in network namespaces, two nodes of two ranks: the batch that torchrun writes is that of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.hosts import Shape, hosts, run_ranks, trunk_bytes, why_not
+from moe.batch import run_batch
+from moe.config import EngineConfig
+from moe.llm import LLM
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = Shape(mbit=100)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "hierarchical"])
+def test_hosts_write_the_batch_of_one_process(dispatcher, tmp_path):
+    if reason := why_not(SHAPE):
+        pytest.skip(f"no hosts here: {reason}")
+    source, target = ROOT / "examples" / "batch.jsonl", tmp_path / "four.jsonl"
+    command = ["-m", "moe.launch.torchrun", "examples/tinymoe", str(source), str(target), "--experts-in-memory=0.25"]
+    command += [f"--set=parallel.dispatcher={dispatcher}", "--set=dtype=float32", "--set=parallel.timeout_seconds=100"]
+    with hosts(SHAPE) as names:
+        run_ranks(names, command, timeout_s=300)
+        assert trunk_bytes(names) > 1e5  # tokens did cross the link
+    with LLM(ROOT / "examples" / "tinymoe", EngineConfig(dtype="float32")) as llm:
+        run_batch(llm, source, tmp_path / "one.jsonl")
+
+    def results(path: Path) -> dict:
+        return {(e := json.loads(line))["custom_id"]: e["response"]["body"] for line in path.read_text().splitlines()}
+
+    assert results(target) == results(tmp_path / "one.jsonl")
