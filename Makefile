@@ -4,6 +4,9 @@ BIN := $(VENV)/bin
 # Installed first and by exact version: a later, looser requirement would otherwise fetch another build.
 TORCH ?= torch==2.13.0
 
+# Two workers with one thread each: more threads than cores make small matrices many times slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: demo test test-heavy lint install clean
 
 install: $(VENV)/.installed
@@ -23,10 +26,10 @@ lint: install
 	$(BIN)/mypy -p moe
 
 test: install lint
-	$(BIN)/python -m pytest -m "not heavy"
+	$(PYTEST) -m "not heavy"
 
 test-heavy: install
-	$(BIN)/python -m pytest -m heavy
+	$(PYTEST) -m heavy
 
 clean:
 	rm -rf $(VENV) build *.egg-info
