@@ -16,8 +16,8 @@ from rich.console import Console
 from moe.launch import place
 from moe.launch.prompts import read_prompts
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
+out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,20 +182,26 @@ def _generate(args: argparse.Namespace) -> int:
         if len(args.prompt) == 1 and not args.no_stream:
             out.print(args.prompt[0], end="", style="bold", markup=False)
             for piece in llm.stream(args.prompt[0], params):
-                out.print(piece, end="", markup=False)
-            out.print()
+                _write(piece)
+            _write("\n")
         else:
             for answer in llm.generate(args.prompt, params):
                 out.print(answer.prompt, end="", style="bold", markup=False)
-                out.print(answer.outputs[0].text, markup=False)
+                _write(answer.outputs[0].text + "\n")
         print_report(llm.engine, err, args.per_layer)
     if args.verify:
         err.print(str(verify(args.model, config, args.prompt, params)), markup=False)
     return 0
 
 
+def _write(text: str) -> None:
+    """What the model said, character for character: a console would widen tabs and drop control characters."""
+    out.file.write(text)
+    out.file.flush()
+
+
 def _batch(args: argparse.Namespace) -> int:
-    from moe.batch import BatchProgress, run_batch
+    from moe.batch import BatchProgress, first_requests, run_batch
     from moe.launch.report import batch_progress, print_report, progress_text
     from moe.sampling import SamplingParams
     from moe.verify import verify
@@ -215,8 +221,10 @@ def _batch(args: argparse.Namespace) -> int:
             markup=False,
         )
         print_report(llm.engine, err, args.per_layer)
-    if args.verify:
-        prompts = read_prompts(args.input, args.verify)
+        prompts = first_requests(llm, args.input, args.verify)
+    if args.verify and not prompts:
+        err.print("nothing to verify: no line of the input can be served")
+    elif args.verify:
         err.print(str(verify(args.model, config, prompts, SamplingParams(max_tokens=32))), markup=False)
     return 1 if state.failed else 0
 

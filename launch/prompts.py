@@ -8,7 +8,11 @@ from typing import Any
 def read_prompts(path: Path, limit: int | None) -> list[str]:
     """The prompts of a text, prompt or batch file; lines that are no JSON objects are prompts themselves."""
     prompts: list[str] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at separators inside a text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, 1):
         if limit is not None and len(prompts) >= limit:
             break
         if not line.strip():
@@ -17,9 +21,10 @@ def read_prompts(path: Path, limit: int | None) -> list[str]:
         if line.lstrip().startswith("{"):
             try:
                 fields = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}, is not valid JSON: {error}") from None
-            entry = fields.get("prompt", (fields.get("body") or {}).get("prompt"))
+            body = fields.get("body")
+            entry = fields.get("prompt", body.get("prompt") if isinstance(body, dict) else None)
         if not isinstance(entry, str):
             raise ValueError(f"{path}, line {number}, has no prompt")
         prompts.append(entry)

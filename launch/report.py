@@ -14,8 +14,8 @@ from moe.comm.groups import Groups
 from moe.engine import Engine, peak_rss_bytes
 from moe.offload.budget import format_bytes
 
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
+out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,13 @@ class Engine:
         """From now on every token's routing is kept; prefixes are no longer shared, so that none is left out."""
         if self.experts is None:
             raise ValueError(f"{self.blueprint.folder} has no experts in slots: there is no routing to record")
+        if self.blueprint.config.is_encoder_decoder:
+            raise ValueError(
+                f"{self.blueprint.folder} is an encoder-decoder: its layers see different tokens, which a trace cannot "
+                "hold"
+            )
+        if self.scheduler.has_work:
+            raise ValueError("requests are running; record from their start")
         self.scheduler.pool.sharing = False
         self.experts.recording = True
         num_experts = max(site.num_experts for site in self.blueprint.index.sites)
@@ -211,8 +218,8 @@ class Engine:
         self.experts.join(self.blueprint.index.sites[0].hidden_size, self.model.dtype, self._dispatch_shapes)
 
     def _record(self, chunks: Seq[Chunk]) -> None:
-        if self.recorder is not None and self.experts is not None:
-            self.recorder.add(chunks, self.experts.recorded)
+        if self.recorder is not None and self.experts is not None and chunks:
+            self.recorder.add(chunks, self.experts.take_routing())
 
     def _count(self, chunks: Seq[Chunk], start: float) -> None:
         seconds = time.perf_counter() - start

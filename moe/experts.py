@@ -92,7 +92,7 @@ class RoutedLayer(NamedTuple):
 
 
 class SlotExperts:
-    """The experts of all layers over one cache. `recorded[layer]` holds the step's routing while `recording`."""
+    """The experts of all layers over one cache. While `recording`, `take_routing` has what was routed."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class SlotExperts:
         self._slot_of = [np.full(n + 1, -1, np.int32) for n in cache.num_experts]
         self._has_settled = False  # all experts are resident for good, and _slot_of says where
         self.recording = False
-        self.recorded: list[RoutedLayer | None] = [None] * len(self.kernels)
+        self._routed: list[list[RoutedLayer]] = [[] for _ in self.kernels]
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
         """`compute(x [T, H], topk_ids [T, K], topk_weights [T, K], scale_input) -> [T, H]` of one layer."""
@@ -126,13 +126,18 @@ class SlotExperts:
         ids: npt.NDArray[np.int64] = topk_ids.numpy(force=True)  # host sync on an accelerator
         if self.recording:
             weights = topk_weights.detach().float().numpy(force=True)
-            self.recorded[layer] = RoutedLayer(ids.astype(np.int16), weights)
+            self._routed[layer].append(RoutedLayer(ids.astype(np.int16), weights))
         if scale_input:
             rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
             ones = torch.ones_like(topk_weights)
             y = self._parallel_or_here(layer, rows, ids.reshape(-1, 1), ones.view(-1, 1), ids.shape[1])
             return combine_reference(y.view(*topk_ids.shape, -1), ones, x.dtype)
         return self._parallel_or_here(layer, x, ids, topk_weights)
+
+    def take_routing(self) -> list[RoutedLayer | None]:
+        """Every layer's routing since the last call, of all forwards in their order; None where there was none."""
+        routed, self._routed = self._routed, [[] for _ in self.kernels]
+        return [RoutedLayer(*map(np.concatenate, zip(*parts))) if parts else None for parts in routed]
 
     def join(self, hidden_size: int, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> None:
         """Takes part in all layers of a forward that only other ranks have. shapes: (rows per token, K) by layer."""

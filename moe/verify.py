@@ -74,6 +74,7 @@ def compare(served: Answers, full: Answers) -> Verification:
         equal += sum(same)
         total += max(len(a), len(b))
         upto = min(same.index(False) + 1 if False in same else len(same), len(x), len(y))
-        delta = max(delta, float((x[:upto] - y[:upto]).abs().max()))
+        # NaN compares with nothing: it is as far from a logit as can be.
+        delta = max(delta, float((x[:upto] - y[:upto]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
         largest = max(largest, float(y[:upto].abs().max()))
     return Verification(len(served.outputs), total, equal, delta, largest)

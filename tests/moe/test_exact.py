@@ -56,7 +56,7 @@ def most_used(llm):
     experts.recording = True
     engine_says(llm, PROMPTS[2:3])
     experts.recording = False
-    chosen = experts.recorded[0].topk_ids.flatten().tolist()
+    chosen = experts.take_routing()[0].topk_ids.flatten().tolist()
     return (chosen + [(chosen[0] + 1) % experts.cache.num_experts[0]])[:2]
 
 

@@ -1,0 +1,203 @@
+"""The command line on the demo model: what is printed, what is written, and the exit status."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moe.launch.cli import main
+from moe.llm import LLM
+from moe.placement.trace import RoutingTrace
+from moe.sampling import SamplingParams
+from tests.families import tiny_checkpoint
+from tests.moe.moe_cases import ROOT, TINYMOE, config
+
+FP32 = ["--set", "dtype=float32", "--set", "batch.max_sequences=4"]
+PROMPT = "Once upon a time, there was"
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(TINYMOE, config("1.0")) as llm:
+        yield llm
+
+
+def answer(llm, prompt, **params):
+    return llm.generate(prompt, SamplingParams(**params))[0].outputs[0].text
+
+
+def run(capfd, *arguments):
+    """Exit status, standard output and standard error of `moe …`."""
+    status = main([str(a) for a in arguments])
+    captured = capfd.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_importing_the_command_line_is_cheap():
+    code = "import sys, moe.launch.cli as c; c._parser(); assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_info(capfd, tmp_path):
+    status, out, _ = run(capfd, "info", TINYMOE)
+    assert status == 0
+    for words in ("MixtralForCausalLM", "1024 tokens", "6 layers, 96 experts, top-2, 192 x 128, bfloat16", "144.0 KiB"):
+        assert words in out, out
+    assert "packed, continuous" in out
+    assert "at least 24 experts" in out
+    assert "1 expert (" in out
+    dense = sum(t.nbytes for n, t in tensors(TINYMOE).items() if "experts" not in n)
+    assert f"{dense / 2**20:.1f} MiB" in out
+    status, out, _ = run(capfd, "info", tiny_checkpoint("jamba", tmp_path))
+    assert status == 0
+    assert "one sequence at a time" in out
+
+
+def tensors(folder):
+    from moe.offload.checkpoint import Checkpoint
+
+    return Checkpoint.open(folder).tensors
+
+
+def test_generate_streams_what_generate_returns(capfd, llm):
+    status, out, err = run(
+        capfd, "generate", TINYMOE, "--prompt", PROMPT, "--max-tokens", 20, "--experts-in-memory", "0.25", *FP32
+    )
+    assert status == 0
+    assert out == PROMPT + answer(llm, PROMPT, max_tokens=20) + "\n"
+    assert "24 of 96 (25.0%)" in err
+    assert "batch.max_sequences = 4" in err
+    assert "hits" in err
+    assert "peak" in err
+
+
+def test_generate_with_everything(capfd, llm):
+    prompts = ("def f(x):\n\treturn x[:a:] # ", "[bold]ROMEO:[/bold]")
+    sampled = ["--temperature", 0.8, "--top-k", 40, "--top-p", 0.9, "--seed", 3, "--stop", "e", "--max-tokens", 12]
+    status, out, err = run(
+        capfd,
+        "generate",
+        TINYMOE,
+        *[a for p in prompts for a in ("--prompt", p)],
+        *sampled,
+        "--per-layer",
+        "--verify",
+        *FP32,
+        "--set",
+        "offload.budget=5",
+    )
+    assert status == 0
+    params = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 3, "stop": "e", "max_tokens": 12}
+    texts = [answer(llm, p, **params) for p in prompts]
+    assert out.replace(" " * 8, "\t").replace(" " * 4, "\t") == "".join(
+        p + t + "\n" for p, t in zip(prompts, texts)
+    ).replace(" " * 4, "\t")
+    assert "(100.00%)" in err
+    assert "verified 2 prompts" in err
+    layers = [line.split() for line in err.splitlines() if line.strip()[:1].isdigit() and "%" in line]
+    assert [row[0] for row in layers] == list("012345")
+
+
+def test_answers_are_printed_character_for_character(capfd, llm, monkeypatch):
+    odd = "\ta :cat: [red]x[/red]\x0b\x1b :smile:\u2028end"
+    monkeypatch.setattr(LLM, "stream", lambda *_: iter([odd[:5], odd[5:]]))
+    _, out, _ = run(capfd, "generate", TINYMOE, "--prompt", "P", *FP32)
+    assert out == "P" + odd + "\n"
+
+
+def test_batch_and_verify(capfd, llm, tmp_path):
+    lines = (ROOT / "examples" / "batch.jsonl").read_text().splitlines()[:3]
+    lines += ["not json", json.dumps({"custom_id": "x", "url": "/v1/completions", "body": {"prompt": [7] * 2000}})]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(lines))
+    arguments = ["batch", TINYMOE, source, target, "--experts-in-memory", "0.25", *FP32]
+    status, _, err = run(capfd, *arguments, "--verify", 4)
+    assert status == 1
+    assert "5 of 5 lines are in" in err
+    assert "(0 from an earlier run, 2 with errors)" in err
+    assert "verified 3 prompts" in err
+    assert "(100.00%)" in err
+    results = {r["id"]: r for r in map(json.loads, target.read_text().splitlines())}
+    for number, line in enumerate(lines[:3], 1):
+        body = json.loads(line)["body"]
+        text = results[f"line-{number}"]["response"]["body"]["choices"][0]["text"]
+        assert text == answer(llm, body["prompt"], max_tokens=body["max_tokens"])
+    before = target.read_bytes()
+    status, _, err = run(capfd, *arguments)
+    assert status == 1
+    assert "(5 from an earlier run, 2 with errors)" in err
+    assert target.read_bytes() == before
+
+
+def test_trace(capfd, llm, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ["Once upon a time", "line\u2028separator\x85in it", "plain text too"]
+    prompts.write_text("\n".join([json.dumps({"prompt": t}, ensure_ascii=False) for t in texts[:2]] + [texts[2], ""]))
+    status, out, _ = run(capfd, "trace", TINYMOE, prompts, tmp_path / "trace.npz", "--max-tokens", 4, *FP32)
+    assert status == 0
+    trace = RoutingTrace.load(tmp_path / "trace.npz")
+    lengths = [len(llm.encode(t)) + 3 for t in texts]
+    assert trace.sequence_lengths.tolist() == lengths
+    assert trace.expert_ids.shape == (sum(lengths), 6, 2)
+    assert (trace.num_experts, trace.model) == (16, "tinymoe")
+    assert trace.phase.sum() == 3 * 3
+    assert np.allclose(trace.weights.sum(-1), 1, atol=1e-5)
+    assert f"3 sequences, {sum(lengths)} tokens, 6 layers, top-2 of 16" in out
+    status, _, _ = run(
+        capfd, "trace", TINYMOE, prompts, tmp_path / "t.safetensors", "--max-tokens", 1, "--limit", 2, *FP32
+    )
+    assert status == 0
+    assert RoutingTrace.load(tmp_path / "t.safetensors").num_sequences == 2
+
+
+def test_pack_and_serve_it(capfd, llm, tmp_path):
+    status, out, _ = run(capfd, "pack", TINYMOE, tmp_path / "packed")
+    assert status == 0
+    assert "96 experts packed" in out
+    status, out, _ = run(capfd, "info", tmp_path / "packed")
+    assert "packed" in out
+    assert "original checkpoint" not in out
+    status, out, _ = run(capfd, "generate", tmp_path / "packed", "--prompt", PROMPT, "--max-tokens", 9, *FP32)
+    assert (status, out) == (0, PROMPT + answer(llm, PROMPT, max_tokens=9) + "\n")
+    status, _, err = run(capfd, "pack", TINYMOE, tmp_path / "packed")
+    assert status == 2
+    assert "exists already" in err
+
+
+def test_demo(capfd):
+    status, out, _ = run(capfd, "demo", "--model", TINYMOE)
+    assert status == 0
+    assert "Once upon a time, there was a little girl named" in out
+    assert "24 of 96" in out
+    assert "96 of 96" in out
+    assert "256 of 256 tokens equal (100.00%)" in out
+
+
+def test_demo_fails_if_a_token_differs(monkeypatch, capfd):
+    from moe.launch import demo
+
+    right = demo.compare
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:1])
+    monkeypatch.setattr(demo, "compare", lambda a, b: dataclasses.replace(right(a, b), num_equal=1))
+    assert run(capfd, "demo", "--model", TINYMOE)[0] == 1
+
+
+def test_settings_file(capfd, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('dtype = "float32"\n[offload]\nbudget = 7\n')
+    status, _, err = run(capfd, "generate", TINYMOE, "--prompt", "A", "--max-tokens", 1, "--config", file)
+    assert status == 0
+    assert "7 of 96" in err
+
+
+def test_interrupted(capfd, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "stream", interrupt)
+    status, _, err = run(capfd, "generate", TINYMOE, "--prompt", "A", *FP32)
+    assert status == 130
+    assert "interrupted" in err
