@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=16.0, help="CPU seconds per plan")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "placement_deepseek_v2_lite")
+    parser.add_argument("--only", choices=("replicas",), help="run this part again, keep the other rows")
     args = parser.parse_args()
     about = hardware()
     lines = [f"command: python bench/bench_placement_traces.py FOLDER --seconds {args.seconds:g}", ""]
@@ -105,9 +106,15 @@ def main() -> None:
         print(lines[-1], flush=True)
 
     bounds = {}
+    if args.only:
+        kept = json.loads(args.out.with_suffix(".json").read_text())
+        bounds = kept["bounds"]
+        by_key = {(r["fit"], r["serve"], r["ranks"], r["plan"]): r for r in kept["rows"] if r["slots"] is None}
+        for (fit, serve, ranks, name), row in by_key.items():
+            report((fit, serve, ranks, None), name, row, by_key[fit, serve, ranks, "EPLB"], row["seconds"])
     for ranks in (4, 8):
         topology = Topology.preset(f"2xh200x{ranks // 2}")
-        for slots in (None, 72 // ranks):
+        for slots in (72 // ranks,) if args.only else (None, 72 // ranks):
             for domain in DOMAINS:
                 fit, held = parts[domain]
                 plans = candidates(fit, ranks, slots, args.seconds)

@@ -90,6 +90,10 @@ def solve_copies(
             hosted[layer] = rows[layer][:, None] == np.arange(num_ranks)
             if slots_per_rank is not None and sweep == passes - 1:
                 replicas = ReplicaSearch(search, slots, float(caps[layer]))
+                served = replicas.served(
+                    reference.hosted[layer]
+                )  # under our choice the greedy's copies share unequally
+                replicas.cap = max(replicas.cap, options.slack * float(served.max()))
                 hosted[layer] = replicas.run(rows[layer], rng, until)
     return Plan.from_hosted(
         hosted, model=trace.model, solver="copies", objective="ranks touched / token / layer",
@@ -255,10 +259,14 @@ class ReplicaSearch:
                 return best
             trial = self.rechoose(best, rng)
 
+    def served(self, hosted: NDArray[np.bool_]) -> Floats:
+        """Tokens that each rank serves under the split: [G]."""
+        items, _, hits = self.split(hosted)
+        return np.bincount(items[:, 1], weights=hits.sum(axis=0), minlength=self.base.ranks).astype(np.float64)
+
     def cost(self, hosted: NDArray[np.bool_]) -> float:
         """Rank visits, plus the penalty for the load that the split really puts above the cap."""
-        items, _, hits = self.split(hosted)
-        load = np.bincount(items[:, 1], weights=hits.sum(axis=0), minlength=self.base.ranks)
+        load = self.served(hosted)
         used = greedy_cover(self.base.hits, hosted, self.base.pins)
         return float(used.sum()) + self.base.penalty * float(np.maximum(load - self.cap, 0.0).sum())
 

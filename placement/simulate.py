@@ -98,7 +98,7 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
             if work.split == "local":
                 physical = choose_replicas(ids, at, plan.log2phy[layer], plan.physical_per_rank)
             else:
-                physical = deal_evenly(ids, plan.log2phy[layer], begin)
+                physical = deal_evenly(ids, plan.log2phy[layer])
             rank = np.where(physical >= 0, physical // plan.physical_per_rank, ranks)
             visited = np.zeros((len(ids), ranks + 1), bool)
             np.put_along_axis(visited, rank, True, axis=1)
@@ -161,12 +161,16 @@ def all_to_all_seconds(num_bytes: NDArray[np.int64], same_node: NDArray[np.bool_
     return worst
 
 
-def deal_evenly(ids: NDArray[np.integer[Any]], log2phy: NDArray[np.int32], offset: int = 0) -> NDArray[np.int64]:
+def deal_evenly(ids: NDArray[np.integer[Any]], log2phy: NDArray[np.int32]) -> NDArray[np.int64]:
     """Each copy of an expert takes its tokens in turn, blind to ranks: [T, K] physical ids."""
     copies = (log2phy >= 0).sum(axis=1)
-    position = np.arange(ids.size).reshape(ids.shape) + offset * ids.shape[1]
-    turn = position % copies[np.maximum(ids, 0)]
-    return np.where(ids >= 0, log2phy[np.maximum(ids, 0), turn], -1).astype(np.int64)
+    flat = ids.reshape(-1).astype(np.int64)
+    order = np.argsort(flat, kind="stable")
+    _, first, counts = np.unique(flat[order], return_index=True, return_counts=True)
+    turn = np.empty(flat.size, np.int64)
+    turn[order] = np.arange(flat.size) - np.repeat(first, counts)  # how many tokens chose this expert before
+    expert = np.maximum(flat, 0)
+    return np.where(flat >= 0, log2phy[expert, turn % copies[expert]], -1).astype(np.int64).reshape(ids.shape)
 
 
 def _homes_after(

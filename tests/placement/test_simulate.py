@@ -12,7 +12,7 @@ from moe.placement.affinity import heaviest_experts
 from moe.placement.migrate import plan_migration, relabel, widened
 from moe.placement.plan import Plan
 from moe.placement.report import analyse, domain_distances, png_html, save_png
-from moe.placement.simulate import Workload, simulate
+from moe.placement.simulate import Workload, deal_evenly, simulate
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 from tests.placement.instances import topic_trace
@@ -30,11 +30,7 @@ def random_hosted(rng: np.random.Generator, layers=2, experts=8, ranks=4, share=
 @pytest.mark.parametrize("split", ["local", "even"])
 def test_simulation_equals_a_loop_over_tokens(dispatcher, split):
     trace = topic_trace(90, 3, 8, 3, seed=4, length=15)
-    plan = Plan.from_hosted(random_hosted(np.random.default_rng(0), layers=3)).with_result(model="synthetic")
-    if split == "local":  # without replicas the choice is no choice, so the loop below needs none
-        plan = Plan.random(3, 8, 4)
-    else:
-        plan = Plan.random(3, 8, 4, seed=1)
+    plan = Plan.random(3, 8, 4, seed=1)  # without replicas the choice is no choice, so the loop below needs none
     work = Workload(batch_tokens=32, token_bytes=10, dispatcher=dispatcher, split=split)
     got = simulate(trace, plan, PAIR, work)
     owner, heavy = plan.assignment, heaviest_experts(trace)
@@ -77,6 +73,18 @@ def test_replicas_cut_copies_and_load():
     even = simulate(trace, everywhere, PAIR, Workload(split="even"))
     assert even.copies > 1
     assert even.imbalance < 1.1
+
+
+def test_even_dealing_gives_every_copy_the_same_share():
+    plan = Plan.from_hosted(random_hosted(np.random.default_rng(3), layers=1, share=0.5))
+    ids = topic_trace(101, 1, 8, 3, seed=2).expert_ids[:, 0].copy()
+    ids[::7, 1] = -1
+    physical = deal_evenly(ids, plan.log2phy[0])
+    np.testing.assert_array_equal(np.where(physical >= 0, plan.phy2log[0][physical], -1), ids)
+    for expert in range(8):
+        copies = plan.log2phy[0, expert][plan.log2phy[0, expert] >= 0]
+        counts = [int((physical == p).sum()) for p in copies]
+        assert max(counts) - min(counts) <= 1
 
 
 def test_mismatches_are_refused():
