@@ -6,7 +6,6 @@ add_request ─▶ Scheduler ─▶ chunks ─▶ Runner ─▶ logits ─▶ Sa
 """
 
 import logging
-import resource
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -68,7 +67,7 @@ class Engine:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.blueprint = read_blueprint(folder)
-        self.device = torch.device(self.config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(self.config.device)
         self.parallel = None if groups is None else _make_parallel(groups, self.blueprint, self.config.parallel)
         self.notes = _notes(self.blueprint)
         reason = why_not_packed(self.blueprint.skeleton)
@@ -357,6 +356,17 @@ def _notes(blueprint: Blueprint) -> list[str]:
     return ["this model is dense: it has no experts, the whole model is in memory"]
 
 
+def _device(name: str | None) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device ({name!r}) is no device of torch; give cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not has_gpu:
+        raise ValueError(f"device ({name!r}) cannot be used: torch sees no GPU here; give cpu")
+    return device
+
+
 def _own_dtype(blueprint: Blueprint) -> torch.dtype:
     declared = getattr(blueprint.config, "dtype", None)
     if isinstance(declared, str):
@@ -376,5 +386,8 @@ def _eos_ids(model: Any) -> set[int]:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The largest resident set of this process so far (ru_maxrss would begin with that of the process before exec)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM line")

@@ -1,8 +1,8 @@
 """Loads a transformers model without its experts: dense weights in memory, experts known by where they lie on disk."""
 
-import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
@@ -21,6 +21,8 @@ from moe.offload.checkpoint import Checkpoint
 from moe.offload.index import ExpertIndex, index_experts
 
 log = logging.getLogger(__name__)
+
+_DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,17 +83,17 @@ def read_blueprint(folder: str | Path) -> Blueprint:
         raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from None
+    except Exception as error:  # of any kind: the values in the file go through each architecture's own code
+        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with torch.device("meta"):
             skeleton = auto.from_config(config)
-    except ValueError as error:
+    except Exception as error:
         raise ValueError(
             f"{folder}: architecture {getattr(config, 'architectures', None) or config.model_type} is no text "
             f"generation model that this transformers version knows: {_first_line(error)}"
-        ) from None
+        ) from error
     experts = tuple(find_experts(skeleton))
     index = index_experts(
         checkpoint,
@@ -105,14 +107,15 @@ def read_blueprint(folder: str | Path) -> Blueprint:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1] or [type(error).__name__])[:300]
 
 
 def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
     """The transformers model in eval mode with every weight but the experts', which its modules do not have.
 
     attention: a name of transformers' attention interface. Raises ValueError if dense tensors are missing.
-    Peak memory: the dense weights and one tensor.
+    Peak memory: the dense weights and one tensor; if `dtype` is narrower than the stored one, both forms of them.
     """
     # What transformers itself passes over (DeepSeek-V3's prediction layers, experts included) is not read either.
     unused = [re.compile(p) for p in getattr(blueprint.skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
@@ -121,7 +124,14 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
         for key in blueprint.checkpoint.tensors
         if key not in blueprint.index.expert_keys and not any(p.search(key) for p in unused)
     ]
-    dense = {key: blueprint.checkpoint.load(key) for key in wanted}
+    for key in wanted:
+        stored = blueprint.checkpoint.tensors[key].dtype
+        if key.endswith(".weight") and stored not in _DENSE_DTYPES:
+            raise ValueError(
+                f"{blueprint.folder}: {key} is stored as {str(stored)[6:]}, only "
+                f"{', '.join(str(d)[6:] for d in _DENSE_DTYPES)} are read; give a checkpoint that is not quantised"
+            )
+    dense = {key: _widened(blueprint.checkpoint.load(key), dtype) for key in wanted}
     with _quiet(), _patched({cls.__name__: slot_class(cls) for e in blueprint.experts for cls in e.replaced}):
         model, info = type(blueprint.skeleton).from_pretrained(
             None,
@@ -130,25 +140,38 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in one sentence
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
             f"{blueprint.folder}: {len(missing)} dense tensors are missing from the checkpoint, first {missing[0]}"
         )
-    if info.get("mismatched_keys"):
-        raise ValueError(f"{blueprint.folder}: tensors of another shape than the config's: {info['mismatched_keys']}")
+    if info["mismatched_keys"]:
+        key, on_disk, asked = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{blueprint.folder}: {len(info['mismatched_keys'])} dense tensors have another shape than the config "
+            f"asks for, first {key}: {list(on_disk)} on disk, {list(asked)} asked for"
+        )
     return model.eval()
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype` if that loses nothing: then the model takes the tensor over as it is. Narrowing is transformers'."""
+    is_wider = tensor.is_floating_point() and torch.promote_types(tensor.dtype, dtype) == dtype
+    return tensor.to(dtype) if is_wider else tensor
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own progress bar: loading dense weights takes a moment."""
-    was_on = transformers_logging.is_progress_bar_enabled()
+    """Without transformers' progress bar and report: dense weights take a moment, what is wrong is said."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if was_on:
             transformers_logging.enable_progress_bar()
 
@@ -156,18 +179,28 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _patched(mapping: dict[str, type[nn.Module]]) -> Iterator[None]:
     """transformers builds `mapping`'s classes in place of those of the same name, inside this block only."""
+    if not mapping:
+        yield
+        return
     exact = {f"^{name}$": cls for name, cls in mapping.items()}
-    if exact:
-        register_patch_mapping(exact)
+    register_patch_mapping(exact)
     try:
         yield
+    except BaseException:  # transformers puts its classes back only when nothing was raised
+        for module in [m for n, m in list(sys.modules.items()) if n.startswith("transformers.")]:
+            for name, cls in mapping.items():
+                if vars(module).get(name) is cls:
+                    setattr(module, name, cls.__bases__[1])
+        raise
     finally:
-        if exact:
-            unregister_patch_mapping(list(exact))
+        unregister_patch_mapping(list(exact))
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None if it has none (prompts are then token ids)."""
+    """The folder's tokenizer, or None if it has none (prompts are then token ids). Raises ValueError for a bad one."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of any kind: a package of the tokenizer's own may be missing
+        raise ValueError(f"{folder}: transformers cannot read its tokenizer: {_first_line(error)}") from error

@@ -1,0 +1,145 @@
+"""A checkpoint of B bytes with a budget of M peaks near dense + M, not B: measured in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen3MoeConfig
+
+from tests.moe.moe_cases import ROOT
+
+MIB = 1 << 20
+LAYERS, EXPERTS, HIDDEN, INNER, VOCABULARY = 3, 64, 256, 640, 16384
+EXPERT_BYTES = 3 * HIDDEN * INNER * 4
+
+MEASURE = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from moe.config import *
+from moe.engine import peak_rss_bytes
+from moe.llm import LLM
+from moe.sampling import SamplingParams
+
+folder, budget, store, direct = sys.argv[1:5]
+# Whatever a first load imports is not the model's: load a tiny one first.
+with LLM(sys.argv[5], EngineConfig(dtype="float32", offload=OffloadConfig(budget="1"))) as llm:
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True))
+start = peak_rss_bytes()
+offload = OffloadConfig(budget=budget, store=store, direct={"direct": True, "buffered": False}[direct])
+batch = BatchConfig(max_sequences=2, max_tokens=64, kv_tokens=256)
+with LLM(folder, EngineConfig(dtype="float32", offload=offload, batch=batch)) as llm:
+    loaded = peak_rss_bytes()
+    out = llm.generate([list(range(1, 33)), [5, 6, 7]], SamplingParams(max_tokens=8, ignore_eos=True))
+    read = sum(s.bytes_read for s in llm.engine.layer_stats())
+    slots = llm.engine.experts.cache.num_slots
+print(json.dumps({
+    "start": start, "loaded": loaded, "peak": peak_rss_bytes(), "read": read, "slots": slots,
+    "tokens": [o.outputs[0].token_ids for o in out],
+}))
+"""
+
+
+def write_checkpoint(folder, layers, experts, hidden, inner, vocab=512) -> int:
+    """A random Qwen3-MoE, a layer at a time; returns its bytes."""
+    folder.mkdir()
+    config = Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        moe_intermediate_size=inner,
+        intermediate_size=inner,
+        max_position_embeddings=512,
+        architectures=["Qwen3MoeForCausalLM"],
+        eos_token_id=None,
+    )
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+
+    def matrix(rows, columns):
+        return torch.randn(rows, columns) / columns**0.5
+
+    weight_map, total = {}, 0
+    for layer in [*range(layers), None]:
+        tensors = {"model.embed_tokens.weight": matrix(vocab, hidden), "lm_head.weight": matrix(vocab, hidden)}
+        tensors["model.norm.weight"] = torch.ones(hidden)
+        if layer is not None:
+            at = f"model.layers.{layer}."
+            tensors = {
+                at + "self_attn.q_proj.weight": matrix(128, hidden),
+                at + "self_attn.k_proj.weight": matrix(64, hidden),
+                at + "self_attn.v_proj.weight": matrix(64, hidden),
+                at + "self_attn.o_proj.weight": matrix(hidden, 128),
+                at + "self_attn.q_norm.weight": torch.ones(32),
+                at + "self_attn.k_norm.weight": torch.ones(32),
+                at + "input_layernorm.weight": torch.ones(hidden),
+                at + "post_attention_layernorm.weight": torch.ones(hidden),
+                at + "mlp.gate.weight": matrix(experts, hidden),
+            }
+            for e in range(experts):
+                tensors[f"{at}mlp.experts.{e}.gate_proj.weight"] = matrix(inner, hidden)
+                tensors[f"{at}mlp.experts.{e}.up_proj.weight"] = matrix(inner, hidden)
+                tensors[f"{at}mlp.experts.{e}.down_proj.weight"] = matrix(hidden, inner)
+        name = f"model-{'dense' if layer is None else layer}.safetensors"
+        save_file(tensors, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(t.nbytes for t in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("big")
+    write_checkpoint(folder / "tiny", 1, 4, 64, 16)
+    total = write_checkpoint(folder / "model", LAYERS, EXPERTS, HIDDEN, INNER, VOCABULARY)
+    assert total > 350 * MIB
+    return folder, total
+
+
+def measure(checkpoint, budget, store="file", direct="direct"):
+    folder, _ = checkpoint
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, folder / "model", budget, store, direct, folder / "tiny"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"{budget} {store} {direct}: {result}")
+    return result
+
+
+def test_peak_is_dense_plus_budget(checkpoint):
+    _, total = checkpoint
+    budget = 8 * EXPERT_BYTES  # 15 MiB
+    dense = total - LAYERS * EXPERTS * EXPERT_BYTES
+    small = measure(checkpoint, str(budget) + "B")
+    assert small["slots"] == 8
+    assert small["read"] > 100 * EXPERT_BYTES  # far more than fits has been through the slots
+    # Beside them: the readers' buffers, activations, the KV cache, what the allocator keeps. Less than holding the
+    # dense weights twice would take.
+    allowed = dense + budget + 24 * MIB
+    assert 24 * MIB < dense < small["peak"] - small["start"] < allowed < total / 4, small
+
+
+@pytest.mark.heavy
+def test_all_in_memory_takes_all_of_it(checkpoint):
+    """The control: the same measurement sees the bytes when they are there. And the tokens are the same."""
+    _, total = checkpoint
+    whole = measure(checkpoint, "1.0")
+    assert whole["peak"] - whole["start"] > 0.95 * total
+    small = [measure(checkpoint, "8", "file", direct) for direct in ("direct", "buffered")]
+    for one in small:
+        assert one["tokens"] == whole["tokens"]
+        assert one["peak"] - one["start"] < total / 4
