@@ -153,7 +153,7 @@ def solve_milp(
     hosted = values[x] > 0.5
     plan = Plan.from_hosted(hosted, solver="milp", objective="program")
     cost = program.cost(plan)
-    bound = min(bound + constant - 1e-7, cost)
+    bound = min(max(bound + constant - 1e-7, 0.0), cost)  # every term is at least 0, whatever little time proved
     return Milp(plan.with_result(value=cost, bound=bound, seconds=time.perf_counter() - began), optimal, nodes)
 
 
