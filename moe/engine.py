@@ -152,6 +152,11 @@ class Engine:
             sequence.finish_reason = "stop"
             self.scheduler.finish(sequence)
 
+    def abort(self, sequence: Sequence) -> None:
+        """Drops a sequence that is not finished."""
+        self._started.pop(sequence.id, None)
+        self.scheduler.abort(sequence)
+
     def record(self) -> TraceRecorder:
         """From now on every token's routing is kept; prefixes are no longer shared, so that none is left out."""
         if self.experts is None:

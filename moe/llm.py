@@ -117,10 +117,12 @@ class LLM:
         """The answer's text, piece by piece, as it is certain (a possible beginning of a stop string is held back)."""
         generation = self.add(self.encode(prompt), params or SamplingParams())
         try:
-            while generation.sequence.finish_reason is None:
-                self.step()
-                piece = generation.text.delta(generation.sequence.finish_reason is not None)
-                if piece:
+            is_finished = False
+            while not is_finished:
+                if generation.sequence.finish_reason is None:  # another call may have moved it on meanwhile
+                    self.step()
+                is_finished = generation.sequence.finish_reason is not None
+                if piece := generation.text.delta(is_finished):
                     yield piece
         finally:
             self.abort([generation])
@@ -178,7 +180,7 @@ class LLM:
         """Drops what is not finished yet."""
         for generation in generations:
             if generation.sequence.finish_reason is None:
-                self.engine.scheduler.abort(generation.sequence)
+                self.engine.abort(generation.sequence)
                 self._open.pop(generation.sequence.id, None)
 
 
@@ -195,4 +197,6 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     tokens = [p for p in prompts if isinstance(p, int)]
     if tokens and len(tokens) == len(prompts):
         return [tokens]
+    if tokens:
+        raise ValueError("prompts must be either texts or lists of token ids; a token id stands among them")
     return [p for p in prompts if not isinstance(p, int)]
