@@ -24,6 +24,7 @@ from moe.experts import SlotExperts, layer_kernels
 from moe.kernels.weights import ExpertWeights
 from moe.kv import BlockPool
 from moe.model import Blueprint, load_dense, read_blueprint
+from moe.norms import compile_norms
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache, LayerStats
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
@@ -76,6 +77,8 @@ class Engine:
             self.notes.append(f"sequences run one at a time, not packed: {reason}")
         dtype = _DTYPES.get(self.config.dtype) or _own_dtype(self.blueprint)
         self.model = load_dense(self.blueprint, dtype, "eager").to(self.device)
+        if self.device.type == "cpu" and self.config.kernel != "reference":
+            compile_norms(self.model)
         self.max_context = min(n for n in (self.config.max_context, self.blueprint.max_context, 1 << 30) if n)
         self.scheduler, self.runner = self._make_runner()
         self.experts = self._make_experts()
