@@ -177,6 +177,7 @@ class Engine:
     def abort(self, sequence: Sequence) -> None:
         """Drops a sequence, waiting or running; no effect on a finished one."""
         if sequence.finish_reason is None:
+            self._started.pop(sequence.id, None)
             self._end(sequence, "abort")
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -185,11 +186,6 @@ class Engine:
             self.replicas.end(sequence)  # in the next step, with all ranks
         else:
             self.scheduler.drop(sequence)
-
-    def abort(self, sequence: Sequence) -> None:
-        """Drops a sequence that is not finished."""
-        self._started.pop(sequence.id, None)
-        self.scheduler.abort(sequence)
 
     def record(self) -> TraceRecorder:
         """From now on every token's routing is kept; prefixes are no longer shared, so that none is left out."""
