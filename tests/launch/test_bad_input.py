@@ -13,7 +13,7 @@ from moe.launch.cli import main
 from moe.llm import LLM
 from moe.model import load_dense, read_blueprint
 from tests.families import tiny_checkpoint
-from tests.moe.moe_cases import ROOT, TINYMOE, check_whole, config, engine_says, greedy
+from tests.moe.moe_cases import NUM_NEW, ROOT, TINYMOE, check_whole, config, engine_says, greedy
 
 PROMPT = ["--prompt", "Once upon a time", "--max-tokens", "2"]
 
@@ -227,7 +227,7 @@ def test_a_refused_checkpoint_leaves_the_process_as_it_was(capfd, monkeypatch, f
             load_dense(blueprint, torch.float32, "eager")
     assert modeling_qwen3_moe.Qwen3MoeExperts is before
     with LLM(original, config("1")) as llm:
-        assert len(engine_says(llm, [[1, 2, 3]]).tokens[0]) == 12
+        assert len(engine_says(llm, [[1, 2, 3]]).tokens[0]) == NUM_NEW
 
 
 SETTINGS = [

@@ -14,6 +14,7 @@ from moe.sampling import SamplingParams
 from moe.scheduler import Sequence
 from tests.moe.moe_cases import (
     FP32_BOUND,
+    NUM_NEW,
     ROOT,
     TINYMOE,
     Case,
@@ -28,7 +29,6 @@ from tests.moe.moe_cases import (
     relative_error,
 )
 
-NUM_NEW = 8
 # Of prompts: one token; a token less than a block, a block, a token more. Two more prompts begin like the fifth.
 LENGTHS = (1, 15, 16, 17, 63, 64, 90)
 
@@ -134,9 +134,10 @@ def test_seeds_make_samples_independent_of_their_batch(models):
         SamplingParams(max_tokens=NUM_NEW, temperature=0.9, top_p=0.95, top_k=50, seed=n, ignore_eos=True)
         for n in range(len(model.prompts))
     ]
+    prompts = model.prompts[:5]
     with LLM(TINYMOE, config("0.5", max_tokens=40, max_sequences=9)) as llm:
-        together = [o.outputs[0].token_ids for o in llm.generate(model.prompts, params)]
-        alone = [llm.generate([p], one)[0].outputs[0].token_ids for p, one in zip(model.prompts, params)]
+        together = [o.outputs[0].token_ids for o in llm.generate(prompts, params[:5])]
+        alone = [llm.generate([p], one)[0].outputs[0].token_ids for p, one in zip(prompts, params)]
         assert together == alone
         again = dataclasses.replace(params[0], seed=77)
         assert llm.generate(model.prompts[:1], again)[0].outputs[0].token_ids != alone[0]
@@ -170,7 +171,7 @@ def domain_prompts(tokenizer, domains, per_domain=None):
 
 
 @pytest.mark.parametrize(
-    ("per_domain", "num_new"), [pytest.param(4, 16), pytest.param(None, 32, marks=pytest.mark.heavy)]
+    ("per_domain", "num_new"), [pytest.param(3, 12), pytest.param(None, 32, marks=pytest.mark.heavy)]
 )
 def test_demo_model_on_real_prompts(per_domain, num_new):
     """The heavy one: 224 prompts of four domains."""

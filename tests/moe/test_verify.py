@@ -21,8 +21,6 @@ def test_a_right_run_agrees_with_everything_in_memory():
     assert result.num_tokens == result.num_equal > 12
     assert result.max_abs_logit_delta <= 1e-5 * result.max_abs_logit
     assert "100.00%" in str(result)
-    sampled = dataclasses.replace(PARAMS, temperature=1.0, seed=3)
-    assert verify(TINYMOE, config("0.25"), PROMPTS, sampled).agreement == 1.0
     with pytest.raises(ValueError, match="no prompts"):
         verify(TINYMOE, config("2"), [], PARAMS)
 
