@@ -1,6 +1,6 @@
-"""Builds the one compiled helper; everything else about the package is in pyproject.toml.
+"""Builds the compiled helpers; everything else about the package is in pyproject.toml.
 
-The extension is plain C without the Python API: it is loaded with ctypes. It is compiled with OpenMP's code
+They are plain C without the Python API, loaded with ctypes. The experts' one is compiled with OpenMP's code
 generation but not linked to an OpenMP library, so that it uses the thread pool that torch already loaded.
 """
 
@@ -17,6 +17,15 @@ setup(
             ],
             depends=["kernels/cpu_experts_isa.h"],
             optional=True,
-        )
+        ),
+        Extension(
+            "moe.kernels._cpu_norm",
+            ["kernels/cpu_norm.c"],
+            extra_compile_args=[
+                *["-O3", "-std=c11", "-fvisibility=hidden"],
+                *["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
+            ],
+            optional=True,
+        ),
     ]
 )

@@ -125,7 +125,6 @@ def batch_progress(disable: bool = False) -> Progress:
 def gather_reports(engine: Engine, groups: Groups) -> Table:
     """Every rank's figures. A collective."""
     r = run_report(engine)
-    traffic = None if engine.parallel is None else engine.parallel.dispatcher.traffic
     own = [
         r.prefill_tokens + r.decode_tokens,
         engine.stats.prefill_seconds + engine.stats.decode_seconds,
@@ -135,8 +134,8 @@ def gather_reports(engine: Engine, groups: Groups) -> Table:
         r.bytes_read,
         r.stall_seconds,
         r.peak_rss,
-        0 if traffic is None else sum(traffic.bytes_to),
-        0 if traffic is None else traffic.cross_node_bytes,
+        sum(sum(traffic.bytes_to) for traffic in engine.traffic),
+        sum(traffic.cross_node_bytes for traffic in engine.traffic),
     ]
     rows = [torch.tensor(own, dtype=torch.float64, device=groups.device)]
     if groups.world is not None:

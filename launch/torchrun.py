@@ -54,6 +54,8 @@ def _run(args: argparse.Namespace, config: EngineConfig, groups: Groups) -> int:
     if is_first:
         err.print(config.describe(), style="dim", markup=False)
     with LLM(args.model, config, groups=groups) as llm, batch_progress(disable=not is_first) as progress:
+        for note in llm.engine.notes if is_first else ():
+            err.print(note, markup=False)
         task = progress.add_task("", total=None, figures="")
 
         def show(state: BatchProgress) -> None:

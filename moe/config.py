@@ -54,7 +54,8 @@ class ParallelConfig:
     """How ranks share the experts. `plan`: a file of `moe place`; None places contiguous blocks."""
 
     plan: str | None = None
-    dispatcher: Literal["all_to_all", "hierarchical"] = "all_to_all"
+    # auto: coherent where it moves less, else all_to_all. hierarchical: two steps, inside a node and across.
+    dispatcher: Literal["auto", "all_to_all", "hierarchical", "coherent"] = "all_to_all"
     ranks_per_node: int | None = None  # None: as torchrun says; smaller, to let one machine stand for several
     broadcast_tokens: int = 8  # up to this many per rank go to every rank: one round less a layer, more bytes
     timeout_seconds: int = 300  # until a rank that waits for a lost peer gives up

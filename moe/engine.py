@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,24 @@ import torch
 from torch import Tensor
 
 from moe.attention import ATTENTION_NAME
+from moe.coherent import CoherentRunner, Costs, Replicas, measure_link, why_coherent, why_not_coherent
 from moe.comm.groups import Groups
+from moe.comm.wire import Traffic
 from moe.config import EngineConfig, ParallelConfig
 from moe.experts import SlotExperts, layer_kernels
 from moe.kernels.weights import ExpertWeights
 from moe.kv import BlockPool
 from moe.model import Blueprint, load_dense, read_blueprint
+from moe.norms import compile_norms
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache, LayerStats
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
-from moe.parallel import ExpertParallel
+from moe.parallel import DispatcherName, ExpertParallel
 from moe.placement.plan import Plan
 from moe.recorder import TraceRecorder
-from moe.runner import PackedRunner, Runner, SequentialRunner, kv_bytes_per_token, make_paged_kv, why_not_packed
-from moe.sampling import Sampler, SamplingParams
-from moe.scheduler import Chunk, Scheduler, Sequence
+from moe.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, run_a_token, why_not_packed
+from moe.sampling import Choice, Sampler, SamplingParams
+from moe.scheduler import Chunk, FinishReason, Scheduler, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +79,12 @@ class Engine:
             self.notes.append(f"sequences run one at a time, not packed: {reason}")
         dtype = _DTYPES.get(self.config.dtype) or _own_dtype(self.blueprint)
         self.model = load_dense(self.blueprint, dtype, "eager").to(self.device)
+        if self.device.type == "cpu" and self.config.kernel != "reference":
+            compile_norms(self.model)
         self.max_context = min(n for n in (self.config.max_context, self.blueprint.max_context, 1 << 30) if n)
         self.scheduler, self.runner = self._make_runner()
         self.experts = self._make_experts()
+        self.coherent = self._make_coherent()
         self.eos_ids = _eos_ids(self.model)
         self.stats = StepStats()
         self.recorder: TraceRecorder | None = None
@@ -89,17 +95,17 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Computes one batch. Returns the sequences that got a token, finished ones included."""
         start = time.perf_counter()
-        chunks = self.scheduler.schedule()
-        joins = self._agree(chunks)
+        chunks, joins = self._plan_step()
         logits = self.runner.forward(chunks) if chunks else torch.empty(0)
         for _ in range(joins):
             self._join()
         self._record(chunks)
         for chunk in chunks:
             self.scheduler.computed(chunk)
-        stepped = [self._sample(c.sequence, row) for c, row in zip(chunks, logits.cpu()) if c.samples]
+        choices = self._choose(chunks, logits.cpu())
+        stepped = [self._accept(c.sequence, choice) for c, choice in zip((c for c in chunks if c.samples), choices)]
         self._count(chunks, start)
-        return stepped
+        return [sequence for sequence in stepped if sequence.owner == self.rank]
 
     def start(self) -> None:
         """Begins a run of steps after which `has_work` is false. With ranks: a collective, before the first step."""
@@ -110,6 +116,18 @@ class Engine:
     def has_work(self) -> bool:
         """Whether this rank, or any, has something to compute or to hand over."""
         return self.scheduler.has_work if self.parallel is None else not self.parallel.agreement.is_over
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.parallel is None else self.parallel.groups.rank
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """What this rank has sent, by part of the engine."""
+        if self.parallel is None:
+            return []
+        moved = self.coherent.traffic if self.coherent is not None else []
+        return [self.parallel.dispatcher.traffic, *moved]
 
     def check_request(self, tokens: Seq[int], params: SamplingParams) -> None:
         """Raises ValueError for a prompt of token ids that cannot ever run."""
@@ -140,25 +158,39 @@ class Engine:
             params=params,
             num_prompt=len(tokens),
             sampler=Sampler(params),
+            owner=self.rank,
+            place=self.rank,
         )
         self.next_id += 1
         self._started[sequence.id] = time.perf_counter()
-        self.scheduler.add(sequence)
+        if self.replicas is not None:
+            self.replicas.add(sequence)
+        else:
+            self.scheduler.add(sequence)
         return sequence
 
     def stop(self, sequence: Sequence) -> None:
         """Ends a sequence that is complete by its text (a stop string); no effect on a finished one."""
         if sequence.finish_reason is None:
-            sequence.finish_reason = "stop"
-            self.scheduler.finish(sequence)
+            self._end(sequence, "stop")
 
     def abort(self, sequence: Sequence) -> None:
-        """Drops a sequence that is not finished."""
-        self._started.pop(sequence.id, None)
-        self.scheduler.abort(sequence)
+        """Drops a sequence, waiting or running; no effect on a finished one."""
+        if sequence.finish_reason is None:
+            self._started.pop(sequence.id, None)
+            self._end(sequence, "abort")
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        if self.replicas is not None:
+            self.replicas.end(sequence)  # in the next step, with all ranks
+        else:
+            self.scheduler.drop(sequence)
 
     def record(self) -> TraceRecorder:
         """From now on every token's routing is kept; prefixes are no longer shared, so that none is left out."""
+        if self.coherent is not None:
+            raise ValueError("a coherent run does not record its routing; set parallel.dispatcher=all_to_all")
         if self.experts is None:
             raise ValueError(f"{self.blueprint.folder} has no experts in slots: there is no routing to record")
         if self.blueprint.config.is_encoder_decoder:
@@ -176,6 +208,8 @@ class Engine:
 
     def keep_logits(self) -> dict[int, list[Tensor]]:
         """From now on the logits of every sampled token are kept, fp32 [V] each, by sequence."""
+        if self.coherent is not None:
+            raise ValueError("in a coherent run logits stay on other ranks; set parallel.dispatcher=all_to_all")
         self.last_logits = {}
         return self.last_logits
 
@@ -187,16 +221,22 @@ class Engine:
             self.experts.cache.close()
             self.experts.cache.store.close()
 
-    def _sample(self, sequence: Sequence, logits: Tensor) -> Sequence:
+    def _choose(self, chunks: Seq[Chunk], logits: Tensor) -> list[Choice]:
+        """The next token of every chunk that samples. logits: as the runner gives them, on the CPU."""
+        if self.coherent is not None:
+            return self.coherent.choose(chunks, logits) if chunks else []
+        sampling = [(c.sequence, row) for c, row in zip(chunks, logits) if c.samples]
         if self.last_logits is not None:
-            self.last_logits.setdefault(sequence.id, []).append(logits.clone())
-        params = sequence.params
-        token = sequence.sampler.sample(logits, sequence.tokens)
-        logprobs = sequence.sampler.logprobs(logits, token)
-        if logprobs is not None:
-            sequence.logprobs.append(logprobs)
+            for sequence, row in sampling:
+                self.last_logits.setdefault(sequence.id, []).append(row.clone())
+        return [sequence.sampler.choose(row, sequence.tokens) for sequence, row in sampling]
+
+    def _accept(self, sequence: Sequence, choice: Choice) -> Sequence:
+        params, token = sequence.params, choice.token
+        if choice.logprobs is not None:
+            sequence.logprobs.append(choice.logprobs)
         sequence.tokens.append(token)
-        if sequence.num_output == 1:
+        if sequence.num_output == 1 and sequence.owner == self.rank:
             self.stats.first_token_seconds.append(time.perf_counter() - self._started.pop(sequence.id))
         is_end = token in self.eos_ids and not params.ignore_eos
         if is_end or token in params.stop_token_ids:
@@ -204,17 +244,25 @@ class Engine:
         elif sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self.max_context:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
-            self.stats.shared_tokens += sequence.num_shared
-            self.stats.preemptions += sequence.num_preempted
             self.scheduler.finish(sequence)
+            if self.replicas is not None:
+                self.replicas.forget(sequence)
+            if sequence.owner == self.rank:
+                self.stats.shared_tokens += sequence.num_shared
+                self.stats.preemptions += sequence.num_preempted
         return sequence
 
-    def _agree(self, chunks: Seq[Chunk]) -> int:
-        """How many forwards of other ranks this one must join in this step."""
+    def _plan_step(self) -> tuple[list[Chunk], int]:
+        """The chunks of this step, and how many forwards of other ranks this one must join in it."""
         if self.parallel is None:
-            return 0
+            return self.scheduler.schedule(), 0
+        if self.replicas is not None:
+            self.parallel.agree(int(self.scheduler.has_work or any(self.parallel.heard)), 0)
+            self.replicas.hear(self.scheduler)
+            return self.scheduler.schedule(), 0
+        chunks = self.scheduler.schedule()
         own = self.runner.num_forwards(chunks)
-        return max(self.parallel.agree(own, sum(c.end - c.start for c in chunks)).forwards) - own
+        return chunks, max(self.parallel.agree(own, sum(c.end - c.start for c in chunks)).forwards) - own
 
     @torch.inference_mode()
     def _join(self) -> None:
@@ -227,35 +275,75 @@ class Engine:
 
     def _count(self, chunks: Seq[Chunk], start: float) -> None:
         seconds = time.perf_counter() - start
-        prompt = sum(max(0, min(c.end, c.sequence.num_prompt) - c.start) for c in chunks)
+        own = [c for c in chunks if c.sequence.owner == self.rank]
+        prompt = sum(max(0, min(c.end, c.sequence.num_prompt) - c.start) for c in own)
         self.stats.steps += 1
         self.stats.prefill_tokens += prompt
-        self.stats.decode_tokens += sum(c.end - c.start for c in chunks) - prompt
-        if prompt:
+        self.stats.decode_tokens += sum(c.end - c.start for c in own) - prompt
+        if any(c.start < c.sequence.num_prompt for c in chunks):
             self.stats.prefill_seconds += seconds
         else:
-            self.stats.pure_decode_tokens += len(chunks)
+            self.stats.pure_decode_tokens += len(own)
             self.stats.decode_seconds += seconds
 
     def _make_runner(self) -> tuple[Scheduler, Runner]:
         batch = self.config.batch
+        kv_of_a_token: list[tuple[Tensor, Tensor]] = []
         with _detached_experts(self.model, self.blueprint) as shapes:
-            self.kv_token_bytes = kv_bytes_per_token(self.model) if self.is_packed else 0
+            if self.is_packed:
+                kv_of_a_token = run_a_token(self.model)
+            self.kv_token_bytes = sum(t.numel() * t.itemsize for layer in kv_of_a_token for t in layer)
             if self.parallel is not None and not self.is_packed:
                 self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
             self._dispatch_shapes = list(shapes)
+        is_coherent = self._is_coherent()
         if not self.is_packed:
             unlimited = BlockPool(batch.max_sequences, self.max_context, sharing=False)
             return Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(self.model)
         self.model.set_attn_implementation(ATTENTION_NAME)
+        if is_coherent:
+            assert self.parallel is not None
+            self.replicas = Replicas(self.parallel)
+            ranks = self.parallel.groups.world_size  # what was meant for one rank, for the requests of all
+            batch = replace(batch, max_tokens=batch.max_tokens * ranks, max_sequences=batch.max_sequences * ranks)
         tokens = batch.kv_tokens
         if tokens is None:
             affordable = available_memory() // 4 // max(1, self.kv_token_bytes)
             tokens = min(batch.max_sequences * self.max_context, affordable)
         num_blocks = max(1, -(-tokens // batch.block_size))
+        if self.replicas is not None and self.parallel is not None:
+            num_blocks = self.parallel.smallest(num_blocks)
         pool = BlockPool(num_blocks, batch.block_size, batch.prefix_sharing)
         self.kv_bytes = num_blocks * batch.block_size * self.kv_token_bytes
-        return Scheduler(batch, pool), PackedRunner(self.model, make_paged_kv(self.model, pool))
+        kv = make_paged_kv(self.model, pool)
+        if self.replicas is not None:
+            kv.prepare(kv_of_a_token)
+        return Scheduler(batch, pool), PackedRunner(self.model, kv)
+
+    def _is_coherent(self) -> bool:
+        """Whether this run decodes coherently, with the reason in `notes` where it was not simply told."""
+        wanted = self.config.parallel.dispatcher
+        if self.parallel is None or wanted not in ("auto", "coherent"):
+            return False
+        reason = why_not_coherent(self.model.config, self.max_context, self.is_packed)
+        if wanted == "coherent":
+            if reason is not None:
+                raise ValueError(f"parallel.dispatcher=coherent cannot serve {self.blueprint.folder}: {reason}")
+            return True
+        is_coherent = False
+        if reason is None:
+            groups, num_layers = self.parallel.groups, self.model.config.num_hidden_layers
+            costs = Costs(
+                kv_bytes=self.kv_token_bytes / num_layers,
+                result_bytes=4 * self.model.config.hidden_size,
+                p=self.parallel.share_elsewhere(),
+                top_k=self.blueprint.top_k,
+                num_ranks=groups.world_size,
+            )
+            is_coherent, reason = why_coherent(costs, self.config.batch.max_sequences, lambda: measure_link(groups))
+            is_coherent = bool(self.parallel.smallest(int(is_coherent)))
+        self.notes.append(f"parallel.dispatcher=auto is {'coherent' if is_coherent else 'all_to_all'}: {reason}")
+        return is_coherent
 
     def _own_experts(self) -> list[list[int]]:
         """The logical experts that this rank serves, by layer."""
@@ -264,6 +352,14 @@ class Engine:
         return self.parallel.hosted()
 
     kv_bytes = 0
+    replicas: Replicas | None = None  # in a coherent run
+
+    def _make_coherent(self) -> CoherentRunner | None:
+        if self.replicas is None or self.experts is None or not isinstance(self.runner, PackedRunner):
+            return None
+        sites = [site.module for site in self.blueprint.index.sites]
+        self.runner = coherent = CoherentRunner(self.runner, self.experts, sites, self.config.parallel.broadcast_tokens)
+        return coherent
 
     def _make_experts(self) -> SlotExperts | None:
         blueprint, offload = self.blueprint, self.config.offload
@@ -344,7 +440,8 @@ def _make_parallel(groups: Groups, blueprint: Blueprint, config: ParallelConfig)
             f"{config.plan} places {plan.num_layers} layers of {plan.num_experts} experts, {blueprint.folder} has "
             f"{num_layers} of {num_experts}: it is the plan of another model"
         )
-    return ExpertParallel(groups, plan, config.dispatcher, config.broadcast_tokens)
+    home: DispatcherName = "hierarchical" if config.dispatcher == "hierarchical" else "all_to_all"
+    return ExpertParallel(groups, plan, home, config.broadcast_tokens)
 
 
 def _notes(blueprint: Blueprint) -> list[str]:

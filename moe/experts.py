@@ -139,6 +139,10 @@ class SlotExperts:
         routed, self._routed = self._routed, [[] for _ in self.kernels]
         return [RoutedLayer(*map(np.concatenate, zip(*parts))) if parts else None for parts in routed]
 
+    def pairs(self, layer: int, x: Tensor, ids: npt.NDArray[np.int64]) -> Tensor:
+        """y of every pair of these rows with experts of this rank, fp32 [T, K, H], 0 where the id is -1."""
+        return self._run(layer, x, ids, None)
+
     def join(self, hidden_size: int, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> None:
         """Takes part in all layers of a forward that only other ranks have. shapes: (rows per token, K) by layer."""
         for layer, (rows_per_token, top_k) in enumerate(shapes):

@@ -110,24 +110,31 @@ class PagedKV:
         self.layers = [PagedLayer(pool.num_blocks * pool.block_size) for _ in range(num_layers)]
         self.cache: Any = Cache(layers=list(self.layers))
 
+    def prepare(self, like: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Makes the pools of all layers now: rows that other ranks computed may be the first. like: K, V of a token."""
+        for layer, (keys, values) in zip(self.layers, like):
+            layer.lazy_initialization(keys, values)
+
     def begin(self, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> StepLayout:
         """Lays out a step that computes the tokens [start, end) of each sequence with these blocks."""
-        size = self.pool.block_size
-        in_block = np.arange(size)
-        write_at, read_at = [], []
-        for own, start, end in zip(blocks, starts, ends):
-            rows = (np.array(own[: -(-end // size)])[:, None] * size + in_block).reshape(-1)[:end]
-            write_at.append(rows[start:])
-            read_at.append(rows)
-        layout = StepLayout(
-            [end - start for start, end in zip(starts, ends)],
-            list(ends),
-            self._rows(np.concatenate(write_at)),
-            self._rows(np.concatenate(read_at)),
-        )
+        layout = self.layout([self.rows(own, end) for own, end in zip(blocks, ends)], starts)
         for layer in self.layers:
             layer.step = layout
         return layout
+
+    def rows(self, blocks: Sequence[int], end: int) -> npt.NDArray[np.int64]:
+        """Rows of the pool where a sequence with these blocks has its tokens [0, end)."""
+        size = self.pool.block_size
+        return (np.array(blocks[: -(-end // size)])[:, None] * size + np.arange(size)).reshape(-1)[:end]
+
+    def layout(self, rows: Sequence[npt.NDArray[np.int64]], starts: Sequence[int]) -> StepLayout:
+        """A step in which each sequence reads `rows` and writes those from `start` on; for one layer or for all."""
+        return StepLayout(
+            [len(own) - start for own, start in zip(rows, starts)],
+            [len(own) for own in rows],
+            self._rows(np.concatenate([own[start:] for own, start in zip(rows, starts)])),
+            self._rows(np.concatenate(rows)),
+        )
 
     def _rows(self, rows: npt.NDArray[np.int64]) -> Tensor | slice:
         """A slice where the rows follow each other: it is written and read without a gather."""

@@ -37,11 +37,12 @@ class Agreement:
     forwards: tuple[int, ...]
     tokens: tuple[int, ...]
     letters: tuple[int, ...]  # bytes of finished results that each rank has for rank 0
+    notices: tuple[int, ...]  # bytes that each rank has for all
 
     @property
     def is_over(self) -> bool:
         """No rank has anything to compute or to hand over."""
-        return not any(self.forwards) and not any(self.letters)
+        return not any(self.forwards) and not any(self.letters) and not any(self.notices)
 
 
 class ExpertParallel:
@@ -65,10 +66,12 @@ class ExpertParallel:
             self.dispatcher = AllToAllDispatcher(groups, rank_of, broadcast_tokens=broadcast_tokens)
         self.plan = plan
         self.use(plan)
-        self.agreement = Agreement((1,), (0,), (0,))
+        self.agreement = Agreement((1,), (0,), (0,), (0,))
         self._coming: deque[Plan] = deque()
         self.outbox: list[bytes] = []  # results for rank 0, handed over with the next step
         self.inbox: list[bytes] = []  # on rank 0: what came
+        self.notices: list[bytes] = []  # lines for all ranks, this one included, handed over with the next step
+        self.heard: list[list[bytes]] = [[] for _ in range(groups.world_size)]  # lines that came, by rank
 
     def use(self, plan: Plan) -> None:
         """From the next step on, experts are where `plan` says. All ranks must change in the same step.
@@ -102,6 +105,10 @@ class ExpertParallel:
         """The logical experts of this rank, by layer."""
         return [[int(e) for e in row[:-1] if e >= 0] for row in self._logical_of]
 
+    def share_elsewhere(self) -> float:
+        """The share of experts that a rank does not hold, over all ranks and layers."""
+        return 1.0 - float(self.plan.hosted.mean()) if self.plan.num_ranks > 1 else 0.0
+
     def physical(self, layer: int, topk_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The physical expert that serves each pair: [T, K], -1 kept. Local copies first, then the least loaded."""
         plan = self.plan
@@ -129,20 +136,32 @@ class ExpertParallel:
         sent = self.dispatcher.dispatch(
             x.contiguous(), physical, topk_weights.float(), layer=layer, tokens_per_rank=known
         )
-        here: npt.NDArray[np.int64] = self._logical_of[layer][sent.local_ids.numpy(force=True)]  # host sync
-        return self.dispatcher.combine(run(sent.rows, here), sent.handle)
+        return self.dispatcher.combine(run(sent.rows, self.logical_here(layer, sent.local_ids)), sent.handle)
+
+    def logical_here(self, layer: int, local_ids: Tensor) -> npt.NDArray[np.int64]:
+        """Logical ids of this rank's local expert ids, -1 kept."""
+        here: npt.NDArray[np.int64] = self._logical_of[layer][local_ids.numpy(force=True)]  # host sync
+        return here
+
+    def smallest(self, value: int) -> int:
+        """The least of all ranks' values. A collective."""
+        return min(int(v) for v in self._gather(torch.tensor([value]), "agreeing on a number"))
 
     def agree(self, forwards: int, tokens: int) -> Agreement:
         """Tells all ranks what this one will do in this step, and hands finished results to rank 0. A collective."""
-        letter = b"".join(self.outbox)
-        own = torch.tensor([forwards, tokens, len(letter)], dtype=torch.int64)
+        letter, notice = b"".join(self.outbox), b"".join(self.notices)
+        own = torch.tensor([forwards, tokens, len(letter), len(notice)], dtype=torch.int64)
         gathered = self._gather(own, "the agreement on a step")
         if self._coming:
             self.use(self._coming.popleft())
         columns = list(zip(*(row.tolist() for row in gathered)))
         self.agreement = Agreement(*columns)
-        if any(self.agreement.letters):
-            self._deliver(letter)
+        for lines in self._exchange_lines(letter, self.agreement.letters):
+            self.inbox += lines if self.groups.rank == 0 else []
+        for heard, lines in zip(self.heard, self._exchange_lines(notice, self.agreement.notices)):
+            heard += lines
+        self.outbox.clear()
+        self.notices.clear()
         return self.agreement
 
     def share_host_copy(self, source: ExpertStore) -> ExpertStore:
@@ -168,14 +187,13 @@ class ExpertParallel:
         dist.barrier(group=groups.local)  # all parts are there
         return store
 
-    def _deliver(self, letter: bytes) -> None:
-        size = max(self.agreement.letters)
-        padded = torch.frombuffer(bytearray(letter.ljust(size, b"\0")), dtype=torch.uint8)
-        letters = self._gather(padded, "handing over results")
-        if self.groups.rank == 0:
-            for data, length in zip(letters, self.agreement.letters):
-                self.inbox += bytes(data[:length].numpy()).splitlines(keepends=True)
-        self.outbox.clear()
+    def _exchange_lines(self, own: bytes, sizes: Sequence[int]) -> list[list[bytes]]:
+        """The lines of every rank; nothing is sent if there are none."""
+        if not any(sizes):
+            return []
+        padded = torch.frombuffer(bytearray(own.ljust(max(sizes), b"\0")), dtype=torch.uint8)
+        gathered = self._gather(padded, "handing over results and requests")
+        return [bytes(data[:size].numpy()).splitlines(keepends=True) for data, size in zip(gathered, sizes)]
 
     def _gather(self, own: Tensor, what: str) -> list[Tensor]:
         if self.groups.world is None:

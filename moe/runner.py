@@ -104,12 +104,15 @@ class SequentialRunner:
         return out.logits[0, -1].float()  # type: ignore[no-any-return]
 
 
-def kv_bytes_per_token(model: Any) -> int:
-    """Of all layers, found by running one token through the dense weights (experts must be detached)."""
+def run_a_token(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [1, heads, 1, D] by layer, found by running one token through the dense weights.
+
+    Experts must be detached.
+    """
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
-    return sum(t[0, :, 0].numel() * t.itemsize for layer in cache.layers for t in (layer.keys, layer.values))
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def make_paged_kv(model: Any, pool: BlockPool) -> PagedKV:

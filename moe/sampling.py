@@ -66,6 +66,13 @@ class Logprobs(NamedTuple):
     top: dict[int, float]
 
 
+class Choice(NamedTuple):
+    """The next token of a request."""
+
+    token: int
+    logprobs: Logprobs | None
+
+
 class Sampler:
     """Chooses the tokens of one request; owns its random generator."""
 
@@ -84,6 +91,16 @@ class Sampler:
                 self._processors.append(TopPLogitsWarper(params.top_p))
             if params.min_p > 0.0:
                 self._processors.append(MinPLogitsWarper(params.min_p))
+
+    def choose(self, logits: Tensor, tokens: list[int]) -> Choice:
+        """The next token, with log-probabilities if they were asked for. Arguments as `sample`."""
+        token = self.sample(logits, tokens)
+        return Choice(token, self.logprobs(logits, token))
+
+    def skip(self, vocabulary: int) -> None:
+        """Moves the generator on as one `sample` of logits [vocabulary] would, where another rank took it."""
+        if self.params.temperature > 0:
+            torch.multinomial(torch.ones(1, vocabulary), 1, generator=self._generator)
 
     def sample(self, logits: Tensor, tokens: list[int]) -> int:
         """logits: fp32 [V] on the CPU; tokens: prompt and output so far."""

@@ -26,6 +26,8 @@ class Sequence:
     num_preempted: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    owner: int = 0  # the rank whose request it is
+    place: int = 0  # the rank where its next token begins, in coherent decode
     state: Any = None  # what a model that is not packed keeps between steps
 
     @property
@@ -96,6 +98,10 @@ class Scheduler:
 
     def abort(self, sequence: Sequence) -> None:
         sequence.finish_reason = "abort"
+        self.drop(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes out a sequence, running or waiting."""
         if sequence in self.running:
             self.finish(sequence)
         else:

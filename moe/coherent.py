@@ -1,0 +1,361 @@
+"""Coherent decode (ExFlow, arXiv 2401.08383): a token stays at the rank of its heaviest expert, attention included.
+
+All ranks know all requests and plan the same steps, so that any of them can run attention for any sequence; the KV
+cache is replicated. Prompts are computed by the rank that was asked (its owner), with the ordinary all-to-all, and
+their keys and values go to all ranks. A step of single tokens moves them instead:
+
+    embed where it was sampled ─▶ per layer: attention here ─▶ tokens to their experts, the token itself to the rank
+                                      │                        of its heaviest ─▶ results come there ─▶ next layer
+                                      └─▶ its K/V to all ranks, behind everything: the next step waits for it
+    ─▶ logits and sampling where it ended ─▶ the new tokens to all ranks
+
+What travels is the residual stream: norms and shared experts run where it arrives. Exact for any top-k. It pays where
+`2·d_kv·(G - 1) < d·p`, or where a saved round costs more than those bytes (`why_coherent`).
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.masking_utils import causal_mask_function
+
+from moe.attention import MaskRule, StepLayout
+from moe.comm.coherent import CoherentDispatcher
+from moe.comm.gather import BackgroundGather, Gathering
+from moe.comm.groups import Groups
+from moe.comm.wire import Traffic, Wire, traffic_of
+from moe.experts import SlotExperts
+from moe.parallel import ExpertParallel
+from moe.placement.topology import Link, probe_link
+from moe.runner import PackedRunner
+from moe.sampling import Choice, Logprobs, Sampler, SamplingParams
+from moe.scheduler import Chunk, Scheduler
+from moe.scheduler import Sequence as Running
+
+
+def _no_shared(mlp: Any, x: Tensor) -> Tensor | None:
+    return None
+
+
+def _shared(mlp: Any, x: Tensor) -> Tensor | None:
+    return mlp.shared_experts(x)  # type: ignore[no-any-return]
+
+
+def _gated_shared(mlp: Any, x: Tensor) -> Tensor | None:
+    return F.sigmoid(mlp.shared_expert_gate(x)) * mlp.shared_expert(x)  # type: ignore[no-any-return]
+
+
+# model_type: what a layer adds to its routed experts. All else of such a layer is h += attention, h += mlp, each
+# behind one norm, with a router `mlp.gate`; the tests compare every one of them with transformers' own forward.
+_SHARED_PART: dict[str, Callable[[Any, Tensor], Tensor | None]] = {
+    "mixtral": _no_shared,
+    "olmoe": _no_shared,
+    "qwen2_moe": _gated_shared,
+    "qwen3_moe": _no_shared,
+    "deepseek_v2": _shared,
+    "deepseek_v3": _shared,
+}
+
+
+def why_not_coherent(config: Any, max_context: int, is_packed: bool) -> str | None:
+    """The reason why this model cannot decode coherently; None if it can."""
+    if config.model_type not in _SHARED_PART:
+        return f"layers of {config.model_type} are not known to be plain; it works for {', '.join(_SHARED_PART)}"
+    if not is_packed:
+        return "sequences run one at a time (batch.packed=false)"
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" not in getattr(config, "layer_types", ["sliding_attention"]):
+        window = None
+    if window is not None and window < max_context:
+        return f"its attention sees {window} of {max_context} tokens; set max_context to {window} or less"
+    return None
+
+
+class Costs(NamedTuple):
+    """What one token costs in one layer. p: share of the experts that are on other ranks, over all ranks and layers."""
+
+    kv_bytes: float
+    result_bytes: float  # of one expert's result, as it travels
+    p: float
+    top_k: int
+    num_ranks: int
+
+
+def why_coherent(costs: Costs, tokens: int, link: Callable[[], Link]) -> tuple[bool, str]:
+    """Whether to decode coherently, and why. tokens: of a rank's step; link: measures the slowest link when needed."""
+    extra, saved = costs.kv_bytes * (costs.num_ranks - 1), costs.result_bytes * costs.p
+    figures = (
+        f"K/V of a token for {costs.num_ranks - 1} other ranks {extra:.0f} bytes a layer, results saved {saved:.0f}"
+    )
+    if extra < saved:
+        return True, figures
+    if costs.top_k > 1:
+        return False, f"{figures}, and with {costs.top_k} experts a token no round is saved"
+    latency, seconds = link().latency, tokens * (extra - saved) / link().bandwidth
+    return latency > seconds, f"{figures}; a saved round is {latency * 1e6:.0f} µs, the bytes {seconds * 1e6:.0f} µs"
+
+
+def measure_link(groups: Groups) -> Link:
+    """Latency and bandwidth of an all-to-all as these ranks see it. A collective; some 20 all-to-alls."""
+    wire = Wire(groups, groups.world, groups.world_ranks, traffic_of(groups))
+
+    def all_to_all(num_bytes: int) -> float:
+        part = max(1, num_bytes // wire.size)
+        buffer = torch.zeros(part * wire.size, dtype=torch.uint8, device=groups.device)
+        start = time.perf_counter()
+        wire.exchange(buffer, [part] * wire.size, [part] * wire.size, "measuring the links").sum().item()
+        return time.perf_counter() - start
+
+    return probe_link(all_to_all, (1 << 10, 1 << 16, 1 << 20))
+
+
+class Replicas:
+    """The requests of all ranks on every rank: what one rank adds or ends, all do before the next step."""
+
+    def __init__(self, parallel: ExpertParallel) -> None:
+        self.parallel = parallel
+        self._known: dict[tuple[int, int], Running] = {}  # by owner and its id there
+
+    def add(self, sequence: Running) -> None:
+        self._known[sequence.owner, sequence.id] = sequence
+        self._say({"add": sequence.id, "tokens": sequence.tokens, "params": asdict(sequence.params)})
+
+    def end(self, sequence: Running) -> None:
+        """With the finish_reason that it has."""
+        self._say({"end": sequence.id, "reason": sequence.finish_reason})
+
+    def forget(self, sequence: Running) -> None:
+        self._known.pop((sequence.owner, sequence.id), None)
+
+    def hear(self, scheduler: Scheduler) -> None:
+        """Does what all ranks said, everywhere in the same order; a rank's requests take turns with the others'."""
+        for turn in zip_longest(*self.parallel.heard):
+            for rank, line in enumerate(turn):
+                if line is not None:
+                    self._do(rank, json.loads(line), scheduler)
+        self.parallel.heard = [[] for _ in self.parallel.heard]
+
+    def _say(self, notice: dict[str, Any]) -> None:
+        self.parallel.notices.append(json.dumps(notice).encode() + b"\n")
+
+    def _do(self, rank: int, notice: dict[str, Any], scheduler: Scheduler) -> None:
+        if "end" in notice:
+            sequence = self._known.pop((rank, notice["end"]), None)
+            if sequence is not None:
+                sequence.finish_reason = notice["reason"]
+                scheduler.drop(sequence)
+            return
+        key = rank, notice["add"]
+        if key not in self._known:
+            params = SamplingParams(**notice["params"])
+            tokens = notice["tokens"]
+            self._known[key] = Running(
+                id=notice["add"],
+                tokens=tokens,
+                params=params,
+                num_prompt=len(tokens),
+                sampler=Sampler(params),
+                owner=rank,
+                place=rank,
+            )
+        scheduler.add(self._known[key])
+
+
+class CoherentRunner:
+    """Runs the chunks of all ranks; `forward` returns the logits of the sampling ones that ended on this rank.
+
+    packed: runs whole forwards here; sites: the names of the experts modules, in order; broadcast_tokens: as the
+    dispatchers take it. Every call is a collective.
+    """
+
+    def __init__(
+        self, packed: PackedRunner, experts: SlotExperts, sites: Sequence[str], broadcast_tokens: int = 0
+    ) -> None:
+        assert experts.parallel is not None
+        self.model, self.kv, self.packed, self.experts = packed.model, packed.kv, packed, experts
+        self.parallel = experts.parallel
+        self.groups = self.parallel.groups
+        rank_of = torch.from_numpy(self.parallel.plan.rank_of_physical())
+        self.dispatcher = CoherentDispatcher(self.groups, rank_of, broadcast_tokens=broadcast_tokens)
+        self.gather = BackgroundGather(self.groups)
+        self._wire = Wire(self.groups, self.groups.world, self.groups.world_ranks, self.dispatcher.traffic)
+        self._base = self.model.base_model
+        site_of = {id(self.model.get_submodule(name)): site for site, name in enumerate(sites)}
+        self._sites = [site_of.get(id(getattr(layer.mlp, "experts", None))) for layer in self._base.layers]
+        self._shared_part = _SHARED_PART[self.model.config.model_type]
+        self._coming: list[Gathering | None] = [None] * len(self.kv.layers)
+        self._here: list[int] = []  # of the step's chunks, those whose logits are on this rank
+        self._counts: list[int] = []  # how many such chunks every rank has
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """What was sent: by moving tokens, and by gathering keys and values."""
+        return [self.dispatcher.traffic, self.gather.traffic]
+
+    def num_forwards(self, chunks: Sequence[Chunk]) -> int:
+        return 1 if chunks else 0
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """fp32 [chunks that sample and ended here, V]."""
+        if all(c.end - c.start == 1 for c in chunks):
+            return self._decode(chunks)
+        return self._at_owners(chunks)
+
+    def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
+        """The next token of every sampling chunk on all ranks, each sampled where its logits are."""
+        rank, size = self.groups.rank, self.groups.world_size
+        num_top = max((c.sequence.params.logprobs or 0 for c in chunks), default=0)
+        rows = torch.zeros(len(self._here), 3 + 2 * num_top, dtype=torch.float64)
+        for row, index, scores in zip(rows, self._here, logits):
+            sequence = chunks[index].sequence
+            choice = sequence.sampler.choose(scores, sequence.tokens)
+            row[:2] = torch.tensor([index, choice.token])
+            if choice.logprobs is not None:
+                top = choice.logprobs.top
+                row[2] = choice.logprobs.chosen
+                row[3 : 3 + len(top)] = torch.tensor(list(top), dtype=torch.float64)
+                row[3 + num_top : 3 + num_top + len(top)] = torch.tensor(list(top.values()), dtype=torch.float64)
+        everywhere = rows.repeat(size, 1).to(self.groups.device)
+        all_rows = self._wire.exchange(everywhere, [len(rows)] * size, self._counts, "the new tokens").tolist()
+        choices: dict[int, Choice] = {}
+        owners = [r for r, count in enumerate(self._counts) for _ in range(count)]
+        vocabulary = self.model.config.vocab_size
+        for place, (index, token, chosen, *top) in zip(owners, all_rows):
+            sequence = chunks[int(index)].sequence
+            sequence.place = place
+            wanted = sequence.params.logprobs
+            logprobs = None
+            if wanted is not None:
+                wanted = min(wanted, vocabulary)
+                ids = (int(t) for t in top[:wanted])
+                logprobs = Logprobs(chosen, dict(zip(ids, top[num_top : num_top + wanted])))
+            choices[int(index)] = Choice(int(token), logprobs)
+            if place != rank:
+                sequence.sampler.skip(vocabulary)
+        return [choices[i] for i, c in enumerate(chunks) if c.samples]
+
+    def _at_owners(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Each chunk where its request came in, by the ordinary dispatcher; its keys and values then go everywhere."""
+        for layer in range(len(self._coming)):
+            self._arrive(layer)
+        rank, size = self.groups.rank, self.groups.world_size
+        own = [i for i, c in enumerate(chunks) if c.sequence.owner == rank]
+        tokens, self._counts = [0] * size, [0] * size
+        for c in chunks:
+            tokens[c.sequence.owner] += c.end - c.start
+            self._counts[c.sequence.owner] += c.samples
+        self.parallel.agreement = replace(self.parallel.agreement, tokens=tuple(tokens))
+        if own:
+            logits = self.packed.forward([chunks[i] for i in own])
+            logits = logits[[chunks[i].samples for i in own]]
+        else:
+            shapes = [(1, self._top_k)] * len(self.experts.kernels)
+            self.experts.join(self._base.embed_tokens.weight.shape[1], self.model.dtype, shapes)
+            logits = torch.empty(0, self.model.config.vocab_size)
+        at = self._written(self.kv.layers[0].step if own else None)
+        self._here = [i for i in own if chunks[i].samples]
+        rows = [part for layer in self.kv.layers for part in (layer.keys[at], layer.values[at])]
+        got = self.gather.rows([at.to(torch.int32), *rows], tokens, "keys and values of prompts").wait()
+        for layer, keys, values in zip(self.kv.layers, got[1::2], got[2::2]):
+            layer.keys[got[0].long()], layer.values[got[0].long()] = keys, values
+        return logits
+
+    @property
+    def _top_k(self) -> int:
+        return int(self.model.config.num_experts_per_tok)
+
+    def _decode(self, chunks: Sequence[Chunk]) -> Tensor:
+        """One token of every sequence, each going where its experts are."""
+        device, places = self.kv.device, [c.sequence.place for c in chunks]
+        starts = [c.start for c in chunks]
+        rows = [self.kv.rows(c.sequence.blocks, c.end) for c in chunks]
+        positions = torch.tensor([starts], device=device)
+        rotary = self._base.rotary_emb(self._base.embed_tokens.weight[:1, None], positions)
+        here = [i for i, place in enumerate(places) if place == self.groups.rank]
+        counts: Sequence[int] = [places.count(r) for r in range(self.groups.world_size)]
+        h = self._base.embed_tokens(
+            torch.tensor([chunks[i].sequence.tokens[starts[i]] for i in here], dtype=torch.int64, device=device)
+        )
+        for index, layer in enumerate(self._base.layers):
+            self._arrive(index)
+            layout = None
+            if here:
+                layout = self.kv.layout([rows[i] for i in here], [starts[i] for i in here])
+                h = self._attend(index, layer, h, torch.tensor(here, device=device), layout, positions, rotary)
+            self._spread(index, layout, counts)
+            if self._sites[index] is not None:
+                h, here, counts = self._move(index, layer, h, here, counts)
+            elif here:
+                h = h + layer.mlp(layer.post_attention_layernorm(h))
+        self._here, self._counts = here, list(counts)
+        logits: Tensor = self.model.lm_head(self._base.norm(h)).float()
+        return logits
+
+    def _attend(
+        self, index: int, layer: Any, h: Tensor, here: Tensor, layout: StepLayout, positions: Tensor, rotary: Any
+    ) -> Tensor:
+        """h: [T, H]; here: which columns of positions and rotary [1, N, ...] these tokens are."""
+        self.kv.layers[index].step = layout
+        of_these = tuple(r[:, here] for r in rotary) if isinstance(rotary, tuple) else rotary[:, here]
+        x, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(h)[None],
+            position_embeddings=of_these,
+            attention_mask=MaskRule(causal_mask_function),
+            position_ids=positions[:, here],
+            past_key_values=self.kv.cache,
+            use_cache=True,
+            step=layout,
+        )
+        attended: Tensor = h + x[0]
+        return attended
+
+    def _spread(self, index: int, layout: StepLayout | None, counts: Sequence[int]) -> None:
+        """This layer's new keys and values set out for all ranks; the next step waits for them."""
+        kv = self.kv.layers[index]
+        at = self._written(layout)
+        new = [at.to(torch.int32), kv.keys[at], kv.values[at]]
+        self._coming[index] = self.gather.rows(new, counts, f"keys and values of layer {index}")
+
+    def _written(self, layout: StepLayout | None) -> Tensor:
+        """Rows of the pool that a step writes here, int64; None: it has nothing here."""
+        at = slice(0) if layout is None else layout.write_at
+        return torch.arange(at.start or 0, at.stop, device=self.kv.device) if isinstance(at, slice) else at
+
+    def _arrive(self, index: int) -> None:
+        """What the last step spread is in this rank's pool from here on."""
+        gathering, self._coming[index] = self._coming[index], None
+        if gathering is not None:
+            at, keys, values = gathering.wait()
+            kv = self.kv.layers[index]
+            kv.keys[at.long()], kv.values[at.long()] = keys, values
+
+    def _move(
+        self, index: int, layer: Any, h: Tensor, here: list[int], counts: Sequence[int]
+    ) -> tuple[Tensor, list[int], Sequence[int]]:
+        """The layer's mlp: h [T, H] of the tokens `here` in, of those that live here afterwards out."""
+        site, norm, device = self._sites[index], layer.post_attention_layernorm, h.device
+        assert site is not None
+        if here:
+            _, weights, ids = layer.mlp.gate(norm(h))
+        else:
+            weights, ids = torch.zeros(0, self._top_k, device=device), torch.zeros(0, self._top_k, device=device)
+        physical = torch.from_numpy(self.parallel.physical(site, ids.numpy(force=True).astype(np.int64))).to(device)
+        who = torch.tensor(here, dtype=torch.int32, device=device)[:, None]
+        sent = self.dispatcher.dispatch(
+            h, physical, weights.float(), payload=who, layer=site, tokens_per_rank=tuple(counts)
+        )
+        y = self.experts.pairs(site, norm(sent.rows), self.parallel.logical_here(site, sent.local_ids))
+        moved = self.dispatcher.combine(y, sent.handle)
+        out, x = moved.out, moved.x
+        if len(x) and (extra := self._shared_part(layer.mlp, norm(x))) is not None:
+            out = out + extra
+        h = x + out
+        return h, moved.payload[:, 0].tolist(), moved.tokens_per_rank
