@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py kernels/cpu_experts.c kernels/cpu_experts_isa.h
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
