@@ -152,8 +152,8 @@ def run_place(args: argparse.Namespace) -> int:
             bound = copies_bound(fit, topology.num_ranks, seconds=0.5 * args.seconds, hint=plan.hosted)
             plan = plan.with_result(bound=min(float(bound.mean()), plan.value or 0.0))
     work = _workload(args)
-    if args.objective == "coherent" and args.dispatcher == "home":
-        print("note: placed for coherent decode but judged with --dispatcher home", file=sys.stderr)
+    if args.objective == "coherent" and args.dispatcher != "coherent":
+        print(f"note: placed for coherent decode but judged with --dispatcher {args.dispatcher}", file=sys.stderr)
     present = Plan.load(args.present) if args.present else None
     if present is not None:
         plan = relabel(
@@ -336,7 +336,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=256, help="tokens per step")
     parser.add_argument("--token-bytes", type=int, default=4096, help="bytes of one hidden state")
     parser.add_argument("--expert-bytes", type=int, default=17_301_504, help="bytes of one expert's weights")
-    parser.add_argument("--dispatcher", choices=("home", "coherent"), default="home")
+    parser.add_argument("--dispatcher", choices=("home", "hierarchical", "coherent"), default="home")
     parser.add_argument("--fast-slots", type=int, help="experts per rank in fast memory, all layers; default all")
 
 

@@ -1,7 +1,10 @@
 """Replay a trace on a plan: bytes per link, load per rank, all-to-all time, misses and step time.
 
 A prediction, not a measurement: links carry what the dispatcher sends (one copy per token and destination rank),
-experts cost time by token, misses are read from host memory, and nothing overlaps. Compare plans with it.
+experts cost time by token, misses are read from host memory, and nothing overlaps. Compare plans with it. The bytes are
+exact where `token_bytes`, `result_bytes` and `combine` say what a dispatcher packs (the tests count them on real
+ranks); not among them are the counts that precede rows, keys and values in coherent decode, and a plan's replicas are
+chosen for the whole step here but by each rank for its own tokens in a run.
 """
 
 from dataclasses import dataclass
@@ -16,35 +19,40 @@ from moe.placement.replicas import choose_replicas
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 
-Dispatcher = Literal["home", "coherent"]
+Dispatcher = Literal["home", "hierarchical", "coherent"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
     """What a step is: batch_tokens tokens of the trace, in order; sizes in bytes; seconds of expert work per token.
 
-    dispatcher: "home" returns every result to the token's own rank; "coherent" keeps the token where its heaviest
-    expert is. fast_slots: experts (all layers) per rank in fast memory, least recently used goes; None = all fit.
-    split: how copies share tokens: "local" (`choose_replicas`) or "even" (each copy the same share, as EPLB deals).
+    token_bytes: of one row out; result_bytes: of one back, None = the same. combine: "partial" sends one result per
+    token and rank, "exact" one per token and expert. dispatcher: "home" returns every result to the token's own rank;
+    "hierarchical" too, both ways over the same local rank of the other node; "coherent" keeps the token where its
+    heaviest expert is. fast_slots: experts (all layers) per rank in fast memory, least recently used goes; None = all
+    fit. split: how copies share tokens: "local" (`choose_replicas`) or "even" (each copy the same, as EPLB deals).
     """
 
     batch_tokens: int = 256
     token_bytes: int = 4096
+    result_bytes: int | None = None
     expert_bytes: int = 17_301_504
     expert_token_seconds: float = 2e-7
     dispatcher: Dispatcher = "home"
+    combine: Literal["partial", "exact"] = "partial"
     fast_slots: int | None = None
     split: Literal["local", "even"] = "local"
 
     def __post_init__(self) -> None:
-        if min(self.batch_tokens, self.token_bytes, self.expert_bytes) < 1 or self.expert_token_seconds < 0:
+        sizes = (self.batch_tokens, self.token_bytes, self.result_bytes or 1, self.expert_bytes)
+        if min(sizes) < 1 or self.expert_token_seconds < 0:
             raise ValueError(f"batch, token and expert sizes must be at least 1 and times >= 0: {self}")
         if self.fast_slots is not None and self.fast_slots < 1:
             raise ValueError(f"fast_slots ({self.fast_slots}) must be at least 1 per rank")
 
 
 class Simulation(NamedTuple):
-    """Totals over the trace. copies and node_copies are per token and layer, dispatch only.
+    """Totals over the trace. copies (rows that leave a rank) and node_copies are per token and layer, dispatch only.
 
     link_bytes: [G, G] sent from row to column, dispatch and combine. load: [L, G] token-expert pairs per rank.
     imbalance: mean over layers of max / mean load over the whole trace; step_imbalance: the same inside steps.
@@ -81,6 +89,7 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
         raise ValueError(f"the plan is for {plan.num_ranks} ranks, the topology has {topology.num_ranks}")
     ranks, layers = plan.num_ranks, trace.num_layers
     same_node = topology.same_node()
+    result_bytes = work.token_bytes if work.result_bytes is None else work.result_bytes
     home = np.repeat(np.arange(trace.num_sequences) % ranks, trace.sequence_lengths)
     heaviest = heaviest_experts(trace) if work.dispatcher == "coherent" else None
     cache = _Caches(plan, work.fast_slots)
@@ -100,30 +109,24 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
             else:
                 physical = deal_evenly(ids, plan.log2phy[layer])
             rank = np.where(physical >= 0, physical // plan.physical_per_rank, ranks)
-            visited = np.zeros((len(ids), ranks + 1), bool)
-            np.put_along_axis(visited, rank, True, axis=1)
-            visited = visited[:, :-1]
+            pairs = np.zeros((len(ids), ranks + 1), np.int64)
+            np.add.at(pairs, (np.arange(len(ids))[:, None], rank), 1)
+            pairs = pairs[:, :-1]
             after = at
             if heaviest is not None:
                 after = _homes_after(ids, rank, heaviest[tokens, layer], at)
-            sent, returned = np.zeros((ranks, ranks), np.int64), np.zeros((ranks, ranks), np.int64)
-            token, to = np.nonzero(visited)
-            np.add.at(sent, (at[token], to), 1)
-            np.add.at(returned, (to, after[token]), 1)
-            np.fill_diagonal(sent, 0)
-            np.fill_diagonal(returned, 0)
-            layer_copies[layer] += sent.sum()
-            node_copies += int(_node_copies(visited, at, topology.nodes))
-            bytes_both = (sent + returned) * work.token_bytes
-            link_bytes += bytes_both
+            out, back = rows_sent(pairs, at, after, topology, work)
+            layer_copies[layer] += sum(rows.sum() for rows in out)
+            node_copies += int(_node_copies(pairs > 0, at, topology.nodes))
+            sent = [rows * work.token_bytes for rows in out] + [rows * result_bytes for rows in back]
+            link_bytes += sum(sent)
             busy = np.bincount(rank[rank < ranks], minlength=ranks)
             load[layer] += busy
             step_imbalance.append(float(busy.max() / max(busy.mean(), 1e-12)))
             missed = cache.use(layer, plan, physical)
             uses += cache.last_uses
             seconds += (
-                all_to_all_seconds(sent * work.token_bytes, same_node, topology)
-                + all_to_all_seconds(returned * work.token_bytes, same_node, topology),
+                sum(all_to_all_seconds(num_bytes, same_node, topology) for num_bytes in sent),
                 float(busy.max()) * work.expert_token_seconds,
                 float(missed.max()) * work.expert_bytes / topology.host.bandwidth
                 + float(missed.any()) * topology.host.latency,
@@ -148,6 +151,46 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
         step_seconds=float(seconds.sum() / steps),
         num_steps=steps,
     )
+
+
+def rows_sent(
+    pairs: NDArray[np.int64], at: NDArray[np.int64], after: NDArray[np.int64], topology: Topology, work: Workload
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Rows [G, G] of one layer's rounds, from row to column: those of tokens out, those of results back.
+
+    pairs: [T, G], experts of a token on a rank; at, after: [T], its rank before and after the layer.
+    """
+
+    def hop(of_token: NDArray[Any], source: NDArray[np.int64], to: NDArray[np.int64]) -> NDArray[np.int64]:
+        """of_token: [T, M] rows that go from `source` to `to`, each [T, M] or broadcast to it."""
+        rows = np.zeros((topology.num_ranks, topology.num_ranks), np.int64)
+        np.add.at(rows, (np.broadcast_to(source, of_token.shape), np.broadcast_to(to, of_token.shape)), of_token)
+        np.fill_diagonal(rows, 0)
+        return rows
+
+    every, results = np.arange(topology.num_ranks), pairs if work.combine == "exact" else pairs > 0
+    if work.dispatcher != "hierarchical":
+        return [hop(pairs > 0, at[:, None], every)], [hop(results, every, after[:, None])]
+    relay_of = _relays(topology)[at]  # [T, nodes]
+    on_node = topology.nodes[:, None] == np.arange(topology.num_nodes)
+    by_node = pairs @ on_node
+    relay = relay_of[:, topology.nodes]
+    crossing = by_node if work.combine == "exact" else by_node > 0
+    out = [hop(by_node > 0, at[:, None], relay_of), hop(pairs > 0, relay, every)]
+    return out, [hop(results, every, relay), hop(crossing, relay_of, at[:, None])]
+
+
+def _relays(topology: Topology) -> NDArray[np.int64]:
+    """The rank of a node that stands where a rank stands in its own: [G, nodes]. Raises ValueError for uneven nodes."""
+    ranks = [np.flatnonzero(topology.nodes == node) for node in range(topology.num_nodes)]
+    if len({len(r) for r in ranks}) != 1:
+        raise ValueError(
+            f"nodes have {', '.join(str(len(r)) for r in ranks)} ranks; hierarchical dispatch needs equal ones"
+        )
+    relays = np.zeros((topology.num_ranks, topology.num_nodes), np.int64)
+    for own in ranks:
+        relays[own] = np.stack(ranks, axis=1)
+    return relays
 
 
 def all_to_all_seconds(num_bytes: NDArray[np.int64], same_node: NDArray[np.bool_], topology: Topology) -> float:

@@ -26,25 +26,38 @@ def random_hosted(rng: np.random.Generator, layers=2, experts=8, ranks=4, share=
     return hosted
 
 
-@pytest.mark.parametrize("dispatcher", ["home", "coherent"])
+@pytest.mark.parametrize("dispatcher", ["home", "hierarchical", "coherent"])
+@pytest.mark.parametrize("combine", ["partial", "exact"])
 @pytest.mark.parametrize("split", ["local", "even"])
-def test_simulation_equals_a_loop_over_tokens(dispatcher, split):
+def test_simulation_equals_a_loop_over_tokens(dispatcher, combine, split):
     trace = topic_trace(90, 3, 8, 3, seed=4, length=15)
     plan = Plan.random(3, 8, 4, seed=1)  # without replicas the choice is no choice, so the loop below needs none
-    work = Workload(batch_tokens=32, token_bytes=10, dispatcher=dispatcher, split=split)
+    work = Workload(
+        batch_tokens=32, token_bytes=10, result_bytes=7, combine=combine, dispatcher=dispatcher, split=split
+    )
     got = simulate(trace, plan, PAIR, work)
     owner, heavy = plan.assignment, heaviest_experts(trace)
     links, copies, nodes, load = np.zeros((4, 4), int), 0, 0, np.zeros((3, 4), int)
+
+    def send(source: int, to: int, size: int) -> int:
+        links[source, to] += size * (source != to)
+        return int(source != to)
+
     for t in range(90):
         at = (t // 15) % 4
         for layer in range(3):
-            ranks = {int(owner[layer, e]) for e in trace.expert_ids[t, layer]}
+            experts = [int(owner[layer, e]) for e in trace.expert_ids[t, layer]]
+            ranks = set(experts)
             after = int(owner[layer, heavy[t, layer]]) if dispatcher == "coherent" else at
-            copies += len(ranks - {at})
             nodes += len({r // 2 for r in ranks} - {at // 2})
+            for node in {r // 2 for r in ranks} if dispatcher == "hierarchical" else ():
+                relay = 2 * node + at % 2
+                copies += send(at, relay, 10)
+                send(relay, at, 7 * (sum(r // 2 == node for r in experts) if combine == "exact" else 1))
             for r in ranks:
-                links[at, r] += 10 * (r != at)
-                links[r, after] += 10 * (r != after)
+                source, to = (2 * (r // 2) + at % 2,) * 2 if dispatcher == "hierarchical" else (at, after)
+                copies += send(source, r, 10)
+                send(r, to, 7 * (experts.count(r) if combine == "exact" else 1))
             for e in trace.expert_ids[t, layer]:
                 load[layer, owner[layer, e]] += 1
             at = after
@@ -97,6 +110,10 @@ def test_mismatches_are_refused():
         simulate(trace, Plan.contiguous(2, 8, 4).with_result(model="other"), PAIR)
     with pytest.raises(ValueError, match="empty"):
         simulate(trace.select([]), Plan.contiguous(2, 8, 4), PAIR)
+    with pytest.raises(ValueError, match="nodes have 1, 3 ranks"):
+        simulate(
+            trace, Plan.contiguous(2, 8, 4), Topology(node_of_rank=(0, 1, 1, 1)), Workload(dispatcher="hierarchical")
+        )
     with pytest.raises(ValueError, match="fast_slots"):
         Workload(fast_slots=0)
 
