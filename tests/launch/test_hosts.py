@@ -5,24 +5,36 @@ from pathlib import Path
 
 import pytest
 
-from bench.hosts import Shape, hosts, run_ranks, trunk_bytes, why_not
+from bench.hosts import Shape, hosts, measure, run_ranks, trunk_bytes, why_not
 from moe.batch import run_batch
 from moe.config import EngineConfig
 from moe.llm import LLM
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = Shape(mbit=100)
+SHAPES = [Shape(mbit=100), Shape(mbit=100, delay_ms=5.0)]
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("dispatcher", ["all_to_all", "hierarchical"])
-def test_hosts_write_the_batch_of_one_process(dispatcher, tmp_path):
-    if reason := why_not(SHAPE):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_link_is_no_better_than_its_shape(shape):
+    if reason := why_not(shape):
+        pytest.skip(f"no hosts here: {reason}")
+    with hosts(shape) as names:
+        given = measure(names)
+    assert given.round_trip_ms >= 2 * shape.delay_ms
+    assert given.mbit <= 1.03 * shape.mbit  # a token bucket lets the first 256 kB of 10 MB pass at once
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "hierarchical", "coherent"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_hosts_write_the_batch_of_one_process(dispatcher, shape, tmp_path):
+    if reason := why_not(shape):
         pytest.skip(f"no hosts here: {reason}")
     source, target = ROOT / "examples" / "batch.jsonl", tmp_path / "four.jsonl"
     command = ["-m", "moe.launch.torchrun", "examples/tinymoe", str(source), str(target), "--experts-in-memory=0.25"]
     command += [f"--set=parallel.dispatcher={dispatcher}", "--set=dtype=float32", "--set=parallel.timeout_seconds=100"]
-    with hosts(SHAPE) as names:
+    with hosts(shape) as names:
         run_ranks(names, command, timeout_s=300)
         assert trunk_bytes(names) > 1e5  # tokens did cross the link
     with LLM(ROOT / "examples" / "tinymoe", EngineConfig(dtype="float32")) as llm:
