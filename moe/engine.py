@@ -5,41 +5,27 @@ add_request ─▶ Scheduler ─▶ chunks ─▶ Runner ─▶ logits ─▶ Sa
                                          └─ router ─▶ SlotExperts ─▶ ExpertCache ─▶ ExpertStore
 """
 
-import logging
 import time
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe import build
 from moe.attention import ATTENTION_NAME
-from moe.coherent import CoherentRunner, Costs, Replicas, measure_link, why_coherent, why_not_coherent
+from moe.coherent import CoherentRunner, Replicas
 from moe.comm.groups import Groups
 from moe.comm.wire import Traffic
-from moe.config import EngineConfig, ParallelConfig
-from moe.experts import SlotExperts, layer_kernels
-from moe.kernels.weights import ExpertWeights
+from moe.config import EngineConfig
 from moe.kv import BlockPool
-from moe.model import Blueprint, load_dense, read_blueprint
-from moe.norms import compile_norms
-from moe.offload.budget import resolve_slots
-from moe.offload.cache import ExpertCache, LayerStats
-from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
-from moe.parallel import DispatcherName, ExpertParallel
-from moe.placement.plan import Plan
+from moe.model import read_blueprint
+from moe.offload.cache import LayerStats
 from moe.recorder import TraceRecorder
-from moe.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, run_a_token, why_not_packed
+from moe.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, why_not_packed
 from moe.sampling import Choice, Sampler, SamplingParams
 from moe.scheduler import Chunk, FinishReason, Scheduler, Sequence
-
-log = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -66,26 +52,32 @@ class Engine:
     """
 
     def __init__(self, folder: str | Path, config: EngineConfig | None = None, groups: Groups | None = None) -> None:
-        self.config = config or EngineConfig()
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        self.config = config = config or EngineConfig()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         self.blueprint = read_blueprint(folder)
-        self.device = _device(self.config.device)
-        self.parallel = None if groups is None else _make_parallel(groups, self.blueprint, self.config.parallel)
-        self.notes = _notes(self.blueprint)
+        self.notes = build.notes_on(self.blueprint)
+        device = build.find_device(config.device)
+        self.parallel = None if groups is None else build.make_parallel(groups, self.blueprint, config.parallel)
         reason = why_not_packed(self.blueprint.skeleton)
-        self.is_packed = reason is None and self.config.batch.packed
+        self.is_packed = reason is None and config.batch.packed
         if reason is not None:
             self.notes.append(f"sequences run one at a time, not packed: {reason}")
-        dtype = _DTYPES.get(self.config.dtype) or _own_dtype(self.blueprint)
-        self.model = load_dense(self.blueprint, dtype, "eager").to(self.device)
-        if self.device.type == "cpu" and self.config.kernel != "reference":
-            compile_norms(self.model)
-        self.max_context = min(n for n in (self.config.max_context, self.blueprint.max_context, 1 << 30) if n)
-        self.scheduler, self.runner = self._make_runner()
-        self.experts = self._make_experts()
-        self.coherent = self._make_coherent()
-        self.eos_ids = _eos_ids(self.model)
+        self.model = build.make_model(self.blueprint, config, device)
+        self.max_context = min(n for n in (config.max_context, self.blueprint.max_context, 1 << 30) if n)
+        tried = build.try_a_token(self.model, self.blueprint, self.is_packed, self.parallel is not None)
+        self._dispatch_shapes = tried.dispatch_shapes
+        self.replicas = self._make_replicas(tried)
+        self.scheduler, self.runner, kv_bytes = self._make_runner(tried)
+        self.experts = build.make_experts(self.blueprint, self.model, config, self.parallel, kv_bytes)
+        self.coherent: CoherentRunner | None = None
+        if self.replicas is not None:
+            assert self.experts is not None
+            assert isinstance(self.runner, PackedRunner)
+            sites = [site.module for site in self.blueprint.index.sites]
+            self.coherent = CoherentRunner(self.runner, self.experts, sites, config.parallel.broadcast_tokens)
+            self.runner = self.coherent
+        self.eos_ids = build.eos_ids(self.model)
         self.stats = StepStats()
         self.recorder: TraceRecorder | None = None
         self.last_logits: dict[int, list[Tensor]] | None = None  # by sequence, when `keep_logits` was called
@@ -286,205 +278,32 @@ class Engine:
             self.stats.pure_decode_tokens += len(own)
             self.stats.decode_seconds += seconds
 
-    def _make_runner(self) -> tuple[Scheduler, Runner]:
+    def _make_replicas(self, tried: build.TriedToken) -> Replicas | None:
+        """What holds the requests of all ranks, in a coherent run."""
+        if self.parallel is None:
+            return None
+        is_coherent, reason = build.decide_coherent(
+            self.parallel, self.model, self.blueprint, self.config, tried, self.max_context
+        )
+        self.notes += [reason] if reason is not None else []
+        return Replicas(self.parallel) if is_coherent else None
+
+    def _make_runner(self, tried: build.TriedToken) -> tuple[Scheduler, Runner, int]:
+        """The third: bytes of the KV cache, which commits them as it fills."""
         batch = self.config.batch
-        kv_of_a_token: list[tuple[Tensor, Tensor]] = []
-        with _detached_experts(self.model, self.blueprint) as shapes:
-            if self.is_packed:
-                kv_of_a_token = run_a_token(self.model)
-            self.kv_token_bytes = sum(t.numel() * t.itemsize for layer in kv_of_a_token for t in layer)
-            if self.parallel is not None and not self.is_packed:
-                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device))
-            self._dispatch_shapes = list(shapes)
-        is_coherent = self._is_coherent()
         if not self.is_packed:
             unlimited = BlockPool(batch.max_sequences, self.max_context, sharing=False)
-            return Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(self.model)
+            return Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(self.model), 0
         self.model.set_attn_implementation(ATTENTION_NAME)
-        if is_coherent:
-            assert self.parallel is not None
-            self.replicas = Replicas(self.parallel)
-            ranks = self.parallel.groups.world_size  # what was meant for one rank, for the requests of all
-            batch = replace(batch, max_tokens=batch.max_tokens * ranks, max_sequences=batch.max_sequences * ranks)
-        tokens = batch.kv_tokens
-        if tokens is None:
-            affordable = available_memory() // 4 // max(1, self.kv_token_bytes)
-            tokens = min(batch.max_sequences * self.max_context, affordable)
-        num_blocks = max(1, -(-tokens // batch.block_size))
-        if self.replicas is not None and self.parallel is not None:
-            num_blocks = self.parallel.smallest(num_blocks)
-        pool = BlockPool(num_blocks, batch.block_size, batch.prefix_sharing)
-        self.kv_bytes = num_blocks * batch.block_size * self.kv_token_bytes
+        shared_by = None if self.replicas is None else self.parallel
+        if shared_by is not None:
+            batch = build.for_all_ranks(batch, shared_by.groups.world_size)
+        pool = build.make_pool(batch, tried.kv_bytes, self.max_context, shared_by)
         kv = make_paged_kv(self.model, pool)
-        if self.replicas is not None:
-            kv.prepare(kv_of_a_token)
-        return Scheduler(batch, pool), PackedRunner(self.model, kv)
-
-    def _is_coherent(self) -> bool:
-        """Whether this run decodes coherently, with the reason in `notes` where it was not simply told."""
-        wanted = self.config.parallel.dispatcher
-        if self.parallel is None or wanted not in ("auto", "coherent"):
-            return False
-        reason = why_not_coherent(self.model.config, self.max_context, self.is_packed)
-        if wanted == "coherent":
-            if reason is not None:
-                raise ValueError(f"parallel.dispatcher=coherent cannot serve {self.blueprint.folder}: {reason}")
-            return True
-        is_coherent = False
-        if reason is None:
-            groups, num_layers = self.parallel.groups, self.model.config.num_hidden_layers
-            costs = Costs(
-                kv_bytes=self.kv_token_bytes / num_layers,
-                result_bytes=4 * self.model.config.hidden_size,
-                p=self.parallel.share_elsewhere(),
-                top_k=self.blueprint.top_k,
-                num_ranks=groups.world_size,
-            )
-            is_coherent, reason = why_coherent(costs, self.config.batch.max_sequences, lambda: measure_link(groups))
-            is_coherent = bool(self.parallel.smallest(int(is_coherent)))
-        self.notes.append(f"parallel.dispatcher=auto is {'coherent' if is_coherent else 'all_to_all'}: {reason}")
-        return is_coherent
-
-    def _own_experts(self) -> list[list[int]]:
-        """The logical experts that this rank serves, by layer."""
-        if self.parallel is None:
-            return [list(range(site.num_experts)) for site in self.blueprint.index.sites]
-        return self.parallel.hosted()
-
-    kv_bytes = 0
-    replicas: Replicas | None = None  # in a coherent run
-
-    def _make_coherent(self) -> CoherentRunner | None:
-        if self.replicas is None or self.experts is None or not isinstance(self.runner, PackedRunner):
-            return None
-        sites = [site.module for site in self.blueprint.index.sites]
-        self.runner = coherent = CoherentRunner(self.runner, self.experts, sites, self.config.parallel.broadcast_tokens)
-        return coherent
-
-    def _make_experts(self) -> SlotExperts | None:
-        blueprint, offload = self.blueprint, self.config.offload
-        if not blueprint.experts:
-            return None
-        blob_bytes = max(layout.nbytes for layout in blueprint.index.layouts)
-        available = available_memory() if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
-        own = self._own_experts()
-        num_slots = resolve_slots(
-            offload.budget,
-            blob_bytes=blob_bytes,
-            total_experts=sum(map(len, own)),
-            available_bytes=max(0, available - self.kv_bytes)
-            * 9
-            // 10,  # activations, buffers, the rest of the machine
-        )
-        store: ExpertStore
-        if offload.store == "mmap":
-            store = MmapStore(blueprint.index)
-        else:
-            store = FileStore(blueprint.index, direct=offload.direct)
-            if offload.store == "ram":
-                files = store
-                parallel = self.parallel
-                store = RamStore.read_from(files) if parallel is None else parallel.share_host_copy(files)
-                files.close()
-        cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=self.device)
-        if num_slots == sum(map(len, own)):
-            cache.preload(own)
-        weights = [ExpertWeights(*cache.views(i), e.activation) for i, e in enumerate(blueprint.experts)]
-        table = Path(self.config.crossover_table).expanduser()
-        counts = [site.num_experts for site in blueprint.index.sites]
-        kernels = layer_kernels(self.config.kernel, weights, counts, blueprint.top_k, self.model.dtype, table)
-        experts = SlotExperts(cache, kernels, self.parallel)
-        for layer, site in enumerate(blueprint.index.sites):
-            self.model.get_submodule(site.module).compute = experts.layer(layer)
-        return experts
-
-
-@contextmanager
-def _detached_experts(model: Any, blueprint: Blueprint) -> Iterator[list[tuple[int, int]]]:
-    """Inside this block experts return zeros, so that the dense part can run before the slots exist.
-
-    Yields each layer's (rows per token, K of a row) as experts are dispatched, filled by the first forward.
-    """
-    modules = [model.get_submodule(site.module) for site in blueprint.index.sites]
-    shapes = [(1, 1)] * len(modules)
-
-    def zeros(layer: int) -> Any:
-        def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, scale_input: bool) -> Tensor:
-            top_k = topk_ids.shape[1]
-            shapes[layer] = (top_k, 1) if scale_input else (1, top_k)
-            return torch.zeros_like(x)
-
-        return compute
-
-    for layer, module in enumerate(modules):
-        module.compute = zeros(layer)
-    try:
-        yield shapes
-    finally:
-        for module in modules:
-            module.compute = None
-
-
-def _make_parallel(groups: Groups, blueprint: Blueprint, config: ParallelConfig) -> ExpertParallel:
-    counts = {site.num_experts for site in blueprint.index.sites}
-    if blueprint.config.is_encoder_decoder or len(counts) != 1:
-        reason = "it is an encoder-decoder" if blueprint.config.is_encoder_decoder else "layers differ in experts"
-        raise ValueError(f"{blueprint.folder} cannot be served by several ranks: {reason if counts else 'no experts'}")
-    num_layers, num_experts = len(blueprint.index.sites), counts.pop()
-    if config.plan is None:
-        plan = Plan.contiguous(num_layers, num_experts, groups.world_size)
-    else:
-        plan = Plan.load(config.plan)
-    if (plan.num_layers, plan.num_experts) != (num_layers, num_experts):
-        raise ValueError(
-            f"{config.plan} places {plan.num_layers} layers of {plan.num_experts} experts, {blueprint.folder} has "
-            f"{num_layers} of {num_experts}: it is the plan of another model"
-        )
-    home: DispatcherName = "hierarchical" if config.dispatcher == "hierarchical" else "all_to_all"
-    return ExpertParallel(groups, plan, home, config.broadcast_tokens)
-
-
-def _notes(blueprint: Blueprint) -> list[str]:
-    text = blueprint.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
-    if blueprint.experts:
-        return []
-    if declared > 1:
-        return [
-            f"{blueprint.config.model_type} keeps its {declared} experts in modules that cannot be served from slots: "
-            "the whole model is in memory"
-        ]
-    return ["this model is dense: it has no experts, the whole model is in memory"]
-
-
-def _device(name: str | None) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if has_gpu else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"device ({name!r}) is no device of torch; give cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not has_gpu:
-        raise ValueError(f"device ({name!r}) cannot be used: torch sees no GPU here; give cpu")
-    return device
-
-
-def _own_dtype(blueprint: Blueprint) -> torch.dtype:
-    declared = getattr(blueprint.config, "dtype", None)
-    if isinstance(declared, str):
-        declared = getattr(torch, declared, None)
-    if isinstance(declared, torch.dtype) and declared in _DTYPES.values():
-        return declared
-    stored = {info.dtype for info in blueprint.checkpoint.tensors.values()} & set(_DTYPES.values())
-    return next(iter(stored)) if len(stored) == 1 else torch.float32
-
-
-def _eos_ids(model: Any) -> set[int]:
-    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            return {eos} if isinstance(eos, int) else set(eos)
-    return set()
+        if shared_by is not None:
+            kv.prepare(tried.kv)
+        runner = PackedRunner(self.model, kv)
+        return Scheduler(batch, pool), runner, pool.num_blocks * pool.block_size * tried.kv_bytes
 
 
 def peak_rss_bytes() -> int:
