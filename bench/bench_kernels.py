@@ -7,7 +7,9 @@
 Correctness comes first, with poisoned outputs, and a wrong result ends the run. Candidates take turns; each call has
 another routing, so that small steps do not find their experts in cache. Limits: weights of the active experts over
 4.3 TB/s for few tokens, 790 TFLOP/s bf16 for many (measured rates of an H200); "floor" is the larger of the two.
-Baselines: a chain of torch._grouped_mm, a loop over experts, and the published table of vLLM's kernel on an H200.
+"fp8" and "int8" are the grouped path on the same experts in 8 bits, compared with the reference on those; their floor
+is that of bf16, of which they read half. Baselines: a chain of torch._grouped_mm, a loop over experts, and the
+published table of vLLM's kernel on an H200.
 The last line is one JSON document.
 """
 
@@ -25,8 +27,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -39,7 +42,9 @@ from moe.kernels.fused import FusedExperts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.intrinsics import is_interpreted
+from moe.kernels.quantize import quantize_experts
 from moe.kernels.reference import combine_reference, experts_reference
+from moe.kernels.tiles import device_capability
 from moe.kernels.weights import Activation, ExpertWeights
 
 BANDWIDTH, MATRIX_RATE = 4.3e12, 790e12
@@ -86,6 +91,9 @@ class Case:
         activation = Activation() if layer.gated else Activation(kind="gelu", gated=False)
         self.weights = ExpertWeights(gate_up, down, None, None, activation)
         self.slots = torch.arange(layer.experts, dtype=torch.int32, device=device)
+        chip = device_capability(device)
+        kinds: tuple[Literal["fp8", "int8"], ...] = ("fp8", "int8") if chip == 0 or chip >= 89 else ("int8",)
+        self.stored = {kind: quantize_experts(self.weights, kind) for kind in kinds}
 
     def inputs(self, tokens: int, routing: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """x, ids and weights. routing: "balanced" or "power_law" (popularity of expert r is r ** -1.2)."""
@@ -113,6 +121,11 @@ class Case:
 
 def run_grouped(case: Case, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     y = grouped_experts(x, ids, case.weights, num_experts=case.layer.experts, y_dtype=x.dtype)
+    return combine(y, w, x.dtype)
+
+
+def run_stored(case: Case, kind: str, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    y = grouped_experts(x, ids, case.stored[kind], num_experts=case.layer.experts, y_dtype=x.dtype)
     return combine(y, w, x.dtype)
 
 
@@ -200,8 +213,8 @@ class Replay:
         return self.out
 
 
-def error_against_reference(case: Case, out: Tensor, x: Tensor, ids: Tensor, w: Tensor) -> float:
-    want = combine_reference(experts_reference(x, ids, case.weights), w, torch.float32)
+def error_against_reference(weights: ExpertWeights, out: Tensor, x: Tensor, ids: Tensor, w: Tensor) -> float:
+    want = combine_reference(experts_reference(x, ids, weights), w, torch.float32)
     return float((out.float() - want).norm() / want.norm().clamp(min=1e-30))
 
 
@@ -217,8 +230,9 @@ def check(case: Case, tokens: tuple[int, ...], worlds: tuple[int, ...]) -> None:
                 runs: list[tuple[str, Runner]] = [(f"single launch, {world} ranks", single)]
                 if world == 1:
                     runs += [("grouped", bind(run_grouped, case)), ("torch._grouped_mm", bind(run_grouped_mm, case))]
+                    runs += [(kind, partial(run_stored, case, kind)) for kind in case.stored]
                 for name, run in runs:
-                    error = error_against_reference(case, run(*inputs), *inputs)
+                    error = error_against_reference(case.stored.get(name, case.weights), run(*inputs), *inputs)
                     if not error <= ERROR_BOUND:  # also when it is NaN
                         raise SystemExit(f"WRONG: {case.layer.name}, {name}, T={count}, {routing}: error {error:.2e}")
             single.fused.check()
@@ -271,6 +285,9 @@ def measure(case: Case, tokens: int, routing: str, repeats: int, on_gpu: bool) -
     if graph and tokens <= 128:
         candidates |= {"single, no graph": Replay(single, sets[0], graph=False)}
         candidates |= {"grouped, no graph": Replay(bind(run_grouped, case), sets[0], graph=False)}
+    if routing == "balanced" and tokens <= 1024:
+        for kind in case.stored:
+            candidates[kind] = Replay(partial(run_stored, case, kind), sets[0], graph=graph)
     if routing == "balanced" and tokens in (16, 1024, 8192):
         candidates["loop"] = Replay(bind(run_loop, case), sets[0], graph=False)
     found = time_all(candidates, sets, repeats, on_gpu)

@@ -33,7 +33,7 @@ from moe.kernels.grouped_gemm import _down_kernel, _gate_up_kernel
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.intrinsics import is_interpreted, tl_dtype
 from moe.kernels.permute import _small_dense_routing_kernel, _small_routing_kernel
-from moe.kernels.tiles import TileConfig, pick_tiles
+from moe.kernels.tiles import TileConfig, pick_tiles, tiles_in_blocks
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MATRIX = {  # what the matrix loop must contain
@@ -42,6 +42,7 @@ MATRIX = {  # what the matrix loop must contain
     "sm_100": r"tcgen05\.mma|mma\.sync",
     "gfx942": r"v_mfma",
 }
+LOW_BIT = {"sm_80": ("int8",), "sm_90": ("fp8", "int8"), "sm_100": ("fp8", "int8"), "gfx942": ("fp8", "int8")}
 MATRIX_SASS = re.compile(r"\b(HGMMA|HMMA|QGMMA|UTCHMMA|UTCQMMA)")
 
 
@@ -146,37 +147,48 @@ def cases(arch: str) -> Iterator[Case]:
         for tma in (False, True) if capability(arch) >= 90 else (False,):
             config = pick_tiles(rows, torch.bfloat16, capability(arch), tma=tma)
             yield from _grouped_cases(f"{phase}{'_tma' if tma else ''}", config, hidden, inter, top_k, tma)
+            for stored in LOW_BIT[arch] if phase != "mid" else ():
+                name = f"{phase}_{stored}{'_tma' if tma else ''}"
+                yield from _grouped_cases(name, config, hidden, inter, top_k, tma, stored)
+            if phase == "mid":
+                continue
+            shape = FusedShape(
+                world_size=8,
+                num_experts=experts,
+                top_k=top_k,
+                hidden_size=hidden,
+                intermediate_size=inter,
+                max_tokens=16 if phase == "decode" else 1024,
+            )
             config = pick_tiles(rows, torch.bfloat16, capability(arch))
-            if phase != "mid":
-                tokens = 16 if phase == "decode" else 1024
-                yield _fused_case(
-                    phase,
-                    config,
-                    FusedShape(
-                        world_size=8,
-                        num_experts=experts,
-                        top_k=top_k,
-                        hidden_size=hidden,
-                        intermediate_size=inter,
-                        max_tokens=tokens,
-                    ),
-                    tma,
-                )
+            for stored in ("bf16", *LOW_BIT[arch]):
+                yield _fused_case(phase, config, shape, tma, stored)
 
 
-def _weights(config: TileConfig, tma: bool) -> tuple[dict[str, str], dict[str, str]]:
-    first, second = "*bf16", "*bf16"
+def _weights(config: TileConfig, tma: bool, stored: str = "bf16") -> tuple[dict[str, str], dict[str, str]]:
+    kind = {"bf16": "bf16", "fp8": "fp8e4nv", "int8": "i8"}[stored]
+    first, second = f"*{kind}", f"*{kind}"
     if tma:
-        first, second = (f"tensordesc<bf16[1,{n},{config.block_k}]>" for n in (config.block_n1, config.block_n2))
+        first, second = (f"tensordesc<{kind}[1,{n},{config.block_k}]>" for n in (config.block_n1, config.block_n2))
     gate_up = {"gate": first, "up": first, "gate_bias": "*bf16", "up_bias": "*bf16"}
-    return gate_up, {"down": second, "down_bias": "*bf16"}
+    gate_up |= {"gate_scale": "*fp32", "up_scale": "*fp32"}
+    return gate_up, {"down": second, "down_bias": "*bf16", "down_scale": "*fp32"}
 
 
-def _grouped_cases(phase: str, config: TileConfig, hidden: int, inter: int, top_k: int, tma: bool) -> Iterator[Case]:
-    gate_up, down = _weights(config, tma)
+def _block(stored: str, hidden: int, inter: int) -> tuple[int, int] | None:
+    return {"bf16": None, "fp8": (128, 128), "int8": (1, max(hidden, inter))}[stored]
+
+
+def _grouped_cases(
+    phase: str, config: TileConfig, hidden: int, inter: int, top_k: int, tma: bool, stored: str = "bf16"
+) -> Iterator[Case]:
+    block = _block(stored, hidden, inter)
+    config = tiles_in_blocks(config, block, hidden, inter)
+    gate_up, down = _weights(config, tma, stored)
     walk = {"order_ptr": "*i32", "table_ptr": "*i32", "num_tiles_ptr": "*i32", "max_tiles": "i32"}
-    strides = {"stride_slot": "i64", "stride_row": "i64", "stride_bias": "i64"}
+    strides = {"stride_slot": "i64", "stride_row": "i64", "stride_bias": "i64", "stride_scale": "i64"}
     shared = {"H": hidden, "I": inter, "HAS_BIAS": False, "TMA": tma, "GROUP_M": 8}
+    shared |= dict(zip(("SCALE_N", "SCALE_K"), block or (0, 0)))
     shared |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
     yield Case(
         f"grouped_gate_up_{phase}",
@@ -201,11 +213,13 @@ def _grouped_cases(phase: str, config: TileConfig, hidden: int, inter: int, top_
     )
 
 
-def _fused_case(phase: str, config: TileConfig, shape: FusedShape, tma: bool) -> Case:
-    gate_up, down = _weights(config, tma)
+def _fused_case(phase: str, config: TileConfig, shape: FusedShape, tma: bool, stored: str) -> Case:
+    block = _block(stored, shape.hidden_size, shape.intermediate_size)
+    config = tiles_in_blocks(config, block, shape.hidden_size, shape.intermediate_size)
+    gate_up, down = _weights(config, tma, stored)
     ints = ("ids", "order", "offsets", "slots", "tile_flag", "tickets", "state")
     scalars = ("num_programs", "first_rank", "num_ranks", "G", "num_tokens", "lag", "split", "limit", "bias_step")
-    strides = ("stride_slot1", "stride_row1", "stride_slot2", "stride_row2", "stride_bias1", "stride_bias2")
+    strides = [f"stride_{of}{gemm}" for of in ("slot", "row", "bias", "scale") for gemm in (1, 2)]
     types = {"bases": "*i64", "x": "*bf16", "topk_weights": "*fp32", "out": "*bf16", "inter": "*bf16"}
     types |= dict.fromkeys(ints, "*i32") | dict.fromkeys(scalars, "i32") | dict.fromkeys(strides, "i64")
     types |= {"alpha": "fp32", "act_limit": "fp32", **gate_up, **down}
@@ -213,8 +227,9 @@ def _fused_case(phase: str, config: TileConfig, shape: FusedShape, tma: bool) ->
     tiles = rows // config.block_m + 2 * shape.experts_per_rank
     constants = fused_constants(shape, config, shape.experts_per_rank, tiles, HeapLayout.of(shape))
     constants |= {"KIND": "silu", "GATED": True, "HAS_BIAS": False, "TMA": tma, "ALIGNED": True}
+    constants |= dict(zip(("SCALE_N", "SCALE_K"), block or (0, 0)))
     return Case(
-        f"fused_{phase}{'_tma' if tma else ''}",
+        f"fused_{phase}{'' if stored == 'bf16' else '_' + stored}{'_tma' if tma else ''}",
         fused_experts_kernel,
         types,
         constants,
@@ -394,7 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     columns = (
-        "arch    kernel                       regs  shared  spills(in loop)  matrix  tma  16B/other  acq rel bar   s"
+        "arch    kernel                           regs shared  spills(in loop)  matrix  tma  16B/other  acq rel bar   s"
     )
     print(columns)
     reports = []
@@ -404,7 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
                 r = examine(case, arch)
                 reports.append(r)
                 print(
-                    f"{arch:7s} {r.name:28s} {r.registers:4d} {r.shared_bytes:7d} {r.spills:7d}"
+                    f"{arch:7s} {r.name:32s} {r.registers:4d} {r.shared_bytes:7d} {r.spills:7d}"
                     f" ({r.spills_in_matrix_loops}){r.matrix_instructions:12d} {r.tma:4d}"
                     f" {r.wide_copies:5d}/{r.narrow_copies:<4d}{r.acquires:4d} {r.releases:3d} {r.barriers:3d}"
                     f" {r.seconds:4.1f}  {'; '.join(r.problems) or 'ok'}",

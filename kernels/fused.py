@@ -23,7 +23,15 @@ from moe.kernels.permute import (
     sort_rows,
 )
 from moe.kernels.reference import check_expert_weights
-from moe.kernels.tiles import TileConfig, can_use_tma, device_capability, pick_tiles, weight_operands
+from moe.kernels.tiles import (
+    TileConfig,
+    can_use_tma,
+    check_chip,
+    device_capability,
+    pick_tiles,
+    tiles_in_blocks,
+    weight_operands,
+)
 from moe.kernels.weights import ExpertWeights
 
 ERRORS = {
@@ -133,9 +141,13 @@ class FusedExperts:
         out: Tensor | None,
     ) -> Tensor:
         check_expert_weights(weights)
+        check_chip(weights, self.capability)
         if weights.activation.kind == "custom":
             raise ValueError("a custom activation function runs only in the torch reference; use experts_reference")
-        shape, config, layout = self.shape, self.config, HeapLayout.of(self.shape)
+        shape, layout = self.shape, HeapLayout.of(self.shape)
+        config = tiles_in_blocks(
+            self.config, weights.scales and weights.scales.block, shape.hidden_size, shape.intermediate_size
+        )
         num_tokens = x.shape[1]
         out = torch.empty_like(x) if out is None else out
         tma = can_use_tma(weights, shape.dtype, self.capability)
@@ -171,12 +183,18 @@ class FusedExperts:
             *strides[:4],
             *strides[4:],
             operands.bias_step,
+            operands.gate_scale,
+            operands.up_scale,
+            operands.down_scale,
+            *operands.scale_strides,
             act.alpha,
             act.limit,
             **fused_constants(shape, config, self.lag, self.max_tiles, layout),
             KIND=act.kind,
             GATED=act.gated,
             HAS_BIAS=operands.up_bias is not None,
+            SCALE_N=operands.scale_block[0],
+            SCALE_K=operands.scale_block[1],
             TMA=tma,
             ALIGNED=shape.hidden_size * shape.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0,
             **launch_options(config.num_warps, config.num_stages),

@@ -17,10 +17,12 @@ from moe.kernels.reference import check_expert_input, check_expert_weights
 from moe.kernels.tiles import (
     TileConfig,
     can_use_tma,
+    check_chip,
     device_capability,
     down_tile,
     gate_up_tile,
     pick_tiles,
+    tiles_in_blocks,
     weight_operands,
 )
 from moe.kernels.weights import ExpertWeights
@@ -55,9 +57,11 @@ def grouped_experts(
     if num_rows == 0:
         return y
     capability = device_capability(x.device)
+    check_chip(weights, capability)
     num_slots = len(weights.down)
     tma = can_use_tma(weights, x.dtype, capability)
     config = config or pick_tiles(num_rows / min(num_rows, num_experts or num_slots), x.dtype, capability, tma=tma)
+    config = tiles_in_blocks(config, weights.scales and weights.scales.block, hidden, inter)
     rows, tiles = route_rows(slot_ids.to(torch.int32), num_slots, config.block_m)
     h = torch.empty(num_rows, inter, dtype=x.dtype, device=x.device)
     operands = weight_operands(weights, config, tma=tma)
@@ -82,6 +86,9 @@ def grouped_experts(
         s_row,
         b1,
         operands.bias_step,
+        operands.gate_scale,
+        operands.up_scale,
+        operands.scale_strides[0],
         act.alpha,
         act.limit,
         TOP_K=top_k,
@@ -90,6 +97,8 @@ def grouped_experts(
         KIND=act.kind,
         GATED=act.gated,
         HAS_BIAS=operands.up_bias is not None,
+        SCALE_N=operands.scale_block[0],
+        SCALE_K=operands.scale_block[1],
         TMA=operands.tma,
         DTYPE=tl_dtype(x.dtype),
         GROUP_M=GROUP_M,
@@ -111,9 +120,13 @@ def grouped_experts(
         d_slot,
         d_row,
         b2,
+        operands.down_scale,
+        operands.scale_strides[1],
         H=hidden,
         I=inter,
         HAS_BIAS=operands.down_bias is not None,
+        SCALE_N=operands.scale_block[0],
+        SCALE_K=operands.scale_block[1],
         TMA=operands.tma,
         Y_DTYPE=tl_dtype(y_dtype),
         GROUP_M=GROUP_M,
@@ -166,6 +179,9 @@ def _gate_up_kernel(
     stride_row,
     stride_bias,
     bias_step,
+    gate_scale,
+    up_scale,
+    stride_scale,
     alpha,
     limit,
     TOP_K: tl.constexpr,
@@ -174,6 +190,8 @@ def _gate_up_kernel(
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     TMA: tl.constexpr,
     DTYPE: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -206,6 +224,9 @@ def _gate_up_kernel(
                 stride_row,
                 stride_bias,
                 bias_step,
+                gate_scale,
+                up_scale,
+                stride_scale,
                 alpha,
                 limit,
                 H,
@@ -213,6 +234,8 @@ def _gate_up_kernel(
                 KIND,
                 GATED,
                 HAS_BIAS,
+                SCALE_N,
+                SCALE_K,
                 TMA,
                 DTYPE,
                 BLOCK_M,
@@ -238,9 +261,13 @@ def _down_kernel(
     stride_slot,
     stride_row,
     stride_bias,
+    down_scale,
+    stride_scale,
     H: tl.constexpr,
     I: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     TMA: tl.constexpr,
     Y_DTYPE: tl.constexpr,
     GROUP_M: tl.constexpr,
@@ -273,9 +300,13 @@ def _down_kernel(
                 stride_slot,
                 stride_row,
                 stride_bias,
+                down_scale,
+                stride_scale,
                 H,
                 I,
                 HAS_BIAS,
+                SCALE_N,
+                SCALE_K,
                 TMA,
                 BLOCK_M,
                 BLOCK_N,

@@ -78,9 +78,14 @@ def cast(x, DTYPE: tl.constexpr):
 
 @device_function
 def same_dtype(a, b):
-    """Both tiles in one dtype: their own when equal, else float32."""
+    """Both tiles in one dtype: their own when equal, that of `a` when b is of 8 bits (exact), else float32."""
     if a.dtype == b.dtype:
         return a, b
+    elif b.dtype.primitive_bitwidth == 8:
+        if INTERPRETED:  # `dot` widens there anyway
+            return a, b.to(tl.float32)
+        else:
+            return a, b.to(a.dtype)
     else:
         return a.to(tl.float32), b.to(tl.float32)
 

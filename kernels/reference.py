@@ -7,15 +7,17 @@ Rounding points, the same for every kernel (`d` is the dtype of x, fp32 here mea
     y       = h · W2ᵀ + b2                 kept in fp32
     out     = round_d(Σ_k w_k · y_k)       k = 0 … K-1 in this order, product and sum rounded to fp32 each
 
-The first two are where transformers' eager experts round too. They also round act(gate), y, w·y and every partial sum;
-those only add error, so that a result here lies nearer to exact arithmetic than theirs (a test measures it).
+Weights in 8 bits are first multiplied by their scales in fp32 (`dequantized`); nothing else changes.
+The first two roundings are where transformers' eager experts round too. They also round act(gate), y, w·y and every
+partial sum; those only add error, so that a result here lies nearer to exact arithmetic than theirs (a test measures
+it).
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe.kernels.weights import Activation, ExpertWeights
+from moe.kernels.weights import LOW_BIT_DTYPES, Activation, ExpertWeights, Scales
 
 
 def activation_reference(gate_up: Tensor, activation: Activation) -> Tensor:
@@ -73,9 +75,28 @@ def experts_reference(x: Tensor, slot_ids: Tensor, weights: ExpertWeights) -> Te
 
 def one_expert_reference(x: Tensor, slot: int, weights: ExpertWeights) -> Tensor:
     """One expert on the rows x [R, H]. Returns [R, H] in fp32."""
-    gate_up = F.linear(x.float(), weights.gate_up[slot].float(), _widened(weights.gate_up_bias, slot)).to(x.dtype)
+    first, second = dequantized(weights, slot)
+    gate_up = F.linear(x.float(), first, _widened(weights.gate_up_bias, slot)).to(x.dtype)
     h = activation_reference(gate_up, weights.activation).to(x.dtype)
-    return F.linear(h.float(), weights.down[slot].float(), _widened(weights.down_bias, slot))
+    return F.linear(h.float(), second, _widened(weights.down_bias, slot))
+
+
+def dequantized(weights: ExpertWeights, slot: int) -> tuple[Tensor, Tensor]:
+    """gate_up [N, H] and down [H, I] of one slot in fp32, multiplied by their scales where they have any."""
+    first, second = weights.gate_up[slot].float(), weights.down[slot].float()
+    if weights.scales is None:
+        return first, second
+    scales, act = weights.scales, weights.activation
+    inter, hidden = second.shape[1], second.shape[0]
+    halves = [_spread(scale, (inter, hidden), scales.block) for scale in scales.gate_up[slot]]
+    spread = torch.stack(halves, 1).flatten(0, 1) if act.interleaved and act.gated else torch.cat(halves)
+    return first * spread, second * _spread(scales.down[slot], (hidden, inter), scales.block)
+
+
+def _spread(scale: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """One scale per weight: [ceil(n / rows), ceil(k / columns)] as [n, k]."""
+    rows, columns = torch.arange(shape[0]) // block[0], torch.arange(shape[1]) // block[1]
+    return scale[rows.to(scale.device)][:, columns.to(scale.device)]
 
 
 def _widened(bias: Tensor | None, slot: int) -> Tensor | None:
@@ -112,6 +133,7 @@ def check_expert_weights(weights: ExpertWeights) -> None:
     slots, n, hidden = weights.gate_up.shape
     activation = weights.activation
     intermediate = n // 2 if activation.gated else n
+    is_low_bit = weights.gate_up.dtype in LOW_BIT_DTYPES
     expected = {
         "gate_up": (slots, 2 * intermediate if activation.gated else n, hidden),
         "down": (slots, hidden, intermediate),
@@ -126,9 +148,35 @@ def check_expert_weights(weights: ExpertWeights) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; with gate_up {(slots, n, hidden)} it must be {shape}"
             )
-        if tensor.dtype != weights.gate_up.dtype or tensor.device != weights.gate_up.device:
+        is_free = name.endswith("_bias") and is_low_bit and tensor.dtype not in LOW_BIT_DTYPES
+        if (tensor.dtype != weights.gate_up.dtype and not is_free) or tensor.device != weights.gate_up.device:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; gate_up is {weights.gate_up.dtype}")
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name} has last stride {tensor.stride(-1)}; expert rows must be contiguous")
     if activation.kind == "gpt_oss" and not activation.gated:
         raise ValueError("activation 'gpt_oss' exists only in its gated form; set gated=True")
+    if is_low_bit != (weights.scales is not None):
+        what = "need scales" if is_low_bit else "must not have any"
+        raise ValueError(f"experts stored as {weights.gate_up.dtype} {what}; only float8_e4m3fn and int8 have scales")
+    if weights.scales is not None:
+        _check_scales(weights.scales, weights.down, 2 if activation.gated else 1)
+
+
+def _check_scales(scales: Scales, down: Tensor, num_halves: int) -> None:
+    slots, hidden, inter = down.shape
+    rows, columns = scales.block
+    if min(rows, columns) < 1:
+        raise ValueError(f"scales have blocks of {rows} x {columns}; both must be at least 1")
+    expected = {
+        "gate_up": (slots, num_halves, -(-inter // rows), -(-hidden // columns)),
+        "down": (slots, -(-hidden // rows), -(-inter // columns)),
+    }
+    for name, shape in expected.items():
+        tensor: Tensor = getattr(scales, name)
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != down.device:
+            raise ValueError(
+                f"scales of {name} are {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; blocks of {rows} x "
+                f"{columns} need float32 {shape} on {down.device}"
+            )
+        if len(tensor) and not tensor[0].is_contiguous():
+            raise ValueError(f"scales of {name} have strides {tensor.stride()}; one slot's must be contiguous")

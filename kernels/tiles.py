@@ -2,6 +2,9 @@
 
 A weight operand is either a pointer with strides or a TMA descriptor over [S, rows, columns]; gate and up are passed as
 separate views, so that interleaved and stacked layouts are the same to the kernel.
+
+Weights of 8 bits are widened in registers to the dtype of the activations, which holds every fp8 (e4m3) and int8 value
+exactly; their products are summed in float32 over one block of columns and then multiplied by the block's scale.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -14,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels.intrinsics import activate, cast, device_function, dot, is_interpreted, same_dtype
-from moe.kernels.weights import ExpertWeights
+from moe.kernels.weights import LOW_BIT_DTYPES, ExpertWeights
 
 
 class TileConfig(NamedTuple):
@@ -45,12 +48,40 @@ def pick_tiles(rows_per_expert: float, dtype: torch.dtype, capability: int, *, t
     return TileConfig(128, 128, 256 if tma and capability < 100 else 128, 64, 8, 3)
 
 
+def tiles_in_blocks(config: TileConfig, block: tuple[int, int] | None, hidden: int, inter: int) -> TileConfig:
+    """`config` where each `block` of weights has a scale: k steps inside a block, registers left for its sum.
+
+    One scale per row changes nothing. Raises ValueError for blocks whose number of columns is no multiple of 16.
+    """
+    if block is None or block[1] >= max(hidden, inter):
+        return config
+    block_k = config.block_k
+    while block[1] % block_k:
+        block_k //= 2
+    if block_k < 16:
+        raise ValueError(
+            f"blocks of scales have {block[1]} columns; the grouped kernel takes multiples of 16, or at least "
+            f"{max(hidden, inter)}: one block a row"
+        )
+    if config.block_m >= 128:  # ahead of time: 14 to 150 spills inside the matrix loop with more
+        config = config._replace(block_n1=min(config.block_n1, 64), block_n2=min(config.block_n2, 64))
+    return config._replace(block_k=block_k)
+
+
 def device_capability(device: torch.device) -> int:
     """10 * major + minor, 0 under the interpreter."""
     if is_interpreted():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def check_chip(weights: ExpertWeights, capability: int) -> None:
+    """`ValueError` for weights that this NVIDIA chip cannot widen."""
+    if weights.down.dtype == torch.float8_e4m3fn and 0 < capability < 89 and torch.version.hip is None:
+        raise ValueError(
+            f"experts in float8_e4m3fn need sm_89 or later, this GPU is sm_{capability}; store them as int8"
+        )
 
 
 class WeightOperands(NamedTuple):
@@ -65,6 +96,11 @@ class WeightOperands(NamedTuple):
     strides: tuple[int, int, int, int, int, int]  # first: slot, row; second: slot, row; biases: slot, slot
     bias_step: int  # between neighbouring columns of the first bias
     tma: bool
+    gate_scale: Tensor | None
+    up_scale: Tensor | None
+    down_scale: Tensor | None
+    scale_strides: tuple[int, int]  # slots of gate's and up's, of down's
+    scale_block: tuple[int, int]  # (0, 0) without scales
 
 
 def weight_operands(weights: ExpertWeights, config: TileConfig, *, tma: bool) -> WeightOperands:
@@ -101,15 +137,20 @@ def weight_operands(weights: ExpertWeights, config: TileConfig, *, tma: bool) ->
             TensorDescriptor.from_tensor(down, [1, config.block_n2, config.block_k]),
         )
     step = 1 if up_bias is None else up_bias.stride(1)
-    return WeightOperands(*operands, gate_bias, up_bias, down_bias, strides, step, tma)
+    scaling: tuple[Any, ...] = (None, None, None, (0, 0), (0, 0))
+    if weights.scales is not None:
+        first_scale, down_scale, block = weights.scales
+        pair = first_scale[:, 0], first_scale[:, -1]
+        scaling = (*pair, down_scale, (first_scale.stride(0), down_scale.stride(0)), block)
+    return WeightOperands(*operands, gate_bias, up_bias, down_bias, strides, step, tma, *scaling)
 
 
 def can_use_tma(weights: ExpertWeights, dtype: torch.dtype, capability: int) -> bool:
-    """sm_90 or later, weights of the activations' dtype, every base and stride on 16 bytes."""
-    if capability < 90 or weights.gate_up.dtype != dtype:
+    """sm_90 or later, weights of the activations' dtype or of 8 bits, every base and stride on 16 bytes."""
+    if capability < 90 or weights.gate_up.dtype not in (dtype, *LOW_BIT_DTYPES):
         return False
     operands = weight_operands(weights, TileConfig(16, 16, 16, 16, 4, 1), tma=False)
-    itemsize = dtype.itemsize
+    itemsize = weights.gate_up.dtype.itemsize
     return all(
         t.data_ptr() % 16 == 0 and t.stride(0) * itemsize % 16 == 0 and t.stride(1) * itemsize % 16 == 0
         for t in (operands.gate, operands.up, operands.down)
@@ -129,6 +170,25 @@ def _weight_tile(ptrs, desc, slot, n0, k0, mask, TMA: tl.constexpr, BLOCK_N: tl.
 
 
 @device_function
+def _multiply(x, w, acc, scale_ptrs, k0, col_ok, SCALE_K: tl.constexpr, K: tl.constexpr):
+    # acc + x @ w, times the scales of this block of columns; those of whole rows wait for the end of the loop
+    a, b = same_dtype(x, w)
+    if SCALE_K == 0 or SCALE_K >= K:
+        return dot(a, b, acc)
+    else:
+        scale = tl.load(scale_ptrs + k0 // SCALE_K, mask=col_ok, other=0.0)
+        return acc + dot(a, b, tl.zeros_like(acc)) * scale[None, :]
+
+
+@device_function
+def _scale_rows(acc, scale_ptrs, col_ok, SCALE_K: tl.constexpr, K: tl.constexpr):
+    if SCALE_K >= K:
+        return acc * tl.load(scale_ptrs, mask=col_ok, other=0.0)[None, :]
+    else:
+        return acc
+
+
+@device_function
 def gate_up_tile(
     rows,  # pointers [BLOCK_M] to the activations' rows
     row_ok,
@@ -142,6 +202,9 @@ def gate_up_tile(
     stride_row,
     stride_bias,
     bias_step,
+    gate_scale,
+    up_scale,
+    stride_scale,
     alpha,
     limit,
     H: tl.constexpr,
@@ -149,6 +212,8 @@ def gate_up_tile(
     KIND: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     TMA: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -169,6 +234,13 @@ def gate_up_tile(
         offsets = slot.to(tl.int64) * stride_slot + cols.to(tl.int64)[None, :] * stride_row + ks[:, None]
         gate_ptrs = gate + offsets
         up_ptrs = up + offsets
+    if SCALE_K > 0:
+        block = slot.to(tl.int64) * stride_scale + cols // SCALE_N * ((H + SCALE_K - 1) // SCALE_K)
+        gate_scales = gate_scale + block
+        up_scales = up_scale + block
+    else:
+        gate_scales = None
+        up_scales = None
     acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, H, BLOCK_K):
@@ -183,11 +255,12 @@ def gate_up_tile(
         x = tl.load(x_ptrs + k0, mask=x_mask, other=0.0)
         if GATED:
             w = _weight_tile(gate_ptrs, gate, slot, n0, k0, w_mask, TMA, BLOCK_N, BLOCK_K)
-            a, b = same_dtype(x, w)
-            acc_gate = dot(a, b, acc_gate)
+            acc_gate = _multiply(x, w, acc_gate, gate_scales, k0, cols < I, SCALE_K, H)
         w = _weight_tile(up_ptrs, up, slot, n0, k0, w_mask, TMA, BLOCK_N, BLOCK_K)
-        a, b = same_dtype(x, w)
-        acc_up = dot(a, b, acc_up)
+        acc_up = _multiply(x, w, acc_up, up_scales, k0, cols < I, SCALE_K, H)
+    if GATED:
+        acc_gate = _scale_rows(acc_gate, gate_scales, cols < I, SCALE_K, H)
+    acc_up = _scale_rows(acc_up, up_scales, cols < I, SCALE_K, H)
     if HAS_BIAS:
         offsets = slot.to(tl.int64) * stride_bias + cols * bias_step
         if GATED:
@@ -209,9 +282,13 @@ def down_tile(
     stride_slot,
     stride_row,
     stride_bias,
+    down_scale,
+    stride_scale,
     H: tl.constexpr,
     I: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALE_N: tl.constexpr,
+    SCALE_K: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -225,6 +302,10 @@ def down_tile(
         w_ptrs = None
     else:
         w_ptrs = down + (slot.to(tl.int64) * stride_slot + cols.to(tl.int64)[None, :] * stride_row + ks[:, None])
+    if SCALE_K > 0:
+        scales = down_scale + slot.to(tl.int64) * stride_scale + cols // SCALE_N * ((I + SCALE_K - 1) // SCALE_K)
+    else:
+        scales = None
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, I, BLOCK_K):
         if I % BLOCK_K == 0:
@@ -237,8 +318,8 @@ def down_tile(
             w_mask = (ks < I - k0)[:, None] & (cols < H)[None, :]
         h = tl.load(h_ptrs + k0, mask=h_mask, other=0.0)
         w = _weight_tile(w_ptrs, down, slot, n0, k0, w_mask, TMA, BLOCK_N, BLOCK_K)
-        a, b = same_dtype(h, w)
-        acc = dot(a, b, acc)
+        acc = _multiply(h, w, acc, scales, k0, cols < H, SCALE_K, I)
+    acc = _scale_rows(acc, scales, cols < H, SCALE_K, I)
     if HAS_BIAS:
         acc += tl.load(down_bias + slot.to(tl.int64) * stride_bias + cols, mask=cols < H, other=0.0).to(tl.float32)[
             None, :

@@ -16,5 +16,5 @@ def test_bench_runs_without_a_gpu():
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["skipped"] == []
     found = [set(row["found"]) for row in document["rows"]]
-    assert {"grouped", "torch._grouped_mm", "single"} in found
+    assert {"grouped", "torch._grouped_mm", "single", "fp8", "int8"} in found
     assert {"2 ranks", "grouped"} in found
