@@ -6,7 +6,7 @@ one process needs no torch.distributed at all. `ranks_per_node` may be given, so
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -194,3 +194,22 @@ def _subgroup(rows: list[list[int]], limit: timedelta) -> ProcessGroup | None:
     # Every rank makes all of them, in one order.
     groups: list[ProcessGroup] = [dist.new_group(row, timeout=limit) for row in rows]
     return next(group for group, row in zip(groups, rows) if dist.get_rank() in row)
+
+
+def timed_all_to_all(groups: Groups, group: dist.ProcessGroup, size: int) -> Callable[[int], float]:
+    """all_to_all(bytes sent per rank) -> seconds of the slowest rank of all, so that every rank fits the same link."""
+
+    def all_to_all(num_bytes: int) -> float:
+        part = max(1, num_bytes // size)
+        sent = torch.zeros(part * size, dtype=torch.uint8, device=groups.device)
+        received = torch.empty_like(sent)
+        dist.barrier(group=groups.world)
+        start = time.perf_counter()
+        dist.all_to_all_single(received, sent, group=group)
+        if groups.device.type == "cuda":
+            torch.cuda.synchronize(groups.device)
+        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=groups.device)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.world)
+        return float(seconds)
+
+    return all_to_all

@@ -3,20 +3,18 @@
     torchrun --nproc-per-node 4 -m moe.launch.probe topology.json
 
 All ranks take part in all-to-alls of several sizes, first inside each node, then between nodes; latency and bandwidth
-are fitted to the medians. Nodes are told apart by LOCAL_WORLD_SIZE, or --ranks-per-node.
+are fitted to the shortest times. Nodes are told apart by LOCAL_WORLD_SIZE, or --ranks-per-node.
 """
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from moe.comm.groups import CommError, Groups, process_groups
+from moe.comm.groups import CommError, Groups, process_groups, timed_all_to_all
 from moe.launch.report import err, out
 from moe.offload.budget import format_bytes
 from moe.placement.topology import Link, Topology, probe_link
@@ -60,30 +58,11 @@ def probe(groups: Groups, sizes: Sequence[int], repeats: int) -> Topology:
         raise ValueError("one rank has no links to measure; start several with torchrun")
     fields: dict[str, Any] = {}
     if groups.local is not None:
-        fields["intra"] = probe_link(_timed(groups, groups.local, groups.ranks_per_node), sizes, repeats)
+        fields["intra"] = probe_link(timed_all_to_all(groups, groups.local, groups.ranks_per_node), sizes, repeats)
     if groups.cross is not None:
-        fields["inter"] = probe_link(_timed(groups, groups.cross, groups.num_nodes), sizes, repeats)
+        fields["inter"] = probe_link(timed_all_to_all(groups, groups.cross, groups.num_nodes), sizes, repeats)
     nodes = tuple(rank // groups.ranks_per_node for rank in range(groups.world_size))
     return Topology(node_of_rank=nodes, name="measured", **fields)
-
-
-def _timed(groups: Groups, group: dist.ProcessGroup, size: int) -> Callable[[int], float]:
-    """all_to_all(bytes sent per rank) -> seconds: the slowest rank's, so that all ranks fit the same link."""
-
-    def all_to_all(num_bytes: int) -> float:
-        part = max(1, num_bytes // size)
-        sent = torch.zeros(part * size, dtype=torch.uint8, device=groups.device)
-        received = torch.empty_like(sent)
-        dist.barrier(group=groups.world)
-        start = time.perf_counter()
-        dist.all_to_all_single(received, sent, group=group)
-        if groups.device.type == "cuda":
-            torch.cuda.synchronize(groups.device)
-        seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=groups.device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.world)
-        return float(seconds)
-
-    return all_to_all
 
 
 if __name__ == "__main__":

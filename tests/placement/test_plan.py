@@ -149,6 +149,13 @@ def test_links_are_recovered_from_timings():
         fit_link([1, 10**6], [1.0, 1e-3])
 
 
+def test_a_disturbed_probe_is_repeated():
+    times = iter([9.0, 1.0, 1e-3, 2.0])  # at first something else ran: 1 kB took longer than 1 MB
+    assert probe_link(lambda _: next(times), [1000, 10**6], repeats=1) == fit_link([1000, 10**6], [1e-3, 1.0])
+    with pytest.raises(ValueError, match="do not grow"):
+        probe_link(lambda num_bytes: 1 / num_bytes, [1000, 10**6], repeats=1)
+
+
 def test_h200_preset_fits_the_recorded_all_to_all(shared_data):
     """Bytes that leave a rank, (G - 1) / G of the message; times within a factor 1.6 over six decades of size."""
     with (shared_data / "hardware" / "h200_nccl_2.29.2.csv").open() as file:
