@@ -162,7 +162,8 @@ def cases(arch: str) -> Iterator[Case]:
             )
             config = pick_tiles(rows, torch.bfloat16, capability(arch))
             for stored in ("bf16", *LOW_BIT[arch]):
-                yield _fused_case(phase, config, shape, tma, stored)
+                if not (tma and stored == "fp8"):  # the launcher takes pointers for scales in blocks
+                    yield _fused_case(phase, config, shape, tma, stored)
 
 
 def _weights(config: TileConfig, tma: bool, stored: str = "bf16") -> tuple[dict[str, str], dict[str, str]]:

@@ -85,13 +85,15 @@ class CrossoverTable:
         repeats: int = 20,
     ) -> None:
         """Time `single(T)` and `grouped(T)`, taking turns, for each T, and store the medians."""
-        self.rows = [row for row in self.rows if row.layer != layer]
+        rows = []
         for count in tokens:
             single_us, grouped_us = medians_us([partial(single, count), partial(grouped, count)], device, repeats)
-            self.rows.append(Measured(layer=layer, tokens=count, single_us=single_us, grouped_us=grouped_us))
-        self._store()
+            rows.append(Measured(layer=layer, tokens=count, single_us=single_us, grouped_us=grouped_us))
+        self.replace(layer, rows)
 
-    def _store(self) -> None:
+    def replace(self, layer: LayerKey, rows: Sequence[Measured]) -> None:
+        """Store `rows` as all that is known of `layer`."""
+        self.rows = [row for row in self.rows if row.layer != layer] + list(rows)
         stored = json.loads(self.path.read_text()) if self.path.exists() else {}
         stored[self.machine] = [asdict(row) for row in self.rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from moe.kernels.tiles import (
     check_chip,
     device_capability,
     pick_tiles,
+    scales_in_blocks,
     tiles_in_blocks,
     weight_operands,
 )
@@ -150,7 +151,8 @@ class FusedExperts:
         )
         num_tokens = x.shape[1]
         out = torch.empty_like(x) if out is None else out
-        tma = can_use_tma(weights, shape.dtype, self.capability)
+        # Sums over blocks of scales beside TMA spill inside the matrix loop (sm_100, triton 3.6).
+        tma = not scales_in_blocks(weights) and can_use_tma(weights, shape.dtype, self.capability)
         operands = weight_operands(weights, config, tma=tma)
         act, strides = weights.activation, operands.strides
         fused_experts_kernel[(self.programs,)](

@@ -68,6 +68,11 @@ def tiles_in_blocks(config: TileConfig, block: tuple[int, int] | None, hidden: i
     return config._replace(block_k=block_k)
 
 
+def scales_in_blocks(weights: ExpertWeights) -> bool:
+    """Whether a row of some weight matrix has more than one scale."""
+    return weights.scales is not None and weights.scales.block[1] < max(weights.down.shape[1:])
+
+
 def device_capability(device: torch.device) -> int:
     """10 * major + minor, 0 under the interpreter."""
     if is_interpreted():

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe.coherent import Costs, measure_link, why_coherent, why_not_coherent
 from moe.comm.groups import Groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
-from moe.experts import SlotExperts, layer_kernels
+from moe.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.kernels.weights import ExpertWeights
 from moe.kv import BlockPool
 from moe.model import Blueprint, load_dense
@@ -189,11 +189,53 @@ def make_experts(
     weights = [ExpertWeights(*cache.views(i), e.activation) for i, e in enumerate(blueprint.experts)]
     table = Path(config.crossover_table).expanduser()
     counts = [site.num_experts for site in blueprint.index.sites]
-    kernels = layer_kernels(config.kernel, weights, counts, blueprint.top_k, model.dtype, table)
+    kernel = chosen_kernel(config.kernel, device)
+    if is_over_ranks(parallel) and kernel in ("fused", "measured"):
+        kernel = "grouped"  # for the steps that no launch over all ranks takes
+    kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
     experts = SlotExperts(cache, kernels, parallel)
     for layer, site in enumerate(blueprint.index.sites):
         model.get_submodule(site.module).compute = experts.layer(layer)
     return experts
+
+
+def is_over_ranks(parallel: ExpertParallel | None) -> bool:
+    """Whether the experts are spread over more than this rank."""
+    return parallel is not None and parallel.groups.world_size > 1
+
+
+def offer_single_launch(
+    blueprint: Blueprint,
+    model: Any,
+    config: EngineConfig,
+    *,
+    experts: SlotExperts | None,
+    tried: TriedToken,
+    is_coherent: bool,
+) -> list[str]:
+    """Lets one launch over all ranks serve steps of few tokens, where the kernel asks for it. With ranks: a collective.
+
+    Returns what a user should know. Raises ValueError, on all ranks, where kernel=fused was told and cannot be.
+    """
+    parallel, kernel = None if experts is None else experts.parallel, chosen_kernel(config.kernel, model.device)
+    if experts is None or parallel is None or not is_over_ranks(parallel) or kernel not in ("fused", "measured"):
+        return []
+    from moe.single_launch import RankLaunch, why_not_single_launch  # triton is an optional extra on the CPU
+
+    weights = [ExpertWeights(*experts.cache.views(i), e.activation) for i, e in enumerate(blueprint.experts)]
+    dispatcher = "coherent" if is_coherent else config.parallel.dispatcher
+    reason = why_not_single_launch(experts, weights, dispatcher)
+    if reason is not None:
+        if kernel == "fused":
+            raise ValueError(
+                f"kernel=fused cannot serve {parallel.groups.world_size} ranks: {reason}; or set kernel=grouped"
+            )
+        return [f"kernel=measured is grouped over {parallel.groups.world_size} ranks: {reason}"]
+    launch = RankLaunch(experts, weights, tried.dispatch_shapes, model.dtype)
+    if kernel == "measured":
+        launch.use_measured(parallel.plan.num_experts, Path(config.crossover_table).expanduser())
+    parallel.launch = launch
+    return []
 
 
 def eos_ids(model: Any) -> set[int]:

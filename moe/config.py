@@ -71,6 +71,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None  # None: the GPU if there is one
     # Of expert compute. auto: cpu on the CPU, measured on a GPU (the single launch for as few tokens as it wins with).
+    # fused, measured over several ranks of one node: one launch for all of them, if all experts are in slots.
     kernel: Literal["auto", "reference", "cpu", "grouped", "fused", "measured"] = "auto"
     crossover_table: str = "~/.cache/moe/crossover.json"  # where `measured` keeps what this machine is best at
     threads: int | None = None  # of torch on the CPU; None leaves torch's own choice

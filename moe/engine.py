@@ -70,6 +70,14 @@ class Engine:
         self.replicas = self._make_replicas(tried)
         self.scheduler, self.runner, kv_bytes = self._make_runner(tried)
         self.experts = build.make_experts(self.blueprint, self.model, config, self.parallel, kv_bytes)
+        self.notes += build.offer_single_launch(
+            self.blueprint,
+            self.model,
+            config,
+            experts=self.experts,
+            tried=tried,
+            is_coherent=self.replicas is not None,
+        )
         self.coherent: CoherentRunner | None = None
         if self.replicas is not None:
             assert self.experts is not None

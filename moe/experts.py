@@ -51,6 +51,13 @@ class ReferenceKernel:
         return combine_reference(self.experts(x, slot_ids), topk_weights, x.dtype)
 
 
+def chosen_kernel(name: KernelName, device: torch.device) -> KernelName:
+    """`name`, or what "auto" means on this device."""
+    if name != "auto":
+        return name
+    return "cpu" if device.type == "cpu" else "measured"
+
+
 def layer_kernels(
     name: KernelName,
     layers: Sequence[ExpertWeights],
@@ -67,8 +74,7 @@ def layer_kernels(
     each shape on this machine: seconds.
     """
     device = layers[0].gate_up.device
-    if name == "auto":
-        name = "cpu" if device.type == "cpu" else "measured"
+    name = chosen_kernel(name, device)
     if name == "reference":
         return [ReferenceKernel(weights) for weights in layers]
     if name == "cpu":

@@ -12,7 +12,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from moe.placement.plan import Plan
 from moe.placement.replicas import choose_replicas
 
 DispatcherName = Literal["all_to_all", "hierarchical"]
+Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,16 @@ class Agreement:
     def is_over(self) -> bool:
         """No rank has anything to compute or to hand over."""
         return not any(self.forwards) and not any(self.letters) and not any(self.notices)
+
+
+class LayerLaunch(Protocol):
+    """All ranks' experts of a layer in one launch; every rank calls it, or none (moe/single_launch.py)."""
+
+    def takes(self, layer: int, rows: int) -> bool:
+        """Whether it serves a step in which no rank has more than `rows` rows; the same on all ranks."""
+
+    def run(self, layer: int, x: Tensor, physical_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Σ_k w·y [T, H] in x's dtype; T may be 0."""
 
 
 class ExpertParallel:
@@ -65,6 +76,7 @@ class ExpertParallel:
         else:
             self.dispatcher = AllToAllDispatcher(groups, rank_of, broadcast_tokens=broadcast_tokens)
         self.plan = plan
+        self.launch: LayerLaunch | None = None
         self.use(plan)
         self.agreement = Agreement((1,), (0,), (0,), (0,))
         self._coming: deque[Plan] = deque()
@@ -90,7 +102,7 @@ class ExpertParallel:
                 f"physical experts on {plan.num_ranks} ranks, the run has {self.plan.num_layers}, "
                 f"{self.plan.num_experts}, {self.plan.num_physical} and {self.plan.num_ranks}"
             )
-        self.plan = plan
+        self.plan, self.launch = plan, None  # a launch needs all experts resident: true of the plan of the start alone
         mine = slice(self.groups.rank * plan.physical_per_rank, (self.groups.rank + 1) * plan.physical_per_rank)
         none = np.full((plan.num_layers, 1), -1, np.int64)
         self._logical_of = np.concatenate([plan.phy2log[:, mine], none], axis=1).astype(np.int64)  # id -1 reads -1
@@ -133,6 +145,8 @@ class ExpertParallel:
         physical = torch.from_numpy(self.physical(layer, topk_ids)).to(x.device)
         told = self.agreement
         known = tuple(t * rows_per_token for t in told.tokens) if max(told.forwards) <= 1 else None
+        if self.launch is not None and known is not None and self.launch.takes(layer, max(known)):
+            return self.launch.run(layer, x, physical, topk_weights)
         sent = self.dispatcher.dispatch(
             x.contiguous(), physical, topk_weights.float(), layer=layer, tokens_per_rank=known
         )
@@ -169,6 +183,17 @@ class ExpertParallel:
         groups = self.groups
         if groups.local is None:
             return RamStore.read_from(source)
+        store = self.open_shared(lambda path: SharedStore(source, path))
+        store.fill(source, groups.local_rank, groups.ranks_per_node)
+        dist.barrier(group=groups.local)  # all parts are there
+        return store
+
+    def open_shared(self, open_file: Callable[[str], Opened]) -> Opened:
+        """`open_file` of the name of a new file in memory, one for all ranks of this node. A collective.
+
+        The name is gone when it returns; the memory goes with the last rank that has it open.
+        """
+        groups = self.groups
         name = bytes(64)
         if groups.local_rank == 0:
             file, path = tempfile.mkstemp(prefix="moe-experts-", dir="/dev/shm")
@@ -178,14 +203,12 @@ class ExpertParallel:
         dist.broadcast(shared, groups.local_ranks[0], group=groups.local)
         path = bytes(shared.cpu().numpy()).rstrip(b"\0").decode()
         try:
-            store = SharedStore(source, path)
+            opened = open_file(path)
             dist.barrier(group=groups.local)  # all have it open
         finally:
             if groups.local_rank == 0:
                 os.unlink(path)
-        store.fill(source, groups.local_rank, groups.ranks_per_node)
-        dist.barrier(group=groups.local)  # all parts are there
-        return store
+        return opened
 
     def _exchange_lines(self, own: bytes, sizes: Sequence[int]) -> list[list[bytes]]:
         """The lines of every rank; nothing is sent if there are none."""

@@ -1,0 +1,171 @@
+"""The single launch over all ranks as an engine's expert path: tokens, experts and results in one kernel per layer.
+
+It takes the place of dispatch, experts and combine in steps of few tokens. Every rank decides alike: by the largest
+number of tokens of any rank, which all know, and by rank 0's crossover table for this world size. It can serve only
+where every rank keeps all its experts in slots; other steps take the dispatcher, with the same numbers.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.comm.groups import CommError
+from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, SymmetricHeap
+from moe.comm.symmetric_torch import TorchSymmetricHeap
+from moe.experts import SlotExperts
+from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name, medians_us
+from moe.kernels.heap_layout import FusedShape, HeapLayout
+from moe.kernels.weights import ExpertWeights
+from moe.parallel import broadcast_lines
+from moe.triton_kernels import MAX_SINGLE_LAUNCH_TOKENS, MEASURED_TOKENS
+
+
+def why_not_single_launch(experts: SlotExperts, layers: Sequence[ExpertWeights], dispatcher: str) -> str | None:
+    """The reason, equal on all ranks, why these ranks cannot share a launch; None if they can. A collective."""
+    parallel, cache = experts.parallel, experts.cache
+    assert parallel is not None
+    if dispatcher in ("coherent", "hierarchical"):
+        return f"it takes the place of parallel.dispatcher=all_to_all, this run has {dispatcher}"
+    if parallel.groups.num_nodes > 1:
+        return f"a symmetric heap joins the ranks of one node, these are on {parallel.groups.num_nodes}"
+    if any(weights.activation.kind == "custom" for weights in layers):
+        return "its activation function runs only in torch"
+    missing = -parallel.smallest(cache.num_slots - sum(map(len, parallel.hosted())))
+    if missing > 0:
+        return f"all experts of every rank must be in slots and a rank lacks {missing}; raise offload.budget"
+    return None
+
+
+class RankLaunch:
+    """This rank's side of every layer's launch. All ranks must make it, with the same arguments: collectives.
+
+    shapes: (rows per token, K of a row) by layer. sizes: by layer, the largest numbers of rows of any rank that it
+    takes. Heaps and scratch are shared by the layers of one shape.
+    """
+
+    def __init__(
+        self,
+        experts: SlotExperts,
+        layers: Sequence[ExpertWeights],
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        max_tokens: int = MAX_SINGLE_LAUNCH_TOKENS,
+    ) -> None:
+        assert experts.parallel is not None
+        self.experts, self.parallel, self.layers = experts, experts.parallel, list(layers)
+        plan, device = self.parallel.plan, experts.cache.device
+        self.shapes = [
+            FusedShape(
+                world_size=plan.num_ranks,
+                num_experts=plan.num_physical,
+                top_k=top_k,
+                hidden_size=weights.down.shape[1],
+                intermediate_size=weights.down.shape[2],
+                max_tokens=max_tokens,
+                dtype=dtype,
+            )
+            for weights, (_, top_k) in zip(layers, shapes)
+        ]
+        self.slots = []
+        for layer in range(len(layers)):
+            slot_of = np.append(experts.cache.resident_slots(layer).numpy(), np.int32(-1))  # id -1: a place left empty
+            local = self.parallel.logical_here(layer, torch.arange(plan.physical_per_rank))
+            assert ((slot_of[local] >= 0) == (local >= 0)).all(), (layer, slot_of, local)
+            self.slots.append(torch.from_numpy(slot_of[local]).to(device))
+        self.launches = {shape: self._make(shape) for shape in dict.fromkeys(self.shapes)}
+        self.sizes = [frozenset(range(max_tokens + 1))] * len(layers)
+
+    def takes(self, layer: int, rows: int) -> bool:
+        """Whether a step is launched in which no rank has more than `rows` rows."""
+        return rows in self.sizes[layer]
+
+    def run(self, layer: int, x: Tensor, physical_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """out[t] = Σ_k topk_weights[t, k] · expert(physical_ids[t, k])(x[t]), [T, H]. All ranks must call; T may be 0.
+
+        After the last layer a host sync, and CommError if any launch since then has failed.
+        """
+        launch = self.launches[self.shapes[layer]]
+        out = launch.run(x, physical_ids, topk_weights, self.slots[layer], self.layers[layer])
+        if layer == len(self.layers) - 1:
+            self.check()
+        return out
+
+    def check(self) -> None:
+        """CommError when a peer was lost or an expert was not resident; a host sync."""
+        for launch in self.launches.values():
+            try:
+                launch.check()
+            except RuntimeError as error:
+                groups = self.parallel.groups
+                raise CommError(f"rank {groups.rank} of {groups.world_size}: {error}") from error
+
+    def use_measured(
+        self, num_experts: int, table_file: Path, tokens: Sequence[int] = MEASURED_TOKENS, repeats: int = 20
+    ) -> None:
+        """Take only the steps that the launch wins, as rank 0's table says; measure what that lacks. A collective.
+
+        num_experts: logical ones of a layer.
+        """
+        groups = self.parallel.groups
+        table = CrossoverTable(table_file, machine_name(self.experts.cache.device))
+        keys = [
+            LayerKey(
+                num_experts=num_experts,
+                top_k=shape.top_k,
+                hidden_size=shape.hidden_size,
+                intermediate_size=shape.intermediate_size,
+                world_size=shape.world_size,
+                dtype=str(shape.dtype).removeprefix("torch."),
+            )
+            for shape in self.shapes
+        ]
+        for layer, key in enumerate(keys):
+            if keys.index(key) < layer:
+                self.sizes[layer] = self.sizes[keys.index(key)]
+                continue
+            if not broadcast_lines(groups, [1] * table.is_measured(key)):
+                rows = [self._measure(layer, key, count, repeats) for count in tokens]
+                if groups.rank == 0:
+                    table.replace(key, rows)
+            wins = [n for n in range(self.shapes[layer].max_tokens + 1) if groups.rank == 0]
+            self.sizes[layer] = frozenset(
+                broadcast_lines(groups, [n for n in wins if table.choose(key, n) == "single"])
+            )
+
+    def _measure(self, layer: int, key: LayerKey, count: int, repeats: int) -> Measured:
+        """Both paths with `count` random rows on every rank. A collective."""
+        parallel, device = self.parallel, self.experts.cache.device
+        generator = torch.Generator().manual_seed(parallel.groups.rank)
+        x = torch.randn(count, key.hidden_size, generator=generator).to(device, self.shapes[layer].dtype)
+        ids = torch.rand(count, key.num_experts, generator=generator).topk(key.top_k).indices
+        physical = torch.from_numpy(parallel.physical(layer, ids.numpy())).to(device)
+        weights = torch.full(ids.shape, 1 / key.top_k, device=device)
+        known = (count,) * key.world_size
+
+        def dispatched() -> Tensor:
+            sent = parallel.dispatcher.dispatch(x, physical, weights, layer=layer, tokens_per_rank=known)
+            y = self.experts.pairs(layer, sent.rows, parallel.logical_here(layer, sent.local_ids))
+            return parallel.dispatcher.combine(y, sent.handle)
+
+        launched = partial(self.run, layer, x, physical, weights)
+        single_us, grouped_us = medians_us([launched, dispatched], device, repeats)
+        self.check()
+        self.experts.cache.reset_stats()
+        parallel.dispatcher.traffic.reset()
+        return Measured(layer=key, tokens=count, single_us=single_us, grouped_us=grouped_us)
+
+    def _make(self, shape: FusedShape) -> SymmetricDispatcher:
+        groups, nbytes = self.parallel.groups, HeapLayout.of(shape).nbytes
+        heap: SymmetricHeap
+        if groups.device.type == "cuda":
+            assert groups.world is not None
+            heap = TorchSymmetricHeap(nbytes, groups.world, groups.device)
+        else:
+            heap = self.parallel.open_shared(
+                lambda path: MappedHeap(Path(path), groups.rank, groups.world_size, nbytes)
+            )
+        return SymmetricDispatcher(shape, heap)
