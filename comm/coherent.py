@@ -27,7 +27,7 @@ from moe.comm.dispatcher import (
 )
 from moe.comm.groups import Groups
 from moe.comm.hop import exchange_pairs, exchange_sums, hits_of
-from moe.comm.wire import Wire, pack_rows, traffic_of, unpack_rows
+from moe.comm.wire import Table, Wire, pack_rows, traffic_of, unpack_rows
 
 
 class Moved(NamedTuple):
@@ -132,7 +132,7 @@ class CoherentDispatcher:
     def _exchange_moving(
         self, columns: list[Tensor], payload: Tensor, what: str
     ) -> tuple[list[Tensor], Tensor, list[int], tuple[int, ...], bool]:
-        """Counts, then rows to every rank that they need and payload to the new home alone, in one buffer.
+        """Counts, and rows to every rank that they need and payload to the new home alone, in one buffer.
 
         Returns the columns received, payload received, rows by source, tokens of every rank afterwards, is_split.
         """
@@ -143,21 +143,26 @@ class CoherentDispatcher:
         moves = hits_of(home, size)  # [T, G]
         needed = hits_of(member, size).any(1) | moves
         is_split = (needed.sum(1) > 1).any().reshape(1)
-        # Everyone tells everyone everything: 2·G + 1 figures, so that all know where all tokens are afterwards.
-        figures = torch.cat([needed.sum(0), moves.sum(0), is_split.long()])
-        table = self.wire.to_host(self.wire.exchange_counts(figures.repeat(size, 1), f"counts for {what}"))
-        rows_to, moves_to = table[me][:size], table[me][size:-1]
-        rows_from, moves_from = [row[me] for row in table], [row[size + me] for row in table]
-
         packed, packed_payload = pack_rows(columns), pack_rows([payload])
         widths = packed.shape[1], packed_payload.shape[1]
-        row = needed.t().nonzero_static(size=sum(rows_to))[:, 1]
-        moving = moves.t().nonzero_static(size=sum(moves_to))[:, 1]
-        parts = zip(torch.split(packed.index_select(0, row), rows_to), torch.split(packed_payload[moving], moves_to))
-        buffer = torch.cat([piece.reshape(-1) for pair in parts for piece in pair])
-        send = [r * widths[0] + m * widths[1] for r, m in zip(rows_to, moves_to)]
-        recv = [r * widths[0] + m * widths[1] for r, m in zip(rows_from, moves_from)]
-        received = self.wire.exchange(buffer, send, recv, what)
+        by_rank, moving_by_rank = needed.t(), moves.t()
+
+        def bytes_of(counts_to: Table) -> Tensor:
+            rows_to, moves_to = counts_to[me][1 : size + 1], counts_to[me][size + 1 : -1]
+            row = by_rank.nonzero_static(size=sum(rows_to))[:, 1]
+            moving = moving_by_rank.nonzero_static(size=sum(moves_to))[:, 1]
+            parts = zip(
+                torch.split(packed.index_select(0, row), rows_to), torch.split(packed_payload[moving], moves_to)
+            )
+            return torch.cat([piece.reshape(-1) for pair in parts for piece in pair])
+
+        # Everyone tells everyone everything: 2·G + 1 figures, so that all know where all tokens are afterwards.
+        num_rows, num_moves = needed.sum(0), moves.sum(0)
+        figures = torch.cat([num_rows, num_moves, is_split.long()]).repeat(size, 1)
+        num_bytes = num_rows * widths[0] + num_moves * widths[1]
+        received, _, told = self.wire.exchange_counted(torch.cat([num_bytes[:, None], figures], 1), bytes_of, what)
+        table = [row[1:] for row in told]
+        rows_from, moves_from = [row[me] for row in table], [row[size + me] for row in table]
         pieces = torch.split(
             received, [n for r, m in zip(rows_from, moves_from) for n in (r * widths[0], m * widths[1])]
         )

@@ -6,9 +6,9 @@ one process needs no torch.distributed at all. `ranks_per_node` may be given, so
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -16,6 +16,10 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+
+from moe.comm.mailbox import Mailbox
+
+EAGER_BYTES = 1 << 16
 
 
 class CommError(RuntimeError):
@@ -27,6 +31,7 @@ class Groups:
     """Who this process is among its peers. `world`, `local` (same node), `cross` (same local rank): None if alone.
 
     side: a second world group for traffic in the background (K/V, counts), so that it never queues ahead of tokens.
+    mailboxes: of the groups whose messages need no collective, on the CPU.
     timeout_s: seconds after which a collective that a peer does not join raises.
     """
 
@@ -39,6 +44,7 @@ class Groups:
     local: ProcessGroup | None = None
     cross: ProcessGroup | None = None
     side: ProcessGroup | None = None
+    mailboxes: Mapping[ProcessGroup, Mailbox] = field(default_factory=dict)
 
     @property
     def num_nodes(self) -> int:
@@ -72,13 +78,15 @@ def start_groups(
     ranks_per_node: int | None = None,
     timeout_s: float = 300.0,
     device: str | torch.device = "cpu",
+    eager_bytes: int = EAGER_BYTES,
     rank: int | None = None,
     world_size: int | None = None,
 ) -> Groups:
     """Join all ranks of the run: gloo on the CPU, NCCL on a GPU. Every rank must call; end with `stop_groups`.
 
-    ranks_per_node: None = LOCAL_WORLD_SIZE, or all ranks on one node. rank, world_size: None = RANK and WORLD_SIZE as
-    torchrun sets them, or a run of one. MASTER_ADDR and MASTER_PORT say where to meet.
+    ranks_per_node: None = LOCAL_WORLD_SIZE, or all ranks on one node. eager_bytes: on the CPU, the size of the buffers
+    that each rank keeps posted for every peer (`Mailbox`), 0 = collectives only. rank, world_size: None = RANK and
+    WORLD_SIZE as torchrun sets them, or a run of one. MASTER_ADDR and MASTER_PORT say where to meet.
     Raises ValueError for a mesh that does not fit, CommError when the ranks do not meet within `timeout_s`.
     """
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
@@ -94,6 +102,9 @@ def start_groups(
         )
     if timeout_s <= 0:
         raise ValueError(f"timeout_s is {timeout_s}; it must be positive")
+    least = 8 * (2 * world_size + 3)  # the longest counts: those of coherent dispatch
+    if eager_bytes and eager_bytes < least:
+        raise ValueError(f"eager_bytes ({eager_bytes}) must be 0 or >= {least}, the counts of {world_size} ranks")
     device = _own_device(torch.device(device), rank % ranks_per_node)
     if world_size == 1:
         return Groups(device=device, timeout_s=timeout_s)
@@ -116,6 +127,10 @@ def start_groups(
         everyone = list(range(world_size))
         nodes = [everyone[i : i + ranks_per_node] for i in range(0, world_size, ranks_per_node)]
         columns = [everyone[i::ranks_per_node] for i in range(ranks_per_node)]
+        local, cross = _subgroup(nodes, limit), _subgroup(columns, limit)
+        mailboxes: dict[ProcessGroup, Mailbox] = {}
+        if eager_bytes and device.type == "cpu":
+            mailboxes = {g: Mailbox(g, eager_bytes) for g in {dist.group.WORLD, local, cross} if g is not None}
         return Groups(
             rank=rank,
             world_size=world_size,
@@ -123,9 +138,10 @@ def start_groups(
             device=device,
             timeout_s=timeout_s,
             world=dist.group.WORLD,
-            local=_subgroup(nodes, limit),
-            cross=_subgroup(columns, limit),
+            local=local,
+            cross=cross,
             side=dist.new_group(everyone, timeout=limit),
+            mailboxes=mailboxes,
         )
     except RuntimeError as error:
         if dist.is_initialized():
@@ -154,10 +170,14 @@ def stop_groups(groups: Groups, *, wait: bool = True) -> None:
 
 @contextmanager
 def process_groups(
-    *, ranks_per_node: int | None = None, timeout_s: float = 300.0, device: str | torch.device = "cpu"
+    *,
+    ranks_per_node: int | None = None,
+    timeout_s: float = 300.0,
+    device: str | torch.device = "cpu",
+    eager_bytes: int = EAGER_BYTES,
 ) -> Iterator[Groups]:
     """`start_groups`, and `stop_groups` however the block ends; an error ends them without waiting for the peers."""
-    groups = start_groups(ranks_per_node=ranks_per_node, timeout_s=timeout_s, device=device)
+    groups = start_groups(ranks_per_node=ranks_per_node, timeout_s=timeout_s, device=device, eager_bytes=eager_bytes)
     try:
         yield groups
     except BaseException:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.comm.wire import Wire
+from moe.comm.wire import Table, Wire
 
 
 class Counts(NamedTuple):
@@ -43,8 +43,8 @@ class Hop:
     ) -> tuple[Tensor, HopHandle]:
         """Send rows to the members of their experts. packed: uint8 [N, B]; member: int64 [N, K], -1 = none.
 
-        Returns the received rows uint8 [R, B], by member, then in its order. rows_of: None = exchange counts first (one
-        more round, one host sync); otherwise N of every member, and every row goes to every member without counts.
+        Returns the received rows uint8 [R, B], by member, then in its order. rows_of: None = counts go with
+        or before the rows (one host sync); otherwise N of every member, and every row goes everywhere without counts.
         """
         wire = self.wire
         if rows_of is not None:
@@ -54,11 +54,15 @@ class Hop:
             return received, HopHandle(member, tuple(rows_of), None)
         hits = hits_of(member, wire.size)
         needed = hits.any(1)  # [N, members]
+        by_member = needed.t()  # by member, then by row
+
+        def rows(counts_to: Table) -> Tensor:
+            size = sum(rows for rows, _ in counts_to)
+            return packed.index_select(0, by_member.nonzero_static(size=size)[:, 1])
+
         outgoing = torch.stack([needed.sum(0), hits.sum((0, 1))], 1)
-        incoming = wire.exchange_counts(outgoing, f"counts for {what}")
-        counts = Counts(*wire.to_host(torch.cat([outgoing, incoming], 1).t()))
-        rows = needed.t().nonzero_static(size=sum(counts.rows_to))[:, 1]  # by member, then by row
-        received = wire.exchange(packed.index_select(0, rows), counts.rows_to, counts.rows_from, what)
+        received, told, heard = wire.exchange_counted(outgoing, rows, what)
+        counts = Counts(*([row[i] for row in table] for table in (told, heard) for i in (0, 1)))
         return received, HopHandle(member, tuple(counts.rows_from), counts)
 
     def counts(self, handle: HopHandle, mine: Tensor) -> Counts:

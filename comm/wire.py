@@ -1,8 +1,12 @@
-"""Bytes between ranks: rows packed into one buffer, one all-to-all per call, every byte that leaves counted."""
+"""Bytes between ranks: rows packed into one buffer, one all-to-all per call, every byte that leaves counted.
+
+On the CPU an all-to-all is a message to every peer (`Mailbox`), elsewhere, or if told so, a collective.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,14 +15,16 @@ from torch.distributed import ProcessGroup
 
 from moe.comm.groups import CommError, Groups, first_line
 
+Table = list[list[int]]
+
 
 @dataclass(slots=True)
 class Traffic:
     """What one rank has sent since `reset`: all figures exclude what it kept for itself.
 
     bytes_to: payload bytes by global destination rank. control_bytes_to: the same for the counts that precede payload.
-    messages: non-empty payload parts. collectives: all-to-all calls. calls: dispatches. host_syncs: times that a
-    figure had to be known on the CPU (free on a CPU device).
+    messages: non-empty payload parts. collectives: rounds, each an all-to-all. calls: dispatches. host_syncs: times
+    that a figure had to be known on the CPU (free on a CPU device).
     """
 
     rank: int
@@ -50,6 +56,14 @@ def traffic_of(groups: Groups) -> Traffic:
     return Traffic(groups.rank, groups.world_size, groups.ranks_per_node)
 
 
+class Counted(NamedTuple):
+    """received: rows by member; counts_to, counts_from: what members were told, and told this one, [members][C]."""
+
+    received: Tensor
+    counts_to: Table
+    counts_from: Table
+
+
 class Wire:
     """All-to-all over one process group, with its traffic and with errors that say who and what.
 
@@ -62,12 +76,17 @@ class Wire:
         self.groups, self.group, self.ranks, self.traffic = groups, group, tuple(ranks), traffic
         self.size = len(self.ranks)
         self.index = self.ranks.index(groups.rank)
+        self.mailbox = None if group is None else groups.mailboxes.get(group)
 
     def exchange(
         self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: str, *, is_control: bool = False
     ) -> Tensor:
         """Send the first `send[0]` rows to member 0, and so on. buffer: [sum(send), ...]. Returns [sum(recv), ...]."""
-        return self.start_exchange(buffer, send, recv, what, is_control=is_control).wait()
+        if self.mailbox is None:
+            return self.start_exchange(buffer, send, recv, what, is_control=is_control).wait()
+        self._count(send, buffer.shape[1:].numel() * buffer.element_size(), is_control)
+        received, _ = self._post(buffer, send, torch.zeros(self.size, 0, dtype=torch.int64), recv, what)
+        return received
 
     def start_exchange(
         self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: str, *, is_control: bool = False
@@ -85,19 +104,71 @@ class Wire:
                 received, exchange.sent, list(recv), list(send), group=self.group, async_op=True
             )
         except RuntimeError as error:
-            raise exchange.failed(error) from error
+            raise self.failed(what, exchange.started, error) from error
         return exchange
 
-    def exchange_counts(self, counts: Tensor, what: str) -> Tensor:
-        """Row i goes to member i. counts: int64 [members, C]. Returns what they sent here, [members, C]."""
-        ones = [1] * self.size
-        return self.exchange(counts, ones, ones, what, is_control=True)
+    def exchange_counted(self, counts: Tensor, rows: Callable[[Table], Tensor], what: str) -> Counted:
+        """`exchange` where members do not know yet how much comes: one round by mailbox, else two. One host sync.
+
+        counts: int64 [members, C], one row for each member, the rows of buffer that it gets first. rows: makes the
+        buffer when the counts are known on the CPU.
+        """
+        if self.mailbox is None:
+            ones = [1] * self.size
+            incoming = self.exchange(counts, ones, ones, f"counts for {what}", is_control=True)
+            both = self.to_host(torch.cat([counts, incoming]))
+            to, come = both[: self.size], both[self.size :]
+            received = self.exchange(rows(to), [row[0] for row in to], [row[0] for row in come], what)
+            return Counted(received, to, come)
+        to = self.to_host(counts)
+        buffer, send = rows(to), [row[0] for row in to]
+        self._count(send, buffer.shape[1:].numel() * buffer.element_size(), is_control=False)
+        for rank in set(self.ranks) - {self.groups.rank}:
+            self.traffic.control_bytes_to[rank] += 8 * counts.shape[1]
+        received, come = self._post(buffer, send, counts, None, what)
+        return Counted(received, to, come)
+
+    def _post(
+        self, buffer: Tensor, send: Sequence[int], counts: Tensor, recv: Sequence[int] | None, what: str
+    ) -> tuple[Tensor, Table]:
+        """Rows and counts [members, C] to every member, and theirs. recv: known rows; none: no message."""
+        assert self.mailbox is not None
+        assert len(buffer) == sum(send), (tuple(buffer.shape), send)
+        started, size = time.monotonic(), buffer.shape[1:].numel() * buffer.element_size()
+        parts = torch.split(buffer.reshape(-1).view(torch.uint8), [n * size for n in send])
+        heads = torch.cat([torch.tensor([n * size for n in send])[:, None], counts], 1)
+        bodies, come, waiting = list(parts), counts.tolist(), []
+        peers = [(self.index + i) % self.size for i in range(1, self.size)]
+        try:
+            for peer in peers:
+                if recv is None or send[peer]:
+                    waiting += self.mailbox.send(peer, heads[peer], parts[peer])
+            for peer in peers:
+                bodies[peer] = parts[peer][:0]
+                if recv is None or recv[peer]:
+                    come[peer], bodies[peer], following = self.mailbox.receive(peer, counts.shape[1])
+                    waiting += following
+            for one in waiting:
+                one.work.wait()
+        except RuntimeError as error:
+            raise self.failed(what, started, error) from error
+        rows = [row[0] for row in come] if recv is None else list(recv)
+        assert [len(body) for body in bodies] == [n * size for n in rows], (what, rows)
+        return torch.cat(bodies).view(buffer.dtype).view(sum(rows), *buffer.shape[1:]), come
 
     def to_host(self, figures: Tensor) -> list[list[int]]:
         """Figures as Python integers: the one place where the CPU waits for the device."""
         self.traffic.host_syncs += 1  # host sync
         values: list[list[int]] = figures.tolist()
         return values
+
+    def failed(self, what: str, started: float, error: RuntimeError) -> CommError:
+        groups = self.groups
+        return CommError(
+            f"rank {groups.rank} of {groups.world_size}: {what} with ranks {list(self.ranks)} failed after "
+            f"{time.monotonic() - started:.1f} s; a peer ended or did not answer within {groups.timeout_s:g} s "
+            f"({first_line(error)})"
+        )
 
     def _count(self, send: Sequence[int], row_bytes: int, is_control: bool) -> None:
         traffic = self.traffic
@@ -125,17 +196,9 @@ class Exchange:
             try:
                 self.work.wait()
             except RuntimeError as error:
-                raise self.failed(error) from error
+                raise self.wire.failed(self.what, self.started, error) from error
             self.work = None
         return self.received
-
-    def failed(self, error: RuntimeError) -> CommError:
-        groups = self.wire.groups
-        return CommError(
-            f"rank {groups.rank} of {groups.world_size}: {self.what} with ranks {list(self.wire.ranks)} failed after "
-            f"{time.monotonic() - self.started:.1f} s; a peer ended or did not answer within {groups.timeout_s:g} s "
-            f"({first_line(error)})"
-        )
 
 
 def pack_rows(parts: Sequence[Tensor]) -> Tensor:

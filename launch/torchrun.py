@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ranks_per_node=config.parallel.ranks_per_node,
             timeout_s=config.parallel.timeout_seconds,
             device=device,
+            eager_bytes=config.parallel.eager_bytes,
         ) as groups:
             return _run(args, config, groups)
     except (ValueError, OSError, CommError) as error:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moe.comm.groups import EAGER_BYTES
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OffloadConfig:
@@ -58,9 +60,11 @@ class ParallelConfig:
     dispatcher: Literal["auto", "all_to_all", "hierarchical", "coherent"] = "all_to_all"
     ranks_per_node: int | None = None  # None: as torchrun says; smaller, to let one machine stand for several
     broadcast_tokens: int = 8  # up to this many per rank go to every rank: one round less a layer, more bytes
+    eager_bytes: int = EAGER_BYTES  # on the CPU, longest message that needs no handshake; 0: gloo's collectives
     timeout_seconds: int = 300  # until a rank that waits for a lost peer gives up
 
     def __post_init__(self) -> None:
+        _require(self.eager_bytes >= 0, f"parallel.eager_bytes ({self.eager_bytes}) must be >= 0")
         _require(self.timeout_seconds >= 1, f"parallel.timeout_seconds ({self.timeout_seconds}) must be >= 1")
 
 

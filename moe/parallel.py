@@ -22,7 +22,8 @@ from torch import Tensor
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
-from moe.comm.groups import CommError, Groups, first_line
+from moe.comm.groups import Groups
+from moe.comm.wire import Wire, traffic_of
 from moe.offload.stores import ExpertStore, RamStore, SharedStore
 from moe.placement.plan import Plan
 from moe.placement.replicas import choose_replicas
@@ -75,6 +76,7 @@ class ExpertParallel:
             self.dispatcher = HierarchicalDispatcher(groups, rank_of, broadcast_tokens=broadcast_tokens)
         else:
             self.dispatcher = AllToAllDispatcher(groups, rank_of, broadcast_tokens=broadcast_tokens)
+        self._wire = Wire(groups, groups.world, groups.world_ranks, traffic_of(groups))
         self.plan = plan
         self.launch: LayerLaunch | None = None
         self.use(plan)
@@ -221,15 +223,9 @@ class ExpertParallel:
     def _gather(self, own: Tensor, what: str) -> list[Tensor]:
         if self.groups.world is None:
             return [own]
-        try:
-            own = own.to(self.groups.device)
-            gathered = [torch.empty_like(own) for _ in range(self.groups.world_size)]
-            dist.all_gather(gathered, own, group=self.groups.world)
-        except RuntimeError as error:
-            raise CommError(
-                f"rank {self.groups.rank} of {self.groups.world_size}: a peer was lost in {what} ({first_line(error)})"
-            ) from error
-        return [g.cpu() for g in gathered]
+        ones = [1] * self._wire.size  # as an all-to-all: gloo's all-gather is a ring of G - 1 steps
+        everywhere = own.to(self.groups.device).repeat(self._wire.size, 1)
+        return list(self._wire.exchange(everywhere, ones, ones, what).cpu())
 
 
 def broadcast_lines(groups: Groups, lines: Sequence[int]) -> set[int]:

@@ -96,8 +96,8 @@ def travel(groups, case, *, limit, combine, pairs):
     return x, token, tokens_per_rank, dispatcher
 
 
-def rank_layers(world_size, combine):
-    with process_groups(timeout_s=20) as groups:
+def rank_layers(world_size, combine, eager_bytes=4096):
+    with process_groups(timeout_s=20, eager_bytes=eager_bytes) as groups:
         differs = 0
         for case in cases(world_size):
             whole, homes = expected(case)
@@ -118,19 +118,22 @@ def rank_layers(world_size, combine):
         return differs
 
 
-@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(1, 1), (2, 2), (3, 3), (4, 2)])
-def test_tokens_end_where_their_experts_are_with_the_values_of_one_process(world_size, ranks_per_node):
-    spawn(world_size, rank_layers, world_size, "exact", ranks_per_node=ranks_per_node)
+@pytest.mark.parametrize(
+    ("world_size", "ranks_per_node", "eager_bytes"),
+    [(1, 1, 4096), (2, 2, 0), (3, 3, 0), (3, 3, 96), (4, 2, 4096)],  # 96: counts alone fit, rows follow
+)
+def test_tokens_end_where_their_experts_are_with_the_values_of_one_process(world_size, ranks_per_node, eager_bytes):
+    spawn(world_size, rank_layers, world_size, "exact", eager_bytes, ranks_per_node=ranks_per_node)
 
 
 def test_partial_combine_is_close_and_another_sum():
     assert sum(spawn(3, rank_layers, 3, "partial")) > 0
 
 
-def rank_rounds():
+def rank_rounds(eager_bytes):
     """All-to-all rounds of one layer: (K = 1, co-located experts, split experts) without and with counts."""
     rounds = []
-    with process_groups(timeout_s=20) as groups:
+    with process_groups(timeout_s=20, eager_bytes=eager_bytes) as groups:
         for ids in ([[0]], [[0, 2]], [[0, 1]]):
             for limit in (8, 0):
                 dispatcher = CoherentDispatcher(groups, torch.tensor([0, 1, 0, 1]), broadcast_tokens=limit)
@@ -150,7 +153,8 @@ def rank_rounds():
 
 
 def test_a_round_is_left_out_only_by_agreement_of_all_ranks():
-    assert spawn(2, rank_rounds) == [[1, 2, 1, 2, 2, 3]] * 2
+    assert spawn(2, rank_rounds, 0) == [[1, 2, 1, 2, 2, 3]] * 2
+    assert spawn(2, rank_rounds, 4096) == [[1, 1, 1, 1, 2, 2]] * 2  # counts go with the rows
 
 
 def rank_gather():

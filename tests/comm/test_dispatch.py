@@ -9,7 +9,8 @@ from moe.comm.dispatcher import LocalDispatcher, local_pairs
 from moe.comm.groups import Groups, process_groups
 from tests.distributed import spawn
 
-MESHES = [(1, 1), (2, 2), (3, 3), (4, 4), (4, 2), (2, 1)]  # world size, ranks per node
+# World size, ranks per node, and the largest message without a handshake: 96 holds the counts and few rows.
+MESHES = [(1, 1, 0), (2, 2, 0), (3, 3, 65536), (4, 4, 96), (4, 2, 0), (4, 2, 65536), (2, 1, 96)]
 
 
 def cases(world_size):
@@ -99,8 +100,8 @@ def expected_bytes(case, groups, kind, *, partial, broadcast):
     return bytes_to
 
 
-def rank_exact(world_size):
-    with process_groups(timeout_s=20) as groups:
+def rank_exact(world_size, eager_bytes):
+    with process_groups(timeout_s=20, eager_bytes=eager_bytes) as groups:
         for case in cases(world_size):
             for kind in (AllToAllDispatcher, HierarchicalDispatcher):
                 for limit in (0, 64):
@@ -147,9 +148,9 @@ def rank_identity(world_size):
                 assert torch.equal(out * 8, x * (mine.ids >= 0).sum(1, keepdim=True)), (kind, case)
 
 
-@pytest.mark.parametrize(("world_size", "ranks_per_node"), MESHES)
-def test_exact_combine_is_the_single_process_bit_for_bit(world_size, ranks_per_node):
-    spawn(world_size, rank_exact, world_size, ranks_per_node=ranks_per_node)
+@pytest.mark.parametrize(("world_size", "ranks_per_node", "eager_bytes"), MESHES)
+def test_exact_combine_is_the_single_process_bit_for_bit(world_size, ranks_per_node, eager_bytes):
+    spawn(world_size, rank_exact, world_size, eager_bytes, ranks_per_node=ranks_per_node)
 
 
 @pytest.mark.parametrize(("world_size", "ranks_per_node"), [(3, 3), (4, 2)])

@@ -139,6 +139,7 @@ def test_spawn_raises_a_ranks_error_and_ends_a_rank_that_stays():
         ({"rank": 2, "world_size": 2}, r"rank 2 must lie in \[0, 2\)"),
         ({"rank": 0, "world_size": 3, "ranks_per_node": 2}, "world size 3 is not a multiple of ranks_per_node"),
         ({"rank": 0, "world_size": 2, "timeout_s": 0.0}, "must be positive"),
+        ({"rank": 0, "world_size": 2, "eager_bytes": 55}, r"eager_bytes \(55\) must be 0 or >= 56"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(options, message):

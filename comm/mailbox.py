@@ -1,0 +1,74 @@
+"""Messages that arrive after one way, with their counts: what gloo's collectives take two round trips for.
+
+gloo sends only what the receiver has asked for, so that each round of a collective costs a round trip, and rows whose
+number is not known yet cost two rounds: counts, then rows. Here every member keeps buffers posted for every peer. A
+message says its own length: up to the size of the buffers it is there after one way, counts and rows together; what
+is longer follows at its exact size by gloo's own protocol. Small batches win on every link, slow ones most.
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+DEPTH = 2  # buffers per peer: it may be a message ahead
+_SHORT, _LONG = 1, 2  # tags; messages of one tag between two members keep their order
+
+
+class Moving(NamedTuple):
+    """A send or receive under way; its bytes must live until `work.wait()`."""
+
+    work: dist.Work
+    data: Tensor
+
+
+class Mailbox:
+    """One member's messages over one gloo group. All members must have one, of the same size.
+
+    num_bytes: the largest message that needs no second one, its counts included. Memory: DEPTH such buffers per peer.
+    """
+
+    def __init__(self, group: ProcessGroup, num_bytes: int) -> None:
+        self.group, self.num_bytes = group, num_bytes
+        self._posted: list[deque[tuple[dist.Work, Tensor]]] = [deque() for _ in range(group.size())]
+        self._read: list[list[Tensor]] = [[] for _ in range(group.size())]  # buffers to post again
+        for member in range(group.size()):
+            if member != group.rank():
+                self._read[member] = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(DEPTH)]
+                self._post(member)
+
+    def _post(self, member: int) -> None:
+        for buffer in self._read[member]:
+            self._posted[member].append((self.group.recv([buffer], member, _SHORT), buffer))
+        self._read[member].clear()
+
+    def send(self, member: int, head: Tensor, body: Tensor) -> list[Moving]:
+        """head: int64 [1 + C], len(body) and C counts, as the receiver expects them; body: uint8 [B]."""
+        self._post(member)  # here, so that both reach the member at once
+        head = head.view(torch.uint8)
+        if len(head) + len(body) <= self.num_bytes:
+            parts = {_SHORT: torch.cat([head, body])}
+        else:
+            parts = {_SHORT: head, _LONG: body}
+        return [Moving(self.group.send([data], member, tag), data) for tag, data in parts.items()]
+
+    def receive(self, member: int, num_counts: int) -> tuple[list[int], Tensor, list[Moving]]:
+        """The next message of a member: its counts, its body uint8 [B], and what is still under way of the body.
+
+        The body may be overwritten after the next `send` or `receive` of this member. Raises RuntimeError when no
+        message comes within the group's time-out.
+        """
+        if not self._posted[member]:
+            self._post(member)
+        work, buffer = self._posted[member].popleft()
+        work.wait()
+        self._read[member].append(buffer)
+        end = 8 * (1 + num_counts)
+        length, *counts = buffer[:end].view(torch.int64).tolist()
+        if end + length <= self.num_bytes:
+            return counts, buffer[end : end + length], []
+        body = torch.empty(length, dtype=torch.uint8)
+        return counts, body, [Moving(self.group.recv([body], member, _LONG), body)]
