@@ -162,19 +162,17 @@ class Replicas:
 class CoherentRunner:
     """Runs the chunks of all ranks; `forward` returns the logits of the sampling ones that ended on this rank.
 
-    packed: runs whole forwards here; sites: the names of the experts modules, in order; broadcast_tokens: as the
-    dispatchers take it. Every call is a collective.
+    packed: runs whole forwards here; sites: the names of the experts modules, in order. Every call is a
+    collective.
     """
 
-    def __init__(
-        self, packed: PackedRunner, experts: SlotExperts, sites: Sequence[str], broadcast_tokens: int = 0
-    ) -> None:
+    def __init__(self, packed: PackedRunner, experts: SlotExperts, sites: Sequence[str]) -> None:
         assert experts.parallel is not None
         self.model, self.kv, self.packed, self.experts = packed.model, packed.kv, packed, experts
         self.parallel = experts.parallel
         self.groups = self.parallel.groups
         rank_of = torch.from_numpy(self.parallel.plan.rank_of_physical())
-        self.dispatcher = CoherentDispatcher(self.groups, rank_of, broadcast_tokens=broadcast_tokens)
+        self.dispatcher = CoherentDispatcher(self.groups, rank_of, broadcast_tokens=self.parallel.broadcast_tokens)
         self.gather = BackgroundGather(self.groups)
         self._wire = Wire(self.groups, self.groups.world, self.groups.world_ranks, self.dispatcher.traffic)
         self._base = self.model.base_model

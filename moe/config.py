@@ -59,7 +59,7 @@ class ParallelConfig:
     # auto: coherent where it moves less, else all_to_all. hierarchical: two steps, inside a node and across.
     dispatcher: Literal["auto", "all_to_all", "hierarchical", "coherent"] = "all_to_all"
     ranks_per_node: int | None = None  # None: as torchrun says; smaller, to let one machine stand for several
-    broadcast_tokens: int = 8  # up to this many per rank go to every rank: one round less a layer, more bytes
+    broadcast_tokens: int = 8  # with collectives, up to this many per rank go to every rank: a round less, more bytes
     eager_bytes: int = EAGER_BYTES  # on the CPU, longest message that needs no handshake; 0: gloo's collectives
     timeout_seconds: int = 300  # until a rank that waits for a lost peer gives up
 

@@ -83,7 +83,7 @@ class Engine:
             assert self.experts is not None
             assert isinstance(self.runner, PackedRunner)
             sites = [site.module for site in self.blueprint.index.sites]
-            self.coherent = CoherentRunner(self.runner, self.experts, sites, config.parallel.broadcast_tokens)
+            self.coherent = CoherentRunner(self.runner, self.experts, sites)
             self.runner = self.coherent
         self.eos_ids = build.eos_ids(self.model)
         self.stats = StepStats()

@@ -68,6 +68,8 @@ class ExpertParallel:
                 f"the plan is for {plan.num_ranks} ranks, this run has {groups.world_size}; solve it again for them"
             )
         self.groups = groups
+        # Counts that travel with the rows cost no round that sending every row to every rank could save.
+        self.broadcast_tokens = broadcast_tokens = 0 if groups.mailboxes else broadcast_tokens
         rank_of = torch.from_numpy(plan.rank_of_physical())
         self.dispatcher: TokenDispatcher
         if groups.world_size == 1:
