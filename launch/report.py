@@ -32,6 +32,10 @@ class RunReport:
     bytes_read: int
     stall_seconds: float
     waves: int
+    prefetched: int
+    useful: int
+    late: int
+    wasted: int
     slots: int
     num_experts: int
     slot_bytes: int
@@ -59,6 +63,10 @@ def run_report(engine: Engine) -> RunReport:
         bytes_read=sum(s.bytes_read for s in layers),
         stall_seconds=sum(s.stall_seconds for s in layers),
         waves=sum(s.waves for s in layers),
+        prefetched=sum(s.prefetch_bytes for s in layers),
+        useful=sum(s.useful_bytes for s in layers),
+        late=sum(s.late_bytes for s in layers),
+        wasted=sum(s.wasted_bytes for s in layers),
         slots=cache.num_slots if cache else 0,
         num_experts=engine.blueprint.num_experts,
         slot_bytes=cache.num_slots * cache.blob_bytes if cache else 0,
@@ -82,6 +90,12 @@ def print_report(engine: Engine, console: Console, per_layer: bool = False) -> N
         )
         table.add_row("expert hits", f"{r.hit_rate:.1%} ({r.hits} hits, {r.misses} misses, {r.waves} waves)")
         table.add_row("experts read", f"{format_bytes(r.bytes_read)}, waited {r.stall_seconds:.2f} s for them")
+    if engine.experts is not None and (lookahead := engine.experts.lookahead) is not None:
+        table.add_row(
+            "read ahead",
+            f"{format_bytes(r.prefetched)}: {format_bytes(r.useful)} useful, {format_bytes(r.late)} late, "
+            f"{format_bytes(r.wasted)} wasted; {lookahead.prefetcher.verdict or 'still on trial'}",
+        )
     if r.shared_tokens or r.preemptions:
         table.add_row("prefix sharing", f"{r.shared_tokens} tokens saved, {r.preemptions} preemptions")
     table.add_row("memory", f"peak {format_bytes(r.peak_rss)} resident, dense weights {format_bytes(r.dense_bytes)}")
@@ -91,7 +105,10 @@ def print_report(engine: Engine, console: Console, per_layer: bool = False) -> N
 
 
 def _print_layers(engine: Engine, console: Console) -> None:
-    layers = Table("layer", "hits", "misses", "hit rate", "read", "stall ms", "waves", box=None, padding=(0, 2, 0, 0))
+    names = ["layer", "hits", "misses", "hit rate", "read", "stall ms", "waves"]
+    reads_ahead = engine.experts is not None and engine.experts.lookahead is not None
+    names += ["ahead", "useful", "late", "wasted"] if reads_ahead else []
+    layers = Table(*names, box=None, padding=(0, 2, 0, 0))
     for index, s in enumerate(engine.layer_stats()):
         rate = s.hits / max(1, s.hits + s.misses)
         values = asdict(s)
@@ -103,6 +120,7 @@ def _print_layers(engine: Engine, console: Console) -> None:
             format_bytes(s.bytes_read),
             f"{s.stall_seconds * 1000:.1f}",
             str(s.waves),
+            *map(format_bytes, (s.prefetch_bytes, s.useful_bytes, s.late_bytes, s.wasted_bytes) if reads_ahead else ()),
         )
     console.print(layers)
 
@@ -136,15 +154,20 @@ def gather_reports(engine: Engine, groups: Groups) -> Table:
         r.peak_rss,
         sum(sum(traffic.bytes_to) for traffic in engine.traffic),
         sum(traffic.cross_node_bytes for traffic in engine.traffic),
+        r.prefetched,
+        r.useful,
+        r.late,
     ]
     rows = [torch.tensor(own, dtype=torch.float64, device=groups.device)]
     if groups.world is not None:
         rows = [torch.empty_like(rows[0]) for _ in range(groups.world_size)]
         dist.all_gather(rows, torch.tensor(own, dtype=torch.float64, device=groups.device), group=groups.world)
-    names = ("rank", "tokens", "tokens/s", "slots", "hit rate", "read", "stall s", "peak RSS", "sent", "cross-node")
+    names = ["rank", "tokens", "tokens/s", "slots", "hit rate", "read", "stall s", "peak RSS", "sent", "cross-node"]
+    reads_ahead = engine.experts is not None and engine.experts.lookahead is not None
+    names += ["ahead", "useful", "late"] if reads_ahead else []
     table = Table(*names, box=None, padding=(0, 2, 0, 0))
     for rank, row in enumerate(rows):
-        tokens, seconds, slots, hits, misses, read, stall, rss, sent, cross = row.tolist()
+        tokens, seconds, slots, hits, misses, read, stall, rss, sent, cross, *ahead = row.tolist()
         table.add_row(
             str(rank),
             f"{tokens:.0f}",
@@ -156,5 +179,6 @@ def gather_reports(engine: Engine, groups: Groups) -> Table:
             format_bytes(rss),
             format_bytes(sent),
             format_bytes(cross),
+            *map(format_bytes, ahead if reads_ahead else ()),
         )
     return table

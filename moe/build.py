@@ -14,17 +14,18 @@ from torch import Tensor
 
 from moe.coherent import Costs, measure_link, why_coherent, why_not_coherent
 from moe.comm.groups import Groups
-from moe.compiled import compile_dense
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.kernels.weights import ExpertWeights
 from moe.kv import BlockPool
 from moe.model import Blueprint, load_dense
+from moe.norms import compile_norms
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
 from moe.parallel import DispatcherName, ExpertParallel
 from moe.placement.plan import Plan
+from moe.prefetch import Lookahead, router_guess, transition_guess
 from moe.runner import run_a_token
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,7 +97,7 @@ def make_model(blueprint: Blueprint, config: EngineConfig, device: torch.device)
     dtype = _DTYPES.get(config.dtype) or _own_dtype(blueprint)
     model = load_dense(blueprint, dtype, "eager").to(device)
     if device.type == "cpu" and config.kernel != "reference":
-        compile_dense(model)
+        compile_norms(model)
     return model
 
 
@@ -122,6 +123,8 @@ def decide_coherent(
     if wanted not in ("auto", "coherent"):
         return False, None
     reason = why_not_coherent(model.config, context, is_packed=bool(tried.kv))
+    if config.offload.prefetch != "off":
+        reason = f"offload.prefetch={config.offload.prefetch} is set, which follows tokens that stay on their rank"
     if wanted == "coherent":
         if reason is not None:
             raise ValueError(f"parallel.dispatcher=coherent cannot serve {blueprint.folder}: {reason}")
@@ -193,7 +196,7 @@ def make_experts(
     if is_over_ranks(parallel) and kernel in ("fused", "measured"):
         kernel = "grouped"  # for the steps that no launch over all ranks takes
     kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
-    experts = SlotExperts(cache, kernels, parallel)
+    experts = SlotExperts(cache, kernels, parallel, _make_lookahead(blueprint, model, offload, cache, parallel))
     for layer, site in enumerate(blueprint.index.sites):
         model.get_submodule(site.module).compute = experts.layer(layer)
     return experts
@@ -245,6 +248,19 @@ def eos_ids(model: Any) -> set[int]:
         if eos is not None:
             return {eos} if isinstance(eos, int) else set(eos)
     return set()
+
+
+def _make_lookahead(
+    blueprint: Blueprint, model: Any, offload: OffloadConfig, cache: ExpertCache, parallel: ExpertParallel | None
+) -> Lookahead | None:
+    if offload.prefetch == "off":
+        return None
+    sites, top_k = blueprint.index.sites, blueprint.top_k
+    if offload.prefetch == "router":
+        guess = router_guess(model, sites, top_k)
+    else:
+        guess = transition_guess([site.num_experts for site in sites], top_k)
+    return Lookahead(cache, guess, parallel)
 
 
 def _make_store(blueprint: Blueprint, offload: OffloadConfig, parallel: ExpertParallel | None) -> ExpertStore:

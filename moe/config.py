@@ -21,9 +21,15 @@ class OffloadConfig:
     store: Literal["file", "mmap", "ram"] = "file"
     direct: bool | None = None  # O_DIRECT; None decides by the size of the files
     readers: int = 2
+    # What the next layer will want is read ahead: learned from the run, or asked of the next layer's router.
+    prefetch: Literal["off", "transition", "router"] = "off"
 
     def __post_init__(self) -> None:
         _require(self.readers >= 0, f"offload.readers ({self.readers}) must be >= 0")
+        _require(
+            self.prefetch == "off" or self.readers >= 1,
+            f"offload.prefetch={self.prefetch} needs a thread that reads while others compute; set offload.readers=2",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -127,6 +127,8 @@ class Engine:
         if self.parallel is None:
             return []
         moved = self.coherent.traffic if self.coherent is not None else []
+        if self.experts is not None and self.experts.lookahead is not None:
+            moved = self.experts.lookahead.traffic
         return [self.parallel.dispatcher.traffic, *moved]
 
     def check_request(self, tokens: Seq[int], params: SamplingParams) -> None:

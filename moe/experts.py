@@ -23,6 +23,7 @@ from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
 from moe.offload.cache import ExpertCache
 from moe.parallel import ExpertParallel
+from moe.prefetch import Lookahead
 
 KernelName = Literal["auto", "reference", "cpu", "grouped", "fused", "measured"]
 
@@ -105,8 +106,9 @@ class SlotExperts:
         cache: ExpertCache,
         kernels: Sequence[LayerKernel],
         parallel: ExpertParallel | None = None,
+        lookahead: Lookahead | None = None,
     ) -> None:
-        self.cache, self.kernels, self.parallel = cache, list(kernels), parallel
+        self.cache, self.kernels, self.parallel, self.lookahead = cache, list(kernels), parallel, lookahead
         # One more than there are experts: id -1 reads the last entry, which stays -1.
         self._slot_of = [np.full(n + 1, -1, np.int32) for n in cache.num_experts]
         self._has_settled = False  # all experts are resident for good, and _slot_of says where
@@ -159,13 +161,18 @@ class SlotExperts:
     def _parallel_or_here(
         self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor, rows_per_token: int = 1
     ) -> Tensor:
-        if self.parallel is None:
-            return self._run(layer, x, ids, topk_weights)
+        if self.lookahead is not None:
+            self.lookahead.routed(layer, x, ids)
 
         def run(rows: Tensor, own: npt.NDArray[np.int64]) -> Tensor:
             return self._run(layer, rows, own, None)
 
-        return self.parallel.compute(layer, x, ids, topk_weights, run, rows_per_token)
+        if self.parallel is None:
+            y = self._run(layer, x, ids, topk_weights)
+        else:
+            y = self.parallel.compute(layer, x, ids, topk_weights, run, rows_per_token)
+        self._read_ahead()  # where no wave came
+        return y
 
     def _run(self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor | None) -> Tensor:
         """The combined rows [T, H] in x's dtype, or without weights y of every pair, fp32 [T, K, H]."""
@@ -178,6 +185,7 @@ class SlotExperts:
         y: Tensor | None = None
         with closing(self.cache.acquire(layer, wanted)) as waves:
             for wave in waves:
+                self._read_ahead()
                 slot_of[wave.experts] = wave.slots
                 slot_ids = torch.from_numpy(slot_of[ids]).to(x.device)
                 slot_of[wave.experts] = -1
@@ -187,6 +195,10 @@ class SlotExperts:
         if y is None:  # no token, or none that has an expert
             y = torch.zeros(*ids.shape, x.shape[1], device=x.device)
         return y if topk_weights is None else combine_reference(y, topk_weights, x.dtype)
+
+    def _read_ahead(self) -> None:
+        if self.lookahead is not None:
+            self.lookahead.read()
 
     def _settle(self) -> bool:
         if self.cache.is_all_resident:

@@ -125,6 +125,17 @@ class ExpertParallel:
         """The share of experts that a rank does not hold, over all ranks and layers."""
         return 1.0 - float(self.plan.hosted.mean()) if self.plan.num_ranks > 1 else 0.0
 
+    def share_here(self, layer: int) -> npt.NDArray[np.float64]:
+        """Of each rank's tokens for each expert, the share that comes to this rank: [G, E].
+
+        All of its own, if it holds the expert; of ranks that do not, one part of as many as there are copies.
+        """
+        hosted = self.plan.hosted[layer].T  # [G, E]
+        here = hosted[self.groups.rank]
+        share = np.where(hosted, 0.0, here / np.maximum(1, hosted.sum(axis=0)))
+        share[self.groups.rank] = here
+        return share
+
     def physical(self, layer: int, topk_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The physical expert that serves each pair: [T, K], -1 kept. Local copies first, then the least loaded."""
         plan = self.plan

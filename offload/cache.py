@@ -2,15 +2,15 @@
 
     compute thread      acquire(layer, experts) ─ hits ─▶ Wave ─▶ (GEMM) ─▶ next wave ─▶ …
     reader threads                        └ misses ─▶ read_into(slot) ─▶ arrived ─┘
+                        prefetch(layer + 1, experts) ─▶ the same, when no miss waits
 
-One thread acquires; readers touch only the bytes of the slot that they were given, never the maps.
+One thread acquires and prefetches; readers touch only the bytes of the slot that they were given, never the maps.
 """
 
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe.offload.layout import ALIGNMENT
 from moe.offload.policy import Lfu, Lru, Policy
+from moe.offload.readers import Arrival, Batch, Job, Readers
 from moe.offload.stores import ExpertStore, aligned_bytes
 
 # Below this a read from the page cache costs less than handing it to another thread and back (bench/bench_stores.py).
@@ -38,13 +39,20 @@ class Wave(NamedTuple):
 
 @dataclass(slots=True)
 class LayerStats:
-    """What one layer's acquires cost since the start or the last `reset_stats`."""
+    """What one layer's acquires cost since the start or the last `reset_stats`.
+
+    Of what was read ahead: prefetch_bytes = useful + late + wasted + what is in a slot and was never asked for yet.
+    """
 
     hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
+    misses: int = 0  # also those whose speculative read had begun and was waited for
+    bytes_read: int = 0  # prefetch_bytes included
     stall_seconds: float = 0.0  # the caller waited for reads and could not compute
     waves: int = 0
+    prefetch_bytes: int = 0
+    useful_bytes: int = 0  # was there when first asked for
+    late_bytes: int = 0  # was asked for while it was being read
+    wasted_bytes: int = 0  # was evicted before anyone asked for it
 
 
 class SlabViews(NamedTuple):
@@ -59,35 +67,12 @@ class SlabViews(NamedTuple):
     down_bias: Tensor | None
 
 
-class _Batch:
-    """The reads of one acquire: where they arrive, and whether anyone still wants them."""
-
-    def __init__(self) -> None:
-        self.done: SimpleQueue[_Arrival] = SimpleQueue()
-        self.num_reading = 0
-        self.is_cancelled = False
-
-
-class _Job(NamedTuple):
-    layer: int
-    expert: int
-    slot: int
-    batch: _Batch
-
-
-class _Arrival(NamedTuple):
-    expert: int
-    slot: int
-    nbytes: int  # -1: cancelled before it was read
-    error: BaseException | None
-
-
 class ExpertCache:
     """S slots for the experts of all layers, filled from a store on demand.
 
     num_slots: 1 .. all experts of the store. policy: "lfu" (frequency with ageing), "lru", or a `Policy` of the
     caller's over keys 0 .. sum(store.num_experts) - 1, layer after layer. num_readers: threads that read misses while
-    the hits are computed; 0 reads in the calling thread, as experts below `INLINE_READ_BYTES` always are.
+    the hits are computed; 0 reads in the calling thread, as misses up to `INLINE_READ_BYTES` always are.
     Raises ValueError for a bad number of slots. Takes num_slots x the largest blob of memory, committed as slots fill.
     """
 
@@ -130,7 +115,7 @@ class ExpertCache:
         self._free = list(range(num_slots - 1, -1, -1))
         self._loading: set[int] = set()  # slots that a read may still write to
         self._has_all_slots = num_slots == total  # nothing is ever evicted
-        self._is_acquiring = False
+        self._acquiring: int | None = None  # the layer of the open acquire with misses
         self._views = [
             SlabViews(
                 gate_up=layout.view(self.slab, layout.gate_up),
@@ -142,14 +127,13 @@ class ExpertCache:
         ]
         self.stats = [LayerStats() for _ in self.num_experts]
         self._staging = threading.local()
-        inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
-        self._jobs: SimpleQueue[_Job | None] | None = None if inline else SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._serve, args=(self._jobs,), name=f"expert-reader-{n}", daemon=True)
-            for n in range(0 if inline else num_readers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
+        self._readers = Readers(num_readers, self._read)
+        self._ahead = Batch()  # speculative reads, by key in `_coming` until they are in the maps
+        self._coming: dict[int, Job] = {}
+        self._unused: dict[int, int] = {}  # key -> bytes: read ahead, resident, not asked for yet
+        self._expected: dict[int, Ids] = {}  # layer -> experts that stay until it is acquired, if others can go
+        self._num_waiting = 0  # misses of the open acquire that no slot could be had for yet
 
     def acquire(self, layer: int, experts: Sequence[int] | npt.NDArray[np.integer]) -> Generator[Wave, None, None]:
         """Brings `experts` (distinct) of `layer` into slots, as waves that together hold each of them exactly once.
@@ -161,12 +145,16 @@ class ExpertCache:
         repeated ones. The cache stays whole after any of them.
         """
         ids = experts.tolist() if isinstance(experts, np.ndarray) else list(experts)
+        if self._coming or self._expected:
+            self._settle_prefetch(layer, ids)
         if not ids:
             return
         if min(ids) < 0:
             raise IndexError(f"expert {min(ids)} of layer {layer} does not exist")
         wanted = np.array(ids, dtype=np.int32)
         slots = self._slot_of_layer[layer].take(wanted)
+        if self._unused:
+            self._count_useful(layer, wanted)
         if not self._has_all_slots:
             self.policy.used(layer, self._first_key[layer] + wanted)
         if min(slots.tolist()) >= 0:
@@ -182,13 +170,36 @@ class ExpertCache:
             return
         if len(set(ids)) != len(ids):
             raise ValueError(f"layer {layer}: experts {ids} must be distinct")
-        if self._is_acquiring:
+        if self._acquiring is not None:
             raise ValueError(f"layer {layer}: another acquire is still open; exhaust or close it first")
-        self._is_acquiring = True
+        self._acquiring = layer
         try:
             yield from self._acquire_missing(layer, wanted, slots)
         finally:
-            self._is_acquiring = False
+            self._acquiring = None
+
+    def prefetch(self, layer: int, experts: Sequence[int] | npt.NDArray[np.integer]) -> None:
+        """Reads distinct experts that `layer` will probably want, best first, when no miss waits for a reader.
+
+        Returns at once. They take slots that are free or that the policy gives up, never one that is held, nor one of
+        `experts`; where there are none, nothing is read. Those that have not begun when `layer` is acquired without
+        them are dropped. No effect on a layer that is being acquired. A failed read is forgotten: the miss that follows
+        reports it. The calling thread must be the one that acquires. Raises ValueError without readers.
+        """
+        if not self._readers.threads:
+            raise ValueError("prefetch needs num_readers (0) >= 1: someone must read while the caller computes")
+        self._collect()
+        if self._num_waiting or layer == self._acquiring:
+            return
+        first = int(self._first_key[layer])
+        wanted = np.asarray(experts, np.int32)
+        self._expected[layer] = wanted
+        missing = [e for e in wanted[self._slot_of_layer[layer][wanted] < 0].tolist() if first + e not in self._coming]
+        self._evict(len(missing) - len(self._free), ahead=True)
+        jobs = [Job(layer, expert, self._free.pop(), self._ahead) for expert in missing[: len(self._free)]]
+        self._loading.update(job.slot for job in jobs)
+        self._coming.update((first + job.expert, job) for job in jobs)
+        self._readers.put_ahead(jobs)
 
     def views(self, layer: int) -> SlabViews:
         """The layer's weights as views of all slots: gate_up [S, N, H], down [S, H, I], biases or None. No copy."""
@@ -233,12 +244,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Stops the readers. The slab and its views stay valid; the store is not closed."""
-        if self._jobs is not None:
-            for _ in self._threads:
-                self._jobs.put(None)
-            for thread in self._threads:
-                thread.join()
-        self._threads = []
+        self._readers.close()
 
     def check(self) -> None:
         """Asserts that free + used = total, both maps are inverse to each other, and slots in use are full."""
@@ -250,19 +256,31 @@ class ExpertCache:
         assert (self._slot_of >= 0).sum() == len(used), ((self._slot_of >= 0).sum(), len(used))
         held = {slot for slots in self._held.values() for slot in slots.tolist()}
         assert held <= set(used.tolist()), "a slot in use was evicted"
+        coming = {job.slot for job in self._coming.values()}
+        assert coming <= self._loading, "a slot that is read into was given away"
+        assert len(coming) == len(self._coming), "two speculative reads into one slot"
+        assert all(self._slot_of[key] < 0 for key in self._coming), "an expert is resident and being read"
+        assert all(self._slot_of[key] >= 0 for key in self._unused), "an unused expert was evicted and not counted"
 
     def _acquire_missing(self, layer: int, wanted: Ids, slots: Ids) -> Iterator[Wave]:
         stats = self.stats[layer]
-        missing = wanted[slots < 0].tolist()[::-1]  # taken from the end
-        stats.misses += len(missing)
-        stats.hits += len(wanted) - len(missing)
-        ready = Wave(wanted[slots >= 0], slots[slots >= 0])
-        batch = _Batch()
+        batch = Batch()
+        self._held[batch] = slots[:0]
         try:
+            adopted: list[int] = []
+            if self._coming:
+                adopted = self._adopt(layer, wanted[slots < 0], batch)
+                slots = self._slot_of_layer[layer].take(wanted)  # some may have arrived meanwhile
+                self._count_useful(layer, wanted)
+            missing = [e for e in wanted[slots < 0].tolist()[::-1] if e not in adopted]  # taken from the end
+            ready = Wave(wanted[slots >= 0], slots[slots >= 0])
+            stats.hits += len(ready.slots)
+            stats.misses += len(wanted) - len(ready.slots)
             while True:
                 self._held[batch] = ready.slots
                 self._start_reads(layer, missing, batch)
-                if self._jobs is None or not len(ready.slots):  # without readers all that was read joins the wave
+                has_read = self._reads_inline and not batch.done.empty()
+                if has_read or not len(ready.slots):  # what was read in this thread joins the wave
                     arrived = self._arrivals(layer, batch)
                     ready = Wave(*(np.concatenate(pair) for pair in zip(ready, arrived)))
                     self._held[batch] = ready.slots
@@ -274,32 +292,47 @@ class ExpertCache:
                     return
         finally:
             del self._held[batch]
+            self._num_waiting = 0
             batch.is_cancelled = True
             while batch.num_reading:  # the consumer stopped early: wait for what is being read right now
-                self._enter(layer, batch, batch.done.get())
+                batch.num_reading -= 1
+                self._enter(batch.done.get())
 
-    def _start_reads(self, layer: int, missing: list[int], batch: _Batch) -> None:
+    def _start_reads(self, layer: int, missing: list[int], batch: Batch) -> None:
         """Starts as many reads as slots can be had for, and takes them off `missing`."""
-        short = len(missing) - len(self._free)
-        if short > 0:
-            self._evict(short)
+        self._evict(len(missing) - len(self._free))
+        if self._coming and len(missing) > len(self._free):
+            self._make_room(is_urgent=not batch.num_reading and not len(self._held[batch]))
+            self._evict(len(missing) - len(self._free))
         for _ in range(min(len(missing), len(self._free))):
-            job = _Job(layer, missing.pop(), self._free.pop(), batch)
+            job = Job(layer, missing.pop(), self._free.pop(), batch)
             self._loading.add(job.slot)
             batch.num_reading += 1
-            if self._jobs is None:
+            if self._reads_inline:
                 start = time.perf_counter()
                 batch.done.put(self._read(job))
                 self.stats[layer].stall_seconds += time.perf_counter() - start
             else:
-                self._jobs.put(job)
+                self._readers.put(job)
+        self._num_waiting = len(missing)
 
-    def _evict(self, count: int) -> None:
-        """Frees up to `count` slots, the policy's choice of those that no wave holds."""
+    def _evict(self, count: int, ahead: bool = False) -> None:
+        """Frees up to `count` slots, the policy's choice of those that no wave holds.
+
+        What is expected of a coming layer goes last, and not at all for speculation (`ahead`).
+        """
+        if count <= 0:
+            return
         is_evictable = self._slot_of >= 0
         for slots in self._held.values():
             is_evictable[self._key_of[slots]] = False
         keys = np.flatnonzero(is_evictable)
+        if self._expected:
+            for layer, experts in self._expected.items():
+                is_evictable[self._first_key[layer] + experts] = False
+            others = np.flatnonzero(is_evictable)
+            if ahead or len(others) >= count:
+                keys = others
         count = min(count, len(keys))
         if count:
             evicted = keys[self.policy.victims(keys, count)]
@@ -307,51 +340,111 @@ class ExpertCache:
             self._slot_of[evicted] = -1
             self._key_of[chosen] = -1
             self._free += chosen.tolist()
+            if self._unused:
+                for key in evicted.tolist():
+                    self.stats[self._layer_of(key)].wasted_bytes += self._unused.pop(key, 0)
 
-    def _arrivals(self, layer: int, batch: _Batch) -> Wave:
+    def _arrivals(self, layer: int, batch: Batch) -> Wave:
         """Takes all finished reads into the map, waits for one at least. Raises the first error."""
-        entered: list[_Arrival] = []
+        entered: list[Job] = []
         start = time.perf_counter()
         while batch.num_reading and (not entered or not batch.done.empty()):
             arrival = batch.done.get()
-            self._enter(layer, batch, arrival)
+            job = arrival.job
+            batch.num_reading -= 1
+            self._enter(arrival)
             if arrival.error is not None:
-                raise OSError(f"expert {arrival.expert} of layer {layer}: {arrival.error}") from arrival.error
-            entered.append(arrival)
-        if self._jobs is not None:
-            self.stats[layer].stall_seconds += time.perf_counter() - start
-        return Wave(np.array([a.expert for a in entered], np.int32), np.array([a.slot for a in entered], np.int32))
+                raise OSError(f"expert {job.expert} of layer {layer}: {arrival.error}") from arrival.error
+            entered.append(job)
+        self.stats[layer].stall_seconds += time.perf_counter() - start
+        return Wave(np.array([j.expert for j in entered], np.int32), np.array([j.slot for j in entered], np.int32))
 
-    def _enter(self, layer: int, batch: _Batch, arrival: _Arrival) -> None:
+    def _enter(self, arrival: Arrival) -> None:
         """Makes an arrived expert resident, or frees its slot if it was not read."""
-        batch.num_reading -= 1
-        self._loading.remove(arrival.slot)
-        if arrival.error is not None or arrival.nbytes < 0:
-            self._free.append(arrival.slot)
+        job, nbytes = arrival.job, arrival.nbytes
+        self._loading.remove(job.slot)
+        if arrival.error is not None or nbytes < 0:
+            self._free.append(job.slot)
             return
-        key = self._first_key[layer] + arrival.expert
-        assert self._slot_of[key] < 0, (layer, arrival)
-        self._slot_of[key] = arrival.slot
-        self._key_of[arrival.slot] = key
-        self.stats[layer].bytes_read += arrival.nbytes
+        key = int(self._first_key[job.layer]) + job.expert
+        assert self._slot_of[key] < 0, (job.layer, job.expert)
+        self._slot_of[key] = job.slot
+        self._key_of[job.slot] = key
+        stats = self.stats[job.layer]
+        stats.bytes_read += nbytes
+        if job.is_late:
+            stats.prefetch_bytes += nbytes
+            stats.late_bytes += nbytes
+        elif job.batch is self._ahead:
+            stats.prefetch_bytes += nbytes
+            self._unused[key] = nbytes
 
-    def _read(self, job: _Job) -> _Arrival:
+    def _layer_of(self, key: int) -> int:
+        return int(np.searchsorted(self._first_key, key, side="right")) - 1
+
+    def _collect(self) -> None:
+        """Takes finished speculative reads into the map."""
+        while self._coming and not self._ahead.done.empty():
+            self._collect_one()
+
+    def _collect_one(self) -> None:
+        """Waits for a speculative read and takes it into the map."""
+        arrival = self._ahead.done.get()
+        del self._coming[int(self._first_key[arrival.job.layer]) + arrival.job.expert]
+        self._enter(arrival)
+
+    def _settle_prefetch(self, layer: int, wanted: list[int]) -> None:
+        """The routing of `layer` is known: what was expected of it and has not begun is dropped unless wanted."""
+        self._expected.pop(layer, None)
+        self._collect()
+        if self._coming:
+            for job in self._readers.take_back(layer, wanted):
+                self._give_up(job)
+
+    def _give_up(self, job: Job) -> None:
+        """Frees the slot of a speculative job that was taken back."""
+        del self._coming[int(self._first_key[job.layer]) + job.expert]
+        self._loading.remove(job.slot)
+        self._free.append(job.slot)
+
+    def _adopt(self, layer: int, missing: Ids, batch: Batch) -> list[int]:
+        """Makes speculative reads of `missing` this batch's own; returns which. Those that are done go into the map."""
+        first = int(self._first_key[layer])
+        adopted = []
+        for expert in missing.tolist():
+            job = self._coming.get(first + expert)
+            if job is not None and self._readers.adopt(job, batch):
+                del self._coming[first + expert]
+                batch.num_reading += 1
+                adopted.append(expert)
+        self._collect()
+        return adopted
+
+    def _make_room(self, is_urgent: bool) -> None:
+        """Takes slots back from speculation for misses; waits for a speculative read if there is no other way."""
+        for job in self._readers.take_back():
+            self._give_up(job)
+        if is_urgent and not self._free and self._coming:
+            self._collect_one()
+
+    def _count_useful(self, layer: int, wanted: Ids) -> None:
+        first = int(self._first_key[layer])
+        for expert in wanted.tolist():
+            self.stats[layer].useful_bytes += self._unused.pop(first + expert, 0)
+
+    def _read(self, job: Job) -> Arrival:
         """Reads one expert into its slot. Never raises: an error travels to the thread that waits for the read."""
         if job.batch.is_cancelled:
-            return _Arrival(job.expert, job.slot, -1, None)
+            return Arrival(job, -1, None)
         try:
             target = self.slab[job.slot, : self.store.layouts[job.layer].nbytes]
             if self.device.type == "cpu":
-                return _Arrival(job.expert, job.slot, self.store.read_into(job.layer, job.expert, target), None)
+                return Arrival(job, self.store.read_into(job.layer, job.expert, target), None)
             staging: Tensor | None = getattr(self._staging, "blob", None)
             if staging is None:
                 staging = self._staging.blob = torch.zeros(self.blob_bytes, dtype=torch.uint8, pin_memory=True)
             nbytes = self.store.read_into(job.layer, job.expert, staging[: len(target)])
             target.copy_(staging[: len(target)])  # returns when the staging buffer may be used again
-            return _Arrival(job.expert, job.slot, nbytes, None)
+            return Arrival(job, nbytes, None)
         except BaseException as error:
-            return _Arrival(job.expert, job.slot, -1, error)
-
-    def _serve(self, jobs: "SimpleQueue[_Job | None]") -> None:
-        while (job := jobs.get()) is not None:
-            job.batch.done.put(self._read(job))
+            return Arrival(job, -1, error)

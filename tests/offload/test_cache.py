@@ -125,7 +125,7 @@ def test_any_accesses_with_reader_threads(accesses, num_slots, num_readers):
     try:
         store = Slow(make_store(), 0.0001)
         cache = ExpertCache(store, num_slots, num_readers=num_readers)
-        assert len(cache._threads) == num_readers
+        assert len(cache._readers.threads) == num_readers
         run(cache, store, accesses)
         cache.close()
     finally:

@@ -1,0 +1,117 @@
+"""What the next layer will want, of all ranks, while this layer is computed.
+
+    routing of layer l ─guess─▶ expected tokens per expert of l + 1 [E] ─all-gather behind the layer─▶ [G, E]
+                                            this rank's own experts ─▶ Prefetcher ─▶ cache.prefetch(l + 1)
+
+Two guesses, both left without effect on tokens: `transition` learns from the routing of the run, `router` asks the
+next layer's own router about this layer's hidden states (pre-gating without retraining; cf. Pre-gated MoE, ISCA 2024).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from moe.comm.gather import BackgroundGather, Gathering
+from moe.comm.wire import Traffic
+from moe.offload.cache import ExpertCache
+from moe.offload.layout import ExpertSite
+from moe.offload.predictor import Floats, Transitions
+from moe.offload.prefetch import Prefetcher
+from moe.parallel import ExpertParallel
+
+# (layer, x [T, H], topk_ids [T, K]) -> expected tokens per expert of layer + 1 [E]; None after the last layer.
+Guess = Callable[[int, Tensor, npt.NDArray[np.int64]], Floats | None]
+
+_UNIT = 256  # counts travel as int32 in parts of a token
+
+
+def transition_guess(num_experts: Sequence[int], top_k: int) -> Guess:
+    transitions = Transitions(num_experts, top_k)
+
+    def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
+        return transitions.expected(layer, topk_ids)
+
+    return guess
+
+
+def router_guess(model: Any, sites: Sequence[ExpertSite], top_k: int) -> Guess:
+    """model: the one that runs. Raises ValueError if a layer has not exactly one weight [E, H] beside its experts.
+
+    Bias corrections and groups of the router are left out: it is a guess.
+    """
+    routers = [_router_weight(model, site) for site in sites]
+
+    def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
+        if layer + 1 == len(routers):
+            return None
+        weight = routers[layer + 1]
+        chosen = torch.topk(x.to(weight.dtype) @ weight.T, top_k).indices
+        counts = torch.bincount(chosen.flatten(), minlength=len(weight))
+        return counts.numpy(force=True).astype(np.float32)  # host sync
+
+    return guess
+
+
+def _router_weight(model: Any, site: ExpertSite) -> Tensor:
+    block: nn.Module = model.get_submodule(site.module.rpartition(".")[0])
+    shape = site.num_experts, site.hidden_size
+    found = [p for p in block.parameters() if p.shape == shape]
+    if len(found) != 1:
+        raise ValueError(
+            f"offload.prefetch=router finds {len(found)} weights of {shape} beside {site.module}, it needs the "
+            "router's alone; set offload.prefetch=transition"
+        )
+    return found[0].detach()
+
+
+class Lookahead:
+    """One rank's guesses, and its reads of what all ranks expect. With several ranks every call is a collective.
+
+    The gather runs whenever prefetch is configured, also after this rank has stopped reading ahead.
+    """
+
+    def __init__(self, cache: ExpertCache, guess: Guess, parallel: ExpertParallel | None, trial: bool = True) -> None:
+        self.prefetcher = Prefetcher(cache, trial)
+        self.guess, self.parallel = guess, parallel
+        has_peers = parallel is not None and parallel.groups.world is not None
+        self.gather = BackgroundGather(parallel.groups) if parallel is not None and has_peers else None
+        self._coming: tuple[int, Floats | Gathering] | None = None
+        self._last_layer = 0
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """What the gathers of expected counts sent."""
+        return [] if self.gather is None else [self.gather.traffic]
+
+    def routed(self, layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> None:
+        """This rank's tokens have been routed in `layer`. x: [T, H]; topk_ids: [T, K]; T may be 0."""
+        if layer <= self._last_layer:
+            self.prefetcher.begin_forward()
+        self._last_layer = layer
+        if self.gather is None and not self.prefetcher.is_asking:
+            return  # alone, a forward without prefetch is one without guesses too
+        expected = self.guess(layer, x, topk_ids)
+        if expected is None:
+            return
+        if self.gather is None:
+            self._coming = layer + 1, expected
+        else:
+            counts = torch.from_numpy(np.rint(expected * _UNIT).astype(np.int32)).to(self.gather.groups.device)
+            what = f"expected counts of layer {layer + 1}"
+            self._coming = layer + 1, self.gather.counts(counts, what)
+
+    def read(self) -> None:
+        """Reads ahead what was guessed last, once: for when the layer's own misses are on their way."""
+        if self._coming is None:
+            return
+        (layer, coming), self._coming = self._coming, None
+        if isinstance(coming, Gathering):
+            assert self.parallel is not None
+            (by_rank,) = coming.wait()  # [G, E]
+            share = self.parallel.share_here(layer)
+            coming = np.asarray((by_rank.numpy(force=True) * share).sum(axis=0) / _UNIT, np.float32)
+        self.prefetcher.ask(layer, coming)

@@ -1,0 +1,126 @@
+"""The threads that read experts into slots, and what they do first: misses, then speculation."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import NamedTuple
+
+
+class Batch:
+    """Reads that somebody waits for together: where they arrive, and whether anyone still wants them."""
+
+    def __init__(self) -> None:
+        self.done: SimpleQueue[Arrival] = SimpleQueue()
+        self.num_reading = 0
+        self.is_cancelled = False
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One expert to read into one slot."""
+
+    layer: int
+    expert: int
+    slot: int
+    batch: Batch
+    is_late: bool = False  # asked for while its speculative read was under way
+
+
+class Arrival(NamedTuple):
+    job: Job
+    nbytes: int  # -1: cancelled, or an error, before it was read
+    error: BaseException | None
+
+
+class Readers:
+    """`num_readers` threads that run `read(job)`, which must not raise, and hand what it returns to the job's batch.
+
+    Misses go first. Speculation starts only while another thread is free for the next miss; a read that has begun is
+    not interrupted. Threads start with the first job.
+    """
+
+    def __init__(self, num_readers: int, read: Callable[[Job], Arrival]) -> None:
+        self.threads = [
+            threading.Thread(target=self._serve, name=f"expert-reader-{n}", daemon=True) for n in range(num_readers)
+        ]
+        self._read = read
+        self._changed = threading.Condition()
+        self._misses: deque[Job] = deque()
+        self._ahead: deque[Job] = deque()
+        self._reading_ahead: set[Job] = set()
+        self._most_ahead = max(1, num_readers - 1)
+        self._has_started = self._is_closed = False
+
+    def put(self, job: Job) -> None:
+        self._start()
+        with self._changed:
+            self._misses.append(job)
+            self._changed.notify()
+
+    def put_ahead(self, jobs: Sequence[Job]) -> None:
+        """Speculative jobs, best first."""
+        self._start()
+        with self._changed:
+            self._ahead += jobs
+            self._changed.notify(len(jobs))
+
+    def adopt(self, job: Job, batch: Batch) -> bool:
+        """Makes a speculative job a miss of `batch`, begun or not; False if it has arrived already."""
+        with self._changed:
+            if job in self._reading_ahead:
+                job.is_late = True
+            elif job in self._ahead:
+                self._ahead.remove(job)
+                self._misses.append(job)
+                self._changed.notify()
+            else:
+                return False
+            job.batch = batch
+            return True
+
+    def take_back(self, layer: int | None = None, keep: Collection[int] = ()) -> list[Job]:
+        """Speculative jobs that have not begun, which are then not done: of all layers, or of one but for `keep`."""
+        with self._changed:
+            taken = [job for job in self._ahead if layer in (None, job.layer) and job.expert not in keep]
+            for job in taken:
+                self._ahead.remove(job)
+            return taken
+
+    def close(self) -> None:
+        """Ends the threads once all misses are read; speculation that has not begun is dropped."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if self._has_started:
+            for thread in self.threads:
+                thread.join()
+
+    def _start(self) -> None:
+        if not self._has_started:
+            self._has_started = True
+            for thread in self.threads:
+                thread.start()
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            while True:
+                if self._misses:
+                    return self._misses.popleft()
+                if self._is_closed:
+                    return None
+                if self._ahead and len(self._reading_ahead) < self._most_ahead:
+                    job = self._ahead.popleft()
+                    self._reading_ahead.add(job)
+                    return job
+                self._changed.wait()
+
+    def _serve(self) -> None:
+        while (job := self._next()) is not None:
+            arrival = self._read(job)
+            with self._changed:  # or the job could be adopted between looking up its batch and handing it over
+                job.batch.done.put(arrival)
+                self._reading_ahead.discard(job)
+                if self._ahead:
+                    self._changed.notify()

@@ -1,0 +1,327 @@
+"""Laws of reading ahead: it changes when bytes move, never which; each is useful, late, wasted or still unused."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe.offload.cache as cache_module
+from moe.offload.cache import ExpertCache
+from moe.offload.predictor import Transitions
+from moe.offload.prefetch import Prefetcher, Trial
+from tests.offload.test_cache import NUM_EXPERTS, Broken, Slow, check_wave, make_store
+
+
+def experts_of(layer):
+    return st.lists(st.integers(0, NUM_EXPERTS[layer] - 1), unique=True, max_size=NUM_EXPERTS[layer])
+
+
+def with_layer(*parts):
+    return st.integers(0, 2).flatmap(lambda layer: st.tuples(st.just(layer), *(part(layer) for part in parts)))
+
+
+# What a layer wants, what is asked of which layer while its first wave is in use, and after how many waves it stops.
+STEPS = st.lists(st.tuples(with_layer(experts_of), with_layer(experts_of), st.sampled_from([0, 1, 2, 9, 9, 9])))
+
+
+def check_law(cache):
+    stats = cache.stats
+    there = sum(cache._unused.values())
+    assert sum(s.prefetch_bytes for s in stats) == there + sum(
+        s.useful_bytes + s.late_bytes + s.wasted_bytes for s in stats
+    )
+    assert all(s.prefetch_bytes <= s.bytes_read for s in stats)
+
+
+def settle(cache):
+    """Waits for all speculation."""
+    while cache._coming:
+        cache._collect_one()
+    cache.check()
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 18])  # misses by readers, or in this thread
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=STEPS,
+    num_slots=st.integers(1, 16),
+    num_readers=st.integers(1, 3),
+    bad=st.sets(with_layer(lambda layer: st.integers(0, NUM_EXPERTS[layer] - 1)), max_size=2),
+)
+def test_any_order_of_acquire_prefetch_and_errors(limit, steps, num_slots, num_readers, bad):
+    kept, cache_module.INLINE_READ_BYTES = cache_module.INLINE_READ_BYTES, limit
+    try:
+        store = Broken(make_store(), bad)
+        cache = ExpertCache(store, num_slots, num_readers=num_readers)
+        asked = 0
+        for (layer, wanted), (other, ahead), most in steps:
+            got, waves = [], cache.acquire(layer, wanted)
+            try:
+                for wave in waves:
+                    check_wave(cache, store, layer, wave)
+                    cache.prefetch(other, ahead)
+                    check_wave(cache, store, layer, wave)  # what is in use stays
+                    got += wave.experts.tolist()
+                    if len(got) >= most:
+                        break
+                else:
+                    assert sorted(got) == sorted(wanted)
+                    asked += len(wanted)
+            except OSError:
+                assert {layer} & {where for where, _ in bad}
+            waves.close()
+            cache.check()
+            check_law(cache)
+            assert not cache._held
+        assert sum(s.hits + s.misses for s in cache.stats) >= asked
+        settle(cache)
+        check_law(cache)
+        assert not cache._loading
+        cache.close()
+    finally:
+        cache_module.INLINE_READ_BYTES = kept
+
+
+class Gated(Slow):
+    """Reads wait until they are let through, one permit a read; says when one begins."""
+
+    def __init__(self):
+        super().__init__(make_store(), 0)
+        self.permits, self.begun = threading.Semaphore(0), threading.Semaphore(0)
+
+    def read_into(self, layer, expert, out):
+        with self.lock:
+            self.reads.append((layer, expert))
+        self.begun.release()
+        assert self.permits.acquire(timeout=20)
+        return self.store.read_into(layer, expert, out)
+
+    def let(self, count):
+        self.permits.release(count)
+
+    def wait_begun(self, count=1):
+        for _ in range(count):
+            assert self.begun.acquire(timeout=20)
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """A cache of three slots with one reader, whose reads the test lets through."""
+    monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
+    store = Gated()
+    cache = ExpertCache(store, 3, num_readers=1)
+    yield store, cache
+    store.let(100)
+    cache.close()
+
+
+def take(cache, layer, experts):
+    return sorted(e for wave in cache.acquire(layer, experts) for e in wave.experts.tolist())
+
+
+def test_what_arrived_is_a_hit_and_useful(gated):
+    store, cache = gated
+    store.let(2)
+    cache.prefetch(1, [4, 2])
+    settle(cache)
+    assert take(cache, 1, [2]) == [2]
+    stats, nbytes = cache.stats[1], store.layouts[1].nbytes
+    assert (stats.hits, stats.misses, stats.useful_bytes, stats.late_bytes) == (1, 0, nbytes, 0)
+    assert take(cache, 1, [2]) == [2]
+    assert stats.useful_bytes == nbytes  # once
+    assert store.reads == [(1, 4), (1, 2)]  # best first
+    store.let(3)
+    take(cache, 2, [0, 1, 2])
+    assert stats.wasted_bytes == nbytes  # expert 4
+    check_law(cache)
+
+
+def test_a_miss_waits_for_the_read_that_is_under_way(gated):
+    store, cache = gated
+    cache.prefetch(1, [4])
+    store.wait_begun()
+    threading.Timer(0.05, store.let, [1]).start()
+    assert take(cache, 1, [4]) == [4]
+    assert store.reads == [(1, 4)]  # not twice
+    stats = cache.stats[1]
+    assert (stats.hits, stats.misses, stats.late_bytes) == (0, 1, store.layouts[1].nbytes)
+    assert stats.stall_seconds > 0
+    check_law(cache)
+
+
+def test_misses_go_before_speculation(gated):
+    store, cache = gated
+    cache.prefetch(1, [4, 2])
+    store.wait_begun()  # 4 is being read, 2 waits
+    waves = cache.acquire(0, [3])
+    threading.Timer(0.05, store.let, [2]).start()
+    assert next(waves).experts.tolist() == [3]
+    assert store.reads[:2] == [(1, 4), (0, 3)]
+    waves.close()
+    store.let(1)
+    settle(cache)
+    assert store.reads == [(1, 4), (0, 3), (1, 2)]
+
+
+def test_what_has_not_begun_is_dropped_when_the_routing_is_known_or_becomes_a_miss(gated):
+    store, cache = gated
+    cache.prefetch(1, [4, 2, 0])
+    store.wait_begun()
+    store.let(3)
+    assert take(cache, 1, [0]) == [0]
+    settle(cache)
+    assert store.reads == [(1, 4), (1, 0)]
+    assert cache.stats[1].prefetch_bytes == store.layouts[1].nbytes  # of 4; 0 was read as a miss
+    assert cache.stats[1].late_bytes == 0
+
+
+def test_speculation_takes_no_slot_that_is_held_and_gives_way_to_misses(gated):
+    store, cache = gated
+    store.let(2)
+    held = cache.acquire(0, [1, 2])
+    wave = next(held)
+    while len(wave.experts) < 2:  # both in one wave
+        held = cache.acquire(0, [1, 2])
+        wave = next(held)
+    cache.prefetch(1, [5, 6, 7])
+    assert len(cache._coming) == 1  # the only slot left
+    check_wave(cache, store.store, 0, wave)
+    held.close()
+    cache.prefetch(1, [5, 6, 7])
+    assert len(cache._coming) == 3
+    store.wait_begun(3)  # of which two were of layer 0
+    threading.Timer(0.05, store.let, [10]).start()
+    assert take(cache, 2, [0, 1, 2]) == [0, 1, 2]  # needs all slots
+    settle(cache)
+    assert (1, 7) not in store.reads
+    check_law(cache)
+
+
+def test_expected_experts_stay_while_others_can_go(gated):
+    store, cache = gated
+    store.let(100)
+    take(cache, 0, [0, 1])
+    cache.prefetch(1, [5])
+    settle(cache)
+    assert take(cache, 0, [2]) == [2]  # plain LFU would evict 5, which was never used
+    assert cache.resident_slots(1)[5] >= 0
+    take(cache, 1, [0])  # not 5: from here on it goes first
+    assert cache.resident_slots(1)[5] < 0
+    assert cache.stats[1].wasted_bytes == store.layouts[1].nbytes
+
+
+def test_a_failed_speculative_read_is_told_by_the_miss(monkeypatch):
+    monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
+    store = Broken(make_store(), {(1, 3)})
+    cache = ExpertCache(store, 3)
+    cache.prefetch(1, [3, 4])
+    settle(cache)
+    assert take(cache, 1, [4]) == [4]
+    with pytest.raises(OSError, match=r"expert 3 of layer 1: .*the disk is gone"):
+        take(cache, 1, [3])
+    store.bad = set()
+    assert take(cache, 1, [3]) == [3]
+    check_law(cache)
+    cache.close()
+    with pytest.raises(ValueError, match=r"prefetch needs num_readers \(0\) >= 1"):
+        ExpertCache(store, 3, num_readers=0).prefetch(1, [0])
+
+
+def slow_transitions(tokens, num_experts, top_k):
+    """The twin of `Transitions`: one token, one layer and one pair at a time, in float64."""
+    num_layers = tokens.shape[1]
+    start = np.log(top_k / (num_experts - top_k))
+    weights = np.zeros((num_layers - 1, num_experts + 1, num_experts))
+    weights[:, -1] = start
+    squares = np.full(weights.shape, 0.1)
+    said = []
+    for step in tokens:
+        for layer in range(num_layers - 1):
+            on = [*(e for e in step[layer] if e >= 0), num_experts]
+            p = 1 / (1 + np.exp(-weights[layer, on].sum(axis=0)))
+            said.append(p)
+            for e in on:
+                for to in range(num_experts):
+                    gradient = p[to] - (to in step[layer + 1])
+                    squares[layer, e, to] += gradient**2
+                    weights[layer, e, to] -= Transitions.RATE * gradient / np.sqrt(squares[layer, e, to])
+    return said
+
+
+def test_transitions_are_what_the_slow_twin_computes():
+    rng = np.random.default_rng(0)
+    tokens = np.stack([[rng.permutation(6)[:3] for _ in range(4)] for _ in range(30)])
+    tokens[7, 1, 2] = -1
+    predictor = Transitions([6] * 4, 3)
+    said = [predictor.expected(layer, step[None, layer]) for step in tokens for layer in range(4)]
+    assert all(p is None for p in said[3::4])
+    expected = slow_transitions(tokens, 6, 3)
+    np.testing.assert_allclose([p for p in said if p is not None], expected, rtol=1e-4)  # float32, 30 steps
+
+
+def test_transitions_learn_a_rule_from_batches_of_any_size():
+    """Expert e is always followed by e + 1 and e + 2 (modulo 8)."""
+    rng = np.random.default_rng(0)
+    predictor = Transitions([8] * 3, 2)
+    for size in [0, 1, 63, 500] * 5:
+        first = rng.integers(0, 8, size)
+        ids = [np.stack([first + n, first + n + 1], axis=1) % 8 for n in range(3)]
+        for layer in range(3):
+            said = predictor.expected(layer, ids[layer])
+            assert layer == 2 or said.shape == (8,)
+    for e in range(8):
+        said = predictor.expected(0, np.array([[e, (e + 1) % 8]]))
+        assert set(np.argsort(-said)[:2]) == {(e + 1) % 8, (e + 2) % 8}
+    many = predictor.expected(0, np.zeros((1000, 2), np.int64))
+    np.testing.assert_allclose(many, 1000 * predictor.expected(0, np.zeros((1, 2), np.int64)), rtol=1e-4)
+
+
+def test_a_forward_that_breaks_off_teaches_nothing():
+    predictor = Transitions([4] * 3, 1)
+    for ids in ([[1]], [[2]]):  # layer 0 twice: the first forward failed after it
+        predictor.expected(0, np.array(ids))
+    before = [w.copy() for w in predictor._weights]
+    predictor.expected(1, np.array([[3], [0]]))  # another number of tokens
+    assert all((a == b).all() for a, b in zip(before, predictor._weights))
+
+
+@pytest.mark.parametrize(("gain", "pays"), [(0.9, True), (1.0, False), (1.1, False)])
+def test_the_trial_compares_medians_of_turns(gain, pays):
+    trial, decided, turns = Trial(), None, []
+    while decided is None:
+        turns.append(trial.is_on)
+        noise = 50.0 if len(turns) % 10 == 3 else 0.0
+        decided = trial.add((gain if trial.is_on else 1.0) + noise)
+    assert decided is pays
+    assert turns[: 2 * Trial.TURN] == [True] * Trial.TURN + [False] * Trial.TURN
+    assert len(turns) <= 2 * Trial.SAMPLES * Trial.TURN / (Trial.TURN - 1) + 1
+
+
+def test_prefetch_stops_itself_when_it_wastes_bytes():
+    store = make_store((8, 8, 8))
+    cache = ExpertCache(store, 6)
+    prefetcher = Prefetcher(cache, trial=False)
+    wrong = np.array([0, 0, 0, 0, 0, 0, 1, 1], np.float32)
+    for step in range(200):
+        prefetcher.begin_forward()
+        for layer in range(3):
+            take(cache, layer, [step % 6, (step + 1) % 6])
+            if layer < 2:
+                prefetcher.ask(layer + 1, wrong)
+                while cache._coming:
+                    cache._collect_one()
+                for key in (6, 7):  # what nobody wants must not stay
+                    cache.policy._rates[8 * (layer + 1) + key] = -1
+        if prefetcher.is_stopped:
+            break
+    assert prefetcher.is_stopped
+    assert prefetcher.verdict is not None
+    assert prefetcher.verdict.startswith("stopped, it does not pay: ")
+    before = sum(s.prefetch_bytes for s in cache.stats)
+    prefetcher.begin_forward()
+    prefetcher.ask(1, wrong)
+    assert sum(s.prefetch_bytes for s in cache.stats) == before
+    assert not cache._coming
+    cache.close()
