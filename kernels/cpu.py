@@ -23,7 +23,7 @@ from moe.kernels.weights import ExpertWeights
 
 log = logging.getLogger(__name__)
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INTEGERS = {torch.int32: 0, torch.int64: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "gpt_oss": 5}
 _LAYER = Struct("=20q2f")  # struct layer: two matrices of 8, slots, gated, interleaved, act, alpha, limit
@@ -46,6 +46,9 @@ def load_helper() -> ctypes.CDLL | None:
         return None
     helper.moe_cpu_experts.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
     helper.moe_cpu_experts.restype = ctypes.c_int64
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    helper.moe_cpu_linear.argtypes = [ctypes.c_char_p, pointer, integer, integer, pointer, integer, integer]
+    helper.moe_cpu_linear.restype = integer
     helper.moe_cpu_isa.argtypes, helper.moe_cpu_isa.restype = [ctypes.c_int64], ctypes.c_char_p
     return helper
 
@@ -73,7 +76,7 @@ class CpuExperts:
 
     def __init__(self, weights: ExpertWeights, *, isa: int = 0) -> None:
         check_expert_weights(weights)
-        if weights.gate_up.device.type != "cpu" or weights.gate_up.dtype not in _KINDS:
+        if weights.gate_up.device.type != "cpu" or weights.gate_up.dtype not in KINDS:
             found = f"{weights.gate_up.dtype} on {weights.gate_up.device}"
             raise ValueError(f"expert weights are {found}; CPU experts take float32, bfloat16 or float16 on cpu")
         self.weights = weights
@@ -87,8 +90,8 @@ class CpuExperts:
         if self._helper is not None:
             a = weights.activation
             self._layer = _LAYER.pack(
-                *_matrix(weights.gate_up, weights.gate_up_bias),
-                *_matrix(weights.down, weights.down_bias),
+                *pack_matrix(weights.gate_up, weights.gate_up_bias),
+                *pack_matrix(weights.down, weights.down_bias),
                 *(self._slots, a.gated, a.gated and a.interleaved, _ACTIVATIONS[a.kind], a.alpha, a.limit),
             )
             self._run = self._helper.moe_cpu_experts
@@ -116,7 +119,7 @@ class CpuExperts:
         the caller. topk_weights: [T, K] fp32, bf16 or fp16. Returns [T, H].
         """
         self._check(x, slot_ids)
-        if topk_weights.shape != slot_ids.shape or topk_weights.dtype not in _KINDS:
+        if topk_weights.shape != slot_ids.shape or topk_weights.dtype not in KINDS:
             found = f"{topk_weights.dtype} {tuple(topk_weights.shape)}"
             raise ValueError(
                 f"topk_weights is {found}; it must be float32, bfloat16 or float16 {tuple(slot_ids.shape)}"
@@ -131,7 +134,7 @@ class CpuExperts:
         """The shape of slot_ids. One pass over what is mostly right: a call costs microseconds, and so would more."""
         shape, rows = x.shape, slot_ids.shape
         fits = len(shape) == 2 and len(rows) == 2 and shape[0] == rows[0] and shape[1] == self._hidden
-        if not (fits and x.dtype in _KINDS and slot_ids.dtype in _INTEGERS):
+        if not (fits and x.dtype in KINDS and slot_ids.dtype in _INTEGERS):
             check_expert_input(x, slot_ids, self.weights)
         if not (x.is_cpu and slot_ids.is_cpu):
             raise ValueError(f"x is on {x.device}, slot_ids on {slot_ids.device}; CPU experts need both on cpu")
@@ -144,8 +147,8 @@ class CpuExperts:
         weights_at = weights_kind = 0
         if topk_weights is not None:
             topk_weights = topk_weights.contiguous()
-            weights_at, weights_kind = topk_weights.data_ptr(), _KINDS[topk_weights.dtype]
-        kind = _KINDS[x.dtype]
+            weights_at, weights_kind = topk_weights.data_ptr(), KINDS[topk_weights.dtype]
+        kind = KINDS[x.dtype]
         call = _CALL.pack(
             *(x.data_ptr(), x.stride(0) * (4 if kind == 0 else 2), kind, slot_ids.data_ptr()),
             *(_INTEGERS[slot_ids.dtype], weights_at, weights_kind, *slot_ids.shape, out.data_ptr()),
@@ -159,12 +162,12 @@ class CpuExperts:
             raise ValueError(f"slot id {slot} must be -1 or lie in [0, {self._slots}), the slots of the slab")
 
 
-def _matrix(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
-    """struct matrix: data, bias, three strides in bytes, n, k, kind."""
+def pack_matrix(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """struct matrix of slots of weights: data, bias, three strides in bytes, n, k, kind."""
     size = weight.itemsize
     bias_at, bias_slot = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)
     slot, row = weight.stride(0) * size, weight.stride(1) * size
-    return weight.data_ptr(), bias_at, slot, row, bias_slot, weight.shape[1], weight.shape[2], _KINDS[weight.dtype]
+    return weight.data_ptr(), bias_at, slot, row, bias_slot, weight.shape[1], weight.shape[2], KINDS[weight.dtype]
 
 
 def cpu_experts(x: Tensor, slot_ids: Tensor, weights: ExpertWeights, out_y: Tensor | None = None) -> Tensor:

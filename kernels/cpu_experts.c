@@ -9,6 +9,8 @@
  *   up     (expert, 240 rows, 32 of I): gate and up tiles, activation, h packed as x is
  *   down   (expert, 240 rows, 64 of H): y
  * and, when top-k weights are given, the weighted sum over k per token. No two tasks write the same element.
+ *
+ * moe_cpu_linear is one product of the same kind for the dense layers around them.
  */
 
 #define _POSIX_C_SOURCE 200112L
@@ -29,6 +31,7 @@
 enum { F32, BF16, F16 };                               /* storage; the order of cpu.py's _KINDS */
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS };  /* the order of cpu.py's _ACTIVATIONS */
 enum { LANES = 16, KC = 1024 };                        /* they define the order of sums; do not tune per machine */
+enum { AHEAD = 8192 }; /* bytes to prefetch ahead, at least (measured) */
 enum { ROWS = 240, UP_TILE = 32, DOWN_TILE = 64 };
 enum { STRAIGHT_ROWS_F32 = 96, STRAIGHT_ROWS_16 = 24 }; /* rows of x up to which W is used where it lies (measured) */
 #define CHUNK_BYTES (64 << 20) /* scratch per call; more tokens are done in chunks */
@@ -539,6 +542,51 @@ static int64_t run_chunk(const struct layer *l, const struct call *c, const stru
     return 0;
 }
 
+/* ---- a dense layer: out = x * W^T + bias for few rows ---- */
+
+static void linear_work(struct run *r, const struct matrix *w, char *out, int64_t thread) {
+    int64_t size = w->kind == F32 ? 4 : 2, tiles = (w->n + DOWN_TILE - 1) / DOWN_TILE;
+    float *c = r->private + thread * PRIVATE_FLOATS;
+    FOR_EACH_TASK(0, tiles) {
+        int64_t n0 = task * DOWN_TILE, n = least(DOWN_TILE, w->n - n0);
+        product(r, w, r->parts, r->x, n0, n, c, DOWN_TILE, c + 2 * C_FLOATS);
+        for (int64_t m = 0; m < r->rows; m++) {
+            const float *row = c + m * DOWN_TILE, one = 1.0f;
+            r->k->combine((int)w->kind, &row, &one, 1, n, out + (m * w->n + n0) * size);
+        }
+    }
+}
+
+/* x: `rows` <= ROWS rows of the kind of w, x_row bytes from one to the next; out: [rows, w->n], contiguous. */
+static int64_t linear(const struct matrix *w, const char *x, int64_t x_row, int64_t rows, char *out, int64_t threads,
+                      const struct kernels *kernels) {
+    struct rows part = {.count = rows};
+    struct run run = {.k = kernels, .rows = rows, .num_parts = 1, .parts = &part}, *r = &run;
+    r->k16 = (w->k + LANES - 1) / LANES * LANES;
+#ifdef _OPENMP
+    if (rows * w->n * w->k < SERIAL_MACS) threads = 1;
+#else
+    threads = 1;
+#endif
+    uintptr_t at = (uintptr_t)scratch_of_size((rows * r->k16 + threads * PRIVATE_FLOATS + LANES) * sizeof(float));
+    if (!at) return -1;
+    r->x = take(&at, rows * r->k16 * sizeof(float));
+    r->private = take(&at, threads * PRIVATE_FLOATS * sizeof(float));
+    for (int64_t i = 0, stride; i < rows; i++) {
+        float *to = packed_row(r, r->x, r->k16, &part, i, &stride);
+        kernels->pack_x((int)w->kind, x + i * x_row, w->k, to, stride);
+    }
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads((int)threads)
+        linear_work(r, w, out, omp_get_thread_num());
+        return 0;
+    }
+#endif
+    linear_work(r, w, out, 0);
+    return 0;
+}
+
 /* ---- what Python calls ---- */
 
 #define EXPORT __attribute__((visibility("default")))
@@ -572,6 +620,17 @@ EXPORT int64_t moe_cpu_experts(const struct layer *l, const struct call *whole, 
         if (status) return status < 0 ? status : status + done;
     }
     return 0;
+}
+
+/* 0: done; -1: out of memory. w: slot 0 is the matrix; x and out are of its kind. */
+EXPORT int64_t moe_cpu_linear(const struct matrix *w, const void *x, int64_t x_row, int64_t rows, void *out,
+                              int64_t threads, int64_t isa) {
+    const struct kernels *k = supported()[isa];
+    int64_t out_row = w->n * (w->kind == F32 ? 4 : 2), status = 0;
+    for (int64_t m = 0; m < rows && !status; m += ROWS)
+        status = linear(w, (const char *)x + m * x_row, x_row, least(ROWS, rows - m), (char *)out + m * out_row, threads,
+                        k);
+    return status;
 }
 
 /* The element functions alone, for tests: 0..4 = the activations, 5 = e^x, 6 and 7 = rounded to bf16 and fp16. */

@@ -32,7 +32,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int
 #pragma GCC unroll 8
                 for (int u = 0; u < SUB; u++) {
                     const char *p = w + n * row;
-                    if (u == 0 && ahead) __builtin_prefetch(p + ahead);
+                    if (u == 0 && ahead) __builtin_prefetch(p + ahead, 0, 2); /* to L2: L1 has too few pending misses */
                     if (kind == F32)
                         wv[n][u] = VLOAD((const float *)(const void *)p + u * WIDTH);
                     else if (kind == BF16)
@@ -149,7 +149,7 @@ static TARGET void NAME(tile)(const float *x, int64_t rows, const struct matrix 
             k.steps = kc / LANES, k.first = k0 == 0;
             for (int64_t m = 0; m < rows; m += MR) {
                 int64_t mr = rows - m < MR ? rows - m : MR;
-                k.ahead = m == 0 ? NR * w->row : 0; /* the hardware loses the four streams at every page */
+                k.ahead = m ? 0 : NR * w->row > AHEAD ? NR * w->row : AHEAD; /* the hardware loses streams at pages */
                 NAME(any_panel)(mr, w->kind, x + m * k16 + k0 * mr, base + n * w->row + k0 * size, &k, c + m * ldc + n);
             }
         }

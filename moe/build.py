@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moe.coherent import Costs, measure_link, why_coherent, why_not_coherent
 from moe.comm.groups import Groups
+from moe.compiled import compile_dense
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.kernels.weights import ExpertWeights
 from moe.kv import BlockPool
 from moe.model import Blueprint, load_dense
-from moe.norms import compile_norms
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
@@ -97,7 +97,7 @@ def make_model(blueprint: Blueprint, config: EngineConfig, device: torch.device)
     dtype = _DTYPES.get(config.dtype) or _own_dtype(blueprint)
     model = load_dense(blueprint, dtype, "eager").to(device)
     if device.type == "cpu" and config.kernel != "reference":
-        compile_norms(model)
+        compile_dense(model)
     return model
 
 

@@ -6,8 +6,8 @@ from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
+from moe.compiled import CompiledRmsNorm, compile_dense
 from moe.kernels.cpu_norm import load_norm_helper, rms_norm
-from moe.norms import CompiledRmsNorm, compile_norms
 
 pytestmark = pytest.mark.skipif(load_norm_helper() is None, reason="the compiled helper is absent")
 
@@ -57,7 +57,7 @@ def test_replaces_only_what_computes_the_same(dtype: torch.dtype) -> None:
     model = nn.ModuleDict({name: random_norm(cls, 96, dtype) for name, cls in classes.items()})
     weight, before = model["same"].weight, model.state_dict()
     rounds_alike = dtype == torch.float32
-    assert compile_norms(model) == 1 + rounds_alike
+    assert compile_dense(model) == 1 + rounds_alike
     assert isinstance(model["same"], CompiledRmsNorm)
     assert isinstance(model["gpt_oss"], CompiledRmsNorm) == rounds_alike
     assert type(model["gemma"]) is OnePlusRMSNorm

@@ -1,0 +1,78 @@
+"""Replaces a model's RMS norms and linear layers by compiled ones on the CPU, where they give the same.
+
+A linear layer computes few rows (decoding) by `CpuLinear` and many by torch, whichever is faster. What a norm computes
+is seen from what it does: each is called on random rows, and replaced only if the compiled norm with its weight agrees.
+Norms that add one to the weight (Gemma) or round elsewhere (GPT-OSS in bf16) stay as they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.kernels.cpu import load_helper
+from moe.kernels.cpu_linear import CpuLinear
+from moe.kernels.cpu_norm import can_rms_norm, rms_norm
+
+# Up to so many rows CpuLinear is faster than torch, or as fast, for all weights of 128 x 128 to 2048 x 2048 (Zen 4).
+MOST_ROWS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
+
+
+class CompiledRmsNorm(nn.Module):
+    """x [..., n] -> [..., n]; keeps the weight and the names of the norm that it stands for."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = weight, eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class CompiledLinear(nn.Linear):
+    """x [..., K] -> [..., N]; shares weight and bias with the layer that it stands for."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would make a weight of its own
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._few_rows = CpuLinear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        self._most = MOST_ROWS[linear.weight.dtype] * linear.in_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._few_rows(input) if input.numel() <= self._most else super().forward(input)
+
+
+def compile_dense(model: nn.Module) -> int:
+    """Puts compiled modules in place of those of `model`, which is on the CPU and has its weights. Returns how many."""
+    found = [(name, new) for name, module in model.named_modules() if (new := _compiled(module)) is not None]
+    for name, new in found:
+        model.set_submodule(name, new)
+    return len(found)
+
+
+def _compiled(module: nn.Module) -> nn.Module | None:
+    if type(module) is nn.Linear:  # not what inherits from it and may compute something else
+        can = load_helper() is not None and module.weight.dtype in MOST_ROWS and module.weight.is_contiguous()
+        return CompiledLinear(module) if can and module.in_features else None
+    return _compiled_norm(module)
+
+
+@torch.inference_mode()
+def _compiled_norm(module: Any) -> CompiledRmsNorm | None:
+    is_norm = type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "variance_epsilon", None), float)
+    if not is_norm or [name for name, _ in module.named_parameters()] != ["weight"] or list(module.buffers()):
+        return None
+    weight = module.weight
+    if weight.dim() != 1 or not can_rms_norm(weight.dtype):
+        return None
+    norm = CompiledRmsNorm(weight, module.variance_epsilon)
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    x[1] *= 1e-3  # eps counts here
+    right, mine = module(x), norm(x)
+    if right.dtype != mine.dtype or right.shape != mine.shape:
+        return None
+    if weight.dtype == torch.float32:
+        return norm if torch.allclose(mine, right, rtol=2e-6, atol=0) else None  # sums of another order
+    # a sum of another order seldom moves a rounding; another place of rounding moves a third of them
+    return norm if (mine != right).float().mean() < 0.02 else None
