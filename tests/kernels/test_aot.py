@@ -35,7 +35,7 @@ def test_decode_kernels_on_hopper(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("arch", "only", "at_least"),
-    [("sm_80", "prefill", 6), ("sm_90", "", 42), ("sm_100", "decode", 17), ("gfx942", "", 25)],
+    [("sm_80", "prefill", 6), ("sm_90", "", 42), ("sm_100", "decode", 17), ("gfx942", "", 24)],
 )
 def test_everything_compiles(tmp_path, arch, only, at_least):
     """All kernels for sm_90 and gfx942, a part for the others; `python -m moe.kernels.aot` compiles the rest too."""
