@@ -78,7 +78,10 @@ class CpuExperts:
         check_expert_weights(weights)
         if weights.gate_up.device.type != "cpu" or weights.gate_up.dtype not in KINDS:
             found = f"{weights.gate_up.dtype} on {weights.gate_up.device}"
-            raise ValueError(f"expert weights are {found}; CPU experts take float32, bfloat16 or float16 on cpu")
+            raise ValueError(
+                f"expert weights are {found}; CPU experts take float32, bfloat16 or float16 on cpu; "
+                "kernel=reference runs others, slowly"
+            )
         self.weights = weights
         self._isa = isa
         self._layer = b""

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from moe.kernels.weights import LOW_BIT_DTYPES, Activation, ExpertWeights, Scales
 
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def activation_reference(gate_up: Tensor, activation: Activation) -> Tensor:
     """The activation between the two projections. gate_up: [R, N]. Returns [R, I], fp32 unless `custom`."""
@@ -88,15 +90,15 @@ def dequantized(weights: ExpertWeights, slot: int) -> tuple[Tensor, Tensor]:
         return first, second
     scales, act = weights.scales, weights.activation
     inter, hidden = second.shape[1], second.shape[0]
-    halves = [_spread(scale, (inter, hidden), scales.block) for scale in scales.gate_up[slot]]
+    halves = [spread_scales(scale, (inter, hidden), scales.block) for scale in scales.gate_up[slot]]
     spread = torch.stack(halves, 1).flatten(0, 1) if act.interleaved and act.gated else torch.cat(halves)
-    return first * spread, second * _spread(scales.down[slot], (hidden, inter), scales.block)
+    return first * spread, second * spread_scales(scales.down[slot], (hidden, inter), scales.block)
 
 
-def _spread(scale: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
-    """One scale per weight: [ceil(n / rows), ceil(k / columns)] as [n, k]."""
+def spread_scales(scale: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """One scale per weight: scale [ceil(n / rows), ceil(k / columns)] as [n, k] for block (rows, columns)."""
     rows, columns = torch.arange(shape[0]) // block[0], torch.arange(shape[1]) // block[1]
-    return scale[rows.to(scale.device)][:, columns.to(scale.device)]
+    return scale.float()[rows.to(scale.device)][:, columns.to(scale.device)]
 
 
 def _widened(bias: Tensor | None, slot: int) -> Tensor | None:
@@ -173,10 +175,10 @@ def _check_scales(scales: Scales, down: Tensor, num_halves: int) -> None:
     }
     for name, shape in expected.items():
         tensor: Tensor = getattr(scales, name)
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or tensor.device != down.device:
+        if tuple(tensor.shape) != shape or tensor.dtype not in _SCALE_DTYPES or tensor.device != down.device:
             raise ValueError(
                 f"scales of {name} are {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; blocks of {rows} x "
-                f"{columns} need float32 {shape} on {down.device}"
+                f"{columns} need float32 (or bfloat16, float16) {shape} on {down.device}"
             )
         if len(tensor) and not tensor[0].is_contiguous():
             raise ValueError(f"scales of {name} have strides {tensor.stride()}; one slot's must be contiguous")

@@ -181,14 +181,14 @@ def _multiply(x, w, acc, scale_ptrs, k0, col_ok, SCALE_K: tl.constexpr, K: tl.co
     if SCALE_K == 0 or SCALE_K >= K:
         return dot(a, b, acc)
     else:
-        scale = tl.load(scale_ptrs + k0 // SCALE_K, mask=col_ok, other=0.0)
+        scale = tl.load(scale_ptrs + k0 // SCALE_K, mask=col_ok, other=0.0).to(tl.float32)
         return acc + dot(a, b, tl.zeros_like(acc)) * scale[None, :]
 
 
 @device_function
 def _scale_rows(acc, scale_ptrs, col_ok, SCALE_K: tl.constexpr, K: tl.constexpr):
     if SCALE_K >= K:
-        return acc * tl.load(scale_ptrs, mask=col_ok, other=0.0)[None, :]
+        return acc * tl.load(scale_ptrs, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     else:
         return acc
 

@@ -36,10 +36,11 @@ class Activation:
 class Scales(NamedTuple):
     """Scales of weights stored in 8 bits: weight[n, k] = stored[n, k] * scale[n // rows, k // columns] in float32.
 
-    gate_up: float32 [S, 2 or 1, ceil(I / rows), ceil(H / columns)], gate's blocks then up's when gated (each of the two
-    is a matrix of its own, however their rows are stored); down: float32 [S, ceil(H / rows), ceil(I / columns)].
-    Contiguous but for the slot stride. block: (rows, columns); a block may be larger than the matrix. (128, 128) is the
-    `weight_scale_inv` of DeepSeek-V3's and Qwen3's fp8 checkpoints, (1, at least H and I) one scale per output channel.
+    float32, bfloat16 or float16. gate_up: [S, 2 or 1, ceil(I / rows), ceil(H / columns)], gate's blocks then up's when
+    gated (each of the two is a matrix of its own, however their rows are stored); down: [S, ceil(H / rows), ceil(I /
+    columns)]. Contiguous but for the slot stride. block: (rows, columns); a block may be larger than the matrix. (128,
+    128) is the `weight_scale_inv` of DeepSeek-V3's and Qwen3's fp8 checkpoints, (1, at least H and I) one scale per
+    output channel.
     """
 
     gate_up: Tensor

@@ -17,7 +17,7 @@ from moe.comm.groups import Groups
 from moe.compiled import compile_dense
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.experts import SlotExperts, chosen_kernel, layer_kernels
-from moe.kernels.weights import ExpertWeights
+from moe.kernels.weights import ExpertWeights, Scales
 from moe.kv import BlockPool
 from moe.model import Blueprint, load_dense
 from moe.offload.budget import resolve_slots
@@ -189,7 +189,7 @@ def make_experts(
     cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=device)
     if num_slots == num_own:
         cache.preload(own)
-    weights = [ExpertWeights(*cache.views(i), e.activation) for i, e in enumerate(blueprint.experts)]
+    weights = expert_weights(blueprint, cache)
     table = Path(config.crossover_table).expanduser()
     counts = [site.num_experts for site in blueprint.index.sites]
     kernel = chosen_kernel(config.kernel, device)
@@ -200,6 +200,18 @@ def make_experts(
     for layer, site in enumerate(blueprint.index.sites):
         model.get_submodule(site.module).compute = experts.layer(layer)
     return experts
+
+
+def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeights]:
+    """Every layer's weights as kernels take them: views of all slots."""
+    weights = []
+    for layer, (found, layout) in enumerate(zip(blueprint.experts, blueprint.index.layouts)):
+        gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale = cache.views(layer)
+        scales = None
+        if gate_up_scale is not None and down_scale is not None and layout.scales is not None:
+            scales = Scales(gate_up_scale, down_scale, layout.scales.block)
+        weights.append(ExpertWeights(gate_up, down, gate_up_bias, down_bias, found.activation, scales))
+    return weights
 
 
 def is_over_ranks(parallel: ExpertParallel | None) -> bool:
@@ -225,7 +237,7 @@ def offer_single_launch(
         return []
     from moe.single_launch import RankLaunch, why_not_single_launch  # triton is an optional extra on the CPU
 
-    weights = [ExpertWeights(*experts.cache.views(i), e.activation) for i, e in enumerate(blueprint.experts)]
+    weights = expert_weights(blueprint, experts.cache)
     dispatcher = "coherent" if is_coherent else config.parallel.dispatcher
     reason = why_not_single_launch(experts, weights, dispatcher)
     if reason is not None:

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
 from moe.families import FoundExperts, find_experts, slot_class
+from moe.kernels.reference import spread_scales
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.index import ExpertIndex, index_experts
 
@@ -34,6 +35,7 @@ class Blueprint:
     checkpoint: Checkpoint
     experts: tuple[FoundExperts, ...]
     index: ExpertIndex
+    scale_block: tuple[int, int] | None  # of weights stored in fp8, experts and dense ones
 
     @property
     def dense_bytes(self) -> int:
@@ -84,6 +86,7 @@ def read_blueprint(folder: str | Path) -> Blueprint:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of any kind: the values in the file go through each architecture's own code
         raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+    scale_block = _fp8_block(config)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with torch.device("meta"):
@@ -99,10 +102,29 @@ def read_blueprint(folder: str | Path) -> Blueprint:
         [e.site for e in experts],
         get_model_conversion_mapping(skeleton),
         skeleton.base_model_prefix,
+        scale_block,
     )
     return Blueprint(
-        folder=folder, config=config, skeleton=skeleton, checkpoint=checkpoint, experts=experts, index=index
+        folder=folder,
+        config=config,
+        skeleton=skeleton,
+        checkpoint=checkpoint,
+        experts=experts,
+        index=index,
+        scale_block=scale_block,
     )
+
+
+def _fp8_block(config: Any) -> tuple[int, int] | None:
+    """Takes block-scaled fp8 out of the config, so that transformers builds plain layers. None if it is not that."""
+    said = getattr(config, "quantization_config", None)
+    if not isinstance(said, dict) or said.get("quant_method") != "fp8":
+        return None
+    block = said.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        return None
+    del config.quantization_config
+    return block[0], block[1]
 
 
 def _first_line(error: Exception) -> str:
@@ -123,14 +145,18 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
         for key in blueprint.checkpoint.tensors
         if key not in blueprint.index.expert_keys and not any(p.search(key) for p in unused)
     ]
+    if blueprint.scale_block is not None:
+        wanted = [key for key in wanted if not key.endswith("_scale_inv")]
     for key in wanted:
+        if blueprint.scale_block is not None and key + "_scale_inv" in blueprint.checkpoint.tensors:
+            continue
         stored = blueprint.checkpoint.tensors[key].dtype
         if key.endswith(".weight") and stored not in _DENSE_DTYPES:
             raise ValueError(
                 f"{blueprint.folder}: {key} is stored as {str(stored)[6:]}, only "
                 f"{', '.join(str(d)[6:] for d in _DENSE_DTYPES)} are read; give a checkpoint that is not quantised"
             )
-    dense = {key: _widened(blueprint.checkpoint.load(key), dtype) for key in wanted}
+    dense = {key: _widened(_load(blueprint, key, dtype), dtype) for key in wanted}
     with _quiet(), _patched({cls: slot_class(cls) for e in blueprint.experts for cls in e.replaced}):
         model, info = type(blueprint.skeleton).from_pretrained(
             None,
@@ -153,6 +179,21 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
             f"asks for, first {key}: {list(on_disk)} on disk, {list(asked)} asked for"
         )
     return model.eval()
+
+
+def _load(blueprint: Blueprint, key: str, dtype: torch.dtype) -> Tensor:
+    """The tensor `key`; if it is in fp8 with scales, multiplied by them in float32 and rounded to `dtype`."""
+    checkpoint, block = blueprint.checkpoint, blueprint.scale_block
+    tensor = checkpoint.load(key)
+    if block is None or key + "_scale_inv" not in checkpoint.tensors:
+        return tensor
+    scale = checkpoint.load(key + "_scale_inv").float()
+    if tensor.ndim != 2 or scale.shape != tuple(-(-n // b) for n, b in zip(tensor.shape, block)):
+        raise ValueError(
+            f"{blueprint.folder}: {key} {list(tensor.shape)} has scales {list(scale.shape)}, not one for each "
+            f"{block[0]} x {block[1]} weights"
+        )
+    return (tensor.float() * spread_scales(scale, (tensor.shape[0], tensor.shape[1]), block)).to(dtype)
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,13 +58,15 @@ class LayerStats:
 class SlabViews(NamedTuple):
     """A layer's weights in every slot; only the slots that hold experts of this layer mean anything.
 
-    gate_up: [S, N, H]; down: [S, H, I]; biases: [S, N] and [S, H] or None.
+    gate_up: [S, N, H]; down: [S, H, I]; biases: [S, N] and [S, H] or None; scales as in the layout, or None.
     """
 
     gate_up: Tensor
     down: Tensor
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
 
 
 class ExpertCache:
@@ -122,6 +124,8 @@ class ExpertCache:
                 down=layout.view(self.slab, layout.down),
                 gate_up_bias=layout.gate_up_bias and layout.view(self.slab, layout.gate_up_bias),
                 down_bias=layout.down_bias and layout.view(self.slab, layout.down_bias),
+                gate_up_scale=layout.gate_up_scale and layout.view(self.slab, layout.gate_up_scale),
+                down_scale=layout.down_scale and layout.view(self.slab, layout.down_scale),
             )
             for layout in store.layouts
         ]
@@ -202,7 +206,7 @@ class ExpertCache:
         self._readers.put_ahead(jobs)
 
     def views(self, layer: int) -> SlabViews:
-        """The layer's weights as views of all slots: gate_up [S, N, H], down [S, H, I], biases or None. No copy."""
+        """The layer's weights as views of all slots: gate_up [S, N, H], down [S, H, I], and what they have. No copy."""
         return self._views[layer]
 
     def resident_slots(self, layer: int) -> Tensor:

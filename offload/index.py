@@ -25,9 +25,10 @@ from transformers.core_model_loading import (
 )
 
 from moe.offload.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo
-from moe.offload.layout import ExpertLayout, ExpertSite, Piece
+from moe.offload.layout import ExpertLayout, ExpertSite, Piece, ScaleFormat
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SCALE = "_scale_inv"
 PACKED_PREFIX = "packed.experts."
 _QUANTISED = re.compile(
     r"(_scale|_scale_inv|_scales|_blocks|\.scales|\.qweight|\.qzeros|_packed|\.absmax|_zero_point)$"
@@ -109,19 +110,25 @@ _OTHER_NAMES: tuple[dict[str, tuple[tuple[str, ...], str, bool]], ...] = (
 
 
 def index_experts(
-    checkpoint: Checkpoint, sites: Sequence[ExpertSite], transforms: Sequence[Any] = (), base_model_prefix: str = ""
+    checkpoint: Checkpoint,
+    sites: Sequence[ExpertSite],
+    transforms: Sequence[Any] = (),
+    base_model_prefix: str = "",
+    scale_block: tuple[int, int] | None = None,
 ) -> ExpertIndex:
     """Finds every expert of `sites` in `checkpoint`, original or packed.
 
     transforms: `transformers.conversion_mapping.get_model_conversion_mapping(model)` of the model on the meta device;
     base_model_prefix: the model's own ("model"), for checkpoints saved without it. Neither is used for a packed folder.
+    scale_block: rows and columns of the weights that share a scale in fp8 (e4m3) experts, stored as `*_scale_inv`
+    beside them; None: weights of 16 or 32 bits.
     Raises ValueError for missing, misshapen, quantised or mixed-dtype expert tensors, naming the layer and expert.
     """
     if not sites:
         return ExpertIndex(sites=(), layouts=(), dtype=torch.float32, expert_keys=frozenset(), _segments=())
     if checkpoint.packed is not None:
-        return _index_packed(checkpoint, sites)
-    return _Indexer(checkpoint, sites, transforms, base_model_prefix).index()
+        return _index_packed(checkpoint, sites, scale_block)
+    return _Indexer(checkpoint, sites, transforms, base_model_prefix, scale_block).index()
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
@@ -139,12 +146,17 @@ class _Indexer:
     """Collects the tensors of each expert parameter, then turns them into segments."""
 
     def __init__(
-        self, checkpoint: Checkpoint, sites: Sequence[ExpertSite], transforms: Sequence[Any], prefix: str
+        self,
+        checkpoint: Checkpoint,
+        sites: Sequence[ExpertSite],
+        transforms: Sequence[Any],
+        prefix: str,
+        scale_block: tuple[int, int] | None,
     ) -> None:
         self.checkpoint, self.sites = checkpoint, sites
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self.prefix = prefix
+        self.prefix, self.scale_block = prefix, scale_block
         self.modules = {site.module for site in sites}
         # model parameter -> source pattern ("" when only renamed) -> tensors
         self.found: dict[str, dict[str, list[_Found]]] = defaultdict(lambda: defaultdict(list))
@@ -156,9 +168,15 @@ class _Indexer:
             self._add(key)
         self._refuse_quantised()
         stacks = [self._site_stacks(layer, site) for layer, site in enumerate(self.sites)]
-        used = [(v.info, layer) for layer, site in enumerate(stacks) for s in site.values() for e in s for v in e]
+        every = [(n, v.info, layer) for layer, site in enumerate(stacks) for n, s in site.items() for e in s for v in e]
+        used = [(info, layer) for name, info, layer in every if not name.endswith(_SCALE)]
         dtypes = {info.dtype for info, _ in used}
-        if len(dtypes) > 1 or not dtypes <= set(STORAGE_DTYPES):
+        if self.scale_block is not None and dtypes != {torch.float8_e4m3fn}:
+            raise ValueError(
+                f"the config says that weights are in fp8, the experts are {', '.join(sorted(map(str, dtypes)))[:99]}; "
+                "experts must all be F8_E4M3 with scales, or the config without quantization_config"
+            )
+        if self.scale_block is None and (len(dtypes) > 1 or not dtypes <= set(STORAGE_DTYPES)):
             bad = next((info, layer) for info, layer in used if info.dtype != used[0][0].dtype or len(dtypes) == 1)
             raise ValueError(
                 f"layer {bad[1]} ({self.sites[bad[1]].module}): expert weights are stored as "
@@ -166,8 +184,15 @@ class _Indexer:
                 "is read: convert the checkpoint"
             )
         dtype = used[0][0].dtype
-        layouts = tuple(ExpertLayout.of(site, dtype) for site in self.sites)
-        offsets = {(info.path, info.offset) for info, _ in used}
+        scales = None
+        if self.scale_block is not None:
+            found = {info.dtype for name, info, _ in every if name.endswith(_SCALE)}
+            if len(found) > 1 or not found <= set(STORAGE_DTYPES):
+                names = ", ".join(sorted(DTYPE_NAMES[d] for d in found))
+                raise ValueError(f"the experts' scales are stored as {names}; only one of F32, BF16, F16 is read")
+            scales = ScaleFormat(self.scale_block, found.pop())
+        layouts = tuple(ExpertLayout.of(site, dtype, scales) for site in self.sites)
+        offsets = {(info.path, info.offset) for _, info, _ in every}
         return ExpertIndex(
             sites=tuple(self.sites),
             layouts=layouts,
@@ -220,6 +245,8 @@ class _Indexer:
         for layer, site in enumerate(self.sites):
             for key in self.below[site.module]:
                 dtype = self.checkpoint.tensors[key].dtype
+                if self.scale_block is not None and (key.endswith(_SCALE) or dtype == torch.float8_e4m3fn):
+                    continue
                 if _QUANTISED.search(key) or dtype.itemsize == 1:
                     raise ValueError(
                         f"layer {layer} ({site.module}): {key} is part of a quantised expert format "
@@ -242,7 +269,28 @@ class _Indexer:
                 what = f"found only {', '.join(present[:4])}" if present else "nothing is stored under that module"
                 raise ValueError(f"layer {layer}: the checkpoint has no {parameter}; {what}")
             stacks[name] = stack
+        if self.scale_block is not None:
+            for name in (first, "down_proj"):
+                stacks[name + _SCALE] = self._scales(layer, site, f"{site.module}.{name}", is_plain=other is None)
         return stacks
+
+    def _scales(self, layer: int, site: ExpertSite, parameter: str, *, is_plain: bool) -> _Stack:
+        """The scales of the tensors found for `parameter`, joined as they are."""
+        converter = self.converter_of.get(parameter)
+        operations = [] if converter is None else list(converter.operations)
+        if not (is_plain and all(isinstance(o, (MergeModulelist, Concatenate)) for o in operations)):
+            raise ValueError(f"layer {layer} ({site.module}): experts of this family are not read in fp8")
+        if site.transposed or site.has_bias:
+            raise ValueError(f"layer {layer} ({site.module}): transposed or biased experts are not read in fp8")
+        for pattern, tensors in self.found[parameter].items():
+            for found in tensors:
+                info = self.checkpoint.tensors.get(found.key + _SCALE)
+                if info is None:
+                    raise ValueError(f"layer {layer} ({site.module}): {found.key}{_SCALE} is missing")
+                self.found[parameter + _SCALE][pattern].append(_Found(found.key + _SCALE, found.expert, info))
+        if converter is not None:
+            self.converter_of[parameter + _SCALE] = converter
+        return self._converted(layer, site, parameter + _SCALE)
 
     def _converted(self, layer: int, site: ExpertSite, parameter: str) -> _Stack:
         """Applies the converter's operations to views of the tensors found for `parameter`."""
@@ -250,7 +298,7 @@ class _Indexer:
         if "" in sources:
             converter, sources = None, {"": sources[""]}
         transposed_matrix = site.transposed and not parameter.endswith("_bias")
-        expected = _expected_shape(site, parameter)
+        expected = _expected_shape(site, parameter, self.scale_block)
         stored = expected[::-1] if transposed_matrix else expected
         groups: dict[str, _Stack] = {}
         for pattern in converter.source_patterns if converter is not None else [""]:
@@ -350,10 +398,16 @@ class _Indexer:
         return stack
 
 
-def _expected_shape(site: ExpertSite, parameter: str) -> tuple[int, ...]:
-    """Shape of one expert's parameter in the blob's orientation."""
-    rows = site.intermediate_size * (2 if site.gated else 1)
+def _expected_shape(site: ExpertSite, parameter: str, scale_block: tuple[int, int] | None) -> tuple[int, ...]:
+    """Shape of one expert's parameter in the blob's orientation; of scales, gate's blocks stand before up's."""
+    halves = 2 if site.gated else 1
+    rows = site.intermediate_size * halves
     is_down = ".down_proj" in parameter
+    if parameter.endswith(_SCALE):
+        assert scale_block is not None
+        n, k = (site.hidden_size, site.intermediate_size) if is_down else (site.intermediate_size, site.hidden_size)
+        num_rows, num_columns = -(-n // scale_block[0]), -(-k // scale_block[1])
+        return (num_rows, num_columns) if is_down else (halves * num_rows, num_columns)
     if parameter.endswith("_bias"):
         return (site.hidden_size if is_down else rows,)
     return (site.hidden_size, site.intermediate_size) if is_down else (rows, site.hidden_size)
@@ -378,13 +432,15 @@ def _segments(
         ("down_proj", layout.down),
         (f"{first}_bias", layout.gate_up_bias),
         ("down_proj_bias", layout.down_bias),
+        (f"{first}{_SCALE}", layout.gate_up_scale),
+        (f"down_proj{_SCALE}", layout.down_scale),
     ]
-    itemsize = layout.dtype.itemsize
     segments = []
     for name, piece in pieces:
         if piece is None:
             continue
-        offset = piece.offset
+        scales = layout.scales if name.endswith(_SCALE) else None
+        offset, itemsize = piece.offset, (layout.dtype if scales is None else scales.dtype).itemsize
         for view in stacks[name][expert]:
             contiguous = view.stride == tuple(prod(view.size[d + 1 :]) for d in range(len(view.size)))
             extent = 1 + sum((n - 1) * s for n, s in zip(view.size, view.stride))
@@ -396,14 +452,24 @@ def _segments(
     return tuple(segments)
 
 
-def _index_packed(checkpoint: Checkpoint, sites: Sequence[ExpertSite]) -> ExpertIndex:
+def _index_packed(
+    checkpoint: Checkpoint, sites: Sequence[ExpertSite], scale_block: tuple[int, int] | None
+) -> ExpertIndex:
     assert checkpoint.packed is not None
-    dtype = next((d for d in STORAGE_DTYPES if DTYPE_NAMES[d] == checkpoint.packed.get("dtype")), None)
+    readable = STORAGE_DTYPES if scale_block is None else (torch.float8_e4m3fn,)
+    dtype = next((d for d in readable if DTYPE_NAMES[d] == checkpoint.packed.get("dtype")), None)
     if dtype is None:
         raise ValueError(
             f"{checkpoint.folder}: packed experts of dtype {checkpoint.packed.get('dtype')!r} are not read"
         )
-    layouts = tuple(ExpertLayout.of(site, dtype) for site in sites)
+    scales = None
+    if scale_block is not None:
+        names = {DTYPE_NAMES[d]: d for d in STORAGE_DTYPES}
+        name = checkpoint.packed.get("scale_dtype")
+        if name not in names:
+            raise ValueError(f"{checkpoint.folder}: packed scales of dtype {name!r} are not read; pack it again")
+        scales = ScaleFormat(scale_block, names[name])
+    layouts = tuple(ExpertLayout.of(site, dtype, scales) for site in sites)
     described = checkpoint.packed.get("layers", [])
     wanted = [describe_site(site, layout) for site, layout in zip(sites, layouts)]
     if described != wanted:
@@ -437,7 +503,8 @@ def _index_packed(checkpoint: Checkpoint, sites: Sequence[ExpertSite]) -> Expert
 
 def describe_site(site: ExpertSite, layout: ExpertLayout) -> dict[str, Any]:
     """What must agree between a packed file and the model that reads it."""
-    pieces = (layout.gate_up, layout.down, layout.gate_up_bias, layout.down_bias)
+    pieces = [layout.gate_up, layout.down, layout.gate_up_bias, layout.down_bias]
+    pieces += [] if layout.scales is None else [layout.gate_up_scale, layout.down_scale]
     return {
         "module": site.module,
         "num_experts": site.num_experts,

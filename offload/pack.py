@@ -120,6 +120,8 @@ def _write_folder(
         if source.is_file() and source.suffix not in _WEIGHTS and not source.name.endswith(".index.json"):
             shutil.copyfile(source, folder / source.name)
     description = {"version": PACKED_VERSION, "dtype": DTYPE_NAMES[index.dtype], "layers": layers, "files": files}
+    if index.layouts and index.layouts[0].scales is not None:
+        description["scale_dtype"] = DTYPE_NAMES[index.layouts[0].scales.dtype]
     with (folder / PACKED_FILE).open("wb") as file:
         file.write(json.dumps(description, indent=1).encode())
         _flush(file)

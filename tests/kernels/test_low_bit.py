@@ -103,6 +103,8 @@ def test_layouts_and_biases(layout, to, block):
     weights = random_weights(3, 40, 20, torch.bfloat16, activation=LAYOUTS[layout], biases=True)
     weights = quantize_experts(weights, to, block)
     assert weights.gate_up_bias.dtype == torch.bfloat16
+    gate_up, down, shape = weights.scales
+    weights = weights._replace(scales=Scales(gate_up.bfloat16(), down.bfloat16(), shape))
     x, ids = torch.randn(9, 40), random_ids(9, 2, 3)
     assert relative_error(grouped_experts(x, ids, weights), experts_reference(x, ids, weights)) <= 1e-6
 
@@ -137,7 +139,7 @@ def test_bad_input():
         grouped_experts(x, ids, stored._replace(scales=None))
     with pytest.raises(ValueError, match=r"experts stored as torch.float32 must not have any"):
         check_expert_weights(weights._replace(scales=stored.scales))
-    with pytest.raises(ValueError, match=r"blocks of 16 x 40 need float32 \(3, 2, 2, 1\)"):
+    with pytest.raises(ValueError, match=r"blocks of 16 x 40 need float32 \(or bfloat16, float16\) \(3, 2, 2, 1\)"):
         check_expert_weights(stored._replace(scales=stored.scales._replace(block=(16, 40))))
     with pytest.raises(ValueError, match="CPU experts take float32, bfloat16 or float16"):
         CpuExperts(stored)
