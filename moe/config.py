@@ -63,7 +63,7 @@ class ParallelConfig:
 
     plan: str | None = None
     # auto: coherent where it moves less, else all_to_all. hierarchical: two steps, inside a node and across.
-    dispatcher: Literal["auto", "all_to_all", "hierarchical", "coherent"] = "all_to_all"
+    dispatcher: Literal["auto", "all_to_all", "hierarchical", "coherent"] = "auto"
     ranks_per_node: int | None = None  # None: as torchrun says; smaller, to let one machine stand for several
     broadcast_tokens: int = 8  # with collectives, up to this many per rank go to every rank: a round less, more bytes
     eager_bytes: int = EAGER_BYTES  # on the CPU, longest message that needs no handshake; 0: gloo's collectives

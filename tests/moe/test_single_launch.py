@@ -164,8 +164,9 @@ def test_what_cannot_share_a_launch_says_so(mixtral, expected, tmp_path):
     hosted[:, np.arange(7), np.arange(7) % 2] = True
     Plan.from_hosted(hosted).save(tmp_path / "dealt.json")
     for rank, said in enumerate(spawn(2, refused, str(mixtral), str(tmp_path / "dealt.json"), time_limit_s=200)):
-        short, hierarchical, note, answers = said
+        short, hierarchical, dispatcher, note, answers = said
         assert "all experts of every rank must be in slots and a rank lacks 9; raise offload.budget" in short
         assert "it takes the place of parallel.dispatcher=all_to_all, this run has hierarchical" in hierarchical
+        assert dispatcher.startswith("parallel.dispatcher=auto is all_to_all: ")
         assert note.startswith("kernel=measured is grouped over 2 ranks: all experts")
         assert answers == str(expected[rank::2])
