@@ -1,9 +1,9 @@
 """Expert compute on CPUs through the compiled helper `_cpu_experts` (cpu_experts.c), one call per layer.
 
 Storage stays fp32, bf16 or fp16 and is widened in registers; all arithmetic is fp32, on every x86-64 (AVX-512, AVX2 or
-neither, chosen at run time) and on aarch64. It wins over torch wherever weights are read from memory, and with bf16
-storage at any number of tokens, because torch has no fast bf16 product on such CPUs; with fp32 and more than a hundred
-rows per expert it equals MKL (bench/results/experts_cpu.md).
+neither, chosen at run time) and on aarch64. It wins over torch wherever weights are read from memory, and with fp32 at
+any number of tokens; with bf16 and more than some 50 rows per expert torch is up to twice as fast on processors that
+multiply bf16 directly (bench/results/experts_cpu.md).
 
 A token's result does not depend on the other tokens, their number, the slot numbers or the number of threads: bit for
 bit. It rounds where kernels/reference.py says. Threads: `torch.set_num_threads`. The GIL is released.
