@@ -205,6 +205,8 @@ class _Indexer:
         )
 
     def _add(self, key: str) -> None:
+        if self.scale_block is not None and key.endswith(_SCALE):
+            return  # `_scales` finds it beside its weight; some versions' patterns would take it for the weight itself
         info = self.checkpoint.tensors[key]
         renamed = key
         for renaming in self.renamings:
