@@ -1,21 +1,34 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Installed first and by exact version: a later, looser requirement would otherwise fetch another build.
-TORCH ?= torch==2.13.0
-
 # Two workers with one thread each: more threads than cores make small matrices many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-heavy lint install clean
+.PHONY: demo test test-heavy test-newest lock lint install clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.h)
+$(VENV)/.installed: requirements.lock pyproject.toml setup.py $(wildcard kernels/*.c kernels/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
+
+# The newest versions that the ranges allow, in an environment of their own; they become the lock when the tests pass.
+NEWEST := .venv-newest
+$(NEWEST)/.installed: pyproject.toml
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet numpy "setuptools>=77" -e ".[dev]"
+	touch $@
+
+test-newest: $(NEWEST)/.installed
+	$(MAKE) test VENV=$(NEWEST)
+
+lock: $(NEWEST)/.installed
+	{ sed -n '/^#/p' requirements.lock; \
+	$(NEWEST)/bin/python -m pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/+cpu$$//'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 demo: install
 	$(BIN)/moe demo
@@ -32,4 +45,4 @@ test-heavy: install
 	$(PYTEST) -m heavy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(NEWEST) build *.egg-info

@@ -32,9 +32,9 @@ from bench.hosts import HOSTS_PER_NODE, NUM_HOSTS, Measured, Shape, hosts, run_r
 from bench.hosts import measure as measure_link
 from moe.comm.groups import EAGER_BYTES, process_groups
 from moe.config import BatchConfig, EngineConfig, ParallelConfig
+from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
-from moe.placement.copies import CopyOptions, solve_copies
-from moe.sampling import SamplingParams
+from moe.placement.solve.copies import CopyOptions, solve_copies
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "tinymoe"

@@ -17,16 +17,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.bench_placement import contention, hardware
-from moe.placement.affinity import expert_load, transition_counts
-from moe.placement.baselines import eplb_greedy
-from moe.placement.bounds import lower_bound
-from moe.placement.copies import CopyOptions, ranks_touched, solve_copies
-from moe.placement.copies_bound import copies_bound
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
-from moe.placement.program import Program
 from moe.placement.simulate import Workload, simulate
-from moe.placement.solver import plan_of, solve
+from moe.placement.solve.baselines import eplb_greedy
+from moe.placement.solve.bounds import lower_bound
+from moe.placement.solve.copies import CopyOptions, ranks_touched, solve_copies
+from moe.placement.solve.copies_bound import copies_bound
+from moe.placement.solve.program import Program
+from moe.placement.solve.solver import plan_of, solve
+from moe.placement.stats.affinity import expert_load, transition_counts
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 

@@ -32,19 +32,19 @@ import torch
 from torch import Tensor
 
 from moe.config import EngineConfig, OffloadConfig
-from moe.experts import SlotExperts
+from moe.engine.sampling import SamplingParams
 from moe.kernels.cpu import CpuExperts
 from moe.kernels.weights import Activation, ExpertWeights
+from moe.layer.experts import SlotExperts
+from moe.layer.lookahead import Guess, Lookahead
 from moe.llm import LLM
-from moe.model import read_blueprint
+from moe.models.load import read_blueprint
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.pack import pack
 from moe.offload.policy import Access, Belady, Policy
 from moe.offload.predictor import Transitions
 from moe.offload.prefetch import LEAST_EXPECTED
-from moe.prefetch import Guess, Lookahead
-from moe.sampling import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("intent", "summary", "translation")

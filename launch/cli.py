@@ -127,10 +127,10 @@ def _loaded(args: argparse.Namespace, config: "EngineConfig") -> Iterator[Any]:
 def _info(args: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from moe.model import read_blueprint
+    from moe.engine.runner import why_not_packed
+    from moe.models.load import read_blueprint
     from moe.offload.budget import format_bytes
     from moe.offload.stores import available_memory
-    from moe.runner import why_not_packed
 
     b = read_blueprint(args.model)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -169,8 +169,8 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from moe.engine.sampling import SamplingParams
     from moe.launch.report import print_report
-    from moe.sampling import SamplingParams
     from moe.verify import verify
 
     config = _engine_config(args)
@@ -206,8 +206,8 @@ def _write(text: str) -> None:
 
 def _batch(args: argparse.Namespace) -> int:
     from moe.batch import BatchProgress, first_requests, run_batch
+    from moe.engine.sampling import SamplingParams
     from moe.launch.report import batch_progress, print_report, progress_text
-    from moe.sampling import SamplingParams
     from moe.verify import verify
 
     config = _engine_config(args)
@@ -234,8 +234,8 @@ def _batch(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
+    from moe.engine.sampling import SamplingParams
     from moe.launch.report import print_report
-    from moe.sampling import SamplingParams
 
     prompts = read_prompts(args.prompts, args.limit)
     if args.trace.suffix not in {".npz", ".safetensors"}:
@@ -256,7 +256,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     from moe.launch.report import batch_progress
-    from moe.model import read_blueprint
+    from moe.models.load import read_blueprint
     from moe.offload.budget import format_bytes
     from moe.offload.pack import pack
 

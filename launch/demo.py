@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.config import EngineConfig
+from moe.engine.sampling import SamplingParams
 from moe.launch.report import RunReport, run_report
 from moe.llm import LLM, RequestOutput
 from moe.offload.budget import format_bytes
-from moe.sampling import SamplingParams
 from moe.verify import answer, compare
 
 PROMPTS = (

@@ -9,16 +9,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe.placement.affinity import expert_load, transition_counts
-from moe.placement.baselines import eplb_greedy
-from moe.placement.bounds import lower_bound
-from moe.placement.copies import CopyOptions, solve_copies
-from moe.placement.copies_bound import copies_bound
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.migrate import plan_migration, relabel
 from moe.placement.plan import Plan, check_capacity, merge_models
-from moe.placement.program import Program, Weights
-from moe.placement.report import (
+from moe.placement.simulate import Simulation, Workload, simulate
+from moe.placement.solve.baselines import eplb_greedy
+from moe.placement.solve.bounds import lower_bound
+from moe.placement.solve.copies import CopyOptions, solve_copies
+from moe.placement.solve.copies_bound import copies_bound
+from moe.placement.solve.program import Program, Weights
+from moe.placement.solve.solver import plan_of, solve
+from moe.placement.stats.affinity import expert_load, transition_counts
+from moe.placement.stats.report import (
     analyse,
     bars_svg,
     cell_text,
@@ -29,8 +31,6 @@ from moe.placement.report import (
     table_html,
     write_page,
 )
-from moe.placement.simulate import Simulation, Workload, simulate
-from moe.placement.solver import plan_of, solve
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 
@@ -80,9 +80,9 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
     """Records the model's routing of the prompts and of short answers to them."""
+    from moe.engine.sampling import SamplingParams
     from moe.launch.prompts import read_prompts
     from moe.llm import LLM
-    from moe.sampling import SamplingParams
 
     if args.prompts is None:
         raise ValueError(f"{args.trace} is a model; give prompts to record its routing: --prompts prompts.jsonl")

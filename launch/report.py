@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moe.comm.groups import Groups
-from moe.engine import Engine, peak_rss_bytes
+from moe.engine.engine import Engine, peak_rss_bytes
 from moe.offload.budget import format_bytes
 
 out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)

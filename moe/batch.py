@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from moe.engine.sampling import SamplingParams
+from moe.layer.parallel import broadcast_lines
 from moe.llm import LLM, Generation
-from moe.parallel import broadcast_lines
-from moe.sampling import SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _FIELDS = {

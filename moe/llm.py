@@ -8,12 +8,12 @@ from jinja2 import TemplateError
 
 from moe.comm.groups import Groups
 from moe.config import EngineConfig
-from moe.engine import Engine
-from moe.model import load_tokenizer
-from moe.sampling import Logprobs, SamplingParams
-from moe.scheduler import FinishReason
-from moe.scheduler import Sequence as Running
-from moe.text import TextStream
+from moe.engine.engine import Engine
+from moe.engine.sampling import Logprobs, SamplingParams
+from moe.engine.scheduler import FinishReason
+from moe.engine.scheduler import Sequence as Running
+from moe.engine.text import TextStream
+from moe.models.load import load_tokenizer
 
 Prompt = str | Sequence[int]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe.config import EngineConfig
+from moe.engine.sampling import SamplingParams
 from moe.llm import LLM, Prompt, RequestOutput
-from moe.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.affinity import check_routes, heaviest_experts
 from moe.placement.plan import Plan, merge_models
 from moe.placement.replicas import choose_replicas
+from moe.placement.stats.affinity import check_routes, heaviest_experts
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from moe.compiled import MOST_ROWS, CompiledLinear, compile_dense
 from moe.kernels.cpu import instruction_sets
 from moe.kernels.cpu_linear import CpuLinear
+from moe.models.dense_cpu import MOST_ROWS, CompiledLinear, compile_dense
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="the compiled helper is absent")
 

@@ -6,8 +6,8 @@ from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from moe.compiled import CompiledRmsNorm, compile_dense
 from moe.kernels.cpu_norm import load_norm_helper, rms_norm
+from moe.models.dense_cpu import CompiledRmsNorm, compile_dense
 
 pytestmark = pytest.mark.skipif(load_norm_helper() is None, reason="the compiled helper is absent")
 

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from moe.engine.sampling import SamplingParams
 from moe.launch.cli import main
 from moe.llm import LLM
 from moe.placement.trace import RoutingTrace
-from moe.sampling import SamplingParams
 from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import ROOT, TINYMOE, config
 

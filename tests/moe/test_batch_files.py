@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from moe.batch import BatchProgress, run_batch
+from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
-from moe.sampling import SamplingParams
 from tests.moe.moe_cases import ROOT, TINYMOE, check_whole, config
 
 PROMPTS = ["Once upon a time", "ROMEO:\nO, she", "def read(self", "Two plus two is", "A", "The cat sat on"]

@@ -8,12 +8,12 @@ from test_parallel import DEMO, PARAMS, ROOT, config_of, prompts_of, results_of,
 from transformers import AutoConfig
 
 from moe.batch import run_batch
-from moe.coherent import Costs, why_coherent, why_not_coherent
 from moe.comm.groups import process_groups
 from moe.config import EngineConfig
+from moe.engine.coherent import Costs, why_coherent, why_not_coherent
+from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
 from moe.placement.topology import Link
-from moe.sampling import SamplingParams
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 

@@ -9,9 +9,9 @@ import json
 import pytest
 
 from moe.config import OffloadConfig
+from moe.engine.sampling import SamplingParams
+from moe.engine.scheduler import Sequence
 from moe.llm import LLM
-from moe.sampling import SamplingParams
-from moe.scheduler import Sequence
 from tests.moe.moe_cases import (
     FP32_BOUND,
     NUM_NEW,

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.engine.sampling import SamplingParams
 from moe.kernels.reference import spread_scales
 from moe.llm import LLM
-from moe.model import read_blueprint
+from moe.models.load import read_blueprint
 from moe.offload.pack import pack
-from moe.sampling import SamplingParams
 from tests.families import tiny_checkpoint
 
 BLOCK = (16, 32)

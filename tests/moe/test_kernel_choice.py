@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moe import triton_kernels
 from moe.config import EngineConfig, OffloadConfig
+from moe.engine.sampling import SamplingParams
+from moe.layer import kernel_choice
 from moe.llm import LLM
-from moe.sampling import SamplingParams
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 CONFIG = EngineConfig(dtype="float32", offload=OffloadConfig(budget="24"))
@@ -29,8 +29,8 @@ def test_kernels_give_the_same_greedy_tokens(kernel):
 
 @pytest.mark.heavy
 def test_the_faster_path_is_measured_once_and_stored(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "_measure", counted := Counted(triton_kernels._measure))
-    monkeypatch.setattr(triton_kernels.make, "__defaults__", ((1,),))
+    monkeypatch.setattr(kernel_choice, "_measure", counted := Counted(kernel_choice._measure))
+    monkeypatch.setattr(kernel_choice.make, "__defaults__", ((1,),))
     config = replace(CONFIG, kernel="measured", crossover_table=str(tmp_path / "table.json"))
     expected = tokens_of(replace(CONFIG, kernel="cpu"))
     assert tokens_of(config) == expected

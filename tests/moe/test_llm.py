@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import moe
+from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
-from moe.sampling import SamplingParams
 from tests.moe.moe_cases import TINYMOE, Case, check_whole, config, demo_reference, random_prompts, reference_says
 
 PROMPT = "Once upon a time, there was"

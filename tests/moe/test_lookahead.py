@@ -11,9 +11,9 @@ from test_parallel import PARAMS, config_of, prompts_of, tokens_alone, write_pla
 import moe.offload.cache as cache_module
 from moe.comm.groups import process_groups
 from moe.config import EngineConfig, OffloadConfig
+from moe.layer.lookahead import router_guess, transition_guess
 from moe.llm import LLM
 from moe.placement.plan import Plan
-from moe.prefetch import router_guess, transition_guess
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 

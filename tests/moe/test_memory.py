@@ -20,9 +20,9 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from moe.config import *
-from moe.engine import peak_rss_bytes
+from moe.engine.engine import peak_rss_bytes
 from moe.llm import LLM
-from moe.sampling import SamplingParams
+from moe.engine.sampling import SamplingParams
 
 folder, budget, store, direct = sys.argv[1:5]
 # Whatever a first load imports is not the model's: load a tiny one first.

@@ -15,11 +15,11 @@ import torch
 from moe.batch import run_batch
 from moe.comm.groups import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
+from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
 from moe.placement.migrate import plan_migration
 from moe.placement.plan import Plan
 from moe.placement.topology import Topology
-from moe.sampling import SamplingParams
 from tests.distributed import spawn
 from tests.families import VOCAB_SIZE, tiny_checkpoint
 

@@ -13,12 +13,12 @@ from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.coherent import CoherentDispatcher
 from moe.comm.groups import process_groups
 from moe.config import BatchConfig, EngineConfig, ParallelConfig
+from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
 from moe.placement.plan import Plan
 from moe.placement.simulate import Workload, simulate
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
-from moe.sampling import SamplingParams
 from tests.distributed import spawn
 
 PROMPTS = ["Once upon a time there was a", "The dog", "Lily and Tom went to the park to", "One day", "He said, I am"]

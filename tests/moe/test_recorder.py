@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
 from moe.placement.trace import RoutingTrace
-from moe.sampling import SamplingParams
 from tests.families import tiny_config
 from tests.moe.moe_cases import Case, config, greedy, random_prompts
 

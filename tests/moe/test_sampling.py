@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.sampling import Sampler, SamplingParams
+from moe.engine.sampling import Sampler, SamplingParams
 
 V = 17
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.config import BatchConfig
-from moe.kv import BlockPool
-from moe.sampling import Sampler, SamplingParams
-from moe.scheduler import Scheduler, Sequence
+from moe.engine.sampling import Sampler, SamplingParams
+from moe.engine.scheduler import Scheduler, Sequence
+from moe.models.kv import BlockPool
 
 
 class World:

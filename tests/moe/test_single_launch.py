@@ -10,11 +10,11 @@ import torch
 
 from moe.comm.groups import CommError, process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
+from moe.engine.sampling import SamplingParams
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name
+from moe.layer.single_launch import RankLaunch
 from moe.llm import LLM
 from moe.placement.plan import Plan
-from moe.sampling import SamplingParams
-from moe.single_launch import RankLaunch
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from moe.model import load_tokenizer
-from moe.text import TextStream
+from moe.engine.text import TextStream
+from moe.models.load import load_tokenizer
 from tests.moe.moe_cases import TINYMOE
 
 

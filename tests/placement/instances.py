@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from moe.placement.plan import Plan
-from moe.placement.program import Program
+from moe.placement.solve.program import Program
 from moe.placement.trace import RoutingTrace
 
 

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.placement.affinity import expert_load
-from moe.placement.baselines import eplb_greedy
-from moe.placement.copies import (
+from moe.placement.importers import from_deepseek_esft_npz
+from moe.placement.plan import Plan
+from moe.placement.replicas import choose_for_plan, choose_replicas, fill_up
+from moe.placement.solve.baselines import eplb_greedy
+from moe.placement.solve.copies import (
     CopyOptions,
     LayerSearch,
     Touched,
@@ -21,10 +23,8 @@ from moe.placement.copies import (
     solve_copies,
     swap_changes,
 )
-from moe.placement.copies_bound import copies_bound, layer_bound, tangents
-from moe.placement.importers import from_deepseek_esft_npz
-from moe.placement.plan import Plan
-from moe.placement.replicas import choose_for_plan, choose_replicas, fill_up
+from moe.placement.solve.copies_bound import copies_bound, layer_bound, tangents
+from moe.placement.stats.affinity import expert_load
 from moe.placement.trace import RoutingTrace
 from tests.placement.instances import layer_assignments, topic_trace
 

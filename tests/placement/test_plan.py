@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.placement.baselines import eplb_greedy, replicate_hottest
 from moe.placement.plan import Plan, check_capacity, even_capacities, merge_models
+from moe.placement.solve.baselines import eplb_greedy, replicate_hottest
 from moe.placement.topology import H200_NVLINK, Link, Topology, fit_link, probe_link
 
 PLAN_FIELDS = ("num_experts", "num_ranks", "model", "solver", "objective", "value", "bound", "fast_slots", "host_slots")

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.launch.place import add_parsers
-from moe.placement.affinity import heaviest_experts
 from moe.placement.migrate import plan_migration, relabel, widened
 from moe.placement.plan import Plan
-from moe.placement.report import analyse, domain_distances, png_html, save_png
 from moe.placement.simulate import Workload, deal_evenly, simulate
+from moe.placement.stats.affinity import heaviest_experts
+from moe.placement.stats.report import analyse, domain_distances, png_html, save_png
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 from tests.placement.instances import topic_trace

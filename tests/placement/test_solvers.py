@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.placement.bounds import clique_bound, load_bound, lower_bound, matching_lp_bound
-from moe.placement.exact import all_partitions, is_exact_feasible, num_states, solve_exact
-from moe.placement.milp import exflow, solve_milp
 from moe.placement.plan import Plan, even_capacities
-from moe.placement.program import Program, Weights
-from moe.placement.relaxation import matching_bound, relax, violated_triangles
-from moe.placement.solver import balance_by_swaps, fill_layer, plan_of, solve
+from moe.placement.solve.bounds import clique_bound, load_bound, lower_bound, matching_lp_bound
+from moe.placement.solve.exact import all_partitions, is_exact_feasible, num_states, solve_exact
+from moe.placement.solve.milp import exflow, solve_milp
+from moe.placement.solve.program import Program, Weights
+from moe.placement.solve.relaxation import matching_bound, relax, violated_triangles
+from moe.placement.solve.solver import balance_by_swaps, fill_layer, plan_of, solve
 from tests.placement.instances import brute_force, layer_assignments, transitions
 
 

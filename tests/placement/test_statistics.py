@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from moe.placement.affinity import (
+from moe.placement.importers import from_deepseek_esft_npz
+from moe.placement.stats.affinity import (
     coactivation_counts,
     expert_load,
     heaviest_experts,
@@ -14,9 +15,8 @@ from moe.placement.affinity import (
     transition_predictability,
     usage_entropy,
 )
-from moe.placement.importers import from_deepseek_esft_npz
-from moe.placement.locality import cache_hit_rate, knee, segment_cache_hit_rate, segment_histogram
-from moe.placement.locality import segment_routing_performance as srp
+from moe.placement.stats.locality import cache_hit_rate, knee, segment_cache_hit_rate, segment_histogram
+from moe.placement.stats.locality import segment_routing_performance as srp
 from moe.placement.trace import RoutingTrace
 from tests.placement.instances import topic_trace
 
@@ -70,7 +70,7 @@ def test_counts_equal_a_loop_over_tokens(weighted):
 def test_chunks_do_not_change_counts(monkeypatch):
     trace = topic_trace(50, 3, 8, 2)
     whole = [transition_counts(trace, pairs=p) for p in ("all", "home", "home_to_all")]
-    monkeypatch.setattr("moe.placement.affinity.CHUNK", 7)
+    monkeypatch.setattr("moe.placement.stats.affinity.CHUNK", 7)
     for before, p in zip(whole, ("all", "home", "home_to_all")):
         np.testing.assert_array_equal(transition_counts(trace, pairs=p), before)
 

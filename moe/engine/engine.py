@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe import build
-from moe.attention import ATTENTION_NAME
-from moe.coherent import CoherentRunner, Replicas
 from moe.comm.groups import Groups
 from moe.comm.wire import Traffic
 from moe.config import EngineConfig
-from moe.kv import BlockPool
-from moe.model import read_blueprint
+from moe.engine import assemble
+from moe.engine.coherent import CoherentRunner, Replicas
+from moe.engine.recorder import TraceRecorder
+from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, why_not_packed
+from moe.engine.sampling import Choice, Sampler, SamplingParams
+from moe.engine.scheduler import Chunk, FinishReason, Scheduler, Sequence
+from moe.models.attention import ATTENTION_NAME
+from moe.models.kv import BlockPool
+from moe.models.load import read_blueprint
 from moe.offload.cache import LayerStats
-from moe.recorder import TraceRecorder
-from moe.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, why_not_packed
-from moe.sampling import Choice, Sampler, SamplingParams
-from moe.scheduler import Chunk, FinishReason, Scheduler, Sequence
 
 
 @dataclass(slots=True)
@@ -56,21 +56,21 @@ class Engine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.blueprint = read_blueprint(folder)
-        self.notes = build.notes_on(self.blueprint)
-        device = build.find_device(config.device)
-        self.parallel = None if groups is None else build.make_parallel(groups, self.blueprint, config.parallel)
+        self.notes = assemble.notes_on(self.blueprint)
+        device = assemble.find_device(config.device)
+        self.parallel = None if groups is None else assemble.make_parallel(groups, self.blueprint, config.parallel)
         reason = why_not_packed(self.blueprint.skeleton)
         self.is_packed = reason is None and config.batch.packed
         if reason is not None:
             self.notes.append(f"sequences run one at a time, not packed: {reason}")
-        self.model = build.make_model(self.blueprint, config, device)
+        self.model = assemble.make_model(self.blueprint, config, device)
         self.max_context = min(n for n in (config.max_context, self.blueprint.max_context, 1 << 30) if n)
-        tried = build.try_a_token(self.model, self.blueprint, self.is_packed, self.parallel is not None)
+        tried = assemble.try_a_token(self.model, self.blueprint, self.is_packed, self.parallel is not None)
         self._dispatch_shapes = tried.dispatch_shapes
         self.replicas = self._make_replicas(tried)
         self.scheduler, self.runner, kv_bytes = self._make_runner(tried)
-        self.experts = build.make_experts(self.blueprint, self.model, config, self.parallel, kv_bytes)
-        self.notes += build.offer_single_launch(
+        self.experts = assemble.make_experts(self.blueprint, self.model, config, self.parallel, kv_bytes)
+        self.notes += assemble.offer_single_launch(
             self.blueprint,
             self.model,
             config,
@@ -85,7 +85,7 @@ class Engine:
             sites = [site.module for site in self.blueprint.index.sites]
             self.coherent = CoherentRunner(self.runner, self.experts, sites)
             self.runner = self.coherent
-        self.eos_ids = build.eos_ids(self.model)
+        self.eos_ids = assemble.eos_ids(self.model)
         self.stats = StepStats()
         self.recorder: TraceRecorder | None = None
         self.last_logits: dict[int, list[Tensor]] | None = None  # by sequence, when `keep_logits` was called
@@ -288,17 +288,17 @@ class Engine:
             self.stats.pure_decode_tokens += len(own)
             self.stats.decode_seconds += seconds
 
-    def _make_replicas(self, tried: build.TriedToken) -> Replicas | None:
+    def _make_replicas(self, tried: assemble.TriedToken) -> Replicas | None:
         """What holds the requests of all ranks, in a coherent run."""
         if self.parallel is None:
             return None
-        is_coherent, reason = build.decide_coherent(
+        is_coherent, reason = assemble.decide_coherent(
             self.parallel, self.model, self.blueprint, self.config, tried, self.max_context
         )
         self.notes += [reason] if reason is not None else []
         return Replicas(self.parallel) if is_coherent else None
 
-    def _make_runner(self, tried: build.TriedToken) -> tuple[Scheduler, Runner, int]:
+    def _make_runner(self, tried: assemble.TriedToken) -> tuple[Scheduler, Runner, int]:
         """The third: bytes of the KV cache, which commits them as it fills."""
         batch = self.config.batch
         if not self.is_packed:
@@ -307,8 +307,8 @@ class Engine:
         self.model.set_attn_implementation(ATTENTION_NAME)
         shared_by = None if self.replicas is None else self.parallel
         if shared_by is not None:
-            batch = build.for_all_ranks(batch, shared_by.groups.world_size)
-        pool = build.make_pool(batch, tried.kv_bytes, self.max_context, shared_by)
+            batch = assemble.for_all_ranks(batch, shared_by.groups.world_size)
+        pool = assemble.make_pool(batch, tried.kv_bytes, self.max_context, shared_by)
         kv = make_paged_kv(self.model, pool)
         if shared_by is not None:
             kv.prepare(tried.kv)

@@ -13,9 +13,9 @@ import numpy as np
 import scipy.sparse as sparse
 from numpy.typing import NDArray
 
-from moe.placement.exact import is_exact_feasible, solve_exact
-from moe.placement.program import Floats, Program
-from moe.placement.relaxation import Relaxation, relax, violated_triangles
+from moe.placement.solve.exact import is_exact_feasible, solve_exact
+from moe.placement.solve.program import Floats, Program
+from moe.placement.solve.relaxation import Relaxation, relax, violated_triangles
 
 Method = Literal["auto", "exact", "semidefinite", "clique", "matching"]
 CUTS_UP_TO = 64  # experts; beyond, triangle separation costs more than it lifts

@@ -11,9 +11,9 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.copies import k_hot
-from moe.placement.program import Floats
-from moe.placement.relaxation import relax
+from moe.placement.solve.copies import k_hot
+from moe.placement.solve.program import Floats
+from moe.placement.solve.relaxation import relax
 from moe.placement.trace import RoutingTrace
 
 ROUNDS = 4

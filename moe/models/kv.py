@@ -2,15 +2,20 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from moe.attention import PagedLayer, StepLayout
+from moe.models.attention import PagedLayer, StepLayout
+
+# What this version of transformers calls a forward's cache, as an argument and in its output (`cache` from 5.24 on).
+CACHE_NAME: Final = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in {"cache", "past_key_values"})
 
 _Key = tuple[int, tuple[int, ...]]  # (identity of the block before, -1 at the start; the block's tokens)
 

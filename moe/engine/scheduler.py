@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from moe.config import BatchConfig
-from moe.kv import BlockPool
-from moe.sampling import Logprobs, Sampler, SamplingParams
+from moe.engine.sampling import Logprobs, Sampler, SamplingParams
+from moe.models.kv import BlockPool
 
 FinishReason = Literal["stop", "length", "abort"]
 

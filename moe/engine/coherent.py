@@ -25,18 +25,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.masking_utils import causal_mask_function
 
-from moe.attention import MaskRule, StepLayout
 from moe.comm.coherent import CoherentDispatcher
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.wire import Traffic, Wire
-from moe.experts import SlotExperts
-from moe.parallel import ExpertParallel
+from moe.engine.runner import PackedRunner
+from moe.engine.sampling import Choice, Logprobs, Sampler, SamplingParams
+from moe.engine.scheduler import Chunk, Scheduler
+from moe.engine.scheduler import Sequence as Running
+from moe.layer.experts import SlotExperts
+from moe.layer.parallel import ExpertParallel
+from moe.models.attention import MaskRule, StepLayout
+from moe.models.kv import CACHE_NAME
 from moe.placement.topology import Link, probe_link
-from moe.runner import PackedRunner
-from moe.sampling import Choice, Logprobs, Sampler, SamplingParams
-from moe.scheduler import Chunk, Scheduler
-from moe.scheduler import Sequence as Running
 
 
 def _no_shared(mlp: Any, x: Tensor) -> Tensor | None:
@@ -299,9 +300,9 @@ class CoherentRunner:
             position_embeddings=of_these,
             attention_mask=MaskRule(causal_mask_function),
             position_ids=positions[:, here],
-            past_key_values=self.kv.cache,
             use_cache=True,
             step=layout,
+            **{CACHE_NAME: self.kv.cache},
         )
         attended: Tensor = h + x[0]
         return attended

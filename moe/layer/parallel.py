@@ -48,7 +48,7 @@ class Agreement:
 
 
 class LayerLaunch(Protocol):
-    """All ranks' experts of a layer in one launch; every rank calls it, or none (moe/single_launch.py)."""
+    """All ranks' experts of a layer in one launch; every rank calls it, or none (moe/layer/single_launch.py)."""
 
     def takes(self, layer: int, rows: int) -> bool:
         """Whether it serves a step in which no rank has more than `rows` rows; the same on all ranks."""

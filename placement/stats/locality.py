@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.affinity import check_routes
+from moe.placement.stats.affinity import check_routes
 from moe.placement.trace import RoutingTrace
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from moe.kv import BlockPool, PagedKV
-from moe.scheduler import Chunk
+from moe.engine.scheduler import Chunk
+from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
 
 
 class Runner(Protocol):
@@ -51,10 +51,10 @@ class PackedRunner:
         logits = self.model(
             input_ids=tokens,
             position_ids=positions,
-            past_key_values=self.kv.cache,
             use_cache=True,
             logits_to_keep=last,
             step=step,
+            **{CACHE_NAME: self.kv.cache},
         ).logits
         return logits[0].float()  # type: ignore[no-any-return]
 
@@ -98,8 +98,8 @@ class SequentialRunner:
             past = sequence.state
             positions = torch.arange(chunk.start, chunk.end, device=device)[None]
             arguments = {"input_ids": torch.tensor([new], device=device), "position_ids": positions}
-        out = self.model(**arguments, past_key_values=past, use_cache=True)
-        cache = out.past_key_values
+        out = self.model(**arguments, **{CACHE_NAME: past}, use_cache=True)
+        cache = getattr(out, CACHE_NAME)
         sequence.state = (encoded, cache) if self.is_encoder_decoder else cache
         return out.logits[0, -1].float()  # type: ignore[no-any-return]
 
@@ -111,7 +111,7 @@ def run_a_token(model: Any) -> list[tuple[Tensor, Tensor]]:
     """
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE_NAME: cache})
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.affinity import check_routes, expert_load, heaviest_experts
-from moe.placement.baselines import eplb_greedy
 from moe.placement.plan import Plan, check_capacity
-from moe.placement.program import Floats, Ints
 from moe.placement.replicas import fill_up
+from moe.placement.solve.baselines import eplb_greedy
+from moe.placement.solve.program import Floats, Ints
+from moe.placement.stats.affinity import check_routes, expert_load, heaviest_experts
 from moe.placement.trace import RoutingTrace
 
 Single = NDArray[np.float32]

@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.coherent import Costs, measure_link, why_coherent, why_not_coherent
 from moe.comm.groups import Groups
-from moe.compiled import compile_dense
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
-from moe.experts import SlotExperts, chosen_kernel, layer_kernels
+from moe.engine.coherent import Costs, measure_link, why_coherent, why_not_coherent
+from moe.engine.runner import run_a_token
 from moe.kernels.weights import ExpertWeights, Scales
-from moe.kv import BlockPool
-from moe.model import Blueprint, load_dense
+from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
+from moe.layer.lookahead import Lookahead, router_guess, transition_guess
+from moe.layer.parallel import DispatcherName, ExpertParallel
+from moe.models.dense_cpu import compile_dense
+from moe.models.kv import BlockPool
+from moe.models.load import Blueprint, load_dense
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
-from moe.parallel import DispatcherName, ExpertParallel
 from moe.placement.plan import Plan
-from moe.prefetch import Lookahead, router_guess, transition_guess
-from moe.runner import run_a_token
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -235,7 +235,7 @@ def offer_single_launch(
     parallel, kernel = None if experts is None else experts.parallel, chosen_kernel(config.kernel, model.device)
     if experts is None or parallel is None or not is_over_ranks(parallel) or kernel not in ("fused", "measured"):
         return []
-    from moe.single_launch import RankLaunch, why_not_single_launch  # triton is an optional extra on the CPU
+    from moe.layer.single_launch import RankLaunch, why_not_single_launch  # triton is an optional extra on the CPU
 
     weights = expert_weights(blueprint, experts.cache)
     dispatcher = "coherent" if is_coherent else config.parallel.dispatcher

@@ -21,9 +21,9 @@ from torch import Tensor
 from moe.kernels.cpu import CpuExperts
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
+from moe.layer.lookahead import Lookahead
+from moe.layer.parallel import ExpertParallel
 from moe.offload.cache import ExpertCache
-from moe.parallel import ExpertParallel
-from moe.prefetch import Lookahead
 
 KernelName = Literal["auto", "reference", "cpu", "grouped", "fused", "measured"]
 
@@ -85,10 +85,10 @@ def layer_kernels(
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"kernel {name!r} needs a GPU (or TRITON_INTERPRET=1, for tests); use 'cpu'")
     try:
-        from moe import triton_kernels
+        from moe.layer import kernel_choice
     except ImportError as error:
         raise ValueError(f"kernel {name!r} needs triton, which is not installed ({error})") from None
-    return [*triton_kernels.make(name, layers, num_experts, top_k, dtype, table)]
+    return [*kernel_choice.make(name, layers, num_experts, top_k, dtype, table)]
 
 
 class RoutedLayer(NamedTuple):

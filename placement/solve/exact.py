@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from moe.placement.program import Floats, Ints, Program
+from moe.placement.solve.program import Floats, Ints, Program
 
 WORK_LIMIT = 2e8  # cells of one layer's transition table, n * n * G * G
 PERMUTATION_RANKS = 4  # up to 24 permutations are tried at once; beyond that one assignment problem per pair

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic
+from moe.layer.parallel import ExpertParallel
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertSite
 from moe.offload.predictor import Floats, Transitions
 from moe.offload.prefetch import Prefetcher
-from moe.parallel import ExpertParallel
 
 # (layer, x [T, H], topk_ids [T, K]) -> expected tokens per expert of layer + 1 [E]; None after the last layer.
 Guess = Callable[[int, Tensor, npt.NDArray[np.int64]], Floats | None]

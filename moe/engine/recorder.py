@@ -5,9 +5,9 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import numpy.typing as npt
 
-from moe.experts import RoutedLayer
+from moe.engine.scheduler import Chunk
+from moe.layer.experts import RoutedLayer
 from moe.placement.trace import RoutingTrace
-from moe.scheduler import Chunk
 
 
 class TraceRecorder:

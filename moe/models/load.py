@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import logging as transformers_logging
 
-from moe.families import FoundExperts, find_experts, slot_class
 from moe.kernels.reference import spread_scales
+from moe.models.families import FoundExperts, find_experts, slot_class
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.index import ExpertIndex, index_experts
 

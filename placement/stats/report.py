@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.affinity import (
+from moe.placement.plan import Plan
+from moe.placement.stats.affinity import (
     expert_load,
     total_variation,
     transition_counts,
     transition_predictability,
     usage_entropy,
 )
-from moe.placement.locality import cache_hit_rate, knee, segment_histogram, segment_routing_performance
-from moe.placement.plan import Plan
+from moe.placement.stats.locality import cache_hit_rate, knee, segment_histogram, segment_routing_performance
 from moe.placement.trace import RoutingTrace
 
 STYLE = (

@@ -13,7 +13,7 @@ import scipy.sparse as sparse
 from numpy.typing import NDArray
 
 from moe.placement.plan import Plan, even_capacities
-from moe.placement.program import Ints, Program
+from moe.placement.solve.program import Ints, Program
 
 
 class Milp(NamedTuple):

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from moe.placement.exact import Chain, align_labels, best_chain
 from moe.placement.plan import Plan
-from moe.placement.program import Floats, Ints, Program
-from moe.placement.relaxation import Relaxation
+from moe.placement.solve.exact import Chain, align_labels, best_chain
+from moe.placement.solve.program import Floats, Ints, Program
+from moe.placement.solve.relaxation import Relaxation
 
 POOL = 10  # candidate partitions per layer that a recombination chooses from
 TOLERANCE = 1e-12

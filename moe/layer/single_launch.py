@@ -16,12 +16,12 @@ from torch import Tensor
 from moe.comm.groups import CommError
 from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, SymmetricHeap
 from moe.comm.symmetric_torch import TorchSymmetricHeap
-from moe.experts import SlotExperts
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name, medians_us
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.weights import ExpertWeights
-from moe.parallel import broadcast_lines
-from moe.triton_kernels import MAX_SINGLE_LAUNCH_TOKENS, MEASURED_TOKENS
+from moe.layer.experts import SlotExperts
+from moe.layer.kernel_choice import MAX_SINGLE_LAUNCH_TOKENS, MEASURED_TOKENS
+from moe.layer.parallel import broadcast_lines
 
 
 def why_not_single_launch(experts: SlotExperts, layers: Sequence[ExpertWeights], dispatcher: str) -> str | None:

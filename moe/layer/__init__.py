@@ -1,0 +1,1 @@
+"""What stands between a router and its experts' results: slots, ranks, kernels, lookahead."""
