@@ -1,31 +1,50 @@
 """Builds the compiled helpers; everything else about the package is in pyproject.toml.
 
-They are plain C without the Python API, loaded with ctypes. The experts' one is compiled with OpenMP's code
-generation but not linked to an OpenMP library, so that it uses the thread pool that torch already loaded.
+They are plain C without the Python API, loaded with ctypes, so that one build serves every Python 3. The experts' one
+is compiled with OpenMP's code generation but not linked to an OpenMP library, so that it uses the thread pool that
+torch already loaded.
 """
 
+import sys
+from pathlib import Path
+
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.editable_wheel import editable_wheel
+
+SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
+COMMON = ["-O3", "-std=c11", "-fvisibility=hidden", *SAME_BITS]
+
+
+class AnyPython(bdist_wheel):
+    """The helpers know no Python: the wheel is of this platform, but of no Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class EditableNeedsLinks(editable_wheel):
+    """An editable install imports from the checkout, where moe/comm and its like are symbolic links."""
+
+    def run(self) -> None:
+        if not Path("moe/comm").is_dir():
+            sys.exit(
+                "an editable install needs symbolic links, and this checkout has none (moe/comm is a text file): "
+                "clone with core.symlinks=true, or install with `pip install .`"
+            )
+        super().run()
+
 
 setup(
+    cmdclass={"bdist_wheel": AnyPython, "editable_wheel": EditableNeedsLinks},
     ext_modules=[
         Extension(
             "moe.kernels._cpu_experts",
             ["kernels/cpu_experts.c"],
-            extra_compile_args=[
-                *["-O3", "-std=c11", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"],
-                *["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],  # the same bits from every compiler
-            ],
+            extra_compile_args=[*COMMON, "-fopenmp", "-Wno-psabi"],
             depends=["kernels/cpu_experts_isa.h"],
             optional=True,
         ),
-        Extension(
-            "moe.kernels._cpu_norm",
-            ["kernels/cpu_norm.c"],
-            extra_compile_args=[
-                *["-O3", "-std=c11", "-fvisibility=hidden"],
-                *["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
-            ],
-            optional=True,
-        ),
-    ]
+        Extension("moe.kernels._cpu_norm", ["kernels/cpu_norm.c"], extra_compile_args=COMMON, optional=True),
+    ],
 )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 from rich.console import Console
 
+from moe import __version__
 from moe.launch import place
 from moe.launch.prompts import read_prompts
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "Serves Mixture-of-Experts models that are larger than fast memory, exactly; records and places them."
     parser = argparse.ArgumentParser(prog="moe", description=description)
+    parser.add_argument("--version", action="version", version=f"moe {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="architecture, bytes, smallest and recommended budgets; reads no weights")
@@ -278,6 +280,11 @@ def _demo(args: argparse.Namespace) -> int:
     from moe.config import EngineConfig, OffloadConfig
     from moe.launch.demo import run_demo
 
+    if not args.model.is_dir():
+        raise ValueError(
+            f"the demo's model is not in {args.model}: it comes with the source, not with the package; run this in a "
+            "clone of the repository, or give the folder of any Mixture-of-Experts checkpoint with --model"
+        )
     # One thread: the matrices of this model are too small to share.
     config = EngineConfig(dtype="float32", threads=1, offload=OffloadConfig(budget="0.25"))
     return run_demo(args.model, config, out)

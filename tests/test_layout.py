@@ -43,6 +43,8 @@ def sources(folder: str) -> list[Path]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_arrows_point_downward(folder):
     for path in sources(folder):
+        if path == ROOT / "moe" / "__main__.py":  # `python -m moe` is launch's, whatever Python calls its file
+            continue
         for module in imported_modules(path):
             target = folder_of(module)
             assert target is None or target == folder or target in ALLOWED[folder], f"{path} imports {module}"
@@ -69,3 +71,14 @@ def test_import_is_cheap():
 
     code = "import sys, moe; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_folder_of_code_is_a_told_package():
+    """Packages are listed, not found: a folder that is forgotten would be missing from every install."""
+    import tomllib
+
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {p.parent.relative_to(ROOT).as_posix() for f in FOLDERS for p in sources(f)}
+    expected = {f.replace("/", ".") if f.startswith("moe") else f"moe.{f.replace('/', '.')}": f for f in folders}
+    assert sorted(told["packages"]) == sorted(expected)
+    assert told["package-dir"] == {name: f for name, f in expected.items() if not f.startswith("moe")}
