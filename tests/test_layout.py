@@ -82,3 +82,50 @@ def test_every_folder_of_code_is_a_told_package():
     expected = {f.replace("/", ".") if f.startswith("moe") else f"moe.{f.replace('/', '.')}": f for f in folders}
     assert sorted(told["packages"]) == sorted(expected)
     assert told["package-dir"] == {name: f for name, f in expected.items() if not f.startswith("moe")}
+
+
+WINGS = {"engine", "layer", "models"}
+
+
+def room_of(module: str) -> str | None:
+    """The node of the folders' graph: a folder, a wing of moe/, or one file that stands directly in moe/."""
+    parts = module.split(".")
+    if parts[0] != "moe" or len(parts) == 1:
+        return None
+    return parts[1] if parts[1] in ALLOWED else f"moe/{parts[1]}"
+
+
+def arrows() -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for path in (p for folder in FOLDERS for p in sources(folder)):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        here = room_of(".".join(parts if parts[0] == "moe" else ("moe", *parts)))
+        if here is None or path.stem.startswith("__"):
+            continue
+        rooms = {room_of(module) for module in imported_modules(path)}
+        graph.setdefault(here, set()).update(room for room in rooms if room not in (None, here))
+    return graph
+
+
+def test_no_circle_and_few_floors():
+    graph, chains = arrows(), {}
+
+    def longest(room: str, above: tuple[str, ...]) -> tuple[str, ...]:
+        assert room not in above, f"a circle: {' > '.join((*above, room))}"
+        if room not in chains:
+            below = [longest(r, (*above, room)) for r in graph.get(room, ())]
+            chains[room] = (room, *max(below, key=len, default=()))
+        return chains[room]
+
+    deepest = max((longest(room, ()) for room in graph), key=len)
+    assert len(deepest) <= 9, " > ".join(deepest)
+
+
+def test_no_file_has_grown_beyond_one_idea():
+    long = {
+        path.relative_to(ROOT).as_posix(): lines
+        for folder in FOLDERS
+        for path in sources(folder)
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert set(long) <= {"kernels/fused_kernel.py", "kernels/aot.py", "offload/cache.py", "offload/index.py"}, long

@@ -1,0 +1,180 @@
+"""Kills a random rank of a torchrun batch at a random moment, runs the same command again, and looks at everything.
+
+    python -m tests.launch.kill_ranks --runs 200 --out bench/results/kills.md
+
+Right means: the job ends by itself within the time limit, no traceback passes through this project's files, the output
+holds whole lines and none twice, and the second run completes it with the answers of an undisturbed run.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEMO = ROOT / "examples" / "tinymoe"
+NUM_LINES = 24
+TIME_LIMIT_S = 120.0
+
+
+class Case(NamedTuple):
+    seed: int
+    ranks: int
+    dispatcher: str
+    budget: str
+    moment: float  # as a share of an undisturbed run
+
+
+class Seen(NamedTuple):
+    case: Case
+    victim: int
+    lines_before: int
+    seconds_to_end: float  # from the kill to the end of the job
+    sentence: str  # the last that this project said about the loss
+    faults: tuple[str, ...]
+
+
+def case_of(seed: int) -> Case:
+    draw = random.Random(seed)
+    dispatcher = draw.choice(("all_to_all", "hierarchical", "coherent"))
+    ranks = 4 if dispatcher == "hierarchical" else draw.choice((2, 3, 4))
+    return Case(seed, ranks, dispatcher, draw.choice(("0.25", "0.5", "1.0")), draw.random())
+
+
+def write_requests(path: Path) -> None:
+    with path.open("w") as file:
+        for i in range(NUM_LINES):
+            body = {"prompt": "Once upon a time " + "there was " * (i % 5), "max_tokens": 16 + i % 9, "temperature": 0}
+            line = {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+
+
+def start(case: Case, requests: Path, output: Path) -> subprocess.Popen[str]:
+    """A job in a session of its own, so that nothing outlives it unseen."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
+    command += ["-m", "moe.launch.torchrun", str(DEMO), str(requests), str(output)]
+    command += ["--experts-in-memory", case.budget, "--set", f"parallel.dispatcher={case.dispatcher}"]
+    command += ["--set", "dtype=float32"]
+    command += ["--set", "parallel.ranks_per_node=2"] if case.dispatcher == "hierarchical" else []
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def ranks_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(job.pid).children(recursive=True):
+        try:
+            if "moe.launch.torchrun" in child.cmdline():
+                found.append((int(child.environ().get("RANK", -1)), child))
+        except psutil.NoSuchProcess:
+            continue
+    return [process for rank, process in sorted(found, key=lambda one: one[0]) if rank >= 0]
+
+
+def answers(output: Path) -> tuple[dict[str, str], list[str]]:
+    """Texts by id, and what is wrong with the file."""
+    texts: dict[str, str] = {}
+    faults = []
+    for number, line in enumerate(output.read_text().splitlines() if output.exists() else ()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            faults.append(f"line {number + 1} is not whole")
+            continue
+        if row["custom_id"] in texts:
+            faults.append(f"{row['custom_id']} is there twice")
+        texts[row["custom_id"]] = row["response"]["body"]["choices"][0]["text"]
+    return texts, faults
+
+
+def run_whole(case: Case, folder: Path, name: str) -> tuple[str, float]:
+    begin = time.monotonic()
+    job = start(case, folder / "in.jsonl", folder / name)
+    said, _ = job.communicate(timeout=TIME_LIMIT_S)
+    return said, time.monotonic() - begin
+
+
+def one_kill(case: Case, folder: Path, right: dict[str, str], undisturbed_s: float) -> Seen:
+    output = folder / "out.jsonl"
+    output.unlink(missing_ok=True)
+    job = start(case, folder / "in.jsonl", output)
+    time.sleep(case.moment * undisturbed_s)
+    ranks = ranks_of(job)
+    victim = random.Random(case.seed + 1).randrange(case.ranks)
+    if victim < len(ranks) and ranks[victim].is_running():
+        ranks[victim].kill()
+    killed = time.monotonic()
+    faults: list[str] = []
+    try:
+        said, _ = job.communicate(timeout=TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        faults.append(f"the job had not ended after {TIME_LIMIT_S:.0f} s")
+        for process in psutil.Process(job.pid).children(recursive=True):
+            process.kill()
+        job.kill()
+        said, _ = job.communicate()
+    seconds = time.monotonic() - killed
+    frames = [line for line in said.splitlines() if 'File "' in line and str(ROOT) in line and ".venv" not in line]
+    faults += [f"a traceback through {frames[-1].strip()}"] if frames else []
+    before, broken = answers(output)
+    # A process may die in the middle of its last line: the next run removes it, so only whole lines count here.
+    faults += [f for f in broken if "twice" in f]
+    if len(before) < NUM_LINES:
+        again, _ = run_whole(case, folder, "out.jsonl")
+        after, broken = answers(output)
+        faults += broken
+        if after != right:
+            wrong = [name for name in right if after.get(name) != right[name]]
+            faults.append(
+                f"after the second run {len(wrong)} answers are missing or different; it said {again[-300:]!r}"
+            )
+    told = [line for line in said.splitlines() if line.startswith("moe.launch.torchrun:")]
+    return Seen(case, victim, len(before), seconds, told[-1] if told else "", tuple(faults))
+
+
+def table(seen: list[Seen]) -> str:
+    rows = ["| seed | ranks | dispatcher | budget | moment | killed | lines before | s to the end | faults |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
+    for s in seen:
+        c = s.case
+        faults = "; ".join(s.faults) or "none"
+        rows.append(
+            f"| {c.seed} | {c.ranks} | {c.dispatcher} | {c.budget} | {c.moment:.2f} | {s.victim} | {s.lines_before} "
+            f"| {s.seconds_to_end:.1f} | {faults} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_requests(folder / "in.jsonl")
+        whole = Case(-1, 2, "all_to_all", "1.0", 1.0)
+        _, undisturbed_s = run_whole(whole, folder, "whole.jsonl")
+        right, faults = answers(folder / "whole.jsonl")
+        assert len(right) == NUM_LINES, faults
+        seen = []
+        for seed in range(args.first_seed, args.first_seed + args.runs):
+            seen.append(one_kill(case_of(seed), folder, right, undisturbed_s))
+            print(seen[-1], flush=True)
+            if args.out:
+                head = "# A random rank killed at a random moment\n\nCommand: `python -m tests.launch.kill_ranks`\n\n"
+                bad = sum(bool(s.faults) for s in seen)
+                args.out.write_text(f"{head}{len(seen)} runs, {bad} with a fault.\n\n{table(seen)}")
+
+
+if __name__ == "__main__":
+    main()
