@@ -84,7 +84,7 @@ def worker(folder: Path, order: list[int], num_tokens: int) -> None:
                 share = prompts(0, NUM_PROMPTS)[groups.rank :: NUM_HOSTS]
                 own = [llm.add(llm.encode(p), params(num_tokens)) for p in share]
                 llm.engine.start()
-                while not all(g.sequence.num_output for g in own):
+                while not all(g.request.num_output for g in own):
                     llm.step()
                 traffic = llm.engine.traffic
                 for part in traffic:

@@ -119,13 +119,13 @@ class Ours:
         params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
         between()
         clock = Clock(between)
-        running = [llm.add(prompt, params).sequence for prompt in prompts]
+        running = [llm.add(prompt, params).request for prompt in prompts]
         steps = first_decode = before = 0
         while engine.has_work:
             llm.step()
             steps += 1
             clock.mark()
-            if not first_decode and all(sequence.num_output for sequence in running):
+            if not first_decode and all(request.num_output for request in running):
                 first_decode = steps
                 before = sum(s.hits + s.misses for s in engine.layer_stats())
         prefill, decode = clock.spent(first_decode)

@@ -9,9 +9,8 @@ from jinja2 import TemplateError
 from moe.comm.groups import Groups
 from moe.config import EngineConfig
 from moe.engine.engine import Engine
+from moe.engine.requests import FinishReason, Request
 from moe.engine.sampling import Logprobs, SamplingParams
-from moe.engine.scheduler import FinishReason
-from moe.engine.scheduler import Sequence as Running
 from moe.engine.text import TextStream
 from moe.models.load import load_tokenizer
 
@@ -38,17 +37,17 @@ class RequestOutput:
 
 
 class Generation:
-    """A request on its way: its sequence in the engine and its text so far."""
+    """A request on its way: as the engine has it, and its text so far."""
 
-    def __init__(self, sequence: Running, text: TextStream) -> None:
-        self.sequence, self.text = sequence, text
+    def __init__(self, request: Request, text: TextStream) -> None:
+        self.request, self.text = request, text
 
     def completion(self) -> Completion:
-        sequence = self.sequence
-        assert sequence.finish_reason is not None
-        tokens = sequence.tokens[sequence.num_prompt :]
-        logprobs = sequence.logprobs if sequence.params.logprobs is not None else None
-        return Completion(self.text.text, tokens, sequence.finish_reason, logprobs)
+        request = self.request
+        assert request.finish_reason is not None
+        tokens = request.tokens[request.num_prompt :]
+        logprobs = request.logprobs if request.params.logprobs is not None else None
+        return Completion(self.text.text, tokens, request.finish_reason, logprobs)
 
 
 class LLM:
@@ -119,9 +118,9 @@ class LLM:
         try:
             is_finished = False
             while not is_finished:
-                if generation.sequence.finish_reason is None:  # another call may have moved it on meanwhile
+                if generation.request.finish_reason is None:  # another call may have moved it on meanwhile
                     self.step()
-                is_finished = generation.sequence.finish_reason is not None
+                is_finished = generation.request.finish_reason is not None
                 if piece := generation.text.delta(is_finished):
                     yield piece
         finally:
@@ -154,34 +153,32 @@ class LLM:
         """Queues one sample; `step` moves it on. For callers that run their own loop."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
-        sequence = self.engine.add_request(tokens, params)
-        generation = Generation(sequence, TextStream(self.tokenizer, params.stop))
-        self._open[sequence.id] = generation
+        request = self.engine.add_request(tokens, params)
+        generation = Generation(request, TextStream(self.tokenizer, params.stop))
+        self._open[request.id] = generation
         return generation
 
     def step(self) -> list[Generation]:
         """One engine step. Returns the generations that finished in it."""
         finished = []
-        for sequence in self.engine.step():
-            generation = self._open[sequence.id]
-            ended_by_token = sequence.finish_reason == "stop"
+        for request in self.engine.step():
+            generation = self._open[request.id]
+            ended_by_token = request.finish_reason == "stop"
             if not ended_by_token:  # the token that ends a text is not part of it
-                generation.text.add(sequence.tokens[-1])
+                generation.text.add(request.tokens[-1])
             if generation.text.is_stopped:
-                if sequence.finish_reason is None:
-                    self.engine.stop(sequence)
-                sequence.finish_reason = "stop"
-            if sequence.finish_reason is not None:
+                self.engine.finish(request, "stop")
+            if request.finish_reason is not None:
                 generation.text.finish()
-                finished.append(self._open.pop(sequence.id))
+                finished.append(self._open.pop(request.id))
         return finished
 
     def abort(self, generations: Iterable[Generation]) -> None:
         """Drops what is not finished yet."""
         for generation in generations:
-            if generation.sequence.finish_reason is None:
-                self.engine.abort(generation.sequence)
-                self._open.pop(generation.sequence.id, None)
+            if generation.request.finish_reason is None:
+                self.engine.finish(generation.request, "abort")
+                self._open.pop(generation.request.id, None)
 
 
 def _check_text(text: str) -> None:

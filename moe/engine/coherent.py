@@ -1,6 +1,6 @@
 """Coherent decode (ExFlow, arXiv 2401.08383): a token stays at the rank of its heaviest expert, attention included.
 
-All ranks know all requests and plan the same steps, so that any of them can run attention for any sequence; the KV
+All ranks know all requests and plan the same steps, so that any of them can run attention for any request; the KV
 cache is replicated. Prompts are computed by the rank that was asked (its owner), with the ordinary all-to-all, and
 their keys and values go to all ranks. A step of single tokens moves them instead:
 
@@ -29,10 +29,10 @@ from moe.comm.coherent import CoherentDispatcher
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.wire import Traffic, Wire
+from moe.engine.requests import Chunk, FinishReason, Request
 from moe.engine.runner import PackedRunner
 from moe.engine.sampling import Choice, Logprobs, Sampler, SamplingParams
-from moe.engine.scheduler import Chunk, Scheduler
-from moe.engine.scheduler import Sequence as Running
+from moe.engine.scheduler import Scheduler
 from moe.layer.experts import SlotExperts
 from moe.layer.parallel import ExpertParallel
 from moe.models.attention import MaskRule, StepLayout
@@ -113,18 +113,19 @@ class Replicas:
 
     def __init__(self, parallel: ExpertParallel) -> None:
         self.parallel = parallel
-        self._known: dict[tuple[int, int], Running] = {}  # by owner and its id there
+        self._known: dict[tuple[int, int], Request] = {}  # by owner and its id there
 
-    def add(self, sequence: Running) -> None:
-        self._known[sequence.owner, sequence.id] = sequence
-        self._say({"add": sequence.id, "tokens": sequence.tokens, "params": asdict(sequence.params)})
+    def add(self, request: Request) -> None:
+        self._known[request.owner, request.id] = request
+        self._say({"add": request.id, "tokens": request.tokens, "params": asdict(request.params)})
 
-    def end(self, sequence: Running) -> None:
-        """With the finish_reason that it has."""
-        self._say({"end": sequence.id, "reason": sequence.finish_reason})
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Ends it here now, and on all ranks before the next step."""
+        request.finish_reason = reason
+        self._say({"end": request.id, "reason": reason})
 
-    def forget(self, sequence: Running) -> None:
-        self._known.pop((sequence.owner, sequence.id), None)
+    def forget(self, request: Request) -> None:
+        self._known.pop((request.owner, request.id), None)
 
     def hear(self, scheduler: Scheduler) -> None:
         """Does what all ranks said, everywhere in the same order; a rank's requests take turns with the others'."""
@@ -139,16 +140,15 @@ class Replicas:
 
     def _do(self, rank: int, notice: dict[str, Any], scheduler: Scheduler) -> None:
         if "end" in notice:
-            sequence = self._known.pop((rank, notice["end"]), None)
-            if sequence is not None:
-                sequence.finish_reason = notice["reason"]
-                scheduler.drop(sequence)
+            request = self._known.pop((rank, notice["end"]), None)
+            if request is not None:
+                scheduler.finish(request, notice["reason"])
             return
         key = rank, notice["add"]
         if key not in self._known:
             params = SamplingParams(**notice["params"])
             tokens = notice["tokens"]
-            self._known[key] = Running(
+            self._known[key] = Request(
                 id=notice["add"],
                 tokens=tokens,
                 params=params,
@@ -202,11 +202,11 @@ class CoherentRunner:
     def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
         """The next token of every sampling chunk on all ranks, each sampled where its logits are."""
         rank, size = self.groups.rank, self.groups.world_size
-        num_top = max((c.sequence.params.logprobs or 0 for c in chunks), default=0)
+        num_top = max((c.request.params.logprobs or 0 for c in chunks), default=0)
         rows = torch.zeros(len(self._here), 3 + 2 * num_top, dtype=torch.float64)
         for row, index, scores in zip(rows, self._here, logits):
-            sequence = chunks[index].sequence
-            choice = sequence.sampler.choose(scores, sequence.tokens)
+            request = chunks[index].request
+            choice = request.sampler.choose(scores, request.tokens)
             row[:2] = torch.tensor([index, choice.token])
             if choice.logprobs is not None:
                 top = choice.logprobs.top
@@ -219,9 +219,9 @@ class CoherentRunner:
         owners = [r for r, count in enumerate(self._counts) for _ in range(count)]
         vocabulary = self.model.config.vocab_size
         for place, (index, token, chosen, *top) in zip(owners, all_rows):
-            sequence = chunks[int(index)].sequence
-            sequence.place = place
-            wanted = sequence.params.logprobs
+            request = chunks[int(index)].request
+            request.place = place
+            wanted = request.params.logprobs
             logprobs = None
             if wanted is not None:
                 wanted = min(wanted, vocabulary)
@@ -229,7 +229,7 @@ class CoherentRunner:
                 logprobs = Logprobs(chosen, dict(zip(ids, top[num_top : num_top + wanted])))
             choices[int(index)] = Choice(int(token), logprobs)
             if place != rank:
-                sequence.sampler.skip(vocabulary)
+                request.sampler.skip(vocabulary)
         return [choices[i] for i, c in enumerate(chunks) if c.samples]
 
     def _at_owners(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -237,11 +237,11 @@ class CoherentRunner:
         for layer in range(len(self._coming)):
             self._arrive(layer)
         rank, size = self.groups.rank, self.groups.world_size
-        own = [i for i, c in enumerate(chunks) if c.sequence.owner == rank]
+        own = [i for i, c in enumerate(chunks) if c.request.owner == rank]
         tokens, self._counts = [0] * size, [0] * size
         for c in chunks:
-            tokens[c.sequence.owner] += c.end - c.start
-            self._counts[c.sequence.owner] += c.samples
+            tokens[c.request.owner] += c.end - c.start
+            self._counts[c.request.owner] += c.samples
         self.parallel.agreement = replace(self.parallel.agreement, tokens=tuple(tokens))
         if own:
             logits = self.packed.forward([chunks[i] for i in own])
@@ -263,16 +263,16 @@ class CoherentRunner:
         return int(self.model.config.num_experts_per_tok)
 
     def _decode(self, chunks: Sequence[Chunk]) -> Tensor:
-        """One token of every sequence, each going where its experts are."""
-        device, places = self.kv.device, [c.sequence.place for c in chunks]
+        """One token of every request, each going where its experts are."""
+        device, places = self.kv.device, [c.request.place for c in chunks]
         starts = [c.start for c in chunks]
-        rows = [self.kv.rows(c.sequence.blocks, c.end) for c in chunks]
+        rows = [self.kv.rows(c.request.blocks, c.end) for c in chunks]
         positions = torch.tensor([starts], device=device)
         rotary = self._base.rotary_emb(self._base.embed_tokens.weight[:1, None], positions)
         here = [i for i, place in enumerate(places) if place == self.groups.rank]
         counts: Sequence[int] = [places.count(r) for r in range(self.groups.world_size)]
         h = self._base.embed_tokens(
-            torch.tensor([chunks[i].sequence.tokens[starts[i]] for i in here], dtype=torch.int64, device=device)
+            torch.tensor([chunks[i].request.tokens[starts[i]] for i in here], dtype=torch.int64, device=device)
         )
         for index, layer in enumerate(self._base.layers):
             self._arrive(index)

@@ -19,9 +19,10 @@ from moe.config import EngineConfig
 from moe.engine import assemble
 from moe.engine.coherent import CoherentRunner, Replicas
 from moe.engine.recorder import TraceRecorder
+from moe.engine.requests import Chunk, FinishReason, Request
 from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, why_not_packed
 from moe.engine.sampling import Choice, Sampler, SamplingParams
-from moe.engine.scheduler import Chunk, FinishReason, Scheduler, Sequence
+from moe.engine.scheduler import Scheduler
 from moe.models.attention import ATTENTION_NAME
 from moe.models.kv import BlockPool
 from moe.models.load import read_blueprint
@@ -88,11 +89,11 @@ class Engine:
         self.eos_ids = assemble.eos_ids(self.model)
         self.stats = StepStats()
         self.recorder: TraceRecorder | None = None
-        self.last_logits: dict[int, list[Tensor]] | None = None  # by sequence, when `keep_logits` was called
+        self.last_logits: dict[int, list[Tensor]] | None = None  # by request, when `keep_logits` was called
         self._started: dict[int, float] = {}
         self.next_id = 0
 
-    def step(self) -> list[Sequence]:
+    def step(self) -> list[Request]:
         """Computes one batch. Returns the sequences that got a token, finished ones included."""
         start = time.perf_counter()
         chunks, joins = self._plan_step()
@@ -103,9 +104,9 @@ class Engine:
         for chunk in chunks:
             self.scheduler.computed(chunk)
         choices = self._choose(chunks, logits.cpu())
-        stepped = [self._accept(c.sequence, choice) for c, choice in zip((c for c in chunks if c.samples), choices)]
+        stepped = [self._accept(c.request, choice) for c, choice in zip((c for c in chunks if c.samples), choices)]
         self._count(chunks, start)
-        return [sequence for sequence in stepped if sequence.owner == self.rank]
+        return [request for request in stepped if request.owner == self.rank]
 
     def start(self) -> None:
         """Begins a run of steps after which `has_work` is false. With ranks: a collective, before the first step."""
@@ -151,10 +152,10 @@ class Engine:
                 "raise batch.kv_tokens or lower max_tokens"
             )
 
-    def add_request(self, tokens: Seq[int], params: SamplingParams) -> Sequence:
+    def add_request(self, tokens: Seq[int], params: SamplingParams) -> Request:
         """Queues a prompt of token ids. Raises ValueError if it cannot ever run."""
         self.check_request(tokens, params)
-        sequence = Sequence(
+        request = Request(
             id=self.next_id,
             tokens=list(tokens),
             params=params,
@@ -164,30 +165,27 @@ class Engine:
             place=self.rank,
         )
         self.next_id += 1
-        self._started[sequence.id] = time.perf_counter()
+        self._started[request.id] = time.perf_counter()
         if self.replicas is not None:
-            self.replicas.add(sequence)
+            self.replicas.add(request)
         else:
-            self.scheduler.add(sequence)
-        return sequence
+            self.scheduler.add(request)
+        return request
 
-    def stop(self, sequence: Sequence) -> None:
-        """Ends a sequence that is complete by its text (a stop string); no effect on a finished one."""
-        if sequence.finish_reason is None:
-            self._end(sequence, "stop")
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request, waiting or running: "stop" if its text is complete, "abort" if it is wanted no more.
 
-    def abort(self, sequence: Sequence) -> None:
-        """Drops a sequence, waiting or running; no effect on a finished one."""
-        if sequence.finish_reason is None:
-            self._started.pop(sequence.id, None)
-            self._end(sequence, "abort")
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.finish_reason = reason
+        Of a finished one nothing changes, but that "stop" explains more than "length".
+        """
+        if request.finish_reason == "length" and reason == "stop":
+            request.finish_reason = reason
+        if request.finish_reason is not None:
+            return
+        self._started.pop(request.id, None)
         if self.replicas is not None:
-            self.replicas.end(sequence)  # in the next step, with all ranks
+            self.replicas.finish(request, reason)  # in the next step, with all ranks
         else:
-            self.scheduler.drop(sequence)
+            self.scheduler.finish(request, reason)
 
     def record(self) -> TraceRecorder:
         """From now on every token's routing is kept; prefixes are no longer shared, so that none is left out."""
@@ -209,7 +207,7 @@ class Engine:
         return self.recorder
 
     def keep_logits(self) -> dict[int, list[Tensor]]:
-        """From now on the logits of every sampled token are kept, fp32 [V] each, by sequence."""
+        """From now on the logits of every sampled token are kept, fp32 [V] each, by request."""
         if self.coherent is not None:
             raise ValueError("in a coherent run logits stay on other ranks; set parallel.dispatcher=all_to_all")
         self.last_logits = {}
@@ -227,32 +225,33 @@ class Engine:
         """The next token of every chunk that samples. logits: as the runner gives them, on the CPU."""
         if self.coherent is not None:
             return self.coherent.choose(chunks, logits) if chunks else []
-        sampling = [(c.sequence, row) for c, row in zip(chunks, logits) if c.samples]
+        sampling = [(c.request, row) for c, row in zip(chunks, logits) if c.samples]
         if self.last_logits is not None:
-            for sequence, row in sampling:
-                self.last_logits.setdefault(sequence.id, []).append(row.clone())
-        return [sequence.sampler.choose(row, sequence.tokens) for sequence, row in sampling]
+            for request, row in sampling:
+                self.last_logits.setdefault(request.id, []).append(row.clone())
+        return [request.sampler.choose(row, request.tokens) for request, row in sampling]
 
-    def _accept(self, sequence: Sequence, choice: Choice) -> Sequence:
-        params, token = sequence.params, choice.token
+    def _accept(self, request: Request, choice: Choice) -> Request:
+        params, token = request.params, choice.token
         if choice.logprobs is not None:
-            sequence.logprobs.append(choice.logprobs)
-        sequence.tokens.append(token)
-        if sequence.num_output == 1 and sequence.owner == self.rank:
-            self.stats.first_token_seconds.append(time.perf_counter() - self._started.pop(sequence.id))
+            request.logprobs.append(choice.logprobs)
+        request.tokens.append(token)
+        if request.num_output == 1 and request.owner == self.rank:
+            self.stats.first_token_seconds.append(time.perf_counter() - self._started.pop(request.id))
         is_end = token in self.eos_ids and not params.ignore_eos
+        reason: FinishReason | None = None
         if is_end or token in params.stop_token_ids:
-            sequence.finish_reason = "stop"
-        elif sequence.num_output >= params.max_tokens or len(sequence.tokens) >= self.max_context:
-            sequence.finish_reason = "length"
-        if sequence.finish_reason is not None:
-            self.scheduler.finish(sequence)
+            reason = "stop"
+        elif request.num_output >= params.max_tokens or len(request.tokens) >= self.max_context:
+            reason = "length"
+        if reason is not None:
+            self.scheduler.finish(request, reason)
             if self.replicas is not None:
-                self.replicas.forget(sequence)
-            if sequence.owner == self.rank:
-                self.stats.shared_tokens += sequence.num_shared
-                self.stats.preemptions += sequence.num_preempted
-        return sequence
+                self.replicas.forget(request)
+            if request.owner == self.rank:
+                self.stats.shared_tokens += request.num_shared
+                self.stats.preemptions += request.num_preempted
+        return request
 
     def _plan_step(self) -> tuple[list[Chunk], int]:
         """The chunks of this step, and how many forwards of other ranks this one must join in it."""
@@ -277,12 +276,12 @@ class Engine:
 
     def _count(self, chunks: Seq[Chunk], start: float) -> None:
         seconds = time.perf_counter() - start
-        own = [c for c in chunks if c.sequence.owner == self.rank]
-        prompt = sum(max(0, min(c.end, c.sequence.num_prompt) - c.start) for c in own)
+        own = [c for c in chunks if c.request.owner == self.rank]
+        prompt = sum(max(0, min(c.end, c.request.num_prompt) - c.start) for c in own)
         self.stats.steps += 1
         self.stats.prefill_tokens += prompt
         self.stats.decode_tokens += sum(c.end - c.start for c in own) - prompt
-        if any(c.start < c.sequence.num_prompt for c in chunks):
+        if any(c.start < c.request.num_prompt for c in chunks):
             self.stats.prefill_seconds += seconds
         else:
             self.stats.pure_decode_tokens += len(own)

@@ -5,13 +5,13 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import numpy.typing as npt
 
-from moe.engine.scheduler import Chunk
+from moe.engine.requests import Chunk
 from moe.layer.experts import RoutedLayer
 from moe.placement.trace import RoutingTrace
 
 
 class TraceRecorder:
-    """Every token of every sequence once, in the order in which sequences were added to the engine."""
+    """Every token of every request once, in the order in which sequences were added to the engine."""
 
     def __init__(self, num_experts: int, model: str) -> None:
         self.num_experts, self.model = num_experts, model
@@ -33,11 +33,11 @@ class TraceRecorder:
         for chunk in chunks:
             rows = slice(first, first + chunk.end - chunk.start)
             first = rows.stop
-            parts = self._parts.setdefault(chunk.sequence.id, [])
+            parts = self._parts.setdefault(chunk.request.id, [])
             if chunk.start == 0:  # also after a preemption: it is computed again
                 parts.clear()
             parts.append((chunk.start, ids[rows], weights[rows]))
-            self._prompt[chunk.sequence.id] = chunk.sequence.num_prompt
+            self._prompt[chunk.request.id] = chunk.request.num_prompt
 
     def trace(self) -> RoutingTrace:
         """Raises ValueError if nothing was recorded."""

@@ -1,4 +1,4 @@
-"""Runs a model on the chunks of one step: all packed into one row, or one sequence after another."""
+"""Runs a model on the chunks of one step: all packed into one row, or one request after another."""
 
 from collections.abc import Sequence as Seq
 from itertools import accumulate
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from moe.engine.scheduler import Chunk
+from moe.engine.requests import Chunk
 from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
 
 
@@ -44,8 +44,8 @@ class PackedRunner:
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
         device = self.kv.device
-        step = self.kv.begin([c.sequence.blocks for c in chunks], [c.start for c in chunks], [c.end for c in chunks])
-        tokens = torch.tensor([[t for c in chunks for t in c.sequence.tokens[c.start : c.end]]], device=device)
+        step = self.kv.begin([c.request.blocks for c in chunks], [c.start for c in chunks], [c.end for c in chunks])
+        tokens = torch.tensor([[t for c in chunks for t in c.request.tokens[c.start : c.end]]], device=device)
         positions = torch.tensor([[p for c in chunks for p in range(c.start, c.end)]], device=device)
         last = torch.tensor(list(accumulate(step.query_lengths)), device=device) - 1
         logits = self.model(
@@ -63,9 +63,9 @@ class PackedRunner:
 
 
 class SequentialRunner:
-    """Each sequence by itself, with the cache that transformers makes for this architecture.
+    """Each request by itself, with the cache that transformers makes for this architecture.
 
-    For recurrent layers and encoder-decoders: exact, but experts are fetched for one sequence at a time. An
+    For recurrent layers and encoder-decoders: exact, but experts are fetched for one request at a time. An
     encoder-decoder's prompt goes to the encoder; its output starts from the decoder's start token.
     """
 
@@ -81,26 +81,26 @@ class SequentialRunner:
         return len(chunks)
 
     def _forward_one(self, chunk: Chunk) -> Tensor:
-        sequence, device = chunk.sequence, self.model.device
-        new = sequence.tokens[chunk.start : chunk.end]
+        request, device = chunk.request, self.model.device
+        new = request.tokens[chunk.start : chunk.end]
         arguments: dict[str, Any] = {}
         if self.is_encoder_decoder:
-            prompt = torch.tensor([sequence.tokens[: sequence.num_prompt]], device=device)
-            if sequence.state is None:
+            prompt = torch.tensor([request.tokens[: request.num_prompt]], device=device)
+            if request.state is None:
                 encoded = self.model.get_encoder()(input_ids=prompt)
                 start = self.model.generation_config.decoder_start_token_id
                 start = self.model.config.decoder_start_token_id if start is None else start
-                sequence.state = (encoded, None)
-                new = [start, *sequence.tokens[sequence.num_prompt :]]
-            encoded, past = sequence.state
+                request.state = (encoded, None)
+                new = [start, *request.tokens[request.num_prompt :]]
+            encoded, past = request.state
             arguments = {"encoder_outputs": encoded, "decoder_input_ids": torch.tensor([new], device=device)}
         else:
-            past = sequence.state
+            past = request.state
             positions = torch.arange(chunk.start, chunk.end, device=device)[None]
             arguments = {"input_ids": torch.tensor([new], device=device), "position_ids": positions}
         out = self.model(**arguments, **{CACHE_NAME: past}, use_cache=True)
         cache = getattr(out, CACHE_NAME)
-        sequence.state = (encoded, cache) if self.is_encoder_decoder else cache
+        request.state = (encoded, cache) if self.is_encoder_decoder else cache
         return out.logits[0, -1].float()  # type: ignore[no-any-return]
 
 

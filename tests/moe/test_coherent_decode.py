@@ -151,13 +151,13 @@ def stop_and_abort(folder: str, config: EngineConfig, prompts: list[list[int]]) 
         llm.engine.start()
         while llm.engine.has_work:
             llm.step()
-            sequence = own[1].sequence
-            if groups.rank == 0 and sequence.num_output == 3:
-                llm.engine.stop(sequence)
+            request = own[1].request
+            if groups.rank == 0 and request.num_output == 3:
+                llm.engine.finish(request, "stop")
         pool = llm.engine.scheduler.pool
         assert pool.num_available == pool.num_blocks
         assert not llm.engine.replicas._known
-        return [(g.sequence.tokens[g.sequence.num_prompt :], g.sequence.finish_reason) for g in own]
+        return [(g.request.tokens[g.request.num_prompt :], g.request.finish_reason) for g in own]
 
 
 def test_what_one_rank_ends_all_end(qwen2_moe):

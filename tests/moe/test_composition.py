@@ -9,8 +9,8 @@ import json
 import pytest
 
 from moe.config import OffloadConfig
+from moe.engine.requests import Request
 from moe.engine.sampling import SamplingParams
-from moe.engine.scheduler import Sequence
 from moe.llm import LLM
 from tests.moe.moe_cases import (
     FP32_BOUND,
@@ -113,14 +113,14 @@ def test_order_and_company_do_not_matter(models):
 def test_requests_that_come_while_others_run(models):
     model = models("tinymoe")
     with LLM(TINYMOE, config("0.25", max_tokens=20, max_sequences=4)) as llm:
-        running: list[Sequence] = []
+        running: list[Request] = []
         for n, prompt in enumerate(model.prompts):
             running.append(llm.engine.add_request(prompt, greedy(NUM_NEW)))
             for _ in range(n % 3):
                 llm.engine.step()
         aborted = llm.engine.add_request(model.prompts[3], greedy(NUM_NEW))
         llm.engine.step()
-        llm.engine.scheduler.abort(aborted)
+        llm.engine.finish(aborted, "abort")
         while llm.engine.has_work:
             llm.engine.step()
         assert [s.tokens[s.num_prompt :] for s in running] == model.said.tokens

@@ -172,7 +172,7 @@ def test_nothing_grows_with_aborted_requests(llm):
         stream.close()
         request = llm.add(llm.encode(PROMPT), SamplingParams())
         llm.abort([request])
-        assert request.sequence.finish_reason == "abort"
+        assert request.request.finish_reason == "abort"
     assert len(llm.engine._started) == before
     assert not llm._open
 

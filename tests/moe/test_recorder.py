@@ -115,7 +115,7 @@ def test_what_cannot_be_recorded(case, tmp_path):
         request = llm.engine.add_request([1, 2, 3], greedy(4))
         with pytest.raises(ValueError, match="requests are running"):
             llm.engine.record()
-        llm.engine.scheduler.abort(request)
+        llm.engine.finish(request, "abort")
         with pytest.raises(ValueError, match="no routing was recorded"):
             llm.engine.record().trace()
     with LLM(Case("switch_transformers", tmp_path / "switch").original, config("1.0")) as llm:

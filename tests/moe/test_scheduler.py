@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.config import BatchConfig
+from moe.engine.requests import Request
 from moe.engine.sampling import Sampler, SamplingParams
-from moe.engine.scheduler import Scheduler, Sequence
+from moe.engine.scheduler import Scheduler
 from moe.models.kv import BlockPool
 
 
@@ -23,65 +24,64 @@ class World:
         self.pool = BlockPool(num_blocks, config.block_size, config.prefix_sharing)
         self.scheduler = Scheduler(config, self.pool, can_chunk)
         self.memory: dict[tuple[int, int], int] = {}  # (block, place) -> token
-        self.sequences: list[Sequence] = []
+        self.sequences: list[Request] = []
         self.admitted: list[int] = []
         self.steps = 0
 
-    def add(self, prompt: list[int], num_new: int) -> Sequence:
+    def add(self, prompt: list[int], num_new: int) -> Request:
         params = SamplingParams(max_tokens=num_new)
-        sequence = Sequence(
+        request = Request(
             id=len(self.sequences),
             tokens=list(prompt),
             params=params,
             num_prompt=len(prompt),
             sampler=Sampler(params),
         )
-        self.sequences.append(sequence)
-        self.scheduler.add(sequence)
-        return sequence
+        self.sequences.append(request)
+        self.scheduler.add(request)
+        return request
 
     def step(self) -> None:
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         chunks = self.scheduler.schedule()
         self.check(chunks, oldest)
         size = self.config.block_size
-        for sequence, start, end in chunks:
+        for request, start, end in chunks:
             for place in range(start):
-                found = self.memory.get((sequence.blocks[place // size], place % size))
-                assert found == sequence.tokens[place], (sequence.id, place)
+                found = self.memory.get((request.blocks[place // size], place % size))
+                assert found == request.tokens[place], (request.id, place)
             for place in range(start, end):
-                self.memory[sequence.blocks[place // size], place % size] = sequence.tokens[place]
+                self.memory[request.blocks[place // size], place % size] = request.tokens[place]
         for chunk in chunks:
             self.scheduler.computed(chunk)
         for chunk in chunks:
             if chunk.samples:
-                sequence = chunk.sequence
-                sequence.tokens.append(sum(sequence.tokens) * 7 % 5)
-                if sequence.num_output == sequence.params.max_tokens:
-                    sequence.finish_reason = "length"
-                    self.scheduler.finish(sequence)
+                request = chunk.request
+                request.tokens.append(sum(request.tokens) * 7 % 5)
+                if request.num_output == request.params.max_tokens:
+                    self.scheduler.finish(request, "length")
         self.pool.check()
         self.steps += 1
 
     def check(self, chunks, oldest) -> None:
         self.pool.check()
         assert bool(chunks) == self.scheduler.has_work
-        ids = [c.sequence.id for c in chunks]
+        ids = [c.request.id for c in chunks]
         assert len(set(ids)) == len(ids)
         assert len(self.scheduler.running) <= self.config.max_sequences
         size = sum(c.end - c.start for c in chunks)
         assert size <= self.config.max_tokens or (len(chunks) == 1 and not self.can_chunk)
         if oldest is not None:
-            assert chunks[0].sequence is oldest  # the oldest always moves on: nobody starves
-        for sequence, start, end in chunks:
-            assert start == sequence.num_computed < end <= len(sequence.tokens)
-            assert self.can_chunk or end == len(sequence.tokens)
-            assert len(sequence.blocks) * self.config.block_size >= end
-            written = set(sequence.blocks[start // self.config.block_size :])
-            others = itertools.chain.from_iterable(s.blocks for s in self.scheduler.running if s is not sequence)
+            assert chunks[0].request is oldest  # the oldest always moves on: nobody starves
+        for request, start, end in chunks:
+            assert start == request.num_computed < end <= len(request.tokens)
+            assert self.can_chunk or end == len(request.tokens)
+            assert len(request.blocks) * self.config.block_size >= end
+            written = set(request.blocks[start // self.config.block_size :])
+            others = itertools.chain.from_iterable(s.blocks for s in self.scheduler.running if s is not request)
             assert not written & set(others), "a shared block is written"
-            if sequence.id not in self.admitted:
-                self.admitted.append(sequence.id)
+            if request.id not in self.admitted:
+                self.admitted.append(request.id)
 
     def run(self) -> None:
         bound = 20 + 20 * sum(len(s.tokens) + s.params.max_tokens for s in self.sequences) ** 2
@@ -118,16 +118,16 @@ def test_every_sequence_finishes_and_nothing_is_lost(config, asked, spare, data)
                 world.step()
         unfinished = [s for s in world.sequences if s.finish_reason is None]
         if unfinished and data.draw(st.integers(0, 5)) == 0:
-            world.scheduler.abort(data.draw(st.sampled_from(unfinished)))
+            world.scheduler.finish(data.draw(st.sampled_from(unfinished)), "abort")
     world.run()
-    for sequence, (prompt, num_new) in zip(world.sequences, asked):
-        if sequence.finish_reason == "abort":
+    for request, (prompt, num_new) in zip(world.sequences, asked):
+        if request.finish_reason == "abort":
             continue
         tokens = list(prompt)
         for _ in range(num_new):
             tokens.append(sum(tokens) * 7 % 5)
-        assert sequence.tokens == tokens
-        assert sequence.finish_reason == "length"
+        assert request.tokens == tokens
+        assert request.finish_reason == "length"
     finished = [s.id for s in world.sequences if s.finish_reason != "abort"]
     assert [i for i in world.admitted if i in finished] == finished  # first come, first served
 

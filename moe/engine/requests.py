@@ -1,0 +1,44 @@
+"""What the engine works on: a request, and the part of it that one step computes."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from moe.engine.sampling import Logprobs, Sampler, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt and what was generated for it. tokens: [0, num_computed) are in the KV cache."""
+
+    id: int
+    tokens: list[int]
+    params: SamplingParams
+    num_prompt: int
+    sampler: Sampler
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_shared: int = 0  # tokens that a shared prefix saved at admission
+    num_preempted: int = 0
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    owner: int = 0  # the rank whose request it is
+    place: int = 0  # the rank where its next token begins, in coherent decode
+    state: Any = None  # what a model that is not packed keeps between steps
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, end) of a request, to be computed now; `samples` if the next token follows."""
+
+    request: Request
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        return self.end == len(self.request.tokens)
