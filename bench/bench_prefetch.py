@@ -38,7 +38,7 @@ from moe.kernels.weights import Activation, ExpertWeights
 from moe.layer.experts import SlotExperts
 from moe.layer.lookahead import Guess, Lookahead
 from moe.llm import LLM
-from moe.models.load import read_blueprint
+from moe.models.blueprint import read_blueprint
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.pack import pack

@@ -129,8 +129,8 @@ def _loaded(args: argparse.Namespace, config: "EngineConfig") -> Iterator[Any]:
 def _info(args: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from moe.engine.runner import why_not_packed
-    from moe.models.load import read_blueprint
+    from moe.models.blueprint import read_blueprint
+    from moe.models.neighbours import why_not_packed
     from moe.offload.budget import format_bytes
     from moe.offload.stores import available_memory
 
@@ -139,7 +139,7 @@ def _info(args: argparse.Namespace) -> int:
     table.add_row("architecture", f"{type(b.skeleton).__name__} ({b.config.model_type})")
     table.add_row("context", f"{b.max_context or 'no limit'} tokens")
     table.add_row("dense weights", format_bytes(b.dense_bytes))
-    reason = why_not_packed(b.skeleton)
+    reason = why_not_packed(b.skeleton, b.max_context)
     table.add_row("batching", "packed, continuous" if reason is None else f"one sequence at a time: {reason}")
     if b.experts:
         site, blob = b.index.sites[0], max(layout.nbytes for layout in b.index.layouts)
@@ -258,7 +258,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     from moe.launch.report import batch_progress
-    from moe.models.load import read_blueprint
+    from moe.models.blueprint import read_blueprint
     from moe.offload.budget import format_bytes
     from moe.offload.pack import pack
 

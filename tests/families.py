@@ -127,6 +127,40 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         # sparsemixer picks exactly two experts per token
         _ATTENTION | {"intermediate_size": 25, "num_local_experts": 7, "num_experts_per_tok": 2},
     ),
+    "phimoe_longrope": (  # as Phi-3.5-MoE is published; of four prompts one is beyond the switch, one crosses it
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        _ATTENTION
+        | {
+            "intermediate_size": 25,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 2,
+            "original_max_position_embeddings": 24,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 24,
+                "short_factor": [1.0, 1.1, 1.2],
+                "long_factor": [2.0, 4.0, 8.0],
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
+                "factor": 8.0,
+            },
+        },
+    ),
+    "mixtral_dynamic": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _ATTENTION
+        | {
+            "intermediate_size": 29,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 3,
+            "head_dim": 6,
+            "max_position_embeddings": 48,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
     "granitemoe": (
         "GraniteMoeConfig",
         "GraniteMoeForCausalLM",

@@ -20,9 +20,10 @@ from moe.kernels.weights import ExpertWeights, Scales
 from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.layer.lookahead import Lookahead, router_guess, transition_guess
 from moe.layer.parallel import DispatcherName, ExpertParallel
+from moe.models.blueprint import Blueprint
 from moe.models.dense_cpu import compile_dense
 from moe.models.kv import BlockPool
-from moe.models.load import Blueprint, load_dense
+from moe.models.load import load_dense
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory

@@ -20,12 +20,13 @@ from moe.engine import assemble
 from moe.engine.coherent import CoherentRunner, Replicas
 from moe.engine.recorder import TraceRecorder
 from moe.engine.requests import Chunk, FinishReason, Request
-from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, why_not_packed
+from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv
 from moe.engine.sampling import Choice, Sampler, SamplingParams
 from moe.engine.scheduler import Scheduler
 from moe.models.attention import ATTENTION_NAME
+from moe.models.blueprint import read_blueprint
 from moe.models.kv import BlockPool
-from moe.models.load import read_blueprint
+from moe.models.neighbours import why_not_packed
 from moe.offload.cache import LayerStats
 
 
@@ -60,12 +61,12 @@ class Engine:
         self.notes = assemble.notes_on(self.blueprint)
         device = assemble.find_device(config.device)
         self.parallel = None if groups is None else assemble.make_parallel(groups, self.blueprint, config.parallel)
-        reason = why_not_packed(self.blueprint.skeleton)
+        self.max_context = min(n for n in (config.max_context, self.blueprint.max_context, 1 << 30) if n)
+        reason = why_not_packed(self.blueprint.skeleton, self.max_context)
         self.is_packed = reason is None and config.batch.packed
         if reason is not None:
             self.notes.append(f"sequences run one at a time, not packed: {reason}")
         self.model = assemble.make_model(self.blueprint, config, device)
-        self.max_context = min(n for n in (config.max_context, self.blueprint.max_context, 1 << 30) if n)
         tried = assemble.try_a_token(self.model, self.blueprint, self.is_packed, self.parallel is not None)
         self._dispatch_shapes = tried.dispatch_shapes
         self.replicas = self._make_replicas(tried)

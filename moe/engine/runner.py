@@ -6,10 +6,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 from moe.engine.requests import Chunk
 from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
+from moe.models.neighbours import recomputed_beyond
 
 
 class Runner(Protocol):
@@ -18,21 +19,6 @@ class Runner(Protocol):
 
     def num_forwards(self, chunks: Seq[Chunk]) -> int:
         """How often `forward` runs the model for these chunks."""
-
-
-def why_not_packed(model: Any) -> str | None:
-    """The reason why sequences of this model cannot share one packed row; None if they can."""
-    config = model.config
-    if config.is_encoder_decoder:
-        return "it is an encoder-decoder"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "its attention does not go through transformers' attention interface"
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer} or getattr(model, "_is_stateful", False):
-        return "some of its layers keep a recurrent state"
-    if any(getattr(m, "attn_temperature_tuning", False) for m in model.modules()):
-        return "its attention counts positions from the cache's length"
-    return None
 
 
 class PackedRunner:
@@ -72,6 +58,7 @@ class SequentialRunner:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.recomputed_beyond = recomputed_beyond(model)
 
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
@@ -95,8 +82,10 @@ class SequentialRunner:
             encoded, past = request.state
             arguments = {"encoder_outputs": encoded, "decoder_input_ids": torch.tensor([new], device=device)}
         else:
-            past = request.state
-            positions = torch.arange(chunk.start, chunk.end, device=device)[None]
+            first, past = chunk.start, request.state
+            if self.recomputed_beyond is not None and first <= self.recomputed_beyond < chunk.end:
+                first, past, new = 0, None, request.tokens[: chunk.end]
+            positions = torch.arange(first, chunk.end, device=device)[None]
             arguments = {"input_ids": torch.tensor([new], device=device), "position_ids": positions}
         out = self.model(**arguments, **{CACHE_NAME: past}, use_cache=True)
         cache = getattr(out, CACHE_NAME)

@@ -11,7 +11,8 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from moe.launch.cli import main
 from moe.llm import LLM
-from moe.models.load import load_dense, read_blueprint
+from moe.models.blueprint import read_blueprint
+from moe.models.load import load_dense
 from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import NUM_NEW, ROOT, TINYMOE, check_whole, config, engine_says, greedy
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
-from moe.models.load import read_blueprint
+from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
 from tests.families import ENCODER_DECODER, VOCAB_SIZE, reference_model, tiny_checkpoint
 

@@ -12,7 +12,7 @@ from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.sampling import SamplingParams
 from moe.kernels.reference import spread_scales
 from moe.llm import LLM
-from moe.models.load import read_blueprint
+from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
 from tests.families import tiny_checkpoint
 
