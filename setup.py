@@ -13,6 +13,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.editable_wheel import editable_wheel
 
 SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
+CPU_SOURCES = ("experts", "linear", "select", "avx512", "avx512_dot", "avx2", "plain")
+CPU_HEADERS = ("experts", "scalars", "elements", "panel", "isa")
 COMMON = ["-O3", "-std=c11", "-fvisibility=hidden", *SAME_BITS]
 
 
@@ -40,9 +42,9 @@ setup(
     ext_modules=[
         Extension(
             "moe.kernels._cpu_experts",
-            ["kernels/cpu_experts.c"],
+            [f"kernels/cpu_{name}.c" for name in CPU_SOURCES],
             extra_compile_args=[*COMMON, "-fopenmp", "-Wno-psabi"],
-            depends=["kernels/cpu_experts_isa.h"],
+            depends=[f"kernels/cpu_{name}.h" for name in CPU_HEADERS],
             optional=True,
         ),
         Extension("moe.kernels._cpu_norm", ["kernels/cpu_norm.c"], extra_compile_args=COMMON, optional=True),

@@ -47,7 +47,7 @@ def load_helper() -> ctypes.CDLL | None:
     helper.moe_cpu_experts.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64]
     helper.moe_cpu_experts.restype = ctypes.c_int64
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    helper.moe_cpu_linear.argtypes = [ctypes.c_char_p, pointer, integer, integer, pointer, integer, integer]
+    helper.moe_cpu_linear.argtypes = [ctypes.c_char_p, pointer, integer, integer, integer, pointer, integer, integer]
     helper.moe_cpu_linear.restype = integer
     helper.moe_cpu_isa.argtypes, helper.moe_cpu_isa.restype = [ctypes.c_int64], ctypes.c_char_p
     return helper

@@ -46,7 +46,7 @@ class CpuLinear:
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], num_out, dtype=x.dtype)
         rows = x.numel() // width if width else 0
-        at = x.data_ptr(), width * x.itemsize, rows, out.data_ptr()
+        at = x.data_ptr(), width * x.itemsize, KINDS[x.dtype], rows, out.data_ptr()
         if self._run(self._matrix, *at, torch.get_num_threads(), self._isa):
             raise MemoryError(f"no scratch memory for {rows} rows of {width}")
         return out

@@ -105,11 +105,12 @@ def test_block_edges(rows):
 
 
 @needs_helper
-@pytest.mark.parametrize(("hidden", "intermediate"), [(48, 40), (2064, 32), (37, 21)])
-def test_a_token_does_not_feel_its_batch(hidden, intermediate, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(48, 40), (2064, 32), (37, 21), (1024, 64)])
+def test_a_token_does_not_feel_its_batch(hidden, intermediate, dtype, threads):
     """Bit for bit the same alone and among others, for any slot numbers, any number of threads and any vector width."""
     w = slab(6, hidden, intermediate, torch.bfloat16, biased=True)
-    x, slot_ids, topk_weights = tokens(150, 3, w, missing=False)
+    x, slot_ids, topk_weights = tokens(150, 3, w, dtype, missing=False)
     slot_ids[40:] = slot_ids[40:] % 2  # two experts with many rows, four with few
     torch.set_num_threads(1)
     alone = torch.cat([cpu_experts(x[t : t + 1], slot_ids[t : t + 1], w) for t in range(150)])
@@ -122,9 +123,12 @@ def test_a_token_does_not_feel_its_batch(hidden, intermediate, threads):
     renamed = [4, 2, 0, 5, 1, 3]  # slot s of the new slab holds expert renamed[s]
     moved = w._replace(**{name: getattr(w, name)[renamed] for name in ("gate_up", "down", "gate_up_bias", "down_bias")})
     assert torch.equal(cpu_experts(x, torch.tensor(renamed).argsort()[slot_ids], moved), alone)
-    fused = [name for name in instruction_sets() if name in ("avx512", "avx2")]
-    for isa in range(len(fused)):
-        assert torch.equal(CpuExperts(w, isa=isa).experts(x, slot_ids), alone)
+    for isa, name in enumerate(instruction_sets()):
+        experts = CpuExperts(w, isa=isa)
+        y = experts.experts(x, slot_ids)
+        assert torch.equal(experts.experts(x[:1], slot_ids[:1]), y[:1])
+        if name != "plain":  # without fused multiply-add on x86
+            assert torch.equal(y, alone), name
 
 
 @needs_helper

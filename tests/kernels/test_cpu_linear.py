@@ -33,7 +33,12 @@ def test_equals_torch(rows: int, num_out: int, width: int, dtype: torch.dtype, w
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_others_nor_on_threads(dtype: torch.dtype) -> None:
-    x, linear = torch.randn(19, 300).to(dtype), CpuLinear(torch.randn(700, 300).to(dtype))
+    x, weight = torch.randn(19, 320).to(dtype), torch.randn(700, 320).to(dtype)
+    linear = CpuLinear(weight)
+    for isa, name in enumerate(instruction_sets()):
+        forced = CpuLinear(weight, isa=isa)(x.repeat(20, 1))
+        assert torch.equal(forced[:19], CpuLinear(weight, isa=isa)(x))
+        assert name == "plain" or torch.equal(forced[:19], linear(x)), name  # without fused multiply-add on x86
     alone = torch.cat([linear(row[None]) for row in x])
     assert torch.equal(linear(x), alone)
     assert torch.equal(linear(x.T.contiguous().T), alone)

@@ -1,0 +1,118 @@
+/* What the files of the CPU kernels share: storage kinds, the structs that Python fills, one table of functions per
+ * instruction set, scratch memory.
+ *
+ * Every sum over K has one order, whatever the rows beside it, the path and the vector width. A vector of 64 bytes of
+ * storage has 16 lanes; each lane sums its elements in turn; after every KC elements lanes i and i+8, i+4, i+2, i+1 are
+ * added, and that is added to the result. Which elements a lane has is the `order`, which x is packed in:
+ *
+ *   NATURAL  lane l: k = l mod 16                                 fp32 and fp16 weights
+ *   PAIRS    lane l: of every 32, 2l + 1, then 2l                 bf16 weights: what vdpbf16ps does, and as fast without it
+ *   DOT      the sums of PAIRS, by vdpbf16ps; x stays in bf16     bf16 weights and x, where that instruction is fast
+ *
+ * So a result depends on its own row of x alone, and is the same on every machine with fused multiply-add (numbers below
+ * 2^-126 apart, which vdpbf16ps takes for zero).
+ */
+
+#ifndef MOE_CPU_EXPERTS_H
+#define MOE_CPU_EXPERTS_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { F32, BF16, F16 };                              /* storage; the order of cpu.py's KINDS */
+enum { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS }; /* the order of cpu.py's _ACTIVATIONS */
+enum { NATURAL, PAIRS, DOT };
+enum { LANES = 16, KC = 1024 }; /* they define the order of sums; do not tune per machine */
+enum { AHEAD = 8192 };          /* bytes to prefetch ahead, at least (measured) */
+enum { ROWS = 240, UP_TILE = 32, DOWN_TILE = 64 };
+enum { C_FLOATS = ROWS * DOWN_TILE, PRIVATE_FLOATS = 2 * C_FLOATS + DOWN_TILE * KC }; /* of a thread */
+enum { SERIAL_MACS = 400000 }; /* below, waking a second thread costs more than it brings */
+
+struct matrix { /* of one slot; strides in bytes */
+    const char *data, *bias;
+    int64_t slot, row, bias_slot, n, k, kind;
+};
+
+struct layer {
+    struct matrix up, down;
+    int64_t slots, gated, interleaved, act;
+    float alpha, limit;
+};
+
+struct call {
+    const void *x;
+    int64_t x_row, x_kind; /* bytes from row to row */
+    const void *slot_ids;  /* [T, K], contiguous */
+    int64_t ids_are_64;
+    const void *topk_weights; /* [T, K], contiguous; NULL: out is y */
+    int64_t topk_kind;
+    int64_t tokens, top_k;
+    void *out; /* y: fp32 [T, K, H]; otherwise [T, H] of the kind of x; contiguous */
+    int64_t threads;
+};
+
+struct walk { /* one pass over W; strides in bytes */
+    int64_t row, step, group, groups, steps, ldc, first;
+    int64_t ahead; /* how far to prefetch, 0 = not */
+};
+
+struct kernels {
+    const char *name;
+    int64_t mr;      /* rows of x in a block; packed x: blocks of [vectors][rows][16 floats] */
+    int64_t has_dot; /* can run DOT */
+    void (*pack_x)(int order, int kind, const char *from, int64_t n, float *to, int64_t stride);
+    void (*tile)(int order, const float *x, int64_t rows, const struct matrix *w, const char *base, int64_t n0,
+                 int64_t count, float *c, int64_t ldc, float *scratch);
+    void (*add_bias)(float *c, int64_t ldc, int64_t rows, const float *bias, int64_t n);
+    void (*round)(int kind, float *v, int64_t n);
+    void (*activate)(const struct layer *l, float *gate, const float *up, int64_t n);
+    void (*combine)(int kind, const float *const *y, const float *weight, int64_t top_k, int64_t n, char *out);
+};
+
+extern const struct kernels moe_avx512_dot_kernels, moe_avx512_kernels, moe_avx2_kernels, moe_plain_kernels;
+
+/* The i-th set that this machine can run, best first; NULL beyond the last. */
+const struct kernels *moe_kernels(int64_t i);
+
+/* One growing block per calling thread, given back when the thread ends; NULL without memory. */
+char *moe_scratch(size_t size);
+
+#define SCALAR static inline __attribute__((always_inline))
+
+SCALAR int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The next `size` bytes, aligned to a cache line. */
+SCALAR void *take(uintptr_t *at, int64_t size) {
+    uintptr_t p = *at;
+    *at += ((uintptr_t)size + 63) / 64 * 64;
+    return (void *)p;
+}
+
+SCALAR int64_t size_of(int64_t kind) { return kind == F32 ? 4 : 2; }
+
+/* How x must be packed for w. */
+SCALAR int order_of(const struct kernels *k, const struct matrix *w, int64_t x_kind) {
+    if (w->kind != BF16) return NATURAL;
+    return k->has_dot && x_kind == BF16 ? DOT : PAIRS;
+}
+
+/* Vectors of 64 bytes that n elements of x take when packed. */
+SCALAR int64_t vectors_of(int order, int64_t n) {
+    int64_t steps = (n + LANES * (order == NATURAL ? 1 : 2) - 1) / (LANES * (order == NATURAL ? 1 : 2));
+    return order == PAIRS ? 2 * steps : steps;
+}
+
+/* The place of row i of `count` rows in packed form; `*stride` floats from one vector to the next. */
+SCALAR float *packed_row(const struct kernels *k, float *base, int64_t vectors, int64_t count, int64_t i,
+                         int64_t *stride) {
+    int64_t block = i / k->mr * k->mr;
+    *stride = least(k->mr, count - block) * LANES;
+    return base + (block * vectors + i - block) * LANES;
+}
+
+/* c[m][i] = x row m * row n0 + i of W in this slot, + bias. scratch: DOWN_TILE * KC floats. */
+void moe_product(const struct kernels *k, int order, const struct matrix *w, int64_t slot, const float *x, int64_t rows,
+                 int64_t n0, int64_t n, float *c, int64_t ldc, float *scratch);
+
+#endif

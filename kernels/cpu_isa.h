@@ -1,0 +1,8 @@
+/* All vector code of one instruction set; what the includer defines is listed in cpu_panel.h. */
+
+#include "cpu_elements.h"
+#include "cpu_panel.h"
+
+const struct kernels NAME(kernels) = {
+    ISA, MR, HAS_DOT, NAME(pack_x), NAME(tile), NAME(add_bias), NAME(round), NAME(activate), NAME(combine),
+};
