@@ -25,7 +25,8 @@ from torch import Tensor
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.coherent import CoherentDispatcher
 from moe.comm.dispatcher import contiguous_ranks, weighted_sum
-from moe.comm.groups import Groups, process_groups
+from moe.comm.groups import Groups
+from moe.comm.membership import process_groups
 from moe.comm.wire import Traffic
 
 
@@ -182,8 +183,9 @@ def run(groups: Groups, args: argparse.Namespace) -> dict[str, object]:
     seconds, rate = round_and_rate(groups)
     say = print if groups.rank == 0 else (lambda *_: None)
     say(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {groups.device}")
+    width = len(groups.local_ranks)
     say("command: torchrun ... " + " ".join(sys.argv))
-    say(f"{groups.num_nodes} nodes x {groups.ranks_per_node} ranks; H {args.hidden}, E {args.experts}, K {args.top_k}")
+    say(f"{groups.num_nodes} nodes x {width} ranks; H {args.hidden}, E {args.experts}, K {args.top_k}")
     say(f"one empty round {seconds * 1e6:.0f} us; large round {rate / 1e6:.0f} MB/s per rank; MB/layer is of rank 0")
     rows: list[dict[str, object]] = []
     for tokens in args.tokens:
@@ -219,7 +221,7 @@ def run(groups: Groups, args: argparse.Namespace) -> dict[str, object]:
                 }
             )  # fmt: skip
     return {
-        "bench": "dispatch", "world_size": groups.world_size, "ranks_per_node": groups.ranks_per_node,
+        "bench": "dispatch", "world_size": groups.world_size, "ranks_per_node": len(groups.local_ranks),
         "hidden": args.hidden, "experts": args.experts, "top_k": args.top_k, "dtype": args.dtype,
         "round_us": seconds * 1e6, "rate_mb_s": rate / 1e6, "torch": torch.__version__, "rows": rows,
     }  # fmt: skip

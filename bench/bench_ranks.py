@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from moe.comm.groups import process_groups
+from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.engine import peak_rss_bytes
 from moe.engine.sampling import SamplingParams

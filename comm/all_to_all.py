@@ -27,7 +27,8 @@ from moe.comm.dispatcher import (
     table_with_none,
     weighted_sum_of_pairs,
 )
-from moe.comm.groups import Groups
+from moe.comm.errors import Task
+from moe.comm.groups import Groups, ranks_by_node
 from moe.comm.hop import Hop, HopHandle
 from moe.comm.wire import Wire, pack_rows, traffic_of, unpack_rows
 
@@ -93,7 +94,7 @@ class AllToAllDispatcher:
         member, received, steps = self.tables[0][ids.long()], columns, []
         for hop, table in zip(self.hops, self.tables[1:]):
             rows_of = None if held is None else [held[rank] for rank in hop.wire.ranks]
-            packed, handle = hop.forward(packed, member, f"dispatch of layer {layer}", rows_of)
+            packed, handle = hop.forward(packed, member, Task("dispatch", layer), rows_of)
             received = unpack_rows(packed, columns)
             member = table[received[1].long()]
             steps.append((handle, member >= 0))
@@ -110,7 +111,7 @@ class AllToAllDispatcher:
         """See `TokenDispatcher`. Raises CommError when a peer does not answer in time."""
         if not isinstance(handle, RoutedHandle):
             raise ValueError(f"the handle is a {type(handle).__name__}; pass the one that dispatch returned")
-        what = f"combine of layer {handle.layer}"
+        what = Task("combine", handle.layer)
         steps = [(hop, step, mine, hop.counts(step, mine)) for hop, (step, mine) in zip(self.hops, handle.steps)]
         if handle.local_weights is not None:
             sums = row_sums(y, handle.local_ids, handle.local_weights)
@@ -136,8 +137,12 @@ class HierarchicalDispatcher(AllToAllDispatcher):
     def _steps(self) -> list[tuple[Wire, Tensor]]:
         groups = self.groups
         rank_of = self.experts.rank_of[:-1]
-        node_of = rank_of // groups.ranks_per_node
-        local_of = torch.where(node_of == groups.node, rank_of % groups.ranks_per_node, -1)
+        if not groups.is_even:
+            raise ValueError(f"nodes {groups.nodes} have unequal numbers of ranks: there is no group across them")
+        node_of = torch.tensor(groups.nodes)[rank_of]
+        local_ranks = torch.full((groups.world_size,), -1)
+        local_ranks[list(groups.local_ranks)] = torch.arange(len(groups.local_ranks))
+        local_of = local_ranks[rank_of]
         across = Wire(groups, groups.cross, groups.cross_ranks, self.traffic)
         inside = Wire(groups, groups.local, groups.local_ranks, self.traffic)
         return [
@@ -147,8 +152,9 @@ class HierarchicalDispatcher(AllToAllDispatcher):
 
     def _held_after(self, held: list[int]) -> list[int]:
         """Rows on every rank after the step across, when all rows go everywhere."""
-        step = self.groups.ranks_per_node
-        return [sum(held[rank % step :: step]) for rank in range(len(held))]
+        by_node = ranks_by_node(self.groups.nodes)
+        columns = {rank: column for column in zip(*by_node) for rank in column}
+        return [sum(held[r] for r in columns[rank]) for rank in range(len(held))]
 
 
 def broadcast_plan(

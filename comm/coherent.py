@@ -25,6 +25,7 @@ from moe.comm.dispatcher import (
     weighted_sum,
     weighted_sum_of_pairs,
 )
+from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.hop import exchange_pairs, exchange_sums, hits_of
 from moe.comm.wire import Table, Wire, pack_rows, traffic_of, unpack_rows
@@ -111,7 +112,7 @@ class CoherentDispatcher:
         if payload.ndim != 2 or len(payload) != len(x):
             raise ValueError(f"payload {tuple(payload.shape)} must be [T, D] with T = {len(x)}")
         self.traffic.calls += 1
-        what = f"coherent dispatch of layer {layer}"
+        what = Task("coherent dispatch", layer)
         columns = [x, physical_ids.to(torch.int32), topk_weights.float()]
         held = broadcast_plan(tokens_per_rank, self.broadcast_tokens, self.groups, len(x))
         if held is not None:
@@ -130,7 +131,7 @@ class CoherentDispatcher:
         )
 
     def _exchange_moving(
-        self, columns: list[Tensor], payload: Tensor, what: str
+        self, columns: list[Tensor], payload: Tensor, what: Task
     ) -> tuple[list[Tensor], Tensor, list[int], tuple[int, ...], bool]:
         """Counts, and rows to every rank that they need and payload to the new home alone, in one buffer.
 
@@ -204,7 +205,7 @@ class CoherentDispatcher:
     def _results_at(self, here: Tensor, y: Tensor, handle: CoherentHandle, is_split: bool) -> Tensor:
         """Σ_k w_k·y_k of the rows `here`, in x's dtype or float32."""
         arrived, me, size = handle.arrived, self.wire.index, self.wire.size
-        what = f"coherent combine of layer {handle.layer}"
+        what = Task("coherent combine", handle.layer)
         member, weights, dtype = arrived.member[here], arrived.weights[here], arrived.x.dtype
         if not is_split:  # by agreement of all ranks: every result is at home already
             return weighted_sum(row_values(y, handle.local_ids).index_select(0, here), weights, dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.wire import Exchange, Wire, pack_rows, traffic_of, unpack_rows
 
@@ -33,10 +34,10 @@ class BackgroundGather:
         self.traffic = traffic_of(groups)
         self.wire = Wire(groups, groups.side, groups.world_ranks, self.traffic)
 
-    def rows(self, tensors: Sequence[Tensor], rows_of: Sequence[int], what: str) -> Gathering:
+    def rows(self, tensors: Sequence[Tensor], rows_of: Sequence[int], what: Task) -> Gathering:
         """Gather tensors [n, ...] of any dtypes in one message, as K, V, sequence ids and positions of new tokens.
 
-        rows_of: n of every rank, as `tokens_per_rank`. what: named in errors. Sends n · (G - 1) rows.
+        rows_of: n of every rank, as `tokens_per_rank`. what: for errors. Sends n · (G - 1) rows.
         """
         packed = pack_rows(tensors)
         if len(rows_of) != self.groups.world_size or rows_of[self.groups.rank] != len(packed):
@@ -49,6 +50,6 @@ class BackgroundGather:
         like = tuple(tensor[:0] for tensor in tensors)
         return Gathering(self.wire.start_exchange(everywhere, send, rows_of, what), like)
 
-    def counts(self, counts: Tensor, what: str) -> Gathering:
+    def counts(self, counts: Tensor, what: Task) -> Gathering:
         """Gather one row per rank, as predicted counts [E] of a layer; `wait()[0]` is [G, E]."""
         return self.rows([counts.unsqueeze(0)], [1] * self.groups.world_size, what)

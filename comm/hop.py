@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe.comm.errors import Task
 from moe.comm.wire import Table, Wire
 
 
@@ -39,7 +40,7 @@ class Hop:
         self.wire = wire
 
     def forward(
-        self, packed: Tensor, member: Tensor, what: str, rows_of: Sequence[int] | None = None
+        self, packed: Tensor, member: Tensor, what: Task, rows_of: Sequence[int] | None = None
     ) -> tuple[Tensor, HopHandle]:
         """Send rows to the members of their experts. packed: uint8 [N, B]; member: int64 [N, K], -1 = none.
 
@@ -82,11 +83,11 @@ class Hop:
         ]
         return Counts(*self.wire.to_host(torch.stack(figures)))
 
-    def return_pairs(self, values: Tensor, handle: HopHandle, counts: Counts, what: str) -> tuple[Tensor, Tensor]:
+    def return_pairs(self, values: Tensor, handle: HopHandle, counts: Counts, what: Task) -> tuple[Tensor, Tensor]:
         """values: [M, H], one per pair of the received rows in the order (row, k). See `exchange_pairs`."""
         return exchange_pairs(self.wire, values, counts.pairs_from, counts.pairs_to, handle.member, what)
 
-    def return_sums(self, sums: Tensor, mine: Tensor, handle: HopHandle, counts: Counts, what: str) -> Tensor:
+    def return_sums(self, sums: Tensor, mine: Tensor, handle: HopHandle, counts: Counts, what: Task) -> Tensor:
         """sums: [R, H], one per received row; rows without a pair in `mine` [R, K] stay. See `exchange_sums`."""
         if handle.counts is None:
             sums = sums.index_select(0, mine.any(1).nonzero_static(size=sum(counts.rows_from))[:, 0])
@@ -99,7 +100,7 @@ def hits_of(member: Tensor, size: int) -> Tensor:
 
 
 def exchange_pairs(
-    wire: Wire, values: Tensor, send: Sequence[int], recv: Sequence[int], member: Tensor, what: str
+    wire: Wire, values: Tensor, send: Sequence[int], recv: Sequence[int], member: Tensor, what: Task
 ) -> tuple[Tensor, Tensor]:
     """Receive one result per pair of the own rows. values: [M, H] by member, within it by (row, k) as the owner orders.
 
@@ -111,7 +112,7 @@ def exchange_pairs(
     return got, by_member[by_member.numel() - len(got) :]
 
 
-def exchange_sums(wire: Wire, sums: Tensor, send: list[int], recv: list[int], member: Tensor, what: str) -> Tensor:
+def exchange_sums(wire: Wire, sums: Tensor, send: list[int], recv: list[int], member: Tensor, what: Task) -> Tensor:
     """Add what the members of each own row return, in ascending order of member. sums: float32 [M, H] by member.
 
     member: [N, K]. Returns float32 [N, H], 0 for a row of no member.

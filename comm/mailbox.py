@@ -7,6 +7,7 @@ is longer follows at its exact size by gloo's own protocol. Small batches win on
 """
 
 from collections import deque
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,11 @@ class Mailbox:
     """One member's messages over one gloo group. All members must have one, of the same size.
 
     num_bytes: the largest message that needs no second one, its counts included. Memory: DEPTH such buffers per peer.
+    timeout_s: of each wait (gloo's own would be the one that the group was made with, whatever is set later).
     """
 
-    def __init__(self, group: ProcessGroup, num_bytes: int) -> None:
-        self.group, self.num_bytes = group, num_bytes
+    def __init__(self, group: ProcessGroup, num_bytes: int, timeout_s: float) -> None:
+        self.group, self.num_bytes, self.timeout = group, num_bytes, timedelta(seconds=timeout_s)
         self._posted: list[deque[tuple[dist.Work, Tensor]]] = [deque() for _ in range(group.size())]
         self._read: list[list[Tensor]] = [[] for _ in range(group.size())]  # buffers to post again
         for member in range(group.size()):
@@ -59,12 +61,12 @@ class Mailbox:
         """The next message of a member: its counts, its body uint8 [B], and what is still under way of the body.
 
         The body may be overwritten after the next `send` or `receive` of this member. Raises RuntimeError when no
-        message comes within the group's time-out.
+        message comes within the time-out.
         """
         if not self._posted[member]:
             self._post(member)
         work, buffer = self._posted[member].popleft()
-        work.wait()
+        work.wait(self.timeout)
         self._read[member].append(buffer)
         end = 8 * (1 + num_counts)
         length, *counts = buffer[:end].view(torch.int64).tolist()

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe.comm.groups import CommError, Groups, first_line
+from moe.comm.errors import LostPeer, Task, first_line
+from moe.comm.groups import Groups
 
 Table = list[list[int]]
 
@@ -29,7 +30,7 @@ class Traffic:
 
     rank: int
     world_size: int
-    ranks_per_node: int
+    nodes: tuple[int, ...]
     bytes_to: list[int] = field(default_factory=list)
     control_bytes_to: list[int] = field(default_factory=list)
     messages: int = 0
@@ -48,12 +49,11 @@ class Traffic:
     @property
     def cross_node_bytes(self) -> int:
         """Payload bytes that left this node."""
-        node = self.rank // self.ranks_per_node
-        return sum(n for r, n in enumerate(self.bytes_to) if r // self.ranks_per_node != node)
+        return sum(n for n, node in zip(self.bytes_to, self.nodes) if node != self.nodes[self.rank])
 
 
 def traffic_of(groups: Groups) -> Traffic:
-    return Traffic(groups.rank, groups.world_size, groups.ranks_per_node)
+    return Traffic(groups.rank, groups.world_size, groups.nodes)
 
 
 class Counted(NamedTuple):
@@ -79,7 +79,7 @@ class Wire:
         self.mailbox = None if group is None else groups.mailboxes.get(group)
 
     def exchange(
-        self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: str, *, is_control: bool = False
+        self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: Task, *, is_control: bool = False
     ) -> Tensor:
         """Send the first `send[0]` rows to member 0, and so on. buffer: [sum(send), ...]. Returns [sum(recv), ...]."""
         if self.mailbox is None:
@@ -89,7 +89,7 @@ class Wire:
         return received
 
     def start_exchange(
-        self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: str, *, is_control: bool = False
+        self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: Task, *, is_control: bool = False
     ) -> "Exchange":
         """`exchange` that goes on in the background until `wait`; all ranks must start in the same order."""
         assert len(buffer) == sum(send), (tuple(buffer.shape), send)
@@ -107,7 +107,7 @@ class Wire:
             raise self.failed(what, exchange.started, error) from error
         return exchange
 
-    def exchange_counted(self, counts: Tensor, rows: Callable[[Table], Tensor], what: str) -> Counted:
+    def exchange_counted(self, counts: Tensor, rows: Callable[[Table], Tensor], what: Task) -> Counted:
         """`exchange` where members do not know yet how much comes: one round by mailbox, else two. One host sync.
 
         counts: int64 [members, C], one row for each member, the rows of buffer that it gets first. rows: makes the
@@ -115,7 +115,7 @@ class Wire:
         """
         if self.mailbox is None:
             ones = [1] * self.size
-            incoming = self.exchange(counts, ones, ones, f"counts for {what}", is_control=True)
+            incoming = self.exchange(counts, ones, ones, Task(f"counts for {what.what}", what.layer), is_control=True)
             both = self.to_host(torch.cat([counts, incoming]))
             to, come = both[: self.size], both[self.size :]
             received = self.exchange(rows(to), [row[0] for row in to], [row[0] for row in come], what)
@@ -129,7 +129,7 @@ class Wire:
         return Counted(received, to, come)
 
     def _post(
-        self, buffer: Tensor, send: Sequence[int], counts: Tensor, recv: Sequence[int] | None, what: str
+        self, buffer: Tensor, send: Sequence[int], counts: Tensor, recv: Sequence[int] | None, what: Task
     ) -> tuple[Tensor, Table]:
         """Rows and counts [members, C] to every member, and theirs. recv: known rows; none: no message."""
         assert self.mailbox is not None
@@ -139,6 +139,7 @@ class Wire:
         heads = torch.cat([torch.tensor([n * size for n in send])[:, None], counts], 1)
         bodies, come, waiting = list(parts), counts.tolist(), []
         peers = [(self.index + i) % self.size for i in range(1, self.size)]
+        waits_for: list[int] = list(self.ranks)
         try:
             for peer in peers:
                 if recv is None or send[peer]:
@@ -146,12 +147,14 @@ class Wire:
             for peer in peers:
                 bodies[peer] = parts[peer][:0]
                 if recv is None or recv[peer]:
+                    waits_for = [self.ranks[peer]]
                     come[peer], bodies[peer], following = self.mailbox.receive(peer, counts.shape[1])
                     waiting += following
+            waits_for = list(self.ranks)
             for one in waiting:
-                one.work.wait()
+                one.work.wait(self.mailbox.timeout)
         except RuntimeError as error:
-            raise self.failed(what, started, error) from error
+            raise self.failed(what, started, error, waits_for) from error
         rows = [row[0] for row in come] if recv is None else list(recv)
         assert [len(body) for body in bodies] == [n * size for n in rows], (what, rows)
         return torch.cat(bodies).view(buffer.dtype).view(sum(rows), *buffer.shape[1:]), come
@@ -162,12 +165,15 @@ class Wire:
         values: list[list[int]] = figures.tolist()
         return values
 
-    def failed(self, what: str, started: float, error: RuntimeError) -> CommError:
+    def failed(self, what: Task, started: float, error: RuntimeError, peers: Sequence[int] = ()) -> LostPeer:
         groups = self.groups
-        return CommError(
+        return LostPeer(
             f"rank {groups.rank} of {groups.world_size}: {what} with ranks {list(self.ranks)} failed after "
             f"{time.monotonic() - started:.1f} s; a peer ended or did not answer within {groups.timeout_s:g} s "
-            f"({first_line(error)})"
+            f"({first_line(error)})",
+            generation=groups.generation,
+            layer=what.layer,
+            peers=tuple(r for r in peers or self.ranks if r != groups.rank),
         )
 
     def _count(self, send: Sequence[int], row_bytes: int, is_control: bool) -> None:
@@ -185,7 +191,7 @@ class Exchange:
     """An all-to-all under way; it keeps the buffers alive until `wait`."""
 
     wire: Wire
-    what: str
+    what: Task
     sent: Tensor
     received: Tensor
     work: dist.Work | None

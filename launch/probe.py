@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from moe.comm.groups import CommError, Groups, process_groups, timed_all_to_all
+from moe.comm.errors import CommError
+from moe.comm.groups import Groups, timed_all_to_all
+from moe.comm.membership import process_groups
 from moe.launch.report import err, out
 from moe.offload.budget import format_bytes
 from moe.placement.topology import Link, Topology, probe_link
@@ -58,10 +60,10 @@ def probe(groups: Groups, sizes: Sequence[int], repeats: int) -> Topology:
         raise ValueError("one rank has no links to measure; start several with torchrun")
     fields: dict[str, Any] = {}
     if groups.local is not None:
-        fields["intra"] = probe_link(timed_all_to_all(groups, groups.local, groups.ranks_per_node), sizes, repeats)
+        fields["intra"] = probe_link(timed_all_to_all(groups, groups.local, len(groups.local_ranks)), sizes, repeats)
     if groups.cross is not None:
         fields["inter"] = probe_link(timed_all_to_all(groups, groups.cross, groups.num_nodes), sizes, repeats)
-    nodes = tuple(rank // groups.ranks_per_node for rank in range(groups.world_size))
+    nodes = groups.nodes
     return Topology(node_of_rank=nodes, name="measured", **fields)
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from moe.batch import BatchProgress, run_batch
-from moe.comm.groups import CommError, Groups, process_groups
+from moe.comm.errors import CommError
+from moe.comm.groups import Groups
+from moe.comm.membership import process_groups
 from moe.config import EngineConfig
 from moe.launch.report import batch_progress, err, gather_reports, progress_text
 from moe.llm import LLM

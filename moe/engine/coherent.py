@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers.masking_utils import causal_mask_function
 
 from moe.comm.coherent import CoherentDispatcher
+from moe.comm.errors import Task
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.wire import Traffic, Wire
@@ -214,7 +215,7 @@ class CoherentRunner:
                 row[3 : 3 + len(top)] = torch.tensor(list(top), dtype=torch.float64)
                 row[3 + num_top : 3 + num_top + len(top)] = torch.tensor(list(top.values()), dtype=torch.float64)
         everywhere = rows.repeat(size, 1).to(self.groups.device)
-        all_rows = self._wire.exchange(everywhere, [len(rows)] * size, self._counts, "the new tokens").tolist()
+        all_rows = self._wire.exchange(everywhere, [len(rows)] * size, self._counts, Task("the new tokens")).tolist()
         choices: dict[int, Choice] = {}
         owners = [r for r, count in enumerate(self._counts) for _ in range(count)]
         vocabulary = self.model.config.vocab_size
@@ -253,7 +254,7 @@ class CoherentRunner:
         at = self._written(self.kv.layers[0].step if own else None)
         self._here = [i for i in own if chunks[i].samples]
         rows = [part for layer in self.kv.layers for part in (layer.keys[at], layer.values[at])]
-        got = self.gather.rows([at.to(torch.int32), *rows], tokens, "keys and values of prompts").wait()
+        got = self.gather.rows([at.to(torch.int32), *rows], tokens, Task("keys and values of prompts")).wait()
         for layer, keys, values in zip(self.kv.layers, got[1::2], got[2::2]):
             layer.keys[got[0].long()], layer.values[got[0].long()] = keys, values
         return logits
@@ -312,7 +313,7 @@ class CoherentRunner:
         kv = self.kv.layers[index]
         at = self._written(layout)
         new = [at.to(torch.int32), kv.keys[at], kv.values[at]]
-        self._coming[index] = self.gather.rows(new, counts, f"keys and values of layer {index}")
+        self._coming[index] = self.gather.rows(new, counts, Task("keys and values", index))
 
     def _written(self, layout: StepLayout | None) -> Tensor:
         """Rows of the pool that a step writes here, int64; None: it has nothing here."""

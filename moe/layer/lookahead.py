@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from moe.comm.errors import Task
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic
 from moe.layer.parallel import ExpertParallel
@@ -101,8 +102,7 @@ class Lookahead:
             self._coming = layer + 1, expected
         else:
             counts = torch.from_numpy(np.rint(expected * _UNIT).astype(np.int32)).to(self.gather.groups.device)
-            what = f"expected counts of layer {layer + 1}"
-            self._coming = layer + 1, self.gather.counts(counts, what)
+            self._coming = layer + 1, self.gather.counts(counts, Task("expected counts", layer + 1))
 
     def read(self) -> None:
         """Reads ahead what was guessed last, once: for when the layer's own misses are on their way."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
+from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.wire import Wire, traffic_of
 from moe.offload.stores import ExpertStore, RamStore, SharedStore
@@ -199,7 +200,7 @@ class ExpertParallel:
         if groups.local is None:
             return RamStore.read_from(source)
         store = self.open_shared(lambda path: SharedStore(source, path))
-        store.fill(source, groups.local_rank, groups.ranks_per_node)
+        store.fill(source, groups.local_rank, len(groups.local_ranks))
         dist.barrier(group=groups.local)  # all parts are there
         return store
 
@@ -238,7 +239,7 @@ class ExpertParallel:
             return [own]
         ones = [1] * self._wire.size  # as an all-to-all: gloo's all-gather is a ring of G - 1 steps
         everywhere = own.to(self.groups.device).repeat(self._wire.size, 1)
-        return list(self._wire.exchange(everywhere, ones, ones, what).cpu())
+        return list(self._wire.exchange(everywhere, ones, ones, Task(what)).cpu())
 
 
 def broadcast_lines(groups: Groups, lines: Sequence[int]) -> set[int]:

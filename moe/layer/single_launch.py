@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.comm.groups import CommError
+from moe.comm.errors import CommError
 from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, SymmetricHeap
 from moe.comm.symmetric_torch import TorchSymmetricHeap
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name, medians_us

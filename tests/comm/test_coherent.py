@@ -8,8 +8,10 @@ from comm_cases import Case, draw, expert_values, physical_of
 
 from moe.comm.coherent import CoherentDispatcher
 from moe.comm.dispatcher import LocalDispatcher, local_pairs
+from moe.comm.errors import CommError, Task
 from moe.comm.gather import BackgroundGather
-from moe.comm.groups import CommError, Groups, process_groups, start_groups, stop_groups
+from moe.comm.groups import Groups
+from moe.comm.membership import leave_groups, process_groups, start_groups
 from tests.distributed import spawn
 
 NUM_LAYERS = 4
@@ -164,8 +166,8 @@ def rank_gather():
         whole = torch.arange(5 * 2 * 3, dtype=torch.bfloat16).view(5, 2, 3), torch.arange(5)
         begin = sum(rows_of[: groups.rank])
         mine = [t[begin : begin + rows_of[groups.rank]] for t in whole]
-        kv = gather.rows(mine, rows_of, "K/V of layer 0")
-        counts = gather.counts(torch.arange(4) * (groups.rank + 1), "predicted counts of layer 1")
+        kv = gather.rows(mine, rows_of, Task("K/V", 0))
+        counts = gather.counts(torch.arange(4) * (groups.rank + 1), Task("predicted counts", 1))
         assert torch.equal(counts.wait()[0], torch.stack([torch.arange(4) * r for r in (1, 2, 3)]))  # in any order
         for _ in range(2):
             for got, want in zip(kv.wait(), whole):
@@ -175,7 +177,7 @@ def rank_gather():
             rows_of[groups.rank] * row + 32 if rank != groups.rank else 0 for rank in range(3)
         ]
         with pytest.raises(ValueError, match=r"rows_of \(9, 9, 9\) must give 3 ranks, with"):
-            gather.rows(mine, [9, 9, 9], "K/V")
+            gather.rows(mine, [9, 9, 9], Task("K/V"))
 
 
 def test_background_gather_of_uneven_rows():
@@ -188,12 +190,12 @@ def rank_gather_lost(timeout_s):
     if groups.rank == 1:
         time.sleep(2.5 * timeout_s)  # alive, but it never joins the gather
     else:
-        gathering = BackgroundGather(groups).counts(torch.ones(2), "counts of layer 7")
+        gathering = BackgroundGather(groups).counts(torch.ones(2), Task("counts", 7))
         try:
             gathering.wait()
         except CommError as error:
             message = str(error)
-    stop_groups(groups, wait=False)
+    leave_groups(groups, wait=False)
     return message
 
 

@@ -6,7 +6,8 @@ from comm_cases import Case, draw, expert_values, physical_of
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import LocalDispatcher, local_pairs
-from moe.comm.groups import Groups, process_groups
+from moe.comm.groups import Groups
+from moe.comm.membership import process_groups
 from tests.distributed import spawn
 
 # World size, ranks per node, and the largest message without a handshake: 96 holds the counts and few rows.
@@ -65,7 +66,7 @@ def identity(x, ids):
 
 def expected_bytes(case, groups, kind, *, partial, broadcast):
     """Bytes to every rank, from sets in plain Python: what the token's ids and weights take, and what comes back."""
-    world, ranks_per_node = groups.world_size, groups.ranks_per_node
+    world, ranks_per_node = groups.world_size, len(groups.local_ranks)
     row = case.hidden * case.dtype.itemsize + case.top_k * 4 * (2 if partial else 1)
     result = case.hidden * 4
     bytes_to = [0] * world

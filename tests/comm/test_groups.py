@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import ExpertRanks, LocalDispatcher, contiguous_ranks, weighted_sum_of_pairs
-from moe.comm.groups import CommError, Groups, process_groups, start_groups, stop_groups
+from moe.comm.errors import CommError
+from moe.comm.groups import Groups
+from moe.comm.membership import leave_groups, process_groups, start_groups
 from moe.comm.wire import pack_rows, unpack_rows
 from moe.kernels.reference import combine_reference
 from tests.distributed import RankFailed, spawn
@@ -47,7 +49,7 @@ def test_one_rank_needs_no_torch_distributed():
     groups = start_groups(rank=0, world_size=1)
     assert (groups.num_nodes, groups.node, groups.local_ranks, groups.world) == (1, 0, (0,), None)
     assert not dist.is_initialized()
-    stop_groups(groups)
+    leave_groups(groups)
 
 
 def rank_restart():

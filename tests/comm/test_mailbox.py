@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from moe.comm.groups import process_groups
+from moe.comm.errors import Task
+from moe.comm.membership import process_groups
 from moe.comm.wire import Wire, traffic_of
 from tests.distributed import spawn
 
@@ -26,10 +27,10 @@ def rank_exchanges(eager_bytes):
             if step % 3 == groups.rank:
                 time.sleep(0.002)
             if step % 2:
-                found.append(wire.exchange(own, to, come, "rows").tolist())
+                found.append(wire.exchange(own, to, come, Task("rows")).tolist())
                 continue
             counts = torch.cat([rows[groups.rank][:, None], torch.full((WORLD, COUNTS - 1), groups.rank + step)], 1)
-            got = wire.exchange_counted(counts, lambda told, own=own: own, "rows")
+            got = wire.exchange_counted(counts, lambda told, own=own: own, Task("rows"))
             assert got.counts_to == counts.tolist()
             assert got.counts_from == [[n] + [r + step] * (COUNTS - 1) for r, n in enumerate(come)]
             found.append(got.received.tolist())

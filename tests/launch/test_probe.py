@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe.comm.groups import process_groups
+from moe.comm.membership import process_groups
 from moe.launch.probe import describe, probe
 from moe.placement.topology import Topology
 from tests.distributed import spawn

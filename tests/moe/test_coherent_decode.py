@@ -8,7 +8,7 @@ from test_parallel import DEMO, PARAMS, ROOT, config_of, prompts_of, results_of,
 from transformers import AutoConfig
 
 from moe.batch import run_batch
-from moe.comm.groups import process_groups
+from moe.comm.membership import process_groups
 from moe.config import EngineConfig
 from moe.engine.coherent import Costs, why_coherent, why_not_coherent
 from moe.engine.sampling import SamplingParams

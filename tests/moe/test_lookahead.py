@@ -9,7 +9,7 @@ import torch
 from test_parallel import PARAMS, config_of, prompts_of, tokens_alone, write_plans
 
 import moe.offload.cache as cache_module
-from moe.comm.groups import process_groups
+from moe.comm.membership import process_groups
 from moe.config import EngineConfig, OffloadConfig
 from moe.layer.lookahead import router_guess, transition_guess
 from moe.llm import LLM

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe.batch import run_batch
-from moe.comm.groups import process_groups
+from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.sampling import SamplingParams
 from moe.llm import LLM

@@ -11,7 +11,7 @@ from test_parallel import DEMO, config_of
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.coherent import CoherentDispatcher
-from moe.comm.groups import process_groups
+from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, ParallelConfig
 from moe.engine.sampling import SamplingParams
 from moe.llm import LLM

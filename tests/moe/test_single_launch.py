@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe.comm.groups import CommError, process_groups
+from moe.comm.errors import CommError
+from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.sampling import SamplingParams
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name

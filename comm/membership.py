@@ -1,0 +1,298 @@
+"""Generations of ranks: who belongs together, how they meet, and how groups end before the process does.
+
+A generation is a number and the node of every rank. Its groups are made from a store that outlives all ranks (in a
+controller, or torchrun's); whatever holds a group is made from one generation and thrown away with it. In one process:
+
+    groups = join_groups(store, Generation(1, ("a", "a", "b")), rank=0)   # rank 1 dies: LostPeer
+    leave_groups(groups, wait=False)
+    groups = join_groups(store, Generation(2, ("a", "b")), rank=0)        # model, slots, KV and requests are as before
+
+`start_groups` is the one generation of a torchrun job. A process belongs to one generation at a time (torch's default
+group is the generation's world).
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
+
+from moe.comm.errors import CommError, LostPeer, MissingPeers, first_line
+from moe.comm.groups import EAGER_BYTES, Groups, ranks_by_node
+from moe.comm.mailbox import Mailbox
+
+_NEVER_SENT = 7  # a tag: what `interrupt` waits for
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A number that no other generation of the store has, and the name of the node of each rank."""
+
+    number: int
+    nodes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise ValueError(f"generation {self.number} has no ranks; give the node of each")
+
+    @property
+    def node_numbers(self) -> tuple[int, ...]:
+        """The node of each rank, numbered in the order in which they come."""
+        names = list(dict.fromkeys(self.nodes))
+        return tuple(names.index(node) for node in self.nodes)
+
+
+def connect(host: str, port: int, timeout_s: float = 30.0) -> TCPStore:
+    """The store of a controller that listens at `host`. Raises MissingPeers if it does not answer."""
+    try:
+        limit = timedelta(seconds=timeout_s)
+        return TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+    except RuntimeError as error:
+        raise MissingPeers(f"the store at {host}:{port} does not answer ({first_line(error)})") from error
+
+
+def join_groups(
+    store: Store,
+    generation: Generation,
+    rank: int,
+    *,
+    device: str | torch.device = "cpu",
+    meet_s: float = 30.0,
+    timeout_s: float = 300.0,
+    eager_bytes: int = EAGER_BYTES,
+) -> Groups:
+    """Meet the other ranks of a generation: gloo on the CPU, NCCL on a GPU. Every rank must call.
+
+    meet_s: until the ranks that are missing are given up, and for each connection to one that has come;
+    timeout_s: of every collective afterwards. eager_bytes: on the CPU, the size of the buffers that each rank keeps
+    posted for every peer (`Mailbox`), 0 = collectives only.
+    Raises ValueError for what does not fit, MissingPeers, which names them, when ranks do not come.
+    """
+    world_size, number = len(generation.nodes), generation.number
+    _check(rank, world_size, min(timeout_s, meet_s), eager_bytes)
+    nodes = generation.node_numbers
+    device = _own_device(torch.device(device), ranks_by_node(nodes)[nodes[rank]].index(rank))
+    if world_size == 1:
+        return Groups(generation=number, device=device, timeout_s=timeout_s)
+    if dist.is_initialized():
+        raise ValueError(f"this process is in other groups already; leave them before it joins generation {number}")
+    own = PrefixStore(f"moe_generation_{number}", store)
+    started = time.monotonic()
+    try:
+        _meet(own, number, rank, world_size, meet_s)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=own,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=meet_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+        return _groups_of(nodes, rank, number, device, meet_s, timeout_s, eager_bytes)
+    except MissingPeers:
+        raise
+    except RuntimeError as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise MissingPeers(
+            f"rank {rank} of {world_size}: a rank of generation {number} was lost while all met "
+            f"({time.monotonic() - started:.1f} s; {first_line(error)})",
+            generation=number,
+        ) from error
+
+
+def leave_groups(groups: Groups, *, wait: bool = True) -> None:
+    """End the groups. wait: first meet the peers, so that none ends while another reads; False after an error."""
+    if groups.world is None:
+        return
+    try:
+        if wait:
+            dist.barrier(group=groups.world)
+    except RuntimeError as error:
+        raise LostPeer(
+            f"rank {groups.rank} of {groups.world_size}: a peer was gone at the end of the run ({first_line(error)})",
+            generation=groups.generation,
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def interrupt(groups: Groups) -> None:
+    """Free this process's thread that waits in a collective: it raises LostPeer. To be called from another thread.
+
+    It frees this process alone; the others may wait for a peer that lives: call it on each. The groups are of no use
+    afterwards.
+    """
+    for group in {groups.world, groups.side, groups.local, groups.cross} - {None}:
+        assert group is not None
+        if groups.device.type == "cuda":
+            group.abort()
+            continue
+        # gloo's abort() does nothing, but a receive that times out closes every connection of its group.
+        peer = (group.rank() + 1) % group.size()
+        try:
+            group.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+        except RuntimeError:
+            continue  # as it should
+        raise AssertionError(f"rank {groups.rank}: rank {peer} sent what nobody sends")
+
+
+def start_groups(
+    *,
+    ranks_per_node: int | None = None,
+    timeout_s: float = 300.0,
+    device: str | torch.device = "cpu",
+    eager_bytes: int = EAGER_BYTES,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Groups:
+    """`join_groups` for a job of torchrun, or of DeepSpeed's launcher: all ranks in one generation.
+
+    ranks_per_node: None = LOCAL_WORLD_SIZE (or LOCAL_SIZE), or all ranks on one node; a number lets one machine stand
+    for several. rank, world_size: None = RANK and WORLD_SIZE, or a run of one. MASTER_ADDR and MASTER_PORT say where to
+    meet. Raises ValueError for a mesh that does not fit, MissingPeers when the ranks do not meet within `timeout_s`.
+    """
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    if ranks_per_node is None:
+        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    if ranks_per_node < 1 or world_size % ranks_per_node:
+        raise ValueError(
+            f"world size {world_size} is not a multiple of ranks_per_node ({ranks_per_node}); "
+            "give every node the same number of ranks"
+        )
+    _check(rank, world_size, timeout_s, eager_bytes)
+    if world_size == 1:
+        return Groups(device=_own_device(torch.device(device), 0), timeout_s=timeout_s)
+    nodes = tuple(str(r // ranks_per_node) for r in range(world_size))
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store = next(iter(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s))))[0]
+        # torchrun's store outlives a group: a second start must not read the addresses that the first one left.
+        generation = Generation(store.add(f"moe_starts_of_{rank}", 1), nodes)
+        return join_groups(
+            store,
+            generation,
+            rank,
+            device=device,
+            meet_s=timeout_s,
+            timeout_s=timeout_s,
+            eager_bytes=eager_bytes,
+        )
+    except RuntimeError as error:
+        raise MissingPeers(
+            f"rank {rank} of {world_size}: the ranks did not meet at {where} within {timeout_s:g} s; start all "
+            f"{world_size} and see which one ended ({first_line(error)})",
+            peers=error.peers if isinstance(error, CommError) else (),
+        ) from error
+
+
+@contextmanager
+def process_groups(
+    *,
+    ranks_per_node: int | None = None,
+    timeout_s: float = 300.0,
+    device: str | torch.device = "cpu",
+    eager_bytes: int = EAGER_BYTES,
+) -> Iterator[Groups]:
+    """`start_groups`, and `leave_groups` however the block ends; an error ends them without waiting for the peers."""
+    groups = start_groups(ranks_per_node=ranks_per_node, timeout_s=timeout_s, device=device, eager_bytes=eager_bytes)
+    try:
+        yield groups
+    except BaseException:
+        leave_groups(groups, wait=False)
+        raise
+    leave_groups(groups)
+
+
+def _check(rank: int, world_size: int, timeout_s: float, eager_bytes: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} must lie in [0, {world_size}), the world size; check RANK and WORLD_SIZE")
+    if timeout_s <= 0:
+        raise ValueError(f"timeout_s is {timeout_s}; it must be positive")
+    least = 8 * (2 * world_size + 3)  # the longest counts: those of coherent dispatch
+    if eager_bytes and eager_bytes < least:
+        raise ValueError(f"eager_bytes ({eager_bytes}) must be 0 or >= {least}, the counts of {world_size} ranks")
+
+
+def _meet(store: Store, number: int, rank: int, world_size: int, meet_s: float) -> None:
+    """Each rank says that it is here, before anything that only torch's own time-out could end."""
+    store.set(f"here_{rank}", "1")
+    keys = [f"here_{r}" for r in range(world_size)]
+    try:
+        store.wait(keys, timedelta(seconds=meet_s))
+    except RuntimeError as error:
+        missing = tuple(r for r, key in enumerate(keys) if not store.check([key]))
+        raise MissingPeers(
+            f"rank {rank} of {world_size}: ranks {list(missing)} of generation {number} did not come in {meet_s:g} s",
+            generation=number,
+            peers=missing,
+        ) from error
+
+
+def _groups_of(
+    nodes: tuple[int, ...],
+    rank: int,
+    number: int,
+    device: torch.device,
+    meet_s: float,
+    timeout_s: float,
+    eager_bytes: int,
+) -> Groups:
+    world = dist.group.WORLD
+    assert world is not None
+    by_node = ranks_by_node(nodes)
+    everyone = tuple(range(len(nodes)))
+    sizes = {len(ranks) for ranks in by_node}
+    columns = list(zip(*by_node)) if len(sizes) == 1 else [(r,) for r in everyone]
+    local, cross = _subgroup(by_node, meet_s), _subgroup(columns, meet_s)
+    side = dist.new_group(list(everyone), timeout=timedelta(seconds=meet_s))
+    distinct = {id(group): group for group in (world, local, cross, side) if group is not None}.values()
+    for group in distinct:
+        _set_pg_timeout(timedelta(seconds=timeout_s), group)
+    mailboxes: dict[ProcessGroup, Mailbox] = {}
+    if eager_bytes and device.type == "cpu":
+        mailboxes = {group: Mailbox(group, eager_bytes, timeout_s) for group in distinct if group is not side}
+    return Groups(
+        rank=rank,
+        nodes=nodes,
+        generation=number,
+        device=device,
+        timeout_s=timeout_s,
+        world=world,
+        local=local,
+        cross=cross,
+        side=side,
+        mailboxes=mailboxes,
+    )
+
+
+def _own_device(device: torch.device, local_rank: int) -> torch.device:
+    if device.type != "cuda":
+        return device
+    index = local_rank if str(device) == "cuda" else device.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"local rank {local_rank} wants GPU {index}, this machine has {count}; start fewer ranks")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _subgroup(rows: Sequence[Sequence[int]], limit_s: float) -> ProcessGroup | None:
+    """The group of this rank among `rows`, which partition the world; None for one member."""
+    if len(rows) == 1:
+        return dist.group.WORLD
+    own = None
+    for row in rows:  # every rank makes all of them, in one order
+        if len(row) > 1:
+            group = dist.new_group(list(row), timeout=timedelta(seconds=limit_s))
+            own = group if dist.get_rank() in row else own
+    return own
