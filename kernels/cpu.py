@@ -85,7 +85,7 @@ class CpuExperts:
         self.weights = weights
         self._isa = isa
         self._layer = b""
-        self._slots, self._hidden = len(weights.gate_up), weights.gate_up.shape[2]
+        self._slots, self._hidden = len(weights.gate_up), weights.hidden_size
         self._helper = load_helper()
         if weights.activation.kind == "custom":
             self._helper = None

@@ -29,6 +29,7 @@ from moe.kernels.tiles import (
     check_chip,
     device_capability,
     pick_tiles,
+    scale_block,
     scales_in_blocks,
     tiles_in_blocks,
     weight_operands,
@@ -146,9 +147,7 @@ class FusedExperts:
         if weights.activation.kind == "custom":
             raise ValueError("a custom activation function runs only in the torch reference; use experts_reference")
         shape, layout = self.shape, HeapLayout.of(self.shape)
-        config = tiles_in_blocks(
-            self.config, weights.scales and weights.scales.block, shape.hidden_size, shape.intermediate_size
-        )
+        config = tiles_in_blocks(self.config, scale_block(weights), shape.hidden_size, shape.intermediate_size)
         num_tokens = x.shape[1]
         out = torch.empty_like(x) if out is None else out
         # Sums over blocks of scales beside TMA spill inside the matrix loop (sm_100, triton 3.6).

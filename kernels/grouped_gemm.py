@@ -22,6 +22,7 @@ from moe.kernels.tiles import (
     down_tile,
     gate_up_tile,
     pick_tiles,
+    scale_block,
     tiles_in_blocks,
     weight_operands,
 )
@@ -61,7 +62,7 @@ def grouped_experts(
     num_slots = len(weights.down)
     tma = can_use_tma(weights, x.dtype, capability)
     config = config or pick_tiles(num_rows / min(num_rows, num_experts or num_slots), x.dtype, capability, tma=tma)
-    config = tiles_in_blocks(config, weights.scales and weights.scales.block, hidden, inter)
+    config = tiles_in_blocks(config, scale_block(weights), hidden, inter)
     rows, tiles = route_rows(slot_ids.to(torch.int32), num_slots, config.block_m)
     h = torch.empty(num_rows, inter, dtype=x.dtype, device=x.device)
     operands = weight_operands(weights, config, tma=tma)

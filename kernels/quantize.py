@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe.kernels.formats import Coding
 from moe.kernels.reference import check_expert_weights
-from moe.kernels.weights import ExpertWeights, Scales
+from moe.kernels.weights import ExpertWeights
 
 FP8_MAX = 448.0  # of float8_e4m3fn
 
@@ -29,7 +30,7 @@ def quantize_experts(
     are in 8 bits already. Costs a copy in float32 of all of them.
     """
     check_expert_weights(weights)
-    if weights.scales is not None:
+    if weights.gate_up_coding is not None:
         raise ValueError(f"the experts are in {weights.gate_up.dtype} already; quantize the original weights")
     hidden, inter = weights.down.shape[1:]
     if block is None:
@@ -45,8 +46,13 @@ def quantize_experts(
     stored, first_scale = _quantize(halves, to, block)
     down, down_scale = _quantize(weights.down, to, block)
     gate_up = (stored.transpose(1, 2) if is_interleaved else stored).flatten(1, 2)
-    scales = Scales(first_scale, down_scale, block)
-    return weights._replace(gate_up=gate_up.contiguous(), down=down, scales=scales)
+    code: Literal["e4m3", "int8"] = "e4m3" if to == "fp8" else "int8"
+    return weights._replace(
+        gate_up=gate_up.contiguous(),
+        down=down,
+        gate_up_coding=Coding(code, block, first_scale),
+        down_coding=Coding(code, block, down_scale[:, None]),
+    )
 
 
 def _quantize(w: Tensor, to: Literal["fp8", "int8"], block: tuple[int, int]) -> tuple[Tensor, Tensor]:

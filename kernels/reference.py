@@ -7,7 +7,7 @@ Rounding points, the same for every kernel (`d` is the dtype of x, fp32 here mea
     y       = h · W2ᵀ + b2                 kept in fp32
     out     = round_d(Σ_k w_k · y_k)       k = 0 … K-1 in this order, product and sum rounded to fp32 each
 
-Weights in 8 bits are first multiplied by their scales in fp32 (`dequantized`); nothing else changes.
+Weights stored as codes are first decoded in fp32 (`dequantized`); nothing else changes.
 The first two roundings are where transformers' eager experts round too. They also round act(gate), y, w·y and every
 partial sum; those only add error, so that a result here lies nearer to exact arithmetic than theirs (a test measures
 it).
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe.kernels.weights import LOW_BIT_DTYPES, Activation, ExpertWeights, Scales
-
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from moe.kernels.formats import CODE_DTYPES, SCALE_DTYPES, Coding, bytes_per_row, decode
+from moe.kernels.weights import Activation, ExpertWeights
 
 
 def activation_reference(gate_up: Tensor, activation: Activation) -> Tensor:
@@ -84,21 +83,14 @@ def one_expert_reference(x: Tensor, slot: int, weights: ExpertWeights) -> Tensor
 
 
 def dequantized(weights: ExpertWeights, slot: int) -> tuple[Tensor, Tensor]:
-    """gate_up [N, H] and down [H, I] of one slot in fp32, multiplied by their scales where they have any."""
-    first, second = weights.gate_up[slot].float(), weights.down[slot].float()
-    if weights.scales is None:
-        return first, second
-    scales, act = weights.scales, weights.activation
-    inter, hidden = second.shape[1], second.shape[0]
-    halves = [spread_scales(scale, (inter, hidden), scales.block) for scale in scales.gate_up[slot]]
-    spread = torch.stack(halves, 1).flatten(0, 1) if act.interleaved and act.gated else torch.cat(halves)
-    return first * spread, second * spread_scales(scales.down[slot], (hidden, inter), scales.block)
-
-
-def spread_scales(scale: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
-    """One scale per weight: scale [ceil(n / rows), ceil(k / columns)] as [n, k] for block (rows, columns)."""
-    rows, columns = torch.arange(shape[0]) // block[0], torch.arange(shape[1]) // block[1]
-    return scale.float()[rows.to(scale.device)][:, columns.to(scale.device)]
+    """gate_up [N, H] and down [H, I] of one slot in fp32, decoded where they are stored as codes."""
+    first, second, act = weights.gate_up[slot], weights.down[slot], weights.activation
+    if weights.gate_up_coding is not None:
+        interleaved = act.gated and act.interleaved
+        first = decode(first, weights.gate_up_coding, weights.hidden_size, slot, interleaved=interleaved)
+    if weights.down_coding is not None:
+        second = decode(second, weights.down_coding, weights.intermediate_size, slot)
+    return first.float(), second.float()
 
 
 def _widened(bias: Tensor | None, slot: int) -> Tensor | None:
@@ -122,8 +114,8 @@ def check_expert_input(x: Tensor, slot_ids: Tensor, weights: ExpertWeights) -> N
     """Raises ValueError when shapes or dtypes do not fit together (slot numbers are checked where they are read)."""
     if x.ndim != 2 or slot_ids.ndim != 2 or len(x) != len(slot_ids):
         raise ValueError(f"x {tuple(x.shape)} and slot_ids {tuple(slot_ids.shape)} must be [T, H] and [T, K] of one T")
-    if x.shape[1] != weights.gate_up.shape[2]:
-        raise ValueError(f"x has hidden size {x.shape[1]}, the experts have {weights.gate_up.shape[2]}")
+    if x.shape[1] != weights.hidden_size:
+        raise ValueError(f"x has hidden size {x.shape[1]}, the experts have {weights.hidden_size}")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}; expert kernels take float32, bfloat16 or float16")
     if slot_ids.dtype not in (torch.int32, torch.int64):
@@ -132,53 +124,78 @@ def check_expert_input(x: Tensor, slot_ids: Tensor, weights: ExpertWeights) -> N
 
 def check_expert_weights(weights: ExpertWeights) -> None:
     """Raises ValueError when the tensors of `weights` do not describe one set of experts."""
-    slots, n, hidden = weights.gate_up.shape
-    activation = weights.activation
-    intermediate = n // 2 if activation.gated else n
-    is_low_bit = weights.gate_up.dtype in LOW_BIT_DTYPES
-    expected = {
-        "gate_up": (slots, 2 * intermediate if activation.gated else n, hidden),
-        "down": (slots, hidden, intermediate),
-        "gate_up_bias": (slots, n),
-        "down_bias": (slots, hidden),
-    }
-    for name, shape in expected.items():
-        tensor: Tensor | None = getattr(weights, name)
-        if tensor is None:
+    activation, slots, n = weights.activation, *weights.gate_up.shape[:2]
+    hidden = weights.gate_up.shape[2] if weights.gate_up_coding is None else weights.hidden_size
+    inter = weights.intermediate_size
+    rows = 2 * inter if activation.gated else n
+    _check_matrix("gate_up", weights.gate_up, weights.gate_up_coding, (slots, rows, hidden))
+    _check_matrix("down", weights.down, weights.down_coding, (slots, hidden, inter))
+    is_coded = weights.gate_up_coding is not None
+    for name, bias, length in (("gate_up_bias", weights.gate_up_bias, n), ("down_bias", weights.down_bias, hidden)):
+        if bias is None:
             continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; with gate_up {(slots, n, hidden)} it must be {shape}"
-            )
-        is_free = name.endswith("_bias") and is_low_bit and tensor.dtype not in LOW_BIT_DTYPES
-        if (tensor.dtype != weights.gate_up.dtype and not is_free) or tensor.device != weights.gate_up.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; gate_up is {weights.gate_up.dtype}")
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has last stride {tensor.stride(-1)}; expert rows must be contiguous")
+        _check_tensor(name, bias, (slots, length), weights.gate_up)
+        if bias.dtype not in _FLOATS if is_coded else bias.dtype != weights.gate_up.dtype:
+            raise ValueError(f"{name} is {bias.dtype}; gate_up is {weights.gate_up.dtype}")
+    if not is_coded and weights.down_coding is None and weights.down.dtype != weights.gate_up.dtype:
+        raise ValueError(f"down is {weights.down.dtype}; gate_up is {weights.gate_up.dtype}")
     if activation.kind == "gpt_oss" and not activation.gated:
         raise ValueError("activation 'gpt_oss' exists only in its gated form; set gated=True")
-    if is_low_bit != (weights.scales is not None):
-        what = "need scales" if is_low_bit else "must not have any"
-        raise ValueError(f"experts stored as {weights.gate_up.dtype} {what}; only float8_e4m3fn and int8 have scales")
-    if weights.scales is not None:
-        _check_scales(weights.scales, weights.down, 2 if activation.gated else 1)
+    for name, coding, parts, shape in (
+        ("gate_up", weights.gate_up_coding, 2 if activation.gated else 1, (inter, hidden)),
+        ("down", weights.down_coding, 1, (hidden, inter)),
+    ):
+        if coding is not None:
+            _check_coding(name, coding, (slots, parts), shape, weights.down.device)
 
 
-def _check_scales(scales: Scales, down: Tensor, num_halves: int) -> None:
-    slots, hidden, inter = down.shape
-    rows, columns = scales.block
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_matrix(name: str, stored: Tensor, coding: Coding | None, shape: tuple[int, int, int]) -> None:
+    """`stored` as float weights or codes of logical `shape`."""
+    if coding is None:
+        if stored.dtype not in _FLOATS:
+            raise ValueError(f"experts stored as {stored.dtype} need a coding; {name} has none")
+        _check_tensor(name, stored, shape, stored)
+        return
+    if stored.dtype != CODE_DTYPES[coding.code]:
+        raise ValueError(f"{name} is {stored.dtype}; codes of {coding.code} are {CODE_DTYPES[coding.code]}")
+    _check_tensor(name, stored, (*shape[:2], bytes_per_row(coding.code, shape[2])), stored)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; gate_up is {like.dtype} on {like.device}")
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has last stride {tensor.stride(-1)}; expert rows must be contiguous")
+
+
+def _check_coding(name: str, coding: Coding, slots: tuple[int, int], shape: tuple[int, int], device: object) -> None:
+    """slots: S and the number of parts; shape: of one part."""
+    rows, columns = coding.block
     if min(rows, columns) < 1:
         raise ValueError(f"scales have blocks of {rows} x {columns}; both must be at least 1")
-    expected = {
-        "gate_up": (slots, num_halves, -(-inter // rows), -(-hidden // columns)),
-        "down": (slots, -(-hidden // rows), -(-inter // columns)),
-    }
-    for name, shape in expected.items():
-        tensor: Tensor = getattr(scales, name)
-        if tuple(tensor.shape) != shape or tensor.dtype not in _SCALE_DTYPES or tensor.device != down.device:
+    groups = -(-shape[1] // columns) if coding.group_of is None else coding.scale.shape[-1]
+    grid = (*slots, -(-shape[0] // rows), groups)
+    takes_zeros, is_table = coding.code in ("int8", "int4"), coding.code == "lut4"
+    if (coding.zero is not None and not takes_zeros) or (coding.table is not None) != is_table:
+        raise ValueError(f"{name} is coded as {coding.code}; zeros go with int8 and int4 only, a table with lut4 only")
+    for what, tensor, wanted, dtypes in (
+        ("scales", coding.scale, grid, SCALE_DTYPES),
+        ("zeros", coding.zero, grid, (torch.int8,)),
+        ("factors", coding.factor, slots, (torch.float32,)),
+        ("tables", coding.table, (*slots, 16), (torch.float32,)),
+        ("groups", coding.group_of, (*slots, shape[1]), (torch.int32,)),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != wanted or tensor.dtype not in dtypes or tensor.device != device:
             raise ValueError(
-                f"scales of {name} are {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; blocks of {rows} x "
-                f"{columns} need float32 (or bfloat16, float16) {shape} on {down.device}"
+                f"{what} of {name} are {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; blocks of {rows} x "
+                f"{columns} need {wanted} of {', '.join(str(d)[6:] for d in dtypes)} on {device}"
             )
         if len(tensor) and not tensor[0].is_contiguous():
-            raise ValueError(f"scales of {name} have strides {tensor.stride()}; one slot's must be contiguous")
+            raise ValueError(f"{what} of {name} have strides {tensor.stride()}; one slot's must be contiguous")

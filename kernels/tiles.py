@@ -17,7 +17,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels.intrinsics import activate, cast, device_function, dot, is_interpreted, same_dtype
-from moe.kernels.weights import LOW_BIT_DTYPES, ExpertWeights
+from moe.kernels.weights import ExpertWeights
+
+_CODES = ("e4m3", "int8")
+_SCALES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class TileConfig(NamedTuple):
@@ -70,7 +73,21 @@ def tiles_in_blocks(config: TileConfig, block: tuple[int, int] | None, hidden: i
 
 def scales_in_blocks(weights: ExpertWeights) -> bool:
     """Whether a row of some weight matrix has more than one scale."""
-    return weights.scales is not None and weights.scales.block[1] < max(weights.down.shape[1:])
+    block = scale_block(weights)
+    return block is not None and block[1] < max(weights.hidden_size, weights.intermediate_size)
+
+
+def scale_block(weights: ExpertWeights) -> tuple[int, int] | None:
+    """The rows and columns that share a scale; None for float weights. Raises ValueError for other codings."""
+    first, second = weights.gate_up_coding, weights.down_coding
+    if first is None and second is None:
+        return None
+    if first is None or second is None or first.code != second.code or first.block != second.block:
+        raise ValueError("the Triton kernels take both matrices of an expert in one format")
+    reads = first.code in _CODES and first.scale.dtype in _SCALES and first.zero is None and first.group_of is None
+    if not reads:
+        raise ValueError(f"the Triton kernels do not read experts stored as {first.code} with {first.scale.dtype}")
+    return first.block
 
 
 def device_capability(device: torch.device) -> int:
@@ -143,8 +160,9 @@ def weight_operands(weights: ExpertWeights, config: TileConfig, *, tma: bool) ->
         )
     step = 1 if up_bias is None else up_bias.stride(1)
     scaling: tuple[Any, ...] = (None, None, None, (0, 0), (0, 0))
-    if weights.scales is not None:
-        first_scale, down_scale, block = weights.scales
+    block = scale_block(weights)
+    if block is not None and weights.gate_up_coding is not None and weights.down_coding is not None:
+        first_scale, down_scale = weights.gate_up_coding.scale, weights.down_coding.scale
         pair = first_scale[:, 0], first_scale[:, -1]
         scaling = (*pair, down_scale, (first_scale.stride(0), down_scale.stride(0)), block)
     return WeightOperands(*operands, gate_bias, up_bias, down_bias, strides, step, tma, *scaling)
@@ -152,7 +170,7 @@ def weight_operands(weights: ExpertWeights, config: TileConfig, *, tma: bool) ->
 
 def can_use_tma(weights: ExpertWeights, dtype: torch.dtype, capability: int) -> bool:
     """sm_90 or later, weights of the activations' dtype or of 8 bits, every base and stride on 16 bytes."""
-    if capability < 90 or weights.gate_up.dtype not in (dtype, *LOW_BIT_DTYPES):
+    if capability < 90 or weights.gate_up.dtype not in (dtype, torch.float8_e4m3fn, torch.int8):
         return False
     operands = weight_operands(weights, TileConfig(16, 16, 16, 16, 4, 1), tma=False)
     itemsize = weights.gate_up.dtype.itemsize

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-LOW_BIT_DTYPES = (torch.float8_e4m3fn, torch.int8)
+from moe.kernels.formats import Coding
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "gpt_oss", "custom"]
 
@@ -33,28 +32,13 @@ class Activation:
         assert (self.kind == "custom") == (self.function is not None), self.kind
 
 
-class Scales(NamedTuple):
-    """Scales of weights stored in 8 bits: weight[n, k] = stored[n, k] * scale[n // rows, k // columns] in float32.
-
-    float32, bfloat16 or float16. gate_up: [S, 2 or 1, ceil(I / rows), ceil(H / columns)], gate's blocks then up's when
-    gated (each of the two is a matrix of its own, however their rows are stored); down: [S, ceil(H / rows), ceil(I /
-    columns)]. Contiguous but for the slot stride. block: (rows, columns); a block may be larger than the matrix. (128,
-    128) is the `weight_scale_inv` of DeepSeek-V3's and Qwen3's fp8 checkpoints, (1, at least H and I) one scale per
-    output channel.
-    """
-
-    gate_up: Tensor
-    down: Tensor
-    block: tuple[int, int]
-
-
 class ExpertWeights(NamedTuple):
     """Views of a slab of S slots; a slot holds one expert of any layer.
 
     gate_up: [S, N, H], N = 2I when gated, else I; down: [S, H, I]; biases [S, N] and [S, H] or None.
     The last dimension is contiguous; the slot stride is larger than the expert (one slot is one aligned blob).
-    Storage dtype float32, bfloat16 or float16; it need not be the dtype of the activations. float8_e4m3fn and int8 are
-    lossy storage with `scales`, for who asks for it (`kernels.quantize`); biases are then of any of the three above.
+    Storage dtype float32, bfloat16 or float16; it need not be the dtype of the activations. A matrix with a `Coding`
+    is stored as codes (kernels/formats.py), whose last dimension counts bytes; biases are then of any of the three.
     """
 
     gate_up: Tensor
@@ -62,4 +46,18 @@ class ExpertWeights(NamedTuple):
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     activation: Activation
-    scales: Scales | None = None
+    gate_up_coding: Coding | None = None
+    down_coding: Coding | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return self.down.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.gate_up.shape[1] // (2 if self.activation.gated else 1)
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """What a kernel must be able to read: names of codes, and "float"."""
+        return frozenset("float" if c is None else c.code for c in (self.gate_up_coding, self.down_coding))

@@ -16,7 +16,8 @@ from moe.comm.groups import Groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.coherent import Costs, measure_link, why_coherent, why_not_coherent
 from moe.engine.runner import run_a_token
-from moe.kernels.weights import ExpertWeights, Scales
+from moe.kernels.formats import Coding
+from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.layer.lookahead import Lookahead, router_guess, transition_guess
 from moe.layer.parallel import DispatcherName, ExpertParallel
@@ -208,10 +209,11 @@ def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeigh
     weights = []
     for layer, (found, layout) in enumerate(zip(blueprint.experts, blueprint.index.layouts)):
         gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale = cache.views(layer)
-        scales = None
+        first, second = None, None
         if gate_up_scale is not None and down_scale is not None and layout.scales is not None:
-            scales = Scales(gate_up_scale, down_scale, layout.scales.block)
-        weights.append(ExpertWeights(gate_up, down, gate_up_bias, down_bias, found.activation, scales))
+            first = Coding("e4m3", layout.scales.block, gate_up_scale)
+            second = Coding("e4m3", layout.scales.block, down_scale[:, None])
+        weights.append(ExpertWeights(gate_up, down, gate_up_bias, down_bias, found.activation, first, second))
     return weights
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from moe.kernels.reference import spread_scales
+from moe.kernels.formats import Coding, decode
 from moe.models.blueprint import Blueprint, first_line
 from moe.models.families import slot_class
 
@@ -80,7 +80,7 @@ def _load(blueprint: Blueprint, key: str, dtype: torch.dtype) -> Tensor:
             f"{blueprint.folder}: {key} {list(tensor.shape)} has scales {list(scale.shape)}, not one for each "
             f"{block[0]} x {block[1]} weights"
         )
-    return (tensor.float() * spread_scales(scale, (tensor.shape[0], tensor.shape[1]), block)).to(dtype)
+    return decode(tensor, Coding("e4m3", block, scale[None, None]), tensor.shape[1], 0).to(dtype)
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.quantize import quantize_experts
 from moe.kernels.reference import check_expert_weights, combine_reference, dequantized, experts_reference
 from moe.kernels.tiles import TileConfig, check_chip
-from moe.kernels.weights import Activation, Scales
+from moe.kernels.weights import Activation
 
 # y differs by the order of fp32 sums and scalings; where that tips the rounding of an intermediate, by an ulp of it.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
@@ -31,9 +31,16 @@ def in_slots_apart(weights):
         view.copy_(t)
         return view
 
-    gate_up, down, block = weights.scales
-    scales = Scales(spread(gate_up), spread(down), block)
-    return weights._replace(gate_up=spread(weights.gate_up), down=spread(weights.down), scales=scales)
+    return rescaled(weights._replace(gate_up=spread(weights.gate_up), down=spread(weights.down)), spread)
+
+
+def rescaled(weights, change):
+    """`weights` with `change` applied to the scales of both matrices."""
+    first, second = weights.gate_up_coding, weights.down_coding
+    return weights._replace(
+        gate_up_coding=first._replace(scale=change(first.scale)),
+        down_coding=second._replace(scale=change(second.scale)),
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -44,7 +51,7 @@ def test_error_is_within_what_is_documented(layout, to, block):
     weights.down[1, 2, 5] = 100  # an outlier, which makes its neighbours small
     stored = quantize_experts(weights, to, block)
     check_expert_weights(stored)
-    rows, columns = stored.scales.block
+    rows, columns = stored.gate_up_coding.block
     largest = 0.0
     for slot in range(2):
         for w, got, scale in zip(
@@ -68,13 +75,14 @@ def test_scales_are_those_of_each_half():
     weights = random_weights(1, 16, 20)
     weights.gate_up[:, 20:] *= 1000
     stored = quantize_experts(weights, "fp8", (16, 16))
-    assert stored.scales.gate_up.shape == (1, 2, 2, 1)
-    assert (stored.scales.gate_up[0, 1] > 100 * stored.scales.gate_up[0, 0]).all()
+    scale = stored.gate_up_coding.scale
+    assert scale.shape == (1, 2, 2, 1)
+    assert (scale[0, 1] > 100 * scale[0, 0]).all()
     assert relative_error(dequantized(stored, 0)[0], weights.gate_up[0]) < 0.03
     rows = torch.arange(40).view(2, 20).T.flatten()
     woven = weights._replace(gate_up=weights.gate_up[:, rows], activation=Activation(interleaved=True))
     again = quantize_experts(woven, "fp8", (16, 16))
-    assert torch.equal(again.scales.gate_up, stored.scales.gate_up)
+    assert torch.equal(again.gate_up_coding.scale, scale)
     assert torch.equal(dequantized(again, 0)[0], dequantized(stored, 0)[0][rows])
 
 
@@ -103,8 +111,7 @@ def test_layouts_and_biases(layout, to, block):
     weights = random_weights(3, 40, 20, torch.bfloat16, activation=LAYOUTS[layout], biases=True)
     weights = quantize_experts(weights, to, block)
     assert weights.gate_up_bias.dtype == torch.bfloat16
-    gate_up, down, shape = weights.scales
-    weights = weights._replace(scales=Scales(gate_up.bfloat16(), down.bfloat16(), shape))
+    weights = rescaled(weights, torch.Tensor.bfloat16)
     x, ids = torch.randn(9, 40), random_ids(9, 2, 3)
     assert relative_error(grouped_experts(x, ids, weights), experts_reference(x, ids, weights)) <= 1e-6
 
@@ -123,9 +130,10 @@ def test_single_launch_is_bit_equal_to_the_grouped_path(to, block):
 def test_wrong_scales_are_noticed():
     """A control: the comparisons above see a scale in the wrong place."""
     weights = quantize_experts(random_weights(3, 64, 32), "fp8", (16, 32))
-    weights.scales.gate_up[:, :, :, 1] *= 2
+    weights.gate_up_coding.scale[:, :, :, 1] *= 2
     x, ids = torch.randn(9, 64), random_ids(9, 2, 3)
-    flipped = weights._replace(scales=weights.scales._replace(gate_up=weights.scales.gate_up.flip(-1)))
+    coding = weights.gate_up_coding
+    flipped = weights._replace(gate_up_coding=coding._replace(scale=coding.scale.flip(-1)))
     assert relative_error(grouped_experts(x, ids, flipped), experts_reference(x, ids, weights)) > 0.1
 
 
@@ -135,12 +143,12 @@ def test_bad_input():
     x, ids = torch.randn(4, 40), random_ids(4, 2, 3)
     with pytest.raises(ValueError, match="blocks of scales have 24 columns; the grouped kernel takes multiples of 16"):
         grouped_experts(x, ids, stored)
-    with pytest.raises(ValueError, match=r"experts stored as torch.float8_e4m3fn need scales"):
-        grouped_experts(x, ids, stored._replace(scales=None))
-    with pytest.raises(ValueError, match=r"experts stored as torch.float32 must not have any"):
-        check_expert_weights(weights._replace(scales=stored.scales))
-    with pytest.raises(ValueError, match=r"blocks of 16 x 40 need float32 \(or bfloat16, float16\) \(3, 2, 2, 1\)"):
-        check_expert_weights(stored._replace(scales=stored.scales._replace(block=(16, 40))))
+    with pytest.raises(ValueError, match=r"experts stored as torch.float8_e4m3fn need a coding"):
+        grouped_experts(x, ids, stored._replace(gate_up_coding=None))
+    with pytest.raises(ValueError, match=r"gate_up is torch.float32; codes of e4m3 are torch.float8_e4m3fn"):
+        check_expert_weights(weights._replace(gate_up_coding=stored.gate_up_coding))
+    with pytest.raises(ValueError, match=r"blocks of 16 x 40 need \(3, 2, 2, 1\) of float32, bfloat16"):
+        check_expert_weights(stored._replace(gate_up_coding=stored.gate_up_coding._replace(block=(16, 40))))
     with pytest.raises(ValueError, match="CPU experts take float32, bfloat16 or float16"):
         CpuExperts(stored)
     with pytest.raises(ValueError, match="already; quantize the original"):

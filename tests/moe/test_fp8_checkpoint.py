@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.sampling import SamplingParams
-from moe.kernels.reference import spread_scales
+from moe.kernels.formats import Coding, decode
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
@@ -42,7 +42,7 @@ def write_pair(family: str, folder: Path, scale_dtype: torch.dtype = torch.float
         if key.endswith("_proj.weight") or ".experts." in key:
             low[key], scale = in_fp8(w)
             low[key + "_scale_inv"] = scale = scale.to(scale_dtype)
-            plain[key] = low[key].float() * spread_scales(scale, (w.shape[0], w.shape[1]), BLOCK)
+            plain[key] = decode(low[key], Coding("e4m3", BLOCK, scale[None, None]), w.shape[1], 0)
             assert not torch.equal(plain[key], w)
     save_file(plain, twin / "model.safetensors", metadata={"format": "pt"})
     save_file(low, stored / "model.safetensors", metadata={"format": "pt"})
