@@ -13,8 +13,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.editable_wheel import editable_wheel
 
 SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
-CPU_SOURCES = ("experts", "linear", "select", "avx512", "avx512_dot", "avx2", "plain")
-CPU_HEADERS = ("experts", "scalars", "elements", "panel", "isa")
+CPU_SOURCES = ("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain")
+CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "codes", "isa")
 COMMON = ["-O3", "-std=c11", "-fvisibility=hidden", *SAME_BITS]
 
 

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "cpu_scalars.h"
+#include "cpu_place.h"
 
 #define NAME(x) moe_avx2_##x
 #define ISA "avx2"
@@ -18,8 +18,13 @@
 #define VLOAD_EVEN(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const void *)(p)), 16))
 #define VLOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define VFMA(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define VSUB(a, b) _mm256_sub_ps(a, b)
+#define VSET(v) _mm256_set1_ps(v)
+#define VPICK(from, lane) _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), _mm256_loadu_si256((const void *)(lane)))
+#define TABLE struct table
 #define MR 3
 #define NR 2
+#define CODE_NR 1
 #define SUM_BLOCK NAME(sum)
 
 SCALAR TARGET __m128 NAME(fold)(VEC v[2]) {
@@ -35,6 +40,41 @@ SCALAR TARGET void NAME(sum)(int mr, VEC a[3][2][2], float *c, int64_t ldc, int6
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         if (!first) s = _mm_add_ps(_mm_castpd_ps(_mm_load_sd((const double *)(void *)c)), s);
         _mm_storel_pi((__m64 *)(void *)c, s);
+    }
+}
+
+struct table {
+    __m256 low, high; /* of entries 0 to 7, and 8 to 15 */
+};
+
+SCALAR TARGET TABLE NAME(table_at)(const float *from) {
+    return (struct table){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
+}
+
+SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* a lookup takes the low 3 bits */
+    __m256i v = _mm256_loadu_si256((const void *)(p + 32 * u)), at = _mm256_srli_epi32(v, 4 * j);
+    __m256 low = _mm256_permutevar8x32_ps(table.low, at), high = _mm256_permutevar8x32_ps(table.high, at);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - 4 * j)));
+}
+
+/* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa. */
+SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int wide, int64_t j, int u) {
+    (void)wide;
+    __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)(p + j * LANES + u * WIDTH)));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16((short)0xbf80)));
+}
+
+SCALAR TARGET VEC NAME(byte_int8)(const char *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
+}
+
+SCALAR TARGET void NAME(sum_codes)(int mr, VEC a[3][1][2], float *c, int64_t ldc, int64_t first) {
+#pragma GCC unroll 3
+    for (int m = 0; m < mr; m++, c += ldc) {
+        __m128 s = NAME(fold)(a[m][0]);
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
+        *c = first ? _mm_cvtss_f32(s) : *c + _mm_cvtss_f32(s);
     }
 }
 

@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-#include "cpu_scalars.h"
+#include "cpu_place.h"
 
 #define AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #ifdef WITH_DOT
@@ -26,8 +26,13 @@
 #define VLOAD_EVEN(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))
 #define VLOAD_F16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define VFMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define VSUB(a, b) _mm512_sub_ps(a, b)
+#define VSET(v) _mm512_set1_ps(v)
+#define VPICK(from, lane) _mm512_permutexvar_ps(_mm512_loadu_si512(lane), _mm512_loadu_ps(from))
+#define TABLE __m512
 #define MR 6
 #define NR 4
+#define CODE_NR 2
 #define SUM_BLOCK NAME(sum)
 
 /* Four rows of x by four rows of w at once: 15 additions for 16 sums of 16 lanes. */
@@ -57,6 +62,45 @@ static inline __attribute__((always_inline)) TARGET void NAME(sum)(int mr, VEC a
             float *to = c + (m + i) * ldc;
             if (m + i < mr) _mm_storeu_ps(to, first ? row[i] : _mm_add_ps(_mm_loadu_ps(to), row[i]));
         }
+    }
+}
+
+SCALAR TARGET TABLE NAME(table_at)(const float *from) { return _mm512_loadu_ps(from); }
+
+SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* u is 0; the lookup takes the low 4 bits */
+    (void)u;
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 4 * (unsigned)j), table);
+}
+
+/* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa. */
+SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int wide, int64_t j, int u) {
+    (void)u;
+    if (!wide) {
+        __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(p + j * LANES)));
+        return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(v, 7), _mm256_set1_epi16((short)0xbf80)));
+    }
+    __m512i v = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(p + (j & ~1) * LANES)));
+    v = _mm512_and_si512(_mm512_slli_epi16(v, 7), _mm512_set1_epi16((short)0xbf80));
+    return _mm512_cvtph_ps(j & 1 ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v));
+}
+
+SCALAR TARGET VEC NAME(byte_int8)(const char *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
+
+SCALAR TARGET __m128 NAME(fold)(VEC v) {
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+
+SCALAR TARGET void NAME(sum_codes)(int mr, VEC a[6][2][1], float *c, int64_t ldc, int64_t first) {
+#pragma GCC unroll 6
+    for (int m = 0; m < mr; m++, c += ldc) {
+        __m128 p = NAME(fold)(a[m][0][0]), q = NAME(fold)(a[m][1][0]);
+        __m128 s = _mm_add_ps(_mm_unpacklo_ps(p, q), _mm_unpackhi_ps(p, q)); /* p02 q02 p13 q13 */
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        if (!first) s = _mm_add_ps(_mm_castpd_ps(_mm_load_sd((const double *)(void *)c)), s);
+        _mm_storel_pi((__m64 *)(void *)c, s);
     }
 }
 

@@ -23,6 +23,17 @@ static inline __attribute__((always_inline)) TARGET void NAME(spread_pairs)(int 
         }
 }
 
+/* The same, of every 128 a lane has 8 neighbours. */
+static inline __attribute__((always_inline)) TARGET void NAME(spread_eights)(int kind, const char *from, int64_t n,
+                                                                            float *to, int64_t stride) {
+    for (; n > 0; n -= 8 * LANES, from += 8 * LANES * size_of(kind), to += 8 * stride)
+        for (int64_t j = 0; j < 8; j++)
+            if (n >= 8 * LANES)
+                for (int64_t i = 0; i < LANES; i++) to[j * stride + i] = widen_one(kind, from, 8 * i + j);
+            else
+                for (int64_t i = 0; i < LANES; i++) to[j * stride + i] = 8 * i + j < n ? widen_one(kind, from, 8 * i + j) : 0.0f;
+}
+
 static void NAME(copy_pairs)(const char *from, int64_t n, float *to, int64_t stride) {
     for (; n > 0; n -= 2 * LANES, from += 4 * LANES, to += stride) {
         if (n < 2 * LANES) memset(to, 0, 4 * LANES);
@@ -42,6 +53,8 @@ static TARGET void NAME(pack_x)(int order, int kind, const char *from, int64_t n
         EACH(NAME(spread))
     } else if (order == PAIRS) {
         EACH(NAME(spread_pairs))
+    } else if (order == EIGHTS) {
+        EACH(NAME(spread_eights))
     } else {
         NAME(copy_pairs)(from, n, to, stride);
     }

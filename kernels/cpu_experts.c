@@ -76,6 +76,12 @@ static void up_product(struct run *r, const struct rows *p, int64_t n0, int64_t 
 static void pack_h(struct run *r, const struct rows *p, const float *h, int64_t i0, int64_t n) {
     for (int64_t m = 0, stride; m < p->count; m++, h += UP_TILE) {
         float *to = packed_row(r->k, rows_at(r->h, &r->down, p), r->down.vectors, p->count, m, &stride);
+        if (r->down.order == EIGHTS) {
+            int64_t lane = i0 / 8 % LANES, lanes = i0 + n == r->l->down.k ? LANES - lane : UP_TILE / 8;
+            to += i0 / (8 * LANES) * 8 * stride + lane;
+            for (int64_t i = 0; i < 8 * lanes; i++) to[i % 8 * stride + i / 8] = i < n ? h[i] : 0.0f;
+            continue;
+        }
         to += vectors_of(r->down.order, i0) * stride;
         uint16_t narrow[UP_TILE];
         if (r->down.order == DOT) /* rounded to bf16 already */

@@ -5,8 +5,9 @@
  * storage has 16 lanes; each lane sums its elements in turn; after every KC elements lanes i and i+8, i+4, i+2, i+1 are
  * added, and that is added to the result. Which elements a lane has is the `order`, which x is packed in:
  *
- *   NATURAL  lane l: k = l mod 16                                 fp32 and fp16 weights
+ *   NATURAL  lane l: k = l mod 16                                 fp32, fp16 and codes of a byte
  *   PAIRS    lane l: of every 32, 2l + 1, then 2l                 bf16 weights: what vdpbf16ps does, and as fast without it
+ *   EIGHTS   lane l: of every 128, 8l to 8l + 7                    nibbles (cpu_codes.h)
  *   DOT      the sums of PAIRS, by vdpbf16ps; x stays in bf16     bf16 weights and x, where that instruction is fast
  *
  * So a result depends on its own row of x alone, and is the same on every machine with fused multiply-add (numbers below
@@ -22,16 +23,26 @@
 
 enum { F32, BF16, F16 };                              /* storage; the order of cpu.py's KINDS */
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS }; /* the order of cpu.py's _ACTIVATIONS */
-enum { NATURAL, PAIRS, DOT };
+enum { E4M3, INT8, INT4, E2M1, LUT4, CODES };         /* the order of cpu.py's _CODES */
+enum { E8M0 = 3, E4M3_SCALE, INT8_ZERO };             /* scales may also be of these kinds */
+enum { NATURAL, PAIRS, EIGHTS, DOT };
 enum { LANES = 16, KC = 1024 }; /* they define the order of sums; do not tune per machine */
 enum { AHEAD = 8192 };          /* bytes to prefetch ahead, at least (measured) */
 enum { ROWS = 240, UP_TILE = 32, DOWN_TILE = 64 };
-enum { C_FLOATS = ROWS * DOWN_TILE, PRIVATE_FLOATS = 2 * C_FLOATS + DOWN_TILE * KC }; /* of a thread */
+enum { C_FLOATS = ROWS * DOWN_TILE, CODE_FLOATS = 1 << 16 };
+enum { SCRATCH_FLOATS = DOWN_TILE * KC + CODE_FLOATS, PRIVATE_FLOATS = 2 * C_FLOATS + SCRATCH_FLOATS }; /* of a thread */
 enum { SERIAL_MACS = 400000 }; /* below, waking a second thread costs more than it brings */
+
+struct coding { /* kernels/formats.py's Coding of one matrix: slot 0, then bytes from slot to slot; NULL where absent */
+    const char *scale, *zero, *factor, *table, *group_of;
+    int64_t scale_slot, zero_slot, factor_slot, table_slot, group_slot;
+    int64_t code, scale_kind, rows, columns, groups, row_blocks, parts, interleaved; /* row_blocks: of a part */
+};
 
 struct matrix { /* of one slot; strides in bytes */
     const char *data, *bias;
-    int64_t slot, row, bias_slot, n, k, kind;
+    int64_t slot, row, bias_slot, n, k, kind, bias_kind, is_coded; /* kind: of storage that is not coded */
+    struct coding coding;
 };
 
 struct layer {
@@ -64,6 +75,8 @@ struct kernels {
     void (*pack_x)(int order, int kind, const char *from, int64_t n, float *to, int64_t stride);
     void (*tile)(int order, const float *x, int64_t rows, const struct matrix *w, const char *base, int64_t n0,
                  int64_t count, float *c, int64_t ldc, float *scratch);
+    void (*tile_codes)(const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count,
+                       float *c, int64_t ldc, float *scratch);
     void (*add_bias)(float *c, int64_t ldc, int64_t rows, const float *bias, int64_t n);
     void (*round)(int kind, float *v, int64_t n);
     void (*activate)(const struct layer *l, float *gate, const float *up, int64_t n);
@@ -91,16 +104,28 @@ SCALAR void *take(uintptr_t *at, int64_t size) {
 
 SCALAR int64_t size_of(int64_t kind) { return kind == F32 ? 4 : 2; }
 
+SCALAR int is_nibble(const struct coding *q) { return q->code >= INT4; }
+
+/* Whether cpu_codes.h multiplies them: the columns of a vector, or of its lanes, share their scales. */
+SCALAR int codes_are_fast(const struct matrix *w) {
+    int64_t columns = w->coding.columns;
+    if (w->coding.group_of) return 0;
+    if (columns >= w->k) return 1;
+    if (!is_nibble(&w->coding)) return columns % LANES == 0;
+    return columns % (8 * LANES) == 0 || columns == 16 || columns == 32 || columns == 64;
+}
+
 /* How x must be packed for w. */
 SCALAR int order_of(const struct kernels *k, const struct matrix *w, int64_t x_kind) {
+    if (w->is_coded) return is_nibble(&w->coding) && codes_are_fast(w) ? EIGHTS : NATURAL;
     if (w->kind != BF16) return NATURAL;
     return k->has_dot && x_kind == BF16 ? DOT : PAIRS;
 }
 
 /* Vectors of 64 bytes that n elements of x take when packed. */
 SCALAR int64_t vectors_of(int order, int64_t n) {
-    int64_t steps = (n + LANES * (order == NATURAL ? 1 : 2) - 1) / (LANES * (order == NATURAL ? 1 : 2));
-    return order == PAIRS ? 2 * steps : steps;
+    int64_t lane = order == NATURAL ? 1 : order == EIGHTS ? 8 : 2, steps = (n + LANES * lane - 1) / (LANES * lane);
+    return order == DOT ? steps : lane * steps;
 }
 
 /* The place of row i of `count` rows in packed form; `*stride` floats from one vector to the next. */
@@ -111,7 +136,11 @@ SCALAR float *packed_row(const struct kernels *k, float *base, int64_t vectors, 
     return base + (block * vectors + i - block) * LANES;
 }
 
-/* c[m][i] = x row m * row n0 + i of W in this slot, + bias. scratch: DOWN_TILE * KC floats. */
+/* Like tile_codes, for codes that are not fast; x is NATURAL. */
+void moe_decoded_tile(const struct kernels *k, const float *x, int64_t rows, const struct matrix *w, int64_t slot,
+                      int64_t n0, int64_t count, float *c, int64_t ldc, float *scratch);
+
+/* c[m][i] = x row m * row n0 + i of W in this slot, + bias. scratch: SCRATCH_FLOATS. */
 void moe_product(const struct kernels *k, int order, const struct matrix *w, int64_t slot, const float *x, int64_t rows,
                  int64_t n0, int64_t n, float *c, int64_t ldc, float *scratch);
 

@@ -1,8 +1,10 @@
-/* All vector code of one instruction set; what the includer defines is listed in cpu_panel.h. */
+/* All vector code of one instruction set; what the includer defines is listed in cpu_panel.h and cpu_codes.h. */
 
 #include "cpu_elements.h"
 #include "cpu_panel.h"
+#include "cpu_codes.h"
 
 const struct kernels NAME(kernels) = {
-    ISA, MR, HAS_DOT, NAME(pack_x), NAME(tile), NAME(add_bias), NAME(round), NAME(activate), NAME(combine),
+    ISA, MR, HAS_DOT, NAME(pack_x), NAME(tile), NAME(tile_codes), NAME(add_bias), NAME(round), NAME(activate),
+    NAME(combine),
 };

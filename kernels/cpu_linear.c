@@ -18,7 +18,7 @@ struct run {
     int order;
 };
 
-enum { FLOATS = C_FLOATS + DOWN_TILE * KC };
+enum { FLOATS = C_FLOATS + SCRATCH_FLOATS };
 
 static void work(struct run *r, int64_t thread) {
     int64_t size = size_of(r->x_kind), width = r->w->n;

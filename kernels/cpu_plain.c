@@ -4,7 +4,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "cpu_scalars.h"
+#include "cpu_place.h"
 
 typedef float float4 __attribute__((vector_size(16)));
 
@@ -27,6 +27,11 @@ SCALAR float4 load4(const float *p) {
     ((float4){bf16_to_float((p)[0]), bf16_to_float((p)[2]), bf16_to_float((p)[4]), bf16_to_float((p)[6])})
 #define VLOAD_F16(p) \
     ((float4){half_to_float((p)[0]), half_to_float((p)[1]), half_to_float((p)[2]), half_to_float((p)[3])})
+#define VSUB(a, b) ((a) - (b))
+#define VSET(v) ((float4){(v), (v), (v), (v)})
+#define VPICK(from, lane) ((float4){(from)[(lane)[0]], (from)[(lane)[1]], (from)[(lane)[2]], (from)[(lane)[3]]})
+#define TABLE const float *
+#define CODE_NR 1
 #if defined(__aarch64__)
 #define VFMA(a, b, c) ((float4)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define MR 3
@@ -36,5 +41,35 @@ SCALAR float4 load4(const float *p) {
 #define MR 2
 #define NR 1
 #endif
+
+SCALAR TABLE NAME(table_at)(const float *from) { return from; }
+
+SCALAR VEC NAME(nibble)(const char *p, int j, int u, TABLE table) {
+    const uint8_t *byte = (const uint8_t *)p + 16 * u + j / 2; /* of a lane's four, the one with nibble j */
+    int shift = j % 2 * 4;
+    return (float4){table[byte[0] >> shift & 15], table[byte[4] >> shift & 15], table[byte[8] >> shift & 15],
+                    table[byte[12] >> shift & 15]};
+}
+
+SCALAR VEC NAME(byte_e4m3)(const char *p, int wide, int64_t j, int u) {
+    (void)wide;
+    const uint8_t *v = (const uint8_t *)p + j * LANES + u * WIDTH;
+    return (float4){e4m3_part(v[0]), e4m3_part(v[1]), e4m3_part(v[2]), e4m3_part(v[3])};
+}
+
+SCALAR VEC NAME(byte_int8)(const char *p) {
+    const int8_t *v = (const int8_t *)p;
+    return (float4){v[0], v[1], v[2], v[3]};
+}
+
+SCALAR void NAME(sum_codes)(int mr, VEC a[MR][1][4], float *c, int64_t ldc, int64_t first) {
+    for (int m = 0; m < mr; m++, c += ldc) {
+        float lane[LANES];
+        memcpy(lane, a[m][0], sizeof lane);
+        for (int half = LANES / 2; half; half /= 2)
+            for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+        *c = first ? lane[0] : *c + lane[0];
+    }
+}
 
 #include "cpu_isa.h"

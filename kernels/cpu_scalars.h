@@ -55,6 +55,20 @@ SCALAR float widen_one(int64_t kind, const void *p, int64_t i) {
     return kind == BF16 ? bf16_to_float(v) : half_to_float(v);
 }
 
+/* 2^-8 of the value of an e4m3: its bits as those of an fp16. Not for 0x7f, which is no number. */
+SCALAR float e4m3_part(uint8_t v) { return half_to_float((uint16_t)((v & 0x80u) << 8 | (v & 0x7fu) << 7)); }
+
+/* One scale or zero point. */
+SCALAR float scale_to_float(int kind, const char *p, int64_t i) {
+    const uint8_t *byte = (const uint8_t *)p;
+    if (kind == E8M0) return as_float(byte[i] ? (uint32_t)byte[i] << 23 : 1u << 22); /* 2^-127 is subnormal */
+    if (kind == E4M3_SCALE) return 256.0f * e4m3_part(byte[i]);
+    if (kind == INT8_ZERO) return (float)(int8_t)byte[i];
+    return widen_one(kind, p, i);
+}
+
+SCALAR int64_t scale_size(int64_t kind) { return kind == F32 ? 4 : kind <= F16 ? 2 : 1; }
+
 /* e^x = 2^n (1 + r + r^2 p(r)), |r| <= ln2/2; p: our own minimax fit (5e-11). Relative error < 1.2e-7; x is clamped to
  * [-87.3, 88.3], where the result is a normal number; nan stays nan. */
 SCALAR float exponential(float x) {

@@ -121,11 +121,16 @@ char *moe_scratch(size_t size) {
 
 void moe_product(const struct kernels *k, int order, const struct matrix *w, int64_t slot, const float *x, int64_t rows,
                  int64_t n0, int64_t n, float *c, int64_t ldc, float *scratch) {
-    k->tile(order, x, rows, w, w->data + slot * w->slot, n0, n, c, ldc, scratch);
+    if (!w->is_coded)
+        k->tile(order, x, rows, w, w->data + slot * w->slot, n0, n, c, ldc, scratch);
+    else if (codes_are_fast(w))
+        k->tile_codes(x, rows, w, slot, n0, n, c, ldc, scratch);
+    else
+        moe_decoded_tile(k, x, rows, w, slot, n0, n, c, ldc, scratch);
     if (w->bias) {
         float bias[DOWN_TILE];
-        const char *from = w->bias + slot * w->bias_slot + n0 * size_of(w->kind);
-        for (int64_t i = 0; i < n; i++) bias[i] = widen_one(w->kind, from, i);
+        const char *from = w->bias + slot * w->bias_slot + n0 * size_of(w->bias_kind);
+        for (int64_t i = 0; i < n; i++) bias[i] = widen_one(w->bias_kind, from, i);
         k->add_bias(c, ldc, rows, bias, n);
     }
 }
