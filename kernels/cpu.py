@@ -1,9 +1,8 @@
 """Expert compute on CPUs through the compiled helper `_cpu_experts` (cpu_experts.c), one call per layer.
 
-Storage stays fp32, bf16 or fp16 and is widened in registers; all arithmetic is fp32, on every x86-64 (AVX-512, AVX2 or
-neither, chosen at run time) and on aarch64. It wins over torch wherever weights are read from memory, and with fp32 at
-any number of tokens; with bf16 and more than some 50 rows per expert torch is up to twice as fast on processors that
-multiply bf16 directly (bench/results/experts_cpu.md).
+Storage stays fp32, bf16, fp16 or the codes of kernels/formats.py, which become numbers in registers; all arithmetic is
+fp32, on every x86-64 (AVX-512, AVX2 or neither, chosen at run time) and on aarch64. It wins over torch wherever weights
+are read from memory, and at any number of tokens (bench/results/experts_cpu.md).
 
 A token's result does not depend on the other tokens, their number, the slot numbers or the number of threads: bit for
 bit. It rounds where kernels/reference.py says. Threads: `torch.set_num_threads`. The GIL is released.
@@ -18,15 +17,15 @@ from struct import Struct
 import torch
 from torch import Tensor
 
+from moe.kernels.cpu_struct import KINDS, MATRIX, MOST_COLUMNS, pack_matrix
 from moe.kernels.reference import check_expert_input, check_expert_weights, combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
 
 log = logging.getLogger(__name__)
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INTEGERS = {torch.int32: 0, torch.int64: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "gpt_oss": 5}
-_LAYER = Struct("=20q2f")  # struct layer: two matrices of 8, slots, gated, interleaved, act, alpha, limit
+_LAYER = Struct(f"={2 * MATRIX.size}s4q2f")  # struct layer: two matrices, slots, gated, interleaved, act, alpha, limit
 _CALL = Struct("=11q")  # struct call
 
 
@@ -76,11 +75,11 @@ class CpuExperts:
 
     def __init__(self, weights: ExpertWeights, *, isa: int = 0) -> None:
         check_expert_weights(weights)
-        if weights.gate_up.device.type != "cpu" or weights.gate_up.dtype not in KINDS:
-            found = f"{weights.gate_up.dtype} on {weights.gate_up.device}"
+        columns = weights.hidden_size, weights.intermediate_size
+        if weights.gate_up.device.type != "cpu" or (weights.formats != {"float"} and max(columns) > MOST_COLUMNS):
             raise ValueError(
-                f"expert weights are {found}; CPU experts take float32, bfloat16 or float16 on cpu; "
-                "kernel=reference runs others, slowly"
+                f"expert weights of {columns} columns are on {weights.gate_up.device}; CPU experts need them on cpu, "
+                f"and at most {MOST_COLUMNS} columns of codes"
             )
         self.weights = weights
         self._isa = isa
@@ -92,10 +91,12 @@ class CpuExperts:
             _say_custom_is_slow()
         if self._helper is not None:
             a = weights.activation
+            interleaved = a.gated and a.interleaved
+            up, down = weights.gate_up_coding, weights.down_coding
             self._layer = _LAYER.pack(
-                *pack_matrix(weights.gate_up, weights.gate_up_bias),
-                *pack_matrix(weights.down, weights.down_bias),
-                *(self._slots, a.gated, a.gated and a.interleaved, _ACTIVATIONS[a.kind], a.alpha, a.limit),
+                pack_matrix(weights.gate_up, weights.gate_up_bias, up, columns[0], interleaved=interleaved)
+                + pack_matrix(weights.down, weights.down_bias, down, columns[1]),
+                *(self._slots, a.gated, interleaved, _ACTIVATIONS[a.kind], a.alpha, a.limit),
             )
             self._run = self._helper.moe_cpu_experts
 
@@ -163,14 +164,6 @@ class CpuExperts:
         if status:
             slot = int(slot_ids.view(-1)[status - 1])
             raise ValueError(f"slot id {slot} must be -1 or lie in [0, {self._slots}), the slots of the slab")
-
-
-def pack_matrix(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
-    """struct matrix of slots of weights: data, bias, three strides in bytes, n, k, kind."""
-    size = weight.itemsize
-    bias_at, bias_slot = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0) * size)
-    slot, row = weight.stride(0) * size, weight.stride(1) * size
-    return weight.data_ptr(), bias_at, slot, row, bias_slot, weight.shape[1], weight.shape[2], KINDS[weight.dtype]
 
 
 def cpu_experts(x: Tensor, slot_ids: Tensor, weights: ExpertWeights, out_y: Tensor | None = None) -> Tensor:

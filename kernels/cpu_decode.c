@@ -22,7 +22,8 @@ static void decode_row(const struct matrix *w, int64_t slot, int64_t n, float *t
 void moe_decoded_tile(const struct kernels *k, const float *x, int64_t rows, const struct matrix *w, int64_t slot,
                       int64_t n0, int64_t count, float *c, int64_t ldc, float *scratch) {
     float *decoded = scratch + DOWN_TILE * KC;
-    int64_t most = CODE_FLOATS / w->k / 4 * 4; /* rows at once; Python refuses wider matrices */
+    int64_t most = CODE_FLOATS / w->k; /* rows at once; Python refuses more than CODE_FLOATS columns */
+    if (most >= 4) most = most / 4 * 4;
     for (int64_t n = 0; n < count; n += most) {
         int64_t some = least(most, count - n);
         struct matrix plain = {.data = (const char *)decoded, .row = w->k * 4, .n = some, .k = w->k, .kind = F32};

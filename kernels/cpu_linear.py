@@ -5,14 +5,11 @@ the memory's speed and bf16 at a sixth; this reads both one and a half to four t
 that in a whole step: bench/results/engine.md). The slow twin is `torch.nn.functional.linear`.
 """
 
-from struct import Struct
-
 import torch
 from torch import Tensor
 
-from moe.kernels.cpu import KINDS, load_helper, pack_matrix
-
-_MATRIX = Struct("=8q")
+from moe.kernels.cpu import load_helper
+from moe.kernels.cpu_struct import KINDS, pack_matrix
 
 
 class CpuLinear:
@@ -34,7 +31,7 @@ class CpuLinear:
             )
         self.weight, self.bias = weight, bias
         self._run, self._isa = helper.moe_cpu_linear, isa
-        self._matrix = _MATRIX.pack(*pack_matrix(weight[None], None if bias is None else bias[None]))
+        self._matrix = pack_matrix(weight[None], None if bias is None else bias[None], None, weight.shape[1])
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., K] in the weight's dtype; the result [..., N]."""

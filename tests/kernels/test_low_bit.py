@@ -5,7 +5,6 @@ import torch
 from kernels_experts import DTYPES, random_ids, random_weights, relative_error
 
 from moe.kernels.combine import combine
-from moe.kernels.cpu import CpuExperts
 from moe.kernels.fused import fused_experts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.quantize import quantize_experts
@@ -149,8 +148,6 @@ def test_bad_input():
         check_expert_weights(weights._replace(gate_up_coding=stored.gate_up_coding))
     with pytest.raises(ValueError, match=r"blocks of 16 x 40 need \(3, 2, 2, 1\) of float32, bfloat16"):
         check_expert_weights(stored._replace(gate_up_coding=stored.gate_up_coding._replace(block=(16, 40))))
-    with pytest.raises(ValueError, match="CPU experts take float32, bfloat16 or float16"):
-        CpuExperts(stored)
     with pytest.raises(ValueError, match="already; quantize the original"):
         quantize_experts(stored, "int8")
     weights.down[0, 0, 0] = torch.inf

@@ -1,0 +1,38 @@
+"""What the compiled helper reads of a matrix: addresses, strides and codings as the structs of cpu_experts.h."""
+
+from struct import Struct
+
+import torch
+from torch import Tensor
+
+from moe.kernels.formats import Coding
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SCALE_KINDS = {**KINDS, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4}
+_CODES = {"e4m3": 0, "int8": 1, "int4": 2, "e2m1": 3, "lut4": 4}
+MOST_COLUMNS = 65536  # of a matrix of codes: scratch memory is sized for it
+MATRIX = Struct("=28q")  # struct matrix: 9 and whether it is coded, then the 18 of struct coding
+_NO_CODING = (0,) * 19
+
+
+def pack_matrix(
+    weight: Tensor, bias: Tensor | None, coding: Coding | None, columns: int, *, interleaved: bool = False
+) -> bytes:
+    """struct matrix of slots of weights. weight: [S, N, K], or codes of K = `columns`; bias: [S, N]."""
+    bias_at, bias_slot, bias_kind = 0, 0, 0
+    if bias is not None:
+        bias_at, bias_slot, bias_kind = bias.data_ptr(), bias.stride(0) * bias.itemsize, KINDS[bias.dtype]
+    strides = weight.stride(0) * weight.itemsize, weight.stride(1) * weight.itemsize
+    kind = KINDS[weight.dtype] if coding is None else 0
+    own = weight.data_ptr(), bias_at, *strides, bias_slot, weight.shape[1], columns, kind, bias_kind
+    return MATRIX.pack(*own, *(_NO_CODING if coding is None else _pack_coding(coding, interleaved)))
+
+
+def _pack_coding(coding: Coding, interleaved: bool) -> tuple[int, ...]:
+    pieces = coding.scale, coding.zero, coding.factor, coding.table, coding.group_of
+    addresses = [0 if piece is None else piece.data_ptr() for piece in pieces]
+    slots = [0 if piece is None else piece.stride(0) * piece.itemsize for piece in pieces]
+    parts, row_blocks, groups = coding.scale.shape[1:]
+    scale_kind, (rows, columns) = _SCALE_KINDS[coding.scale.dtype], coding.block
+    kinds = _CODES[coding.code], scale_kind
+    return (1, *addresses, *slots, *kinds, rows, columns, groups, row_blocks, parts, int(interleaved))
