@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.editable_wheel import editable_wheel
 
 SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
-CPU_SOURCES = ("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain")
+CPU_SOURCES = ("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain", "norm", "block")
 CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "codes", "isa")
 COMMON = ["-O3", "-std=c11", "-fvisibility=hidden", *SAME_BITS]
 
@@ -47,6 +47,5 @@ setup(
             depends=[f"kernels/cpu_{name}.h" for name in CPU_HEADERS],
             optional=True,
         ),
-        Extension("moe.kernels._cpu_norm", ["kernels/cpu_norm.c"], extra_compile_args=COMMON, optional=True),
     ],
 )

@@ -38,7 +38,8 @@ def load_helper() -> ctypes.CDLL | None:
         if not files:
             raise OSError(f"no _cpu_experts*.so in {folder}; it is compiled at installation, which needs gcc or clang")
         helper = ctypes.CDLL(str(files[0]))  # after `import torch`: its OpenMP runtime must be there
-        if helper.moe_cpu_abi() != 1000 * _LAYER.size + _CALL.size:
+        is_ours = hasattr(helper, "moe_cpu_block") and helper.moe_cpu_abi() == 1000 * _LAYER.size + _CALL.size
+        if not is_ours:
             raise OSError(f"{files[0].name} was compiled from other sources; reinstall")
     except OSError as error:
         log.warning("experts on the CPU run in plain torch, several times slower: %s", error)
@@ -48,6 +49,10 @@ def load_helper() -> ctypes.CDLL | None:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     helper.moe_cpu_linear.argtypes = [ctypes.c_char_p, pointer, integer, integer, integer, pointer, integer, integer]
     helper.moe_cpu_linear.restype = integer
+    helper.moe_cpu_rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, integer, ctypes.c_float]
+    helper.moe_cpu_rms_norm.restype = None
+    helper.moe_cpu_block.argtypes, helper.moe_cpu_block.restype = [ctypes.c_char_p, ctypes.c_char_p], integer
+    helper.moe_cpu_block_work.argtypes, helper.moe_cpu_block_work.restype = [ctypes.c_char_p, integer, integer], integer
     helper.moe_cpu_isa.argtypes, helper.moe_cpu_isa.restype = [ctypes.c_int64], ctypes.c_char_p
     return helper
 

@@ -20,7 +20,7 @@ from moe.engine import assemble
 from moe.engine.coherent import CoherentRunner, Replicas
 from moe.engine.recorder import TraceRecorder
 from moe.engine.requests import Chunk, FinishReason, Request
-from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv
+from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, planned_runner
 from moe.engine.sampling import Choice, Sampler, SamplingParams
 from moe.engine.scheduler import Scheduler
 from moe.models.attention import ATTENTION_NAME
@@ -312,7 +312,10 @@ class Engine:
         kv = make_paged_kv(self.model, pool)
         if shared_by is not None:
             kv.prepare(tried.kv)
-        runner = PackedRunner(self.model, kv)
+        if kv.device.type == "cpu" and self.config.kernel != "reference" and shared_by is None:
+            runner = planned_runner(self.model, kv, tried.kv, self.max_context)
+        else:
+            runner = PackedRunner(self.model, kv)
         return Scheduler(batch, pool), runner, pool.num_blocks * pool.block_size * tried.kv_bytes
 
 

@@ -1,5 +1,6 @@
 """Runs a model on the chunks of one step: all packed into one row, or one request after another."""
 
+import logging
 from collections.abc import Sequence as Seq
 from itertools import accumulate
 from typing import Any, Protocol
@@ -10,7 +11,10 @@ from transformers.cache_utils import DynamicCache
 
 from moe.engine.requests import Chunk
 from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
+from moe.models.layer_plan import LayerPlan, plan_layers
 from moe.models.neighbours import recomputed_beyond
+
+log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -22,13 +26,20 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """One forward for all chunks, over the paged KV cache."""
+    """One forward for all chunks over the paged KV cache: by `plan` where there is one, else by the model's modules."""
 
-    def __init__(self, model: Any, kv: PagedKV) -> None:
-        self.model, self.kv = model, kv
+    def __init__(self, model: Any, kv: PagedKV, plan: LayerPlan | None = None) -> None:
+        self.model, self.kv, self.plan = model, kv, plan
 
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
+        if self.plan is not None:
+            tokens = [t for c in chunks for t in c.request.tokens[c.start : c.end]]
+            blocks = [c.request.blocks for c in chunks]
+            return self.plan.forward(tokens, blocks, [c.start for c in chunks], [c.end for c in chunks])
+        return self._by_modules(chunks)
+
+    def _by_modules(self, chunks: Seq[Chunk]) -> Tensor:
         device = self.kv.device
         step = self.kv.begin([c.request.blocks for c in chunks], [c.start for c in chunks], [c.end for c in chunks])
         tokens = torch.tensor([[t for c in chunks for t in c.request.tokens[c.start : c.end]]], device=device)
@@ -46,6 +57,19 @@ class PackedRunner:
 
     def num_forwards(self, chunks: Seq[Chunk]) -> int:
         return 1 if chunks else 0
+
+
+def planned_runner(model: Any, kv: PagedKV, like: Seq[tuple[Tensor, Tensor]], max_context: int) -> PackedRunner:
+    """A runner by compiled blocks where the model's layers can be (moe/models/layer_plan.py), logging why not.
+
+    like: keys and values of a token, by layer. The model is on the CPU; its experts need not be there.
+    """
+    layers = plan_layers(model, max_context)
+    if isinstance(layers, str):
+        log.info("layers run by transformers' modules: %s", layers)
+        return PackedRunner(model, kv)
+    kv.prepare(like)
+    return PackedRunner(model, kv, LayerPlan(model, layers, kv))
 
 
 class SequentialRunner:

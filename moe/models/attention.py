@@ -53,7 +53,7 @@ class MaskRule:
         return self._masks[sequence]
 
 
-def _mask_rule(*_: Any, mask_function: Callable[..., Any], **__: Any) -> MaskRule:
+def mask_rule(*_: Any, mask_function: Callable[..., Any], **__: Any) -> MaskRule:
     return MaskRule(mask_function)
 
 
@@ -183,4 +183,4 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, _mask_rule)
+AttentionMaskInterface.register(ATTENTION_NAME, mask_rule)

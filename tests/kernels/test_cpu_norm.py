@@ -6,10 +6,11 @@ from torch import nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from moe.kernels.cpu_norm import load_norm_helper, rms_norm
+from moe.kernels.cpu import load_helper
+from moe.kernels.cpu_norm import rms_norm
 from moe.models.dense_cpu import CompiledRmsNorm, compile_dense
 
-pytestmark = pytest.mark.skipif(load_norm_helper() is None, reason="the compiled helper is absent")
+pytestmark = pytest.mark.skipif(load_helper() is None, reason="the compiled helper is absent")
 
 DTYPES = (torch.float32, torch.bfloat16)
 

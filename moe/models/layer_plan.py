@@ -1,0 +1,374 @@
+"""Runs a whole model by compiled blocks on the CPU: one call per layer before its experts, instead of forty operators.
+
+For models whose layers are what most are: norm, attention with rotary positions, residual, norm, router and experts. A
+plan is made from transformers' own modules: their weights, what their attention hands over (scale, mask rule, sinks;
+watched for one token), and their routers (compared on random rows). It is used only if every block then says what its
+layer says to some tokens of two sequences. Everything else stays with transformers' modules, which are its twin.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from moe.kernels.cpu_block import Block, CpuBlock, Linear, Step, why_not
+from moe.models.attention import ATTENTION_NAME, MaskRule, mask_rule, paged_attention
+from moe.models.dense_cpu import CompiledRmsNorm
+from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
+
+_WATCH_NAME = "moe_paged_watched"
+_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "sinks"}
+_LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+# Relative error of a layer's result, all elements together. fp32: sums of another order. bf16: roundings of 2^-9.
+_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+class Unplanned(Exception):
+    """Why a model has no plan."""
+
+
+class Attention(NamedTuple):
+    """What a layer's attention was called with. window: keys that a query sees, itself included; 0: all."""
+
+    scale: float
+    window: int
+    sinks: Tensor | None
+
+
+class PlannedLayer(NamedTuple):
+    block: Block
+    experts: Any  # the module whose `compute` takes the routing; None: `mlp` is called as it is
+    mlp: Any
+
+
+class Said(NamedTuple):
+    """What a decoder layer was given and gave, [T, H] each. x: what its `mlp` was given."""
+
+    given: Tensor
+    x: Tensor
+    mlp: Tensor
+    gave: Tensor
+
+
+class LayerPlan:
+    """All layers of a model, ready to run over one paged cache; the pools must be there (`PagedKV.prepare`)."""
+
+    def __init__(self, model: Any, layers: Sequence[PlannedLayer], kv: PagedKV) -> None:
+        self.model, self.base, self.kv = model, model.base_model, kv
+        self.layers = list(layers)
+        self.blocks = [CpuBlock(one.block, cache.keys, cache.values) for one, cache in zip(layers, kv.layers)]
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Sequence[int], blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]
+    ) -> Tensor:
+        """Computes the tokens [start, end) of each sequence with these blocks of the cache; starts < ends.
+
+        tokens: of all sequences, one after another. Returns the logits of each sequence's last one, fp32 [S, V].
+        """
+        h = self.base.embed_tokens(torch.tensor(tokens))  # [T, H]
+        step = self._step(h, blocks, starts, ends)
+        work = torch.empty(max(block.work_bytes(len(h)) for block in self.blocks), dtype=torch.uint8)
+        add: Tensor | None = None
+        for layer, block in zip(self.layers, self.blocks):
+            x, ids, weights = block(h, add, step, work)
+            add = layer.mlp(x[None])[0] if layer.experts is None else layer.experts.compute(x, ids, weights, False)
+        last = step.first[1:] - 1
+        assert add is not None
+        logits: Tensor = self.model.lm_head(self.base.norm(h[last] + add[last]))
+        return logits.float()
+
+    @torch.inference_mode()
+    def check(
+        self,
+        said: Sequence[Said],
+        tokens: Tensor,
+        logits: Tensor,
+        blocks: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        ends: Sequence[int],
+    ) -> None:
+        """Raises Unplanned unless every block gives what its layer gave in this step, and so do both ends."""
+        embedded = self.base.embed_tokens(tokens)
+        step = self._step(embedded, blocks, starts, ends)
+        work = torch.empty(max(block.work_bytes(len(embedded)) for block in self.blocks), dtype=torch.uint8)
+        self._agree("the embedding", embedded, said[0].given)
+        for number, (block, one) in enumerate(zip(self.blocks, said)):
+            h = one.given.clone()
+            x = block(h, None, step, work).x
+            self._agree(f"layer {number} before its experts", x, one.x)
+            self._agree(f"layer {number}", h + one.mlp, one.gave)
+            if number + 1 < len(said):
+                self._agree(f"what layer {number + 1} is given", one.gave, said[number + 1].given)
+        head = self.model.lm_head(self.base.norm(said[-1].gave[step.first[1:] - 1]))
+        self._agree("the head", head, logits)
+
+    def _agree(self, what: str, ours: Tensor, theirs: Tensor) -> None:
+        error = float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-30))
+        if not error <= _BOUND[self.blocks[0].dtype]:
+            raise Unplanned(f"{what} differs from transformers' by {error:.1e}")
+
+    def _step(self, h: Tensor, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> Step:
+        size = self.kv.pool.block_size
+        counts = [-(-end // size) for end in ends]
+        tables = np.zeros((len(ends), max(counts)), np.int32)
+        for row, own, count in zip(tables, blocks, counts):
+            row[:count] = own[:count]
+        positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends)])
+        cos, sin = self.base.rotary_emb(h[None], torch.from_numpy(positions)[None])
+        first = torch.tensor([0, *accumulate(end - start for start, end in zip(starts, ends))])
+        return Step(cos[0].contiguous(), sin[0].contiguous(), first, torch.tensor(ends), torch.from_numpy(tables), size)
+
+
+def plan_layers(model: Any, max_context: int) -> list[PlannedLayer] | str:
+    """The model's layers as blocks, or the reason why they stay with transformers' modules.
+
+    The model runs with paged attention and on the CPU; its experts need not be there. Costs some forwards of a few
+    tokens through the dense weights.
+    """
+    try:
+        with _stand_in_experts(model) as experts:
+            seen = _watch_attention(model, max_context)
+            rotary = _rotary_width(model)
+            each = zip(_layers_of(model), seen, strict=True)
+            layers = [_planned(layer, one, experts, rotary) for layer, one in each]
+            _compare(model, layers)
+    except Unplanned as reason:
+        return str(reason)
+    return layers
+
+
+def _layers_of(model: Any) -> list[Any]:
+    base = model.base_model
+    if set(dict(base.named_children())) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        raise Unplanned(f"{type(base).__name__} is made of {', '.join(sorted(dict(base.named_children())))}")
+    if not isinstance(getattr(model, "lm_head", None), nn.Linear) or type(base.embed_tokens) is not nn.Embedding:
+        raise Unplanned("its embedding or its head is no plain layer")
+    return list(base.layers)
+
+
+def _planned(layer: Any, seen: Attention, experts: set[int], rotary: int) -> PlannedLayer:
+    attention = layer.self_attn
+    parts = {name.partition(".")[0] for name, _ in attention.named_parameters()}
+    if set(dict(layer.named_children())) != _LAYER_PARTS or not parts <= _ATTENTION_PARTS:
+        raise Unplanned(f"{type(layer).__name__} has parts of its own")
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    head_norms = [n for n in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if n is not None]
+    if not all(isinstance(norm, CompiledRmsNorm) for norm in (*norms, *head_norms)) or len(head_norms) == 1:
+        raise Unplanned(f"{type(layer).__name__} has norms of another kind")
+    if len({norm.variance_epsilon for norm in norms}) > 1 or len({n.variance_epsilon for n in head_norms}) > 1:
+        raise Unplanned(f"{type(layer).__name__} has norms of several eps")
+    heads = {name: _linear(getattr(attention, f"{name}_proj", None)) for name in "qkvo"}
+    dim = attention.head_dim
+    router, routing = None, (0, False, False)
+    is_plain = set(dict(layer.mlp.named_children())) == {"gate", "experts"} and id(layer.mlp.experts) in experts
+    if is_plain:
+        router, routing = _router(layer.mlp.gate)
+    block = Block(
+        **heads,
+        norm=norms[0].weight.detach(),
+        next_norm=norms[1].weight.detach(),
+        q_norm=head_norms[0].weight.detach() if head_norms else None,
+        k_norm=head_norms[1].weight.detach() if head_norms else None,
+        sinks=seen.sinks,
+        router=router,
+        heads=len(heads["q"].weight) // dim,
+        kv_heads=len(heads["k"].weight) // dim,
+        dim=dim,
+        rotary=rotary,
+        window=seen.window,
+        top_k=routing[0],
+        normalize=routing[1],
+        round_weights=routing[2],
+        eps=norms[0].variance_epsilon,
+        head_eps=head_norms[0].variance_epsilon if head_norms else 0.0,
+        scale=seen.scale,
+    )
+    return PlannedLayer(block, layer.mlp.experts if router is not None else None, layer.mlp)
+
+
+def _rotary_width(model: Any) -> int:
+    hidden = torch.zeros(1, 1, model.config.get_text_config().hidden_size, dtype=model.dtype)
+    turned = model.base_model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.int64))
+    if not isinstance(turned, tuple) or turned[0].dtype != model.dtype:
+        raise Unplanned("its positions are no cosines and sines")
+    return int(turned[0].shape[-1])
+
+
+def _linear(module: Any) -> Linear:
+    if not isinstance(module, nn.Linear):
+        raise Unplanned(f"a projection is {type(module).__name__}")
+    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+@torch.inference_mode()
+def _router(gate: Any) -> tuple[Linear | None, tuple[int, bool, bool]]:
+    """The router and its (top-k, normalize, round_weights), found by trying; None where it does something else."""
+    parameters = dict(gate.named_parameters())
+    top_k = getattr(gate, "top_k", None)
+    if not set(parameters) <= {"weight", "bias"} or not isinstance(top_k, int) or list(gate.buffers()):
+        return None, (0, False, False)
+    weight, bias = parameters["weight"].detach(), parameters.get("bias")
+    x = torch.randn(32, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    said = gate(x)
+    if not isinstance(said, tuple) or len(said) != 3:
+        return None, (0, False, False)
+    _, scores, ids = said
+    chosen, mine = nn.functional.linear(x, weight, bias).float().softmax(-1).topk(top_k)
+    for normalize, is_rounded in product((True, False), (weight.dtype != torch.float32, False)):
+        right = chosen / chosen.sum(-1, keepdim=True) if normalize else chosen
+        right = right.to(weight.dtype) if is_rounded else right
+        if scores.dtype == right.dtype and torch.equal(ids, mine) and torch.allclose(scores, right, rtol=1e-6, atol=0):
+            return Linear(weight, None if bias is None else bias.detach()), (top_k, normalize, is_rounded)
+    return None, (0, False, False)
+
+
+@contextmanager
+def _stand_in_experts(model: Any) -> Iterator[set[int]]:
+    """Inside, an expert multiplies its rows by a number of its own, so that routing can be seen without any weights.
+
+    Yields the ids of the modules whose experts are computed from slots.
+    """
+
+    def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, scale_input: bool) -> Tensor:
+        factors = (topk_ids * 37 % 11 - 5).float() / 5
+        return (x.float() * (factors * topk_weights.float()).sum(-1, keepdim=True)).to(x.dtype)
+
+    modules = [m for m in model.modules() if hasattr(m, "compute")]
+    before = [m.compute for m in modules]
+    for module in modules:
+        module.compute = compute
+    try:
+        yield {id(m) for m in modules}
+    finally:
+        for module, was in zip(modules, before):
+            module.compute = was
+
+
+def _watch_attention(model: Any, max_context: int) -> list[Attention]:
+    """What each layer's attention is called with, from one token's forward."""
+    calls: list[Attention | str] = []
+
+    def watched(module: Any, query: Tensor, key: Tensor, value: Tensor, rule: Any, **options: Any) -> Any:
+        calls.append(_seen(query, rule, options, max_context))
+        return paged_attention(module, query, key, value, rule, **options)
+
+    AttentionInterface.register(_WATCH_NAME, watched)
+    AttentionMaskInterface.register(_WATCH_NAME, mask_rule)
+    model.set_attn_implementation(_WATCH_NAME)
+    try:
+        _by_modules(model, _small_cache(model), [7], [[0]], [0], [1])
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+    for call in calls:
+        if isinstance(call, str):
+            raise Unplanned(call)
+    return [call for call in calls if isinstance(call, Attention)]
+
+
+def _seen(query: Tensor, rule: Any, options: dict[str, Any], max_context: int) -> Attention | str:
+    sinks = options.get("s_aux")
+    if options.get("softcap") is not None or options.get("position_bias") is not None:
+        return "its attention caps or biases scores"
+    window = _window_of(rule, max_context)
+    if window is None:
+        return "its attention masks by something else than distance"
+    scale = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return Attention(scale, window, None if sinks is None else sinks.detach().float().contiguous())
+
+
+def _window_of(rule: Any, max_context: int) -> int | None:
+    """How many keys a query sees, 0 for all before it; None if that depends on more than the distance."""
+    if not isinstance(rule, MaskRule):
+        return None
+    if rule.is_causal:
+        return 0
+    windows = set()
+    zero = torch.zeros((), dtype=torch.int64)
+    keys = torch.arange(max_context)
+    for query in {max_context - 1, max_context - 2, max_context // 2, max_context // 3}:
+        sees = rule.function(zero, zero, torch.tensor([[query]]), keys[None])[0]
+        num = int(sees.sum())
+        if not bool(sees[query - num + 1 : query + 1].all()):
+            return None
+        windows.add(0 if num == query + 1 else num)
+    finite = windows - {0}
+    return 0 if not finite else finite.pop() if len(finite) == 1 else None
+
+
+def _small_cache(model: Any) -> PagedKV:
+    return PagedKV(model.config.get_text_config().num_hidden_layers, BlockPool(8, 4, sharing=False), model.device)
+
+
+@torch.inference_mode()
+def _by_modules(
+    model: Any, kv: PagedKV, tokens: Sequence[int], blocks: Any, starts: Sequence[int], ends: Sequence[int]
+) -> Tensor:
+    """The twin of `LayerPlan.forward`: transformers' own modules over the same cache."""
+    step = kv.begin(blocks, starts, ends)
+    positions = [p for start, end in zip(starts, ends) for p in range(start, end)]
+    out = model(
+        input_ids=torch.tensor([list(tokens)]),
+        position_ids=torch.tensor([positions]),
+        use_cache=True,
+        logits_to_keep=torch.tensor(list(accumulate(step.query_lengths))) - 1,
+        step=step,
+        **{CACHE_NAME: kv.cache},
+    )
+    logits: Tensor = out.logits[0].float()
+    return logits
+
+
+@contextmanager
+def _listening(layers: Sequence[Any]) -> Iterator[list[dict[str, Tensor]]]:
+    """Inside, every forward of `layers` leaves its tensors in the dictionaries that this yields."""
+    heard: list[dict[str, Tensor]] = [{} for _ in layers]
+    handles = []
+    for layer, to in zip(layers, heard):
+
+        def given(_: Any, args: Any, kwargs: Any, to: dict[str, Tensor] = to) -> None:
+            to["given"] = (args[0] if args else kwargs["hidden_states"])[0].clone()
+
+        def passed(_: Any, args: Any, out: Any, to: dict[str, Tensor] = to) -> None:
+            to["x"], to["mlp"] = args[0][0].clone(), (out[0] if isinstance(out, tuple) else out)[0].clone()
+
+        def gave(_: Any, args: Any, out: Any, to: dict[str, Tensor] = to) -> None:
+            to["gave"] = (out[0] if isinstance(out, tuple) else out)[0].clone()
+
+        handles += [
+            layer.register_forward_pre_hook(given, with_kwargs=True),
+            layer.mlp.register_forward_hook(passed),
+            layer.register_forward_hook(gave),
+        ]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare(model: Any, layers: Sequence[PlannedLayer]) -> None:
+    """Raises Unplanned unless each block, given what its layer is given, says what the layer says."""
+    theirs, ours = _small_cache(model), _small_cache(model)
+    _by_modules(model, theirs, [0], [[0]], [0], [1])
+    ours.prepare([(c.keys[None, :1].transpose(1, 2), c.values[None, :1].transpose(1, 2)) for c in theirs.layers])
+    for cache, layer in zip(ours.layers, layers):
+        if reason := why_not(layer.block, cache.keys, cache.values):
+            raise Unplanned(reason)
+    plan = LayerPlan(model, layers, ours)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(0))
+    for cut in ([(0, 0, 7)], [(0, 7, 8), (1, 0, 1)], [(1, 1, 10), (0, 8, 9)], [(0, 9, 10), (1, 10, 11)]):
+        own = [((5, 2, 7), (1, 6, 0))[s] for s, _, _ in cut]
+        starts, ends = [a for _, a, _ in cut], [b for _, _, b in cut]
+        row = [int(t) for s, a, b in cut for t in tokens[s, a:b]]
+        with _listening(list(model.base_model.layers)) as heard:
+            logits = _by_modules(model, theirs, row, own, starts, ends)
+        plan.check([Said(**one) for one in heard], torch.tensor(row), logits, own, starts, ends)
