@@ -40,6 +40,7 @@ from moe.layer.lookahead import Guess, Lookahead
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.cache import ExpertCache
+from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.pack import pack
 from moe.offload.policy import Access, Belady, Policy
@@ -148,7 +149,8 @@ class Replay:
         self.dense = CpuExperts(dense)
         lookahead = None if guess is None else Lookahead(cache, guess, None, trial=False)
         activation = Activation(kind="silu")
-        kernels = [CpuExperts(ExpertWeights(*cache.views(n), activation)) for n in range(self.num_layers)]
+        layouts = cache.store.layouts
+        kernels = [CpuExperts(layouts[n].weights(cache.views(n), activation)) for n in range(self.num_layers)]
         self.experts = SlotExperts(cache, kernels, None, lookahead)
         self.weights, self.dense_weights = torch.full((1, K), 1 / K), torch.full((1, 4), 0.25)
         self.seconds: list[float] = []
@@ -207,7 +209,7 @@ def disk_rate(store: BlobFile) -> float:
 def replay(folder: Path, domain: str, num_tokens: int, shares: list[float]) -> list[dict[str, Any]]:
     num_layers, num_warm = 8, 40
     site = ExpertSite(module="", num_experts=E, hidden_size=1024, intermediate_size=704)
-    layout = ExpertLayout.of(site, torch.bfloat16)
+    layout = ExpertLayout.of(site, MatrixFormat(torch.bfloat16))
     recorded = load(folder, domain)[:, 8 : 8 + num_layers]
     ids = recorded[FIRST + 3000 - num_warm :][: num_warm + num_tokens]
     sizes = [E] * num_layers

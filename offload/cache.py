@@ -55,20 +55,6 @@ class LayerStats:
     wasted_bytes: int = 0  # was evicted before anyone asked for it
 
 
-class SlabViews(NamedTuple):
-    """A layer's weights in every slot; only the slots that hold experts of this layer mean anything.
-
-    gate_up: [S, N, H]; down: [S, H, I]; biases: [S, N] and [S, H] or None; scales as in the layout, or None.
-    """
-
-    gate_up: Tensor
-    down: Tensor
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
-    gate_up_scale: Tensor | None
-    down_scale: Tensor | None
-
-
 class ExpertCache:
     """S slots for the experts of all layers, filled from a store on demand.
 
@@ -118,17 +104,7 @@ class ExpertCache:
         self._loading: set[int] = set()  # slots that a read may still write to
         self._has_all_slots = num_slots == total  # nothing is ever evicted
         self._acquiring: int | None = None  # the layer of the open acquire with misses
-        self._views = [
-            SlabViews(
-                gate_up=layout.view(self.slab, layout.gate_up),
-                down=layout.view(self.slab, layout.down),
-                gate_up_bias=layout.gate_up_bias and layout.view(self.slab, layout.gate_up_bias),
-                down_bias=layout.down_bias and layout.view(self.slab, layout.down_bias),
-                gate_up_scale=layout.gate_up_scale and layout.view(self.slab, layout.gate_up_scale),
-                down_scale=layout.down_scale and layout.view(self.slab, layout.down_scale),
-            )
-            for layout in store.layouts
-        ]
+        self._views = [layout.views(self.slab) for layout in store.layouts]
         self.stats = [LayerStats() for _ in self.num_experts]
         self._staging = threading.local()
         self._reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
@@ -205,8 +181,11 @@ class ExpertCache:
         self._coming.update((first + job.expert, job) for job in jobs)
         self._readers.put_ahead(jobs)
 
-    def views(self, layer: int) -> SlabViews:
-        """The layer's weights as views of all slots: gate_up [S, N, H], down [S, H, I], and what they have. No copy."""
+    def views(self, layer: int) -> dict[str, Tensor]:
+        """The layer's pieces as views of all slots, by name (`ExpertLayout`): [S, …]. No copy.
+
+        Only the slots that hold experts of this layer mean anything.
+        """
         return self._views[layer]
 
     def resident_slots(self, layer: int) -> Tensor:

@@ -34,7 +34,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 PACKED_FILE = "packed.json"  # written last by `pack`; marks the folder as packed
-PACKED_VERSION = 1
+PACKED_VERSION = 2
 
 
 class TensorInfo(NamedTuple):
@@ -86,17 +86,21 @@ class Checkpoint:
 
     def load(self, name: str) -> Tensor:
         """The tensor `name` in its stored dtype, a copy of its own. Raises KeyError for an unknown name."""
-        info = self.tensors[name]
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
-        with info.path.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            target = data.numpy().data
-            while target:
-                count = file.readinto(target)
-                if not count:
-                    raise ValueError(f"{info.path} ended while tensor {name} was read; it was changed or cut meanwhile")
-                target = target[count:]
-        return data.view(info.dtype).view(info.shape)
+        return read_tensor(self.tensors[name])
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """A copy of the tensor in its stored dtype. Raises ValueError where the file is shorter than it was."""
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    with info.path.open("rb", buffering=0) as file:
+        file.seek(info.offset)
+        target = data.numpy().data
+        while target:
+            count = file.readinto(target)
+            if not count:
+                raise ValueError(f"{info.path} ended while a tensor was read; it was changed or cut meanwhile")
+            target = target[count:]
+    return data.view(info.dtype).view(info.shape)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """How one expert lies in memory: the same bytes on a packed disk file, in a host copy and in a slot."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe.kernels.weights import Activation, ExpertWeights
+from moe.offload.formats.slot import MatrixFormat
 
 ALIGNMENT = 4096  # O_DIRECT on every file system that we know; also the page size
 
@@ -16,6 +20,7 @@ class ExpertSite:
 
     `module` is the dotted name in the transformers model ("model.layers.3.mlp.experts"). N = 2I when `gated`, else I.
     `transposed`: the module keeps [H, N] and [I, H] (GPT-OSS, Llama 4) where others keep [N, H] and [H, I].
+    `interleaved`: gate's and up's rows stand in turn (GPT-OSS).
     """
 
     module: str
@@ -25,72 +30,99 @@ class ExpertSite:
     gated: bool = True
     has_bias: bool = False
     transposed: bool = False
+    interleaved: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Matrices that the first projection joins: gate and up, or one."""
+        return 2 if self.gated else 1
 
 
 class Piece(NamedTuple):
+    name: str  # "gate_up", "down", "gate_up_bias", "down_bias", and what decodes a matrix: "gate_up.scale", …
     offset: int  # bytes from the start of the blob
     shape: tuple[int, ...]
-
-
-class ScaleFormat(NamedTuple):
-    """Of weights in fp8: `block` rows x columns of a matrix share one scale of `dtype`."""
-
-    block: tuple[int, int]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLayout:
-    """Byte layout of one expert's blob: gate_up, down, biases, scales, padded to `ALIGNMENT`.
+    """Byte layout of one expert's blob: gate_up, down, biases, then what decodes the two; padded to `ALIGNMENT`.
 
     Always [N, H] and [H, I] with the input dimension contiguous, whatever the checkpoint's orientation; the order of
-    the N rows (gate first, or interleaved) is the module's own. Scales, of weights in fp8: gate's blocks apart from
-    up's.
+    the N rows (gate first, or interleaved) is the module's own. Scales and the like: gate's apart from up's.
     """
 
-    gate_up: Piece  # [N, H]
-    down: Piece  # [H, I]
-    gate_up_bias: Piece | None  # [N]
-    down_bias: Piece | None  # [H]
-    gate_up_scale: Piece | None  # [2 or 1, ceil(I / rows), ceil(H / columns)]
-    down_scale: Piece | None  # [ceil(H / rows), ceil(I / columns)]
-    dtype: torch.dtype
-    scales: ScaleFormat | None
+    pieces: tuple[Piece, ...]
+    gate_up_format: MatrixFormat
+    down_format: MatrixFormat
     nbytes: int
 
     @staticmethod
-    def of(site: ExpertSite, dtype: torch.dtype, scales: ScaleFormat | None = None) -> "ExpertLayout":
-        n = site.intermediate_size * (2 if site.gated else 1)
-        shapes: list[tuple[int, ...]] = [(n, site.hidden_size), (site.hidden_size, site.intermediate_size)]
-        shapes += [(n,), (site.hidden_size,)] if site.has_bias else []
+    def of(
+        site: ExpertSite,
+        gate_up: MatrixFormat,
+        down: MatrixFormat | None = None,
+        bias_dtype: torch.dtype | None = None,
+    ) -> "ExpertLayout":
+        """The layout of `site`'s experts. down: None = as gate_up; bias_dtype: None = that of gate_up."""
+        down = gate_up if down is None else down
+        hidden, inter = site.hidden_size, site.intermediate_size
+        first, *first_rest = gate_up.pieces(site.parts, inter, hidden).items()
+        second, *second_rest = down.pieces(1, hidden, inter).items()
+        named = [("gate_up" + first[0], *first[1]), ("down" + second[0], *second[1])]
+        if site.has_bias:
+            dtype = bias_dtype or gate_up.dtype
+            named += [("gate_up_bias", (site.parts * inter,), dtype), ("down_bias", (hidden,), dtype)]
+        named += [("gate_up" + end, *kind) for end, kind in first_rest]
+        named += [("down" + end, *kind) for end, kind in second_rest]
         pieces, offset = [], 0
-        for shape in shapes:
-            pieces.append(Piece(offset, shape))
-            offset += -(-prod(shape) * dtype.itemsize // 64) * 64  # every piece starts on a cache line
-        bias = (pieces[2], pieces[3]) if site.has_bias else (None, None)
-        first_scale, second_scale = None, None
-        if scales is not None:
-            (rows, columns), hidden, inter = scales.block, site.hidden_size, site.intermediate_size
-            first_scale = Piece(offset, (2 if site.gated else 1, -(-inter // rows), -(-hidden // columns)))
-            offset += -(-prod(first_scale.shape) * scales.dtype.itemsize // 64) * 64
-            second_scale = Piece(offset, (-(-hidden // rows), -(-inter // columns)))
-            offset += -(-prod(second_scale.shape) * scales.dtype.itemsize // 64) * 64
-        return ExpertLayout(
-            gate_up=pieces[0],
-            down=pieces[1],
-            gate_up_bias=bias[0],
-            down_bias=bias[1],
-            gate_up_scale=first_scale,
-            down_scale=second_scale,
-            dtype=dtype,
-            scales=scales,
-            nbytes=-(-offset // ALIGNMENT) * ALIGNMENT,
-        )
+        for name, shape, dtype in named:
+            pieces.append(Piece(name, offset, shape, dtype))
+            offset += -(-pieces[-1].nbytes // 64) * 64  # every piece starts on a cache line
+        nbytes = -(-offset // ALIGNMENT) * ALIGNMENT
+        return ExpertLayout(pieces=tuple(pieces), gate_up_format=gate_up, down_format=down, nbytes=nbytes)
+
+    def piece(self, name: str) -> Piece | None:
+        return next((piece for piece in self.pieces if piece.name == name), None)
 
     def view(self, blobs: Tensor, piece: Piece) -> Tensor:
-        """`piece` of every blob. blobs: uint8 [S, nbytes], contiguous. Returns [S, *piece.shape], no copy."""
-        is_scale = self.scales is not None and piece in (self.gate_up_scale, self.down_scale)
-        dtype = self.scales.dtype if self.scales is not None and is_scale else self.dtype
-        typed = blobs.view(dtype)
-        start = piece.offset // dtype.itemsize
+        """`piece` of every blob. blobs: uint8 [S, nbytes or more], contiguous. Returns [S, *piece.shape], no copy."""
+        typed = blobs.view(piece.dtype)
+        start = piece.offset // piece.dtype.itemsize
         return typed[:, start : start + prod(piece.shape)].view(len(blobs), *piece.shape)
+
+    def views(self, blobs: Tensor) -> dict[str, Tensor]:
+        """Every piece of every blob, by name."""
+        return {piece.name: self.view(blobs, piece) for piece in self.pieces}
+
+    def not_finite(self, blob: Tensor) -> str | None:
+        """The piece of one expert whose scales are not all finite; None if all are. blob: uint8 [nbytes]."""
+        for piece in self.pieces:
+            if piece.name.endswith((".scale", ".factor")):
+                stored = blob[piece.offset : piece.offset + piece.nbytes]
+                if piece.dtype == torch.float8_e8m0fnu:
+                    is_finite = stored != 255
+                elif piece.dtype == torch.float8_e4m3fn:
+                    is_finite = stored & 127 != 127
+                else:
+                    is_finite = stored.view(piece.dtype).isfinite()
+                if not bool(is_finite.all()):
+                    return piece.name
+        return None
+
+    def weights(self, views: Mapping[str, Tensor], activation: Activation) -> ExpertWeights:
+        """`views` of a slab as kernels take them."""
+        return ExpertWeights(
+            views["gate_up"],
+            views["down"],
+            views.get("gate_up_bias"),
+            views.get("down_bias"),
+            activation,
+            self.gate_up_format.coding(views, "gate_up"),
+            self.down_format.coding(views, "down"),
+        )

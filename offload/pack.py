@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 
 from moe.offload.budget import format_bytes
 from moe.offload.checkpoint import DTYPE_NAMES, DTYPES, PACKED_FILE, PACKED_VERSION, Checkpoint, TensorInfo
-from moe.offload.index import PACKED_PREFIX, ExpertIndex, describe_site
 from moe.offload.layout import ALIGNMENT
+from moe.offload.packed import PACKED_PREFIX, describe_layer
+from moe.offload.segments import ExpertIndex
 from moe.offload.stores import FileStore, aligned_bytes
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -90,7 +91,7 @@ class _Progress:
 def _write_folder(
     checkpoint: Checkpoint, index: ExpertIndex, dense: list[str], folder: Path, progress: _Progress
 ) -> None:
-    layers = [describe_site(site, layout) for site, layout in zip(index.sites, index.layouts)]
+    layers = [describe_layer(site, layout) for site, layout in zip(index.sites, index.layouts)]
     files = []
     store = FileStore(index)
     try:
@@ -98,7 +99,7 @@ def _write_folder(
             files.append(f"experts-{layer:05d}.safetensors")
             tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
             blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero
-            metadata = {"layout": json.dumps(layers[layer]), "dtype": DTYPE_NAMES[index.dtype]}
+            metadata = {"layout": json.dumps(layers[layer])}
             with (folder / files[-1]).open("wb") as file:
                 _write_header(file, tensors, metadata)
                 for expert in range(site.num_experts):
@@ -119,9 +120,7 @@ def _write_folder(
     for source in sorted(checkpoint.folder.iterdir()):
         if source.is_file() and source.suffix not in _WEIGHTS and not source.name.endswith(".index.json"):
             shutil.copyfile(source, folder / source.name)
-    description = {"version": PACKED_VERSION, "dtype": DTYPE_NAMES[index.dtype], "layers": layers, "files": files}
-    if index.layouts and index.layouts[0].scales is not None:
-        description["scale_dtype"] = DTYPE_NAMES[index.layouts[0].scales.dtype]
+    description = {"version": PACKED_VERSION, "layers": layers, "files": files}
     with (folder / PACKED_FILE).open("wb") as file:
         file.write(json.dumps(description, indent=1).encode())
         _flush(file)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.offload.index import ExpertIndex, Segment
 from moe.offload.layout import ALIGNMENT, ExpertLayout
+from moe.offload.segments import ExpertIndex, Segment
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +77,33 @@ def runs_of(segments: Sequence[Segment]) -> list[Run]:
     return runs
 
 
-def _place(segment: Segment, source: Tensor, out: Tensor, dtype: torch.dtype) -> None:
-    """Copies one segment's bytes to its place in the blob. source: uint8 [segment.nbytes], aligned for dtype."""
+def _place(segment: Segment, source: Tensor, out: Tensor) -> None:
+    """Copies one segment's bytes to its place in the blob. source: uint8 [segment.nbytes], aligned for its dtype."""
     target = out[segment.blob_offset : segment.blob_offset + segment.nbytes]
-    if segment.size is None or segment.stride is None:
+    if segment.size is None or segment.stride is None or segment.dtype is None:
         target.copy_(source)
     else:
-        target.view(dtype).view(segment.size).copy_(source.view(dtype).as_strided(segment.size, segment.stride))
+        typed = source.view(segment.dtype).as_strided(segment.size, segment.stride)
+        target.view(segment.dtype).view(segment.size).copy_(typed)
+
+
+def _convert(index: ExpertIndex, layer: int, expert: int, out: Tensor) -> int:
+    """Makes what the blob holds in another arrangement than the file, and checks what decodes it. Returns bytes read.
+
+    Costs a read per tensor and the rearrangement: a packed folder has done both. Raises OSError, naming the file,
+    where it cannot be read or where a scale is no finite number.
+    """
+    conversions = index.conversions(layer, expert)
+    for source, offset, shape, dtype in conversions:
+        try:
+            made = source.read(shape, dtype)
+        except ValueError as error:
+            raise OSError(errno.EIO, str(error), str(source.tensors[0].path)) from None
+        out[offset : offset + made.nbytes] = made.view(-1).view(torch.uint8)
+    bad = None if index.is_packed else index.layouts[layer].not_finite(out)
+    if bad is not None:
+        raise OSError(errno.EIO, f"{bad} of this expert has a scale that is no finite number", str(index.files()[0]))
+    return sum(info.nbytes for conversion in conversions for info in conversion.tensors)
 
 
 class MmapStore:
@@ -99,8 +119,9 @@ class MmapStore:
         segments = self.index.segments(layer, expert)
         for segment in segments:
             stored = self._maps[segment.path][segment.offset : segment.offset + segment.nbytes]
-            _place(segment, torch.from_numpy(np.array(stored)), out, self.layouts[layer].dtype)
-        return sum(segment.nbytes for segment in segments)
+            _place(segment, torch.from_numpy(np.array(stored)), out)
+        nbytes = sum(segment.nbytes for segment in segments)
+        return nbytes + _convert(self.index, layer, expert, out)
 
     def close(self) -> None:
         self._maps.clear()
@@ -199,7 +220,6 @@ class FileStore:
         return os.open(path, os.O_RDONLY), False
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
-        dtype = self.layouts[layer].dtype
         total = 0
         for run in runs_of(self.index.segments(layer, expert)):
             file, direct = self._files[run.path]
@@ -211,11 +231,11 @@ class FileStore:
                 start = run.segments[0].blob_offset
                 self._read(run, file, [out.numpy().data[start : start + run.nbytes]], run.offset, run.nbytes)
             else:
-                self._read_scattered(run, out, dtype)
+                self._read_scattered(run, out)
             total += run.nbytes
-        return total
+        return total + _convert(self.index, layer, expert, out)
 
-    def _read_scattered(self, run: Run, out: Tensor, dtype: torch.dtype) -> None:
+    def _read_scattered(self, run: Run, out: Tensor) -> None:
         """Reads the run into this thread's buffer, whole pages when direct, and copies the segments from there."""
         file, direct = self._files[run.path]
         skip = run.offset % ALIGNMENT if direct else 0
@@ -226,9 +246,9 @@ class FileStore:
         for segment in run.segments:
             start = skip + segment.offset - run.offset
             source = scratch[start : start + segment.nbytes]
-            if segment.size is not None and start % dtype.itemsize:
+            if segment.dtype is not None and start % segment.dtype.itemsize:
                 source = source.clone()  # a view of another dtype needs an aligned start
-            _place(segment, source, out, dtype)
+            _place(segment, source, out)
 
     def _scratch_of(self, nbytes: int) -> Tensor:
         scratch: Tensor | None = getattr(self._scratch, "buffer", None)

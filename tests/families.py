@@ -312,6 +312,7 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 FAMILIES: list[str] = list(_FAMILIES)
+IN_SLOTS = [family for family in FAMILIES if family != "nllb_moe"]  # it is served whole (moe/models/families.py)
 # The experts of these are not reached through transformers' ExpertsInterface.
 WITHOUT_INTERFACE = {"llama4", "dbrx", "switch_transformers", "nllb_moe"}
 ENCODER_DECODER = {"switch_transformers", "nllb_moe"}

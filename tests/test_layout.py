@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "kernels": set(),
     "placement": set(),
-    "offload": {"placement"},
+    "offload": {"placement", "kernels"},
     "comm": {"kernels"},
     "moe": {"offload", "comm", "kernels", "placement", "moe"},
     "launch": {"moe", "placement", "offload", "comm", "kernels"},

@@ -16,7 +16,6 @@ from moe.comm.groups import Groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.coherent import Costs, measure_link, why_coherent, why_not_coherent
 from moe.engine.runner import run_a_token
-from moe.kernels.formats import Coding
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.layer.lookahead import Lookahead, router_guess, transition_guess
@@ -206,15 +205,8 @@ def make_experts(
 
 def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeights]:
     """Every layer's weights as kernels take them: views of all slots."""
-    weights = []
-    for layer, (found, layout) in enumerate(zip(blueprint.experts, blueprint.index.layouts)):
-        gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale = cache.views(layer)
-        first, second = None, None
-        if gate_up_scale is not None and down_scale is not None and layout.scales is not None:
-            first = Coding("e4m3", layout.scales.block, gate_up_scale)
-            second = Coding("e4m3", layout.scales.block, down_scale[:, None])
-        weights.append(ExpertWeights(gate_up, down, gate_up_bias, down_bias, found.activation, first, second))
-    return weights
+    layers = zip(blueprint.experts, blueprint.index.layouts, strict=True)
+    return [layout.weights(cache.views(n), found.activation) for n, (found, layout) in enumerate(layers)]
 
 
 def is_over_ranks(parallel: ExpertParallel | None) -> bool:

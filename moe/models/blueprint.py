@@ -10,7 +10,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from moe.models.families import FoundExperts, find_experts
 from moe.offload.checkpoint import Checkpoint
-from moe.offload.index import ExpertIndex, index_experts
+from moe.offload.formats.config import read_quantisation
+from moe.offload.formats.find import Found, find_matrices
+from moe.offload.index import index_experts
+from moe.offload.segments import ExpertIndex
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +26,7 @@ class Blueprint:
     checkpoint: Checkpoint
     experts: tuple[FoundExperts, ...]
     index: ExpertIndex
-    scale_block: tuple[int, int] | None  # of weights stored in fp8, experts and dense ones
+    quantised: Found  # weights, experts and dense ones, that consist of several tensors
 
     @property
     def dense_bytes(self) -> int:
@@ -74,7 +77,7 @@ def read_blueprint(folder: str | Path) -> Blueprint:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of any kind: the values in the file go through each architecture's own code
         raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
-    scale_block = _fp8_block(config)
+    _without_quantisation(config)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with torch.device("meta"):
@@ -85,12 +88,13 @@ def read_blueprint(folder: str | Path) -> Blueprint:
             f"generation model that this transformers version knows: {first_line(error)}"
         ) from error
     experts = tuple(find_experts(skeleton))
+    quantised = find_matrices(checkpoint.tensors, read_quantisation(folder))
     index = index_experts(
         checkpoint,
         [e.site for e in experts],
         get_model_conversion_mapping(skeleton),
         skeleton.base_model_prefix,
-        scale_block,
+        quantised,
     )
     return Blueprint(
         folder=folder,
@@ -99,20 +103,15 @@ def read_blueprint(folder: str | Path) -> Blueprint:
         checkpoint=checkpoint,
         experts=experts,
         index=index,
-        scale_block=scale_block,
+        quantised=quantised,
     )
 
 
-def _fp8_block(config: Any) -> tuple[int, int] | None:
-    """Takes block-scaled fp8 out of the config, so that transformers builds plain layers. None if it is not that."""
-    said = getattr(config, "quantization_config", None)
-    if not isinstance(said, dict) or said.get("quant_method") != "fp8":
-        return None
-    block = said.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        return None
-    del config.quantization_config
-    return block[0], block[1]
+def _without_quantisation(config: Any) -> None:
+    """Takes it out of the config, so that transformers builds plain layers: the tensors say what they are."""
+    for each in {id(c): c for c in (config, config.get_text_config())}.values():
+        if getattr(each, "quantization_config", None) is not None:
+            del each.quantization_config
 
 
 def first_line(error: Exception) -> str:

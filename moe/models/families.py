@@ -100,8 +100,9 @@ def _find_one(name: str, module: Any) -> FoundExperts | None:
             gated=module.has_gate,
             has_bias=module.has_bias,
             transposed=module.is_transposed,
+            interleaved=(activation := _interface_activation(module)).interleaved,
         )
-        return FoundExperts(site, _interface_activation(module), (type(module),))
+        return FoundExperts(site, activation, (type(module),))
     if kind == "Llama4TextMoe":
         num_experts, inner, hidden = module.experts.down_proj.shape
         site = ExpertSite(

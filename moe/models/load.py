@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from moe.kernels.formats import Coding, decode
 from moe.models.blueprint import Blueprint, first_line
 from moe.models.families import slot_class
 
@@ -27,23 +26,21 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
     """
     # What transformers itself passes over (DeepSeek-V3's prediction layers, experts included) is not read either.
     unused = [re.compile(p) for p in getattr(blueprint.skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    wanted = [
-        key
-        for key in blueprint.checkpoint.tensors
-        if key not in blueprint.index.expert_keys and not any(p.search(key) for p in unused)
-    ]
-    if blueprint.scale_block is not None:
-        wanted = [key for key in wanted if not key.endswith("_scale_inv")]
-    for key in wanted:
-        if blueprint.scale_block is not None and key + "_scale_inv" in blueprint.checkpoint.tensors:
-            continue
-        stored = blueprint.checkpoint.tensors[key].dtype
-        if key.endswith(".weight") and stored not in _DENSE_DTYPES:
+    found = blueprint.quantised
+    names = (set(blueprint.checkpoint.tensors) - found.companions) | set(found.matrices) | set(found.problems)
+    experts = blueprint.index.expert_keys
+    coded = {name for name in found.matrices if not experts.isdisjoint(found.matrices[name].keys)}
+    wanted = sorted(n for n in names - experts - coded if not any(p.search(n) for p in unused))
+    for name in wanted:
+        if name in found.problems:
+            raise ValueError(f"{blueprint.folder}: {found.problems[name]}")
+        stored = torch.float32 if name in found.matrices else blueprint.checkpoint.tensors[name].dtype
+        if name.endswith(".weight") and stored not in _DENSE_DTYPES:
             raise ValueError(
-                f"{blueprint.folder}: {key} is stored as {str(stored)[6:]}, only "
+                f"{blueprint.folder}: {name} is stored as {str(stored)[6:]}, only "
                 f"{', '.join(str(d)[6:] for d in _DENSE_DTYPES)} are read; give a checkpoint that is not quantised"
             )
-    dense = {key: _widened(_load(blueprint, key, dtype), dtype) for key in wanted}
+    dense = {name: _widened(_load(blueprint, name, dtype), dtype) for name in wanted}
     with _quiet(), _patched({cls: slot_class(cls) for e in blueprint.experts for cls in e.replaced}):
         model, info = type(blueprint.skeleton).from_pretrained(
             None,
@@ -68,19 +65,10 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
     return model.eval()
 
 
-def _load(blueprint: Blueprint, key: str, dtype: torch.dtype) -> Tensor:
-    """The tensor `key`; if it is in fp8 with scales, multiplied by them in float32 and rounded to `dtype`."""
-    checkpoint, block = blueprint.checkpoint, blueprint.scale_block
-    tensor = checkpoint.load(key)
-    if block is None or key + "_scale_inv" not in checkpoint.tensors:
-        return tensor
-    scale = checkpoint.load(key + "_scale_inv").float()
-    if tensor.ndim != 2 or scale.shape != tuple(-(-n // b) for n, b in zip(tensor.shape, block)):
-        raise ValueError(
-            f"{blueprint.folder}: {key} {list(tensor.shape)} has scales {list(scale.shape)}, not one for each "
-            f"{block[0]} x {block[1]} weights"
-        )
-    return decode(tensor, Coding("e4m3", block, scale[None, None]), tensor.shape[1], 0).to(dtype)
+def _load(blueprint: Blueprint, name: str, dtype: torch.dtype) -> Tensor:
+    """The tensor `name`; if it is quantised, decoded in float32 and rounded to `dtype`."""
+    matrix = blueprint.quantised.matrices.get(name)
+    return blueprint.checkpoint.load(name) if matrix is None else matrix.decoded().to(dtype)
 
 
 def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -47,7 +47,7 @@ def test_all_resident_and_a_wrong_expert(case):
         cache.slab[[a, b]] = cache.slab[[b, a]]
         assert relative_error(engine_says(llm, one), right) > 100 * FP32_BOUND, "two experts exchanged"
         cache.slab[[a, b]] = cache.slab[[b, a]]
-        cache.views(0).down[a] *= 1.01
+        cache.views(0)["down"][a] *= 1.01
         assert relative_error(engine_says(llm, one), right) > 2 * FP32_BOUND, "one expert's weights 1 % off"
 
 

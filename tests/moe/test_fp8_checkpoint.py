@@ -95,7 +95,8 @@ def test_other_kernels(qwen3, kernel):
 def test_packed(qwen3, tmp_path):
     blueprint = read_blueprint(qwen3[0])
     pack(blueprint.checkpoint, blueprint.index, tmp_path / "packed")
-    assert json.loads((tmp_path / "packed" / "packed.json").read_text())["scale_dtype"] == "BF16"
+    said = json.loads((tmp_path / "packed" / "packed.json").read_text())["layers"][0]["formats"][0]
+    assert (said["code"], said["block"], said["scale_dtype"]) == ("e4m3", list(BLOCK), "BF16")
     again, same = answers(tmp_path / "packed", "reference", "3")
     tokens, logits = answers(qwen3[1], "reference")
     assert again == tokens
@@ -126,10 +127,18 @@ DENSE = "model.layers.1.self_attn.q_proj.weight_scale_inv"
 def test_what_cannot_be_read_is_refused(qwen3, tmp_path):
     stored, _ = qwen3
     for name, change, message in (
-        ("none", lambda t: t.pop(KEY + "_scale_inv"), rf"layer 1 .*{KEY}_scale_inv is missing"),
-        ("mixed", lambda t: t.update({KEY + "_scale_inv": t[KEY + "_scale_inv"].float()}), "stored as BF16, F32; only"),
-        ("shape", lambda t: t.update({KEY + "_scale_inv": torch.ones(1, 1)}), "gate_up_proj_scale_inv of shape"),
-        ("wide", lambda t: t.update({KEY: t[KEY].float()}), "experts must all be F8_E4M3 with scales"),
+        ("none", lambda t: t.pop(KEY + "_scale_inv"), rf"layer 1 .*{KEY} is stored as F8_E4M3 without the scales"),
+        (
+            "mixed",
+            lambda t: t.update({KEY + "_scale_inv": t[KEY + "_scale_inv"].float()}),
+            "is stored as e4m3 .* experts of a layer must be stored alike",
+        ),
+        (
+            "shape",
+            lambda t: t.update({KEY + "_scale_inv": torch.ones(3, 5)}),
+            rf"layer 1 .*{KEY} .*has scales \[3, 5\], not one for each 16 x 32",
+        ),
+        ("wide", lambda t: t.update({KEY: t[KEY].float()}), rf"layer 1 .*{KEY} F32"),
         (
             "dense",
             lambda t: t.update({DENSE: torch.ones(1, 1)}),

@@ -34,7 +34,7 @@ def llm():
 def broken(llm, expert, change) -> Answers:
     """What the model says while one expert's down projection of layer 2 is changed."""
     cache = llm.engine.experts.cache
-    weights = cache.views(2).down[int(cache.resident_slots(2)[expert])]
+    weights = cache.views(2)["down"][int(cache.resident_slots(2)[expert])]
     kept = weights.clone()
     weights.copy_(change(weights))
     try:

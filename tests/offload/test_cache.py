@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import moe.offload.cache as cache_module
 from moe.offload.cache import ExpertCache
+from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.policy import Access, Lfu, Lru, simulate
 from moe.offload.stores import RamStore
@@ -24,7 +25,7 @@ def make_store(num_experts=tuple(NUM_EXPERTS), has_bias=True) -> RamStore:
         ExpertSite(module=str(n), num_experts=count, hidden_size=12, intermediate_size=7 + 100 * n, has_bias=has_bias)
         for n, count in enumerate(num_experts)
     ]
-    layouts = [ExpertLayout.of(site, torch.float32) for site in sites]
+    layouts = [ExpertLayout.of(site, MatrixFormat(torch.float32)) for site in sites]
     assert len({layout.nbytes for layout in layouts}) > 1
     generator = torch.Generator().manual_seed(0)
     blobs = [
@@ -244,17 +245,16 @@ def test_views_are_the_pieces_of_the_blobs():
         slots = cache.resident_slots(layer)
         assert slots.dtype == torch.int32
         layout = store.layouts[layer]
-        pieces = (layout.gate_up, layout.down, layout.gate_up_bias, layout.down_bias)
-        for view, piece in zip(cache.views(layer), pieces):
+        views = cache.views(layer)
+        assert [*views] == ["gate_up", "down", "gate_up_bias", "down_bias"]
+        for view, piece in zip(views.values(), layout.pieces):
             assert view.shape == (16, *piece.shape)
             assert view.untyped_storage().data_ptr() == cache.slab.untyped_storage().data_ptr()
             expected = layout.view(store.blobs[layer], piece)
             assert torch.equal(view[slots.long()].view(torch.int32), expected.view(torch.int32))
         assert len(set(slots.tolist())) == count
     assert cache.slab.data_ptr() % 4096 == 0
-    no_bias = ExpertCache(make_store(has_bias=False), 1).views(1)
-    assert no_bias.gate_up_bias is None
-    assert no_bias.down_bias is None
+    assert [*ExpertCache(make_store(has_bias=False), 1).views(1)] == ["gate_up", "down"]
 
 
 def test_preload_fills_only_free_slots():

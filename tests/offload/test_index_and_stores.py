@@ -14,7 +14,7 @@ from moe.offload.index import ExpertIndex, index_experts
 from moe.offload.layout import ExpertSite
 from moe.offload.stores import FileStore, MmapStore, RamStore, aligned_bytes
 from tests.families import (
-    FAMILIES,
+    IN_SLOTS,
     expert_parameters,
     expert_sites,
     model_class,
@@ -46,14 +46,14 @@ def check_store(store, index: ExpertIndex, model) -> None:
         for expert in range(site.num_experts):
             blob = aligned_bytes(layout.nbytes)
             assert store.read_into(layer, expert, blob) > 0
-            pieces = (layout.gate_up, layout.down, layout.gate_up_bias, layout.down_bias)
+            pieces = [layout.piece(name) for name in ("gate_up", "down", "gate_up_bias", "down_bias")]
             for piece, expected in zip(pieces, expert_parameters(model, site, expert)):
                 assert (piece is None) == (expected is None)
                 if piece is not None:
                     assert torch.equal(layout.view(blob[None], piece)[0], expected), (site.module, expert)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_SLOTS)
 def test_blobs_equal_transformers(family, tmp_path):
     folder = tiny_checkpoint(family, tmp_path, max_shard_size="60KB")
     model = reference_model(family, folder)
@@ -76,7 +76,7 @@ def test_blobs_keep_the_dtype_of_the_checkpoint(family, dtype, tmp_path):
         check_store(store, index, model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_SLOTS)
 def test_expert_keys_are_exactly_the_experts(family, tmp_path):
     """What is not an expert key is what a model without experts needs."""
     folder = tiny_checkpoint(family, tmp_path)
@@ -129,8 +129,8 @@ KEY = "model.layers.1.mlp.experts.5.up_proj.weight"
         (lambda t: t.update({KEY: torch.zeros(36, 17)}), "expert 5 has gate_up_proj of shape"),
         (lambda t: t.update({KEY: t[KEY].bfloat16()}), "stored as BF16, F32; only one of"),
         (lambda t: t.update({KEY: t[KEY].double()}), "stored as F32, F64; only one of"),
-        (lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}), r"quantised expert format \(F8_E4M3\)"),
-        (lambda t: t.update({KEY + "_scale_inv": torch.ones(1)}), "quantised expert format"),
+        (lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)}), "stored as F8_E4M3 without the scales"),
+        (lambda t: t.update({KEY + "_scale_inv": torch.ones(1)}), r"layer 1 .*not understood .*up_proj.weight F32"),
         (lambda t: t.update({KEY.replace(".5.", ".8."): torch.ones(17, 36)}), "has 9 experts .*says 8"),
         (lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp.experts" in k], "nothing is stored under that module"),
     ],
@@ -142,21 +142,7 @@ def test_bad_expert_tensors(change, message, tmp_path):
         index_of(folder, "qwen3_moe")
 
 
-def test_mxfp4_is_refused(tmp_path):
-    folder = tiny_checkpoint("gpt_oss", tmp_path)
-
-    def quantise(tensors):
-        name = "model.layers.1.mlp.experts.gate_up_proj"
-        del tensors[name]
-        tensors[f"{name}_blocks"] = torch.zeros(7, 46, 2, 16, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.zeros(7, 46, 2, dtype=torch.uint8)
-
-    edit(folder, quantise)
-    with pytest.raises(ValueError, match=r"layer 1 .*gate_up_proj_blocks is part of a quantised"):
-        index_of(folder, "gpt_oss")
-
-
-@pytest.mark.parametrize("family", ["switch_transformers", "nllb_moe", "dbrx", "llama4"])
+@pytest.mark.parametrize("family", ["switch_transformers", "dbrx", "llama4"])
 def test_wrong_sizes_are_refused(family, tmp_path):
     folder = tiny_checkpoint(family, tmp_path)
     sites = expert_sites(meta_model(family))
@@ -208,7 +194,7 @@ def test_conversions_of_other_families(tmp_path):
             for expert in range(num_experts):
                 blob = aligned_bytes(index.layouts[0].nbytes)
                 store.read_into(0, expert, blob)
-                gate_up = index.layouts[0].view(blob[None], index.layouts[0].gate_up)[0]
+                gate_up = index.layouts[0].views(blob[None])["gate_up"][0]
                 assert torch.equal(gate_up, expected[expert]), (number, type(store))
 
 

@@ -16,7 +16,7 @@ from moe.offload.index import index_experts
 from moe.offload.pack import pack
 from moe.offload.stores import FileStore, MmapStore, RamStore
 from tests.families import (
-    FAMILIES,
+    IN_SLOTS,
     expert_parameters,
     expert_sites,
     model_class,
@@ -34,7 +34,7 @@ def opened(folder, family):
     return checkpoint, index_experts(checkpoint, expert_sites(model), transforms, model.base_model_prefix)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_SLOTS)
 def test_packed_holds_the_same_bits(family, tmp_path):
     source = tiny_checkpoint(family, tmp_path / "original", max_shard_size="60KB")
     (source / "tokenizer.json").write_text("{}")
@@ -80,7 +80,7 @@ def test_packed_files_are_ordinary_safetensors(tmp_path):
         blobs = load_file(folder / f"experts-{layer:05d}.safetensors")[f"packed.experts.{layer}"]
         for expert in range(site.num_experts):
             expected = expert_parameters(model, site, expert)
-            pieces = (layout.gate_up, layout.down, layout.gate_up_bias, layout.down_bias)
+            pieces = [layout.piece(name) for name in ("gate_up", "down", "gate_up_bias", "down_bias")]
             for piece, tensor in zip(pieces, expected):
                 assert torch.equal(layout.view(blobs, piece)[expert], tensor)
     assert load_file(folder / "dense.safetensors").keys() == {
@@ -126,12 +126,13 @@ def test_packed_for_another_model(packed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=99), "version 99, this program reads 1"),
-        (lambda d: d.update(dtype="F64"), "dtype 'F64' are not read"),
+        (lambda d: d.update(version=99), "version 99, this program reads 2"),
+        (lambda d: d["layers"][1]["formats"][0].update(dtype="F64"), "differ from layer 1 on"),
+        (lambda d: d["layers"][2]["pieces"][1].reverse(), "differ from layer 2 on"),
         (lambda d: d["files"].remove("experts-00001.safetensors"), r"packed\.experts\.1 is missing"),
         (lambda d: d["files"].append("experts-00009.safetensors"), "shard experts-00009.safetensors is missing"),
         (lambda d: d["files"].append("../x"), "not a file name"),
-        (lambda d: d.pop("files"), "version 1"),
+        (lambda d: d.pop("files"), "version 2"),
     ],
 )
 def test_damaged_description(packed, change, message):

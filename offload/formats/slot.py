@@ -1,0 +1,74 @@
+"""How one matrix of an expert is laid out in a slot: the static part of a `Coding`, and the pieces it takes."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.kernels.formats import CODE_DTYPES, NIBBLE_CODES, CodeName, Coding, bytes_per_row
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WHOLE = 1 << 30  # rows or columns of a block that is at least the matrix
+
+
+class PieceKind(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class MatrixFormat(NamedTuple):
+    """A matrix as it lies in a slot. code None: plain floats of `dtype`; the other fields are those of a `Coding`."""
+
+    dtype: torch.dtype
+    code: CodeName | None = None
+    block: tuple[int, int] = (0, 0)
+    scale_dtype: torch.dtype = torch.float32
+    has_zero: bool = False
+    has_factor: bool = False
+    num_groups: int = 0  # of columns that are grouped freely; 0 where groups follow from the block
+
+    @staticmethod
+    def coded(code: CodeName, block: tuple[int, int], scale_dtype: torch.dtype) -> "MatrixFormat":
+        return MatrixFormat(CODE_DTYPES[code], code, block, scale_dtype)
+
+    def pieces(self, parts: int, n: int, k: int) -> dict[str, PieceKind]:
+        """What `parts` matrices [n, k] take, codes (or weights) first, in the order of `Coding`'s fields."""
+        if self.code is None:
+            return {"": PieceKind((parts * n, k), self.dtype)}
+        grid = (parts, -(-n // self.block[0]), self.num_groups or -(-k // self.block[1]))
+        pieces = {
+            "": PieceKind((parts * n, bytes_per_row(self.code, k)), self.dtype),
+            ".scale": PieceKind(grid, self.scale_dtype),
+        }
+        if self.has_zero:
+            pieces[".zero"] = PieceKind(grid, torch.int8)
+        if self.has_factor:
+            pieces[".factor"] = PieceKind((parts,), torch.float32)
+        if self.code == "lut4":
+            pieces[".table"] = PieceKind((parts, 16), torch.float32)
+        if self.num_groups:
+            pieces[".group_of"] = PieceKind((parts, k), torch.int32)
+        return pieces
+
+    def coding(self, views: Mapping[str, Tensor], name: str) -> Coding | None:
+        """The coding whose tensors are the pieces of matrix `name`, each [S, …]."""
+        if self.code is None:
+            return None
+        return Coding(
+            self.code,
+            self.block,
+            views[f"{name}.scale"],
+            views.get(f"{name}.zero"),
+            views.get(f"{name}.factor"),
+            views.get(f"{name}.table"),
+            views.get(f"{name}.group_of"),
+        )
+
+    def __str__(self) -> str:
+        if self.code is None:
+            return str(self.dtype).removeprefix("torch.")
+        rows, columns = ("all" if size == WHOLE else str(size) for size in self.block)
+        bits = 4 if self.code in NIBBLE_CODES else 8
+        scale = str(self.scale_dtype).removeprefix("torch.")
+        return f"{self.code} ({bits} bits, {scale} scales of {rows} x {columns} weights)"

@@ -1,0 +1,124 @@
+"""A matrix of weights as a checkpoint stores it: which tensors it consists of, and how they become a slot's pieces."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.kernels.formats import decode
+from moe.offload.checkpoint import TensorInfo, read_tensor
+from moe.offload.formats.slot import MatrixFormat
+
+
+class Source(NamedTuple):
+    """Where one piece of a matrix comes from: `convert` of the tensors, or the bytes of the only one as they are."""
+
+    tensors: tuple[TensorInfo, ...]
+    convert: Callable[..., Tensor] | None = None
+
+    def read(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The piece, read from the files. Raises OSError or ValueError, naming the file, where that fails."""
+        tensors = [read_tensor(info) for info in self.tensors]
+        return self.made(tensors, shape, dtype)
+
+    def made(self, tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        made = tensors[0] if self.convert is None else self.convert(*tensors)
+        return made.contiguous().view(-1).view(dtype).view(shape)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredMatrix:
+    """One weight that consists of several tensors, under the name it would have as plain floats.
+
+    shape: [N, K], or [E, N, K] where all experts are in one tensor; K is the input. sources: by the names that
+    `format.pieces(1, N, K)` gives, each the whole stack.
+    """
+
+    name: str
+    label: str  # of the published format, for messages: "GPTQ, 4 bits"
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+    format: MatrixFormat
+    sources: Mapping[str, Source]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.format.dtype
+
+    def select(self, expert: int) -> "StoredMatrix":
+        """The matrix of one expert of a stack."""
+        assert len(self.shape) == 3, self.name
+        sources = {
+            piece: source._replace(tensors=tuple(_part(info, expert) for info in source.tensors))
+            for piece, source in self.sources.items()
+        }
+        return replace(self, shape=self.shape[1:], sources=sources)
+
+    def decoded(self) -> Tensor:
+        """The weights in float32, read from the files: [N, K] or [E, N, K]."""
+        if len(self.shape) == 3:
+            return torch.stack([self.select(expert).decoded() for expert in range(self.shape[0])])
+        n, k = self.shape
+        views = {
+            piece: self.sources[piece].read(kind.shape, kind.dtype)[None]
+            for piece, kind in self.format.pieces(1, n, k).items()
+        }
+        coding = self.format.coding(views, "")
+        assert coding is not None, self.name
+        if not bool(coding.scale.float().isfinite().all()):
+            raise ValueError(f"{self.name} ({self.label}): a scale is not a finite number; download it again")
+        return decode(views[""][0], coding, k, 0)
+
+
+def _part(info: TensorInfo, index: int) -> TensorInfo:
+    nbytes = info.nbytes // info.shape[0]
+    return info._replace(offset=info.offset + index * nbytes, nbytes=nbytes, shape=info.shape[1:])
+
+
+class Group(NamedTuple):
+    """The tensors that belong to one weight, by their role ("weight", "scale", "zero_point", …)."""
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    keys: Mapping[str, str]
+
+    def matrix(
+        self, label: str, shape: tuple[int, ...], layout: MatrixFormat, sources: Mapping[str, Source]
+    ) -> StoredMatrix:
+        keys = tuple(self.keys.values())
+        return StoredMatrix(name=self.name, label=label, keys=keys, shape=shape, format=layout, sources=sources)
+
+    def grid(self, role: str, lead: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of a tensor of scales; [n] counts as [n, 1], a single number as [1, 1]."""
+        shape = self.tensors[role].shape
+        if shape[: len(lead)] != lead:
+            raise ValueError(f"{self.keys[role]} has shape {list(shape)}, expected {list(lead)} in front")
+        rest = shape[len(lead) :]
+        if len(rest) > 2:
+            raise ValueError(f"{self.keys[role]} has shape {list(shape)}, expected scales of rows and columns")
+        return (rest[0] if rest else 1, rest[1] if len(rest) == 2 else 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantisation:
+    """What the folder's configuration says beside the tensors; empty for plain checkpoints."""
+
+    method: str = ""
+    block: tuple[int, int] | None = None  # rows and columns that share a scale
+    group_sizes: tuple[int, ...] = ()
+    bits: int | None = None
+    zeros_less_one: bool = True  # GPTQ's first version stores zero points less one
+
+
+def columns_per_group(columns: int, groups: int, said: Quantisation) -> int:
+    """Columns that share a scale. Raises ValueError where neither the configuration nor the shape tells."""
+    for size in said.group_sizes:
+        if size > 0 and -(-columns // size) == groups:
+            return size
+    if groups == 1:
+        return columns
+    if columns % groups:
+        raise ValueError(f"{columns} columns in {groups} groups: the configuration gives no group size that fits")
+    return columns // groups
