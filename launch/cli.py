@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe.config import EngineConfig
+    from moe.models.blueprint import Blueprint
 
 from rich.console import Console
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="architecture, bytes, smallest and recommended budgets; reads no weights")
     info.add_argument("model", type=Path)
+    info.add_argument("--check", action="store_true", help="read everything and say what is damaged")
     info.set_defaults(run=_info)
 
     generate = commands.add_parser("generate", help="answer prompts")
@@ -135,6 +137,8 @@ def _info(args: argparse.Namespace) -> int:
     from moe.offload.stores import available_memory
 
     b = read_blueprint(args.model)
+    if args.check:
+        return _check(b)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("architecture", f"{type(b.skeleton).__name__} ({b.config.model_type})")
     table.add_row("context", f"{b.max_context or 'no limit'} tokens")
@@ -168,6 +172,27 @@ def _info(args: argparse.Namespace) -> int:
         table.add_row("experts", "none in slots: the whole model is kept in memory")
     out.print(table)
     return 0
+
+
+def _check(blueprint: "Blueprint") -> int:
+    """Prints what is damaged; 1 if anything is."""
+    from moe.launch.report import batch_progress
+    from moe.offload.check import check_folder
+
+    with batch_progress() as progress:
+        task = progress.add_task("", total=blueprint.num_experts, figures="experts read")
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        found = list(check_folder(blueprint.checkpoint, blueprint.index, show))
+    for sentence in found:
+        err.print(sentence, style="red", markup=False)
+    kind = "against their checksums" if blueprint.checkpoint.packed else "and could be read"
+    out.print(
+        f"{blueprint.folder}: {len(found)} faults; {blueprint.num_experts} experts were read {kind}", markup=False
+    )
+    return 1 if found else 0
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ class OffloadConfig:
     store: Literal["file", "mmap", "ram"] = "file"
     direct: bool | None = None  # O_DIRECT; None decides by the size of the files
     readers: int = 2
+    check: Literal["first", "always", "never"] = "first"  # when a packed expert is compared with its checksum
     # What the next layer will want is read ahead: learned from the run, or asked of the next layer's router.
     prefetch: Literal["off", "transition", "router"] = "off"
 

@@ -1,6 +1,6 @@
 """Writes a checkpoint again with every expert as one contiguous, page-aligned blob, so that one read fetches it.
 
-    packed.json                what `index_experts` checks: version, dtype, layout of each layer, list of files
+    packed.json                what `index_experts` checks: version, layout of each layer, files, checksums
     experts-00007.safetensors  one tensor packed.experts.7, uint8 [E, nbytes]; its data starts at a multiple of 4096
     dense.safetensors          all other tensors, under their old names
     config.json, tokenizer.json, …  copied
@@ -10,22 +10,36 @@ silently make random ones.
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe.offload.budget import format_bytes
 from moe.offload.checkpoint import DTYPE_NAMES, DTYPES, PACKED_FILE, PACKED_VERSION, Checkpoint, TensorInfo
+from moe.offload.integrity import checksum
 from moe.offload.layout import ALIGNMENT
 from moe.offload.packed import PACKED_PREFIX, describe_layer
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import FileStore, aligned_bytes
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+class _Progress:
+    def __init__(self, report: Callable[[int, int], None] | None, total: int) -> None:
+        self.report, self.total, self.done = report, total, 0
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.report is not None:
+            self.report(self.done, self.total)
 
 
 def pack(
@@ -57,15 +71,42 @@ def pack(
             f"packing needs {format_bytes(total)}, {format_bytes(free)} are free; nothing was written",
             out,
         )
-    work = out.parent / f".{out.name}.{os.getpid()}.partial"
+    with _only_writer(out):
+        return _pack_whole(checkpoint, index, dense, out, _Progress(progress, total))
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Holds a lock beside `out`. Raises ValueError where another process packs to the same place."""
+    path = out.parent / f".{out.name}.lock"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{out} is being packed by another process; wait for it or choose another folder"
+            ) from None
+        try:
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise ValueError(f"{out} was being packed by another process a moment ago; try again")
+            if out.exists():  # the other process was quicker
+                raise ValueError(f"{out} exists already; remove it or choose another folder")
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _pack_whole(checkpoint: Checkpoint, index: ExpertIndex, dense: list[str], out: Path, progress: _Progress) -> Path:
+    work = out.parent / f".{out.name}.partial"
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed: the lock is ours
     work.mkdir()
     try:
         try:
-            _write_folder(checkpoint, index, dense, work, _Progress(progress, total))
+            _write_folder(checkpoint, index, dense, work, progress)
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"packing stopped ({error.strerror or error}); {format_bytes(total)} are needed, "
+                f"packing stopped ({error.strerror or error}); {format_bytes(progress.total)} are needed, "
                 "the unfinished folder was removed",
                 str(out),
             ) from error
@@ -78,21 +119,12 @@ def pack(
     return out
 
 
-class _Progress:
-    def __init__(self, report: Callable[[int, int], None] | None, total: int) -> None:
-        self.report, self.total, self.done = report, total, 0
-
-    def add(self, nbytes: int) -> None:
-        self.done += nbytes
-        if self.report is not None:
-            self.report(self.done, self.total)
-
-
 def _write_folder(
     checkpoint: Checkpoint, index: ExpertIndex, dense: list[str], folder: Path, progress: _Progress
 ) -> None:
     layers = [describe_layer(site, layout) for site, layout in zip(index.sites, index.layouts)]
-    files = []
+    files: list[str] = []
+    checksums: list[list[int]] = []
     store = FileStore(index)
     try:
         for layer, (site, layout) in enumerate(zip(index.sites, index.layouts)):
@@ -100,10 +132,12 @@ def _write_folder(
             tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
             blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero
             metadata = {"layout": json.dumps(layers[layer])}
+            checksums.append([])
             with (folder / files[-1]).open("wb") as file:
                 _write_header(file, tensors, metadata)
                 for expert in range(site.num_experts):
                     store.read_into(layer, expert, blob)
+                    checksums[-1].append(checksum(blob))
                     file.write(blob.numpy().data)
                     progress.add(layout.nbytes)
                 _flush(file)
@@ -113,14 +147,15 @@ def _write_folder(
     with (folder / files[-1]).open("wb") as file:
         infos = {name: checkpoint.tensors[name] for name in dense}
         _write_header(file, {name: (DTYPE_NAMES[i.dtype], i.shape) for name, i in infos.items()}, {})
-        for info in infos.values():
-            _copy(info, file)
+        sums = {}
+        for name, info in infos.items():
+            sums[name] = _copy(info, file)
             progress.add(info.nbytes)
         _flush(file)
     for source in sorted(checkpoint.folder.iterdir()):
         if source.is_file() and source.suffix not in _WEIGHTS and not source.name.endswith(".index.json"):
             shutil.copyfile(source, folder / source.name)
-    description = {"version": PACKED_VERSION, "layers": layers, "files": files}
+    description = {"version": PACKED_VERSION, "layers": layers, "files": files, "checksums": checksums, "dense": sums}
     with (folder / PACKED_FILE).open("wb") as file:
         file.write(json.dumps(description, indent=1).encode())
         _flush(file)
@@ -138,7 +173,9 @@ def _write_header(file: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ..
     file.write(len(raw).to_bytes(8, "little") + raw)
 
 
-def _copy(info: TensorInfo, file: BinaryIO) -> None:
+def _copy(info: TensorInfo, file: BinaryIO) -> int:
+    """Returns the checksum of what was copied."""
+    found = 0
     with info.path.open("rb") as source:
         source.seek(info.offset)
         left = info.nbytes
@@ -147,7 +184,9 @@ def _copy(info: TensorInfo, file: BinaryIO) -> None:
             if not data:
                 raise OSError(errno.EIO, f"{info.path} ended while it was copied")
             file.write(data)
+            found = zlib.crc32(data, found)
             left -= len(data)
+    return found
 
 
 def _flush(file: BinaryIO) -> None:

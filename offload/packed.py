@@ -49,7 +49,7 @@ def index_packed(checkpoint: Checkpoint, sites: Sequence[ExpertSite]) -> ExpertI
     assert checkpoint.packed is not None
     described = checkpoint.packed.get("layers", [])
     layouts: list[ExpertLayout] = []
-    segments = []
+    segments, checksums = [], []
     for layer, site in enumerate(sites):
         layout = _layout(described, layer, site)
         if layout is None or len(described) != len(sites):
@@ -65,6 +65,7 @@ def index_packed(checkpoint: Checkpoint, sites: Sequence[ExpertSite]) -> ExpertI
                 f"{checkpoint.folder}: tensor {PACKED_PREFIX}{layer} is missing or has the wrong shape, expected "
                 f"uint8 [{site.num_experts}, {layout.nbytes}]; pack the original checkpoint again"
             )
+        checksums.append(_checksums(checkpoint, layer, site))
         blobs = range(info.offset, info.offset + info.nbytes, layout.nbytes)
         segments.append(tuple(Parts((Segment(info.path, offset, layout.nbytes, 0),)) for offset in blobs))
     return ExpertIndex(
@@ -72,8 +73,20 @@ def index_packed(checkpoint: Checkpoint, sites: Sequence[ExpertSite]) -> ExpertI
         layouts=tuple(layouts),
         expert_keys=frozenset(f"{PACKED_PREFIX}{layer}" for layer in range(len(sites))),
         is_packed=True,
+        checksums=tuple(checksums),
         parts=tuple(segments),
     )
+
+
+def _checksums(checkpoint: Checkpoint, layer: int, site: ExpertSite) -> tuple[int, ...]:
+    assert checkpoint.packed is not None
+    said = checkpoint.packed.get("checksums")
+    numbers = said[layer] if isinstance(said, list) and layer < len(said) else None
+    if not isinstance(numbers, list) or len(numbers) != site.num_experts or any(type(n) is not int for n in numbers):
+        raise ValueError(
+            f"{checkpoint.folder}: {site.num_experts} checksums of layer {layer} are missing; pack the original again"
+        )
+    return tuple(numbers)
 
 
 def _layout(described: Any, layer: int, site: ExpertSite) -> ExpertLayout | None:

@@ -56,6 +56,7 @@ class ExpertIndex:
     expert_keys: frozenset[str]  # keys of the checkpoint that belong to these experts; all others are dense
     parts: tuple[tuple[Parts, ...], ...]
     is_packed: bool = False
+    checksums: tuple[tuple[int, ...], ...] = ()  # of every blob, in packed folders
 
     @property
     def dtype(self) -> torch.dtype:

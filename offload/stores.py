@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe.offload.integrity import CheckReads, ReadCheck
 from moe.offload.layout import ALIGNMENT, ExpertLayout
 from moe.offload.segments import ExpertIndex, Segment
 
@@ -109,10 +110,11 @@ def _convert(index: ExpertIndex, layer: int, expert: int, out: Tensor) -> int:
 class MmapStore:
     """Every file mapped, every segment copied; the operating system decides what is cached."""
 
-    def __init__(self, index: ExpertIndex) -> None:
+    def __init__(self, index: ExpertIndex, *, check: CheckReads = "first") -> None:
         self.index = index
         self.layouts = index.layouts
         self.num_experts = [site.num_experts for site in index.sites]
+        self._check = ReadCheck(index, check)
         self._maps = {path: np.memmap(path, dtype=np.uint8, mode="r") for path in index.files()}
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
@@ -120,8 +122,9 @@ class MmapStore:
         for segment in segments:
             stored = self._maps[segment.path][segment.offset : segment.offset + segment.nbytes]
             _place(segment, torch.from_numpy(np.array(stored)), out)
-        nbytes = sum(segment.nbytes for segment in segments)
-        return nbytes + _convert(self.index, layer, expert, out)
+        nbytes = sum(segment.nbytes for segment in segments) + _convert(self.index, layer, expert, out)
+        self._check.check(layer, expert, out)
+        return nbytes
 
     def close(self) -> None:
         self._maps.clear()
@@ -192,10 +195,11 @@ class FileStore:
     direct read takes the whole pages around it into a buffer kept per thread, and is copied from there.
     """
 
-    def __init__(self, index: ExpertIndex, *, direct: bool | None = None) -> None:
+    def __init__(self, index: ExpertIndex, *, direct: bool | None = None, check: CheckReads = "first") -> None:
         self.index = index
         self.layouts = index.layouts
         self.num_experts = [site.num_experts for site in index.sites]
+        self._check = ReadCheck(index, check)
         files = index.files()
         size = sum(path.stat().st_size for path in files)
         self.direct = size > available_memory() // 2 if direct is None else direct
@@ -233,7 +237,9 @@ class FileStore:
             else:
                 self._read_scattered(run, out)
             total += run.nbytes
-        return total + _convert(self.index, layer, expert, out)
+        total += _convert(self.index, layer, expert, out)
+        self._check.check(layer, expert, out)
+        return total
 
     def _read_scattered(self, run: Run, out: Tensor) -> None:
         """Reads the run into this thread's buffer, whole pages when direct, and copies the segments from there."""

@@ -272,8 +272,8 @@ def _make_lookahead(
 
 def _make_store(blueprint: Blueprint, offload: OffloadConfig, parallel: ExpertParallel | None) -> ExpertStore:
     if offload.store == "mmap":
-        return MmapStore(blueprint.index)
-    files = FileStore(blueprint.index, direct=offload.direct)
+        return MmapStore(blueprint.index, check=offload.check)
+    files = FileStore(blueprint.index, direct=offload.direct, check=offload.check)
     if offload.store != "ram":
         return files
     store = RamStore.read_from(files) if parallel is None else parallel.share_host_copy(files)

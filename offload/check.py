@@ -1,0 +1,54 @@
+"""`moe info --check`: reads a whole folder and says what is wrong with it.
+
+Packed folders: every expert and every dense tensor against its checksum. Others: every file against the SHA-256 that
+the hub's client noted beside it, if it did; every expert as it would be read to run; no weight or scale that is not
+finite. What a flipped bit makes of one weight in an original folder without such notes cannot be told.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from moe.offload.checkpoint import Checkpoint, read_tensor
+from moe.offload.integrity import check_dense, check_downloads
+from moe.offload.segments import ExpertIndex
+from moe.offload.stores import FileStore, aligned_bytes
+
+_ALWAYS_FINITE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_folder(
+    checkpoint: Checkpoint, index: ExpertIndex, progress: Callable[[int, int], None] | None = None
+) -> Iterator[str]:
+    """What is wrong, a sentence each. progress(experts done, of all). Costs reading everything once."""
+    for path, is_whole in check_downloads(checkpoint.folder):
+        if not is_whole:
+            yield f"{path} is not the file that was downloaded (SHA-256 differs); download it again"
+    yield from check_dense(checkpoint)
+    for name in sorted(set(checkpoint.tensors) - index.expert_keys):
+        info = checkpoint.tensors[name]
+        if info.dtype in _ALWAYS_FINITE and not bool(read_tensor(info).isfinite().all()):
+            yield f"{info.path}: tensor {name} holds numbers that are not finite"
+    yield from _check_experts(index, progress)
+
+
+def _check_experts(index: ExpertIndex, progress: Callable[[int, int], None] | None) -> Iterator[str]:
+    done, total = 0, sum(site.num_experts for site in index.sites)
+    store = FileStore(index, check="always")
+    try:
+        for layer, (site, layout) in enumerate(zip(index.sites, index.layouts)):
+            blob = aligned_bytes(layout.nbytes)
+            for expert in range(site.num_experts):
+                try:
+                    store.read_into(layer, expert, blob)
+                except OSError as error:
+                    yield str(error) if "layer" in str(error) else f"layer {layer}, expert {expert}: {error}"
+                else:
+                    for name, view in layout.views(blob[None]).items():
+                        if view.dtype in _ALWAYS_FINITE and not bool(view.isfinite().all()):
+                            yield f"layer {layer}, expert {expert}: {name} holds numbers that are not finite"
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    finally:
+        store.close()
