@@ -21,13 +21,12 @@ from torch import Tensor
 from moe.offload.layout import ALIGNMENT
 from moe.offload.policy import Lfu, Lru, Policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
+from moe.offload.slot_map import Ids, SlotMap
+from moe.offload.speculation import Speculation
 from moe.offload.stores import ExpertStore, aligned_bytes
 
 # Below this a read from the page cache costs less than handing it to another thread and back (bench/bench_stores.py).
 INLINE_READ_BYTES = 1 << 18
-
-
-Ids = npt.NDArray[np.int32]
 
 
 class Wave(NamedTuple):
@@ -78,13 +77,13 @@ class ExpertCache:
         total = sum(self.num_experts)
         if not 1 <= num_slots <= total:
             raise ValueError(f"num_slots ({num_slots}) must be between 1 and the number of experts ({total})")
-        self.num_slots = num_slots
         self.device = torch.device(device)
         self.blob_bytes = max(layout.nbytes for layout in store.layouts)
-        nbytes = num_slots * self.blob_bytes
         on_host = self.device.type == "cpu"
+        room = total if on_host else num_slots  # on the host addresses cost nothing until a slot is filled
+        nbytes = room * self.blob_bytes
         memory = aligned_bytes(nbytes) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-        self.slab = memory.view(num_slots, self.blob_bytes)
+        self.slab = memory.view(room, self.blob_bytes)
         assert self.slab.data_ptr() % (ALIGNMENT if on_host else 16) == 0, self.slab.data_ptr()
         if policy == "lru":
             self.policy: Policy = Lru(self.num_experts)
@@ -94,25 +93,14 @@ class ExpertCache:
             raise ValueError(f"policy ({policy!r}) must be 'lru' or 'lfu'")
         else:
             self.policy = policy
-        # key = expert of a layer, numbered through the model
-        self._first_key = np.concatenate([[0], np.cumsum(self.num_experts)]).astype(np.int64)
-        self._slot_of = np.full(total, -1, np.int32)
-        self._slot_of_layer = [self._slot_of[a:b] for a, b in zip(self._first_key[:-1], self._first_key[1:])]
-        self._key_of = np.full(num_slots, -1, np.int64)  # -1: free, or being read
-        self._held: dict[object, Ids] = {}  # slots of the waves that are in use
-        self._free = list(range(num_slots - 1, -1, -1))
-        self._loading: set[int] = set()  # slots that a read may still write to
-        self._has_all_slots = num_slots == total  # nothing is ever evicted
+        self.map = SlotMap(self.num_experts, num_slots, room)
         self._acquiring: int | None = None  # the layer of the open acquire with misses
         self._views = [layout.views(self.slab) for layout in store.layouts]
         self.stats = [LayerStats() for _ in self.num_experts]
         self._staging = threading.local()
         self._reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
         self._readers = Readers(num_readers, self._read)
-        self._ahead = Batch()  # speculative reads, by key in `_coming` until they are in the maps
-        self._coming: dict[int, Job] = {}
-        self._unused: dict[int, int] = {}  # key -> bytes: read ahead, resident, not asked for yet
-        self._expected: dict[int, Ids] = {}  # layer -> experts that stay until it is acquired, if others can go
+        self.ahead = Speculation(self.map, self._readers, self._enter)
         self._num_waiting = 0  # misses of the open acquire that no slot could be had for yet
 
     def acquire(self, layer: int, experts: Sequence[int] | npt.NDArray[np.integer]) -> Generator[Wave, None, None]:
@@ -125,31 +113,29 @@ class ExpertCache:
         repeated ones. The cache stays whole after any of them.
         """
         ids = experts.tolist() if isinstance(experts, np.ndarray) else list(experts)
-        if self._coming or self._expected:
-            self._settle_prefetch(layer, ids)
+        if self.ahead.is_active:
+            self.ahead.settle(layer, ids)
         if not ids:
             return
         if min(ids) < 0:
             raise IndexError(f"expert {min(ids)} of layer {layer} does not exist")
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"layer {layer}: experts {ids} must be distinct")
         wanted = np.array(ids, dtype=np.int32)
-        slots = self._slot_of_layer[layer].take(wanted)
-        if self._unused:
-            self._count_useful(layer, wanted)
-        if not self._has_all_slots:
-            self.policy.used(layer, self._first_key[layer] + wanted)
+        slots = self.map.of_layer[layer].take(wanted)
+        self.stats[layer].useful_bytes += self.ahead.used(layer, wanted)
+        if self.can_evict:
+            self.policy.used(layer, self.map.first_key[layer] + wanted)
         if min(slots.tolist()) >= 0:
             stats = self.stats[layer]
             stats.hits += len(ids)
             stats.waves += 1
-            token = object()
-            self._held[token] = slots
+            self.map.hold(slots)
             try:
                 yield Wave(wanted, slots)
             finally:
-                del self._held[token]
+                self.map.release(slots)
             return
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"layer {layer}: experts {ids} must be distinct")
         if self._acquiring is not None:
             raise ValueError(f"layer {layer}: another acquire is still open; exhaust or close it first")
         self._acquiring = layer
@@ -168,18 +154,12 @@ class ExpertCache:
         """
         if not self._readers.threads:
             raise ValueError("prefetch needs num_readers (0) >= 1: someone must read while the caller computes")
-        self._collect()
+        self.ahead.collect()
         if self._num_waiting or layer == self._acquiring:
             return
-        first = int(self._first_key[layer])
-        wanted = np.asarray(experts, np.int32)
-        self._expected[layer] = wanted
-        missing = [e for e in wanted[self._slot_of_layer[layer][wanted] < 0].tolist() if first + e not in self._coming]
-        self._evict(len(missing) - len(self._free), ahead=True)
-        jobs = [Job(layer, expert, self._free.pop(), self._ahead) for expert in missing[: len(self._free)]]
-        self._loading.update(job.slot for job in jobs)
-        self._coming.update((first + job.expert, job) for job in jobs)
-        self._readers.put_ahead(jobs)
+        missing = self.ahead.expect(layer, np.asarray(experts, np.int32))
+        self._evict(len(missing) - self.map.num_free, ahead=True)
+        self.ahead.start(layer, missing[: self.map.num_free])
 
     def views(self, layer: int) -> dict[str, Tensor]:
         """The layer's pieces as views of all slots, by name (`ExpertLayout`): [S, …]. No copy.
@@ -193,11 +173,27 @@ class ExpertCache:
 
         Once `is_all_resident`, it never changes again and may be used without `acquire`.
         """
-        return torch.from_numpy(self._slot_of_layer[layer])
+        return torch.from_numpy(self.map.of_layer[layer])
+
+    @property
+    def num_slots(self) -> int:
+        return self.map.num_slots
+
+    @property
+    def can_evict(self) -> bool:
+        """Whether there are fewer slots than experts."""
+        return self.map.num_slots < len(self.map.slot_of)
+
+    def raise_limit(self, num_slots: int) -> None:
+        """More slots from now on: on the host up to one per expert, elsewhere what was reserved. Nothing moves.
+
+        Raises ValueError for fewer slots than there are, or more than there is room for.
+        """
+        self.map.raise_limit(num_slots)
 
     @property
     def is_all_resident(self) -> bool:
-        return self._has_all_slots and not self._free and not self._loading
+        return not self.can_evict and self.map.is_full
 
     def count_hits(self, layer: int, count: int) -> None:
         """For callers that use `resident_slots` instead of `acquire`: one use of `count` experts of `layer`."""
@@ -213,9 +209,9 @@ class ExpertCache:
         kept = self.stats
         self.stats = [LayerStats() for _ in kept]
         try:
-            for layer, slot_of in enumerate(self._slot_of_layer):
+            for layer, slot_of in enumerate(self.map.of_layer):
                 wanted = np.arange(len(slot_of)) if experts is None else np.asarray(experts[layer], np.int64)
-                missing = wanted[slot_of[wanted] < 0].astype(np.int32)[: len(self._free)]
+                missing = wanted[slot_of[wanted] < 0].astype(np.int32)[: self.map.num_free]
                 if len(missing):
                     for _ in self._acquire_missing(layer, missing, slot_of[missing]):
                         pass
@@ -230,66 +226,60 @@ class ExpertCache:
         self._readers.close()
 
     def check(self) -> None:
-        """Asserts that free + used = total, both maps are inverse to each other, and slots in use are full."""
-        used = np.flatnonzero(self._key_of >= 0)
-        parts = [set(used.tolist()), set(self._free), self._loading]
-        assert sum(map(len, parts)) == self.num_slots == len(set.union(*parts)), [len(p) for p in parts]
-        assert len(self._free) == len(set(self._free)), self._free
-        assert (self._slot_of[self._key_of[used]] == used).all(), "slot -> key -> slot"
-        assert (self._slot_of >= 0).sum() == len(used), ((self._slot_of >= 0).sum(), len(used))
-        held = {slot for slots in self._held.values() for slot in slots.tolist()}
-        assert held <= set(used.tolist()), "a slot in use was evicted"
-        coming = {job.slot for job in self._coming.values()}
-        assert coming <= self._loading, "a slot that is read into was given away"
-        assert len(coming) == len(self._coming), "two speculative reads into one slot"
-        assert all(self._slot_of[key] < 0 for key in self._coming), "an expert is resident and being read"
-        assert all(self._slot_of[key] >= 0 for key in self._unused), "an unused expert was evicted and not counted"
+        """Asserts the law of the map, and that what is read ahead has a slot that is being read into."""
+        self.map.check()
+        self.ahead.check()
 
     def _acquire_missing(self, layer: int, wanted: Ids, slots: Ids) -> Iterator[Wave]:
         stats = self.stats[layer]
         batch = Batch()
-        self._held[batch] = slots[:0]
+        ready = Wave(wanted[:0], slots[:0])
         try:
             adopted: list[int] = []
-            if self._coming:
-                adopted = self._adopt(layer, wanted[slots < 0], batch)
-                slots = self._slot_of_layer[layer].take(wanted)  # some may have arrived meanwhile
-                self._count_useful(layer, wanted)
+            if self.ahead.coming:
+                adopted = self.ahead.adopt(layer, wanted[slots < 0], batch)
+                slots = self.map.of_layer[layer].take(wanted)  # some may have arrived meanwhile
+                stats.useful_bytes += self.ahead.used(layer, wanted)
             missing = [e for e in wanted[slots < 0].tolist()[::-1] if e not in adopted]  # taken from the end
-            ready = Wave(wanted[slots >= 0], slots[slots >= 0])
+            ready = self._held_wave(Wave(wanted[slots >= 0], slots[slots >= 0]))
             stats.hits += len(ready.slots)
             stats.misses += len(wanted) - len(ready.slots)
             while True:
-                self._held[batch] = ready.slots
-                self._start_reads(layer, missing, batch)
+                self._start_reads(layer, missing, batch, is_waiting=not len(ready.slots))
                 has_read = self._reads_inline and not batch.done.empty()
                 if has_read or not len(ready.slots):  # what was read in this thread joins the wave
-                    arrived = self._arrivals(layer, batch)
+                    arrived = self._held_wave(self._arrivals(layer, batch))
                     ready = Wave(*(np.concatenate(pair) for pair in zip(ready, arrived)))
-                    self._held[batch] = ready.slots
                 assert len(ready.slots), "no slot can be had: all are held by other acquires"
                 stats.waves += 1
                 yield ready
+                self.map.release(ready.slots)
                 ready = Wave(wanted[:0], slots[:0])
                 if not missing and not batch.num_reading:
                     return
         finally:
-            del self._held[batch]
+            self.map.release(ready.slots)
             self._num_waiting = 0
             batch.is_cancelled = True
             while batch.num_reading:  # the consumer stopped early: wait for what is being read right now
                 batch.num_reading -= 1
                 self._enter(batch.done.get())
 
-    def _start_reads(self, layer: int, missing: list[int], batch: Batch) -> None:
-        """Starts as many reads as slots can be had for, and takes them off `missing`."""
-        self._evict(len(missing) - len(self._free))
-        if self._coming and len(missing) > len(self._free):
-            self._make_room(is_urgent=not batch.num_reading and not len(self._held[batch]))
-            self._evict(len(missing) - len(self._free))
-        for _ in range(min(len(missing), len(self._free))):
-            job = Job(layer, missing.pop(), self._free.pop(), batch)
-            self._loading.add(job.slot)
+    def _held_wave(self, wave: Wave) -> Wave:
+        self.map.hold(wave.slots)
+        return wave
+
+    def _start_reads(self, layer: int, missing: list[int], batch: Batch, is_waiting: bool) -> None:
+        """Starts as many reads as slots can be had for, and takes them off `missing`.
+
+        is_waiting: the caller has nothing to compute meanwhile.
+        """
+        self._evict(len(missing) - self.map.num_free)
+        if self.ahead.coming and len(missing) > self.map.num_free:
+            self.ahead.make_room(is_urgent=is_waiting and not batch.num_reading)
+            self._evict(len(missing) - self.map.num_free)
+        for _ in range(min(len(missing), self.map.num_free)):
+            job = Job(layer, missing.pop(), self.map.take(), batch)
             batch.num_reading += 1
             if self._reads_inline:
                 start = time.perf_counter()
@@ -306,26 +296,19 @@ class ExpertCache:
         """
         if count <= 0:
             return
-        is_evictable = self._slot_of >= 0
-        for slots in self._held.values():
-            is_evictable[self._key_of[slots]] = False
+        is_evictable = self.map.evictable()
         keys = np.flatnonzero(is_evictable)
-        if self._expected:
-            for layer, experts in self._expected.items():
-                is_evictable[self._first_key[layer] + experts] = False
+        if self.ahead.expected:
+            is_evictable[self.ahead.expected_keys()] = False
             others = np.flatnonzero(is_evictable)
             if ahead or len(others) >= count:
                 keys = others
         count = min(count, len(keys))
         if count:
             evicted = keys[self.policy.victims(keys, count)]
-            chosen = self._slot_of[evicted]
-            self._slot_of[evicted] = -1
-            self._key_of[chosen] = -1
-            self._free += chosen.tolist()
-            if self._unused:
-                for key in evicted.tolist():
-                    self.stats[self._layer_of(key)].wasted_bytes += self._unused.pop(key, 0)
+            self.map.evict(evicted)
+            for layer, nbytes in self.ahead.evicted(evicted):
+                self.stats[layer].wasted_bytes += nbytes
 
     def _arrivals(self, layer: int, batch: Batch) -> Wave:
         """Takes all finished reads into the map, waits for one at least. Raises the first error."""
@@ -345,75 +328,18 @@ class ExpertCache:
     def _enter(self, arrival: Arrival) -> None:
         """Makes an arrived expert resident, or frees its slot if it was not read."""
         job, nbytes = arrival.job, arrival.nbytes
-        self._loading.remove(job.slot)
         if arrival.error is not None or nbytes < 0:
-            self._free.append(job.slot)
+            self.map.drop(job.slot)
             return
-        key = int(self._first_key[job.layer]) + job.expert
-        assert self._slot_of[key] < 0, (job.layer, job.expert)
-        self._slot_of[key] = job.slot
-        self._key_of[job.slot] = key
+        self.map.fill(job.slot, self.map.key(job.layer, job.expert))
         stats = self.stats[job.layer]
         stats.bytes_read += nbytes
         if job.is_late:
             stats.prefetch_bytes += nbytes
             stats.late_bytes += nbytes
-        elif job.batch is self._ahead:
+        elif job.batch is self.ahead.batch:
             stats.prefetch_bytes += nbytes
-            self._unused[key] = nbytes
-
-    def _layer_of(self, key: int) -> int:
-        return int(np.searchsorted(self._first_key, key, side="right")) - 1
-
-    def _collect(self) -> None:
-        """Takes finished speculative reads into the map."""
-        while self._coming and not self._ahead.done.empty():
-            self._collect_one()
-
-    def _collect_one(self) -> None:
-        """Waits for a speculative read and takes it into the map."""
-        arrival = self._ahead.done.get()
-        del self._coming[int(self._first_key[arrival.job.layer]) + arrival.job.expert]
-        self._enter(arrival)
-
-    def _settle_prefetch(self, layer: int, wanted: list[int]) -> None:
-        """The routing of `layer` is known: what was expected of it and has not begun is dropped unless wanted."""
-        self._expected.pop(layer, None)
-        self._collect()
-        if self._coming:
-            for job in self._readers.take_back(layer, wanted):
-                self._give_up(job)
-
-    def _give_up(self, job: Job) -> None:
-        """Frees the slot of a speculative job that was taken back."""
-        del self._coming[int(self._first_key[job.layer]) + job.expert]
-        self._loading.remove(job.slot)
-        self._free.append(job.slot)
-
-    def _adopt(self, layer: int, missing: Ids, batch: Batch) -> list[int]:
-        """Makes speculative reads of `missing` this batch's own; returns which. Those that are done go into the map."""
-        first = int(self._first_key[layer])
-        adopted = []
-        for expert in missing.tolist():
-            job = self._coming.get(first + expert)
-            if job is not None and self._readers.adopt(job, batch):
-                del self._coming[first + expert]
-                batch.num_reading += 1
-                adopted.append(expert)
-        self._collect()
-        return adopted
-
-    def _make_room(self, is_urgent: bool) -> None:
-        """Takes slots back from speculation for misses; waits for a speculative read if there is no other way."""
-        for job in self._readers.take_back():
-            self._give_up(job)
-        if is_urgent and not self._free and self._coming:
-            self._collect_one()
-
-    def _count_useful(self, layer: int, wanted: Ids) -> None:
-        first = int(self._first_key[layer])
-        for expert in wanted.tolist():
-            self.stats[layer].useful_bytes += self._unused.pop(first + expert, 0)
+            self.ahead.arrived(job, nbytes)
 
     def _read(self, job: Job) -> Arrival:
         """Reads one expert into its slot. Never raises: an error travels to the thread that waits for the read."""

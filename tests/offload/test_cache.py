@@ -14,6 +14,7 @@ from moe.offload.cache import ExpertCache
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.policy import Access, Lfu, Lru, simulate
+from moe.offload.slot_map import State
 from moe.offload.stores import RamStore
 
 NUM_EXPERTS = [5, 8, 3]
@@ -93,7 +94,7 @@ def run(cache, store, accesses):
             got += wave.experts.tolist()
         assert sorted(got) == sorted(experts)  # each exactly once
         cache.check()
-        assert not cache._held
+        assert not (cache.map.state == State.HELD).any()
 
 
 ACCESSES = st.lists(
@@ -175,7 +176,7 @@ def test_pinned_slots_survive_everything_else(threads):
     assert sorted(run_other) == list(range(8))
     check_wave(cache, store, 0, wave)
     held.close()
-    assert not cache._held
+    assert not (cache.map.state == State.HELD).any()
     cache.close()
 
 
@@ -189,8 +190,8 @@ def test_closing_early_leaves_the_cache_whole(threads):
             next(waves)
         waves.close()
         cache.check()
-        assert not cache._held
-        assert not cache._loading
+        assert not (cache.map.state == State.HELD).any()
+        assert not (cache.map.state == State.LOADING).any()
         run(cache, store, [(2, [0, 1, 2]), (1, list(range(8)))])
         cache.close()
 
@@ -204,8 +205,8 @@ def test_a_failed_read_is_named_and_leaves_the_cache_whole(num_slots, threads):
         with pytest.raises(OSError, match=r"expert 3 of layer 1: .*the disk is gone.*shard-7"):
             run(cache, store, [(1, [0, 1, 2, 3, 4, 5])])
         cache.check()
-        assert not cache._held
-        assert not cache._loading
+        assert not (cache.map.state == State.HELD).any()
+        assert not (cache.map.state == State.LOADING).any()
         assert cache.resident_slots(1)[3] == -1
     run(cache, store, [(1, [0, 1, 2, 4]), (0, [0, 4])])  # the others still work
     store.bad = set()
@@ -263,7 +264,7 @@ def test_preload_fills_only_free_slots():
     run(cache, store, [(2, [1])])
     cache.preload()
     cache.check()
-    assert not cache._free
+    assert not cache.map.num_free
     assert cache.resident_slots(2)[1] >= 0
     assert not cache.is_all_resident
     cache.preload()
@@ -282,3 +283,15 @@ def test_all_resident_reads_nothing_more():
     assert len(store.reads) == 16
     assert all(torch.equal(a, cache.resident_slots(layer)) for layer, a in enumerate(before))
     assert all(s.waves == 5 for s in cache.stats)
+
+
+def test_more_slots_later_serve_more():
+    store = make_store()
+    cache = ExpertCache(store, 2)
+    run(cache, store, [(1, [0, 1, 2])])
+    with pytest.raises(ValueError, match="must be between"):
+        cache.raise_limit(17)
+    cache.raise_limit(16)
+    run(cache, store, [(layer, list(range(n))) for layer, n in enumerate(NUM_EXPERTS)])
+    assert cache.is_all_resident
+    cache.close()

@@ -11,6 +11,7 @@ import moe.offload.cache as cache_module
 from moe.offload.cache import ExpertCache
 from moe.offload.predictor import Transitions
 from moe.offload.prefetch import Prefetcher, Trial
+from moe.offload.slot_map import State
 from tests.offload.test_cache import NUM_EXPERTS, Broken, Slow, check_wave, make_store
 
 
@@ -28,7 +29,7 @@ STEPS = st.lists(st.tuples(with_layer(experts_of), with_layer(experts_of), st.sa
 
 def check_law(cache):
     stats = cache.stats
-    there = sum(cache._unused.values())
+    there = sum(cache.ahead.unused.values())
     assert sum(s.prefetch_bytes for s in stats) == there + sum(
         s.useful_bytes + s.late_bytes + s.wasted_bytes for s in stats
     )
@@ -37,8 +38,8 @@ def check_law(cache):
 
 def settle(cache):
     """Waits for all speculation."""
-    while cache._coming:
-        cache._collect_one()
+    while cache.ahead.coming:
+        cache.ahead.collect_one()
     cache.check()
 
 
@@ -74,11 +75,11 @@ def test_any_order_of_acquire_prefetch_and_errors(limit, steps, num_slots, num_r
             waves.close()
             cache.check()
             check_law(cache)
-            assert not cache._held
+            assert not (cache.map.state == State.HELD).any()
         assert sum(s.hits + s.misses for s in cache.stats) >= asked
         settle(cache)
         check_law(cache)
-        assert not cache._loading
+        assert not (cache.map.state == State.LOADING).any()
         cache.close()
     finally:
         cache_module.INLINE_READ_BYTES = kept
@@ -186,11 +187,11 @@ def test_speculation_takes_no_slot_that_is_held_and_gives_way_to_misses(gated):
         held = cache.acquire(0, [1, 2])
         wave = next(held)
     cache.prefetch(1, [5, 6, 7])
-    assert len(cache._coming) == 1  # the only slot left
+    assert len(cache.ahead.coming) == 1  # the only slot left
     check_wave(cache, store.store, 0, wave)
     held.close()
     cache.prefetch(1, [5, 6, 7])
-    assert len(cache._coming) == 3
+    assert len(cache.ahead.coming) == 3
     store.wait_begun(3)  # of which two were of layer 0
     threading.Timer(0.05, store.let, [10]).start()
     assert take(cache, 2, [0, 1, 2]) == [0, 1, 2]  # needs all slots
@@ -310,8 +311,8 @@ def test_prefetch_stops_itself_when_it_wastes_bytes():
             take(cache, layer, [step % 6, (step + 1) % 6])
             if layer < 2:
                 prefetcher.ask(layer + 1, wrong)
-                while cache._coming:
-                    cache._collect_one()
+                while cache.ahead.coming:
+                    cache.ahead.collect_one()
                 for key in (6, 7):  # what nobody wants must not stay
                     cache.policy._rates[8 * (layer + 1) + key] = -1
         if prefetcher.is_stopped:
@@ -323,5 +324,5 @@ def test_prefetch_stops_itself_when_it_wastes_bytes():
     prefetcher.begin_forward()
     prefetcher.ask(1, wrong)
     assert sum(s.prefetch_bytes for s in cache.stats) == before
-    assert not cache._coming
+    assert not cache.ahead.coming
     cache.close()

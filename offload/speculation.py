@@ -1,0 +1,108 @@
+"""What is read ahead of being asked for: which reads are under way, what came of them, and what it was worth.
+
+A miss that finds its expert's read under way adopts it (late); one that finds it there was served (useful); what is
+evicted before anyone asked was wasted. Misses take slots back from reads that have not begun.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from moe.offload.readers import Arrival, Batch, Job, Readers
+from moe.offload.slot_map import Ids, Keys, SlotMap, State
+
+
+class Speculation:
+    """The speculative reads of one cache. `enter` takes what arrived into the map."""
+
+    def __init__(self, slots: SlotMap, readers: Readers, enter: Callable[[Arrival], None]) -> None:
+        self._map, self._readers, self._enter = slots, readers, enter
+        self.batch = Batch()
+        self.coming: dict[int, Job] = {}  # by key, until they are in the map
+        self.unused: dict[int, int] = {}  # key -> bytes: read ahead, resident, not asked for yet
+        self.expected: dict[int, Ids] = {}  # layer -> experts that stay until it is acquired, if others can go
+
+    @property
+    def is_active(self) -> bool:
+        return bool(self.coming or self.expected)
+
+    def expect(self, layer: int, experts: Ids) -> list[int]:
+        """`layer` will probably want these. Returns those that are neither there nor under way."""
+        self.expected[layer] = experts
+        absent = experts[self._map.of_layer[layer][experts] < 0].tolist()
+        return [e for e in absent if self._map.key(layer, e) not in self.coming]
+
+    def start(self, layer: int, experts: list[int]) -> None:
+        """Reads them when no miss waits for a reader. There must be a free slot for each."""
+        jobs = [Job(layer, expert, self._map.take(), self.batch) for expert in experts]
+        self.coming.update((self._map.key(layer, job.expert), job) for job in jobs)
+        self._readers.put_ahead(jobs)
+
+    def collect(self) -> None:
+        """Takes finished reads into the map."""
+        while self.coming and not self.batch.done.empty():
+            self.collect_one()
+
+    def collect_one(self) -> None:
+        """Waits for a read and takes it into the map."""
+        arrival = self.batch.done.get()
+        del self.coming[self._map.key(arrival.job.layer, arrival.job.expert)]
+        self._enter(arrival)
+
+    def settle(self, layer: int, wanted: list[int]) -> None:
+        """The routing of `layer` is known: what was expected of it and has not begun is dropped unless wanted."""
+        self.expected.pop(layer, None)
+        self.collect()
+        if self.coming:
+            self._give_up(self._readers.take_back(layer, wanted))
+
+    def adopt(self, layer: int, missing: Ids, batch: Batch) -> list[int]:
+        """Makes reads of `missing` that batch's own; returns which. Those that are done go into the map."""
+        adopted = []
+        for expert in missing.tolist():
+            job = self.coming.get(self._map.key(layer, expert))
+            if job is not None and self._readers.adopt(job, batch):
+                del self.coming[self._map.key(layer, expert)]
+                batch.num_reading += 1
+                adopted.append(expert)
+        self.collect()
+        return adopted
+
+    def make_room(self, is_urgent: bool) -> None:
+        """Takes slots back for misses; waits for a read if there is no other way."""
+        self._give_up(self._readers.take_back())
+        if is_urgent and not self._map.num_free and self.coming:
+            self.collect_one()
+
+    def arrived(self, job: Job, nbytes: int) -> None:
+        """Its expert is resident, and nobody has asked for it yet."""
+        self.unused[self._map.key(job.layer, job.expert)] = nbytes
+
+    def used(self, layer: int, wanted: Ids) -> int:
+        """These are asked for: the bytes of them that were read ahead and are there."""
+        if not self.unused:
+            return 0
+        return sum(self.unused.pop(self._map.key(layer, expert), 0) for expert in wanted.tolist())
+
+    def evicted(self, keys: Keys) -> Iterator[tuple[int, int]]:
+        """(layer, bytes) of those that were read ahead for nothing."""
+        for key in keys.tolist() if self.unused else ():
+            if nbytes := self.unused.pop(key, 0):
+                yield self._map.layer_of(key), nbytes
+
+    def expected_keys(self) -> Keys:
+        """Of all layers to come."""
+        return np.concatenate([self._map.first_key[layer] + experts for layer, experts in self.expected.items()])
+
+    def check(self) -> None:
+        slots = [job.slot for job in self.coming.values()]
+        assert (self._map.state[slots] == State.LOADING).all(), "a slot that is read into was given away"
+        assert len(slots) == len(set(slots)), "two speculative reads into one slot"
+        assert all(self._map.slot_of[key] < 0 for key in self.coming), "an expert is resident and being read"
+        assert all(self._map.slot_of[key] >= 0 for key in self.unused), "an unused expert was evicted and not counted"
+
+    def _give_up(self, jobs: list[Job]) -> None:
+        """Frees the slots of reads that were taken back."""
+        for job in jobs:
+            del self.coming[self._map.key(job.layer, job.expert)]
+            self._map.drop(job.slot)
