@@ -33,8 +33,8 @@ from bench.hosts import measure as measure_link
 from moe.comm.groups import EAGER_BYTES
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, ParallelConfig
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 from moe.placement.solve.copies import CopyOptions, solve_copies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +96,7 @@ def worker(folder: Path, order: list[int], num_tokens: int) -> None:
                 stats = llm.engine.stats
                 foreground = [t.collectives for t in traffic[:2]]  # the third is K/V, behind the layers
                 result = {
-                    "tokens": [g.completion().token_ids for g in own],
+                    "tokens": [g.token_ids for g in own],
                     "decode_tokens": stats.pure_decode_tokens,
                     "decode_seconds": stats.decode_seconds,
                     "steps": stats.steps - before,

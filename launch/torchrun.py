@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace, config: EngineConfig, groups: Groups) -> int:
     if is_first:
         err.print(config.describe(), style="dim", markup=False)
     with LLM(args.model, config, groups=groups) as llm, batch_progress(disable=not is_first) as progress:
-        for note in llm.engine.notes if is_first else ():
+        for note in llm.notes if is_first else ():
             err.print(note, markup=False)
         task = progress.add_task("", total=None, figures="")
 
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace, config: EngineConfig, groups: Groups) -> int:
                 markup=False,
             )
             err.print(reports)
-    return 1 if state.failed else 0
+    return 0
 
 
 if __name__ == "__main__":

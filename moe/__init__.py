@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe.config import EngineConfig as EngineConfig
-    from moe.engine.sampling import SamplingParams as SamplingParams
     from moe.llm import LLM as LLM
+    from moe.params import SamplingParams as SamplingParams
 
 __all__ = ["LLM", "EngineConfig", "SamplingParams"]
 __version__ = "0.1.0"
 
-_HOME = {"LLM": "moe.llm", "SamplingParams": "moe.engine.sampling", "EngineConfig": "moe.config"}
+_HOME = {"LLM": "moe.llm", "SamplingParams": "moe.params", "EngineConfig": "moe.config"}
 
 
 def __getattr__(name: str) -> Any:

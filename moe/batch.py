@@ -1,57 +1,38 @@
 """Batch files in OpenAI's format: one request a line in, one result a line out, in the order in which they finish.
 
 A run that was stopped goes on where it was: lines that are in the output file are not computed again. A line that
-cannot be served gets an error of its own and the others are served.
+cannot be served gets an error of its own and the others are served. One process at a time writes an output file.
 
     in:  {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "…", "max_tokens": 48}}
     out: {"id": "line-1", "custom_id": "a", "response": {"status_code": 200, "body": {…}}, "error": null}
 """
 
+import fcntl
 import json
 import os
+import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-from moe.engine.sampling import SamplingParams
 from moe.layer.parallel import broadcast_lines
 from moe.llm import LLM, Generation
+from moe.openai import Ask, BadRequest, custom_id_of, parse_batch_line, response_body
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-_FIELDS = {
-    "max_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "repetition_penalty": float,
-    "seed": int,
-    "n": int,
-}
-_DEFAULT_TEMPERATURE = 1.0  # what the format says when a request does not
 _START = b'{"id": "line-'  # of every result
-_IGNORED = {"model", "prompt", "messages", "stop", "logprobs", "top_logprobs", "stream", "user"}
-
-
-class BadRequest(ValueError):
-    """One line cannot be served; the sentence goes into its result."""
-
-
-class _Request(NamedTuple):
-    line: int
-    custom_id: str
-    url: str
-    tokens: list[int]
-    params: SamplingParams
 
 
 @dataclass(slots=True)
-class _Open:
-    """A request whose n samples are on their way."""
+class _Entry:
+    """A line on its way; its n samples are queued as there is room."""
 
-    request: _Request
-    generations: list[Generation]
+    line: int
+    custom_id: str
+    ask: Ask
+    tokens: list[int]
+    samples: list[Generation] = field(default_factory=list)
     num_finished: int = 0
 
 
@@ -70,8 +51,8 @@ def run_batch(
 ) -> BatchProgress:
     """Serves every line of `source` that `target` does not have yet, and appends the results to `target`.
 
-    Raises ValueError if `target` is the output of another file, OSError if it cannot be written (a full disk): what
-    was finished stays, and the same call goes on from there.
+    Raises ValueError if `target` is the output of another file or another process writes it, OSError if it cannot be
+    written (a full disk): what was finished stays, and the same call goes on from there.
     """
     lines = Path(source).read_bytes().splitlines()
     parallel = llm.engine.parallel
@@ -83,28 +64,21 @@ def run_batch(
         finished = set(done) if parallel is None else broadcast_lines(parallel.groups, list(done))
         progress.resumed = progress.finished = len(finished)
         todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in finished]
-        todo = todo[rank::world_size][::-1]
-        names = _NamesOfLines(lines)
-        open_requests: dict[int, _Open] = {}  # by id of a generation
-        window = 4 * llm.engine.config.batch.max_sequences  # prompts are encoded as they are needed
-        llm.engine.start()
-        try:
-            while todo or open_requests or llm.engine.has_work:
-                while todo and len(open_requests) < window:
-                    _open_line(llm, *todo.pop(), names, open_requests, results)
-                for generation in llm.step():
-                    entry = open_requests.pop(id(generation))
-                    entry.num_finished += 1
-                    if entry.num_finished == len(entry.generations):
-                        results.write(_response(entry))
-                if parallel is not None and rank == 0:
-                    for line in parallel.inbox:
-                        results.write(json.loads(line))
-                    parallel.inbox.clear()
-                if on_progress is not None:
-                    on_progress(progress)
-        finally:  # after an error the same engine can go on
-            llm.abort(g for entry in open_requests.values() for g in entry.generations)
+        run = _Run(llm, _NamesOfLines(lines), results, deque(todo[rank::world_size]))
+        with llm.guard as guard:
+            llm.engine.start()
+            try:
+                while run.has_work:
+                    run.step()
+                    if parallel is not None and rank == 0:
+                        for line in parallel.inbox:
+                            results.write(json.loads(line))
+                        parallel.inbox.clear()
+                    if on_progress is not None:
+                        on_progress(progress)
+                    guard.check()
+            finally:  # after an error the same engine can go on
+                llm.abort(run.samples())
     return progress
 
 
@@ -115,137 +89,109 @@ def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
         if len(prompts) == limit:
             break
         try:
-            request = _parse_request(llm, number, _parse_line(line))
-            llm.engine.check_request(request.tokens, request.params)
+            entry = _read_line(llm, number, _json_of(line))
+            llm.engine.check_request(entry.tokens, entry.ask.params)
         except ValueError:  # its result says so
             continue
-        prompts.append(request.tokens)
+        prompts.append(entry.tokens)
     return prompts
 
 
-def _open_line(
-    llm: LLM,
-    number: int,
-    line: bytes,
-    names: "_NamesOfLines",
-    open_requests: dict[int, _Open],
-    results: "_Results | _Remote",
-) -> None:
-    custom_id: str | None = None
-    try:
-        fields = _parse_line(line)
-        custom_id = fields["custom_id"]
-        if (earlier := names.first_line_of(fields["custom_id"])) < number:
-            raise BadRequest(f"custom_id {custom_id!r} was used by line {earlier}")
-        request = _parse_request(llm, number, fields)
-        params = request.params
-        entry = _Open(request, [])
-        for i in range(params.n):
-            entry.generations.append(llm.add(request.tokens, replace(params, n=1, seed=params.seed + i)))
-        open_requests.update((id(g), entry) for g in entry.generations)
-    except ValueError as error:
-        results.write(
-            {
-                "id": f"line-{number}",
-                "custom_id": custom_id,
-                "response": None,
-                "error": {"code": "invalid_request", "message": f"line {number}: {error}"},
-            }
+class _Run:
+    """The lines of one rank, from the file to the results."""
+
+    def __init__(
+        self, llm: LLM, names: "_NamesOfLines", results: "_Results | _Remote", todo: deque[tuple[int, bytes]]
+    ) -> None:
+        self.llm, self.names, self.results, self.todo = llm, names, results, todo
+        self.queueing: deque[_Entry] = deque()  # entries with samples that are not queued yet
+        self.entry_of: dict[int, _Entry] = {}  # by id of a sample on its way
+        self.window = 4 * llm.engine.config.batch.max_sequences  # prompts are encoded as they are needed
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.todo or self.queueing or self.entry_of) or self.llm.engine.has_work
+
+    def samples(self) -> list[Generation]:
+        return [sample for entry in {id(e): e for e in self.entry_of.values()}.values() for sample in entry.samples]
+
+    def step(self) -> None:
+        """Queues what there is room for, computes one step, and writes what is finished."""
+        while (self.todo or self.queueing) and len(self.entry_of) < self.window:
+            if self.queueing:
+                self._queue_sample(self.queueing[0])
+            else:
+                self._read(*self.todo.popleft())
+        for event in self.llm.step():
+            if event.finish is not None:
+                entry = self.entry_of.pop(id(event.generation))
+                entry.num_finished += 1
+                if entry.num_finished == entry.ask.params.n:
+                    self.results.write(self._result(entry))
+
+    def _read(self, number: int, line: bytes) -> None:
+        custom_id: str | None = None
+        try:
+            fields = _json_of(line)
+            custom_id = custom_id_of(fields)
+            if (earlier := self.names.first_line_of(custom_id)) < number:
+                raise BadRequest(f"custom_id {custom_id!r} was used by line {earlier}")
+            entry = _read_line(self.llm, number, fields)
+            self.llm.engine.check_request(entry.tokens, entry.ask.params)
+        except ValueError as error:
+            self.results.write(_failed(number, custom_id, "invalid_request", str(error)))
+        except Exception as error:  # of any kind: a tokenizer's own code runs here
+            self.results.write(_failed(number, custom_id, "server_error", f"{type(error).__name__}: {error}"))
+        else:
+            self.queueing.append(entry)
+
+    def _queue_sample(self, entry: _Entry) -> None:
+        index = len(entry.samples)
+        try:
+            sample = self.llm.add(entry.tokens, entry.ask.params.sample(index), index)
+        except ValueError as error:
+            self.queueing.popleft()
+            self.results.write(_failed(entry.line, entry.custom_id, "invalid_request", str(error)))
+            return
+        entry.samples.append(sample)
+        self.entry_of[id(sample)] = entry
+        if len(entry.samples) == entry.ask.params.n:
+            self.queueing.popleft()
+
+    def _result(self, entry: _Entry) -> dict[str, Any]:
+        answers = [self.llm.completion(sample) for sample in entry.samples]
+        error = next((answer.error for answer in answers if answer.error is not None), None)
+        if error is not None:
+            return _failed(entry.line, entry.custom_id, "server_error", error)
+        name = f"line-{entry.line}"
+        body = response_body(
+            entry.ask,
+            answers,
+            request_id=name,
+            created=int(time.time()),
+            model=self.llm.name,
+            prompt_tokens=len(entry.tokens),
         )
+        response = {"status_code": 200, "request_id": name, "body": body}
+        return {"id": name, "custom_id": entry.custom_id, "response": response, "error": None}
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
+def _json_of(line: bytes) -> Any:
     try:
-        fields = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"is not valid JSON: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("custom_id"), str):
-        raise BadRequest("must be a JSON object with a custom_id string")
-    return fields
 
 
-def _parse_request(llm: LLM, number: int, fields: dict[str, Any]) -> _Request:
-    url, body = fields.get("url"), fields.get("body")
-    if fields.get("method", "POST") != "POST" or url not in (COMPLETIONS, CHAT):
-        raise BadRequest(f"method and url must be POST {COMPLETIONS} or POST {CHAT}, not {url!r}")
-    if not isinstance(body, dict):
-        raise BadRequest("body must be a JSON object")
-    unknown = sorted(set(body) - set(_FIELDS) - _IGNORED - {"max_completion_tokens"})
-    if unknown:
-        raise BadRequest(f"body has unknown fields {', '.join(unknown)}")
-    if url == CHAT:
-        messages = body.get("messages")
-        if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
-            raise BadRequest("messages must be a list of {role, content}")
-        tokens = llm.encode_chat(messages)
-    else:
-        prompt: Any = body.get("prompt")
-        is_tokens = isinstance(prompt, list) and bool(prompt) and all(type(t) is int for t in prompt)
-        if not (isinstance(prompt, str) or is_tokens):
-            raise BadRequest("prompt must be a string or a list of token ids")
-        tokens = llm.encode(prompt)
-    return _Request(number, fields["custom_id"], url, tokens, _params(body))
+def _read_line(llm: LLM, number: int, fields: Any) -> _Entry:
+    custom_id = custom_id_of(fields)
+    ask = parse_batch_line(fields, llm.recommended)
+    return _Entry(number, custom_id, ask, llm.tokens_of(ask)[0])
 
 
-def _params(body: dict[str, Any]) -> SamplingParams:
-    values: dict[str, Any] = {"temperature": _DEFAULT_TEMPERATURE}
-    renamed = {"max_completion_tokens": "max_tokens"}
-    for name, value in body.items():
-        name = renamed.get(name, name)
-        if name in _FIELDS and value is not None:
-            kind = _FIELDS[name]
-            if isinstance(value, bool) or not isinstance(value, (int, kind)):
-                raise BadRequest(f"{name} ({value!r}) must be a {'whole number' if kind is int else 'number'}")
-            try:
-                values[name] = kind(value)
-            except OverflowError:
-                raise BadRequest(f"{name} is too large") from None
-    stop = [] if body.get("stop") is None else body["stop"]
-    stop = [stop] if isinstance(stop, str) else stop
-    if not (isinstance(stop, list) and all(isinstance(s, str) for s in stop)):
-        raise BadRequest("stop must be a string or a list of strings")
-    values["stop"] = tuple(stop)
-    logprobs, top = body.get("logprobs"), body.get("top_logprobs")
-    if logprobs is True:  # the chat format; the other one gives the number itself
-        logprobs = 0 if top is None else top
-        if type(logprobs) is not int:
-            raise BadRequest(f"top_logprobs ({logprobs!r}) must be a whole number")
-    elif logprobs is not None and logprobs is not False and type(logprobs) is not int:
-        raise BadRequest(f"logprobs ({logprobs!r}) must be true, false or a whole number")
-    values["logprobs"] = None if logprobs is False else logprobs
-    return SamplingParams(**values)
-
-
-def _response(entry: _Open) -> dict[str, Any]:
-    request = entry.request
-    choices: list[dict[str, Any]] = []
-    used = 0
-    for index, generation in enumerate(entry.generations):
-        answer = generation.completion()
-        used += len(answer.token_ids)
-        content: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": answer.text}} if request.url == CHAT else {"text": answer.text}
-        )
-        logprobs = None
-        if answer.logprobs is not None:
-            logprobs = {
-                "token_ids": answer.token_ids,
-                "token_logprobs": [one.chosen for one in answer.logprobs],
-                "top_logprobs": [{str(t): p for t, p in one.top.items()} for one in answer.logprobs],
-            }
-        choices.append({"index": index, **content, "finish_reason": answer.finish_reason, "logprobs": logprobs})
-    prompt = len(request.tokens)
-    body = {
-        "object": "chat.completion" if request.url == CHAT else "text_completion",
-        "choices": choices,
-        "usage": {"prompt_tokens": prompt, "completion_tokens": used, "total_tokens": prompt + used},
-    }
-    return {
-        "id": f"line-{request.line}",
-        "custom_id": request.custom_id,
-        "response": {"status_code": 200, "request_id": f"line-{request.line}", "body": body},
-        "error": None,
-    }
+def _failed(number: int, custom_id: str | None, code: str, sentence: str) -> dict[str, Any]:
+    error = {"code": code, "message": f"line {number}: {sentence}"}
+    return {"id": f"line-{number}", "custom_id": custom_id, "response": None, "error": error}
 
 
 def _check_same_file(lines: list[bytes], done: dict[int, str | None], target: Path) -> None:
@@ -280,7 +226,7 @@ class _NamesOfLines:
                 if not line.strip():
                     continue
                 try:
-                    self._first.setdefault(_parse_line(line)["custom_id"], number)
+                    self._first.setdefault(custom_id_of(_json_of(line)), number)
                 except BadRequest:  # that line says so itself
                     continue
         return self._first[custom_id]
@@ -314,6 +260,11 @@ class _Results:
 
     def __enter__(self) -> "_Results":
         self._file = self.path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the file is closed, or we end
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(f"another process is writing {self.path}; wait for it, or give another name") from None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -356,7 +307,7 @@ class _Results:
 
     def write(self, entry: dict[str, Any]) -> None:
         # Half a surrogate pair, which JSON can name, is written as it was named.
-        line = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
         end = self._file.seek(0, os.SEEK_END)
         written = 0
         try:

@@ -1,53 +1,56 @@
 """`LLM`: load a checkpoint, generate; the shape that users of offline batch APIs know."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
+from moe import porting
 from moe.comm.groups import Groups
 from moe.config import EngineConfig
 from moe.engine.engine import Engine
-from moe.engine.requests import FinishReason, Request
-from moe.engine.sampling import Logprobs, SamplingParams
+from moe.engine.requests import Request
+from moe.engine.sampling import Logprobs
 from moe.engine.text import TextStream
+from moe.guard import Guard
 from moe.models.load import load_tokenizer
-
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer. `logprobs` has one entry per token if they were asked for."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[Logprobs] | None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """One prompt and its n answers."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[Completion]
+from moe.openai import Ask
+from moe.outputs import Completion, FinishReason, RequestOutput, RequestTimes
+from moe.params import Logprob, SamplingParams
+from moe.prompts import Message, Prompt, PromptEncoder, as_conversations, as_prompts, text_of
 
 
 class Generation:
-    """A request on its way: as the engine has it, and its text so far."""
+    """One sample on its way: as the engine has it, and its text so far."""
 
-    def __init__(self, request: Request, text: TextStream) -> None:
-        self.request, self.text = request, text
+    def __init__(self, request: Request, text: TextStream, index: int) -> None:
+        self.request, self.text, self.index = request, text, index
+        self.arrival = time.time()
+        self.first_token: float | None = None
+        self.finished: float | None = None
 
-    def completion(self) -> Completion:
-        request = self.request
-        assert request.finish_reason is not None
-        tokens = request.tokens[request.num_prompt :]
-        logprobs = request.logprobs if request.params.logprobs is not None else None
-        return Completion(self.text.text, tokens, request.finish_reason, logprobs)
+    @property
+    def token_ids(self) -> list[int]:
+        return self.request.tokens[self.request.num_prompt :]
+
+
+class Event(NamedTuple):
+    """What a step did for one sample: new text that is certain, its new token, and why it ended if it did."""
+
+    generation: Generation
+    text: str
+    token: int | None
+    finish: FinishReason | None
+
+
+class _Answer:
+    """A prompt whose n samples are on their way; they are queued as there is room."""
+
+    def __init__(self, prompt: Prompt, tokens: list[int], params: SamplingParams) -> None:
+        self.prompt, self.tokens, self.params = prompt, tokens, params
+        self.samples: list[Generation] = []
 
 
 class LLM:
@@ -55,7 +58,9 @@ class LLM:
 
     experts_in_memory: "0.25" (fraction), "64" (experts) or "6GiB", over config.offload.budget. Close it, or use it in
     a `with` block. groups: of a run of several ranks; each then has prompts of its own (there may be none), and
-    `generate` is a collective. Raises ValueError, with the remedy, for whatever cannot be served.
+    `generate` is a collective. options: what offline scripts for vLLM pass (docs/porting.md). One thread at a time.
+
+    Raises ValueError, with the remedy, for whatever cannot be served; UnusableError if it is closed or not ours.
     """
 
     def __init__(
@@ -65,12 +70,20 @@ class LLM:
         *,
         experts_in_memory: str | float | None = None,
         groups: Groups | None = None,
+        **options: Any,
     ) -> None:
-        config = config or EngineConfig()
+        config, notes = porting.with_options(config or EngineConfig(), options)
         if experts_in_memory is not None:
             config = config.with_budget(str(experts_in_memory))
         self.engine = Engine(model, config, groups)
+        self.notes = [*notes, *self.engine.notes]
+        if self.recommended:
+            said = ", ".join(f"{name} {value:g}" for name, value in self.recommended.items())
+            self.notes.append(f"sampling is as generation_config.json recommends where nothing else is said: {said}")
         self.tokenizer = load_tokenizer(Path(model))
+        self.encoder = PromptEncoder(self.tokenizer, str(model))
+        self.name = Path(model).name
+        self.guard = Guard(f"the model {model}")
         self._open: dict[int, Generation] = {}
 
     def __enter__(self) -> "LLM":
@@ -80,120 +93,244 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        self.engine.close()
+        """Gives memory, files and threads back; later calls are refused. No effect the second time, or in a fork."""
+        if self.guard.is_usable_here:
+            with self.guard:
+                self.guard.close()
+                self.engine.close()
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
-        """Answers every prompt (text or token ids); results in the order of the prompts."""
-        listed = _as_prompts(prompts)
-        each = [params or SamplingParams()] * len(listed) if not isinstance(params, Sequence) else list(params)
-        if len(each) != len(listed):
-            raise ValueError(f"{len(each)} sampling parameters for {len(listed)} prompts; give one, or one for each")
-        tokens = [self.encode(p) for p in listed]
-        samples: list[list[Generation]] = []
-        try:
-            for ids, one in zip(tokens, each):
-                samples.append([self.add(ids, replace(one, n=1, seed=one.seed + i)) for i in range(one.n)])
-            self.engine.start()
-            while self.engine.has_work:
-                self.step()
-        except BaseException:
-            self.abort(g for group in samples for g in group)
-            raise
-        return [
-            RequestOutput(p if isinstance(p, str) else None, ids, [g.completion() for g in group])
-            for p, ids, group in zip(listed, tokens, samples)
-        ]
+        """Answers every prompt (text, token ids, or a dict of one of them); results in the order of the prompts.
 
-    def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None) -> RequestOutput:
-        """Answers one conversation, written out by the model's own chat template."""
-        return self.generate([self.encode_chat(messages)], params)[0]
+        use_tqdm: whether to show progress; None: on a terminal. What goes wrong with one prompt after it was accepted
+        ends its answer with finish_reason "error", and the others are served.
+        """
+        porting.check_options("generate", options)
+        listed = as_prompts(prompts)
+        each = self._params_of_each(sampling_params, len(listed))
+        tokens = [self.encode(prompt) for prompt in listed]
+        return self._answer([_Answer(*one) for one in zip(listed, tokens, each)], use_tqdm)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several, written out by the model's own chat template."""
+        porting.check_options("chat", options)
+        written = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
+        prompts = [self.encoder.encode_chat(conversation, written) for conversation in as_conversations(messages)]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The answer's text, piece by piece, as it is certain (a possible beginning of a stop string is held back)."""
-        generation = self.add(self.encode(prompt), params or SamplingParams())
+        opened: list[Generation] = []
+        tokens, params = self.encode(prompt), sampling_params or self.default_params()
         try:
-            is_finished = False
+            self._add(tokens, params, opened)
+            (generation,) = opened
+            is_finished, said = False, 0
             while not is_finished:
                 if generation.request.finish_reason is None:  # another call may have moved it on meanwhile
                     self.step()
                 is_finished = generation.request.finish_reason is not None
-                if piece := generation.text.delta(is_finished):
-                    yield piece
+                text = generation.text.settled(is_finished)
+                if len(text) > said:
+                    yield text[said:]
+                    said = len(text)
+            if generation.request.error is not None:
+                raise ValueError(f"the answer ended with an error: {generation.request.error}")
         finally:
-            self.abort([generation])
+            self.abort(opened)
+
+    def default_params(self) -> SamplingParams:
+        """What `generate` uses without parameters: the sampling that generation_config.json recommends, else greedy."""
+        return SamplingParams(**self.recommended)
+
+    get_default_sampling_params = default_params  # as vLLM calls it
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """The sampling that the model's generation_config.json recommends, by the names of SamplingParams."""
+        generation: Any = getattr(self.engine.blueprint, "generation", None)
+        said = {} if generation is None else dict(generation.sampling)
+        if "max_new_tokens" in said:
+            said["max_tokens"] = said.pop("max_new_tokens")
+        kinds = {"top_k": int, "max_tokens": int}
+        return {name: kinds.get(name, float)(value) for name, value in said.items()}
+
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises ValueError if it is empty, or text and the model has no tokenizer."""
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise ValueError(f"{self.engine.blueprint.folder} has no tokenizer; give token ids")
-        _check_text(prompt)
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        if not ids and self.tokenizer.bos_token_id is not None:
-            return [self.tokenizer.bos_token_id]
-        return ids
+        return self.encoder.encode(prompt)
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if self.tokenizer is None or self.tokenizer.chat_template is None:
-            raise ValueError(f"{self.engine.blueprint.folder} has no chat template; use generate with a written prompt")
-        try:
-            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the model's chat template does not take these messages: {error}") from None
-        _check_text(text)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+    def tokens_of(self, ask: Ask) -> list[list[int]]:
+        """The token ids of each prompt of a request in OpenAI's form. Raises ValueError."""
+        if ask.is_chat:
+            return [self.encoder.encode_chat(ask.messages, ask.template)]
+        return [self.encode(prompt) for prompt in ask.prompts]
 
-    def add(self, tokens: Sequence[int], params: SamplingParams) -> Generation:
-        """Queues one sample; `step` moves it on. For callers that run their own loop."""
+    def add(self, tokens: Sequence[int], params: SamplingParams, index: int = 0) -> Generation:
+        """Queues one sample (of n, sample `index`); `step` moves it on. For callers that run their own loop."""
+        opened: list[Generation] = []
+        self._add(tokens, params, opened, index)
+        return opened[0]
+
+    def step(self) -> list[Event]:
+        """One engine step. Returns what it did for each sample that moved."""
+        with self.guard, self._whole_after_errors():
+            return [self._event(request) for request in self.engine.step()]
+
+    def abort(self, generations: Iterable[Generation]) -> None:
+        """Drops what is not finished yet."""
+        if not self.guard.is_usable_here:
+            return
+        with self.guard:
+            for generation in generations:
+                if generation.request.finish_reason is None:
+                    self.engine.finish(generation.request, "abort")
+                    self._open.pop(generation.request.id, None)
+
+    def completion(self, generation: Generation) -> Completion:
+        """The finished sample as it is handed out."""
+        request, params = generation.request, generation.request.params
+        assert request.finish_reason is not None
+        chosen = request.logprobs if params.logprobs is not None else None
+        reason: str | int | None = generation.text.stopped_by
+        if reason is None and request.finish_reason == "stop" and request.tokens[-1] in params.stop_token_ids:
+            reason = request.tokens[-1]
+        return Completion(
+            index=generation.index,
+            text=generation.text.text,
+            token_ids=generation.token_ids,
+            finish_reason=request.finish_reason,
+            logprobs=None if chosen is None else self._decoded(generation.token_ids, chosen),
+            cumulative_logprob=None if chosen is None else sum(one.chosen for one in chosen),
+            stop_reason=reason,
+            error=request.error,
+        )
+
+    def _add(self, tokens: Sequence[int], params: SamplingParams, opened: list[Generation], index: int = 0) -> None:
+        """As `add`; the sample is in `opened` as soon as it is queued, whatever interrupts the caller."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
-        request = self.engine.add_request(tokens, params)
-        generation = Generation(request, TextStream(self.tokenizer, params.stop))
-        self._open[request.id] = generation
-        return generation
+        params = self.encoder.with_bad_words(params)
+        with self.guard:
+            request = self.engine.add_request(tokens, params)
+            text = TextStream(
+                self.tokenizer if params.detokenize else None,
+                params.stop,
+                keeps_stop=params.include_stop_str_in_output,
+                skips_special=params.skip_special_tokens,
+            )
+            generation = self._open[request.id] = Generation(request, text, index)
+            opened.append(generation)
 
-    def step(self) -> list[Generation]:
-        """One engine step. Returns the generations that finished in it."""
-        finished = []
-        for request in self.engine.step():
-            generation = self._open[request.id]
+    def _answer(self, answers: list[_Answer], use_tqdm: bool | None) -> list[RequestOutput]:
+        """All or nothing of this call: an error or Ctrl-C drops whatever is not finished."""
+        opened: list[Generation] = []
+        total = sum(answer.params.n for answer in answers)
+        with self.guard, porting.progress(total, use_tqdm) as advance:
+            for answer in answers:
+                self.engine.check_request(answer.tokens, answer.params)
+            todo = deque((answer, index) for answer in answers for index in range(answer.params.n))
+            window = 4 * self.engine.config.batch.max_sequences
+            try:
+                self.engine.start()
+                while todo or self.engine.has_work:
+                    while todo and len(self._open) < window:
+                        answer, index = todo.popleft()
+                        self._add(answer.tokens, answer.params.sample(index), opened, index)
+                        answer.samples.append(opened[-1])
+                    advance(sum(event.finish is not None for event in self.step()), self.engine.stats.rate_text())
+                    self.guard.check()
+            except BaseException:
+                self.abort(opened)
+                raise
+            return [self._output(answer) for answer in answers]
+
+    def _output(self, answer: _Answer) -> RequestOutput:
+        first = answer.samples[0]
+        ends = [g.finished for g in answer.samples if g.finished is not None]
+        starts = [g.first_token for g in answer.samples if g.first_token is not None]
+        times = RequestTimes(first.arrival, min(starts, default=None), max(ends, default=time.time()))
+        return RequestOutput(
+            request_id=str(first.request.id),
+            prompt=text_of(answer.prompt),
+            prompt_token_ids=answer.tokens,
+            outputs=[self.completion(sample) for sample in answer.samples],
+            prompt_logprobs=None,
+            metrics=times,
+        )
+
+    def _event(self, request: Request) -> Event:
+        """Moves the text of the request on. An error there is this request's alone."""
+        generation = self._open[request.id]
+        token = None if request.error is not None else request.tokens[-1]
+        try:
+            if token is not None:
+                generation.first_token = generation.first_token or time.time()
             ended_by_token = request.finish_reason == "stop"
-            if not ended_by_token:  # the token that ends a text is not part of it
-                generation.text.add(request.tokens[-1])
+            if token is not None and not ended_by_token:  # the token that ends a text is not part of it
+                generation.text.add(token, may_stop=request.num_output > request.params.min_tokens)
             if generation.text.is_stopped:
                 self.engine.finish(request, "stop")
             if request.finish_reason is not None:
                 generation.text.finish()
-                finished.append(self._open.pop(request.id))
-        return finished
+        except Exception as error:  # of any kind: a tokenizer's own code runs here
+            request.error = f"its tokens cannot become text: {error}"
+            self.engine.finish(request, "error")
+            request.finish_reason = "error"
+        if request.finish_reason is not None:
+            generation.finished = time.time()
+            self._open.pop(request.id)
+        return Event(generation, generation.text.delta(request.finish_reason is not None), token, request.finish_reason)
 
-    def abort(self, generations: Iterable[Generation]) -> None:
-        """Drops what is not finished yet."""
-        for generation in generations:
-            if generation.request.finish_reason is None:
-                self.engine.finish(generation.request, "abort")
-                self._open.pop(generation.request.id, None)
+    def _decoded(self, tokens: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[int, Logprob]]:
+        return [
+            {token: Logprob(one.chosen, one.rank, self.encoder.token_text(token))}
+            | {t: Logprob(p, rank, self.encoder.token_text(t)) for rank, (t, p) in enumerate(one.top.items(), 1)}
+            for token, one in zip(tokens, logprobs)
+        ]
 
+    def _params_of_each(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        each = [given or self.default_params()] * num_prompts if not isinstance(given, Sequence) else list(given)
+        if len(each) != num_prompts:
+            raise ValueError(f"{len(each)} sampling parameters for {num_prompts} prompts; give one, or one for each")
+        return each
 
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is not valid text: character {error.start} is half a surrogate pair") from None
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    tokens = [p for p in prompts if isinstance(p, int)]
-    if tokens and len(tokens) == len(prompts):
-        return [tokens]
-    if tokens:
-        raise ValueError("prompts must be either texts or lists of token ids; a token id stands among them")
-    return [p for p in prompts if not isinstance(p, int)]
+    @contextmanager
+    def _whole_after_errors(self) -> Iterator[None]:
+        """After an exception in a step, either everything can go on or nothing is served any more."""
+        try:
+            yield
+        except BaseException:
+            self.guard.check()  # a peer that Ctrl-C ended first is no fault of the run
+            if (broken := self.engine.why_not_whole()) is not None:
+                self.guard.close(f"is broken after an error in a step ({broken}); load it again")
+            raise

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from moe.config import EngineConfig
-from moe.engine.sampling import SamplingParams
-from moe.llm import LLM, Prompt, RequestOutput
+from moe.llm import LLM
+from moe.outputs import RequestOutput
+from moe.params import SamplingParams
+from moe.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def compare(served: Answers, full: Answers) -> Verification:
         same = [p == q for p, q in zip(a, b)]
         equal += sum(same)
         total += max(len(a), len(b))
-        upto = min(same.index(False) + 1 if False in same else len(same), len(x), len(y))
+        upto = min((same.index(False) if False in same else len(same)) + 1, len(x), len(y))
         # NaN compares with nothing: it is as far from a logit as can be.
         delta = max(delta, float((x[:upto] - y[:upto]).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()))
         largest = max(largest, float(y[:upto].abs().max()))

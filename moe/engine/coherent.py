@@ -30,14 +30,16 @@ from moe.comm.errors import Task
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.wire import Traffic, Wire
-from moe.engine.requests import Chunk, FinishReason, Request
+from moe.engine.requests import Chunk, Request
 from moe.engine.runner import PackedRunner
-from moe.engine.sampling import Choice, Logprobs, Sampler, SamplingParams
+from moe.engine.sampling import Choice, Logprobs, Sampler
 from moe.engine.scheduler import Scheduler
 from moe.layer.experts import SlotExperts
 from moe.layer.parallel import ExpertParallel
 from moe.models.attention import MaskRule, StepLayout
 from moe.models.kv import CACHE_NAME
+from moe.outputs import FinishReason
+from moe.params import SamplingParams
 from moe.placement.topology import Link, probe_link
 
 
@@ -154,7 +156,7 @@ class Replicas:
                 tokens=tokens,
                 params=params,
                 num_prompt=len(tokens),
-                sampler=Sampler(params),
+                sampler=Sampler(params, len(tokens)),
                 owner=rank,
                 place=rank,
             )
@@ -204,22 +206,22 @@ class CoherentRunner:
         """The next token of every sampling chunk on all ranks, each sampled where its logits are."""
         rank, size = self.groups.rank, self.groups.world_size
         num_top = max((c.request.params.logprobs or 0 for c in chunks), default=0)
-        rows = torch.zeros(len(self._here), 3 + 2 * num_top, dtype=torch.float64)
+        rows = torch.zeros(len(self._here), 4 + 2 * num_top, dtype=torch.float64)
         for row, index, scores in zip(rows, self._here, logits):
             request = chunks[index].request
             choice = request.sampler.choose(scores, request.tokens)
-            row[:2] = torch.tensor([index, choice.token])
+            row[:2] = torch.tensor([index, choice.token])  # token -1: there is none
             if choice.logprobs is not None:
                 top = choice.logprobs.top
-                row[2] = choice.logprobs.chosen
-                row[3 : 3 + len(top)] = torch.tensor(list(top), dtype=torch.float64)
-                row[3 + num_top : 3 + num_top + len(top)] = torch.tensor(list(top.values()), dtype=torch.float64)
+                row[2:4] = torch.tensor([choice.logprobs.chosen, choice.logprobs.rank], dtype=torch.float64)
+                row[4 : 4 + len(top)] = torch.tensor(list(top), dtype=torch.float64)
+                row[4 + num_top : 4 + num_top + len(top)] = torch.tensor(list(top.values()), dtype=torch.float64)
         everywhere = rows.repeat(size, 1).to(self.groups.device)
         all_rows = self._wire.exchange(everywhere, [len(rows)] * size, self._counts, Task("the new tokens")).tolist()
         choices: dict[int, Choice] = {}
         owners = [r for r, count in enumerate(self._counts) for _ in range(count)]
         vocabulary = self.model.config.vocab_size
-        for place, (index, token, chosen, *top) in zip(owners, all_rows):
+        for place, (index, token, chosen, order, *top) in zip(owners, all_rows):
             request = chunks[int(index)].request
             request.place = place
             wanted = request.params.logprobs
@@ -227,8 +229,9 @@ class CoherentRunner:
             if wanted is not None:
                 wanted = min(wanted, vocabulary)
                 ids = (int(t) for t in top[:wanted])
-                logprobs = Logprobs(chosen, dict(zip(ids, top[num_top : num_top + wanted])))
-            choices[int(index)] = Choice(int(token), logprobs)
+                logprobs = Logprobs(chosen, dict(zip(ids, top[num_top : num_top + wanted])), int(order))
+            error = f"no token could be chosen on rank {place}" if token < 0 else None
+            choices[int(index)] = Choice(int(token), logprobs, error)
             if place != rank:
                 request.sampler.skip(vocabulary)
         return [choices[i] for i, c in enumerate(chunks) if c.samples]

@@ -5,6 +5,7 @@ add_request ─▶ Scheduler ─▶ chunks ─▶ Runner ─▶ logits ─▶ Sa
                                          └─ router ─▶ SlotExperts ─▶ ExpertCache ─▶ ExpertStore
 """
 
+import secrets
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -19,15 +20,17 @@ from moe.config import EngineConfig
 from moe.engine import assemble
 from moe.engine.coherent import CoherentRunner, Replicas
 from moe.engine.recorder import TraceRecorder
-from moe.engine.requests import Chunk, FinishReason, Request
+from moe.engine.requests import Chunk, Request
 from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, planned_runner
-from moe.engine.sampling import Choice, Sampler, SamplingParams
+from moe.engine.sampling import Choice, Sampler
 from moe.engine.scheduler import Scheduler
 from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import read_blueprint
 from moe.models.kv import BlockPool
 from moe.models.neighbours import why_not_packed
 from moe.offload.cache import LayerStats
+from moe.outputs import FinishReason
+from moe.params import MAX_SEED, SamplingParams
 
 
 @dataclass(slots=True)
@@ -43,6 +46,11 @@ class StepStats:
     preemptions: int = 0
     steps: int = 0
     first_token_seconds: list[float] = field(default_factory=list)
+
+    def rate_text(self) -> str:
+        """Tokens a second so far, for a progress line."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        return f"{(self.prefill_tokens + self.decode_tokens) / seconds if seconds else 0:.0f} tokens/s"
 
 
 class Engine:
@@ -145,8 +153,12 @@ class Engine:
                 f"the prompt has {len(tokens)} tokens, the context holds {self.max_context} with at least one for "
                 "the answer; shorten it"
             )
+        for name in ("allowed_token_ids", "logit_bias"):
+            if bad := next((t for t in getattr(params, name) or () if not 0 <= t < vocabulary), None):
+                raise ValueError(f"{name} names token {bad}, outside the vocabulary of {vocabulary}")
         pool = self.scheduler.pool
-        longest = min(len(tokens) + params.max_tokens, self.max_context)
+        wanted = 1 if params.max_tokens is None else params.max_tokens
+        longest = min(len(tokens) + wanted, self.max_context)
         if -(-longest // pool.block_size) > pool.num_blocks:
             raise ValueError(
                 f"prompt and answer take {longest} tokens, the KV cache holds {pool.num_blocks * pool.block_size}; "
@@ -154,14 +166,18 @@ class Engine:
             )
 
     def add_request(self, tokens: Seq[int], params: SamplingParams) -> Request:
-        """Queues a prompt of token ids. Raises ValueError if it cannot ever run."""
+        """Queues a prompt of token ids; without a seed it draws its own. Raises ValueError if it cannot ever run."""
         self.check_request(tokens, params)
+        pool = self.scheduler.pool
+        room = min(self.max_context, pool.num_blocks * pool.block_size) - len(tokens)
+        seed = secrets.randbelow(MAX_SEED)
+        params = params.resolved(seed=seed, max_tokens=max(1, room), end_token_ids=self.eos_ids)
         request = Request(
             id=self.next_id,
             tokens=list(tokens),
             params=params,
             num_prompt=len(tokens),
-            sampler=Sampler(params),
+            sampler=Sampler(params, len(tokens)),
             owner=self.rank,
             place=self.rank,
         )
@@ -217,6 +233,16 @@ class Engine:
     def layer_stats(self) -> list[LayerStats]:
         return [] if self.experts is None else self.experts.cache.stats
 
+    def why_not_whole(self) -> str | None:
+        """What is wrong with the bookkeeping of blocks and slots; None if nothing is."""
+        try:
+            self.scheduler.pool.check()
+            if self.experts is not None:
+                self.experts.cache.check()
+        except AssertionError as error:
+            return str(error) or "a count does not add up"
+        return None
+
     def close(self) -> None:
         if self.experts is not None:
             self.experts.cache.close()
@@ -233,26 +259,32 @@ class Engine:
         return [request.sampler.choose(row, request.tokens) for request, row in sampling]
 
     def _accept(self, request: Request, choice: Choice) -> Request:
-        params, token = request.params, choice.token
-        if choice.logprobs is not None:
-            request.logprobs.append(choice.logprobs)
-        request.tokens.append(token)
-        if request.num_output == 1 and request.owner == self.rank:
-            self.stats.first_token_seconds.append(time.perf_counter() - self._started.pop(request.id))
-        is_end = token in self.eos_ids and not params.ignore_eos
-        reason: FinishReason | None = None
-        if is_end or token in params.stop_token_ids:
-            reason = "stop"
-        elif request.num_output >= params.max_tokens or len(request.tokens) >= self.max_context:
-            reason = "length"
-        if reason is not None:
+        if choice.error is None:
+            if choice.logprobs is not None:
+                request.logprobs.append(choice.logprobs)
+            request.tokens.append(choice.token)
+            if request.num_output == 1 and request.owner == self.rank:
+                self.stats.first_token_seconds.append(time.perf_counter() - self._started.pop(request.id))
+        request.error = choice.error
+        if (reason := self._why_finished(request)) is not None:
             self.scheduler.finish(request, reason)
             if self.replicas is not None:
                 self.replicas.forget(request)
             if request.owner == self.rank:
+                self._started.pop(request.id, None)
                 self.stats.shared_tokens += request.num_shared
                 self.stats.preemptions += request.num_preempted
         return request
+
+    def _why_finished(self, request: Request) -> FinishReason | None:
+        params = request.params
+        if request.error is not None:
+            return "error"
+        if request.tokens[-1] in params.end_token_ids and request.num_output > params.min_tokens:
+            return "stop"
+        assert params.max_tokens is not None
+        is_full = request.num_output >= params.max_tokens or len(request.tokens) >= self.max_context
+        return "length" if is_full else None
 
     def _plan_step(self) -> tuple[list[Chunk], int]:
         """The chunks of this step, and how many forwards of other ranks this one must join in it."""

@@ -1,11 +1,11 @@
 """What the engine works on: a request, and the part of it that one step computes."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from moe.engine.sampling import Logprobs, Sampler, SamplingParams
-
-FinishReason = Literal["stop", "length", "abort"]
+from moe.engine.sampling import Logprobs, Sampler
+from moe.outputs import FinishReason
+from moe.params import SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +23,7 @@ class Request:
     num_preempted: int = 0
     logprobs: list[Logprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why it ended with "error"
     owner: int = 0  # the rank whose request it is
     place: int = 0  # the rank where its next token begins, in coherent decode
     state: Any = None  # what a model that is not packed keeps between steps

@@ -1,6 +1,5 @@
 """How the next token is chosen: the parameters that users of offline batch APIs know, on transformers' processors."""
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -8,94 +7,73 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """temperature 0 is greedy. `seed` makes a request's tokens independent of what it is batched with.
-
-    `logprobs`: how many alternatives to report beside the chosen token (0: only the chosen one; None: nothing).
-    `stop` strings end the text before them; `n` samples come from seeds seed, seed + 1, …
-    """
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    n: int = 1
-    stop: tuple[str, ...] | str = field(default=())
-    stop_token_ids: tuple[int, ...] = field(default=())
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        checks = {
-            f"max_tokens ({self.max_tokens}) must be >= 1": self.max_tokens >= 1,
-            f"temperature ({self.temperature}) must be 0 (greedy) or lie in [1e-6, 1e6]": self.temperature == 0
-            or 1e-6 <= self.temperature <= 1e6,
-            f"top_k ({self.top_k}) must be >= 0, 0 keeps all": self.top_k >= 0,
-            f"top_p ({self.top_p}) must lie in (0, 1]": 0 < self.top_p <= 1,
-            f"min_p ({self.min_p}) must lie in [0, 1]": 0 <= self.min_p <= 1,
-            f"repetition_penalty ({self.repetition_penalty}) must lie in [1e-6, 1e6]": 1e-6
-            <= self.repetition_penalty
-            <= 1e6,
-            f"n ({self.n}) must be >= 1": self.n >= 1,
-            f"seed ({self.seed}) must lie in [0, 2^63 - n]": 0 <= self.seed <= (1 << 63) - max(1, self.n),
-            f"logprobs ({self.logprobs}) must be >= 0": self.logprobs is None or self.logprobs >= 0,
-            "stop strings must not be empty": all(self.stop),
-        }
-        for message, is_right in checks.items():
-            if not is_right:
-                raise ValueError(message)
+from moe.params import SamplingParams
 
 
 class Logprobs(NamedTuple):
-    """Natural log-probabilities before temperature and filters: of the chosen token, and of the likeliest ones."""
+    """Natural log-probabilities before temperature and filters: of the chosen token, and of the likeliest ones.
+
+    rank: 1 + how many tokens were likelier than the chosen one.
+    """
 
     chosen: float
     top: dict[int, float]
+    rank: int
 
 
 class Choice(NamedTuple):
-    """The next token of a request."""
+    """The next token of a request, or why there is none."""
 
     token: int
     logprobs: Logprobs | None
+    error: str | None = None
 
 
 class Sampler:
-    """Chooses the tokens of one request; owns its random generator."""
+    """Chooses the tokens of one request; owns its random generator. params: resolved, or with a seed.
 
-    def __init__(self, params: SamplingParams) -> None:
-        self.params = params
-        self._generator = torch.Generator().manual_seed(params.seed)
+    num_prompt: how many of the tokens that `sample` gets are the prompt's.
+    """
+
+    def __init__(self, params: SamplingParams, num_prompt: int = 0) -> None:
+        self.params, self.num_prompt = params, num_prompt
+        self._generator = torch.Generator().manual_seed(params.seed or 0)
+        self._shifts = _shifts(params)
+        self._allowed = None if params.allowed_token_ids is None else torch.tensor(params.allowed_token_ids)
+        self._bad_words = (
+            NoBadWordsLogitsProcessor([*map(list, params.bad_words_ids)]) if params.bad_words_ids else None
+        )
         self._processors = LogitsProcessorList()
         if params.repetition_penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+        self._warpers = LogitsProcessorList()
         if params.temperature > 0:
             if params.temperature != 1.0:
-                self._processors.append(TemperatureLogitsWarper(params.temperature))
+                self._warpers.append(TemperatureLogitsWarper(params.temperature))
             if params.top_k:
-                self._processors.append(TopKLogitsWarper(params.top_k))
+                self._warpers.append(TopKLogitsWarper(params.top_k))
             if params.top_p < 1.0:
-                self._processors.append(TopPLogitsWarper(params.top_p))
+                self._warpers.append(TopPLogitsWarper(params.top_p))
             if params.min_p > 0.0:
-                self._processors.append(MinPLogitsWarper(params.min_p))
+                self._warpers.append(MinPLogitsWarper(params.min_p))
 
     def choose(self, logits: Tensor, tokens: list[int]) -> Choice:
-        """The next token, with log-probabilities if they were asked for. Arguments as `sample`."""
-        token = self.sample(logits, tokens)
-        return Choice(token, self.logprobs(logits, token))
+        """The next token, with log-probabilities if they were asked for. Arguments as `sample`.
+
+        Whatever goes wrong is this request's alone: the choice then says what.
+        """
+        try:
+            token = self.sample(logits, tokens)
+            return Choice(token, self.logprobs(logits, token))
+        except Exception as error:  # of any kind: the others of the step must not end with it
+            return Choice(-1, None, str(error) or type(error).__name__)
 
     def skip(self, vocabulary: int) -> None:
         """Moves the generator on as one `sample` of logits [vocabulary] would, where another rank took it."""
@@ -103,17 +81,55 @@ class Sampler:
             torch.multinomial(torch.ones(1, vocabulary), 1, generator=self._generator)
 
     def sample(self, logits: Tensor, tokens: list[int]) -> int:
-        """logits: fp32 [V] on the CPU; tokens: prompt and output so far."""
-        scores = logits[None]
-        if self._processors:
-            scores = self._processors(torch.tensor([tokens]), scores)
+        """logits: fp32 [V] on the CPU; tokens: prompt and output so far.
+
+        Raises ValueError for logits that are not finite, and if every token is forbidden.
+        """
+        best = int(logits.argmax())  # of NaN, its place
+        if not logits[best].isfinite():
+            raise ValueError(f"the model's logits are not finite: {float(logits[best])} for token {best}")
+        scores = self._shifted(logits, tokens)[None]
+        if self._processors or self._warpers:
+            ids = torch.tensor([tokens])
+            scores = self._warpers(ids, self._processors(ids, scores))
+        likeliest = int(scores[0].argmax())
+        if scores[0, likeliest] == -torch.inf:
+            raise ValueError("bad_words, allowed_token_ids and min_tokens leave no token to choose")
         if self.params.temperature == 0:
-            return int(scores[0].argmax())
+            return likeliest
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
 
     def logprobs(self, logits: Tensor, token: int) -> Logprobs | None:
-        if self.params.logprobs is None:
-            return None
-        scores = logits.log_softmax(-1)
-        top = scores.topk(min(self.params.logprobs, len(scores)))
-        return Logprobs(float(scores[token]), dict(zip(top.indices.tolist(), top.values.tolist())))
+        return None if self.params.logprobs is None else logprobs_of(logits, token, self.params.logprobs)
+
+    def _shifted(self, logits: Tensor, tokens: list[int]) -> Tensor:
+        """logits [V] with biases, penalties for what was said, and without forbidden tokens. A copy if it changes."""
+        params, output = self.params, tokens[self.num_prompt :]
+        banned = params.end_token_ids if len(output) < params.min_tokens else ()
+        counts_matter = bool(params.presence_penalty or params.frequency_penalty) and bool(output)
+        if not (banned or counts_matter or self._shifts or self._allowed is not None or self._bad_words is not None):
+            return logits
+        scores = logits.clone()
+        if self._allowed is not None:
+            scores = torch.full_like(scores, -torch.inf).index_copy(0, self._allowed, logits[self._allowed])
+        for token, bias in self._shifts.items():
+            scores[token] += bias
+        if counts_matter:
+            said, times = torch.unique(torch.tensor(output), return_counts=True)
+            scores[said] -= params.presence_penalty + params.frequency_penalty * times
+        scores[list(banned)] = -torch.inf
+        if self._bad_words is not None:
+            scores = self._bad_words(torch.tensor([tokens]), scores[None])[0]
+        return scores
+
+
+def _shifts(params: SamplingParams) -> dict[int, float]:
+    return {token: bias for token, bias in params.logit_bias.items() if bias}
+
+
+def logprobs_of(logits: Tensor, token: int, num_top: int) -> Logprobs:
+    """Of `token`, and of the `num_top` likeliest. logits: fp32 [V]."""
+    scores = logits.log_softmax(-1)
+    top = scores.topk(min(num_top, len(scores)))
+    rank = 1 + int((scores > scores[token]).sum())
+    return Logprobs(float(scores[token]), dict(zip(top.indices.tolist(), top.values.tolist())), rank)

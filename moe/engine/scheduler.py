@@ -3,8 +3,9 @@
 from collections import deque
 
 from moe.config import BatchConfig
-from moe.engine.requests import Chunk, FinishReason, Request
+from moe.engine.requests import Chunk, Request
 from moe.models.kv import BlockPool
+from moe.outputs import FinishReason
 
 
 class Scheduler:

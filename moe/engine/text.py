@@ -12,22 +12,31 @@ class TextStream:
     `text` never holds a stop string, and in `delta` nothing is handed out that could still become part of one.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), *, keeps_stop: bool = False, skips_special: bool = True
+    ) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._keeps_stop, self._skips_special = keeps_stop, skips_special
+        self._stops_from = 0  # stop strings that begin before this place are part of the text
         self._ids: list[int] = []
         self._context, self._read = 0, 0  # tokens before `_read` are in the text; decoding starts at `_context`
         self._handed_out = 0
         self.text = ""
-        self.is_stopped = False
+        self.stopped_by: str | None = None
 
-    def add(self, token: int) -> None:
+    @property
+    def is_stopped(self) -> bool:
+        return self.stopped_by is not None
+
+    def add(self, token: int, may_stop: bool = True) -> None:
+        """may_stop: whether a stop string that is complete with this token ends the text."""
         self._ids.append(token)
         if self._tokenizer is None or self.is_stopped:
             return
         before = self._decode(self._context, self._read)
         now = self._decode(self._context, len(self._ids))
         if len(now) > len(before) and not now.endswith(_REPLACEMENT):
-            self._append(now[len(before) :])
+            self._append(now[len(before) :], may_stop)
             self._context, self._read = self._read, len(self._ids)
 
     def finish(self) -> None:
@@ -37,21 +46,27 @@ class TextStream:
             self._append(self._decode(self._context, len(self._ids))[len(before) :])
             self._read = len(self._ids)
 
+    def settled(self, finished: bool) -> str:
+        """The text without what could still become part of a stop string."""
+        return self.text if finished or self.is_stopped else self.text[: len(self.text) - self._uncertain()]
+
     def delta(self, finished: bool) -> str:
         """What is new and certain since the last call."""
-        end = len(self.text) if finished or self.is_stopped else len(self.text) - self._uncertain()
-        new = self.text[self._handed_out : max(end, self._handed_out)]
+        new = self.settled(finished)[self._handed_out :]
         self._handed_out += len(new)
         return new
 
-    def _append(self, piece: str) -> None:
+    def _append(self, piece: str, may_stop: bool = True) -> None:
         longest = max(map(len, self._stop), default=0)
-        search_from = max(0, len(self.text) - longest)
+        search_from = max(self._stops_from, len(self.text) - longest)
         self.text += piece
-        places = [at for s in self._stop if (at := self.text.find(s, search_from)) >= 0]
+        if not may_stop:
+            self._stops_from = len(self.text)
+            return
+        places = [(at, s) for s in self._stop if (at := self.text.find(s, search_from)) >= 0]
         if places:
-            self.text = self.text[: min(places)]
-            self.is_stopped = True
+            at, self.stopped_by = min(places)
+            self.text = self.text[: at + len(self.stopped_by) if self._keeps_stop else at]
 
     def _uncertain(self) -> int:
         """Characters at the end that begin a stop string."""
@@ -61,4 +76,4 @@ class TextStream:
         )
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True)  # type: ignore[no-any-return]
+        return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=self._skips_special)  # type: ignore[no-any-return]

@@ -52,8 +52,8 @@ def test_more_tokens_than_the_launch_holds_take_the_grouped_path():
 @pytest.mark.heavy
 def test_demo_model_says_the_same_by_every_path():
     """Greedy tokens of the demo model: the CPU kernel, the grouped path, the single launch."""
-    from moe.engine.sampling import SamplingParams
     from moe.llm import LLM
+    from moe.params import SamplingParams
 
     answers = {}
     for path in ("cpu", "grouped", "single"):

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from moe.engine.sampling import SamplingParams
 from moe.launch.cli import main
 from moe.llm import LLM
+from moe.params import SamplingParams
 from moe.placement.trace import RoutingTrace
 from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import ROOT, TINYMOE, config
@@ -115,7 +115,7 @@ def test_batch_and_verify(capfd, llm, tmp_path):
     source.write_text("\n".join(lines))
     arguments = ["batch", TINYMOE, source, target, "--experts-in-memory", "0.25", *FP32]
     status, _, err = run(capfd, *arguments, "--verify", 4)
-    assert status == 1
+    assert status == 0
     assert "5 of 5 lines are in" in err
     assert "(0 from an earlier run, 2 with errors)" in err
     assert "verified 3 prompts" in err
@@ -127,7 +127,7 @@ def test_batch_and_verify(capfd, llm, tmp_path):
         assert text == answer(llm, body["prompt"], max_tokens=body["max_tokens"])
     before = target.read_bytes()
     status, _, err = run(capfd, *arguments)
-    assert status == 1
+    assert status == 0
     assert "(5 from an earlier run, 2 with errors)" in err
     assert target.read_bytes() == before
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
+from moe.params import SamplingParams
 from tests.families import ENCODER_DECODER, VOCAB_SIZE, reference_model, tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent

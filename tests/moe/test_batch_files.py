@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from moe.batch import BatchProgress, run_batch
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 from tests.moe.moe_cases import ROOT, TINYMOE, check_whole, config
 
 PROMPTS = ["Once upon a time", "ROMEO:\nO, she", "def read(self", "Two plus two is", "A", "The cat sat on"]
@@ -47,6 +47,9 @@ def write(path, lines):
 
 def read(path):
     entries = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    for entry in entries:
+        if entry["response"] is not None:
+            assert entry["response"]["body"].pop("created") > 1.7e9  # the only thing that two runs do not share
     return {entry["id"]: entry for entry in entries} if len({e["id"] for e in entries}) == len(entries) else None
 
 
@@ -108,9 +111,11 @@ def test_fields_of_a_request(llm, tmp_path):
 
     (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=4, logprobs=2))[0].outputs
     logprobs = results[2]["response"]["body"]["choices"][0]["logprobs"]
-    assert logprobs["token_ids"] == answer.token_ids
-    assert logprobs["token_logprobs"] == pytest.approx([one.chosen for one in answer.logprobs], abs=1e-5)
-    assert [list(map(int, top)) for top in logprobs["top_logprobs"]] == [list(o.top) for o in answer.logprobs]
+    assert logprobs["tokens"] == [llm.tokenizer.decode([t]) for t in answer.token_ids]
+    chosen = [step[token] for token, step in zip(answer.token_ids, answer.logprobs)]
+    assert logprobs["token_logprobs"] == pytest.approx([one.logprob for one in chosen], abs=1e-5)
+    assert [len(top) for top in logprobs["top_logprobs"]] == [2] * 4
+    assert logprobs["text_offset"][0] == 0
 
     for line in (3, 4):
         choice = results[line]["response"]["body"]["choices"][0]
@@ -129,7 +134,16 @@ BAD_LINES = [
     ({**request("a"), "url": ["/v1/completions"]}, "/v1/completions"),
     ({**request("a"), "method": "GET"}, "POST"),
     ({**request("a"), "body": None}, "body must be a JSON object"),
-    (request("a", frequency_penalty=1, best_of=2), "unknown fields best_of, frequency_penalty"),
+    (request("a", colour="red", beams=2), "unknown fields beams, colour"),
+    (request("a", best_of=2), "best_of (2) is not supported"),
+    (request("a", tools=[{"type": "function"}]), "tools ("),
+    (request("a", response_format={"type": "json_object"}), "response_format ("),
+    (request("a", frequency_penalty=3), "frequency_penalty (3.0) must lie in [-2, 2]"),
+    (request("a", logit_bias={"5000": 1}), "logit_bias names token 5000, outside the vocabulary of 2048"),
+    (request("a", logit_bias=[1]), "logit_bias must be an object"),
+    (request("a", n=129), "n (129) must be <= 128"),
+    (request("a", stream=True), "stream (true) is not supported"),
+    (request("a", ["one", "two"]), "one prompt a line"),
     (request("a", None), "prompt must be a string or a list of token ids"),
     (request("a", []), "prompt must be a string or a list of token ids"),
     (request("a", [True, 2]), "prompt must be a string or a list of token ids"),
@@ -344,15 +358,20 @@ def test_chat(llm, tmp_path, monkeypatch):
         request("d", None, **chat, messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}]),
         request("e", None, **chat, messages=messages, logprobs=True, top_logprobs=1),
     )
-    expected = llm.chat(messages, SamplingParams(max_tokens=4))
+    (expected,) = llm.chat(messages, SamplingParams(max_tokens=4))
     assert (
         expected.outputs[0].text
         == llm.generate("user: Tell me about a cat.\nassistant:", SamplingParams(max_tokens=4))[0].outputs[0].text
     )
     body = results[1]["response"]["body"]
     assert body["object"] == "chat.completion"
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": expected.outputs[0].text}
-    assert len(results[5]["response"]["body"]["choices"][0]["logprobs"]["top_logprobs"][0]) == 1
-    for number in (2, 3, 4):
-        assert "chat template" in results[number]["error"]["message"], results[number]
+    assert body["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": expected.outputs[0].text,
+        "refusal": None,
+    }
+    assert len(results[5]["response"]["body"]["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 1
+    assert results[4]["response"]["body"]["choices"][0]["message"]["content"]  # parts of text are joined
+    assert "has no content" in results[2]["error"]["message"]
+    assert "chat template" in results[3]["error"]["message"]
     assert "no tools here" in results[3]["error"]["message"]

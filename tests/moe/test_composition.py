@@ -10,8 +10,8 @@ import pytest
 
 from moe.config import OffloadConfig
 from moe.engine.requests import Request
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 from tests.moe.moe_cases import (
     FP32_BOUND,
     NUM_NEW,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 from tests.moe.moe_cases import (
     FP32_BOUND,
     Case,

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.sampling import SamplingParams
 from moe.kernels.formats import Coding, decode
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
+from moe.params import SamplingParams
 from tests.families import tiny_checkpoint
 
 BLOCK = (16, 32)

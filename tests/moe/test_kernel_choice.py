@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe.config import EngineConfig, OffloadConfig
-from moe.engine.sampling import SamplingParams
 from moe.layer import kernel_choice
 from moe.llm import LLM
+from moe.params import SamplingParams
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 CONFIG = EngineConfig(dtype="float32", offload=OffloadConfig(budget="24"))

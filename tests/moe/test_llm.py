@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import moe
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 from tests.moe.moe_cases import TINYMOE, Case, check_whole, config, demo_reference, random_prompts, reference_says
 
 PROMPT = "Once upon a time, there was"
@@ -91,10 +91,16 @@ def test_logprobs_are_those_of_transformers(llm):
     assert answer.token_ids == said.tokens[0]
     exact = said.logits[0].double().log_softmax(-1)
     for step, (token, logprobs) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
-        assert logprobs.chosen == pytest.approx(float(exact[step, token]), abs=1e-4)
+        assert next(iter(logprobs)) == token
+        assert logprobs[token].logprob == pytest.approx(float(exact[step, token]), abs=1e-4)
         best = exact[step].topk(3)
-        assert list(logprobs.top) == best.indices.tolist()
-        assert list(logprobs.top.values()) == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert list(logprobs) == best.indices.tolist()  # greedy: the chosen one is the first of them
+        assert [one.logprob for one in logprobs.values()] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [one.rank for one in logprobs.values()] == [1, 2, 3]
+        assert [one.decoded_token for one in logprobs.values()] == [llm.tokenizer.decode([t]) for t in logprobs]
+    assert answer.cumulative_logprob == pytest.approx(
+        sum(step[t].logprob for t, step in zip(answer.token_ids, answer.logprobs))
+    )
     assert one(llm, max_tokens=2).logprobs is None
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
+from moe.params import SamplingParams
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 NAMES = sorted(str(p.parents[1].relative_to(FIXTURES)) for p in FIXTURES.glob("*/*/q/model.safetensors"))

@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 from moe.config import *
 from moe.engine.engine import peak_rss_bytes
 from moe.llm import LLM
-from moe.engine.sampling import SamplingParams
+from moe.params import SamplingParams
 
 folder, budget, store, direct = sys.argv[1:5]
 # Whatever a first load imports is not the model's: load a tiny one first.

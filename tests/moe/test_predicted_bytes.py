@@ -13,8 +13,8 @@ from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.coherent import CoherentDispatcher
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, ParallelConfig
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from moe.placement.simulate import Workload, simulate
 from moe.placement.topology import Topology

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 from moe.placement.trace import RoutingTrace
 from tests.families import tiny_config
 from tests.moe.moe_cases import Case, config, greedy, random_prompts

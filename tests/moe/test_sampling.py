@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.engine.sampling import Sampler, SamplingParams
+from moe.engine.sampling import Sampler
+from moe.params import SamplingParams
 
 V = 17
 
@@ -125,7 +126,7 @@ def test_logprobs_are_the_log_softmax_of_the_models_logits(num):
     [
         ("max_tokens", [0, -1]),
         ("temperature", [-0.1, math.nan, math.inf, 1e-9]),
-        ("top_k", [-1]),
+        ("top_k", [-2]),
         ("top_p", [0.0, 1.01, math.nan]),
         ("min_p", [-0.1, 1.1, math.nan]),
         ("repetition_penalty", [0.0, -1.0, math.inf, math.nan]),

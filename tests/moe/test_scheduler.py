@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from moe.config import BatchConfig
 from moe.engine.requests import Request
-from moe.engine.sampling import Sampler, SamplingParams
+from moe.engine.sampling import Sampler
 from moe.engine.scheduler import Scheduler
 from moe.models.kv import BlockPool
+from moe.params import SamplingParams
 
 
 class World:

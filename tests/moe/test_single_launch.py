@@ -11,10 +11,10 @@ import torch
 from moe.comm.errors import CommError
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
-from moe.engine.sampling import SamplingParams
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name
 from moe.layer.single_launch import RankLaunch
 from moe.llm import LLM
+from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from moe.engine.sampling import SamplingParams
 from moe.llm import LLM
+from moe.params import SamplingParams
 from moe.verify import Answers, answer, compare, verify
 from tests.moe.moe_cases import TINYMOE, config
 

@@ -1,0 +1,127 @@
+"""How a request wants its tokens chosen and its text ended: plain data, which loads neither torch nor transformers."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+MAX_SEED = (1 << 63) - 1
+_MAX_FACTOR = 1e6  # of temperatures and repetition penalties: beyond it, or under its inverse, float32 overflows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """The parameters that offline batch APIs have. A value of None stands for the default.
+
+    temperature 0 is greedy. `seed` makes a request's tokens independent of what it is batched with; without one, every
+    request draws its own. `n` samples come from seeds seed, seed + 1, … `max_tokens` None: to the end or the context.
+    `logprobs`: how many alternatives to report beside the chosen token (0: only the chosen one; None: nothing);
+    `prompt_logprobs`: the same for the prompt. `stop` strings end the text before them. Presence and frequency
+    penalties count the answer's tokens, the repetition penalty the prompt's too. Until `min_tokens` nothing ends.
+    """
+
+    max_tokens: int | None = 64
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0  # 0 or -1 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] | str = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these tokens
+    bad_words: tuple[str, ...] = ()  # texts that must not be completed; needs a tokenizer
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # the same as token ids
+    allowed_token_ids: tuple[int, ...] | None = None  # all others are never chosen
+    skip_special_tokens: bool = True
+    detokenize: bool = True  # False: outputs have no text
+    end_token_ids: tuple[int, ...] = ()  # all that end the answer; filled in when a request is queued
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            if getattr(self, one.name) is None and one.name not in _MAY_BE_NONE:
+                self._set(one.name, {} if one.name == "logit_bias" else one.default)
+        for name in ("stop", "bad_words"):
+            texts: str | Iterable[str] = getattr(self, name)
+            self._set(name, (texts,) if isinstance(texts, str) else tuple(texts))
+        for name in ("stop_token_ids", "end_token_ids"):
+            self._set(name, tuple(getattr(self, name)))
+        self._set("bad_words_ids", tuple(map(tuple, self.bad_words_ids)))
+        self._set("top_k", 0 if self.top_k == -1 else self.top_k)
+        self._set("logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", tuple(self.allowed_token_ids))
+        _check(self._rules())
+
+    def resolved(self, *, seed: int, max_tokens: int, end_token_ids: Iterable[int]) -> "SamplingParams":
+        """These parameters with what only the engine knows."""
+        ends = () if self.ignore_eos else tuple(end_token_ids)
+        return dataclasses.replace(
+            self,
+            seed=self.seed if self.seed is not None else seed,
+            max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
+            end_token_ids=tuple(sorted({*ends, *self.stop_token_ids})),
+        )
+
+    def sample(self, index: int) -> "SamplingParams":
+        """Of sample `index` of n."""
+        return dataclasses.replace(self, n=1, seed=None if self.seed is None else self.seed + index)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _rules(self) -> dict[str, bool]:
+        """What must be true, by the sentence that says so."""
+        low, high = 1 / _MAX_FACTOR, _MAX_FACTOR
+        allowed = self.allowed_token_ids
+        return {
+            f"max_tokens ({self.max_tokens}) must be >= 1": self.max_tokens is None or self.max_tokens >= 1,
+            f"min_tokens ({self.min_tokens}) must lie in [0, max_tokens]": self.min_tokens >= 0
+            and (self.max_tokens is None or self.min_tokens <= self.max_tokens),
+            f"temperature ({self.temperature}) must be 0 (greedy) or lie in [1e-6, 1e6]": self.temperature == 0
+            or low <= self.temperature <= high,
+            f"top_k ({self.top_k}) must be >= 0; 0 or -1 keeps all": self.top_k >= 0,
+            f"top_p ({self.top_p}) must lie in (0, 1]": 0 < self.top_p <= 1,
+            f"min_p ({self.min_p}) must lie in [0, 1]": 0 <= self.min_p <= 1,
+            f"repetition_penalty ({self.repetition_penalty}) must lie in [1e-6, 1e6]": low
+            <= self.repetition_penalty
+            <= high,
+            f"presence_penalty ({self.presence_penalty}) must lie in [-2, 2]": -2 <= self.presence_penalty <= 2,
+            f"frequency_penalty ({self.frequency_penalty}) must lie in [-2, 2]": -2 <= self.frequency_penalty <= 2,
+            f"n ({self.n}) must be >= 1": self.n >= 1,
+            f"seed ({self.seed}) must lie in [0, 2^63 - n]": self.seed is None
+            or 0 <= self.seed <= MAX_SEED + 1 - max(1, self.n),
+            f"logprobs ({self.logprobs}) must be >= 0": self.logprobs is None or self.logprobs >= 0,
+            f"prompt_logprobs ({self.prompt_logprobs}) must be >= 0": self.prompt_logprobs is None
+            or self.prompt_logprobs >= 0,
+            "stop strings must not be empty": all(self.stop),
+            "bad_words must not be empty texts": all(self.bad_words) and all(self.bad_words_ids),
+            "logit_bias must lie in [-100, 100]": all(-100 <= b <= 100 for b in self.logit_bias.values()),
+            "allowed_token_ids must name at least one token": allowed is None or bool(allowed),
+        }
+
+
+_MAY_BE_NONE = {"max_tokens", "seed", "logprobs", "prompt_logprobs", "allowed_token_ids"}
+
+
+def _check(rules: Mapping[str, bool]) -> None:
+    for message, is_right in rules.items():
+        if not is_right:
+            raise ValueError(message)
+
+
+class Logprob(NamedTuple):
+    """Of one token at one place: natural log-probability before temperature and filters, 1 + how many were likelier,
+    and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
