@@ -142,7 +142,8 @@ def _info(args: argparse.Namespace) -> int:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("architecture", f"{type(b.skeleton).__name__} ({b.config.model_type})")
     table.add_row("context", f"{b.max_context or 'no limit'} tokens")
-    table.add_row("dense weights", format_bytes(b.dense_bytes))
+    decoded = b.quantised.labels(b.coded_dense)
+    table.add_row("dense weights", format_bytes(b.dense_bytes) + (f", decoded from {decoded}" if decoded else ""))
     reason = why_not_packed(b.skeleton, b.max_context)
     table.add_row("batching", "packed, continuous" if reason is None else f"one sequence at a time: {reason}")
     if b.experts:
@@ -151,7 +152,7 @@ def _info(args: argparse.Namespace) -> int:
         shape = f"{site.hidden_size} x {site.intermediate_size}" if len(kinds) == 1 else "of several sizes"
         table.add_row(
             "experts",
-            f"{len(b.experts)} layers, {b.num_experts} experts, top-{b.top_k}, {shape}, {str(b.index.dtype)[6:]}",
+            f"{len(b.experts)} layers, {b.num_experts} experts, top-{b.top_k}, {shape}, {b.expert_formats}",
         )
         table.add_row("one expert", format_bytes(blob))
         table.add_row("all experts", format_bytes(b.expert_bytes))

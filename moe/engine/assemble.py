@@ -63,14 +63,15 @@ def notes_on(blueprint: Blueprint) -> list[str]:
     text = blueprint.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
+    formats = [] if blueprint.format_note is None else [blueprint.format_note]
     if blueprint.experts:
-        return []
+        return formats
     if declared > 1:
-        return [
+        return formats + [
             f"{blueprint.config.model_type} keeps its {declared} experts in modules that cannot be served from slots: "
             "the whole model is in memory"
         ]
-    return ["this model is dense: it has no experts, the whole model is in memory"]
+    return formats + ["this model is dense: it has no experts, the whole model is in memory"]
 
 
 def make_parallel(groups: Groups, blueprint: Blueprint, config: ParallelConfig) -> ExpertParallel:

@@ -1,6 +1,7 @@
 """What is known of a model from its folder before any weight is read: config, skeleton, experts and where they lie."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,39 @@ class Blueprint:
 
     @property
     def dense_bytes(self) -> int:
-        tensors = self.checkpoint.tensors
-        return sum(info.nbytes for key, info in tensors.items() if key not in self.index.expert_keys)
+        """Of the dense weights in memory; quantised ones are decoded to the dtype of the configuration."""
+        tensors, companions = self.checkpoint.tensors, self.quantised.companions
+        plain = set(tensors) - self.index.expert_keys - companions - set(self.quantised.matrices)
+        itemsize = (getattr(self.config, "dtype", None) or torch.bfloat16).itemsize
+        decoded = sum(prod(self.quantised.matrices[name].shape) for name in self.coded_dense)
+        return sum(tensors[key].nbytes for key in plain) + decoded * itemsize
+
+    @property
+    def coded_dense(self) -> list[str]:
+        """The quantised weights that are no experts'."""
+        keys = self.index.expert_keys
+        return [name for name, matrix in self.quantised.matrices.items() if keys.isdisjoint(matrix.keys)]
+
+    @property
+    def expert_formats(self) -> str:
+        """How the experts are stored: "bfloat16", or the published formats."""
+        names = set(self.quantised.matrices) - set(self.coded_dense)
+        every = {layout.gate_up_format for layout in self.index.layouts}
+        plain = sorted({str(layout) for layout in every if layout.code is None})
+        packed = {f"{layout}" for layout in every if layout.code is not None} if self.index.is_packed else set()
+        return ", ".join(filter(None, (self.quantised.labels(names), *plain, *sorted(packed))))
+
+    @property
+    def format_note(self) -> str | None:
+        """What a user of quantised weights should know; None where none are."""
+        if not self.quantised.matrices and not any(x.gate_up_format.code for x in self.index.layouts):
+            return None
+        dense = self.quantised.labels(self.coded_dense)
+        note = f"experts stay as stored ({self.expert_formats})"
+        note += f", dense layers are decoded at load ({dense})" if dense else ""
+        if self.quantised.activations:
+            note += f"; activations stay whole, where GPU engines round them to {self.quantised.activations}"
+        return note
 
     @property
     def expert_bytes(self) -> int:

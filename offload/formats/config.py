@@ -54,8 +54,21 @@ def read_quantisation(folder: Path) -> Quantisation:
         block=block,
         group_sizes=tuple(sorted(sizes, reverse=True)),
         bits=next(iter(bits)) if len(bits) == 1 else None,
+        activations=_activations(method, said),
         zeros_less_one=said.get("checkpoint_format", said.get("format")) != "gptq_v2",
     )
+
+
+def _activations(method: str, said: dict[str, Any]) -> str:
+    if method in ("fp8", "mxfp8"):
+        return "FP8"
+    if method.startswith("modelopt"):
+        algo = str(said.get("quant_algo", "")).upper()
+        return "" if "W4A16" in algo or "WO" in algo else "FP4" if "NVFP4" in algo else "FP8" if "FP8" in algo else algo
+    inputs = [v for v in _values(said, "input_activations") if isinstance(v, dict)]
+    if method == "compressed-tensors" and inputs:
+        return f"{inputs[0].get('type', '')}{inputs[0].get('num_bits', '')}"
+    return ""
 
 
 def _said(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ names them, raised when somebody wants that weight. The configuration's own list
 dialects and are sometimes wrong.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,12 @@ class Found:
     matrices: Mapping[str, StoredMatrix]
     problems: Mapping[str, str]
     companions: frozenset[str]  # keys that are no weights of their own
+    activations: str = ""  # what other engines round activations to with this folder
+
+    def labels(self, names: Iterable[str]) -> str:
+        """The published formats of these weights, the commonest first; "" where none is quantised."""
+        count = Counter(self.matrices[name].label for name in names if name in self.matrices)
+        return ", ".join(label for label, _ in count.most_common())
 
 
 def find_matrices(tensors: Mapping[str, TensorInfo], said: Quantisation) -> Found:
@@ -107,7 +113,7 @@ def find_matrices(tensors: Mapping[str, TensorInfo], said: Quantisation) -> Foun
     for key, info in tensors.items():
         if key not in groups and key not in companions and key.endswith((".weight", "_proj")) and _is_code(info.dtype):
             problems[key] = f"{key} is stored as {DTYPE_NAMES[info.dtype]} without the scales that would decode it"
-    return Found(matrices=matrices, problems=problems, companions=frozenset(companions))
+    return Found(matrices=matrices, problems=problems, companions=frozenset(companions), activations=said.activations)
 
 
 def _role(key: str) -> tuple[str, str]:

@@ -34,19 +34,19 @@ def gptq(group: Group, said: Quantisation) -> StoredMatrix | None:
         return _awq(group, said)
     order = group.tensors.get("g_idx")
     bits = _bits(weight.shape[0], None if order is None else order.shape[0], said)
-    if bits is None or weight.shape[1] != n or zeros.shape != (groups, n * bits // 32):
+    if bits is None or weight.shape[1] != n or zeros.shape != (groups, -(-n * bits // 32)):
         raise ValueError(
             f"{group.keys['qweight']} {list(weight.shape)}, scales {list(scales.shape)} and qzeros "
             f"{list(zeros.shape)} are not GPTQ of 4 or 8 bits"
         )
-    k = weight.shape[0] * 32 // bits
+    k = weight.shape[0] * 32 // bits if order is None else order.shape[0]
     columns = columns_per_group(k, groups, said)
     layout = MatrixFormat.coded("int4" if bits == 4 else "int8", (1, _wide(columns, k, said)), scales.dtype)
     layout = layout._replace(has_zero=True)
     sources = {
-        "": Source((weight,), _columns_of_words if bits == 4 else _columns_of_bytes),
+        "": Source((weight,), partial(_columns_of_words if bits == 4 else _columns_of_bytes, columns=k)),
         ".scale": Source((scales,), _transposed),
-        ".zero": Source((zeros,), partial(_gptq_zeros, bits=bits, add=int(said.zeros_less_one))),
+        ".zero": Source((zeros,), partial(_gptq_zeros, bits=bits, rows=n, add=int(said.zeros_less_one))),
     }
     if order is not None:
         group_of = read_tensor(order)
@@ -59,8 +59,9 @@ def gptq(group: Group, said: Quantisation) -> StoredMatrix | None:
 
 def _bits(rows: int, columns: int | None, said: Quantisation) -> int | None:
     """From the length of g_idx, or from the configuration."""
-    bits = said.bits if columns is None else 32 * rows // columns
-    return bits if bits in (4, 8) else None
+    if columns is None:
+        return said.bits if said.bits in (4, 8) else None
+    return next((bits for bits in (4, 8) if -(-columns * bits // 32) == rows), None)
 
 
 def _wide(columns: int, k: int, said: Quantisation) -> int:
@@ -86,19 +87,19 @@ def _transposed(t: Tensor) -> Tensor:
     return t.T
 
 
-def _columns_of_words(words: Tensor) -> Tensor:
+def _columns_of_words(words: Tensor, columns: int) -> Tensor:
     """Words along K as rows: the bytes of [N, K / 8] little-endian words are nibbles in their order."""
-    return words.T.contiguous().view(torch.uint8)
+    return words.T.contiguous().view(torch.uint8)[:, : (columns + 1) // 2]
 
 
-def _columns_of_bytes(words: Tensor) -> Tensor:
-    return (_columns_of_words(words) ^ 0x80).view(torch.int8)
+def _columns_of_bytes(words: Tensor, columns: int) -> Tensor:
+    return (words.T.contiguous().view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
 
 
-def _gptq_zeros(words: Tensor, bits: int, add: int) -> Tensor:
-    """[G, N b / 32] to int8 [N, G], less 2^(b - 1) as the codes are."""
+def _gptq_zeros(words: Tensor, bits: int, rows: int, add: int) -> Tensor:
+    """[G, N b / 32] words to int8 [N, G], less 2^(b - 1) as the codes are."""
     fields = torch.arange(32 // bits) * bits
-    zeros = (words[..., None] >> fields & (1 << bits) - 1).flatten(1) + add - (1 << bits - 1)
+    zeros = (words[..., None] >> fields & (1 << bits) - 1).flatten(1)[:, :rows] + add - (1 << bits - 1)
     if int(zeros.max()) > 127:
         raise ValueError("a zero point of 8 bits is stored as 255, which versions of GPTQ read differently")
     return zeros.T.to(torch.int8)

@@ -110,6 +110,7 @@ class Quantisation:
     group_sizes: tuple[int, ...] = ()
     bits: int | None = None
     zeros_less_one: bool = True  # GPTQ's first version stores zero points less one
+    activations: str = ""  # what other engines round the activations to, as the configuration asks; this one does not
 
 
 def columns_per_group(columns: int, groups: int, said: Quantisation) -> int:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
 from moe.params import SamplingParams
+from tests.distributed import spawn
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 NAMES = sorted(str(p.parents[1].relative_to(FIXTURES)) for p in FIXTURES.glob("*/*/q/model.safetensors"))
@@ -39,6 +41,27 @@ def assert_as_twin(folder: Path, said: dict, budget: str) -> None:
     assert tokens == said["greedy"]
     wanted = torch.tensor(said["first_logits"])
     assert float((first - wanted).abs().max() / wanted.abs().max()) < 1e-5  # fp32 sums of another order
+
+
+def serve(names: list[str]) -> list[list[list[int]]]:
+    """One rank: its prompts on every folder."""
+    answers = []
+    with process_groups(timeout_s=60) as groups:
+        for name in names:
+            prompts = json.loads((FIXTURES / name / "tokens.json").read_text())["prompts"]
+            config = EngineConfig(dtype="float32", offload=OffloadConfig(budget="2"), batch=BatchConfig(kv_tokens=512))
+            with LLM(FIXTURES / name / "q", config, groups=groups) as llm:
+                own = llm.generate(prompts[groups.rank :: 2], SamplingParams(max_tokens=24, ignore_eos=True))
+                answers.append([o.outputs[0].token_ids for o in own])
+    return answers
+
+
+@pytest.mark.heavy
+def test_two_ranks():
+    said = spawn(2, serve, NAMES, time_limit_s=600)
+    for name, *by_rank in zip(NAMES, *said):
+        expected = json.loads((FIXTURES / name / "tokens.json").read_text())["greedy"]
+        assert by_rank == [expected[0::2], expected[1::2]], name
 
 
 @pytest.mark.parametrize("name", NAMES)
