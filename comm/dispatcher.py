@@ -11,6 +11,8 @@ from moe.comm.wire import Traffic, traffic_of
 from moe.kernels.reference import combine_reference
 
 CombineMode = Literal["exact", "partial"]
+# Tokens go home again in one step or in two, or stay where their heaviest expert is.
+DispatcherName = Literal["all_to_all", "hierarchical", "coherent"]
 
 
 class Dispatched(NamedTuple):

@@ -21,7 +21,8 @@ EAGER_BYTES = 1 << 16
 class Groups:
     """Who this process is among its peers. `world`, `local` (same node), `cross` (same local rank): None if alone.
 
-    nodes: the node of every rank, numbered from 0. generation: of the ranks, see `membership.py`.
+    nodes: the node of every rank, numbered from 0. generation: of the ranks, see `membership.py`. name: what all of
+    this start have, and no other start.
     side: a second world group for traffic in the background (K/V, counts), so that it never queues ahead of tokens.
     mailboxes: of the groups whose messages need no collective, on the CPU.
     timeout_s: seconds after which a collective that a peer does not join raises.
@@ -30,6 +31,7 @@ class Groups:
     rank: int = 0
     nodes: tuple[int, ...] = (0,)
     generation: int = 0
+    name: str = ""
     device: torch.device
     timeout_s: float = 0.0
     world: ProcessGroup | None = None

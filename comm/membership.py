@@ -12,11 +12,13 @@ group is the generation's world).
 """
 
 import os
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -96,7 +98,8 @@ def join_groups(
             timeout=timedelta(seconds=meet_s),
             device_id=device if device.type == "cuda" else None,
         )
-        return _groups_of(nodes, rank, number, device, meet_s, timeout_s, eager_bytes)
+        name = own.compare_set("name", "", secrets.token_hex(8)).decode()  # the first rank's
+        return _groups_of(nodes, rank, Start(number, name, meet_s, timeout_s), device, eager_bytes)
     except MissingPeers:
         raise
     except RuntimeError as error:
@@ -238,35 +241,37 @@ def _meet(store: Store, number: int, rank: int, world_size: int, meet_s: float) 
         ) from error
 
 
-def _groups_of(
-    nodes: tuple[int, ...],
-    rank: int,
-    number: int,
-    device: torch.device,
-    meet_s: float,
-    timeout_s: float,
-    eager_bytes: int,
-) -> Groups:
+class Start(NamedTuple):
+    """One generation's start, as all its ranks see it."""
+
+    generation: int
+    name: str
+    meet_s: float
+    timeout_s: float
+
+
+def _groups_of(nodes: tuple[int, ...], rank: int, start: Start, device: torch.device, eager_bytes: int) -> Groups:
     world = dist.group.WORLD
     assert world is not None
     by_node = ranks_by_node(nodes)
     everyone = tuple(range(len(nodes)))
     sizes = {len(ranks) for ranks in by_node}
     columns = list(zip(*by_node)) if len(sizes) == 1 else [(r,) for r in everyone]
-    local, cross = _subgroup(by_node, meet_s), _subgroup(columns, meet_s)
-    side = dist.new_group(list(everyone), timeout=timedelta(seconds=meet_s))
+    local, cross = _subgroup(by_node, start.meet_s), _subgroup(columns, start.meet_s)
+    side = dist.new_group(list(everyone), timeout=timedelta(seconds=start.meet_s))
     distinct = {id(group): group for group in (world, local, cross, side) if group is not None}.values()
     for group in distinct:
-        _set_pg_timeout(timedelta(seconds=timeout_s), group)
+        _set_pg_timeout(timedelta(seconds=start.timeout_s), group)
     mailboxes: dict[ProcessGroup, Mailbox] = {}
     if eager_bytes and device.type == "cpu":
-        mailboxes = {group: Mailbox(group, eager_bytes, timeout_s) for group in distinct if group is not side}
+        mailboxes = {group: Mailbox(group, eager_bytes, start.timeout_s) for group in distinct if group is not side}
     return Groups(
         rank=rank,
         nodes=nodes,
-        generation=number,
+        generation=start.generation,
+        name=start.name,
         device=device,
-        timeout_s=timeout_s,
+        timeout_s=start.timeout_s,
         world=world,
         local=local,
         cross=cross,

@@ -5,18 +5,24 @@ processes on one machine over a mapped file; `symmetric_torch.py` has the one be
 kernel needs NVSHMEM (`kernels.intrinsics.peer_pointer`, `release_*` and `wait_*` become its put, signal and wait).
 """
 
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from moe.comm.groups import Groups
 from moe.kernels.fused import FusedExperts
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.tiles import TileConfig
 from moe.kernels.weights import ExpertWeights
 
 PAGE = 4096
+Opened = TypeVar("Opened")
 
 
 class SymmetricHeap(Protocol):
@@ -55,6 +61,28 @@ class MappedHeap:
         self.parts = memory.view(world_size, stride)
         self.bases = torch.tensor([part.data_ptr() for part in self.parts])
         self.first_rank, self.num_ranks = rank, 1
+
+
+def map_together(groups: Groups, open_file: Callable[[str], Opened]) -> Opened:
+    """`open_file` of the name of a new file in memory, one for all ranks of this node. A collective.
+
+    The name is gone when it returns; the memory goes with the last rank that has it open.
+    """
+    name = bytes(64)
+    if groups.local_rank == 0:
+        file, path = tempfile.mkstemp(prefix="moe-heap-", dir="/dev/shm")
+        os.close(file)
+        name = path.encode().ljust(64, b"\0")
+    shared = torch.frombuffer(bytearray(name), dtype=torch.uint8).to(groups.device)
+    dist.broadcast(shared, groups.local_ranks[0], group=groups.local)
+    path = bytes(shared.cpu().numpy()).rstrip(b"\0").decode()
+    try:
+        opened = open_file(path)
+        dist.barrier(group=groups.local)  # all have it open
+    finally:
+        if groups.local_rank == 0:
+            os.unlink(path)
+    return opened
 
 
 class SymmetricDispatcher:

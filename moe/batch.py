@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe.layer.parallel import broadcast_lines
+from moe.comm.control import Control
 from moe.llm import LLM, Generation
 from moe.openai import Ask, BadRequest, custom_id_of, parse_batch_line, response_body
 
@@ -55,13 +55,13 @@ def run_batch(
     written (a full disk): what was finished stays, and the same call goes on from there.
     """
     lines = Path(source).read_bytes().splitlines()
-    parallel = llm.engine.parallel
-    rank, world_size = (0, 1) if parallel is None else (parallel.groups.rank, parallel.groups.world_size)
+    control = llm.engine.control
+    rank, world_size = (0, 1) if control is None else (control.groups.rank, control.groups.world_size)
     progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
-    results = _Results(Path(target), progress) if parallel is None or rank == 0 else _Remote(parallel.outbox)
+    results = _Results(Path(target), progress) if control is None or rank == 0 else _Remote(control)
     with results:
         done = results.finished_lines(lines)
-        finished = set(done) if parallel is None else broadcast_lines(parallel.groups, list(done))
+        finished = set(done) if control is None else control.numbers_of_first(list(done))
         progress.resumed = progress.finished = len(finished)
         todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in finished]
         run = _Run(llm, _NamesOfLines(lines), results, deque(todo[rank::world_size]))
@@ -70,10 +70,8 @@ def run_batch(
             try:
                 while run.has_work:
                     run.step()
-                    if parallel is not None and rank == 0:
-                        for line in parallel.inbox:
-                            results.write(json.loads(line))
-                        parallel.inbox.clear()
+                    for handed in control.received() if control is not None else ():
+                        results.write(json.loads(handed))
                     if on_progress is not None:
                         on_progress(progress)
                     guard.check()
@@ -235,20 +233,20 @@ class _NamesOfLines:
 class _Remote:
     """The output file as a rank other than 0 sees it: lines travel to rank 0 with the next step."""
 
-    def __init__(self, outbox: list[bytes]) -> None:
-        self._outbox = outbox
+    def __init__(self, control: Control) -> None:
+        self._control = control
 
     def __enter__(self) -> "_Remote":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._outbox.clear()
+        self._control.take_back()
 
     def finished_lines(self, lines: list[bytes]) -> dict[int, str | None]:
         return {}
 
     def write(self, entry: dict[str, Any]) -> None:
-        self._outbox.append(json.dumps(entry).encode() + b"\n")
+        self._control.hand_over(json.dumps(entry).encode() + b"\n")
 
 
 class _Results:

@@ -155,35 +155,6 @@ class RamStore:
         self.blobs.clear()
 
 
-class SharedStore(RamStore):
-    """A `RamStore` whose blobs lie in one file that all processes of a node map: one host copy per node.
-
-    Each process makes its own object on the same `path` (in /dev/shm), calls `fill` with its part, and waits for the
-    others before the first read. The file may be unlinked then. Raises OSError, naming it, if memory does not suffice.
-    """
-
-    def __init__(self, source: ExpertStore, path: str | Path) -> None:
-        sizes = [count * layout.nbytes for count, layout in zip(source.num_experts, source.layouts)]
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.posix_fallocate(file, 0, sum(sizes))  # fails here, not by a signal in the middle of a copy
-            pages = mmap.mmap(file, sum(sizes), flags=mmap.MAP_SHARED)
-        except OSError as error:
-            message = f"{error.strerror}: the host copy of all experts takes {sum(sizes)} bytes"
-            raise OSError(error.errno, message, str(path)) from None
-        finally:
-            os.close(file)
-        parts = torch.split(torch.frombuffer(pages, dtype=torch.uint8), sizes)
-        super().__init__(source.layouts, [part.view(n, -1) for part, n in zip(parts, source.num_experts)])
-
-    def fill(self, source: ExpertStore, part: int, num_parts: int) -> None:
-        """Reads every `num_parts`-th expert, from `part` on."""
-        experts = [blob for layer in self.blobs for blob in layer]
-        places = [(layer, expert) for layer, count in enumerate(self.num_experts) for expert in range(count)]
-        for (layer, expert), blob in list(zip(places, experts))[part::num_parts]:
-            source.read_into(layer, expert, blob)
-
-
 class FileStore:
     """Positioned reads of the checkpoint's own files, buffered or past the page cache (O_DIRECT).
 

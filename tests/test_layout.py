@@ -129,3 +129,13 @@ def test_no_file_has_grown_beyond_one_idea():
         if (lines := len(path.read_text().splitlines())) > 400
     }
     assert set(long) <= {"kernels/fused_kernel.py", "kernels/aot.py", "offload/index.py"}, long
+
+
+def test_the_engine_is_built_and_steps_in_few_lines():
+    tree = ast.parse((ROOT / "moe" / "engine" / "engine.py").read_text())
+    (engine,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Engine"]
+    methods = {node.name: node for node in engine.body if isinstance(node, ast.FunctionDef)}
+    assert sum(isinstance(node, ast.stmt) for node in ast.walk(methods["__init__"])) - 1 < 20
+    step = methods["step"]
+    assert (step.end_lineno or 0) - step.lineno < 15
+    assert not [node for node in ast.walk(step) if isinstance(node, (ast.If, ast.IfExp))]

@@ -1,31 +1,36 @@
-"""What an engine is made of: from a folder and a config to a model, its memory, its experts and their ranks.
+"""What a process needs to serve a model, in stages that need no peer: read → dense → memory → experts.
 
-Blueprint ─▶ dense model ─▶ one token tried ─▶ KV pool ─▶ slots for what memory is left ─▶ store, cache, kernels
+    Blueprint ─▶ dense model, one token tried ─▶ KV pool, scheduler ─▶ slots in what memory is left: store, kernels
+
+Each stage is a frozen record; `load` runs them and leaves nothing behind if one fails. The last stage, the ranks, is
+apart (moe/engine/join.py), for it can be done again with other peers.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe.comm.groups import Groups
-from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
-from moe.engine.coherent import Costs, measure_link, why_coherent, why_not_coherent
-from moe.engine.runner import run_a_token
+from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, planned_runner, run_a_token
+from moe.engine.scheduler import Scheduler
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.layer.lookahead import Lookahead, router_guess, transition_guess
-from moe.layer.parallel import DispatcherName, ExpertParallel
-from moe.models.blueprint import Blueprint
+from moe.models.attention import ATTENTION_NAME
+from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.dense_cpu import compile_dense
 from moe.models.kv import BlockPool
 from moe.models.load import load_dense
+from moe.models.neighbours import why_not_packed
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
+from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
 from moe.placement.plan import Plan
 
@@ -44,6 +49,186 @@ class TriedToken(NamedTuple):
     @property
     def kv_bytes(self) -> int:
         return sum(t.numel() * t.itemsize for layer in self.kv for t in layer)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a process will have of the experts, known before it meets a peer: rank `rank`'s part of `plan`.
+
+    host_copy: processes of a node that give the same name have one copy of all experts in host memory together.
+    """
+
+    plan: Plan
+    rank: int
+    host_copy: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """The model's files, looked at. notes: what a user should know about how it is served."""
+
+    config: EngineConfig
+    blueprint: Blueprint
+    device: torch.device
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """All but the experts, in memory. is_packed: requests share one row."""
+
+    model: Any
+    tried: TriedToken
+    is_packed: bool
+    max_context: int
+    eos_ids: frozenset[int]
+    notes: tuple[str, ...]
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Memory:
+    """Who has which KV blocks. kv_bytes: of the KV cache, which commits them as it fills."""
+
+    scheduler: Scheduler
+    runner: Runner
+    kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """The slots of all layers, in place in the model. slots: None for a model without experts."""
+
+    slots: SlotExperts | None
+    weights: tuple[ExpertWeights, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """A model that one process can serve, or share with peers that it has not met yet."""
+
+    read: Read
+    dense: Dense
+    memory: Memory
+    experts: Experts
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about how the model is served."""
+        return [*self.read.notes, *self.dense.notes]
+
+    def close(self) -> None:
+        if self.experts.slots is not None:
+            self.experts.slots.cache.close()
+            self.experts.slots.cache.store.close()
+
+
+def load(read: Read, share: Share | None = None) -> Loaded:
+    """The stages after `read_model` but for the ranks; meets nobody. share: None = all experts.
+
+    Raises ValueError for a folder, a budget or a setting that cannot be served; then no thread, file or memory is left.
+    """
+    dense = load_model(read, tries_experts=share is not None)
+    memory = make_memory(read, dense)
+    return Loaded(read, dense, memory, make_experts(read, dense, memory.kv_bytes, share))
+
+
+def read_model(folder: str | Path, config: EngineConfig) -> Read:
+    """Raises ValueError for a folder or a device that cannot be served."""
+    blueprint = read_blueprint(folder)
+    return Read(config, blueprint, find_device(config.device), tuple(notes_on(blueprint)))
+
+
+def load_model(read: Read, tries_experts: bool) -> Dense:
+    """tries_experts: whether anyone needs to know how they are dispatched."""
+    blueprint, config = read.blueprint, read.config
+    dtype = _DTYPES.get(config.dtype) or _own_dtype(blueprint)
+    model = load_dense(blueprint, dtype, "eager").to(read.device)
+    if read.device.type == "cpu" and config.kernel != "reference":
+        compile_dense(model)
+    context = min(n for n in (config.max_context, blueprint.max_context, 1 << 30) if n)
+    reason = why_not_packed(blueprint.skeleton, context)
+    is_packed = reason is None and config.batch.packed
+    tried = try_a_token(model, blueprint, is_packed, tries_experts)
+    if is_packed:
+        model.set_attn_implementation(ATTENTION_NAME)
+    notes = () if reason is None else (f"sequences run one at a time, not packed: {reason}",)
+    return Dense(model, tried, is_packed, context, frozenset(eos_ids(model)), notes)
+
+
+def make_memory(read: Read, dense: Dense) -> Memory:
+    batch = read.config.batch
+    if not dense.is_packed:
+        unlimited = BlockPool(batch.max_sequences, dense.max_context, sharing=False)
+        return Memory(Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(dense.model), 0)
+    pool = BlockPool(num_blocks(batch, dense), batch.block_size, batch.prefix_sharing)
+    kv = make_paged_kv(dense.model, pool)
+    runner: Runner = PackedRunner(dense.model, kv)
+    if kv.device.type == "cpu" and read.config.kernel != "reference":
+        runner = planned_runner(dense.model, kv, dense.tried.kv, dense.max_context)
+    return Memory(Scheduler(batch, pool), runner, pool.num_blocks * pool.block_size * dense.tried.kv_bytes)
+
+
+def num_blocks(batch: BatchConfig, dense: Dense) -> int:
+    """KV blocks as configured, by default for full sequences of full length within a quarter of free memory."""
+    tokens = batch.kv_tokens
+    if tokens is None:
+        affordable = available_memory() // 4 // max(1, dense.tried.kv_bytes)
+        tokens = min(batch.max_sequences * dense.max_context, affordable)
+    return max(1, -(-tokens // batch.block_size))
+
+
+def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | None) -> Experts:
+    """Slots, filled where all fit, and every layer's compute put into the model.
+
+    reserved_bytes: that others will still take of the memory that is free now.
+    """
+    blueprint, config, model = read.blueprint, read.config, dense.model
+    if not blueprint.experts:
+        return Experts(None, ())
+    counts = [site.num_experts for site in blueprint.index.sites]
+    own = [list(range(n)) for n in counts] if share is None else experts_of_rank(share.plan, share.rank)
+    num_own = sum(map(len, own))
+    available = available_memory() if read.device.type == "cpu" else torch.cuda.mem_get_info(read.device)[0]
+    num_slots = resolve_slots(
+        config.offload.budget,
+        blob_bytes=max(layout.nbytes for layout in blueprint.index.layouts),
+        total_experts=num_own,
+        available_bytes=max(0, available - reserved_bytes) * 9 // 10,  # activations, buffers, the rest of the machine
+    )
+    with ExitStack() as undo:
+        store = _make_store(blueprint, config.offload, share)
+        undo.callback(store.close)
+        offload = config.offload
+        cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=read.device)
+        undo.callback(cache.close)
+        if num_slots == num_own:
+            cache.preload(own)
+        weights = expert_weights(blueprint, cache)
+        kernel = chosen_kernel(config.kernel, read.device)
+        if share is not None and share.plan.num_ranks > 1 and kernel in ("fused", "measured"):
+            kernel = "grouped"  # for the steps that no launch over all ranks takes
+        table = Path(config.crossover_table).expanduser()
+        kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
+        slots = SlotExperts(cache, kernels, None, _make_lookahead(blueprint, model, offload, cache))
+        undo.pop_all()
+    for layer, site in enumerate(blueprint.index.sites):
+        model.get_submodule(site.module).compute = slots.layer(layer)
+    return Experts(slots, tuple(weights))
+
+
+def experts_of_rank(plan: Plan, rank: int) -> list[list[int]]:
+    """The logical experts that a rank holds, by layer."""
+    return [[int(e) for e in layer[:, rank].nonzero()[0]] for layer in plan.hosted]
+
+
+def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeights]:
+    """Every layer's weights as kernels take them: views of all slots."""
+    layers = zip(blueprint.experts, blueprint.index.layouts, strict=True)
+    return [layout.weights(cache.views(n), found.activation) for n, (found, layout) in enumerate(layers)]
 
 
 def find_device(name: str | None) -> torch.device:
@@ -74,35 +259,6 @@ def notes_on(blueprint: Blueprint) -> list[str]:
     return formats + ["this model is dense: it has no experts, the whole model is in memory"]
 
 
-def make_parallel(groups: Groups, blueprint: Blueprint, config: ParallelConfig) -> ExpertParallel:
-    """This rank's part of the plan. Raises ValueError for a model that ranks cannot share, or another model's plan."""
-    counts = {site.num_experts for site in blueprint.index.sites}
-    if blueprint.config.is_encoder_decoder or len(counts) != 1:
-        reason = "it is an encoder-decoder" if blueprint.config.is_encoder_decoder else "layers differ in experts"
-        raise ValueError(f"{blueprint.folder} cannot be served by several ranks: {reason if counts else 'no experts'}")
-    num_layers, num_experts = len(blueprint.index.sites), counts.pop()
-    if config.plan is None:
-        plan = Plan.contiguous(num_layers, num_experts, groups.world_size)
-    else:
-        plan = Plan.load(config.plan)
-    if (plan.num_layers, plan.num_experts) != (num_layers, num_experts):
-        raise ValueError(
-            f"{config.plan} places {plan.num_layers} layers of {plan.num_experts} experts, {blueprint.folder} has "
-            f"{num_layers} of {num_experts}: it is the plan of another model"
-        )
-    home: DispatcherName = "hierarchical" if config.dispatcher == "hierarchical" else "all_to_all"
-    return ExpertParallel(groups, plan, home, config.broadcast_tokens)
-
-
-def make_model(blueprint: Blueprint, config: EngineConfig, device: torch.device) -> Any:
-    """The dense part, loaded; its experts have no weights and no compute yet."""
-    dtype = _DTYPES.get(config.dtype) or _own_dtype(blueprint)
-    model = load_dense(blueprint, dtype, "eager").to(device)
-    if device.type == "cpu" and config.kernel != "reference":
-        compile_dense(model)
-    return model
-
-
 def try_a_token(model: Any, blueprint: Blueprint, is_packed: bool, is_parallel: bool) -> TriedToken:
     """Runs one token with experts that return zeros, where anyone needs to know what it shows."""
     kv: list[tuple[Tensor, Tensor]] = []
@@ -114,141 +270,6 @@ def try_a_token(model: Any, blueprint: Blueprint, is_packed: bool, is_parallel: 
     return TriedToken(kv, list(shapes))
 
 
-def decide_coherent(
-    parallel: ExpertParallel, model: Any, blueprint: Blueprint, config: EngineConfig, tried: TriedToken, context: int
-) -> tuple[bool, str | None]:
-    """Whether this run decodes coherently, and the reason where it was not simply told. Maybe a collective.
-
-    context: the longest sequence. Raises ValueError where it was told to and cannot.
-    """
-    wanted = config.parallel.dispatcher
-    if wanted not in ("auto", "coherent"):
-        return False, None
-    reason = why_not_coherent(model.config, context, is_packed=bool(tried.kv))
-    if config.offload.prefetch != "off":
-        reason = f"offload.prefetch={config.offload.prefetch} is set, which follows tokens that stay on their rank"
-    if wanted == "coherent":
-        if reason is not None:
-            raise ValueError(f"parallel.dispatcher=coherent cannot serve {blueprint.folder}: {reason}")
-        return True, None
-    is_coherent = False
-    if reason is None:
-        groups = parallel.groups
-        costs = Costs(
-            kv_bytes=tried.kv_bytes / model.config.num_hidden_layers,
-            result_bytes=4 * model.config.hidden_size,
-            p=parallel.share_elsewhere(),
-            top_k=blueprint.top_k,
-            num_ranks=groups.world_size,
-        )
-        is_coherent, reason = why_coherent(costs, config.batch.max_sequences, lambda: measure_link(groups))
-        is_coherent = bool(parallel.smallest(int(is_coherent)))
-    return is_coherent, f"parallel.dispatcher=auto is {'coherent' if is_coherent else 'all_to_all'}: {reason}"
-
-
-def for_all_ranks(batch: BatchConfig, num_ranks: int) -> BatchConfig:
-    """What was meant for one rank, for a scheduler that has the requests of all."""
-    return replace(batch, max_tokens=batch.max_tokens * num_ranks, max_sequences=batch.max_sequences * num_ranks)
-
-
-def make_pool(batch: BatchConfig, kv_token_bytes: int, context: int, shared_by: ExpertParallel | None) -> BlockPool:
-    """KV blocks as configured, by default for full sequences of full length within a quarter of free memory.
-
-    shared_by: ranks that all keep the same blocks; the least of them counts. Then a collective.
-    """
-    tokens = batch.kv_tokens
-    if tokens is None:
-        tokens = min(batch.max_sequences * context, available_memory() // 4 // max(1, kv_token_bytes))
-    num_blocks = max(1, -(-tokens // batch.block_size))
-    if shared_by is not None:
-        num_blocks = shared_by.smallest(num_blocks)
-    return BlockPool(num_blocks, batch.block_size, batch.prefix_sharing)
-
-
-def make_experts(
-    blueprint: Blueprint, model: Any, config: EngineConfig, parallel: ExpertParallel | None, reserved_bytes: int
-) -> SlotExperts | None:
-    """Slots, filled where all fit, and every layer's compute put into `model`. None for a model without experts.
-
-    reserved_bytes: that others will still take of the memory that is free now.
-    """
-    if not blueprint.experts:
-        return None
-    device, offload = model.device, config.offload
-    if parallel is None:
-        own = [list(range(site.num_experts)) for site in blueprint.index.sites]
-    else:
-        own = parallel.hosted()
-    num_own = sum(map(len, own))
-    available = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    num_slots = resolve_slots(
-        offload.budget,
-        blob_bytes=max(layout.nbytes for layout in blueprint.index.layouts),
-        total_experts=num_own,
-        available_bytes=max(0, available - reserved_bytes) * 9 // 10,  # activations, buffers, the rest of the machine
-    )
-    store = _make_store(blueprint, offload, parallel)
-    cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=device)
-    if num_slots == num_own:
-        cache.preload(own)
-    weights = expert_weights(blueprint, cache)
-    table = Path(config.crossover_table).expanduser()
-    counts = [site.num_experts for site in blueprint.index.sites]
-    kernel = chosen_kernel(config.kernel, device)
-    if is_over_ranks(parallel) and kernel in ("fused", "measured"):
-        kernel = "grouped"  # for the steps that no launch over all ranks takes
-    kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
-    experts = SlotExperts(cache, kernels, parallel, _make_lookahead(blueprint, model, offload, cache, parallel))
-    for layer, site in enumerate(blueprint.index.sites):
-        model.get_submodule(site.module).compute = experts.layer(layer)
-    return experts
-
-
-def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeights]:
-    """Every layer's weights as kernels take them: views of all slots."""
-    layers = zip(blueprint.experts, blueprint.index.layouts, strict=True)
-    return [layout.weights(cache.views(n), found.activation) for n, (found, layout) in enumerate(layers)]
-
-
-def is_over_ranks(parallel: ExpertParallel | None) -> bool:
-    """Whether the experts are spread over more than this rank."""
-    return parallel is not None and parallel.groups.world_size > 1
-
-
-def offer_single_launch(
-    blueprint: Blueprint,
-    model: Any,
-    config: EngineConfig,
-    *,
-    experts: SlotExperts | None,
-    tried: TriedToken,
-    is_coherent: bool,
-) -> list[str]:
-    """Lets one launch over all ranks serve steps of few tokens, where the kernel asks for it. With ranks: a collective.
-
-    Returns what a user should know. Raises ValueError, on all ranks, where kernel=fused was told and cannot be.
-    """
-    parallel, kernel = None if experts is None else experts.parallel, chosen_kernel(config.kernel, model.device)
-    if experts is None or parallel is None or not is_over_ranks(parallel) or kernel not in ("fused", "measured"):
-        return []
-    from moe.layer.single_launch import RankLaunch, why_not_single_launch  # triton is an optional extra on the CPU
-
-    weights = expert_weights(blueprint, experts.cache)
-    dispatcher = "coherent" if is_coherent else config.parallel.dispatcher
-    reason = why_not_single_launch(experts, weights, dispatcher)
-    if reason is not None:
-        if kernel == "fused":
-            raise ValueError(
-                f"kernel=fused cannot serve {parallel.groups.world_size} ranks: {reason}; or set kernel=grouped"
-            )
-        return [f"kernel=measured is grouped over {parallel.groups.world_size} ranks: {reason}"]
-    launch = RankLaunch(experts, weights, tried.dispatch_shapes, model.dtype)
-    if kernel == "measured":
-        launch.use_measured(parallel.plan.num_experts, Path(config.crossover_table).expanduser())
-    parallel.launch = launch
-    return []
-
-
 def eos_ids(model: Any) -> set[int]:
     """The tokens that end a text."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
@@ -258,9 +279,7 @@ def eos_ids(model: Any) -> set[int]:
     return set()
 
 
-def _make_lookahead(
-    blueprint: Blueprint, model: Any, offload: OffloadConfig, cache: ExpertCache, parallel: ExpertParallel | None
-) -> Lookahead | None:
+def _make_lookahead(blueprint: Blueprint, model: Any, offload: OffloadConfig, cache: ExpertCache) -> Lookahead | None:
     if offload.prefetch == "off":
         return None
     sites, top_k = blueprint.index.sites, blueprint.top_k
@@ -268,18 +287,22 @@ def _make_lookahead(
         guess = router_guess(model, sites, top_k)
     else:
         guess = transition_guess([site.num_experts for site in sites], top_k)
-    return Lookahead(cache, guess, parallel)
+    return Lookahead(cache, guess, None)
 
 
-def _make_store(blueprint: Blueprint, offload: OffloadConfig, parallel: ExpertParallel | None) -> ExpertStore:
+def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:
     if offload.store == "mmap":
         return MmapStore(blueprint.index, check=offload.check)
     files = FileStore(blueprint.index, direct=offload.direct, check=offload.check)
     if offload.store != "ram":
         return files
-    store = RamStore.read_from(files) if parallel is None else parallel.share_host_copy(files)
-    files.close()
-    return store
+    try:
+        if share is None or not share.host_copy:
+            return RamStore.read_from(files)
+        model = hashlib.sha256(str(blueprint.folder.resolve()).encode()).hexdigest()[:16]
+        return SharedStore(files, f"{share.host_copy}-{model}")
+    finally:
+        files.close()
 
 
 @contextmanager

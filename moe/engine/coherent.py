@@ -13,11 +13,8 @@ What travels is the residual stream: norms and shared experts run where it arriv
 `2·d_kv·(G - 1) < d·p`, or where a saved round costs more than those bytes (`why_coherent`).
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,19 +25,14 @@ from transformers.masking_utils import causal_mask_function
 from moe.comm.coherent import CoherentDispatcher
 from moe.comm.errors import Task
 from moe.comm.gather import BackgroundGather, Gathering
-from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.wire import Traffic, Wire
-from moe.engine.requests import Chunk, Request
+from moe.engine.coherent_choice import SHARED_EXPERTS
+from moe.engine.requests import Chunk
 from moe.engine.runner import PackedRunner
-from moe.engine.sampling import Choice, Logprobs, Sampler
-from moe.engine.scheduler import Scheduler
+from moe.engine.sampling import Choice, Logprobs
 from moe.layer.experts import SlotExperts
-from moe.layer.parallel import ExpertParallel
 from moe.models.attention import MaskRule, StepLayout
 from moe.models.kv import CACHE_NAME
-from moe.outputs import FinishReason
-from moe.params import SamplingParams
-from moe.placement.topology import Link, probe_link
 
 
 def _no_shared(mlp: Any, x: Tensor) -> Tensor | None:
@@ -55,112 +47,11 @@ def _gated_shared(mlp: Any, x: Tensor) -> Tensor | None:
     return F.sigmoid(mlp.shared_expert_gate(x)) * mlp.shared_expert(x)  # type: ignore[no-any-return]
 
 
-# model_type: what a layer adds to its routed experts. All else of such a layer is h += attention, h += mlp, each
-# behind one norm, with a router `mlp.gate`; the tests compare every one of them with transformers' own forward.
 _SHARED_PART: dict[str, Callable[[Any, Tensor], Tensor | None]] = {
-    "mixtral": _no_shared,
-    "olmoe": _no_shared,
-    "qwen2_moe": _gated_shared,
-    "qwen3_moe": _no_shared,
-    "deepseek_v2": _shared,
-    "deepseek_v3": _shared,
+    "none": _no_shared,
+    "added": _shared,
+    "gated": _gated_shared,
 }
-
-
-def why_not_coherent(config: Any, max_context: int, is_packed: bool) -> str | None:
-    """The reason why this model cannot decode coherently; None if it can."""
-    if config.model_type not in _SHARED_PART:
-        return f"layers of {config.model_type} are not known to be plain; it works for {', '.join(_SHARED_PART)}"
-    if not is_packed:
-        return "sequences run one at a time (batch.packed=false)"
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" not in getattr(config, "layer_types", ["sliding_attention"]):
-        window = None
-    if window is not None and window < max_context:
-        return f"its attention sees {window} of {max_context} tokens; set max_context to {window} or less"
-    return None
-
-
-class Costs(NamedTuple):
-    """What one token costs in one layer. p: share of the experts that are on other ranks, over all ranks and layers."""
-
-    kv_bytes: float
-    result_bytes: float  # of one expert's result, as it travels
-    p: float
-    top_k: int
-    num_ranks: int
-
-
-def why_coherent(costs: Costs, tokens: int, link: Callable[[], Link]) -> tuple[bool, str]:
-    """Whether to decode coherently, and why. tokens: of a rank's step; link: measures the slowest link when needed."""
-    extra, saved = costs.kv_bytes * (costs.num_ranks - 1), costs.result_bytes * costs.p
-    figures = (
-        f"K/V of a token for {costs.num_ranks - 1} other ranks {extra:.0f} bytes a layer, results saved {saved:.0f}"
-    )
-    if extra < saved:
-        return True, figures
-    if costs.top_k > 1:
-        return False, f"{figures}, and with {costs.top_k} experts a token no round is saved"
-    latency, seconds = link().latency, tokens * (extra - saved) / link().bandwidth
-    return latency > seconds, f"{figures}; a saved round is {latency * 1e6:.0f} µs, the bytes {seconds * 1e6:.0f} µs"
-
-
-def measure_link(groups: Groups) -> Link:
-    """Latency and bandwidth of an all-to-all as these ranks see it, the same on all. A collective; 15 to 45 of them."""
-    assert groups.world is not None
-    return probe_link(timed_all_to_all(groups, groups.world, groups.world_size), (1 << 10, 1 << 16, 1 << 20))
-
-
-class Replicas:
-    """The requests of all ranks on every rank: what one rank adds or ends, all do before the next step."""
-
-    def __init__(self, parallel: ExpertParallel) -> None:
-        self.parallel = parallel
-        self._known: dict[tuple[int, int], Request] = {}  # by owner and its id there
-
-    def add(self, request: Request) -> None:
-        self._known[request.owner, request.id] = request
-        self._say({"add": request.id, "tokens": request.tokens, "params": asdict(request.params)})
-
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        """Ends it here now, and on all ranks before the next step."""
-        request.finish_reason = reason
-        self._say({"end": request.id, "reason": reason})
-
-    def forget(self, request: Request) -> None:
-        self._known.pop((request.owner, request.id), None)
-
-    def hear(self, scheduler: Scheduler) -> None:
-        """Does what all ranks said, everywhere in the same order; a rank's requests take turns with the others'."""
-        for turn in zip_longest(*self.parallel.heard):
-            for rank, line in enumerate(turn):
-                if line is not None:
-                    self._do(rank, json.loads(line), scheduler)
-        self.parallel.heard = [[] for _ in self.parallel.heard]
-
-    def _say(self, notice: dict[str, Any]) -> None:
-        self.parallel.notices.append(json.dumps(notice).encode() + b"\n")
-
-    def _do(self, rank: int, notice: dict[str, Any], scheduler: Scheduler) -> None:
-        if "end" in notice:
-            request = self._known.pop((rank, notice["end"]), None)
-            if request is not None:
-                scheduler.finish(request, notice["reason"])
-            return
-        key = rank, notice["add"]
-        if key not in self._known:
-            params = SamplingParams(**notice["params"])
-            tokens = notice["tokens"]
-            self._known[key] = Request(
-                id=notice["add"],
-                tokens=tokens,
-                params=params,
-                num_prompt=len(tokens),
-                sampler=Sampler(params, len(tokens)),
-                owner=rank,
-                place=rank,
-            )
-        scheduler.add(self._known[key])
 
 
 class CoherentRunner:
@@ -182,7 +73,7 @@ class CoherentRunner:
         self._base = self.model.base_model
         site_of = {id(self.model.get_submodule(name)): site for site, name in enumerate(sites)}
         self._sites = [site_of.get(id(getattr(layer.mlp, "experts", None))) for layer in self._base.layers]
-        self._shared_part = _SHARED_PART[self.model.config.model_type]
+        self._shared_part = _SHARED_PART[SHARED_EXPERTS[self.model.config.model_type]]
         self._coming: list[Gathering | None] = [None] * len(self.kv.layers)
         self._here: list[int] = []  # of the step's chunks, those whose logits are on this rank
         self._counts: list[int] = []  # how many such chunks every rank has
@@ -246,7 +137,7 @@ class CoherentRunner:
         for c in chunks:
             tokens[c.request.owner] += c.end - c.start
             self._counts[c.request.owner] += c.samples
-        self.parallel.agreement = replace(self.parallel.agreement, tokens=tuple(tokens))
+        self.parallel.tokens = tuple(tokens)
         if own:
             logits = self.packed.forward([chunks[i] for i in own])
             logits = logits[[chunks[i].samples for i in own]]

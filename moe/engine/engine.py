@@ -10,27 +10,30 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe.comm.control import Control
 from moe.comm.groups import Groups
 from moe.comm.wire import Traffic
 from moe.config import EngineConfig
-from moe.engine import assemble
-from moe.engine.coherent import CoherentRunner, Replicas
+from moe.engine.assemble import Loaded, Share, load, read_model
+from moe.engine.coherent import CoherentRunner
+from moe.engine.join import Decisions, Place, forget_host_copy, join, share_of, shareable_shape, stay_alone
+from moe.engine.modes import Coherent
 from moe.engine.recorder import TraceRecorder
 from moe.engine.requests import Chunk, Request
-from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, planned_runner
-from moe.engine.sampling import Choice, Sampler
+from moe.engine.sampling import Choice
 from moe.engine.scheduler import Scheduler
-from moe.models.attention import ATTENTION_NAME
-from moe.models.blueprint import read_blueprint
-from moe.models.kv import BlockPool
-from moe.models.neighbours import why_not_packed
+from moe.layer.experts import SlotExperts
+from moe.layer.parallel import ExpertParallel
+from moe.models.blueprint import Blueprint
 from moe.offload.cache import LayerStats
 from moe.outputs import FinishReason
 from moe.params import MAX_SEED, SamplingParams
+from moe.placement.plan import Plan
 
 
 @dataclass(slots=True)
@@ -56,92 +59,150 @@ class StepStats:
 class Engine:
     """One model in this process. Not thread-safe; one thread adds requests and steps.
 
-    With `groups` the experts are shared by their ranks, and every call of `start` and `step` is a collective.
+    With `groups` the experts are shared by their ranks, and every call of `start` and `step` is a collective. `share`:
+    what this process will have of the experts, for one that loads before it meets its peers (`join`).
 
-    Raises ValueError for a folder, a budget or a setting that cannot be served.
+    Raises ValueError for a folder, a budget or a setting that cannot be served; then no thread, file or memory is left.
     """
 
-    def __init__(self, folder: str | Path, config: EngineConfig | None = None, groups: Groups | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        config: EngineConfig | None = None,
+        groups: Groups | None = None,
+        *,
+        share: Share | None = None,
+    ) -> None:
         self.config = config = config or EngineConfig()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.blueprint = read_blueprint(folder)
-        self.notes = assemble.notes_on(self.blueprint)
-        device = assemble.find_device(config.device)
-        self.parallel = None if groups is None else assemble.make_parallel(groups, self.blueprint, config.parallel)
-        self.max_context = min(n for n in (config.max_context, self.blueprint.max_context, 1 << 30) if n)
-        reason = why_not_packed(self.blueprint.skeleton, self.max_context)
-        self.is_packed = reason is None and config.batch.packed
-        if reason is not None:
-            self.notes.append(f"sequences run one at a time, not packed: {reason}")
-        self.model = assemble.make_model(self.blueprint, config, device)
-        tried = assemble.try_a_token(self.model, self.blueprint, self.is_packed, self.parallel is not None)
-        self._dispatch_shapes = tried.dispatch_shapes
-        self.replicas = self._make_replicas(tried)
-        self.scheduler, self.runner, kv_bytes = self._make_runner(tried)
-        self.experts = assemble.make_experts(self.blueprint, self.model, config, self.parallel, kv_bytes)
-        self.notes += assemble.offer_single_launch(
-            self.blueprint,
-            self.model,
-            config,
-            experts=self.experts,
-            tried=tried,
-            is_coherent=self.replicas is not None,
-        )
-        self.coherent: CoherentRunner | None = None
-        if self.replicas is not None:
-            assert self.experts is not None
-            assert isinstance(self.runner, PackedRunner)
-            sites = [site.module for site in self.blueprint.index.sites]
-            self.coherent = CoherentRunner(self.runner, self.experts, sites)
-            self.runner = self.coherent
-        self.eos_ids = assemble.eos_ids(self.model)
+        read = read_model(folder, config)
+        if groups is not None:
+            share = share_of(read.blueprint, groups, config.parallel)
+        self.loaded: Loaded = load(read, share)
+        self.eos_ids = self.loaded.dense.eos_ids
         self.stats = StepStats()
         self.recorder: TraceRecorder | None = None
         self.last_logits: dict[int, list[Tensor]] | None = None  # by request, when `keep_logits` was called
         self._started: dict[int, float] = {}
         self.next_id = 0
+        self.place: Place
+        self._take_first_place(groups, share)
 
     def step(self) -> list[Request]:
-        """Computes one batch. Returns the sequences that got a token, finished ones included."""
+        """Computes one batch. Returns the requests that got a token, finished ones included."""
         start = time.perf_counter()
-        chunks, joins = self._plan_step()
-        logits = self.runner.forward(chunks) if chunks else torch.empty(0)
-        for _ in range(joins):
-            self._join()
-        self._record(chunks)
+        mode = self.place.mode
+        chunks = mode.plan()
+        logits = mode.forward(chunks)
+        self._observe(chunks, logits)
         for chunk in chunks:
-            self.scheduler.computed(chunk)
-        choices = self._choose(chunks, logits.cpu())
+            mode.scheduler.computed(chunk)
+        choices = mode.choose(chunks, logits)
         stepped = [self._accept(c.request, choice) for c, choice in zip((c for c in chunks if c.samples), choices)]
         self._count(chunks, start)
         return [request for request in stepped if request.owner == self.rank]
 
+    def join(self, groups: Groups | None, plan: Plan | None = None, decisions: Decisions | None = None) -> None:
+        """Takes this process to a generation of ranks, or out of all (None), between two steps. A collective.
+
+        The model and its slots stay, and so do this rank's requests: where tokens go home again they go on with their
+        KV, in a coherent run they are computed again. The former groups may be gone already. plan: of these ranks,
+        None = contiguous; decisions: None = the ranks decide now. Raises ValueError for a plan that does not fit, and
+        CommError when a peer is lost; then it is alone, and may join again.
+        """
+        open_requests, before = self.place.mode.open_requests(), self.place.mode.scheduler
+        self.place = stay_alone(self.loaded)
+        try:
+            if groups is not None:
+                self.place = self._place_in(groups, plan, decisions)
+        finally:
+            self._go_on_with(open_requests, before)
+
+    def _place_in(self, groups: Groups, plan: Plan | None, decisions: Decisions | None) -> Place:
+        shape = shareable_shape(self.blueprint)
+        plan = plan or Plan.contiguous(*shape, groups.world_size)
+        if (plan.num_layers, plan.num_experts, plan.num_ranks) != (*shape, groups.world_size):
+            raise ValueError(
+                f"the plan is of {plan.num_layers} layers of {plan.num_experts} experts on {plan.num_ranks} ranks, "
+                f"this generation needs {shape[0]} of {shape[1]} on {groups.world_size}"
+            )
+        return join(self.loaded, groups, plan, decisions)
+
+    def _go_on_with(self, open_requests: Seq[Request], before: Scheduler) -> None:
+        mode = self.place.mode
+        if mode.scheduler is before:
+            for request in open_requests:
+                request.owner = request.place = self.rank
+            return
+        before.hand_over()
+        for request in open_requests:
+            request.begin_again(self.rank, self.loaded.dense.vocabulary)
+            mode.add(request)
+
     def start(self) -> None:
         """Begins a run of steps after which `has_work` is false. With ranks: a collective, before the first step."""
-        if self.parallel is not None:
-            self.parallel.agree(1, 0)
+        self.place.mode.start()
 
     @property
     def has_work(self) -> bool:
         """Whether this rank, or any, has something to compute or to hand over."""
-        return self.scheduler.has_work if self.parallel is None else not self.parallel.agreement.is_over
+        return self.place.mode.has_work
 
     @property
     def rank(self) -> int:
-        return 0 if self.parallel is None else self.parallel.groups.rank
+        return self.place.rank
 
     @property
     def traffic(self) -> list[Traffic]:
         """What this rank has sent, by part of the engine."""
-        if self.parallel is None:
-            return []
-        moved = self.coherent.traffic if self.coherent is not None else []
-        if self.experts is not None and self.experts.lookahead is not None:
-            moved = self.experts.lookahead.traffic
-        return [self.parallel.dispatcher.traffic, *moved]
+        return self.place.mode.traffic
 
-    def check_request(self, tokens: Seq[int], params: SamplingParams) -> None:
+    @property
+    def blueprint(self) -> Blueprint:
+        return self.loaded.read.blueprint
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.dense.model
+
+    @property
+    def is_packed(self) -> bool:
+        return self.loaded.dense.is_packed
+
+    @property
+    def max_context(self) -> int:
+        return self.loaded.dense.max_context
+
+    @property
+    def experts(self) -> SlotExperts | None:
+        return self.loaded.experts.slots
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.place.mode.scheduler
+
+    @property
+    def parallel(self) -> ExpertParallel | None:
+        return self.place.parallel
+
+    @property
+    def control(self) -> Control | None:
+        """The lock step with other ranks."""
+        return self.place.mode.control
+
+    @property
+    def coherent(self) -> CoherentRunner | None:
+        """What moves tokens, in a coherent run."""
+        mode = self.place.mode
+        return mode.runner if isinstance(mode, Coherent) else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about how this model is served."""
+        return [*self.loaded.notes, *self.place.notes]
+
+    def check_request(self, tokens: Seq[int], params: SamplingParams, num_prompt: int | None = None) -> None:
         """Raises ValueError for a prompt of token ids that cannot ever run."""
         vocabulary = self.model.config.get_text_config().vocab_size
         if not tokens:
@@ -158,35 +219,29 @@ class Engine:
                 raise ValueError(f"{name} names token {bad}, outside the vocabulary of {vocabulary}")
         pool = self.scheduler.pool
         wanted = 1 if params.max_tokens is None else params.max_tokens
-        longest = min(len(tokens) + wanted, self.max_context)
+        longest = min((num_prompt or len(tokens)) + wanted, self.max_context)
         if -(-longest // pool.block_size) > pool.num_blocks:
             raise ValueError(
                 f"prompt and answer take {longest} tokens, the KV cache holds {pool.num_blocks * pool.block_size}; "
                 "raise batch.kv_tokens or lower max_tokens"
             )
 
-    def add_request(self, tokens: Seq[int], params: SamplingParams) -> Request:
-        """Queues a prompt of token ids; without a seed it draws its own. Raises ValueError if it cannot ever run."""
-        self.check_request(tokens, params)
-        pool = self.scheduler.pool
-        room = min(self.max_context, pool.num_blocks * pool.block_size) - len(tokens)
+    def add_request(self, tokens: Seq[int], params: SamplingParams, num_prompt: int | None = None) -> Request:
+        """Queues a prompt of token ids; without a seed it draws its own. Raises ValueError if it cannot ever run.
+
+        num_prompt: how many of the tokens are the prompt, None = all; the others are the beginning of the answer, said
+        elsewhere, which goes on as it would have there.
+        """
+        self.check_request(tokens, params, num_prompt)
+        num_prompt, pool = num_prompt or len(tokens), self.scheduler.pool
+        room = min(self.max_context, pool.num_blocks * pool.block_size) - num_prompt
         seed = secrets.randbelow(MAX_SEED)
         params = params.resolved(seed=seed, max_tokens=max(1, room), end_token_ids=self.eos_ids)
-        request = Request(
-            id=self.next_id,
-            tokens=list(tokens),
-            params=params,
-            num_prompt=len(tokens),
-            sampler=Sampler(params, len(tokens)),
-            owner=self.rank,
-            place=self.rank,
-        )
+        request = Request(self.next_id, list(tokens), params, num_prompt)
+        request.begin_again(self.rank, self.loaded.dense.vocabulary)
         self.next_id += 1
         self._started[request.id] = time.perf_counter()
-        if self.replicas is not None:
-            self.replicas.add(request)
-        else:
-            self.scheduler.add(request)
+        self.place.mode.add(request)
         return request
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -196,13 +251,9 @@ class Engine:
         """
         if request.finish_reason == "length" and reason == "stop":
             request.finish_reason = reason
-        if request.finish_reason is not None:
-            return
-        self._started.pop(request.id, None)
-        if self.replicas is not None:
-            self.replicas.finish(request, reason)  # in the next step, with all ranks
-        else:
-            self.scheduler.finish(request, reason)
+        if request.finish_reason is None:
+            self._started.pop(request.id, None)
+            self.place.mode.finish(request, reason)
 
     def record(self) -> TraceRecorder:
         """From now on every token's routing is kept; prefixes are no longer shared, so that none is left out."""
@@ -244,33 +295,41 @@ class Engine:
         return None
 
     def close(self) -> None:
-        if self.experts is not None:
-            self.experts.cache.close()
-            self.experts.cache.store.close()
+        self.loaded.close()
 
-    def _choose(self, chunks: Seq[Chunk], logits: Tensor) -> list[Choice]:
-        """The next token of every chunk that samples. logits: as the runner gives them, on the CPU."""
-        if self.coherent is not None:
-            return self.coherent.choose(chunks, logits) if chunks else []
-        sampling = [(c.request, row) for c, row in zip(chunks, logits) if c.samples]
+    def _take_first_place(self, groups: Groups | None, share: Share | None) -> None:
+        try:
+            self.place = stay_alone(self.loaded)
+            if groups is not None and share is not None:
+                forget_host_copy(self.loaded, groups)
+                self.join(groups, share.plan)
+        except BaseException:
+            self.close()
+            raise
+
+    def _observe(self, chunks: Seq[Chunk], logits: Tensor) -> None:
+        """Before anything of the step is accepted."""
+        if self.recorder is not None and self.experts is not None and chunks:
+            self.recorder.add(chunks, self.experts.take_routing())
         if self.last_logits is not None:
-            for request, row in sampling:
-                self.last_logits.setdefault(request.id, []).append(row.clone())
-        return [request.sampler.choose(row, request.tokens) for request, row in sampling]
+            for chunk, row in zip(chunks, logits):
+                if chunk.samples:
+                    self.last_logits.setdefault(chunk.request.id, []).append(row.clone())
 
     def _accept(self, request: Request, choice: Choice) -> Request:
+        is_own = request.owner == self.rank
         if choice.error is None:
             if choice.logprobs is not None:
                 request.logprobs.append(choice.logprobs)
             request.tokens.append(choice.token)
-            if request.num_output == 1 and request.owner == self.rank:
-                self.stats.first_token_seconds.append(time.perf_counter() - self._started.pop(request.id))
+            started = self._started.pop(request.id, None) if is_own else None
+            if started is not None:
+                self.stats.first_token_seconds.append(time.perf_counter() - started)
         request.error = choice.error
         if (reason := self._why_finished(request)) is not None:
             self.scheduler.finish(request, reason)
-            if self.replicas is not None:
-                self.replicas.forget(request)
-            if request.owner == self.rank:
+            self.place.mode.ended(request)
+            if is_own:
                 self._started.pop(request.id, None)
                 self.stats.shared_tokens += request.num_shared
                 self.stats.preemptions += request.num_preempted
@@ -286,27 +345,6 @@ class Engine:
         is_full = request.num_output >= params.max_tokens or len(request.tokens) >= self.max_context
         return "length" if is_full else None
 
-    def _plan_step(self) -> tuple[list[Chunk], int]:
-        """The chunks of this step, and how many forwards of other ranks this one must join in it."""
-        if self.parallel is None:
-            return self.scheduler.schedule(), 0
-        if self.replicas is not None:
-            self.parallel.agree(int(self.scheduler.has_work or any(self.parallel.heard)), 0)
-            self.replicas.hear(self.scheduler)
-            return self.scheduler.schedule(), 0
-        chunks = self.scheduler.schedule()
-        own = self.runner.num_forwards(chunks)
-        return chunks, max(self.parallel.agree(own, sum(c.end - c.start for c in chunks)).forwards) - own
-
-    @torch.inference_mode()
-    def _join(self) -> None:
-        assert self.experts is not None
-        self.experts.join(self.blueprint.index.sites[0].hidden_size, self.model.dtype, self._dispatch_shapes)
-
-    def _record(self, chunks: Seq[Chunk]) -> None:
-        if self.recorder is not None and self.experts is not None and chunks:
-            self.recorder.add(chunks, self.experts.take_routing())
-
     def _count(self, chunks: Seq[Chunk], start: float) -> None:
         seconds = time.perf_counter() - start
         own = [c for c in chunks if c.request.owner == self.rank]
@@ -319,36 +357,6 @@ class Engine:
         else:
             self.stats.pure_decode_tokens += len(own)
             self.stats.decode_seconds += seconds
-
-    def _make_replicas(self, tried: assemble.TriedToken) -> Replicas | None:
-        """What holds the requests of all ranks, in a coherent run."""
-        if self.parallel is None:
-            return None
-        is_coherent, reason = assemble.decide_coherent(
-            self.parallel, self.model, self.blueprint, self.config, tried, self.max_context
-        )
-        self.notes += [reason] if reason is not None else []
-        return Replicas(self.parallel) if is_coherent else None
-
-    def _make_runner(self, tried: assemble.TriedToken) -> tuple[Scheduler, Runner, int]:
-        """The third: bytes of the KV cache, which commits them as it fills."""
-        batch = self.config.batch
-        if not self.is_packed:
-            unlimited = BlockPool(batch.max_sequences, self.max_context, sharing=False)
-            return Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(self.model), 0
-        self.model.set_attn_implementation(ATTENTION_NAME)
-        shared_by = None if self.replicas is None else self.parallel
-        if shared_by is not None:
-            batch = assemble.for_all_ranks(batch, shared_by.groups.world_size)
-        pool = assemble.make_pool(batch, tried.kv_bytes, self.max_context, shared_by)
-        kv = make_paged_kv(self.model, pool)
-        if shared_by is not None:
-            kv.prepare(tried.kv)
-        if kv.device.type == "cpu" and self.config.kernel != "reference" and shared_by is None:
-            runner = planned_runner(self.model, kv, tried.kv, self.max_context)
-        else:
-            runner = PackedRunner(self.model, kv)
-        return Scheduler(batch, pool), runner, pool.num_blocks * pool.block_size * tried.kv_bytes
 
 
 def peak_rss_bytes() -> int:

@@ -16,7 +16,7 @@ class Request:
     tokens: list[int]
     params: SamplingParams
     num_prompt: int
-    sampler: Sampler
+    sampler: Sampler = field(init=False)
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_shared: int = 0  # tokens that a shared prefix saved at admission
@@ -28,9 +28,20 @@ class Request:
     place: int = 0  # the rank where its next token begins, in coherent decode
     state: Any = None  # what a model that is not packed keeps between steps
 
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.params, self.num_prompt)
+
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def begin_again(self, rank: int, vocabulary: int) -> None:
+        """Nothing of it is computed on `rank`, its owner from now on; what it says next is what it would have said."""
+        self.owner = self.place = rank
+        self.blocks, self.num_computed, self.state = [], 0, None
+        self.sampler = Sampler(self.params, self.num_prompt)
+        for _ in range(self.num_output):
+            self.sampler.skip(vocabulary)
 
 
 class Chunk(NamedTuple):

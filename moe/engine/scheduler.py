@@ -56,6 +56,14 @@ class Scheduler:
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request, running or waiting; its blocks are free."""
         request.finish_reason = reason
+        self._take_out(request)
+
+    def hand_over(self) -> None:
+        """Another scheduler goes on with the requests."""
+        for request in [*self.running, *self.waiting]:
+            self._take_out(request)
+
+    def _take_out(self, request: Request) -> None:
         if request in self.running:
             self.running.remove(request)
             self._forget(request)

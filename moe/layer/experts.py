@@ -115,6 +115,12 @@ class SlotExperts:
         self.recording = False
         self._routed: list[list[RoutedLayer]] = [[] for _ in self.kernels]
 
+    def use_ranks(self, parallel: ExpertParallel | None) -> None:
+        """Shares the experts with these ranks from now on; what is in slots stays. None: alone."""
+        self.parallel = parallel
+        if self.lookahead is not None:
+            self.lookahead.use_ranks(parallel)
+
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
         """`compute(x [T, H], topk_ids [T, K], topk_weights [T, K], scale_input) -> [T, H]` of one layer."""
 

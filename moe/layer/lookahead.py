@@ -77,11 +77,16 @@ class Lookahead:
 
     def __init__(self, cache: ExpertCache, guess: Guess, parallel: ExpertParallel | None, trial: bool = True) -> None:
         self.prefetcher = Prefetcher(cache, trial)
-        self.guess, self.parallel = guess, parallel
+        self.guess = guess
+        self._last_layer = 0
+        self.use_ranks(parallel)
+
+    def use_ranks(self, parallel: ExpertParallel | None) -> None:
+        """Looks ahead for these ranks from now on; what it has learned stays. None: alone."""
         has_peers = parallel is not None and parallel.groups.world is not None
+        self.parallel = parallel
         self.gather = BackgroundGather(parallel.groups) if parallel is not None and has_peers else None
         self._coming: tuple[int, Floats | Gathering] | None = None
-        self._last_layer = 0
 
     @property
     def traffic(self) -> list[Traffic]:

@@ -13,18 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe.comm.control import Control
 from moe.comm.errors import CommError
-from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, SymmetricHeap
+from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, SymmetricHeap, map_together
 from moe.comm.symmetric_torch import TorchSymmetricHeap
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name, medians_us
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts
 from moe.layer.kernel_choice import MAX_SINGLE_LAUNCH_TOKENS, MEASURED_TOKENS
-from moe.layer.parallel import broadcast_lines
 
 
-def why_not_single_launch(experts: SlotExperts, layers: Sequence[ExpertWeights], dispatcher: str) -> str | None:
+def why_not_single_launch(
+    experts: SlotExperts, control: Control, layers: Sequence[ExpertWeights], dispatcher: str
+) -> str | None:
     """The reason, equal on all ranks, why these ranks cannot share a launch; None if they can. A collective."""
     parallel, cache = experts.parallel, experts.cache
     assert parallel is not None
@@ -34,7 +36,7 @@ def why_not_single_launch(experts: SlotExperts, layers: Sequence[ExpertWeights],
         return f"a symmetric heap joins the ranks of one node, these are on {parallel.groups.num_nodes}"
     if any(weights.activation.kind == "custom" for weights in layers):
         return "its activation function runs only in torch"
-    missing = -parallel.smallest(cache.num_slots - sum(map(len, parallel.hosted())))
+    missing = -control.smallest(cache.num_slots - sum(map(len, parallel.hosted())))
     if missing > 0:
         return f"all experts of every rank must be in slots and a rank lacks {missing}; raise offload.budget"
     return None
@@ -50,13 +52,14 @@ class RankLaunch:
     def __init__(
         self,
         experts: SlotExperts,
+        control: Control,
         layers: Sequence[ExpertWeights],
         shapes: Sequence[tuple[int, int]],
         dtype: torch.dtype,
         max_tokens: int = MAX_SINGLE_LAUNCH_TOKENS,
     ) -> None:
         assert experts.parallel is not None
-        self.experts, self.parallel, self.layers = experts, experts.parallel, list(layers)
+        self.experts, self.parallel, self.control, self.layers = experts, experts.parallel, control, list(layers)
         plan, device = self.parallel.plan, experts.cache.device
         self.shapes = [
             FusedShape(
@@ -127,14 +130,15 @@ class RankLaunch:
             if keys.index(key) < layer:
                 self.sizes[layer] = self.sizes[keys.index(key)]
                 continue
-            if not broadcast_lines(groups, [1] * table.is_measured(key)):
+            if not self.control.numbers_of_first([1] * table.is_measured(key)):
                 rows = [self._measure(layer, key, count, repeats) for count in tokens]
                 if groups.rank == 0:
                     table.replace(key, rows)
-            wins = [n for n in range(self.shapes[layer].max_tokens + 1) if groups.rank == 0]
-            self.sizes[layer] = frozenset(
-                broadcast_lines(groups, [n for n in wins if table.choose(key, n) == "single"])
-            )
+            wins: list[int] = []
+            if groups.rank == 0:
+                counts = range(self.shapes[layer].max_tokens + 1)
+                wins = [n for n in counts if table.choose(key, n) == "single"]
+            self.sizes[layer] = frozenset(self.control.numbers_of_first(wins))
 
     def _measure(self, layer: int, key: LayerKey, count: int, repeats: int) -> Measured:
         """Both paths with `count` random rows on every rank. A collective."""
@@ -165,7 +169,5 @@ class RankLaunch:
             assert groups.world is not None
             heap = TorchSymmetricHeap(nbytes, groups.world, groups.device)
         else:
-            heap = self.parallel.open_shared(
-                lambda path: MappedHeap(Path(path), groups.rank, groups.world_size, nbytes)
-            )
+            heap = map_together(groups, lambda path: MappedHeap(Path(path), groups.rank, groups.world_size, nbytes))
         return SymmetricDispatcher(shape, heap)

@@ -1,4 +1,4 @@
-"""Generations: who is missing is named, nodes may be uneven, survivors go on in one process, a wait can be ended."""
+"""Generations: who is missing is named, nodes may be uneven, survivors go on, a wait can be ended."""
 
 import os
 import signal

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from moe.batch import run_batch
 from moe.comm.membership import process_groups
 from moe.config import EngineConfig
-from moe.engine.coherent import Costs, why_coherent, why_not_coherent
+from moe.engine.coherent_choice import Costs, why_coherent, why_not_coherent
 from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.placement.topology import Link
@@ -37,7 +37,7 @@ def serve(folder, config, prompts, params) -> tuple:
             engine.experts.cache.check()
             engine.scheduler.pool.check()
             assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_blocks
-            assert not engine.replicas._known
+            assert not engine.place.mode.mirror._known
             moves = engine.coherent.dispatcher.traffic
             stats = {"calls": moves.calls, "sent": sum(moves.bytes_to), "steps": engine.stats.steps}
             stats |= {"preemptions": engine.stats.preemptions, "shared": engine.stats.shared_tokens}
@@ -157,7 +157,7 @@ def stop_and_abort(folder: str, config: EngineConfig, prompts: list[list[int]]) 
                 llm.engine.finish(request, "stop")
         pool = llm.engine.scheduler.pool
         assert pool.num_available == pool.num_blocks
-        assert not llm.engine.replicas._known
+        assert not llm.engine.place.mode.mirror._known
         return [(g.request.tokens[g.request.num_prompt :], g.request.finish_reason) for g in own]
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from moe.config import BatchConfig
 from moe.engine.requests import Request
-from moe.engine.sampling import Sampler
 from moe.engine.scheduler import Scheduler
 from moe.models.kv import BlockPool
 from moe.params import SamplingParams
@@ -36,7 +35,6 @@ class World:
             tokens=list(prompt),
             params=params,
             num_prompt=len(prompt),
-            sampler=Sampler(params),
         )
         self.sequences.append(request)
         self.scheduler.add(request)

@@ -1,0 +1,213 @@
+"""The last stage: a loaded model takes its place among ranks. It can be done again, with other peers or another plan.
+
+Everything that holds a group is made here, from one generation's groups, and thrown away with them: dispatcher,
+control, gathers, launch. What stays are the model, the slots and, where tokens go home again, KV blocks and requests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moe.comm.control import Control
+from moe.comm.dispatcher import DispatcherName
+from moe.comm.groups import Groups
+from moe.config import BatchConfig, ParallelConfig
+from moe.engine.assemble import Loaded, Share, experts_of_rank, num_blocks
+from moe.engine.coherent import CoherentRunner
+from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
+from moe.engine.mirror import RequestMirror
+from moe.engine.modes import Alone, Coherent, Ranks, StepMode
+from moe.engine.runner import PackedRunner, make_paged_kv
+from moe.engine.scheduler import Scheduler
+from moe.layer.experts import chosen_kernel
+from moe.layer.parallel import ExpertParallel
+from moe.models.blueprint import Blueprint
+from moe.models.kv import BlockPool
+from moe.offload.shared import SharedStore
+from moe.placement.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What all ranks must do alike. num_blocks: of the KV pool, where all keep the same blocks."""
+
+    is_coherent: bool = False
+    num_blocks: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A loaded model's place among ranks. parallel: None if alone. notes: what a user should know about it."""
+
+    mode: StepMode
+    parallel: ExpertParallel | None
+    decisions: Decisions
+    notes: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.parallel is None else self.parallel.groups.rank
+
+
+def share_of(blueprint: Blueprint, groups: Groups, config: ParallelConfig) -> Share:
+    """This rank's part of the plan that is configured. Raises ValueError for another model's or number of ranks."""
+    num_layers, num_experts = shareable_shape(blueprint)
+    if config.plan is None:
+        plan = Plan.contiguous(num_layers, num_experts, groups.world_size)
+    else:
+        plan = Plan.load(config.plan)
+    if (plan.num_layers, plan.num_experts) != (num_layers, num_experts):
+        raise ValueError(
+            f"{config.plan} places {plan.num_layers} layers of {plan.num_experts} experts, {blueprint.folder} has "
+            f"{num_layers} of {num_experts}: it is the plan of another model"
+        )
+    if plan.num_ranks != groups.world_size:
+        raise ValueError(
+            f"the plan is for {plan.num_ranks} ranks, this run has {groups.world_size}; solve it again for them"
+        )
+    return Share(plan, groups.rank, groups.name if groups.local is not None else "")
+
+
+def shareable_shape(blueprint: Blueprint) -> tuple[int, int]:
+    """(layers, experts of each). Raises ValueError for a model that ranks cannot share."""
+    counts = {site.num_experts for site in blueprint.index.sites}
+    if blueprint.config.is_encoder_decoder or len(counts) != 1:
+        reason = "it is an encoder-decoder" if blueprint.config.is_encoder_decoder else "layers differ in experts"
+        raise ValueError(f"{blueprint.folder} cannot be served by several ranks: {reason if counts else 'no experts'}")
+    return len(blueprint.index.sites), counts.pop()
+
+
+def stay_alone(loaded: Loaded) -> Place:
+    if loaded.experts.slots is not None:
+        loaded.experts.slots.use_ranks(None)
+    return Place(Alone(loaded.memory.scheduler, loaded.memory.runner), None, Decisions(), ())
+
+
+def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None = None) -> Place:
+    """Takes this rank's place in a generation. A collective: all its ranks must call, with the same arguments.
+
+    decisions: None = the ranks decide together now. Raises ValueError for what these ranks cannot do.
+    """
+    slots, parallel_config = loaded.experts.slots, loaded.read.config.parallel
+    assert slots is not None, "shareable_shape has refused a model without experts"
+    is_hierarchical = parallel_config.dispatcher == "hierarchical"
+    home: DispatcherName = "hierarchical" if is_hierarchical else "all_to_all"
+    parallel = ExpertParallel(groups, plan, home, parallel_config.broadcast_tokens)
+    control = Control(groups)
+    notes = []
+    if is_hierarchical and not groups.is_even:
+        notes.append(f"nodes {groups.nodes} have unequal numbers of ranks: tokens go in one step, not in two")
+    if decisions is None:
+        decisions, reason = decide(loaded, parallel, control)
+        notes += [] if reason is None else [reason]
+    slots.use_ranks(parallel)
+    own = experts_of_rank(plan, groups.rank)
+    if slots.cache.num_slots >= sum(map(len, own)):
+        slots.cache.preload(own)
+    mode = (_coherent_mode if decisions.is_coherent else _ranks_mode)(loaded, parallel, control, decisions)
+    notes += _offer_single_launch(loaded, parallel, control, decisions)
+    return Place(mode, parallel, decisions, tuple(notes))
+
+
+def forget_host_copy(loaded: Loaded, groups: Groups) -> None:
+    """Once all ranks of the node have mapped their host copy, its name is of no use. A collective of the node."""
+    slots = loaded.experts.slots
+    if slots is not None and isinstance(slots.cache.store, SharedStore) and groups.local is not None:
+        dist.barrier(group=groups.local)
+        slots.cache.store.forget_name()
+
+
+def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[Decisions, str | None]:
+    """What these ranks do alike, and the reason where it was not simply told. Maybe a collective.
+
+    Raises ValueError where they were told to decode coherently and cannot.
+    """
+    config, dense = loaded.read.config, loaded.dense
+    wanted, folder = config.parallel.dispatcher, loaded.read.blueprint.folder
+    if wanted not in ("auto", "coherent"):
+        return Decisions(), None
+    reason = why_not_coherent(dense.model.config, dense.max_context, is_packed=dense.is_packed)
+    if config.offload.prefetch != "off":
+        reason = f"offload.prefetch={config.offload.prefetch} is set, which follows tokens that stay on their rank"
+    if wanted == "coherent" and reason is not None:
+        raise ValueError(f"parallel.dispatcher=coherent cannot serve {folder}: {reason}")
+    is_coherent, told = wanted == "coherent", None
+    if wanted == "auto":
+        if reason is None:
+            costs = Costs(
+                kv_bytes=dense.tried.kv_bytes / dense.model.config.num_hidden_layers,
+                result_bytes=4 * dense.model.config.hidden_size,
+                p=parallel.share_elsewhere(),
+                top_k=loaded.read.blueprint.top_k,
+                num_ranks=parallel.groups.world_size,
+            )
+            groups = parallel.groups
+            pays, reason = why_coherent(costs, config.batch.max_sequences, lambda: measure_link(groups))
+            is_coherent = bool(control.smallest(int(pays)))
+        told = f"parallel.dispatcher=auto is {'coherent' if is_coherent else 'all_to_all'}: {reason}"
+    if not is_coherent:
+        return Decisions(), told
+    batch = _for_all_ranks(config.batch, parallel.groups.world_size)
+    return Decisions(True, control.smallest(num_blocks(batch, dense))), told
+
+
+def _for_all_ranks(batch: BatchConfig, num_ranks: int) -> BatchConfig:
+    """What was meant for one rank, for a scheduler that has the requests of all."""
+    return replace(batch, max_tokens=batch.max_tokens * num_ranks, max_sequences=batch.max_sequences * num_ranks)
+
+
+def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, decisions: Decisions) -> StepMode:
+    slots = loaded.experts.slots
+    assert slots is not None
+    return Ranks(
+        loaded.memory.scheduler,
+        loaded.memory.runner,
+        control=control,
+        parallel=parallel,
+        experts=slots,
+        shapes=loaded.dense.tried.dispatch_shapes,
+        hidden_size=loaded.read.blueprint.index.sites[0].hidden_size,
+        dtype=loaded.dense.model.dtype,
+    )
+
+
+def _coherent_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, decisions: Decisions) -> StepMode:
+    """Schedulers and KV blocks must be equal on all ranks: both are new, requests are said again by their owners."""
+    slots, dense = loaded.experts.slots, loaded.dense
+    assert slots is not None
+    assert decisions.num_blocks is not None, decisions
+    batch = _for_all_ranks(loaded.read.config.batch, parallel.groups.world_size)
+    pool = BlockPool(decisions.num_blocks, batch.block_size, batch.prefix_sharing)
+    kv = make_paged_kv(dense.model, pool)
+    kv.prepare(dense.tried.kv)
+    sites = [site.module for site in loaded.read.blueprint.index.sites]
+    runner = CoherentRunner(PackedRunner(dense.model, kv), slots, sites)
+    return Coherent(Scheduler(batch, pool), runner, control, RequestMirror(control, dense.vocabulary))
+
+
+def _offer_single_launch(
+    loaded: Loaded, parallel: ExpertParallel, control: Control, decisions: Decisions
+) -> Sequence[str]:
+    """Lets one launch over all ranks serve steps of few tokens, where the kernel asks for it. With ranks: a collective.
+
+    Returns what a user should know. Raises ValueError, on all ranks, where kernel=fused was told and cannot be.
+    """
+    config, slots, weights = loaded.read.config, loaded.experts.slots, loaded.experts.weights
+    kernel, num_ranks = chosen_kernel(config.kernel, loaded.read.device), parallel.groups.world_size
+    if slots is None or num_ranks == 1 or kernel not in ("fused", "measured"):
+        return []
+    from moe.layer.single_launch import RankLaunch, why_not_single_launch  # triton is an optional extra on the CPU
+
+    dispatcher = "coherent" if decisions.is_coherent else config.parallel.dispatcher
+    reason = why_not_single_launch(slots, control, weights, dispatcher)
+    if reason is not None:
+        if kernel == "fused":
+            raise ValueError(f"kernel=fused cannot serve {num_ranks} ranks: {reason}; or set kernel=grouped")
+        return [f"kernel=measured is grouped over {num_ranks} ranks: {reason}"]
+    launch = RankLaunch(slots, control, weights, loaded.dense.tried.dispatch_shapes, loaded.dense.model.dtype)
+    if kernel == "measured":
+        launch.use_measured(parallel.plan.num_experts, Path(config.crossover_table).expanduser())
+    parallel.launch = launch
+    return []

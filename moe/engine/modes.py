@@ -1,0 +1,209 @@
+"""How a step runs: alone, in lock step with other ranks, or with tokens that stay where their experts are.
+
+The engine steps the same way in every mode; what differs is behind `StepMode`. A mode belongs to one generation of
+ranks and is thrown away with it.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe.comm.control import Control
+from moe.comm.wire import Traffic
+from moe.engine.coherent import CoherentRunner
+from moe.engine.mirror import RequestMirror
+from moe.engine.requests import Chunk, Request
+from moe.engine.runner import Runner
+from moe.engine.sampling import Choice
+from moe.engine.scheduler import Scheduler
+from moe.layer.experts import SlotExperts
+from moe.layer.parallel import ExpertParallel
+from moe.outputs import FinishReason
+
+
+class StepMode(Protocol):
+    """A step is `plan`, `forward`, `choose`; between steps requests come and go. With ranks all are collectives."""
+
+    scheduler: Scheduler
+
+    @property
+    def control(self) -> Control | None:
+        """Of the ranks; None if alone."""
+
+    def start(self) -> None:
+        """Begins a run of steps after which `has_work` is false."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether this rank, or any, has something to compute or to hand over."""
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """What this rank has sent, by part of the engine."""
+
+    def plan(self) -> list[Chunk]:
+        """What the next step computes here."""
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Logits on the CPU, as `choose` takes them."""
+
+    def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
+        """The next token of every chunk that samples."""
+
+    def add(self, request: Request) -> None: ...
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """Ends a request from outside of a step."""
+
+    def ended(self, request: Request) -> None:
+        """A request ended in the step, on all ranks that know it."""
+
+    def open_requests(self) -> list[Request]:
+        """Those of this rank that are not finished, oldest first."""
+
+
+class Alone:
+    """One process."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler, self.runner = scheduler, runner
+
+    @property
+    def control(self) -> Control | None:
+        return None
+
+    def start(self) -> None:
+        """Nothing is agreed."""
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        return []
+
+    def plan(self) -> list[Chunk]:
+        return self.scheduler.schedule()
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """[chunks, V]."""
+        return self.runner.forward(chunks).cpu() if chunks else torch.empty(0)
+
+    def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
+        sampling = [(c.request, row) for c, row in zip(chunks, logits) if c.samples]
+        return [request.sampler.choose(row, request.tokens) for request, row in sampling]
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.finish(request, reason)
+
+    def ended(self, request: Request) -> None:
+        """Nobody else knows it."""
+
+    def open_requests(self) -> list[Request]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
+
+class Ranks(Alone):
+    """Each rank has requests of its own; a rank with fewer forwards joins those of the others with T = 0.
+
+    shapes: (rows per token, K of a row) by layer, as `SlotExperts.join` takes them.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        control: Control,
+        parallel: ExpertParallel,
+        experts: SlotExperts,
+        shapes: Sequence[tuple[int, int]],
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(scheduler, runner)
+        self._control, self.parallel, self.experts = control, parallel, experts
+        self._joined_with = hidden_size, dtype, list(shapes)
+
+    @property
+    def control(self) -> Control:
+        return self._control
+
+    def start(self) -> None:
+        self._agree(1, 0)
+
+    @property
+    def has_work(self) -> bool:
+        return not self.control.agreement.is_over
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        ahead = self.experts.lookahead
+        return [self.parallel.dispatcher.traffic, *(ahead.traffic if ahead is not None else ())]
+
+    def plan(self) -> list[Chunk]:
+        chunks = self.scheduler.schedule()
+        self._agree(self.runner.num_forwards(chunks), sum(c.end - c.start for c in chunks))
+        return chunks
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        logits = super().forward(chunks)
+        for _ in range(self.control.agreement.most_forwards - self.runner.num_forwards(chunks)):
+            self.experts.join(*self._joined_with)
+        return logits
+
+    def _agree(self, forwards: int, tokens: int) -> None:
+        agreement = self.control.agree(forwards, tokens)
+        self.parallel.begin_step(agreement.tokens if agreement.most_forwards <= 1 else None)
+
+
+class Coherent:
+    """All ranks have all requests and plan the same steps (moe/engine/coherent.py)."""
+
+    def __init__(self, scheduler: Scheduler, runner: CoherentRunner, control: Control, mirror: RequestMirror) -> None:
+        self.scheduler, self.runner, self.control, self.mirror = scheduler, runner, control, mirror
+
+    def start(self) -> None:
+        self._agree(1)
+
+    @property
+    def has_work(self) -> bool:
+        return not self.control.agreement.is_over
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        return [self.runner.parallel.dispatcher.traffic, *self.runner.traffic]
+
+    def plan(self) -> list[Chunk]:
+        self._agree(int(self.scheduler.has_work or self.control.has_heard))
+        self.mirror.hear(self.scheduler)
+        return self.scheduler.schedule()
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """[chunks that sample and ended on this rank, V]."""
+        return self.runner.forward(chunks).cpu() if chunks else torch.empty(0)
+
+    def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
+        return self.runner.choose(chunks, logits) if chunks else []
+
+    def add(self, request: Request) -> None:
+        self.mirror.add(request)
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        self.mirror.finish(request, reason)  # by all ranks, before the next step
+
+    def ended(self, request: Request) -> None:
+        self.mirror.forget(request)
+
+    def open_requests(self) -> list[Request]:
+        return self.mirror.own()
+
+    def _agree(self, forwards: int) -> None:
+        self.control.agree(forwards, 0)
+        self.runner.parallel.begin_step(None)
