@@ -30,7 +30,7 @@ import transformers
 
 from bench.hosts import HOSTS_PER_NODE, NUM_HOSTS, Measured, Shape, hosts, run_ranks, trunk_bytes, why_not
 from bench.hosts import measure as measure_link
-from moe.comm.groups import EAGER_BYTES
+from moe.comm.defaults import EAGER_BYTES
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, ParallelConfig
 from moe.llm import LLM

@@ -14,8 +14,6 @@ from torch.distributed import ProcessGroup
 
 from moe.comm.mailbox import Mailbox
 
-EAGER_BYTES = 1 << 16
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Groups:

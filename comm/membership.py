@@ -27,8 +27,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
+from moe.comm.defaults import EAGER_BYTES
 from moe.comm.errors import CommError, LostPeer, MissingPeers, first_line
-from moe.comm.groups import EAGER_BYTES, Groups, ranks_by_node
+from moe.comm.groups import Groups, ranks_by_node
 from moe.comm.mailbox import Mailbox
 
 _NEVER_SENT = 7  # a tag: what `interrupt` waits for

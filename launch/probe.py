@@ -17,7 +17,7 @@ import torch
 from moe.comm.errors import CommError
 from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.membership import process_groups
-from moe.launch.report import err, out
+from moe.launch.console import err, out
 from moe.offload.budget import format_bytes
 from moe.placement.topology import Link, Topology, probe_link
 

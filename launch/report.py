@@ -1,6 +1,5 @@
 """The numbers that every run can print, and the progress line of long ones."""
 
-import sys
 from dataclasses import asdict, dataclass
 from statistics import median
 
@@ -12,10 +11,8 @@ from rich.table import Table
 
 from moe.comm.groups import Groups
 from moe.engine.engine import Engine, peak_rss_bytes
+from moe.launch.console import err
 from moe.offload.budget import format_bytes
-
-out = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe.comm.groups import EAGER_BYTES
+from moe.comm.defaults import EAGER_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

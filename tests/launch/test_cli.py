@@ -36,9 +36,36 @@ def run(capfd, *arguments):
     return status, captured.out, captured.err
 
 
-def test_importing_the_command_line_is_cheap():
-    code = "import sys, moe.launch.cli as c; c._parser(); assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_importing_the_command_line_and_the_settings_is_cheap():
+    heavy = "{'torch', 'transformers', 'scipy', 'highspy', 'numpy', 'fastapi', 'httpx'}"
+    for code in ("import sys, moe.launch.cli as c; c._parser()", "import sys, moe.config, moe.params, moe.openai"):
+        subprocess.run([sys.executable, "-c", f"{code}; assert not {heavy} & set(sys.modules)"], cwd=ROOT, check=True)
+
+
+def test_every_command_names_a_function_that_exists():
+    from moe.launch.cli import _function, _parser
+
+    (commands,) = [a.choices for a in _parser()._actions if isinstance(a.choices, dict)]
+    for command in commands.values():
+        assert callable(_function(command.get_default("run")))
+
+
+def test_show_config(capfd):
+    _, _, err = run(capfd, "generate", TINYMOE, "--prompt", "A", "--max-tokens", 1, "--show-config", *FP32)
+    assert "batch.max_sequences = 4" in err
+
+
+def test_a_fault_of_ours_is_told_from_a_users(capfd, monkeypatch):
+    def fault(*_, **__):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(LLM, "stream", fault)
+    status, _, err = run(capfd, "generate", TINYMOE, "--prompt", "A", *FP32)
+    assert status == 1
+    assert "a fault of the program, ZeroDivisionError: by zero" in err
+    assert "Traceback" not in err
+    _, _, err = run(capfd, "--debug", "generate", TINYMOE, "--prompt", "A", *FP32)
+    assert "Traceback" in err
 
 
 def test_info(capfd, tmp_path):
@@ -66,10 +93,10 @@ def test_generate_streams_what_generate_returns(capfd, llm):
     status, out, err = run(
         capfd, "generate", TINYMOE, "--prompt", PROMPT, "--max-tokens", 20, "--experts-in-memory", "0.25", *FP32
     )
+    assert "batch.max_sequences" not in err
     assert status == 0
     assert out == PROMPT + answer(llm, PROMPT, max_tokens=20) + "\n"
     assert "24 of 96 (25.0%)" in err
-    assert "batch.max_sequences = 4" in err
     assert "hits" in err
     assert "peak" in err
 

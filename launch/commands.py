@@ -1,0 +1,175 @@
+"""What the commands do; `cli.py` reads their arguments and loads this file when one runs."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.table import Table
+
+from moe.batch import first_requests
+from moe.config import EngineConfig, OffloadConfig
+from moe.launch.console import err, out
+from moe.launch.demo import run_demo
+from moe.launch.jobs import serve_file
+from moe.launch.options import engine_config, sampling_params
+from moe.launch.prompts import read_prompts
+from moe.launch.report import batch_progress, print_report
+from moe.llm import LLM
+from moe.models.blueprint import Blueprint, read_blueprint
+from moe.models.neighbours import why_not_packed
+from moe.offload.budget import format_bytes
+from moe.offload.check import check_folder
+from moe.offload.pack import pack as pack_experts
+from moe.offload.stores import available_memory
+from moe.params import SamplingParams
+from moe.verify import verify
+
+
+@contextmanager
+def _loaded(args: argparse.Namespace, config: EngineConfig) -> Iterator[LLM]:
+    if args.show_config:
+        err.print(config.describe(), style="dim", markup=False)
+    with LLM(args.model, config) as llm:
+        for note in llm.notes:
+            err.print(f"note: {note}", style="yellow", markup=False)
+        yield llm
+
+
+def info(args: argparse.Namespace) -> int:
+    b = read_blueprint(args.model)
+    if args.check:
+        return _check(b)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("architecture", f"{type(b.skeleton).__name__} ({b.config.model_type})")
+    table.add_row("context", f"{b.max_context or 'no limit'} tokens")
+    decoded = b.quantised.labels(b.coded_dense)
+    table.add_row("dense weights", format_bytes(b.dense_bytes) + (f", decoded from {decoded}" if decoded else ""))
+    reason = why_not_packed(b.skeleton, b.max_context)
+    table.add_row("batching", "packed, continuous" if reason is None else f"one sequence at a time: {reason}")
+    if b.experts:
+        site, blob = b.index.sites[0], max(layout.nbytes for layout in b.index.layouts)
+        kinds = {(s.num_experts, s.hidden_size, s.intermediate_size) for s in b.index.sites}
+        shape = f"{site.hidden_size} x {site.intermediate_size}" if len(kinds) == 1 else "of several sizes"
+        table.add_row(
+            "experts",
+            f"{len(b.experts)} layers, {b.num_experts} experts, top-{b.top_k}, {shape}, {b.expert_formats}",
+        )
+        table.add_row("one expert", format_bytes(blob))
+        table.add_row("all experts", format_bytes(b.expert_bytes))
+        table.add_row(
+            "on disk", "packed" if b.checkpoint.packed else "original checkpoint (moe pack makes reads faster)"
+        )
+        step = b.top_k * len(b.experts)
+        free = max(0, available_memory() - b.dense_bytes) * 9 // 10
+        fits = min(b.num_experts, free // blob)
+        table.add_row("smallest budget", f"1 expert ({format_bytes(blob)}); slow: every layer runs in waves")
+        table.add_row(
+            "recommended",
+            f"at least {min(2 * step, b.num_experts)} experts "
+            f"({format_bytes(min(2 * step, b.num_experts) * blob)}): twice what one token uses",
+        )
+        table.add_row("fits here", f"{fits} experts, {fits / b.num_experts:.0%} of all, in the memory that is free now")
+    else:
+        table.add_row("experts", "none in slots: the whole model is kept in memory")
+    out.print(table)
+    return 0
+
+
+def _check(blueprint: "Blueprint") -> int:
+    """Prints what is damaged; 1 if anything is."""
+    with batch_progress() as progress:
+        task = progress.add_task("", total=blueprint.num_experts, figures="experts read")
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        found = list(check_folder(blueprint.checkpoint, blueprint.index, show))
+    for sentence in found:
+        err.print(sentence, style="red", markup=False)
+    kind = "against their checksums" if blueprint.checkpoint.packed else "and could be read"
+    out.print(
+        f"{blueprint.folder}: {len(found)} faults; {blueprint.num_experts} experts were read {kind}", markup=False
+    )
+    return 1 if found else 0
+
+
+def generate(args: argparse.Namespace) -> int:
+    config = engine_config(args)
+    with _loaded(args, config) as llm:
+        params = sampling_params(args, llm.recommended)
+        if len(args.prompt) == 1 and not args.no_stream:
+            out.print(args.prompt[0], end="", style="bold", markup=False)
+            for piece in llm.stream(args.prompt[0], params):
+                _write(piece)
+            _write("\n")
+        else:
+            for answer in llm.generate(args.prompt, params, use_tqdm=False):
+                out.print(answer.prompt, end="", style="bold", markup=False)
+                _write(answer.outputs[0].text + "\n")
+        print_report(llm.engine, err, args.per_layer)
+    if args.verify:
+        err.print(str(verify(args.model, config, args.prompt, params)), markup=False)
+    return 0
+
+
+def _write(text: str) -> None:
+    """What the model said, character for character: a console would widen tabs and drop control characters."""
+    out.file.write(text)
+    out.file.flush()
+
+
+def batch(args: argparse.Namespace) -> int:
+    config = engine_config(args)
+    with _loaded(args, config) as llm:
+        serve_file(llm, args.input, args.output)
+        print_report(llm.engine, err, args.per_layer)
+        prompts = first_requests(llm, args.input, args.verify)
+    if args.verify and not prompts:
+        err.print("nothing to verify: no line of the input can be served")
+    elif args.verify:
+        err.print(str(verify(args.model, config, prompts, SamplingParams(max_tokens=32))), markup=False)
+    return 0
+
+
+def trace(args: argparse.Namespace) -> int:
+    prompts = read_prompts(args.prompts, args.limit)
+    if args.trace.suffix not in {".npz", ".safetensors"}:
+        raise ValueError(f"{args.trace} must end in .npz or .safetensors")
+    with _loaded(args, engine_config(args)) as llm:
+        recorder = llm.engine.record()
+        llm.generate(prompts, SamplingParams(max_tokens=args.max_tokens), use_tqdm=False)
+        recorded = recorder.trace()
+        recorded.save(args.trace)
+        out.print(
+            f"{args.trace}: {recorded.num_sequences} sequences, {recorded.num_tokens} tokens, "
+            f"{recorded.num_layers} layers, top-{recorded.top_k} of {recorded.num_experts}",
+            markup=False,
+        )
+        print_report(llm.engine, err, args.per_layer)
+    return 0
+
+
+def pack(args: argparse.Namespace) -> int:
+    blueprint = read_blueprint(args.model)
+    if not blueprint.experts:
+        raise ValueError(f"{args.model} has no experts to pack")
+    with batch_progress() as progress:
+        task = progress.add_task("", total=None, figures="")
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, figures=format_bytes(done))
+
+        pack_experts(blueprint.checkpoint, blueprint.index, args.out, progress=show)
+    out.print(f"{args.out}: {blueprint.num_experts} experts packed", markup=False)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    if not args.model.is_dir():
+        raise ValueError(
+            f"the demo's model is not in {args.model}: it comes with the source, not with the package; run this in a "
+            "clone of the repository, or give the folder of any Mixture-of-Experts checkpoint with --model"
+        )
+    # One thread: the matrices of this model are too small to share.
+    config = EngineConfig(dtype="float32", threads=1, offload=OffloadConfig(budget="0.25"))
+    return run_demo(args.model, config, out)

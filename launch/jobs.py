@@ -1,0 +1,26 @@
+"""A batch file served with its progress shown: what `moe batch` and the ranks under torchrun share."""
+
+from pathlib import Path
+
+from moe.batch import BatchProgress, run_batch
+from moe.launch.console import err
+from moe.launch.report import batch_progress, progress_text
+from moe.llm import LLM
+
+
+def serve_file(llm: LLM, source: Path, target: Path, *, is_first: bool = True) -> BatchProgress:
+    """Runs the file; the first rank shows how far it is and says how it ended. With ranks a collective."""
+    with batch_progress(disable=not is_first) as progress:
+        task = progress.add_task("", total=None, figures="")
+
+        def show(state: BatchProgress) -> None:
+            progress.update(task, total=state.total, completed=state.finished, figures=progress_text(llm.engine))
+
+        state = run_batch(llm, source, target, show)
+    if is_first:
+        err.print(
+            f"{state.finished} of {state.total} lines are in {target}"
+            f" ({state.resumed} from an earlier run, {state.failed} with errors)",
+            markup=False,
+        )
+    return state

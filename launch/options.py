@@ -1,0 +1,51 @@
+"""Arguments that several commands share, and what they mean; loads neither torch nor a solver."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe.config import EngineConfig
+from moe.params import SamplingParams
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint, original or packed")
+    parser.add_argument("--experts-in-memory", metavar="BUDGET", help="0.25 (fraction), 64 (experts) or 6GiB")
+    parser.add_argument("--config", type=Path, help="TOML file of settings")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, over the file's")
+    parser.add_argument("--show-config", action="store_true", help="print every setting of the run")
+    parser.add_argument("--per-layer", action="store_true", help="print hits, bytes and stalls of every layer")
+
+
+def add_batch_options(parser: argparse.ArgumentParser) -> None:
+    """Of a batch file, alone or over ranks."""
+    add_engine_options(parser)
+    parser.add_argument("input", type=Path, help="JSON lines, one request each, in OpenAI's batch format")
+    parser.add_argument("output", type=Path, help="one result a line is appended; what is there is not done again")
+    parser.add_argument("--plan", help="placement of `moe place` (parallel.plan); without one, contiguous blocks")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Without these, as the model's generation_config.json recommends, else greedy."""
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--seed", type=int, help="the same seed, the same answer; without one every run differs")
+    parser.add_argument("--stop", action="append", default=[])
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """Defaults, file, settings, and the two options that are settings by a shorter name."""
+    settings = list(args.set)
+    settings += [f"parallel.plan={args.plan}"] if getattr(args, "plan", None) else []
+    settings += [f"offload.budget={args.experts_in_memory}"] if args.experts_in_memory else []
+    return EngineConfig.load(args.config, settings)
+
+
+def sampling_params(args: argparse.Namespace, recommended: Mapping[str, Any]) -> SamplingParams:
+    """What was asked for, over what the model recommends. Raises ValueError."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return SamplingParams(**{**recommended, **given}, stop=tuple(args.stop))

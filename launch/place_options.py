@@ -1,0 +1,64 @@
+"""Arguments of `moe analyze`, `moe place` and `moe simulate`; loads no solver."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `analyze`, `place` and `simulate`; each names what `run`s it."""
+    parser = subparsers.add_parser("analyze", help="does this model suit offloading, and how much affinity is there")
+    parser.add_argument("trace", type=Path, metavar="TRACE|MODEL", help="routing trace, or a model's folder")
+    parser.add_argument("--prompts", type=Path, help="of a model: prompts whose routing is recorded first")
+    parser.add_argument("--against", type=Path, nargs="*", default=[], help="other traces: how far the load shifts")
+    parser.add_argument("--segment", type=int, default=16, help="m of SRP and SCH, tokens (default 16)")
+    _add_pictures(parser)
+    parser.set_defaults(run="place:run_analyze")
+
+    parser = subparsers.add_parser("place", help="decide where every expert lives")
+    parser.add_argument("trace", type=Path)
+    _add_topology(parser)
+    parser.add_argument("--out", type=Path, required=True, help="plan to write (.json)")
+    parser.add_argument(
+        "--objective", choices=("copies", "coherent", "transitions"), default="copies",
+        help="copies: ranks a token touches, attention at home; coherent: attention moves with the heaviest expert; "
+        "transitions: rank changes between consecutive layers (ExFlow), with a proven bound",
+    )  # fmt: skip
+    parser.add_argument("--replicas", type=float, default=0.0, help="spare slots as a share of the experts, e.g. 0.125")
+    parser.add_argument(
+        "--load-weight", type=float, default=0.0, help="weight of imbalance for --objective transitions"
+    )
+    parser.add_argument(
+        "--fit", type=float, default=0.8, help="share of sequences to fit; the rest judges (default 0.8)"
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="solver time (default 30)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--present", type=Path, help="running plan: rename ranks to move little, report the migration")
+    parser.add_argument("--bytes-per-step", type=int, default=1 << 28, help="migration budget between two steps")
+    _add_workload(parser)
+    _add_pictures(parser)
+    parser.set_defaults(run="place:run_place")
+
+    parser = subparsers.add_parser("simulate", help="predict bytes, load, misses and time of a plan on a trace")
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("plan", type=Path)
+    _add_topology(parser)
+    _add_workload(parser)
+    _add_pictures(parser)
+    parser.set_defaults(run="place:run_simulate")
+
+
+def _add_topology(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", default="h200x8", help="JSON file or preset such as h200x8, 2xh200x4, laptopx4")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=256, help="tokens per step")
+    parser.add_argument("--token-bytes", type=int, default=4096, help="bytes of one hidden state")
+    parser.add_argument("--expert-bytes", type=int, default=17_301_504, help="bytes of one expert's weights")
+    parser.add_argument("--dispatcher", choices=("home", "hierarchical", "coherent"), default="home")
+    parser.add_argument("--fast-slots", type=int, help="experts per rank in fast memory, all layers; default all")
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", type=Path, help="write a self-contained page with pictures")
+    parser.add_argument("--png", type=Path, help="write pictures as PNG (needs matplotlib)")
