@@ -58,9 +58,8 @@ SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* a 
 }
 
 /* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa. */
-SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int wide, int64_t j, int u) {
-    (void)wide;
-    __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)(p + j * LANES + u * WIDTH)));
+SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int half, int u) {
+    __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)(p + half / 2 * LANES + u * WIDTH)));
     return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16((short)0xbf80)));
 }
 

@@ -73,15 +73,15 @@ SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* u 
 }
 
 /* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa. */
-SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int wide, int64_t j, int u) {
+SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int half, int u) { /* u is 0; halves of a pair share their loads */
     (void)u;
-    if (!wide) {
-        __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(p + j * LANES)));
+    if (half == 0) {
+        __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p));
         return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(v, 7), _mm256_set1_epi16((short)0xbf80)));
     }
-    __m512i v = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(p + (j & ~1) * LANES)));
+    __m512i v = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p));
     v = _mm512_and_si512(_mm512_slli_epi16(v, 7), _mm512_set1_epi16((short)0xbf80));
-    return _mm512_cvtph_ps(j & 1 ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v));
+    return _mm512_cvtph_ps(half == 2 ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v));
 }
 
 SCALAR TARGET VEC NAME(byte_int8)(const char *p) {

@@ -14,126 +14,146 @@
  * functions table_at, nibble, byte_e4m3, byte_int8, sum_codes.
  */
 
-enum { NAME(decoded) = CODES }; /* beside the codes: fp32 values in scratch */
+enum { NAME(decoded) = CODES };   /* beside the codes: fp32 values in scratch */
+enum { NAME(few_rows) = 3 * MR }; /* rows of x up to which codes are read where they lie (measured) */
+#define PRAGMA(x) _Pragma(#x)
+#define UNROLL(n) PRAGMA(GCC unroll n)
 
-struct NAME(spans) { /* of the rows of one register block */
-    const float *scale[CODE_NR], *zero[CODE_NR]; /* per_span floats a span */
-    int64_t per_span, vectors, last;             /* vectors of 16 elements in a span, and in the last one of a walk */
-    int32_t lane[LANES];                         /* EIGHTS: which of the floats is this lane's */
-    TABLE table[CODE_NR];
+struct NAME(codes) { /* what all rows of a matrix have in common */
+    const struct matrix *w;
+    int by_lane, code;
+    int64_t unit, span, bits; /* elements that vectors are made of, and that share their scales; bits of one */
+    int64_t per_span, floats; /* scales from span to span; of a row */
+    int32_t lane[LANES];      /* EIGHTS: which of a span's scales is this lane's */
 };
 
-/* Lanes u * WIDTH and on of vector j of a span at p. */
-static inline __attribute__((always_inline)) TARGET VEC NAME(value)(int code, int wide, const char *p, int64_t j, int u,
+struct NAME(rows) { /* of CODE_NR rows of W: a scale (EIGHTS: up to 8) a span, zero points likewise, values of nibbles */
+    const float *scale[CODE_NR], *zero[CODE_NR], *table[CODE_NR];
+};
+
+struct NAME(sum) { /* over elements [0, n) of those rows, whole vectors; groups of CODE_NR rows; strides in bytes */
+    int64_t n, row, step, first, ldc, ahead, groups, group;
+};
+
+/* Lanes u * WIDTH and on of vector j of a span at p. half: 1 and 2 are the vectors j and j + 1 of a pair, 0 is neither. */
+static inline __attribute__((always_inline)) TARGET VEC NAME(value)(int code, int half, const char *p, int64_t j, int u,
                                                                    TABLE table) {
-    if (code == E4M3) return NAME(byte_e4m3)(p, wide, j, u);
+    if (code == E4M3) return NAME(byte_e4m3)(p + j * LANES, half, u);
+    if (half == 2) j++;
     if (code == INT8) return NAME(byte_int8)(p + j * LANES + u * WIDTH);
     if (code == NAME(decoded)) return VLOAD((const float *)(const void *)p + j * CODE_NR * LANES + u * WIDTH);
     return NAME(nibble)(p, (int)j, u, table);
 }
 
 static inline __attribute__((always_inline)) TARGET VEC NAME(of_span)(int by_lane, const float *from,
-                                                                     const struct NAME(spans) *p, int u) {
-    return by_lane ? VPICK(from, p->lane + u * WIDTH) : VSET(*from);
+                                                                     const int32_t *lane, int u) {
+    return by_lane ? VPICK(from, lane + u * WIDTH) : VSET(*from);
 }
 
-/* One span: acc[m][n] += scale * sum of x * (value - zero). */
-static inline __attribute__((always_inline)) TARGET void NAME(span_of)(int mr, int code, int has_zero, int by_lane, int wide,
-                                                                      const float *x, const char *w, int64_t row,
-                                                                      int64_t vectors, const struct NAME(spans) *p,
-                                                                      int64_t at, VEC acc[MR][CODE_NR][SUB]) {
-#pragma GCC unroll 4
+/* One span: acc[m][n] += scale * sum of x * (value - zero). at: its first scale. */
+static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, int code, int has_zero, int by_lane,
+                                                                       int wide, const float *x, const char *w,
+                                                                       int64_t row, int64_t vectors,
+                                                                       const struct NAME(rows) *r, const int32_t *lane,
+                                                                       int64_t at, const TABLE *table,
+                                                                       VEC acc[MR][CODE_NR][SUB]) {
+    UNROLL(4)
     for (int u = 0; u < SUB; u++) {
         VEC sum[MR][CODE_NR], zero[CODE_NR];
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int n = 0; n < CODE_NR; n++) {
-            zero[n] = !has_zero ? VZERO : NAME(of_span)(by_lane, p->zero[n] + at, p, u);
-#pragma GCC unroll 8
+            zero[n] = has_zero ? NAME(of_span)(by_lane, r->zero[n] + at, lane, u) : VZERO;
+            UNROLL(8)
             for (int m = 0; m < mr; m++) sum[m][n] = VZERO;
         }
-#define VECTOR(j)                                                                                       \
-    for (int n = 0; n < CODE_NR; n++) {                                                                 \
-        VEC value = NAME(value)(code, wide, w + n * row, (j), u, p->table[n]);                          \
-        if (has_zero) value = VSUB(value, zero[n]);                                                     \
-        _Pragma("GCC unroll 8") for (int m = 0; m < mr; m++)                                            \
-            sum[m][n] = VFMA(VLOAD(x + ((j) * mr + m) * LANES + u * WIDTH), value, sum[m][n]);          \
+#define VECTOR(j, half)                                                                        \
+    UNROLL(8)                                                                                  \
+    for (int n = 0; n < CODE_NR; n++) {                                                        \
+        VEC value = NAME(value)(code, half, w + n * row, (j), u, table[n]);                    \
+        if (has_zero) value = VSUB(value, zero[n]);                                            \
+        UNROLL(8)                                                                              \
+        for (int m = 0; m < mr; m++)                                                           \
+            sum[m][n] = VFMA(VLOAD(x + (((j) + half / 2) * mr + m) * LANES + u * WIDTH), value, sum[m][n]); \
     }
         if (by_lane) {
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) {
-#pragma GCC unroll 8
-                VECTOR(j)
-            }
+            UNROLL(8)
+            for (int j = 0; j < 8; j++) { VECTOR(j, 0) }
         } else if (wide) {
-            for (int64_t j = 0; j < vectors; j += 2) {
-#pragma GCC unroll 8
-                VECTOR(j)
-#pragma GCC unroll 8
-                VECTOR(j + 1)
-            }
+            for (int64_t j = 0; j < vectors; j += 2) { VECTOR(j, 1) VECTOR(j, 2) }
         } else {
-            for (int64_t j = 0; j < vectors; j++) {
-#pragma GCC unroll 8
-                VECTOR(j)
-            }
+            for (int64_t j = 0; j < vectors; j++) { VECTOR(j, 0) }
         }
 #undef VECTOR
-#pragma GCC unroll 8
+        UNROLL(8)
         for (int n = 0; n < CODE_NR; n++) {
-            VEC scale = NAME(of_span)(by_lane, p->scale[n] + at, p, u);
-#pragma GCC unroll 8
+            VEC scale = NAME(of_span)(by_lane, r->scale[n] + at, lane, u);
+            UNROLL(8)
             for (int m = 0; m < mr; m++) acc[m][n][u] = VFMA(sum[m][n], scale, acc[m][n][u]);
         }
     }
 }
 
-/* c[m][n] (+)= the sum over k->steps spans of CODE_NR rows of W; by_lane: EIGHTS. */
+/* c[m][n] (+)= x row m times a row of W, group by group of rows, in chunks of KC. at: the scale of the first span. */
 static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr, int code, int has_zero, int by_lane,
-                                                                         const float *x, const char *w,
-                                                                         const struct walk *k,
-                                                                         const struct NAME(spans) *p, float *c) {
-    int64_t row = k->row, ahead = k->ahead;
-    VEC acc[MR][CODE_NR][SUB];
-#pragma GCC unroll 8
-    for (int m = 0; m < mr; m++)
-#pragma GCC unroll 8
-        for (int n = 0; n < CODE_NR; n++)
-#pragma GCC unroll 8
-            for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
-    for (int64_t s = 0, at = 0; s < k->steps; s++, w += k->step, at += p->per_span) {
-        int64_t vectors = by_lane ? 8 : s == k->steps - 1 ? p->last : p->vectors;
-        if (ahead)
-            for (int64_t b = 0; b < (by_lane ? 64 : vectors * LANES); b += 64)
-#pragma GCC unroll 8
-                for (int n = 0; n < CODE_NR; n++) __builtin_prefetch(w + n * row + b + ahead, 0, 2);
-        if (code == E4M3 && vectors % 2 == 0)
-            NAME(span_of)(mr, code, has_zero, by_lane, 1, x, w, row, vectors, p, at, acc);
-        else
-            NAME(span_of)(mr, code, has_zero, by_lane, 0, x, w, row, vectors, p, at, acc);
-        x += vectors * mr * LANES;
+                                                                         const struct NAME(codes) *q,
+                                                                         const struct NAME(sum) *k, const float *x0,
+                                                                         const char *w0, const struct NAME(rows) *r,
+                                                                         int64_t at0, float *c) {
+    int64_t row = k->row, step = k->step, ahead = k->ahead, per_span = q->per_span, whole = q->span / LANES;
+    for (int64_t g = 0; g < k->groups; g++, w0 += k->group, r++, c += CODE_NR) {
+        const float *x = x0;
+        const char *w = w0;
+        TABLE table[CODE_NR];
+        UNROLL(8)
+        for (int n = 0; n < CODE_NR; n++) table[n] = NAME(table_at)(r->table[n]);
+        for (int64_t left = k->n / LANES, first = k->first, at = at0; left > 0; first = 0) {
+            int64_t some = least(left, KC / LANES);
+            VEC acc[MR][CODE_NR][SUB];
+            UNROLL(8)
+            for (int m = 0; m < mr; m++)
+                UNROLL(8)
+                for (int n = 0; n < CODE_NR; n++)
+                    UNROLL(8)
+                    for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
+            left -= some;
+            for (int64_t vectors; some > 0; some -= vectors, w += step, at += per_span) {
+                vectors = by_lane ? 8 : least(whole, some);
+                if (ahead)
+                    for (int64_t b = 0; b < (by_lane ? 64 : vectors * LANES); b += 64)
+                        UNROLL(8)
+                        for (int n = 0; n < CODE_NR; n++) __builtin_prefetch(w + n * row + b + ahead, 0, 2);
+                if (code == E4M3 && vectors % 2 == 0)
+                    NAME(add_span)(mr, code, has_zero, by_lane, 1, x, w, row, vectors, r, q->lane, at, table, acc);
+                else
+                    NAME(add_span)(mr, code, has_zero, by_lane, 0, x, w, row, vectors, r, q->lane, at, table, acc);
+                x += vectors * mr * LANES;
+            }
+            NAME(sum_codes)(mr, acc, c, k->ldc, first);
+        }
     }
-    NAME(sum_codes)(mr, acc, c, k->ldc, k->first);
 }
 
-static TARGET void NAME(any_code_panel)(int64_t mr, int code, int has_zero, int by_lane, const float *x, const char *w,
-                                        const struct walk *k, const struct NAME(spans) *p, float *c) {
-#define PANEL(M, CODE, ZERO, LANE) NAME(code_panel)(M, CODE, ZERO, LANE, x, w, k, p, c)
-#define CASE(M)                                        \
-    case M:                                            \
-        if (code == NAME(decoded) && by_lane)          \
-            PANEL(M, NAME(decoded), 0, 1);             \
-        else if (code == NAME(decoded))                \
-            PANEL(M, NAME(decoded), 0, 0);             \
-        else if (by_lane && has_zero)                  \
-            PANEL(M, INT4, 1, 1);                      \
-        else if (by_lane)                              \
-            PANEL(M, INT4, 0, 1);                      \
-        else if (code == E4M3)                         \
-            PANEL(M, E4M3, 0, 0);                      \
-        else if (has_zero)                             \
-            PANEL(M, INT8, 1, 0);                      \
-        else                                           \
-            PANEL(M, INT8, 0, 0);                      \
+static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(codes) *q, const struct NAME(sum) *k,
+                                        const float *x, const char *w, const struct NAME(rows) *r, int64_t at,
+                                        float *c) {
+    int has_zero = q->w->coding.zero != NULL;
+#define PANEL(M, CODE, ZERO, LANE) NAME(code_panel)(M, CODE, ZERO, LANE, q, k, x, w, r, at, c)
+#define CASE(M)                                  \
+    case M:                                      \
+        if (code == NAME(decoded) && q->by_lane) \
+            PANEL(M, NAME(decoded), 0, 1);       \
+        else if (code == NAME(decoded))          \
+            PANEL(M, NAME(decoded), 0, 0);       \
+        else if (q->by_lane && has_zero)         \
+            PANEL(M, INT4, 1, 1);                \
+        else if (q->by_lane)                     \
+            PANEL(M, INT4, 0, 1);                \
+        else if (code == E4M3)                   \
+            PANEL(M, E4M3, 0, 0);                \
+        else if (has_zero)                       \
+            PANEL(M, INT8, 1, 0);                \
+        else                                     \
+            PANEL(M, INT8, 0, 0);                \
         break;
     switch (mr) {
         CASE(1)
@@ -155,21 +175,16 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, int has_zero, int 
 
 /* ---- scales and zero points ---- */
 
-/* What all rows of one matrix have in common. */
-struct NAME(plan) {
-    int by_lane, is_fast;
-    int64_t span, per_span, floats, unit; /* elements in a span; floats of a row; elements that vectors are made of */
-};
-
-static struct NAME(plan) NAME(plan_of)(const struct matrix *w) {
+static struct NAME(codes) NAME(codes_of)(const struct matrix *w) {
     const struct coding *q = &w->coding;
-    int64_t columns = least(q->columns, w->k);
-    int is_whole_row = q->columns >= w->k;
-    struct NAME(plan) p = {.by_lane = is_nibble(q), .unit = is_nibble(q) ? 8 * LANES : LANES, .is_fast = codes_are_fast(w)};
-    p.span = p.by_lane ? 8 * LANES : KC;
-    if (!p.by_lane && !is_whole_row) p.span = least(columns & -columns, KC);
-    p.per_span = p.by_lane && !is_whole_row && columns < p.span ? p.span / columns : 1;
-    p.floats = (w->k + p.span - 1) / p.span * p.per_span;
+    int nibbles = is_nibble(q);
+    struct NAME(codes) p = {.w = w, .by_lane = nibbles, .code = nibbles ? INT4 : (int)q->code};
+    p.bits = nibbles ? 4 : 8, p.unit = nibbles ? 8 * LANES : LANES, p.span = nibbles ? p.unit : KC, p.floats = 1;
+    if (q->columns >= w->k) return p; /* one group: nothing moves from span to span */
+    if (!nibbles) p.span = least(q->columns & -q->columns, KC);
+    p.per_span = q->columns < p.span ? p.span / q->columns : 1;
+    p.floats = q->columns <= p.span ? q->groups : (w->k + p.span - 1) / p.span;
+    for (int i = 0; i < LANES; i++) p.lane[i] = (int32_t)(i * p.per_span / LANES);
     return p;
 }
 
@@ -189,154 +204,153 @@ static TARGET void NAME(widen_scales)(int kind, const char *from, int64_t n, flo
 #undef EACH
 }
 
-/* The scales or zero points of a row as the panels read them: p->floats, and room for LANES more that mean nothing. */
-static TARGET void NAME(lay_out)(const struct NAME(plan) *p, const struct coding *q, int kind, const char *from,
-                                 float factor, float *to) {
-    int64_t gap = p->floats - q->groups;
-    if (p->per_span > 1 || gap <= 0) { /* a group a float already */
-        NAME(widen_scales)(kind, from, q->groups, factor, to);
-        for (int64_t i = q->groups; i < p->floats; i++) to[i] = 0.0f; /* beyond K, where x is 0 */
+/* `blocks` rows of scales or zero points, q->floats each; groups wider than a span are told again for each of its spans. */
+static TARGET void NAME(lay_out)(const struct NAME(codes) *q, int kind, const char *from, int64_t blocks, float factor,
+                                 float *to) {
+    int64_t groups = q->w->coding.groups;
+    if (q->floats == groups) {
+        NAME(widen_scales)(kind, from, blocks * groups, factor, to);
         return;
     }
-    NAME(widen_scales)(kind, from, q->groups, factor, to + gap); /* and then forwards, never over what is still needed */
-    if (q->groups == 1)
-        for (int64_t s = 0; s < p->floats; s++) to[s] = to[gap];
-    else
-        for (int64_t s = 0; s < p->floats; s++) to[s] = to[gap + s * p->span / q->columns];
+    for (int64_t b = 0; b < blocks; b++, to += q->floats, from += groups * scale_size(kind)) {
+        float *own = to + q->floats - groups; /* and then forwards, never over what is still needed */
+        NAME(widen_scales)(kind, from, groups, factor, own);
+        for (int64_t s = 0; s < q->floats; s++) to[s] = own[s * q->span / q->w->coding.columns];
+    }
 }
 
-/* Of row n of this slot; both stay as they are where the row before had the same. */
-static TARGET void NAME(scales_of)(const struct NAME(plan) *p, const struct matrix *w, int64_t slot, int64_t n,
-                                   float *scale, float *zero) {
-    const struct coding *q = &w->coding;
-    struct place at = place_of(w, slot, n);
-    float factor = (q->factor ? at.factor : 1.0f) * (q->code == E4M3 ? 256.0f : 1.0f); /* byte_e4m3 is 2^-8 too small */
-    NAME(lay_out)(p, q, (int)q->scale_kind, at.scale, factor, scale);
-    if (q->zero) NAME(lay_out)(p, q, INT8_ZERO, at.zero, 1.0f, zero);
+/* Rows n, n + step and on, which are of one part, into r from row i on. to: floats for them. Returns the next free. */
+static TARGET float *NAME(scales_of)(const struct NAME(codes) *q, int64_t slot, int64_t n, int64_t step, int64_t count,
+                                     struct NAME(rows) *r, int64_t i, float *to) {
+    const struct coding *own = &q->w->coding;
+    struct place at = place_of(q->w, slot, n);
+    int64_t blocks = (at.in_block + count - 1) / own->rows + 1;
+    float *zero = own->zero ? to + blocks * q->floats : to;
+    float factor = at.factor * (own->code == E4M3 ? 256.0f : 1.0f); /* byte_e4m3 is 2^-8 too small */
+    NAME(lay_out)(q, (int)own->scale_kind, at.scale, blocks, factor, to);
+    if (own->zero) NAME(lay_out)(q, INT8_ZERO, at.zero, blocks, 1.0f, zero);
+    for (int64_t left = own->rows - at.in_block, now = 0; count; count--, left--, i += step) {
+        if (left == 0) left = own->rows, now += q->floats;
+        struct NAME(rows) *of = r + i / CODE_NR;
+        of->scale[i % CODE_NR] = to + now, of->zero[i % CODE_NR] = zero + now, of->table[i % CODE_NR] = at.table;
+    }
+    return zero + blocks * q->floats;
+}
+
+static TARGET void NAME(all_scales)(const struct NAME(codes) *q, int64_t slot, int64_t n0, int64_t count,
+                                    struct NAME(rows) *r, float *to) {
+    int64_t parts = q->w->coding.parts, rows = q->w->n / parts;
+    if (q->w->coding.interleaved)
+        for (int64_t i = 0; i < least(parts, count); i++)
+            to = NAME(scales_of)(q, slot, n0 + i, parts, (count - i + parts - 1) / parts, r, i, to);
+    else
+        for (int64_t i = 0, some; i < count; i += some) { /* up to the end of a part */
+            some = least(count - i, rows - (n0 + i) % rows);
+            to = NAME(scales_of)(q, slot, n0 + i, 1, some, r, i, to);
+        }
+    struct NAME(rows) *last = r + (count - 1) / CODE_NR;
+    for (int64_t i = count % CODE_NR; i && i < CODE_NR; i++) /* rows that do not exist: nobody reads their results */
+        last->scale[i] = last->scale[0], last->zero[i] = last->zero[0], last->table[i] = last->table[0];
 }
 
 /* ---- one tile ---- */
 
-enum { NAME(few_rows) = 3 * MR }; /* rows of x up to which codes are read where they lie (measured) */
-
-/* Row n of a piece as [vectors][CODE_NR][16] floats, less its zero points. */
-static TARGET void NAME(decode)(const struct NAME(plan) *p, const struct matrix *w, const struct NAME(spans) *s, int n,
-                                const char *from, int64_t elements, float *to) {
-    const struct coding *q = &w->coding;
-    int64_t per_span = p->span / LANES, vectors = (elements + LANES - 1) / LANES;
-    for (int64_t v = 0; v < vectors; v++) {
-        int64_t at = v / per_span * p->per_span, j = v % per_span;
-        const char *span = from + (p->by_lane ? v / 8 * 64 : (v - j) * LANES);
-#pragma GCC unroll 4
-        for (int u = 0; u < SUB; u++) {
-            VEC value = p->by_lane        ? NAME(nibble)(span, (int)j, u, s->table[n])
-                        : q->code == E4M3 ? NAME(byte_e4m3)(span, 0, j, u)
-                                          : NAME(byte_int8)(span + j * LANES + u * WIDTH);
-            if (q->zero) value = VSUB(value, NAME(of_span)(p->by_lane, s->zero[n] + at, s, u));
-            memcpy(to + (v * CODE_NR + n) * LANES + u * WIDTH, &value, sizeof value);
-        }
-    }
-}
-
-struct NAME(job) { /* a tile; its pieces: whole spans of up to KC elements, then what is left of the row */
-    struct NAME(plan) plan;
-    const struct matrix *w;
+struct NAME(tile_job) {
+    struct NAME(codes) q;
     const float *x;
     int64_t rows, vectors, ldc;
 };
 
-struct NAME(piece) { /* elements [k0, k1) of CODE_NR rows of W */
-    struct walk k;
-    struct NAME(spans) s;
-    const char *from;
-    int64_t k0, elements; /* rounded up to whole vectors */
-    char end[CODE_NR * 64];
-};
-
-/* base: of the first of `count` <= CODE_NR rows. */
-static TARGET void NAME(begin)(struct NAME(piece) *e, const struct NAME(job) *t, const struct NAME(spans) *s,
-                               const char *base, int64_t count, int64_t k0, int64_t k1) {
-    const struct NAME(plan) *p = &t->plan;
-    int64_t bits = p->by_lane ? 4 : 8, row = t->w->row, units = (k1 - k0 + p->unit - 1) / p->unit;
-    e->k = (struct walk){.row = row, .step = p->span * bits / 8, .ldc = t->ldc, .first = k0 == 0};
-    e->s = *s, e->k0 = k0, e->elements = units * p->unit, e->from = base + k0 * bits / 8;
-    e->k.steps = (e->elements + p->span - 1) / p->span;
-    e->s.vectors = p->span / LANES, e->s.last = (e->elements - (e->k.steps - 1) * p->span) / LANES;
-    if (count < CODE_NR) e->k.row = 0; /* the first row again; nobody reads its result */
-    if (e->elements != k1 - k0) {      /* the end of a row: less than a vector of codes, never read beyond */
-        memset(e->end, 0, sizeof e->end);
-        for (int64_t n = 0; n < count; n++) memcpy(e->end + n * 64, e->from + n * row, ((k1 - k0) * bits + 7) / 8);
-        e->from = e->end, e->k.row = 64;
-    }
-    int64_t at = k0 / p->span * p->per_span;
-    for (int n = 0; n < CODE_NR; n++) e->s.scale[n] += at, e->s.zero[n] += at;
+static TARGET void NAME(blocks)(const struct NAME(tile_job) *t, int code, struct NAME(sum) *k, int64_t k0, const char *w,
+                                const struct NAME(rows) *r, int64_t m, float *c) {
+    int64_t mr = least(MR, t->rows - m), at = k0 / t->q.span * t->q.per_span;
+    const float *x = t->x + (m * t->vectors + k0 / LANES * mr) * LANES;
+    NAME(any_code_panel)(mr, code, &t->q, k, x, w, r, at, c + m * t->ldc);
 }
 
-static TARGET void NAME(block)(const struct NAME(job) *t, struct NAME(piece) *e, int code, int has_zero, int64_t m,
-                               float *c) {
-    int64_t mr = least(MR, t->rows - m);
-    const float *x = t->x + (m * t->vectors + e->k0 / LANES * mr) * LANES;
-    NAME(any_code_panel)(mr, code, has_zero, t->plan.by_lane, x, e->from, &e->k, &e->s, c + m * t->ldc);
+/* The codes of up to CODE_NR rows from element k0 to the end of the row, less than a vector, padded. */
+static void NAME(copy_end)(const struct NAME(codes) *q, const char *w, int64_t count, int64_t k0, char *end) {
+    memset(end, 0, CODE_NR * 64);
+    for (int64_t n = 0; n < count; n++)
+        memcpy(end + n * 64, w + n * q->w->row + k0 * q->bits / 8, ((q->w->k - k0) * q->bits + 7) / 8);
 }
 
-/* Codes are read where they lie: CODE_NR rows of W, piece by piece, times all rows of x. */
-static TARGET void NAME(straight)(const struct NAME(job) *t, const struct NAME(spans) *s, const char *base,
+/* Codes are read where they lie: `count` rows of W, from a whole number of vectors each or from their padded ends. */
+static TARGET void NAME(straight)(const struct NAME(tile_job) *t, const struct NAME(rows) *r, const char *w,
                                   int64_t count, float *c) {
-    const struct coding *q = &t->w->coding;
-    int code = t->plan.by_lane ? INT4 : (int)q->code;
-    for (int64_t k0 = 0, k1, whole = t->w->k / t->plan.unit * t->plan.unit; k0 < t->w->k; k0 = k1) {
-        struct NAME(piece) e;
-        k1 = k0 < whole ? least(k0 + KC, whole) : t->w->k;
-        NAME(begin)(&e, t, s, base, count, k0, k1);
-        for (int64_t m = 0; m < t->rows; m += MR) {
-            e.k.ahead = m ? 0 : CODE_NR * t->w->row > AHEAD ? CODE_NR * t->w->row : AHEAD;
-            NAME(block)(t, &e, code, q->zero != NULL, m, c);
-        }
+    const struct NAME(codes) *q = &t->q;
+    int64_t whole = q->w->k / q->unit * q->unit, row = q->w->row, full = count / CODE_NR;
+    struct NAME(sum) k = {.n = whole, .row = row, .step = q->span * q->bits / 8, .first = 1, .ldc = t->ldc};
+    k.ahead = CODE_NR * row > AHEAD ? CODE_NR * row : AHEAD, k.group = CODE_NR * row;
+    struct NAME(sum) last = k;
+    k.groups = full, last.groups = count % CODE_NR != 0, last.row = 0; /* the first row of the last group again */
+    for (int64_t m = 0; whole && m < t->rows; m += MR, k.ahead = 0) {
+        NAME(blocks)(t, q->code, &k, 0, w, r, m, c);
+        NAME(blocks)(t, q->code, &last, 0, w + full * k.group, r + full, m, c + full * CODE_NR);
+    }
+    if (whole == q->w->k) return;
+    k = (struct NAME(sum)){.n = q->unit, .row = 64, .first = whole == 0, .ldc = t->ldc, .groups = 1};
+    for (int64_t n = 0; n < count; n += CODE_NR) {
+        char end[CODE_NR * 64];
+        NAME(copy_end)(q, w + n * row, least(CODE_NR, count - n), whole, end);
+        for (int64_t m = 0; m < t->rows; m += MR) NAME(blocks)(t, q->code, &k, whole, end, r + n / CODE_NR, m, c + n);
     }
 }
 
-/* Codes are decoded first: a piece of all rows of W, times block by block of x. s: of every CODE_NR rows. */
-static TARGET void NAME(by_decoding)(const struct NAME(job) *t, const struct NAME(spans) *s, const char *base,
-                                     int64_t count, float *c, float *decoded) {
-    for (int64_t k0 = 0, k1, whole = t->w->k / t->plan.unit * t->plan.unit; k0 < t->w->k; k0 = k1) {
-        struct NAME(piece) e[DOWN_TILE / CODE_NR];
-        k1 = k0 < whole ? least(k0 + KC, whole) : t->w->k;
-        for (int64_t n = 0; n < count; n += CODE_NR) {
-            struct NAME(piece) *now = e + n / CODE_NR;
-            float *to = decoded + n * KC;
-            NAME(begin)(now, t, s + n / CODE_NR, base + n * t->w->row, least(CODE_NR, count - n), k0, k1);
-            for (int i = 0; i < CODE_NR; i++)
-                NAME(decode)(&t->plan, t->w, &now->s, i, now->from + i * now->k.row, now->elements, to);
-            now->from = (const char *)to, now->k.row = LANES * 4, now->k.step = t->plan.span * CODE_NR * 4;
+/* Elements [k0, k0 + n) of a row as [vectors][CODE_NR][16] floats, less its zero points. */
+static TARGET void NAME(decode)(const struct NAME(codes) *q, const struct NAME(rows) *r, int i, const char *from,
+                                int64_t k0, int64_t n, float *to) {
+    int64_t per_span = q->span / LANES, at = k0 / q->span * q->per_span, j = 0;
+    int has_zero = q->w->coding.zero != NULL;
+    TABLE table = NAME(table_at)(r->table[i]);
+    for (int64_t left = n / LANES; left > 0; left--, to += CODE_NR * LANES) {
+        UNROLL(4)
+        for (int u = 0; u < SUB; u++) {
+            VEC value = q->by_lane         ? NAME(nibble)(from, (int)j, u, table)
+                        : q->code == E4M3 ? NAME(byte_e4m3)(from + j * LANES, 0, u)
+                                          : NAME(byte_int8)(from + j * LANES + u * WIDTH);
+            if (has_zero) value = VSUB(value, NAME(of_span)(q->by_lane, r->zero[i] + at, q->lane, u));
+            memcpy(to + i * LANES + u * WIDTH, &value, sizeof value);
         }
+        if (++j == per_span) j = 0, from += q->span * q->bits / 8, at += q->per_span;
+    }
+}
+
+/* Codes are decoded first, a chunk of all `count` rows of W, and multiplied block by block of x. */
+static TARGET void NAME(by_decoding)(const struct NAME(tile_job) *t, const struct NAME(rows) *r, const char *w,
+                                     int64_t count, float *c, float *decoded) {
+    const struct NAME(codes) *q = &t->q;
+    int64_t whole = q->w->k / q->unit * q->unit;
+    for (int64_t k0 = 0, n; k0 < q->w->k; k0 += n) {
+        n = k0 < whole ? least(KC, whole - k0) : q->unit;
+        for (int64_t g = 0; g < count; g += CODE_NR)
+            for (int i = 0; i < CODE_NR; i++) {
+                char end[CODE_NR * 64];
+                const char *from = w + (g + (g + i < count ? i : 0)) * q->w->row;
+                if (k0 == whole) NAME(copy_end)(q, from, 1, k0, end);
+                NAME(decode)(q, r + g / CODE_NR, i, k0 == whole ? end : from + k0 * q->bits / 8, k0, n, decoded + g * KC);
+            }
+        struct NAME(sum) k = {n, LANES * 4, q->span * CODE_NR * 4, k0 == 0, t->ldc, 0, 0, CODE_NR * KC * 4};
+        k.groups = (count + CODE_NR - 1) / CODE_NR;
         for (int64_t m = 0; m < t->rows; m += MR)
-            for (int64_t n = 0; n < count; n += CODE_NR)
-                NAME(block)(t, e + n / CODE_NR, NAME(decoded), 0, m, c + n);
+            NAME(blocks)(t, NAME(decoded), &k, k0, (const char *)decoded, r, m, c);
     }
 }
 
 /* Like tile, for W stored as codes that are fast. */
 static TARGET void NAME(tile_codes)(const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0,
                                     int64_t count, float *c, int64_t ldc, float *scratch) {
-    const struct coding *q = &w->coding;
-    struct NAME(job) t = {NAME(plan_of)(w), w, x, rows, vectors_of(is_nibble(q) ? EIGHTS : NATURAL, w->k), ldc};
-    const char *base = w->data + slot * w->slot + n0 * w->row;
-    int64_t room = t.plan.floats + LANES;
-    int decodes = rows > NAME(few_rows) && 2 * room * DOWN_TILE <= CODE_FLOATS;
-    float *scales = scratch + DOWN_TILE * KC; /* CODE_FLOATS */
-    struct NAME(spans) all[DOWN_TILE / CODE_NR];
-    for (int64_t n = 0; n < count; n += CODE_NR) {
-        struct NAME(spans) *s = all + n / CODE_NR;
-        s->per_span = t.plan.per_span;
-        for (int i = 0; i < LANES; i++) s->lane[i] = (int32_t)(i * t.plan.per_span / LANES);
-        for (int64_t i = 0; i < CODE_NR; i++) {
-            int64_t row = n0 + least(n + i, count - 1);
-            float *scale = scales + ((decodes ? n : 0) + i) * 2 * room;
-            s->scale[i] = scale, s->zero[i] = scale + room;
-            NAME(scales_of)(&t.plan, w, slot, row, scale, scale + room);
-            if (is_nibble(q)) s->table[i] = NAME(table_at)(place_of(w, slot, row).table);
-        }
-        if (!decodes) NAME(straight)(&t, s, base + n * w->row, least(CODE_NR, count - n), c + n);
+    int64_t vectors = vectors_of(is_nibble(&w->coding) ? EIGHTS : NATURAL, w->k);
+    struct NAME(tile_job) t = {NAME(codes_of)(w), x, rows, vectors, ldc};
+    struct NAME(rows) r[DOWN_TILE / CODE_NR];
+    int64_t most = (CODE_FLOATS - LANES) / (2 * t.q.floats) / CODE_NR * CODE_NR; /* rows whose scales there is room for */
+    for (int64_t i = 0, some; i < count; i += some, c += some) {
+        const char *from = w->data + slot * w->slot + (n0 + i) * w->row;
+        some = least(most, count - i);
+        NAME(all_scales)(&t.q, slot, n0 + i, some, r, scratch + DOWN_TILE * KC);
+        if (rows > NAME(few_rows))
+            NAME(by_decoding)(&t, r, from, some, c, scratch);
+        else
+            NAME(straight)(&t, r, from, some, c);
     }
-    if (decodes) NAME(by_decoding)(&t, all, base, count, c, scratch);
 }

@@ -14,6 +14,7 @@ struct place {
     const float *table; /* of nibbles */
     const int32_t *group_of;
     float factor;
+    int64_t in_block; /* rows of this block before it */
 };
 
 /* n: the row as stored; gate and up (parts) stand one after the other, or in turn. */
@@ -22,7 +23,7 @@ SCALAR struct place place_of(const struct matrix *w, int64_t slot, int64_t n) {
     int64_t rows = w->n / q->parts, part = q->interleaved ? n % q->parts : n / rows;
     int64_t row = q->interleaved ? n / q->parts : n % rows;
     int64_t at = (part * q->row_blocks + row / q->rows) * q->groups, size = scale_size(q->scale_kind);
-    struct place p = {.scale = q->scale + slot * q->scale_slot + at * size, .factor = 1.0f};
+    struct place p = {.scale = q->scale + slot * q->scale_slot + at * size, .factor = 1.0f, .in_block = row % q->rows};
     if (q->zero) p.zero = q->zero + slot * q->zero_slot + at;
     if (q->factor) memcpy(&p.factor, q->factor + slot * q->factor_slot + part * 4, 4);
     if (q->group_of) p.group_of = (const int32_t *)(const void *)(q->group_of + slot * q->group_slot) + part * w->k;

@@ -51,9 +51,8 @@ SCALAR VEC NAME(nibble)(const char *p, int j, int u, TABLE table) {
                     table[byte[12] >> shift & 15]};
 }
 
-SCALAR VEC NAME(byte_e4m3)(const char *p, int wide, int64_t j, int u) {
-    (void)wide;
-    const uint8_t *v = (const uint8_t *)p + j * LANES + u * WIDTH;
+SCALAR VEC NAME(byte_e4m3)(const char *p, int half, int u) {
+    const uint8_t *v = (const uint8_t *)p + half / 2 * LANES + u * WIDTH;
     return (float4){e4m3_part(v[0]), e4m3_part(v[1]), e4m3_part(v[2]), e4m3_part(v[3])};
 }
 

@@ -61,7 +61,10 @@ SCALAR float e4m3_part(uint8_t v) { return half_to_float((uint16_t)((v & 0x80u) 
 /* One scale or zero point. */
 SCALAR float scale_to_float(int kind, const char *p, int64_t i) {
     const uint8_t *byte = (const uint8_t *)p;
-    if (kind == E8M0) return as_float(byte[i] ? (uint32_t)byte[i] << 23 : 1u << 22); /* 2^-127 is subnormal */
+    if (kind == E8M0) {
+        uint32_t bits = (uint32_t)byte[i] << 23;
+        return as_float(bits > 1u << 22 ? bits : 1u << 22); /* 2^-127 is subnormal */
+    }
     if (kind == E4M3_SCALE) return 256.0f * e4m3_part(byte[i]);
     if (kind == INT8_ZERO) return (float)(int8_t)byte[i];
     return widen_one(kind, p, i);
