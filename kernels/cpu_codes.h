@@ -52,10 +52,10 @@ static inline __attribute__((always_inline)) TARGET VEC NAME(of_span)(int by_lan
 
 /* One span: acc[m][n] += scale * sum of x * (value - zero). at: its first scale. */
 static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, int code, int has_zero, int by_lane,
-                                                                       int wide, const float *x, const char *w,
-                                                                       int64_t row, int64_t vectors,
+                                                                       const float *x, const char *w, int64_t row,
+                                                                       int64_t vectors,
                                                                        const struct NAME(rows) *r, const int32_t *lane,
-                                                                       int64_t at, const TABLE *table,
+                                                                       int64_t at, int64_t ahead, const TABLE *table,
                                                                        VEC acc[MR][CODE_NR][SUB]) {
     UNROLL(4)
     for (int u = 0; u < SUB; u++) {
@@ -75,14 +75,25 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
         for (int m = 0; m < mr; m++)                                                           \
             sum[m][n] = VFMA(VLOAD(x + (((j) + half / 2) * mr + m) * LANES + u * WIDTH), value, sum[m][n]); \
     }
+#define PREFETCH(at)                                              \
+    if (u == 0 && ahead) {                                        \
+        UNROLL(8)                                                 \
+        for (int n = 0; n < CODE_NR; n++) /* to L2 */             \
+            __builtin_prefetch(w + n * row + (at) + ahead, 0, 2); \
+    }
+        int64_t j = 0;
         if (by_lane) {
+            PREFETCH(0)
             UNROLL(8)
-            for (int j = 0; j < 8; j++) { VECTOR(j, 0) }
-        } else if (wide) {
-            for (int64_t j = 0; j < vectors; j += 2) { VECTOR(j, 1) VECTOR(j, 2) }
-        } else {
-            for (int64_t j = 0; j < vectors; j++) { VECTOR(j, 0) }
+            for (int i = 0; i < 8; i++) { VECTOR(i, 0) }
+            j = vectors;
         }
+        for (; j + 4 <= vectors; j += 4) { /* a line of codes of each row */
+            if (code != NAME(decoded)) { PREFETCH(j * LANES) }
+            VECTOR(j, 1) VECTOR(j, 2) VECTOR(j + 2, 1) VECTOR(j + 2, 2)
+        }
+        for (; j < vectors; j++) { VECTOR(j, 0) }
+#undef PREFETCH
 #undef VECTOR
         UNROLL(8)
         for (int n = 0; n < CODE_NR; n++) {
@@ -118,14 +129,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
             left -= some;
             for (int64_t vectors; some > 0; some -= vectors, w += step, at += per_span) {
                 vectors = by_lane ? 8 : least(whole, some);
-                if (ahead)
-                    for (int64_t b = 0; b < (by_lane ? 64 : vectors * LANES); b += 64)
-                        UNROLL(8)
-                        for (int n = 0; n < CODE_NR; n++) __builtin_prefetch(w + n * row + b + ahead, 0, 2);
-                if (code == E4M3 && vectors % 2 == 0)
-                    NAME(add_span)(mr, code, has_zero, by_lane, 1, x, w, row, vectors, r, q->lane, at, table, acc);
-                else
-                    NAME(add_span)(mr, code, has_zero, by_lane, 0, x, w, row, vectors, r, q->lane, at, table, acc);
+                NAME(add_span)(mr, code, has_zero, by_lane, x, w, row, vectors, r, q->lane, at, ahead, table, acc);
                 x += vectors * mr * LANES;
             }
             NAME(sum_codes)(mr, acc, c, k->ldc, first);
