@@ -31,6 +31,7 @@ from moe.engine.requests import Chunk
 from moe.engine.runner import PackedRunner
 from moe.engine.sampling import Choice, Logprobs
 from moe.layer.experts import SlotExperts
+from moe.layer.routing import Routing
 from moe.models.attention import MaskRule, StepLayout
 from moe.models.kv import CACHE_NAME
 
@@ -229,7 +230,9 @@ class CoherentRunner:
         site, norm, device = self._sites[index], layer.post_attention_layernorm, h.device
         assert site is not None
         if here:
-            _, weights, ids = layer.mlp.gate(norm(h))
+            x = norm(h)
+            _, weights, ids = layer.mlp.gate(x)
+            _, ids, weights, _ = self.experts.routing.through(x, Routing(site, ids, weights))
         else:
             weights, ids = torch.zeros(0, self._top_k, device=device), torch.zeros(0, self._top_k, device=device)
         physical = torch.from_numpy(self.parallel.physical(site, ids.numpy(force=True).astype(np.int64))).to(device)

@@ -269,9 +269,9 @@ class Engine:
         if self.scheduler.has_work:
             raise ValueError("requests are running; record from their start")
         self.scheduler.pool.sharing = False
-        self.experts.recording = True
         num_experts = max(site.num_experts for site in self.blueprint.index.sites)
-        self.recorder = TraceRecorder(num_experts, self.blueprint.folder.name)
+        self.recorder = TraceRecorder(len(self.blueprint.index.sites), num_experts, self.blueprint.folder.name)
+        self.experts.routing.observers.append(self.recorder.log)
         return self.recorder
 
     def keep_logits(self) -> dict[int, list[Tensor]]:
@@ -309,8 +309,8 @@ class Engine:
 
     def _observe(self, chunks: Seq[Chunk], logits: Tensor) -> None:
         """Before anything of the step is accepted."""
-        if self.recorder is not None and self.experts is not None and chunks:
-            self.recorder.add(chunks, self.experts.take_routing())
+        if self.recorder is not None and chunks:
+            self.recorder.add(chunks)
         if self.last_logits is not None:
             for chunk, row in zip(chunks, logits):
                 if chunk.samples:

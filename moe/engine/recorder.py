@@ -6,20 +6,22 @@ import numpy as np
 import numpy.typing as npt
 
 from moe.engine.requests import Chunk
-from moe.layer.experts import RoutedLayer
+from moe.layer.routing import RoutingLog
 from moe.placement.trace import RoutingTrace
 
 
 class TraceRecorder:
     """Every token of every request once, in the order in which sequences were added to the engine."""
 
-    def __init__(self, num_experts: int, model: str) -> None:
+    def __init__(self, num_layers: int, num_experts: int, model: str) -> None:
+        self.log = RoutingLog(num_layers)  # to be among the observers of routing
         self.num_experts, self.model = num_experts, model
         self._parts: dict[int, list[tuple[int, npt.NDArray[np.int16], npt.NDArray[np.float32]]]] = {}
         self._prompt: dict[int, int] = {}
 
-    def add(self, chunks: Seq[Chunk], layers: Seq[RoutedLayer | None]) -> None:
-        """The step's routing, [T, K] of every layer, in the order of the packed row."""
+    def add(self, chunks: Seq[Chunk]) -> None:
+        """Takes the routing of a step, [T, K] of every layer in the order of the packed row, from the log."""
+        layers = self.log.take()
         num_tokens = sum(c.end - c.start for c in chunks)
         for index, layer in enumerate(layers):
             if layer is None or len(layer.topk_ids) != num_tokens:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
 from moe.layer.lookahead import Lookahead
 from moe.layer.parallel import ExpertParallel
+from moe.layer.routing import Routing, RoutingSeam
 from moe.offload.cache import ExpertCache
 
 KernelName = Literal["auto", "reference", "cpu", "grouped", "fused", "measured"]
@@ -91,15 +92,8 @@ def layer_kernels(
     return [*kernel_choice.make(name, layers, num_experts, top_k, dtype, table)]
 
 
-class RoutedLayer(NamedTuple):
-    """One layer's routing of one step: ids int16 [T, K], weights fp32 [T, K]."""
-
-    topk_ids: npt.NDArray[np.int16]
-    topk_weights: npt.NDArray[np.float32]
-
-
 class SlotExperts:
-    """The experts of all layers over one cache. While `recording`, `take_routing` has what was routed."""
+    """The experts of all layers over one cache. routing: who may change or see what goes to them."""
 
     def __init__(
         self,
@@ -112,8 +106,9 @@ class SlotExperts:
         # One more than there are experts: id -1 reads the last entry, which stays -1.
         self._slot_of = [np.full(n + 1, -1, np.int32) for n in cache.num_experts]
         self._has_settled = False  # all experts are resident for good, and _slot_of says where
-        self.recording = False
-        self._routed: list[list[RoutedLayer]] = [[] for _ in self.kernels]
+        self.routing = RoutingSeam()
+        if lookahead is not None:
+            self.routing.observers.append(lookahead)
 
     def use_ranks(self, parallel: ExpertParallel | None) -> None:
         """Shares the experts with these ranks from now on; what is in slots stays. None: alone."""
@@ -137,21 +132,14 @@ class SlotExperts:
         scale_input: the weights scale each expert's input instead of its output (Llama 4). Raises OSError if an
         expert cannot be read.
         """
-        ids: npt.NDArray[np.int64] = topk_ids.numpy(force=True)  # host sync on an accelerator
-        if self.recording:
-            weights = topk_weights.detach().float().numpy(force=True)
-            self._routed[layer].append(RoutedLayer(ids.astype(np.int16), weights))
+        routing = self.routing.through(x, Routing(layer, topk_ids, topk_weights, scale_input))
+        ids: npt.NDArray[np.int64] = routing.topk_ids.numpy(force=True)  # host sync on an accelerator
         if scale_input:
-            rows = (x[:, None] * topk_weights[..., None]).flatten(0, 1)
-            ones = torch.ones_like(topk_weights)
+            rows = (x[:, None] * routing.topk_weights[..., None]).flatten(0, 1)
+            ones = torch.ones_like(routing.topk_weights)
             y = self._parallel_or_here(layer, rows, ids.reshape(-1, 1), ones.view(-1, 1), ids.shape[1])
-            return combine_reference(y.view(*topk_ids.shape, -1), ones, x.dtype)
-        return self._parallel_or_here(layer, x, ids, topk_weights)
-
-    def take_routing(self) -> list[RoutedLayer | None]:
-        """Every layer's routing since the last call, of all forwards in their order; None where there was none."""
-        routed, self._routed = self._routed, [[] for _ in self.kernels]
-        return [RoutedLayer(*map(np.concatenate, zip(*parts))) if parts else None for parts in routed]
+            return combine_reference(y.view(*routing.topk_ids.shape, -1), ones, x.dtype)
+        return self._parallel_or_here(layer, x, ids, routing.topk_weights)
 
     def pairs(self, layer: int, x: Tensor, ids: npt.NDArray[np.int64]) -> Tensor:
         """y of every pair of these rows with experts of this rank, fp32 [T, K, H], 0 where the id is -1."""
@@ -162,14 +150,13 @@ class SlotExperts:
         for layer, (rows_per_token, top_k) in enumerate(shapes):
             x = torch.zeros(0, hidden_size, dtype=dtype, device=self.cache.device)
             weights = torch.zeros(0, top_k, device=self.cache.device)
+            if self.lookahead is not None:  # its gathers are collectives; nothing else has anything to see
+                self.lookahead.routed(x, Routing(layer, weights.long(), weights))
             self._parallel_or_here(layer, x, np.zeros((0, top_k), np.int64), weights, rows_per_token)
 
     def _parallel_or_here(
         self, layer: int, x: Tensor, ids: npt.NDArray[np.int64], topk_weights: Tensor, rows_per_token: int = 1
     ) -> Tensor:
-        if self.lookahead is not None:
-            self.lookahead.routed(layer, x, ids)
-
         def run(rows: Tensor, own: npt.NDArray[np.int64]) -> Tensor:
             return self._run(layer, rows, own, None)
 

@@ -19,6 +19,7 @@ from moe.comm.errors import Task
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic
 from moe.layer.parallel import ExpertParallel
+from moe.layer.routing import Routing
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertSite
 from moe.offload.predictor import Floats, Transitions
@@ -93,14 +94,15 @@ class Lookahead:
         """What the gathers of expected counts sent."""
         return [] if self.gather is None else [self.gather.traffic]
 
-    def routed(self, layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> None:
-        """This rank's tokens have been routed in `layer`. x: [T, H]; topk_ids: [T, K]; T may be 0."""
+    def routed(self, x: Tensor, routing: Routing) -> None:
+        """This rank's tokens have been routed. x: [T, H]; T may be 0."""
+        layer = routing.layer
         if layer <= self._last_layer:
             self.prefetcher.begin_forward()
         self._last_layer = layer
         if self.gather is None and not self.prefetcher.is_asking:
             return  # alone, a forward without prefetch is one without guesses too
-        expected = self.guess(layer, x, topk_ids)
+        expected = self.guess(layer, x, routing.topk_ids.numpy(force=True))  # host sync on an accelerator
         if expected is None:
             return
         if self.gather is None:

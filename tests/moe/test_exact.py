@@ -2,6 +2,7 @@
 
 import pytest
 
+from moe.layer.routing import RoutingLog
 from moe.llm import LLM
 from tests.families import FAMILIES
 from tests.moe.moe_cases import FP32_BOUND, PROMPTS, Case, Said, config, engine_says, relative_error
@@ -54,10 +55,11 @@ def test_all_resident_and_a_wrong_expert(case):
 def most_used(llm):
     """The two experts of the first layer that the last token chose, or that and any other one."""
     experts = llm.engine.experts
-    experts.recording = True
+    log = RoutingLog(len(experts.kernels))
+    experts.routing.observers.append(log)
     engine_says(llm, PROMPTS[2:3])
-    experts.recording = False
-    chosen = experts.take_routing()[0].topk_ids.flatten().tolist()
+    experts.routing.observers.remove(log)
+    chosen = log.take()[0].topk_ids.flatten().tolist()
     return (chosen + [(chosen[0] + 1) % experts.cache.num_experts[0]])[:2]
 
 
