@@ -152,6 +152,12 @@ def check_expert_weights(weights: ExpertWeights) -> None:
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_coded_matrix(name: str, codes: Tensor, coding: Coding, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError when codes and coding do not describe matrices of one part. shape: slots, rows, columns."""
+    _check_matrix(name, codes, coding, shape)
+    _check_coding(name, coding, (shape[0], 1), shape[1:], codes.device)
+
+
 def _check_matrix(name: str, stored: Tensor, coding: Coding | None, shape: tuple[int, int, int]) -> None:
     """`stored` as float weights or codes of logical `shape`."""
     if coding is None:

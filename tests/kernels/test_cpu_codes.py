@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from kernels_codes import coded_experts
+from kernels_codes import coded_experts, random_codes, random_coding
 from torch.nn import functional as F
 
 from moe.kernels.cpu import CpuExperts, instruction_sets
+from moe.kernels.cpu_linear import CpuLinear
+from moe.kernels.formats import decode
 from moe.kernels.reference import activation_reference, combine_reference, dequantized, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
 
@@ -158,3 +160,34 @@ def test_too_many_columns_are_refused():
     w = coded_experts(("int8", "int8"), (1, 65552, 1), ((1, WIDE), (1, WIDE)))
     with pytest.raises(ValueError, match="at most 65536 columns of codes"):
         CpuExperts(w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_out", "width", "block"), [(130, 192, (1, 32)), (65, 1040, (64, 128)), (7, 33, (1, 8))])
+@pytest.mark.parametrize("code", CODES)
+def test_linear_layers(code, num_out, width, block, dtype):
+    torch.manual_seed(5)
+    codes = random_codes(code, (num_out,), width)
+    coding = random_coding(code, (1, 1, num_out, width), block, with_zeros=code == "int4")
+    bias, x = torch.randn(num_out), torch.randn(45, width).to(dtype)
+    exact = F.linear(x.double(), decode(codes, coding, width, 0).double(), bias.double())
+    # a rounding to the dtype, the sum in fp32, and the weights, which the twin rounds to fp32
+    bound = torch.finfo(dtype).eps * exact.abs() + 4e-6
+    for isa, name in enumerate(instruction_sets()):
+        linear = CpuLinear(codes, bias, coding=coding, columns=width, isa=isa)
+        y = linear(x)
+        assert y.dtype == dtype
+        assert ((y.double() - exact).abs() <= bound).all(), name
+        assert torch.equal(torch.cat([linear(row[None]) for row in x[:9]]), y[:9]), name
+
+
+def test_linear_refuses_what_is_damaged():
+    codes, coding = random_codes("e2m1", (8,), 64), random_coding("e2m1", (1, 1, 8, 64), (1, 32), scale_dtype=E8M0)
+    CpuLinear(codes, coding=coding, columns=64)
+    with pytest.raises(ValueError, match=r"scales of weight are .* \(1, 1, 8, 2\)"):
+        CpuLinear(codes[:, :16], coding=coding, columns=32)
+    with pytest.raises(ValueError, match=r"weight has shape \(1, 8, 32\); it must be \(1, 8, 31\)"):
+        CpuLinear(codes, coding=coding, columns=62)
+    coding.scale.view(torch.uint8)[0, 0, 3, 1] = 255
+    with pytest.raises(ValueError, match="the scale of e2m1 codes is not finite"):
+        CpuLinear(codes, coding=coding, columns=64)
