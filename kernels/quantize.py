@@ -9,13 +9,11 @@ is not known here: compare the answers (`moe verify`) before using it.
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from moe.kernels.encode import encode
 from moe.kernels.formats import Coding
 from moe.kernels.reference import check_expert_weights
 from moe.kernels.weights import ExpertWeights
-
-FP8_MAX = 448.0  # of float8_e4m3fn
 
 
 def quantize_experts(
@@ -43,33 +41,13 @@ def quantize_experts(
         halves = weights.gate_up.unflatten(1, (inter, 2)).transpose(1, 2)
     else:
         halves = weights.gate_up.unflatten(1, (2, inter))
-    stored, first_scale = _quantize(halves, to, block)
-    down, down_scale = _quantize(weights.down, to, block)
-    gate_up = (stored.transpose(1, 2) if is_interleaved else stored).flatten(1, 2)
     code: Literal["e4m3", "int8"] = "e4m3" if to == "fp8" else "int8"
+    stored, first_scale = encode(halves, code, block, torch.float32)
+    down, down_scale = encode(weights.down, code, block, torch.float32)
+    gate_up = (stored.transpose(1, 2) if is_interleaved else stored).flatten(1, 2)
     return weights._replace(
         gate_up=gate_up.contiguous(),
         down=down,
         gate_up_coding=Coding(code, block, first_scale),
         down_coding=Coding(code, block, down_scale[:, None]),
     )
-
-
-def _quantize(w: Tensor, to: Literal["fp8", "int8"], block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """w: [..., n, k]. Returns it in 8 bits, and the scales [..., ceil(n / rows), ceil(k / columns)]."""
-    w = w.float()
-    if not bool(w.isfinite().all()):
-        raise ValueError("some expert weights are not finite; their block would have no scale")
-    n, k = w.shape[-2:]
-    rows, columns = min(block[0], n), min(block[1], k)
-    padded = torch.nn.functional.pad(w, (0, -k % columns, 0, -n % rows))
-    blocks = padded.unflatten(-1, (-1, columns)).unflatten(
-        -3, (-1, rows)
-    )  # [..., n / rows, rows, k / columns, columns]
-    largest = blocks.abs().amax(dim=(-3, -1))
-    scale = largest / (FP8_MAX if to == "fp8" else 127.0)
-    scale = torch.where(scale > 0, scale, 1.0)
-    scaled = (blocks / scale[..., :, None, :, None]).flatten(-2, -1).flatten(-3, -2)[..., :n, :k]
-    if to == "fp8":
-        return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).contiguous(), scale
-    return scaled.round().clamp(-127, 127).to(torch.int8).contiguous(), scale

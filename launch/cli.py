@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     pack = commands.add_parser("pack", help="write each expert as one aligned blob: faster reads")
     pack.add_argument("model", type=Path)
     pack.add_argument("out", type=Path)
+    pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4 or fp8: lossy")
+    pack.add_argument("--group", type=int, help="columns that share a scale, of int8 (a whole row) and int4 (32)")
     pack.set_defaults(run="commands:pack")
 
     add_parsers(commands)

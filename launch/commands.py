@@ -13,13 +13,14 @@ from moe.launch.demo import run_demo
 from moe.launch.jobs import serve_file
 from moe.launch.options import engine_config, sampling_params
 from moe.launch.prompts import read_prompts
-from moe.launch.report import batch_progress, print_report
+from moe.launch.report import batch_progress, print_report, print_rounding
 from moe.llm import LLM
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.neighbours import why_not_packed
 from moe.offload.budget import format_bytes
 from moe.offload.check import check_folder
 from moe.offload.pack import pack as pack_experts
+from moe.offload.requantise import target_format
 from moe.offload.stores import available_memory
 from moe.params import SamplingParams
 from moe.verify import verify
@@ -153,14 +154,19 @@ def pack(args: argparse.Namespace) -> int:
     blueprint = read_blueprint(args.model)
     if not blueprint.experts:
         raise ValueError(f"{args.model} has no experts to pack")
+    if args.group is not None and args.experts is None:
+        raise ValueError("--group says how experts are rounded; say to what with --experts int4 or int8")
+    to = None if args.experts is None else target_format(args.experts, args.group)
     with batch_progress() as progress:
         task = progress.add_task("", total=None, figures="")
 
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, figures=format_bytes(done))
 
-        pack_experts(blueprint.checkpoint, blueprint.index, args.out, progress=show)
+        pack_experts(blueprint.checkpoint, blueprint.index, args.out, experts=to, progress=show)
     out.print(f"{args.out}: {blueprint.num_experts} experts packed", markup=False)
+    if to is not None:
+        print_rounding(args.out, blueprint.index, out)
     return 0
 
 

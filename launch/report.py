@@ -1,6 +1,7 @@
 """The numbers that every run can print, and the progress line of long ones."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -13,6 +14,8 @@ from moe.comm.groups import Groups
 from moe.engine.engine import Engine, peak_rss_bytes
 from moe.launch.console import err
 from moe.offload.budget import format_bytes
+from moe.offload.checkpoint import Checkpoint
+from moe.offload.segments import ExpertIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,3 +182,23 @@ def gather_reports(engine: Engine, groups: Groups) -> Table:
             *map(format_bytes, ahead if reads_ahead else ()),
         )
     return table
+
+
+def print_rounding(folder: Path, index: ExpertIndex, console: Console) -> None:
+    """What rounding the experts cost, by layer: relative errors of their weights, and the worst expert."""
+    errors = (Checkpoint.open(folder).packed or {})["errors"]
+    table = Table(title="|rounded - original| / |original| of each expert's weights", title_justify="left", box=None)
+    for heading in ("layer", "gate_up, mean", "down, mean", "worst expert", "its error"):
+        table.add_column(heading, justify="right")
+    for layer, experts in enumerate(errors):
+        first, second = (sum(e[n] for e in experts) / len(experts) for n in (0, 1))
+        worst = max(range(len(experts)), key=lambda e: max(experts[e]))
+        table.add_row(str(layer), f"{first:.3%}", f"{second:.3%}", str(worst), f"{max(experts[worst]):.3%}")
+    console.print(table)
+    old = sum(s.num_experts * b.nbytes for s, b in zip(index.sites, index.layouts))
+    new = sum(path.stat().st_size for path in folder.glob("experts-*.safetensors"))
+    console.print(
+        f"{format_bytes(old)} became {format_bytes(new)}; this is lossy: every error is in packed.json, what it does "
+        "to the answers only a comparison shows",
+        markup=False,
+    )

@@ -31,7 +31,7 @@ def layer_parts(layer: int, site: ExpertSite, stacks: dict[str, Stack]) -> tuple
     if not biases <= set(FLOATS) or len(dtypes | (biases if dtypes else set())) > 1 or len(biases) > 1:
         _refuse_dtypes(where, dtypes | biases)
     layout = ExpertLayout.of(site, formats["gate_up"], formats["down"], next(iter(biases), None))
-    at = {name: _Place(where, site, layout, name) for name in named}
+    at = {name: _Place.of(where, site, layout, name) for name in named}
     return layout, tuple(
         _joined(part for name, stack in named.items() for part in at[name].parts(stack[expert]))
         for expert in range(site.num_experts)
@@ -84,22 +84,25 @@ class _Place(NamedTuple):
     site: ExpertSite
     layout: ExpertLayout
     name: str
+    pieces: tuple[tuple[str, Piece], ...]  # by the end of their names, weights or codes first
+
+    @staticmethod
+    def of(where: str, site: ExpertSite, layout: ExpertLayout, name: str) -> "_Place":
+        own = [p for p in layout.pieces if p.name == name or p.name.startswith(f"{name}.")]
+        return _Place(where, site, layout, name, tuple((p.name.removeprefix(name), p) for p in own))
 
     def parts(self, views: list[View]) -> Iterator[Segment | Conversion]:
         """What fills the pieces of one expert."""
-        piece = self._piece("")
         matrices = [view.info for view in views if isinstance(view.info, StoredMatrix)]
         if not matrices:
-            yield from _plain(piece, views)
+            yield from _plain(self.pieces[0][1], views)
             return
-        layout = self.layout.gate_up_format if self.name == "gate_up" else self.layout.down_format
-        num_parts, n, k = self._sizes()
+        num_parts, _, _ = self._sizes()
         if len(matrices) not in (1, num_parts):
             raise ValueError(f"{self.where}: {self.name} is joined of {len(matrices)} quantised matrices")
         if len(matrices) > 1 and self.site.interleaved:
             raise ValueError(f"{self.where}: quantised gate and up that are apart cannot be interleaved")
-        for end in layout.pieces(num_parts, n, k):
-            piece = self._piece(end)
+        for end, piece in self.pieces:
             if len(matrices) == num_parts:
                 for part, matrix in enumerate(matrices):
                     yield _coded(piece, num_parts, part, self.source_of(matrix, end))
@@ -107,11 +110,6 @@ class _Place(NamedTuple):
                 yield _coded(piece, 1, 0, matrices[0].sources[""])
             else:
                 yield self._split(piece, self.source_of(matrices[0], end), matrices[0].format)
-
-    def _piece(self, end: str) -> Piece:
-        piece = self.layout.piece(self.name + end)
-        assert piece is not None, (self.name, end)
-        return piece
 
     def _sizes(self) -> tuple[int, int, int]:
         """Parts, rows of one, columns."""

@@ -23,9 +23,11 @@ from typing import Any, BinaryIO
 
 from moe.offload.budget import format_bytes
 from moe.offload.checkpoint import DTYPE_NAMES, DTYPES, PACKED_FILE, PACKED_VERSION, Checkpoint, TensorInfo
+from moe.offload.formats.slot import MatrixFormat
 from moe.offload.integrity import checksum
 from moe.offload.layout import ALIGNMENT
 from moe.offload.packed import PACKED_PREFIX, describe_layer
+from moe.offload.requantise import Requantised, requantised
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import FileStore, aligned_bytes
 
@@ -47,22 +49,29 @@ def pack(
     index: ExpertIndex,
     out_folder: str | Path,
     *,
+    experts: MatrixFormat | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes the packed form of `checkpoint` to `out_folder`, which must not exist, and returns it.
 
+    experts: what their matrices are rounded to (`requantise.target_format`); None: as they are, without loss.
     progress(bytes written, bytes in all) is called after each expert and dense tensor. Memory: one expert or dense
     tensor. The folder appears whole or not at all: it is written beside its place, synced and renamed. Raises
     ValueError for a bad request, OSError for a full disk or any other failed write, and leaves nothing behind.
     """
     out = Path(out_folder)
-    if checkpoint.packed is not None:
+    if checkpoint.packed is not None and experts is None:
         raise ValueError(f"{checkpoint.folder} is packed already; copy the folder instead")
     if out.exists():
         raise ValueError(f"{out} exists already; remove it or choose another folder")
     dense = sorted(set(checkpoint.tensors) - index.expert_keys)
     total = sum(checkpoint.tensors[name].nbytes for name in dense)
-    total += sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, index.layouts))
+    layouts = (
+        index.layouts
+        if experts is None
+        else [requantised(site, layout, experts) for site, layout in zip(index.sites, index.layouts)]
+    )
+    total += sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, layouts))
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < total:
@@ -72,7 +81,12 @@ def pack(
             out,
         )
     with _only_writer(out):
-        return _pack_whole(checkpoint, index, dense, out, _Progress(progress, total))
+        files = FileStore(index)
+        try:
+            store = files if experts is None else Requantised(files, index.sites, experts)
+            return _pack_whole(checkpoint, index, store, dense, out, _Progress(progress, total))
+        finally:
+            files.close()
 
 
 @contextmanager
@@ -96,13 +110,20 @@ def _only_writer(out: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _pack_whole(checkpoint: Checkpoint, index: ExpertIndex, dense: list[str], out: Path, progress: _Progress) -> Path:
+def _pack_whole(
+    checkpoint: Checkpoint,
+    index: ExpertIndex,
+    store: FileStore | Requantised,
+    dense: list[str],
+    out: Path,
+    progress: _Progress,
+) -> Path:
     work = out.parent / f".{out.name}.partial"
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed: the lock is ours
     work.mkdir()
     try:
         try:
-            _write_folder(checkpoint, index, dense, work, progress)
+            _write_folder(checkpoint, index, store, dense, work, progress)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -120,29 +141,30 @@ def _pack_whole(checkpoint: Checkpoint, index: ExpertIndex, dense: list[str], ou
 
 
 def _write_folder(
-    checkpoint: Checkpoint, index: ExpertIndex, dense: list[str], folder: Path, progress: _Progress
+    checkpoint: Checkpoint,
+    index: ExpertIndex,
+    store: FileStore | Requantised,
+    dense: list[str],
+    folder: Path,
+    progress: _Progress,
 ) -> None:
-    layers = [describe_layer(site, layout) for site, layout in zip(index.sites, index.layouts)]
+    layers = [describe_layer(site, layout) for site, layout in zip(index.sites, store.layouts)]
     files: list[str] = []
     checksums: list[list[int]] = []
-    store = FileStore(index)
-    try:
-        for layer, (site, layout) in enumerate(zip(index.sites, index.layouts)):
-            files.append(f"experts-{layer:05d}.safetensors")
-            tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
-            blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero
-            metadata = {"layout": json.dumps(layers[layer])}
-            checksums.append([])
-            with (folder / files[-1]).open("wb") as file:
-                _write_header(file, tensors, metadata)
-                for expert in range(site.num_experts):
-                    store.read_into(layer, expert, blob)
-                    checksums[-1].append(checksum(blob))
-                    file.write(blob.numpy().data)
-                    progress.add(layout.nbytes)
-                _flush(file)
-    finally:
-        store.close()
+    for layer, (site, layout) in enumerate(zip(index.sites, store.layouts)):
+        files.append(f"experts-{layer:05d}.safetensors")
+        tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
+        blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero
+        metadata = {"layout": json.dumps(layers[layer])}
+        checksums.append([])
+        with (folder / files[-1]).open("wb") as file:
+            _write_header(file, tensors, metadata)
+            for expert in range(site.num_experts):
+                store.read_into(layer, expert, blob)
+                checksums[-1].append(checksum(blob))
+                file.write(blob.numpy().data)
+                progress.add(layout.nbytes)
+            _flush(file)
     files.append("dense.safetensors")
     with (folder / files[-1]).open("wb") as file:
         infos = {name: checkpoint.tensors[name] for name in dense}
@@ -153,9 +175,12 @@ def _write_folder(
             progress.add(info.nbytes)
         _flush(file)
     for source in sorted(checkpoint.folder.iterdir()):
-        if source.is_file() and source.suffix not in _WEIGHTS and not source.name.endswith(".index.json"):
+        is_old = source.name == PACKED_FILE or source.name.endswith(".index.json")
+        if source.is_file() and source.suffix not in _WEIGHTS and not is_old:
             shutil.copyfile(source, folder / source.name)
     description = {"version": PACKED_VERSION, "layers": layers, "files": files, "checksums": checksums, "dense": sums}
+    if isinstance(store, Requantised):
+        description["errors"] = store.errors
     with (folder / PACKED_FILE).open("wb") as file:
         file.write(json.dumps(description, indent=1).encode())
         _flush(file)

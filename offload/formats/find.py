@@ -22,9 +22,9 @@ from moe.offload.formats.stored import Group, Quantisation, StoredMatrix
 # Each returns None for tensors that are not its own. One function, one format of published checkpoints.
 FORMATS: tuple[Callable[[Group, Quantisation], StoredMatrix | None], ...] = (
     fp8,
+    pack_quantized,
     mxfp4,
     nvfp4,
-    pack_quantized,
     gptq,
     nf4,
     llm_int8,
@@ -92,6 +92,7 @@ def find_matrices(tensors: Mapping[str, TensorInfo], said: Quantisation) -> Foun
         if role != "weight":
             groups[name][role] = key
     matrices: dict[str, StoredMatrix] = {}
+    memo: dict[tuple[object, ...], int] = {}
     problems: dict[str, str] = {}
     companions = {key for key in tensors if key.endswith(_KV_SCALES)}
     for name, roles in groups.items():
@@ -105,7 +106,7 @@ def find_matrices(tensors: Mapping[str, TensorInfo], said: Quantisation) -> Foun
         if set(roles) <= {"weight", "unused"} and tensors[name].dtype.itemsize > 1:
             continue
         try:
-            matrix = _read(Group(name, {role: tensors[key] for role, key in roles.items()}, roles), said)
+            matrix = _read(Group(name, {role: tensors[key] for role, key in roles.items()}, roles, memo), said)
         except ValueError as error:
             problems[name] = str(error)
             continue
@@ -116,10 +117,14 @@ def find_matrices(tensors: Mapping[str, TensorInfo], said: Quantisation) -> Foun
     return Found(matrices=matrices, problems=problems, companions=frozenset(companions), activations=said.activations)
 
 
+_LAST_WORDS = tuple({end.replace(".", "_").rsplit("_", 1)[1] for end, _, _ in _ROLES})
+
+
 def _role(key: str) -> tuple[str, str]:
-    for end, weight_end, role in _ROLES:
-        if key.endswith(end):
-            return key[: len(key) - len(end)] + weight_end, role
+    if key.endswith(_LAST_WORDS):  # a model has a hundred thousand keys
+        for end, weight_end, role in _ROLES:
+            if key.endswith(end):
+                return key[: len(key) - len(end)] + weight_end, role
     return key, "weight"
 
 

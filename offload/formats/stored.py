@@ -83,6 +83,7 @@ class Group(NamedTuple):
     name: str
     tensors: Mapping[str, TensorInfo]
     keys: Mapping[str, str]
+    memo: dict[tuple[object, ...], int]  # what was read for other weights of the same shapes
 
     def matrix(
         self, label: str, shape: tuple[int, ...], layout: MatrixFormat, sources: Mapping[str, Source]

@@ -1,0 +1,93 @@
+"""Experts in fewer bits than they are stored in: what `moe pack --experts` writes. Lossy; the errors are kept.
+
+A store over another one: it reads an expert, decodes it in float32, rounds it to the wanted codes (kernels/encode.py)
+and notes how far the rounded weights lie from the read ones.
+"""
+
+# mypy: allow-untyped-calls
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from moe.kernels.encode import encode
+from moe.kernels.formats import decode
+from moe.kernels.reference import dequantized
+from moe.kernels.weights import Activation
+from moe.offload.formats.slot import WHOLE, MatrixFormat
+from moe.offload.layout import ExpertLayout, ExpertSite
+from moe.offload.stores import ExpertStore, aligned_bytes
+
+Target = Literal["int8", "int4", "mxfp4", "fp8"]
+
+
+def target_format(target: str, group: int | None) -> MatrixFormat:
+    """What `--experts target --group group` means. Raises ValueError for what is no format of experts."""
+    if group is not None and group < 8:
+        raise ValueError(f"--group ({group}) must be at least 8 columns a scale")
+    match target:
+        case "int8":
+            return MatrixFormat.coded("int8", (1, group or WHOLE), torch.float32)
+        case "int4":
+            return MatrixFormat.coded("int4", (1, group or 32), torch.float16)
+        case "mxfp4" if group in (None, 32):
+            return MatrixFormat.coded("e2m1", (1, 32), torch.float8_e8m0fnu)
+        case "fp8" if group is None:
+            return MatrixFormat.coded("e4m3", (128, 128), torch.float32)
+        case "mxfp4" | "fp8":
+            raise ValueError(f"--group ({group}) cannot be chosen for {target}; leave it out, or use int4 or int8")
+    raise ValueError(f"--experts ({target}) must be one of {', '.join(get_args(Target))}")
+
+
+def requantised(site: ExpertSite, layout: ExpertLayout, to: MatrixFormat) -> ExpertLayout:
+    """`layout` with both matrices in `to`; biases stay."""
+    bias = layout.piece("gate_up_bias")
+    return ExpertLayout.of(site, to, to, None if bias is None else bias.dtype)
+
+
+class Requantised:
+    """Implements `ExpertStore`. errors: by layer and expert, |rounded - read| / |read| of gate_up and of down."""
+
+    def __init__(self, source: ExpertStore, sites: Sequence[ExpertSite], to: MatrixFormat) -> None:
+        self.source, self.sites, self.to = source, list(sites), to
+        self.num_experts = list(source.num_experts)
+        self.layouts = [requantised(site, layout, to) for site, layout in zip(sites, source.layouts)]
+        self.errors: list[list[tuple[float, float]]] = [[(0.0, 0.0)] * n for n in self.num_experts]
+
+    def read_into(self, layer: int, expert: int, out: Tensor) -> int:
+        site, before, after = self.sites[layer], self.source.layouts[layer], self.layouts[layer]
+        blob = aligned_bytes(before.nbytes)
+        nbytes = self.source.read_into(layer, expert, blob)
+        stored, made = before.views(blob[None]), after.views(out[None])
+        act = Activation(kind="silu" if site.gated else "relu", gated=site.gated, interleaved=site.interleaved)
+        gate_up, down = dequantized(before.weights(stored, act), 0)
+        errors = (self._write(made, "gate_up", gate_up, site), self._write(made, "down", down, site))
+        self.errors[layer][expert] = errors
+        for name in ("gate_up_bias", "down_bias"):
+            if name in stored:
+                made[name].copy_(stored[name])
+        if after.not_finite(out) is not None:
+            raise ValueError(f"layer {layer}, expert {expert}: weights too large for scales in {self.to.scale_dtype}")
+        return nbytes
+
+    def _write(self, made: dict[str, Tensor], name: str, w: Tensor, site: ExpertSite) -> float:
+        """w: [parts * n, k] in float32. Returns the relative error."""
+        parts = site.parts if name == "gate_up" else 1
+        is_woven = parts == 2 and site.interleaved
+        each = w.unflatten(0, (-1, parts)).transpose(0, 1) if is_woven else w.unflatten(0, (parts, -1))
+        assert self.to.code is not None
+        codes, scale = encode(each, self.to.code, self.to.block, self.to.scale_dtype)
+        made[name][0] = (codes.transpose(0, 1) if is_woven else codes).flatten(0, 1)
+        made[f"{name}.scale"][0] = scale
+        again = self._decoded(made, name, w.shape[1], is_woven)
+        return float((again - w).double().norm() / w.double().norm().clamp(min=1e-300))
+
+    def _decoded(self, made: dict[str, Tensor], name: str, columns: int, is_woven: bool) -> Tensor:
+        coding = self.to.coding(made, name)
+        assert coding is not None
+        return decode(made[name][0], coding, columns, 0, interleaved=is_woven)
+
+    def close(self) -> None:
+        self.source.close()

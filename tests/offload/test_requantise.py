@@ -1,0 +1,81 @@
+"""`moe pack --experts`: experts in fewer bits, their errors beside them, and the same answers from kernel and twin."""
+
+import pytest
+import torch
+from test_pack import opened
+
+from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.kernels.reference import dequantized
+from moe.kernels.weights import Activation
+from moe.launch.cli import main
+from moe.llm import LLM
+from moe.models.blueprint import read_blueprint
+from moe.offload.checkpoint import Checkpoint
+from moe.offload.pack import pack
+from moe.offload.requantise import target_format
+from moe.offload.stores import FileStore, aligned_bytes
+from moe.params import SamplingParams
+from tests.families import tiny_checkpoint
+
+# Largest relative error of normal weights (tests/kernels/test_encode.py).
+BOUNDS = {"int8": 0.012, "int4": 0.11, "mxfp4": 0.14, "fp8": 0.03}
+
+
+def weights_of(index, layer, expert):
+    site, layout = index.sites[layer], index.layouts[layer]
+    blob = aligned_bytes(layout.nbytes)
+    FileStore(index).read_into(layer, expert, blob)
+    act = Activation(kind="silu" if site.gated else "relu", gated=site.gated, interleaved=site.interleaved)
+    return dequantized(layout.weights(layout.views(blob[None]), act), 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("to", BOUNDS)
+def test_errors_are_as_said(family, to, tmp_path):
+    folder = tiny_checkpoint(family, tmp_path / "original", torch.bfloat16)
+    blueprint = read_blueprint(folder)
+    pack(blueprint.checkpoint, blueprint.index, tmp_path / "packed", experts=target_format(to, None))
+    packed = read_blueprint(tmp_path / "packed")
+    assert packed.index.layouts[0].nbytes <= blueprint.index.layouts[0].nbytes
+    errors = Checkpoint.open(tmp_path / "packed").packed["errors"]
+    for layer, site in enumerate(blueprint.index.sites):
+        for expert in (0, site.num_experts - 1):
+            pairs = zip(weights_of(blueprint.index, layer, expert), weights_of(packed.index, layer, expert))
+            for (w, rounded), said in zip(pairs, errors[layer][expert], strict=True):
+                assert float((rounded - w).norm() / w.norm()) == pytest.approx(said)
+                assert 0 < said < BOUNDS[to]
+
+
+def says(folder, kernel):
+    config = EngineConfig(
+        dtype="float32", kernel=kernel, offload=OffloadConfig(budget="3"), batch=BatchConfig(kv_tokens=256)
+    )
+    with LLM(folder, config) as llm:
+        outputs = llm.generate([[5, 9, 30], [7]], SamplingParams(max_tokens=6, ignore_eos=True))
+        return [o.outputs[0].token_ids for o in outputs]
+
+
+@pytest.mark.parametrize("to", BOUNDS)
+def test_the_kernel_says_what_its_twin_says(to, tmp_path):
+    folder = tiny_checkpoint("qwen3_moe", tmp_path / "original")
+    pack(*opened(folder, "qwen3_moe"), tmp_path / "packed", experts=target_format(to, None))
+    assert says(tmp_path / "packed", "auto") == says(tmp_path / "packed", "reference")
+
+
+def test_a_packed_folder_can_be_rounded_and_bad_requests(tmp_path, capsys):
+    folder = tiny_checkpoint("mixtral", tmp_path / "original")
+    assert main(["pack", str(folder), str(tmp_path / "packed")]) == 0
+    arguments = ["pack", str(tmp_path / "packed"), str(tmp_path / "small"), "--experts", "int4", "--group", "8"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "worst expert" in said
+    assert "this is lossy" in said
+    assert read_blueprint(tmp_path / "small").index.layouts[0].gate_up_format.block == (1, 8)
+    for options, message in (
+        (["--experts", "int3"], "must be one of int8, int4, mxfp4, fp8"),
+        (["--experts", "mxfp4", "--group", "16"], "cannot be chosen for mxfp4"),
+        (["--group", "16"], "--group says how experts are rounded"),
+        (["--experts", "int4", "--group", "1"], "must be at least 8"),
+    ):
+        assert main(["pack", str(folder), str(tmp_path / "x"), *options]) == 2
+        assert message in capsys.readouterr().err
