@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe.offload.recognise import LFS_POINTER, why_no_weights, why_not_a_folder
+
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -116,7 +118,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _shard_names(folder: Path) -> tuple[list[Any], str]:
     """File names of the shards, and what lists them (for messages)."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
+        raise ValueError(why_not_a_folder(folder))
     if (folder / "model.safetensors.index.json").is_file():
         index = folder / "model.safetensors.index.json"
         weight_map = _read_json(index).get("weight_map")
@@ -125,20 +127,18 @@ def _shard_names(folder: Path) -> tuple[list[Any], str]:
         return sorted(set(map(str, weight_map.values()))), index.name
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"], "the folder"
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-    if pickles:
-        raise ValueError(
-            f"{folder} holds only pickle files ({pickles[0]}), which can run code when read; "
-            "convert them to safetensors with transformers' save_pretrained"
-        )
-    raise ValueError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    raise ValueError(why_no_weights(folder))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Raises ValueError if the header or the file's size is not right."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file; run `git lfs pull` in its folder")
+        file.seek(8)
+        length = int.from_bytes(start[:8], "little")
         if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(
                 f"{path} is not a whole safetensors file: its first 8 bytes ask for a header of {length} bytes, "
