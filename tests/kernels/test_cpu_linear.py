@@ -91,3 +91,12 @@ def test_replaces_plain_layers_only_and_keeps_their_names_and_weights() -> None:
     for rows in (1, len(x) - 1, len(x)):  # compiled, compiled, torch's
         for name, expected in right.items():
             torch.testing.assert_close(model[name](x[:rows]), expected[:rows])
+
+
+def test_sixteen_bits_are_compiled_for_any_number_of_rows() -> None:
+    model = nn.ModuleDict({"narrow": nn.Linear(96, 70).bfloat16()}).requires_grad_(False)
+    compile_dense(model)
+    x = torch.randn(300, 96).bfloat16()
+    together = model["narrow"](x)
+    for row in (0, 17, 299):
+        assert torch.equal(model["narrow"](x[row]), together[row])
