@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     pack = commands.add_parser("pack", help="write each expert as one aligned blob: faster reads")
     pack.add_argument("model", type=Path)
     pack.add_argument("out", type=Path)
+    pack.add_argument(
+        "--config", type=Path, metavar="FOLDER", help="of a .gguf: config.json and tokenizer of its model"
+    )
     pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4 or fp8: lossy")
     pack.add_argument("--group", type=int, help="columns that share a scale, of int8 (a whole row) and int4 (32)")
     pack.set_defaults(run="commands:pack")

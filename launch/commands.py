@@ -16,11 +16,14 @@ from moe.launch.prompts import read_prompts
 from moe.launch.report import batch_progress, print_report, print_rounding
 from moe.llm import LLM
 from moe.models.blueprint import Blueprint, read_blueprint
+from moe.models.gguf import open_gguf
 from moe.models.neighbours import why_not_packed
 from moe.offload.budget import format_bytes
 from moe.offload.check import check_folder
+from moe.offload.checkpoint import Checkpoint
 from moe.offload.pack import pack as pack_experts
 from moe.offload.requantise import target_format
+from moe.offload.segments import ExpertIndex
 from moe.offload.stores import available_memory
 from moe.params import SamplingParams
 from moe.verify import verify
@@ -151,8 +154,20 @@ def trace(args: argparse.Namespace) -> int:
 
 
 def pack(args: argparse.Namespace) -> int:
+    if args.model.suffix == ".gguf":
+        if args.config is None:
+            raise ValueError(f"{args.model}: --config must name a folder with config.json and tokenizer of its model")
+        with open_gguf(args.model, args.config) as source:
+            return _pack(args, source.checkpoint, source.experts)
+    if args.config is not None:
+        raise ValueError(f"--config belongs to a .gguf; {args.model} has its own configuration")
     blueprint = read_blueprint(args.model)
-    if not blueprint.experts:
+    return _pack(args, blueprint.checkpoint, blueprint.index)
+
+
+def _pack(args: argparse.Namespace, checkpoint: Checkpoint, index: ExpertIndex) -> int:
+    num_experts = sum(site.num_experts for site in index.sites)
+    if not num_experts:
         raise ValueError(f"{args.model} has no experts to pack")
     if args.group is not None and args.experts is None:
         raise ValueError("--group says how experts are rounded; say to what with --experts int4 or int8")
@@ -163,10 +178,10 @@ def pack(args: argparse.Namespace) -> int:
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, figures=format_bytes(done))
 
-        pack_experts(blueprint.checkpoint, blueprint.index, args.out, experts=to, progress=show)
-    out.print(f"{args.out}: {blueprint.num_experts} experts packed", markup=False)
+        pack_experts(checkpoint, index, args.out, experts=to, progress=show)
+    out.print(f"{args.out}: {num_experts} experts packed", markup=False)
     if to is not None:
-        print_rounding(args.out, blueprint.index, out)
+        print_rounding(args.out, index, out)
     return 0
 
 

@@ -103,6 +103,29 @@ def read_blueprint(folder: str | Path) -> Blueprint:
     """
     folder = Path(folder)
     checkpoint = Checkpoint.open(folder)
+    skeleton = read_skeleton(folder)
+    experts = tuple(find_experts(skeleton))
+    quantised = find_matrices(checkpoint.tensors, read_quantisation(folder))
+    index = index_experts(
+        checkpoint,
+        [e.site for e in experts],
+        get_model_conversion_mapping(skeleton),
+        skeleton.base_model_prefix,
+        quantised,
+    )
+    return Blueprint(
+        folder=folder,
+        config=skeleton.config,
+        skeleton=skeleton,
+        checkpoint=checkpoint,
+        experts=experts,
+        index=index,
+        quantised=quantised,
+    )
+
+
+def read_skeleton(folder: Path) -> Any:
+    """The whole transformers model on the meta device. Raises ValueError for a folder that describes none."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
@@ -119,24 +142,7 @@ def read_blueprint(folder: str | Path) -> Blueprint:
             f"{folder}: architecture {getattr(config, 'architectures', None) or config.model_type} is no text "
             f"generation model that this transformers version knows: {first_line(error)}"
         ) from error
-    experts = tuple(find_experts(skeleton))
-    quantised = find_matrices(checkpoint.tensors, read_quantisation(folder))
-    index = index_experts(
-        checkpoint,
-        [e.site for e in experts],
-        get_model_conversion_mapping(skeleton),
-        skeleton.base_model_prefix,
-        quantised,
-    )
-    return Blueprint(
-        folder=folder,
-        config=config,
-        skeleton=skeleton,
-        checkpoint=checkpoint,
-        experts=experts,
-        index=index,
-        quantised=quantised,
-    )
+    return skeleton
 
 
 def _without_quantisation(config: Any) -> None:

@@ -66,7 +66,8 @@ class StoredMatrix:
             for piece, kind in self.format.pieces(1, n, k).items()
         }
         coding = self.format.coding(views, "")
-        assert coding is not None, self.name
+        if coding is None:
+            return views[""][0].float()
         if not bool(coding.scale.float().isfinite().all()):
             raise ValueError(f"{self.name} ({self.label}): a scale is not a finite number; download it again")
         return decode(views[""][0], coding, k, 0)

@@ -1,0 +1,76 @@
+"""GGUF blocks as codes against gguf's own decoding, byte for byte random, and a whole file against its twin."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.launch.cli import main
+from moe.llm import LLM
+from moe.offload.checkpoint import TensorInfo
+from moe.offload.formats.gguf import gguf_stack
+from moe.params import SamplingParams
+
+gguf = pytest.importorskip("gguf", reason='GGUF needs pip install "moeflow[gguf]"')
+FIXTURE = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "gguf" / "A"
+KINDS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "F16", "F32"]
+KEPT = {"Q8_0": "int8", "Q4_0": "int4", "Q5_0": "int8", "Q6_K": "int8", "Q3_K": "int4"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks(kind, tmp_path):
+    """Random bytes are valid blocks but for their F16 scales, which must be finite."""
+    qtype = getattr(gguf.GGMLQuantizationType, kind)
+    size, nbytes = gguf.GGML_QUANT_SIZES[qtype]
+    experts, rows, columns = 2, 3, 512
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (experts, rows, columns // size, nbytes), np.uint8)
+    if kind in ("F16", "F32"):
+        values = rng.standard_normal((experts, rows, columns)).astype(np.float16 if kind == "F16" else np.float32)
+        raw = values.view(np.uint8).reshape(raw.shape)
+    else:
+        halves = rng.standard_normal((*raw.shape[:3], 2)).astype(np.float16).view(np.uint8)
+        at = {
+            "Q8_0": 0,
+            "Q4_0": 0,
+            "Q4_1": 0,
+            "Q5_0": 0,
+            "Q5_1": 0,
+            "Q2_K": 80,
+            "Q3_K": 108,
+            "Q4_K": 0,
+            "Q5_K": 0,
+            "Q6_K": 208,
+        }
+        both = 4 if kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 2
+        raw[..., at[kind] : at[kind] + both] = halves[..., :both]
+    raw = raw.reshape(experts, rows, -1)
+    path = tmp_path / "blocks"
+    path.write_bytes(b"x" * 64 + raw.tobytes())
+    dequantise = partial(gguf.quants.dequantize, qtype=qtype)
+    dtype = {"F16": torch.float16, "F32": torch.float32}.get(kind, torch.uint8)
+    info = TensorInfo(path, 64, raw.nbytes, dtype, (experts, rows, raw.shape[2] // dtype.itemsize))
+    stack = gguf_stack("blk.0.ffn_up_exps.weight", kind, info, (experts, rows, columns), dequantise)
+    assert (stack.format.code or "float") == KEPT.get(kind, "float")
+    want = torch.from_numpy(dequantise(raw if dtype == torch.uint8 else values))
+    got = stack.decoded()
+    assert torch.equal(got, want) or float(((got - want) / want).abs().nan_to_num().max()) < 2e-7
+
+
+@pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"no GGUF model at {FIXTURE}")
+def test_a_file_is_packed_and_says_what_its_twin_says(tmp_path, capsys):
+    file, packed = FIXTURE / "q" / "model.gguf", tmp_path / "packed"
+    assert main(["pack", str(file), str(packed)]) == 2
+    assert "--config must name a folder" in capsys.readouterr().err
+    assert main(["pack", str(file), str(packed), "--config", str(FIXTURE / "fp32")]) == 0
+    said = json.loads((FIXTURE / "tokens.json").read_text())
+    for budget in ("1.0", "0.25", "1"):
+        config = EngineConfig(dtype="float32", offload=OffloadConfig(budget=budget), batch=BatchConfig(kv_tokens=512))
+        with LLM(packed, config) as llm:
+            assert {str(x.gate_up_format.code) for x in llm.engine.blueprint.index.layouts} == {"int4"}
+            outputs = llm.generate(said["prompts"], SamplingParams(max_tokens=24, ignore_eos=True))
+            assert [o.outputs[0].token_ids for o in outputs] == said["greedy"]
