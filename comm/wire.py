@@ -31,12 +31,16 @@ class Traffic:
     rank: int
     world_size: int
     nodes: tuple[int, ...]
-    bytes_to: list[int] = field(default_factory=list)
-    control_bytes_to: list[int] = field(default_factory=list)
-    messages: int = 0
-    collectives: int = 0
-    calls: int = 0
-    host_syncs: int = 0
+    bytes_to: list[int] = field(
+        default_factory=list, metadata={"help": "Payload sent to other ranks", "unit": "bytes", "index": "to_rank"}
+    )
+    control_bytes_to: list[int] = field(
+        default_factory=list, metadata={"help": "Counts sent ahead of payload", "unit": "bytes", "index": "to_rank"}
+    )
+    messages: int = field(default=0, metadata={"help": "Parts of payload that were not empty"})
+    collectives: int = field(default=0, metadata={"help": "Rounds, each an all-to-all"})
+    calls: int = field(default=0, metadata={"help": "Dispatches of a layer's tokens"})
+    host_syncs: int = field(default=0, metadata={"help": "Times that a figure had to be known on the CPU"})
 
     def __post_init__(self) -> None:
         self.reset()

@@ -6,9 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.config import EngineConfig
-from moe.launch.report import RunReport, run_report
+from moe.engine.engine import Engine
+from moe.launch.report import hit_rate
 from moe.llm import LLM
-from moe.offload.budget import format_bytes
+from moe.metrics import shown
 from moe.outputs import RequestOutput
 from moe.params import SamplingParams
 from moe.verify import answer, compare
@@ -28,7 +29,7 @@ def run_demo(model: Path, config: EngineConfig, console: Console) -> int:
     runs = []
     for one in (config, whole):
         with LLM(model, one) as llm:
-            runs.append((answer(llm, PROMPTS, params), run_report(llm.engine)))
+            runs.append((answer(llm, PROMPTS, params), _row(llm.engine)))
     (served, quarter), (full, everything) = runs
     for output in served.outputs:
         _print_text(output, console)
@@ -43,15 +44,19 @@ def _print_text(output: RequestOutput, console: Console) -> None:
     console.print(output.outputs[0].text + "\n", markup=False)
 
 
-def _table(quarter: RunReport, everything: RunReport) -> Table:
+def _row(engine: Engine) -> list[str]:
+    state = engine.state()
+    return [
+        f"{state.slots} of {state.experts}",
+        shown(state.slot_bytes, "bytes"),
+        f"{hit_rate(engine):.1%}",
+        shown(sum(s.bytes_read for s in engine.layer_stats()), "bytes"),
+        f"{engine.stats.decode_rate:.0f}",
+    ]
+
+
+def _table(quarter: list[str], everything: list[str]) -> Table:
     table = Table("", "experts in slots", "slot memory", "hit rate", "read from disk", "decode tokens/s", box=None)
-    for name, r in (("a quarter in memory", quarter), ("everything in memory", everything)):
-        table.add_row(
-            name,
-            f"{r.slots} of {r.num_experts}",
-            format_bytes(r.slot_bytes),
-            f"{r.hit_rate:.1%}",
-            format_bytes(r.bytes_read),
-            f"{r.decode_rate:.0f}",
-        )
+    table.add_row("a quarter in memory", *quarter)
+    table.add_row("everything in memory", *everything)
     return table

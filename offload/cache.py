@@ -10,7 +10,7 @@ One thread acquires and prefetches; readers touch only the bytes of the slot tha
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -43,15 +43,26 @@ class LayerStats:
     Of what was read ahead: prefetch_bytes = useful + late + wasted + what is in a slot and was never asked for yet.
     """
 
-    hits: int = 0
-    misses: int = 0  # also those whose speculative read had begun and was waited for
-    bytes_read: int = 0  # prefetch_bytes included
-    stall_seconds: float = 0.0  # the caller waited for reads and could not compute
-    waves: int = 0
-    prefetch_bytes: int = 0
-    useful_bytes: int = 0  # was there when first asked for
-    late_bytes: int = 0  # was asked for while it was being read
-    wasted_bytes: int = 0  # was evicted before anyone asked for it
+    hits: int = field(default=0, metadata={"help": "Experts that were in a slot when a layer asked for them"})
+    misses: int = field(
+        default=0,
+        metadata={"help": "Experts that were not, those whose read ahead had begun and was waited for included"},
+    )
+    bytes_read: int = field(default=0, metadata={"help": "Read from the store, ahead or on demand", "unit": "bytes"})
+    stall_seconds: float = field(
+        default=0.0, metadata={"help": "The caller waited for reads and could not compute", "unit": "seconds"}
+    )
+    waves: int = field(default=0, metadata={"help": "Parts that layers ran in, one each if all their experts fit"})
+    prefetch_bytes: int = field(default=0, metadata={"help": "Read ahead", "unit": "bytes"})
+    useful_bytes: int = field(
+        default=0, metadata={"help": "Read ahead and there when first asked for", "unit": "bytes"}
+    )
+    late_bytes: int = field(
+        default=0, metadata={"help": "Read ahead and asked for while it was being read", "unit": "bytes"}
+    )
+    wasted_bytes: int = field(
+        default=0, metadata={"help": "Read ahead and evicted before anyone asked for it", "unit": "bytes"}
+    )
 
 
 class ExpertCache:

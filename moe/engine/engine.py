@@ -8,7 +8,6 @@ add_request ─▶ Scheduler ─▶ chunks ─▶ Runner ─▶ logits ─▶ Sa
 import secrets
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from moe.engine.recorder import TraceRecorder
 from moe.engine.requests import Chunk, Request
 from moe.engine.sampling import Choice
 from moe.engine.scheduler import Scheduler
+from moe.engine.stats import State, StepStats
 from moe.layer.experts import SlotExperts
 from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
@@ -34,26 +34,6 @@ from moe.offload.cache import LayerStats
 from moe.outputs import FinishReason
 from moe.params import MAX_SEED, SamplingParams
 from moe.placement.plan import Plan
-
-
-@dataclass(slots=True)
-class StepStats:
-    """What steps cost. A step that computes any prompt tokens counts as prefill."""
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    pure_decode_tokens: int = 0  # of the steps that decode_seconds counts
-    decode_seconds: float = 0.0
-    shared_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    first_token_seconds: list[float] = field(default_factory=list)
-
-    def rate_text(self) -> str:
-        """Tokens a second so far, for a progress line."""
-        seconds = self.prefill_seconds + self.decode_seconds
-        return f"{(self.prefill_tokens + self.decode_tokens) / seconds if seconds else 0:.0f} tokens/s"
 
 
 class Engine:
@@ -281,6 +261,27 @@ class Engine:
         self.last_logits = {}
         return self.last_logits
 
+    def state(self) -> State:
+        cache = self.experts.cache if self.experts is not None else None
+        pool = self.scheduler.pool
+        return State(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks=pool.num_blocks,
+            free_blocks=pool.num_available,
+            slots=cache.num_slots if cache else 0,
+            experts=self.blueprint.num_experts,
+            slot_bytes=cache.num_slots * cache.blob_bytes if cache else 0,
+            dense_bytes=self.blueprint.dense_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def metric_sources(self) -> list[tuple[Any, dict[str, str]]]:
+        """The records that count, and what tells them apart, for `moe/metrics.py`."""
+        layers = [(stats, {"layer": str(layer)}) for layer, stats in enumerate(self.layer_stats())]
+        traffic = [(one, {"part": str(part)}) for part, one in enumerate(self.traffic)]
+        return [(self.stats, {}), (self.state(), {}), *layers, *traffic]
+
     def layer_stats(self) -> list[LayerStats]:
         return [] if self.experts is None else self.experts.cache.stats
 
@@ -324,8 +325,9 @@ class Engine:
             request.tokens.append(choice.token)
             started = self._started.pop(request.id, None) if is_own else None
             if started is not None:
-                self.stats.first_token_seconds.append(time.perf_counter() - started)
+                self.stats.time_to_first_token.add(time.perf_counter() - started)
         request.error = choice.error
+        self.stats.failed_requests += choice.error is not None and request.owner == self.rank
         if (reason := self._why_finished(request)) is not None:
             self.scheduler.finish(request, reason)
             self.place.mode.ended(request)

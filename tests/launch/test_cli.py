@@ -124,7 +124,7 @@ def test_generate_with_everything(capfd, llm):
     ).replace(" " * 4, "\t")
     assert "(100.00%)" in err
     assert "verified 2 prompts" in err
-    layers = [line.split() for line in err.splitlines() if line.strip()[:1].isdigit() and "%" in line]
+    layers = [line.split() for line in err.splitlines() if line.strip()[:1].isdigit() and "B" in line]
     assert [row[0] for row in layers] == list("012345")
 
 

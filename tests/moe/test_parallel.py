@@ -223,7 +223,7 @@ def test_torchrun_writes_the_batch_of_one_process(tmp_path):
     with LLM(DEMO, EngineConfig(dtype="float32")) as llm:
         run_batch(llm, ROOT / "examples" / "batch.jsonl", tmp_path / "one.jsonl")
     assert results_of(tmp_path / "two.jsonl") == results_of(tmp_path / "one.jsonl")
-    assert "peak RSS" in printed
+    assert "peak rss" in printed
 
 
 @pytest.mark.heavy
