@@ -1,4 +1,4 @@
-"""The command line: `moe info|generate|batch|serve|trace|pack|analyze|place|simulate|demo …`.
+"""The command line: `moe info|generate|batch|serve|trace|pack|fit-lookahead|evaluate|analyze|place|simulate|demo …`.
 
 Reads the arguments and loads only what the command needs: `moe --help` loads neither torch nor a solver.
 """
@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 from moe import __version__
+from moe.launch import place_options, predict_options
 from moe.launch.options import add_batch_options, add_engine_options, add_sampling_options
-from moe.launch.place_options import add_parsers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--group", type=int, help="columns that share a scale, of int8 (a whole row) and int4 (32)")
     pack.set_defaults(run="commands:pack")
 
-    add_parsers(commands)
+    place_options.add_parsers(commands)
+    predict_options.add_parsers(commands)
 
     demo = commands.add_parser(
         "demo", help="the small model of this repository with a quarter of its experts in memory"

@@ -30,7 +30,7 @@ from moe.verify import verify
 
 
 @contextmanager
-def _loaded(args: argparse.Namespace, config: EngineConfig) -> Iterator[LLM]:
+def loaded(args: argparse.Namespace, config: EngineConfig) -> Iterator[LLM]:
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
     with LLM(args.model, config) as llm:
@@ -99,7 +99,7 @@ def _check(blueprint: "Blueprint") -> int:
 
 def generate(args: argparse.Namespace) -> int:
     config = engine_config(args)
-    with _loaded(args, config) as llm:
+    with loaded(args, config) as llm:
         params = sampling_params(args, llm.recommended)
         if len(args.prompt) == 1 and not args.no_stream:
             out.print(args.prompt[0], end="", style="bold", markup=False)
@@ -124,7 +124,7 @@ def _write(text: str) -> None:
 
 def batch(args: argparse.Namespace) -> int:
     config = engine_config(args)
-    with _loaded(args, config) as llm:
+    with loaded(args, config) as llm:
         serve_file(llm, args.input, args.output)
         print_report(llm.engine, err, args.per_layer)
         prompts = first_requests(llm, args.input, args.verify)
@@ -139,7 +139,7 @@ def trace(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, args.limit)
     if args.trace.suffix not in {".npz", ".safetensors"}:
         raise ValueError(f"{args.trace} must end in .npz or .safetensors")
-    with _loaded(args, engine_config(args)) as llm:
+    with loaded(args, engine_config(args)) as llm:
         recorder = llm.engine.record()
         llm.generate(prompts, SamplingParams(max_tokens=args.max_tokens), use_tqdm=False)
         recorded = recorder.trace()

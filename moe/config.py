@@ -1,6 +1,7 @@
 """One record for everything a run can be told: defaults ← TOML file ← `--set offload.budget=0.25`."""
 
 import dataclasses
+import re
 import tomllib
 import types
 import typing
@@ -22,14 +23,36 @@ class OffloadConfig:
     direct: bool | None = None  # O_DIRECT; None decides by the size of the files
     readers: int = 2
     check: Literal["first", "always", "never"] = "first"  # when a packed expert is compared with its checksum
-    # What the next layer will want is read ahead: learned from the run, or asked of the next layer's router.
-    prefetch: Literal["off", "transition", "router"] = "off"
+    # What the next layer will want is read ahead: by transitions that the run shows, by the next layer's own router, or
+    # learned: by regressions from the layer's input, of routing.lookahead or else fitted to the run.
+    prefetch: Literal["off", "transition", "router", "learned"] = "off"
 
     def __post_init__(self) -> None:
         _require(self.readers >= 0, f"offload.readers ({self.readers}) must be >= 0")
         _require(
             self.prefetch == "off" or self.readers >= 1,
             f"offload.prefetch={self.prefetch} needs a thread that reads while others compute; set offload.readers=2",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingConfig:
+    """What is known of routing beforehand. `lookahead`: a file of `moe fit-lookahead`.
+
+    `pregate` other than off is lossy: restrict:M lets a layer's router choose among the M experts that the layer before
+    foretold; replace routes by what was foretold, weights too. The first layer of experts keeps its router.
+    """
+
+    lookahead: str | None = None
+    pregate: str = "off"
+
+    def __post_init__(self) -> None:
+        known = re.fullmatch(r"off|replace|restrict:[1-9]\d*", self.pregate)
+        _require(known is not None, f"routing.pregate ({self.pregate!r}) must be off, replace or restrict:4")
+        _require(
+            self.pregate == "off" or self.lookahead is not None,
+            f"routing.pregate={self.pregate} needs what foretells; make it with `moe fit-lookahead` and set "
+            "routing.lookahead to its file",
         )
 
 
@@ -88,6 +111,7 @@ class EngineConfig:
     threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
     max_context: int | None = None  # tokens; None: what the model allows
     offload: OffloadConfig = field(default_factory=OffloadConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 

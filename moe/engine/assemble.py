@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.engine.foresight import Foresight
 from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, planned_runner, run_a_token
 from moe.engine.scheduler import Scheduler
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
-from moe.layer.lookahead import Lookahead, router_guess, transition_guess
 from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.dense_cpu import compile_dense
@@ -139,7 +139,7 @@ def load(read: Read, share: Share | None = None) -> Loaded:
 def read_model(folder: str | Path, config: EngineConfig) -> Read:
     """Raises ValueError for a folder or a device that cannot be served."""
     blueprint = read_blueprint(folder)
-    return Read(config, blueprint, find_device(config.device), tuple(notes_on(blueprint)))
+    return Read(config, blueprint, find_device(config.device), (*notes_on(blueprint), *lossy_modes(config)))
 
 
 def load_model(read: Read, tries_experts: bool) -> Dense:
@@ -199,6 +199,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         total_experts=num_own,
         available_bytes=max(0, available - reserved_bytes) * 9 // 10,  # activations, buffers, the rest of the machine
     )
+    foresight = Foresight(blueprint, model, config)
     with ExitStack() as undo:
         store = _make_store(blueprint, config.offload, share)
         undo.callback(store.close)
@@ -213,7 +214,9 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             kernel = "grouped"  # for the steps that no launch over all ranks takes
         table = Path(config.crossover_table).expanduser()
         kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
-        slots = SlotExperts(cache, kernels, None, _make_lookahead(blueprint, model, offload, cache))
+        slots = SlotExperts(cache, kernels, None, foresight.lookahead(cache))
+        if foresight.pregate is not None:
+            slots.routing.stages.append(foresight.pregate)
         undo.pop_all()
     for layer, site in enumerate(blueprint.index.sites):
         model.get_submodule(site.module).compute = slots.layer(layer)
@@ -241,6 +244,13 @@ def find_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not has_gpu:
         raise ValueError(f"device ({name!r}) cannot be used: torch sees no GPU here; give cpu")
     return device
+
+
+def lossy_modes(config: EngineConfig) -> list[str]:
+    """What this run was told to do that changes what the model says."""
+    if config.routing.pregate == "off":
+        return []
+    return [f"routing.pregate={config.routing.pregate} changes what the model says; `moe evaluate` measures how much"]
 
 
 def notes_on(blueprint: Blueprint) -> list[str]:
@@ -277,17 +287,6 @@ def eos_ids(model: Any) -> set[int]:
         if eos is not None:
             return {eos} if isinstance(eos, int) else set(eos)
     return set()
-
-
-def _make_lookahead(blueprint: Blueprint, model: Any, offload: OffloadConfig, cache: ExpertCache) -> Lookahead | None:
-    if offload.prefetch == "off":
-        return None
-    sites, top_k = blueprint.index.sites, blueprint.top_k
-    if offload.prefetch == "router":
-        guess = router_guess(model, sites, top_k)
-    else:
-        guess = transition_guess([site.num_experts for site in sites], top_k)
-    return Lookahead(cache, guess, None)
 
 
 def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:

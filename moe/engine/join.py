@@ -131,6 +131,10 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
     reason = why_not_coherent(dense.model.config, dense.max_context, is_packed=dense.is_packed)
     if config.offload.prefetch != "off":
         reason = f"offload.prefetch={config.offload.prefetch} is set, which follows tokens that stay on their rank"
+    if config.routing.pregate != "off":
+        reason = (
+            f"routing.pregate={config.routing.pregate} is set, which needs what the layer before saw of every token"
+        )
     if wanted == "coherent" and reason is not None:
         raise ValueError(f"parallel.dispatcher=coherent cannot serve {folder}: {reason}")
     is_coherent, told = wanted == "coherent", None

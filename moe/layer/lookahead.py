@@ -3,8 +3,9 @@
     routing of layer l ─guess─▶ expected tokens per expert of l + 1 [E] ─all-gather behind the layer─▶ [G, E]
                                             this rank's own experts ─▶ Prefetcher ─▶ cache.prefetch(l + 1)
 
-Two guesses, both left without effect on tokens: `transition` learns from the routing of the run, `router` asks the
-next layer's own router about this layer's hidden states (pre-gating without retraining; cf. Pre-gated MoE, ISCA 2024).
+Guesses leave tokens as they are: `transition` learns from the routing of the run, `router` asks the next layer's own
+router about this layer's hidden states, `learned` asks a regression from these to the next layer's router
+(moe/layer/ridge.py), read from a file or fitted to the run. cf. Pre-gated MoE, ISCA 2024.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from moe.comm.errors import Task
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic
 from moe.layer.parallel import ExpertParallel
+from moe.layer.ridge import Forecast, RidgeFit
 from moe.layer.routing import Routing
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertSite
@@ -45,7 +47,7 @@ def router_guess(model: Any, sites: Sequence[ExpertSite], top_k: int) -> Guess:
 
     Bias corrections and groups of the router are left out: it is a guess.
     """
-    routers = [_router_weight(model, site) for site in sites]
+    routers = [router_weight(model, site) for site in sites]
 
     def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
         if layer + 1 == len(routers):
@@ -58,7 +60,7 @@ def router_guess(model: Any, sites: Sequence[ExpertSite], top_k: int) -> Guess:
     return guess
 
 
-def _router_weight(model: Any, site: ExpertSite) -> Tensor:
+def router_weight(model: Any, site: ExpertSite) -> Tensor:
     block: nn.Module = model.get_submodule(site.module.rpartition(".")[0])
     shape = site.num_experts, site.hidden_size
     found = [p for p in block.parameters() if p.shape == shape]
@@ -68,6 +70,65 @@ def _router_weight(model: Any, site: ExpertSite) -> Tensor:
             "router's alone; set offload.prefetch=transition"
         )
     return found[0].detach()
+
+
+def learned_guess(forecast: Forecast, num_layers: int) -> Guess:
+    """What the regressions say of the next layer, as expected tokens of each expert."""
+
+    def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
+        if layer + 1 == num_layers:
+            return None
+        return forecast.probability(layer, 1, x).sum(dim=0).numpy(force=True)  # host sync on an accelerator
+
+    return guess
+
+
+class OnlineGuess:
+    """The same without a file: regressions fitted to the run itself, one layer a forward, whenever tokens doubled.
+
+    Says nothing of a layer until `FEWEST` tokens were seen, and learns no more after `MOST`.
+    """
+
+    FEWEST, MOST = 256, 1 << 15
+    RIDGE = 10.0
+
+    def __init__(self, fit: RidgeFit) -> None:
+        self.fit = fit
+        self.forecast = Forecast("selection" if fit.routers is None else "logits", fit.top_k, {})
+        self._solved_at = [self.FEWEST // 2] * (len(fit.num_experts) - 1)
+
+    def __call__(self, layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
+        if self.fit.num_tokens < self.MOST:
+            self.fit.routed(x, Routing(layer, torch.from_numpy(topk_ids), torch.empty(0)))
+        if layer == 0:
+            self._solve_one(x.device)
+        if layer + 1 == len(self.fit.num_experts):
+            return None
+        if (layer, 1) not in self.forecast.regressions:
+            return np.zeros(self.fit.num_experts[layer + 1], np.float32)  # other ranks may know more
+        return self.forecast.probability(layer, 1, x).sum(dim=0).numpy(force=True)  # host sync on an accelerator
+
+    def _solve_one(self, device: torch.device) -> None:
+        stale = min(range(len(self._solved_at)), key=self._solved_at.__getitem__, default=None)
+        if stale is None or self.fit.num_tokens < 2 * self._solved_at[stale]:
+            return
+        self._solved_at[stale] = self.fit.num_tokens
+        solved = self.fit.solve(stale, self.RIDGE)
+        self.forecast.regressions |= Forecast("logits", 0, solved).to(device).regressions
+
+
+def pregate_guess(forecast: Forecast, width: int, num_layers: int) -> Guess:
+    """Under a pre-gate what the next layer may want is known: the `width` best of each token."""
+
+    def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
+        if layer + 1 == num_layers:
+            return None
+        scores = forecast.scores(layer, 1, x)
+        chosen = scores.topk(min(width, scores.shape[1])).indices
+        counts = torch.bincount(chosen.flatten(), minlength=scores.shape[1])
+        return counts.numpy(force=True).astype(np.float32)  # host sync on an accelerator
+
+    return guess
 
 
 class Lookahead:

@@ -169,7 +169,7 @@ def _planned(layer: Any, seen: Attention, experts: set[int], rotary: int) -> Pla
     router, routing = None, (0, False, False)
     is_plain = set(dict(layer.mlp.named_children())) == {"gate", "experts"} and id(layer.mlp.experts) in experts
     if is_plain:
-        router, routing = _router(layer.mlp.gate)
+        router, routing = plain_router(layer.mlp.gate)
     block = Block(
         **heads,
         norm=norms[0].weight.detach(),
@@ -208,7 +208,7 @@ def _linear(module: Any) -> Linear:
 
 
 @torch.inference_mode()
-def _router(gate: Any) -> tuple[Linear | None, tuple[int, bool, bool]]:
+def plain_router(gate: Any) -> tuple[Linear | None, tuple[int, bool, bool]]:
     """The router and its (top-k, normalize, round_weights), found by trying; None where it does something else."""
     parameters = dict(gate.named_parameters())
     top_k = getattr(gate, "top_k", None)

@@ -1,0 +1,54 @@
+"""`moe fit-lookahead` and `moe evaluate`: what foretells routing, and what routing by it costs."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.table import Table
+
+from moe import evaluate as evaluation
+from moe.fit import fit_lookahead
+from moe.launch.commands import loaded
+from moe.launch.console import out
+from moe.launch.options import engine_config
+from moe.launch.report import batch_progress
+from moe.texts import read_windows
+
+
+@contextmanager
+def _shown(figures: str) -> Iterator[Callable[[int, int], None]]:
+    with batch_progress() as progress:
+        task = progress.add_task("", total=None, figures=figures)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def fit(args: argparse.Namespace) -> int:
+    if args.distances < 1 or args.ridge <= 0:
+        raise ValueError(f"--distances ({args.distances}) must be >= 1 and --ridge ({args.ridge}) > 0")
+    sums = args.out.with_name(args.out.name + ".sums")
+    with loaded(args, engine_config(args)) as llm, _shown("windows") as show:
+        windows = read_windows(llm, args.texts, args.window, args.limit)
+        forecast, recalls = fit_lookahead(
+            llm, windows, distances=args.distances, ridge=args.ridge, sums=sums, progress=show
+        )
+    forecast.save(args.out)
+    sums.unlink(missing_ok=True)
+    table = Table("layers ahead", "in the first K", "in the first 2K", box=None)
+    for distance in sorted({one.distance for one in recalls}):
+        own = [one for one in recalls if one.distance == distance]
+        means = [sum(values) / len(own) for values in ([o.first for o in own], [o.first_two for o in own])]
+        table.add_row(str(distance), *(f"{mean:.1%}" for mean in means))
+    if recalls:
+        out.print(table)
+    out.print(
+        f"{args.out}: {len(windows)} windows, every fifth kept apart to judge; foretells {forecast.kind}", markup=False
+    )
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    with loaded(args, engine_config(args)) as llm, _shown("windows") as show:
+        found = evaluation.evaluate(llm, read_windows(llm, args.texts, args.window, args.limit), show)
+        mode = llm.engine.config.routing.pregate
+    out.print(f"routing.pregate={mode}: {found}", markup=False)
+    return 0

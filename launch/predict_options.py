@@ -1,0 +1,28 @@
+"""What `moe fit-lookahead` and `moe evaluate` take."""
+
+import argparse
+from pathlib import Path
+
+from moe.launch.options import add_engine_options
+
+
+def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    fit = subparsers.add_parser("fit-lookahead", help="learn from texts what routes the layers ahead will take")
+    add_engine_options(fit)
+    fit.add_argument("texts", type=Path, nargs="+", help="text files, all of them like what will be served")
+    fit.add_argument("-o", "--out", type=Path, required=True, help="file to write (.safetensors)")
+    fit.add_argument("--distances", type=int, default=3, help="how many layers ahead (default 3)")
+    fit.add_argument("--ridge", type=float, default=10.0, help="weight of the penalty (default 10)")
+    _add_window_options(fit)
+    fit.set_defaults(run="predict:fit")
+
+    evaluate = subparsers.add_parser("evaluate", help="loss, agreement and KL of a run beside the exact one")
+    add_engine_options(evaluate)
+    evaluate.add_argument("texts", type=Path, nargs="+", help="text files that nothing was fitted to")
+    _add_window_options(evaluate)
+    evaluate.set_defaults(run="predict:evaluate")
+
+
+def _add_window_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--window", type=int, default=256, help="tokens of one sequence (default 256)")
+    parser.add_argument("--limit", type=int, help="windows to use, in turn from every file (default all)")
