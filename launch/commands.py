@@ -22,7 +22,7 @@ from moe.offload.budget import format_bytes
 from moe.offload.check import check_folder
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.pack import pack as pack_experts
-from moe.offload.requantise import target_format
+from moe.offload.requantise import sizes, target_format
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import available_memory
 from moe.params import SamplingParams
@@ -73,6 +73,9 @@ def info(args: argparse.Namespace) -> int:
             f"({format_bytes(min(2 * step, b.num_experts) * blob)}): twice what one token uses",
         )
         table.add_row("fits here", f"{fits} experts, {fits / b.num_experts:.0%} of all, in the memory that is free now")
+        for target, (total, largest) in sizes(b.index).items():
+            share = min(b.num_experts, free // largest) / b.num_experts
+            table.add_row(f"rounded to {target}", f"{format_bytes(total)} in all, {share:.0%} of them fit here; lossy")
     else:
         table.add_row("experts", "none in slots: the whole model is kept in memory")
     out.print(table)

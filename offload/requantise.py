@@ -18,6 +18,7 @@ from moe.kernels.reference import dequantized
 from moe.kernels.weights import Activation
 from moe.offload.formats.slot import WHOLE, MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
+from moe.offload.segments import ExpertIndex
 from moe.offload.stores import ExpertStore, aligned_bytes
 
 Target = Literal["int8", "int4", "mxfp4", "fp8"]
@@ -45,6 +46,19 @@ def requantised(site: ExpertSite, layout: ExpertLayout, to: MatrixFormat) -> Exp
     """`layout` with both matrices in `to`; biases stay."""
     bias = layout.piece("gate_up_bias")
     return ExpertLayout.of(site, to, to, None if bias is None else bias.dtype)
+
+
+def sizes(index: ExpertIndex) -> dict[str, tuple[int, int]]:
+    """For each target that makes the experts smaller: bytes of all of them, and of the largest one."""
+    now = sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, index.layouts))
+    found = {}
+    for target in get_args(Target):
+        to = target_format(target, None)
+        layouts = [requantised(site, layout, to) for site, layout in zip(index.sites, index.layouts)]
+        total = sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, layouts))
+        if total < now:
+            found[target] = total, max(layout.nbytes for layout in layouts)
+    return found
 
 
 class Requantised:
