@@ -103,6 +103,9 @@ class EngineConfig:
     """All of a run. `dtype`: of activations and dense weights; "auto" is what the model's config says."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dense: Literal["decoded", "packed"] = (
+        "decoded"  # quantised dense layers: at load, or in registers (CPU; less memory)
+    )
     device: str | None = None  # None: the GPU if there is one
     # Of expert compute. auto: cpu on the CPU, measured on a GPU (the single launch for as few tokens as it wins with).
     # fused, measured over several ranks of one node: one launch for all of them, if all experts are in slots.

@@ -146,7 +146,10 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     """tries_experts: whether anyone needs to know how they are dispatched."""
     blueprint, config = read.blueprint, read.config
     dtype = _DTYPES.get(config.dtype) or _own_dtype(blueprint)
-    model = load_dense(blueprint, dtype, "eager").to(read.device)
+    packed = config.dense == "packed"
+    if packed and (read.device.type != "cpu" or config.kernel == "reference"):
+        raise ValueError("dense=packed needs the compiled kernels of the CPU; leave it at decoded")
+    model = load_dense(blueprint, dtype, "eager", packed=packed).to(read.device)
     if read.device.type == "cpu" and config.kernel != "reference":
         compile_dense(model)
     context = min(n for n in (config.max_context, blueprint.max_context, 1 << 30) if n)

@@ -13,15 +13,17 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from moe.models.blueprint import Blueprint, first_line
+from moe.models.dense_packed import pack_dense, packable
 from moe.models.families import slot_class
 
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
+def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, packed: bool = False) -> Any:
     """The transformers model in eval mode with every weight but the experts', which its modules do not have.
 
-    attention: a name of transformers' attention interface. Raises ValueError if dense tensors are missing.
+    attention: a name of transformers' attention interface; packed: quantised linear layers stay as they are stored.
+    Raises ValueError if dense tensors are missing.
     Peak memory: the dense weights and one tensor; if `dtype` is narrower than the stored one, both forms of them.
     """
     # What transformers itself passes over (DeepSeek-V3's prediction layers, experts included) is not read either.
@@ -40,7 +42,10 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
                 f"{blueprint.folder}: {name} is stored as {str(stored)[6:]}, only "
                 f"{', '.join(str(d)[6:] for d in _DENSE_DTYPES)} are read; give a checkpoint that is not quantised"
             )
-    dense = {name: _widened(_load(blueprint, name, dtype), dtype) for name in wanted}
+    kept = [found.matrices[n] for n in wanted if packed and n in found.matrices]
+    kept = [matrix for matrix in kept if packable(blueprint.skeleton, matrix)]
+    places = {matrix.name: torch.zeros((), dtype=dtype).expand(matrix.shape) for matrix in kept}  # take no memory
+    dense = {n: places[n] if n in places else _widened(_load(blueprint, n, dtype), dtype) for n in wanted}
     with _quiet(), _patched({cls: slot_class(cls) for e in blueprint.experts for cls in e.replaced}):
         model, info = type(blueprint.skeleton).from_pretrained(
             None,
@@ -62,6 +67,7 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str) -> Any:
             f"{blueprint.folder}: {len(info['mismatched_keys'])} dense tensors have another shape than the config "
             f"asks for, first {key}: {list(on_disk)} on disk, {list(asked)} asked for"
         )
+    pack_dense(model, kept)
     return model.eval()
 
 

@@ -60,17 +60,21 @@ class StoredMatrix:
         """The weights in float32, read from the files: [N, K] or [E, N, K]."""
         if len(self.shape) == 3:
             return torch.stack([self.select(expert).decoded() for expert in range(self.shape[0])])
-        n, k = self.shape
-        views = {
-            piece: self.sources[piece].read(kind.shape, kind.dtype)[None]
-            for piece, kind in self.format.pieces(1, n, k).items()
-        }
+        views = self.views()
         coding = self.format.coding(views, "")
         if coding is None:
             return views[""][0].float()
         if not bool(coding.scale.float().isfinite().all()):
             raise ValueError(f"{self.name} ({self.label}): a scale is not a finite number; download it again")
-        return decode(views[""][0], coding, k, 0)
+        return decode(views[""][0], coding, self.shape[1], 0)
+
+    def views(self) -> dict[str, Tensor]:
+        """The pieces, read from the files and rearranged, as a slab of one slot: [1, …]. Of one matrix, not a stack."""
+        n, k = self.shape
+        return {
+            piece: self.sources[piece].read(kind.shape, kind.dtype)[None]
+            for piece, kind in self.format.pieces(1, n, k).items()
+        }
 
 
 def _part(info: TensorInfo, index: int) -> TensorInfo:
