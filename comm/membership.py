@@ -114,8 +114,9 @@ def join_groups(
 
 
 def leave_groups(groups: Groups, *, wait: bool = True) -> None:
-    """End the groups. wait: first meet the peers, so that none ends while another reads; False after an error."""
-    if groups.world is None:
+    """End the groups, if that was not done. wait: meet the peers first, so that none ends while another reads; False
+    after an error."""
+    if groups.world is None or not dist.is_initialized():
         return
     try:
         if wait:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from moe import porting
 from moe.comm.groups import Groups
@@ -58,7 +58,9 @@ class LLM:
 
     experts_in_memory: "0.25" (fraction), "64" (experts) or "6GiB", over config.offload.budget. Close it, or use it in
     a `with` block. groups: of a run of several ranks; each then has prompts of its own (there may be none), and
-    `generate` is a collective. options: what offline scripts for vLLM pass (docs/porting.md). One thread at a time.
+    `generate` is a collective. hosts: that many actors of a Ray cluster (at `address`, None = a local one) serve the
+    model instead of this process, and any of them may be lost (docs/ray.md). options: what offline scripts for vLLM
+    pass (docs/porting.md). One thread at a time.
 
     Raises ValueError, with the remedy, for whatever cannot be served; UnusableError if it is closed or not ours.
     """
@@ -70,12 +72,14 @@ class LLM:
         *,
         experts_in_memory: str | float | None = None,
         groups: Groups | None = None,
+        hosts: int | None = None,
+        address: str | None = None,
         **options: Any,
     ) -> None:
         config, notes = porting.with_options(config or EngineConfig(), options)
         if experts_in_memory is not None:
             config = config.with_budget(str(experts_in_memory))
-        self.engine = Engine(model, config, groups)
+        self.engine = Engine(model, config, groups) if hosts is None else _on_hosts(model, config, hosts, address)
         self.notes = [*notes, *self.engine.notes]
         if self.recommended:
             said = ", ".join(f"{name} {value:g}" for name, value in self.recommended.items())
@@ -334,3 +338,12 @@ class LLM:
             if (broken := self.engine.why_not_whole()) is not None:
                 self.guard.close(f"is broken after an error in a step ({broken}); load it again")
             raise
+
+
+def _on_hosts(model: str | Path, config: EngineConfig, hosts: int, address: str | None) -> Engine:
+    """It has of an engine what this module, batch files and a service use."""
+    try:
+        from moe.cluster.controller import ClusterEngine  # Ray is an optional extra
+    except ImportError as error:
+        raise ValueError(f"hosts need Ray, which is not installed ({error}); pip install 'moeflow[ray]'") from None
+    return cast(Engine, ClusterEngine(model, config, hosts, address=address))

@@ -5,7 +5,6 @@ add_request ─▶ Scheduler ─▶ chunks ─▶ Runner ─▶ logits ─▶ Sa
                                          └─ router ─▶ SlotExperts ─▶ ExpertCache ─▶ ExpertStore
 """
 
-import secrets
 import time
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -21,6 +20,7 @@ from moe.config import EngineConfig
 from moe.engine.assemble import Loaded, Share, load, read_model
 from moe.engine.coherent import CoherentRunner
 from moe.engine.join import Decisions, Place, forget_host_copy, join, share_of, shareable_shape, stay_alone
+from moe.engine.limits import Limits
 from moe.engine.modes import Coherent
 from moe.engine.recorder import TraceRecorder
 from moe.engine.requests import Chunk, Request
@@ -32,7 +32,7 @@ from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
 from moe.offload.cache import LayerStats
 from moe.outputs import FinishReason
-from moe.params import MAX_SEED, SamplingParams
+from moe.params import SamplingParams
 from moe.placement.plan import Plan
 
 
@@ -182,29 +182,15 @@ class Engine:
         """What a user should know about how this model is served."""
         return [*self.loaded.notes, *self.place.notes]
 
-    def check_request(self, tokens: Seq[int], params: SamplingParams, num_prompt: int | None = None) -> None:
-        """Raises ValueError for a prompt of token ids that cannot ever run."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        if not tokens:
-            raise ValueError("the prompt has no tokens; give at least one")
-        if bad := next((t for t in tokens if not 0 <= t < vocabulary), None):
-            raise ValueError(f"prompt token {bad} is outside the vocabulary of {vocabulary}")
-        if len(tokens) >= self.max_context:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens, the context holds {self.max_context} with at least one for "
-                "the answer; shorten it"
-            )
-        for name in ("allowed_token_ids", "logit_bias"):
-            if bad := next((t for t in getattr(params, name) or () if not 0 <= t < vocabulary), None):
-                raise ValueError(f"{name} names token {bad}, outside the vocabulary of {vocabulary}")
+    @property
+    def limits(self) -> Limits:
         pool = self.scheduler.pool
-        wanted = 1 if params.max_tokens is None else params.max_tokens
-        longest = min((num_prompt or len(tokens)) + wanted, self.max_context)
-        if -(-longest // pool.block_size) > pool.num_blocks:
-            raise ValueError(
-                f"prompt and answer take {longest} tokens, the KV cache holds {pool.num_blocks * pool.block_size}; "
-                "raise batch.kv_tokens or lower max_tokens"
-            )
+        vocabulary = self.loaded.dense.vocabulary
+        return Limits(vocabulary, self.max_context, pool.block_size, pool.num_blocks, frozenset(self.eos_ids))
+
+    def check_request(self, tokens: Seq[int], params: SamplingParams) -> None:
+        """Raises ValueError for a prompt of token ids that cannot ever run."""
+        self.limits.check(tokens, params)
 
     def add_request(self, tokens: Seq[int], params: SamplingParams, num_prompt: int | None = None) -> Request:
         """Queues a prompt of token ids; without a seed it draws its own. Raises ValueError if it cannot ever run.
@@ -212,12 +198,9 @@ class Engine:
         num_prompt: how many of the tokens are the prompt, None = all; the others are the beginning of the answer, said
         elsewhere, which goes on as it would have there.
         """
-        self.check_request(tokens, params, num_prompt)
-        num_prompt, pool = num_prompt or len(tokens), self.scheduler.pool
-        room = min(self.max_context, pool.num_blocks * pool.block_size) - num_prompt
-        seed = secrets.randbelow(MAX_SEED)
-        params = params.resolved(seed=seed, max_tokens=max(1, room), end_token_ids=self.eos_ids)
-        request = Request(self.next_id, list(tokens), params, num_prompt)
+        self.limits.check(tokens, params, num_prompt)
+        num_prompt = num_prompt or len(tokens)
+        request = Request(self.next_id, list(tokens), self.limits.resolved(params, num_prompt), num_prompt)
         request.begin_again(self.rank, self.loaded.dense.vocabulary)
         self.next_id += 1
         self._started[request.id] = time.perf_counter()

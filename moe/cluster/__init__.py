@@ -1,0 +1,1 @@
+"""Ray actors that host the experts of one model, and the controller that keeps their requests."""

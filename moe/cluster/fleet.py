@@ -1,0 +1,116 @@
+"""The actors of a cluster: started in bundles of a placement group, watched by their lines, ended by a helper there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from moe.cluster.host import NodeKeeper, actor_class
+from moe.cluster.lines import Lines
+from moe.cluster.messages import HostInfo, Where
+from moe.config import EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placing:
+    """What each host asks Ray for. strategy: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD over nodes.
+
+    labels: of the nodes that hosts may run on, as Ray's label selectors.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    strategy: str = "PACK"
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+@dataclass(slots=True, eq=False)
+class Host:
+    """One actor. Its number is never used again, so that what a lost one says late belongs to nobody."""
+
+    number: int
+    actor: Any
+    group: Any
+    info: HostInfo | None = None
+    seen: int = 0  # how many of its words have come
+
+
+class Fleet:
+    """Starts hosts, and ends them."""
+
+    def __init__(
+        self, folder: str, config: EngineConfig, where: Where, lines: Lines, placing: Placing, meet_s: float
+    ) -> None:
+        self.folder, self.config, self.where, self.lines = folder, config, where, lines
+        self.placing, self.meet_s = placing, meet_s
+        self._actor_class = actor_class()
+        self._keepers: dict[str, Any] = {}
+        self._groups: list[Any] = []
+        self._next = 0
+
+    def start(self, count: int, num_ranks: int) -> list[Host]:
+        """Hosts that load, each a share of `num_ranks`. Raises ValueError if Ray has no room for them."""
+        group = placement_group([self.placing.bundle] * count, strategy=self.placing.strategy)
+        self._groups.append(group)
+        hosts = []
+        for index in range(count):
+            number, self._next = self._next, self._next + 1
+            options: dict[str, Any] = {"num_cpus": self.placing.cpus, "num_gpus": self.placing.gpus}
+            if self.placing.labels:
+                options["label_selector"] = self.placing.labels
+            bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            actor = self._actor_class.options(scheduling_strategy=bundle, **options).remote(
+                self.folder, self.config, number, (number, num_ranks), self.where, self.meet_s
+            )
+            hosts.append(Host(number, actor, group))
+        return hosts
+
+    def check_room(self, wait_s: float) -> None:
+        """Raises ValueError if the last hosts that were started have no place after `wait_s`."""
+        group = self._groups[-1]
+        if not group.wait(wait_s):
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            have = {k: v for k, v in resources.items() if k in ("CPU", "GPU")}
+            raise ValueError(
+                f"Ray has no room for {group.bundle_count} bundles of {self.placing.bundle}: the cluster has {have}; "
+                "ask for fewer hosts, or give them less"
+            )
+
+    def ask_ready(self, host: Host) -> Any:
+        """A reference to its HostInfo, which comes when it has loaded."""
+        return host.actor.ready.remote()
+
+    def kill(self, host: Host) -> None:
+        """Ends a host now, whatever it does; also one that is stopped."""
+        if host.info is not None:
+            node = host.info.node
+            if node not in self._keepers:
+                where = NodeAffinitySchedulingStrategy(node, soft=False)
+                keeper = ray.remote(NodeKeeper).options(num_cpus=0, scheduling_strategy=where)
+                self._keepers[node] = keeper.remote()
+            self._keepers[node].kill.remote(host.info.pid)
+        ray.kill(host.actor)
+        self._remove_group_of([host])
+
+    def close(self, hosts: Sequence[Host]) -> None:
+        for host in hosts:
+            ray.kill(host.actor)
+        for keeper in self._keepers.values():
+            ray.kill(keeper)
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups.clear()
+
+    def _remove_group_of(self, hosts: Sequence[Host]) -> None:
+        """A group of one host goes with it, so that its bundle is free for the next."""
+        for host in hosts:
+            if host.group.bundle_count == 1 and host.group in self._groups:
+                self._groups.remove(host.group)
+                remove_placement_group(host.group)

@@ -1,0 +1,205 @@
+"""One host of a cluster: a process that loads the model alone and serves one generation of ranks after another.
+
+`serve` runs in the actor's one default thread, as long as the generation lasts. Everything else answers at once from
+threads of its own (`CONTROL`): requests in, tokens out by long poll, and `interrupt`, which frees `serve` from a peer
+that will not answer. The class needs no Ray; `actor_class` makes it an actor.
+"""
+
+import os
+import threading
+import time
+from typing import Any
+
+from moe.cluster.lines import Lifeline
+from moe.cluster.messages import Dealt, Ended, HostInfo, Said, Serve, Where
+from moe.comm.errors import CommError
+from moe.comm.groups import Groups
+from moe.comm.membership import Generation, connect, interrupt, join_groups, leave_groups
+from moe.config import EngineConfig
+from moe.engine.assemble import Share
+from moe.engine.engine import Engine
+from moe.engine.join import shareable_shape
+from moe.engine.requests import Request
+from moe.models.blueprint import read_blueprint
+from moe.placement.plan import Plan
+
+CONTROL = ("submit", "cancel", "collect", "leave", "interrupt")
+_IDLE_S = 0.005
+
+
+class ExpertHost:
+    """share: what it will have of the experts at first; meet_s: for the ranks of a generation to meet."""
+
+    def __init__(
+        self, folder: str, config: EngineConfig, host: int, share: tuple[int, int], where: Where, meet_s: float
+    ) -> None:
+        started = time.perf_counter()
+        self.config, self.meet_s, self.where, self.node = config, meet_s, where, "here"
+        rank, num_ranks = share
+        self.engine = Engine(folder, config, share=_share(folder, config, rank, num_ranks, where.job))
+        self.store = connect(where.address, where.store_port)
+        self.lifeline = Lifeline(where.address, where.line_port, where.word, host)
+        self._changed = threading.Condition()
+        self._dealt: list[Dealt] = []
+        self._cancelled: set[int] = set()
+        self._said: list[Said] = []
+        self._first_said = 0
+        self._leaves = -1  # the generation that is to end
+        self._groups: Groups | None = None
+        self._requests: dict[int, tuple[int, Request]] = {}  # the engine's id -> the controller's
+        self._load_seconds = time.perf_counter() - started
+
+    def ready(self) -> HostInfo:
+        engine = self.engine
+        return HostInfo(
+            pid=os.getpid(),
+            node=self.node,
+            limits=engine.limits,
+            shape=shareable_shape(engine.blueprint),
+            notes=tuple(engine.notes),
+            load_seconds=self._load_seconds,
+        )
+
+    # From threads of their own.
+
+    def submit(self, requests: list[Dealt]) -> None:
+        with self._changed:
+            self._dealt += requests
+            self._changed.notify_all()
+
+    def cancel(self, ids: list[int]) -> None:
+        with self._changed:
+            self._cancelled.update(ids)
+            self._changed.notify_all()
+
+    def collect(self, after: int, wait_s: float) -> tuple[int, list[Said]]:
+        """What was said from number `after` on, and the number of its first; waits for one. What is before is dropped:
+        the caller has it."""
+        with self._changed:
+            self._said = self._said[max(0, after - self._first_said) :]
+            self._first_said = max(self._first_said, after)
+            if not self._said:
+                self._changed.wait_for(lambda: bool(self._said), wait_s)
+            return self._first_said, list(self._said)
+
+    def leave(self, generation: int) -> None:
+        """All ranks end this generation after the step that they are in."""
+        self._leaves = generation
+
+    def interrupt(self, generation: int) -> None:
+        groups = self._groups
+        if groups is not None and groups.generation == generation:
+            interrupt(groups)
+
+    # In the engine's thread.
+
+    def serve(self, order: Serve) -> Ended:
+        """Steps until the generation ends. Requests that are not finished then stay, with their KV where it can."""
+        seconds: dict[str, float] = {}
+        groups: Groups | None = None
+        started = time.perf_counter()
+        try:
+            groups = self._groups = join_groups(
+                self.store,
+                Generation(order.generation, order.nodes),
+                order.rank,
+                device=self.engine.loaded.read.device,
+                meet_s=self.meet_s,
+                timeout_s=self.config.parallel.timeout_seconds,
+                eager_bytes=self.config.parallel.eager_bytes,
+            )
+            seconds["meet"] = time.perf_counter() - started
+            self.engine.join(groups, order.plan)
+            seconds["join"] = time.perf_counter() - started - seconds["meet"]
+            self._run(order.generation, seconds)
+            leave_groups(groups)
+            return Ended(order.generation, None, seconds)
+        except CommError as error:
+            if groups is not None:
+                leave_groups(groups, wait=False)
+            return Ended(order.generation, str(error), seconds)
+        finally:
+            self._groups = None
+
+    def _run(self, generation: int, seconds: dict[str, float]) -> None:
+        engine, started = self.engine, time.perf_counter()
+        engine.start()
+        control = engine.control
+        assert control is not None
+        while not control.agreement.is_last:
+            self._take_orders()
+            if self._leaves == generation:
+                control.leave()
+            self._say(engine.step())
+            self.lifeline.steps += 1
+            seconds.setdefault("first step", time.perf_counter() - started)
+            if not engine.has_work:
+                with self._changed:
+                    self._changed.wait_for(lambda: bool(self._dealt) or self._leaves == generation, _IDLE_S)
+
+    def _take_orders(self) -> None:
+        with self._changed:
+            dealt, self._dealt = self._dealt, []
+            cancelled, self._cancelled = self._cancelled, set()
+        for one in dealt:
+            if one.id in cancelled:
+                continue
+            try:
+                request = self.engine.add_request(one.tokens, one.params, one.num_prompt)
+            except ValueError as error:  # this host has less room than the one that was asked first
+                self._tell([Said(one.id, None, "error", error=str(error))])
+                continue
+            self._requests[request.id] = one.id, request
+        for number, (id_there, request) in list(self._requests.items()):
+            if id_there in cancelled:
+                self.engine.finish(request, "abort")
+                del self._requests[number]
+
+    def _say(self, stepped: list[Request]) -> None:
+        said = []
+        for request in stepped:
+            id_there, _ = self._requests[request.id]
+            token = None if request.error is not None else request.tokens[-1]
+            chosen = request.logprobs[-1] if request.params.logprobs is not None and token is not None else None
+            said.append(Said(id_there, token, request.finish_reason, chosen, request.error))
+            if request.finish_reason is not None:
+                del self._requests[request.id]
+        self._tell(said)
+
+    def _tell(self, said: list[Said]) -> None:
+        if said:
+            with self._changed:
+                self._said += said
+                self._changed.notify_all()
+
+
+class NodeKeeper:
+    """Ends a process of its node at once: `ray.kill` waits seconds for one that is stopped."""
+
+    def kill(self, pid: int) -> None:
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            return  # it ended by itself
+
+
+def actor_class() -> Any:
+    """`ExpertHost` as an actor: `serve` in one thread, `CONTROL` in four others."""
+    import ray
+
+    class Host(ExpertHost):
+        """On the node that Ray put it on."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.node = ray.get_runtime_context().get_node_id()
+
+    for name in CONTROL:
+        setattr(Host, name, ray.method(concurrency_group="control")(getattr(ExpertHost, name)))
+    options: dict[str, Any] = {"concurrency_groups": {"control": 4}, "max_restarts": 0, "max_task_retries": 0}
+    return ray.remote(**options)(Host)
+
+
+def _share(folder: str, config: EngineConfig, rank: int, num_ranks: int, job: str) -> Share:
+    shape = shareable_shape(read_blueprint(folder))
+    return Share(Plan.contiguous(*shape, num_ranks), rank % num_ranks, job)

@@ -1,0 +1,122 @@
+"""Every request of a cluster with its tokens so far: what lets any host die."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from moe.cluster.messages import Dealt, Said
+from moe.engine.requests import Request
+from moe.outputs import FinishReason
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A request and where it is. said: all that hosts said of it; [0, handed) of it were handed out."""
+
+    request: Request
+    host: int | None = None  # None: in the queue
+    said: list[Said] = field(default_factory=list)
+    handed: int = 0
+
+    @property
+    def is_ended(self) -> bool:
+        return bool(self.said and self.said[-1].finish is not None)
+
+    def as_dealt(self) -> Dealt:
+        request = self.request
+        so_far = [one.token for one in self.said if one.token is not None]
+        tokens = request.tokens[: request.num_prompt] + so_far
+        return Dealt(request.id, tokens, request.num_prompt, request.params)
+
+
+class Ledger:
+    """Requests that are not finished: in the queue, with a host, or with words that nobody has been handed yet."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Entry] = {}
+        self._queue: deque[Entry] = deque()
+        self._moved: deque[Entry] = deque()  # with something to hand out
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._moved)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    def load(self, host: int) -> int:
+        """How many requests a host has."""
+        return sum(entry.host == host and not entry.is_ended for entry in self._entries.values())
+
+    def add(self, request: Request) -> None:
+        entry = self._entries[request.id] = Entry(request)
+        self._queue.append(entry)
+
+    def finish(self, request: Request, reason: FinishReason) -> int | None:
+        """Nothing more is said of it. Returns the host that has it, if one has."""
+        request.finish_reason = reason
+        entry = self._entries.pop(request.id)
+        if entry.host is None:
+            self._queue.remove(entry)
+        return entry.host
+
+    def deal(self, hosts: Iterable[int], most: int) -> dict[int, list[Dealt]]:
+        """Requests from the queue to the hosts with the fewest, up to `most` each; the rest stays where nothing can be
+        lost."""
+        load = {host: self.load(host) for host in hosts}
+        dealt: dict[int, list[Dealt]] = {}
+        while self._queue and load:
+            host = min(load, key=lambda one: load[one])
+            if load[host] >= most:
+                break
+            entry = self._queue.popleft()
+            entry.host, load[host] = host, load[host] + 1
+            dealt.setdefault(host, []).append(entry.as_dealt())
+        return dealt
+
+    def hear(self, host: int, said: Sequence[Said]) -> None:
+        """What a host said that was not known yet."""
+        for one in said:
+            entry = self._entries.get(one.id)
+            if entry is None or entry.host != host or entry.is_ended:
+                continue  # cancelled, or given to another host meanwhile
+            if len(entry.said) == entry.handed:
+                self._moved.append(entry)
+            entry.said.append(one)
+
+    def hand_out(self) -> list[Request]:
+        """The requests that have moved, each with one token more, or ended."""
+        handed = []
+        for _ in range(len(self._moved)):
+            entry = self._moved.popleft()
+            if entry.request.finish_reason is None:  # else nobody waits for it any more
+                handed.append(self._hand_out(entry))
+        return handed
+
+    def take_back(self, alive: Iterable[int]) -> int:
+        """Puts requests of hosts that are not `alive` first in the queue, with what was said of them. Their number."""
+        there = set(alive)
+        orphans = [e for e in self._entries.values() if e.host is not None and e.host not in there and not e.is_ended]
+        for entry in reversed(orphans):
+            entry.host = None
+            self._queue.appendleft(entry)
+        return len(orphans)
+
+    def _hand_out(self, entry: Entry) -> Request:
+        request, one = entry.request, entry.said[entry.handed]
+        entry.handed += 1
+        if one.token is not None:
+            request.tokens.append(one.token)
+        if one.logprobs is not None:
+            request.logprobs.append(one.logprobs)
+        request.error = one.error
+        if one.finish is not None:
+            request.finish_reason = one.finish
+            del self._entries[request.id]
+        elif entry.handed < len(entry.said):
+            self._moved.append(entry)
+        return request

@@ -1,0 +1,72 @@
+"""What controller and hosts tell each other, one record per sentence. Tokens of a forward never go this way."""
+
+from dataclasses import dataclass
+
+from moe.engine.limits import Limits
+from moe.engine.sampling import Logprobs
+from moe.outputs import FinishReason
+from moe.params import SamplingParams
+from moe.placement.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """A request for a host. tokens: the prompt, num_prompt of them, and what was said of the answer so far."""
+
+    id: int
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a host says of a request: a token, or its end, or both."""
+
+    id: int
+    token: int | None
+    finish: FinishReason | None = None
+    logprobs: Logprobs | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Take rank `rank` of a generation, and step until it ends. nodes: of each rank."""
+
+    generation: int
+    nodes: tuple[str, ...]
+    rank: int
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Why a host serves a generation no more: all agreed to stop, or a peer was lost. seconds: what starting took."""
+
+    generation: int
+    lost: str | None
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class HostInfo:
+    """A host that has loaded the model."""
+
+    pid: int
+    node: str
+    limits: Limits
+    shape: tuple[int, int]  # layers, experts of each
+    notes: tuple[str, ...]
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """How a host finds the controller: its store, and the port of its lines with the word that opens them."""
+
+    address: str
+    store_port: int
+    line_port: int
+    word: str
+    job: str

@@ -1,0 +1,50 @@
+"""What one engine can take: the rules for a request, apart from the model that they were read from."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe.params import MAX_SEED, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of a loaded model. max_context, block_size: in tokens; num_blocks: of the KV cache."""
+
+    vocabulary: int
+    max_context: int
+    block_size: int
+    num_blocks: int
+    eos_ids: frozenset[int]
+
+    def check(self, tokens: Sequence[int], params: SamplingParams, num_prompt: int | None = None) -> None:
+        """Raises ValueError for a prompt of token ids that cannot ever run.
+
+        num_prompt: how many of the tokens are the prompt, None = all.
+        """
+        vocabulary = self.vocabulary
+        if not tokens:
+            raise ValueError("the prompt has no tokens; give at least one")
+        if bad := next((t for t in tokens if not 0 <= t < vocabulary), None):
+            raise ValueError(f"prompt token {bad} is outside the vocabulary of {vocabulary}")
+        if len(tokens) >= self.max_context:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, the context holds {self.max_context} with at least one for "
+                "the answer; shorten it"
+            )
+        for name in ("allowed_token_ids", "logit_bias"):
+            if bad := next((t for t in getattr(params, name) or () if not 0 <= t < vocabulary), None):
+                raise ValueError(f"{name} names token {bad}, outside the vocabulary of {vocabulary}")
+        wanted = 1 if params.max_tokens is None else params.max_tokens
+        longest = min((num_prompt or len(tokens)) + wanted, self.max_context)
+        if -(-longest // self.block_size) > self.num_blocks:
+            raise ValueError(
+                f"prompt and answer take {longest} tokens, the KV cache holds {self.num_blocks * self.block_size}; "
+                "raise batch.kv_tokens or lower max_tokens"
+            )
+
+    def resolved(self, params: SamplingParams, num_prompt: int) -> SamplingParams:
+        """With a seed, and with the ends and the most tokens that this model allows."""
+        room = min(self.max_context, self.num_blocks * self.block_size) - num_prompt
+        seed = secrets.randbelow(MAX_SEED)
+        return params.resolved(seed=seed, max_tokens=max(1, room), end_token_ids=self.eos_ids)
