@@ -35,7 +35,8 @@ from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, ParallelConfig
 from moe.llm import LLM
 from moe.params import SamplingParams
-from moe.placement.solve.copies import CopyOptions, solve_copies
+from moe.placement.solve.copies import solve_copies
+from moe.placement.solve.swaps import CopyOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "tinymoe"

@@ -20,10 +20,11 @@ import numpy as np
 import scipy
 
 from moe.placement.solve.bounds import lower_bound
-from moe.placement.solve.copies import k_hot, swap_changes
+from moe.placement.solve.copies import k_hot
 from moe.placement.solve.program import Program
 from moe.placement.solve.relaxation import relax
 from moe.placement.solve.solver import solve
+from moe.placement.solve.swaps import swap_changes
 from tests.placement.instances import topic_trace, transitions
 
 # layers, experts, ranks, kind, best plan and best bound of the first experiments

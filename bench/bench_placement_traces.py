@@ -22,10 +22,11 @@ from moe.placement.plan import Plan
 from moe.placement.simulate import Workload, simulate
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.bounds import lower_bound
-from moe.placement.solve.copies import CopyOptions, ranks_touched, solve_copies
+from moe.placement.solve.copies import ranks_touched, solve_copies
 from moe.placement.solve.copies_bound import copies_bound
 from moe.placement.solve.program import Program
 from moe.placement.solve.solver import plan_of, solve
+from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load, transition_counts
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from moe.placement.importers import from_deepseek_esft_npz
@@ -15,10 +15,11 @@ from moe.placement.plan import Plan, check_capacity, merge_models
 from moe.placement.simulate import Simulation, Workload, simulate
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.bounds import lower_bound
-from moe.placement.solve.copies import CopyOptions, solve_copies
+from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.copies_bound import copies_bound
 from moe.placement.solve.program import Program, Weights
 from moe.placement.solve.solver import plan_of, solve
+from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load, transition_counts
 from moe.placement.stats.report import (
     analyse,
@@ -32,7 +33,7 @@ from moe.placement.stats.report import (
     write_page,
 )
 from moe.placement.topology import Topology
-from moe.placement.trace import RoutingTrace
+from moe.placement.trace import RoutingTrace, read_npz
 
 
 def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
@@ -101,13 +102,7 @@ def run_place(args: argparse.Namespace) -> int:
             raise ValueError("--replicas needs --objective copies or coherent; transitions places one copy each")
         plan = _place_transitions(fit, topology, args)
     else:
-        coherent = args.objective == "coherent"
-        options = CopyOptions(seconds=args.seconds, seed=args.seed, coherent=coherent, nodes=topology.node_of_rank,
-                              node_weight=_node_weight(topology))  # fmt: skip
-        plan = solve_copies(fit, topology.num_ranks, slots_per_rank=slots, options=options)
-        if not coherent and slots is None and not options.node_weight:
-            bound = copies_bound(fit, topology.num_ranks, seconds=0.5 * args.seconds, hint=plan.hosted)
-            plan = plan.with_result(bound=min(float(bound.mean()), plan.value or 0.0))
+        plan = _place_copies(fit, topology, slots, args)
     work = _workload(args)
     if args.objective == "coherent" and args.dispatcher != "coherent":
         print(f"note: placed for coherent decode but judged with --dispatcher {args.dispatcher}", file=sys.stderr)
@@ -176,11 +171,8 @@ def run_simulate(args: argparse.Namespace) -> int:
 
 def read_trace(path: Path) -> RoutingTrace:
     """A trace of our own format, or an array copy of ESFT's logs."""
-    if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as file:
-            foreign = "gate_weights_e4" in file.files
-        if foreign:
-            return from_deepseek_esft_npz(path)
+    if path.suffix == ".npz" and path.is_file() and "gate_weights_e4" in read_npz(path):
+        return from_deepseek_esft_npz(path)
     return RoutingTrace.load(path)
 
 
@@ -207,6 +199,34 @@ def slots_per_rank(
                 f"the experts need {need} bytes, fast and host memory hold {have}: {need - have} bytes are missing"
             )
     return slots
+
+
+def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args: argparse.Namespace) -> Plan:
+    is_coherent = args.objective == "coherent"
+    has_bound = not is_coherent and slots is None and not _node_weight(topology)
+    options = CopyOptions(
+        seconds=args.seconds * (0.6 if has_bound else 1.0),
+        rounds=args.rounds,
+        seed=args.seed,
+        coherent=is_coherent,
+        nodes=topology.node_of_rank,
+        node_weight=_node_weight(topology),
+    )
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("placing", total=1.0)
+        plan = solve_copies(
+            fit,
+            topology.num_ranks,
+            slots_per_rank=slots,
+            options=options,
+            progress=lambda share: bar.update(task, completed=share),
+        )
+    if (plan.seconds or 0.0) >= options.seconds:
+        print(f"note: the limit of {args.seconds:.0f} s ended the search; more seconds may better it", file=sys.stderr)
+    if has_bound:
+        bound = copies_bound(fit, topology.num_ranks, seconds=args.seconds - options.seconds, hint=plan.hosted)
+        plan = plan.with_result(bound=min(float(bound.mean()), plan.value or 0.0))
+    return plan
 
 
 def _place_transitions(fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Plan:

@@ -1,11 +1,11 @@
-"""Arguments of `moe analyze`, `moe place` and `moe simulate`; loads no solver."""
+"""Arguments of `moe analyze`, `moe place`, `moe simulate` and `moe import-trace`; loads no solver."""
 
 import argparse
 from pathlib import Path
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `analyze`, `place` and `simulate`; each names what `run`s it."""
+    """Add `analyze`, `place`, `simulate` and `import-trace`; each names what `run`s it."""
     parser = subparsers.add_parser("analyze", help="does this model suit offloading, and how much affinity is there")
     parser.add_argument("trace", type=Path, metavar="TRACE|MODEL", help="routing trace, or a model's folder")
     parser.add_argument("--prompts", type=Path, help="of a model: prompts whose routing is recorded first")
@@ -30,7 +30,8 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--fit", type=float, default=0.8, help="share of sequences to fit; the rest judges (default 0.8)"
     )
-    parser.add_argument("--seconds", type=float, default=30.0, help="solver time (default 30)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="limit on solver and bound together (default 30)")
+    parser.add_argument("--rounds", type=int, default=200, help="perturbations per layer; the same give the same plan")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--present", type=Path, help="running plan: rename ranks to move little, report the migration")
     parser.add_argument("--bytes-per-step", type=int, default=1 << 28, help="migration budget between two steps")
@@ -45,6 +46,14 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_workload(parser)
     _add_pictures(parser)
     parser.set_defaults(run="place:run_simulate")
+
+    parser = subparsers.add_parser("import-trace", help="read the routing that vLLM, SGLang or ESFT recorded")
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--from", dest="source", choices=("vllm", "sglang", "esft"), required=True)
+    parser.add_argument("--experts", type=int, help="experts of a layer; needed for vllm and sglang")
+    parser.add_argument("--model", default="", help="name of the model that was recorded")
+    parser.add_argument("--out", "-o", type=Path, required=True, help="trace to write (.npz or .safetensors)")
+    parser.set_defaults(run="import_trace:run")
 
 
 def _add_topology(parser: argparse.ArgumentParser) -> None:

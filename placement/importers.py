@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.trace import DECODE, PREFILL, RoutingTrace
+from moe.placement.trace import DECODE, PREFILL, RoutingTrace, read_npz
 
 SGLANG_DECODE_MODE = 2  # value of SGLang's ForwardMode.DECODE; everything else extends a prompt
 
@@ -64,7 +64,8 @@ def from_vllm_routed_experts(
 ) -> RoutingTrace:
     """One sequence per request from vLLM's `routed_experts` arrays, each integer [tokens, layers, K].
 
-    prompt_lengths: tokens of each request that were prefill; with it the trace knows its phases.
+    prompt_lengths: tokens of each request that were prefill; with it the trace knows its phases. Layers without
+    experts, which vLLM leaves at 0 in all K places, are dropped.
     """
     arrays = [np.asarray(request) for request in requests]
     arrays = [array for array in arrays if array.shape[0]] if all(a.ndim == 3 for a in arrays) else arrays
@@ -84,8 +85,9 @@ def from_vllm_routed_experts(
                 for a, p in zip(arrays, kept, strict=True)
             ]
         )
+    joined = np.concatenate(arrays)
     return RoutingTrace(
-        expert_ids=np.concatenate(arrays).astype(np.int16),
+        expert_ids=joined[:, _routed_layers(joined)].astype(np.int16),
         sequence_lengths=np.array([len(a) for a in arrays], np.int32),
         num_experts=num_experts,
         model=model,
@@ -127,11 +129,7 @@ def from_sglang_records(
     if not ids:
         raise ValueError("there are no records to read")
     joined = np.concatenate(ids)
-    routed = (joined >= 0).any(axis=(0, 2))
-    if joined.shape[2] > 1:
-        routed &= (joined != joined[:, :, :1]).any(axis=(0, 2))
-    if not routed.any():
-        raise ValueError("no layer of these records routed a token")
+    routed = _routed_layers(joined)
     if physical_to_logical is not None:
         table = np.asarray(physical_to_logical)
         if table.ndim != 2 or table.shape[0] != joined.shape[1] or int(joined.max(initial=-1)) >= table.shape[1]:
@@ -149,9 +147,21 @@ def from_sglang_records(
     )
 
 
+def _routed_layers(ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Of ids [N, L, K], the layers that chose experts: not -1 throughout, not one value in all K places throughout.
+
+    Raises ValueError if there is none.
+    """
+    routed = np.asarray((ids >= 0).any(axis=(0, 2)))
+    if ids.shape[2] > 1:
+        routed = np.logical_and(routed, (ids != ids[:, :, :1]).any(axis=(0, 2)))
+    if not routed.any():
+        raise ValueError("no layer of these records routed a token")
+    return routed
+
+
 def _arrays(path: Path, names: set[str]) -> dict[str, NDArray[Any]]:
-    with np.load(path, allow_pickle=False) as file:
-        missing = names - set(file.files)
-        if missing:
-            raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}; it holds {', '.join(file.files)}")
-        return {name: file[name] for name in names}
+    arrays = read_npz(path)
+    if missing := names - set(arrays):
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it holds {', '.join(arrays)}")
+    return {name: arrays[name] for name in names}

@@ -5,7 +5,7 @@ may hold unequal numbers of experts. Plans are frozen, checked when made, and st
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moe.placement.schema import NUMBER, Kinds, checked, integers
 
 FORMAT = "moe-plan-1"
 
@@ -51,6 +53,8 @@ class Plan:
             raise ValueError(f"phy2log has {table.shape[1]} physical experts, not a multiple of {self.num_ranks} ranks")
         if table.min() < -1 or table.max() >= self.num_experts:
             raise ValueError(f"phy2log names experts {table.min()}..{table.max()}; allowed -1..{self.num_experts - 1}")
+        if self.num_experts > table.shape[1]:
+            raise ValueError(f"{self.num_experts} experts do not fit {table.shape[1]} places; each must be somewhere")
         table = table.astype(np.int32)
         num_layers = table.shape[0]
         per_rank = table.reshape(num_layers, self.num_ranks, -1)
@@ -178,24 +182,28 @@ class Plan:
         """Read what `save` wrote, with every check of a new plan. Raises ValueError for anything else."""
         try:
             fields = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is not a plan of format {FORMAT!r}")
-        if set(fields) != set(_STORED):
-            raise ValueError(
-                f"{path}: missing {sorted(set(_STORED) - set(fields))}, unknown {sorted(set(fields) - set(_STORED))}"
-            )
-        table = np.array(fields.pop("phy2log"))
+        fields = checked(str(path), fields, _STORED)
+        table = np.array(integers(str(path), "phy2log", fields.pop("phy2log"), axes=2))
         for name in ("fast_slots", "host_slots"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
-        return Plan(phy2log=table, **fields)
+            fields[name] = None if fields[name] is None else tuple(integers(str(path), name, fields[name]))
+        try:
+            return Plan(phy2log=table, **fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
-_STORED = (
-    "num_experts", "num_ranks", "phy2log", "model", "solver", "objective", "value", "bound", "seconds", "fast_slots",
-    "host_slots",
-)  # fmt: skip
+_NONE = type(None)
+_STORED: Mapping[str, Kinds] = {
+    **dict.fromkeys(("num_experts", "num_ranks"), (int,)),
+    **dict.fromkeys(("model", "solver", "objective"), (str,)),
+    **dict.fromkeys(("value", "bound", "seconds"), (*NUMBER, _NONE)),
+    **dict.fromkeys(("fast_slots", "host_slots"), (list, _NONE)),
+    "phy2log": (list,),
+}
 
 
 def even_capacities(num_experts: int, num_ranks: int) -> NDArray[np.int64]:

@@ -5,7 +5,7 @@ timed all-to-alls into latency and bandwidth). Presets are calibrated on recorde
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moe.placement.schema import Kinds, checked, integers, pair_of_numbers
 
 
 class Link(NamedTuple):
@@ -25,7 +27,7 @@ class Link(NamedTuple):
         return self.latency + num_bytes / self.bandwidth
 
 
-# all_to_all of 2 to 8 GPUs in one NVLink node, tests/placement/test_topology.py checks the fit on the recorded table
+# all_to_all of 2 to 8 GPUs in one NVLink node; tests/placement/test_plan.py checks the fit on the recorded table
 H200_NVLINK = Link(270e9, 9e-6)
 INFINIBAND_NDR = Link(45e9, 35e-6)  # one 400 Gb/s port per rank at about 90 %; nominal, not measured here
 PCIE5_HOST = Link(50e9, 10e-6)
@@ -141,20 +143,30 @@ class Topology:
     @staticmethod
     def load(path: str | PathLike[str]) -> "Topology":
         """Read what `save` wrote; unknown keys are errors."""
-        given = json.loads(Path(path).read_text())
-        unknown = set(given) - set(Topology.__slots__)
-        if unknown or "node_of_rank" not in given:
-            raise ValueError(
-                f"{path}: a topology has node_of_rank and {', '.join(Topology.__slots__)}; unknown: {sorted(unknown)}"
-            )
-        fields: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        try:
+            given = json.loads(Path(path).read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(given, dict) or "node_of_rank" not in given:
+            raise ValueError(f"{path} is no topology: it has no node_of_rank")
+        told = {name: value for name, value in given.items() if value is not None}
+        fields = checked(str(path), told, {name: kinds for name, kinds in _STORED.items() if name in told})
         for name in ("intra", "inter", "host", "disk"):
             if name in fields:
-                fields[name] = Link(*(float(x) for x in fields[name]))
+                fields[name] = Link(*pair_of_numbers(str(path), name, fields[name]))
         for name in ("node_of_rank", "fast_bytes", "host_bytes"):
             if name in fields:
-                fields[name] = tuple(int(x) for x in fields[name])
-        return Topology(**fields)
+                fields[name] = tuple(integers(str(path), name, fields[name]))
+        try:
+            return Topology(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+_STORED: Mapping[str, Kinds] = {
+    **dict.fromkeys(("node_of_rank", "fast_bytes", "host_bytes", "intra", "inter", "host", "disk"), (list,)),
+    "name": (str,),
+}
 
 
 def fit_link(num_bytes: Sequence[float], seconds: Sequence[float]) -> Link:

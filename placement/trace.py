@@ -5,8 +5,10 @@ the predictors and the planner. Arrays are never pickled: files are `.npz` (allo
 """
 
 import json
+import struct
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,8 +19,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from moe.placement.schema import Kinds, checked
+
 PREFILL, DECODE = 0, 1
 FORMAT = "moe-routing-trace-1"
+_META: Mapping[str, Kinds] = {"format": (str,), "num_experts": (int,), "model": (str,), "domain": (str, type(None))}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -180,7 +185,8 @@ class RoutingTrace:
         if not path.is_file():
             raise FileNotFoundError(f"no trace at {path}")
         if path.suffix == ".npz":
-            arrays, text = _read_npz(path)
+            arrays = read_npz(path)
+            text = None if "meta" not in arrays else str(arrays.pop("meta"))
         elif path.suffix == ".safetensors":
             arrays, text = _read_safetensors(path)
         else:
@@ -189,18 +195,26 @@ class RoutingTrace:
             raise ValueError(
                 f"{path} is not a routing trace ({', '.join(sorted(arrays)) or 'no arrays'}); see importers"
             )
-        meta = json.loads(text)
-        if meta.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {meta.get('format')!r}; this version reads {FORMAT!r}")
-        return RoutingTrace(
-            expert_ids=arrays["expert_ids"],
-            sequence_lengths=arrays["sequence_lengths"],
-            num_experts=int(meta["num_experts"]),
-            model=str(meta["model"]),
-            weights=arrays.get("weights"),
-            phase=arrays.get("phase"),
-            domain=meta["domain"],
-        )
+        try:
+            meta = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: what it says of itself is not JSON: {error}") from None
+        found = meta.get("format") if isinstance(meta, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
+        told = checked(str(path), meta, _META)
+        try:
+            return RoutingTrace(
+                expert_ids=arrays["expert_ids"],
+                sequence_lengths=arrays["sequence_lengths"],
+                num_experts=told["num_experts"],
+                model=told["model"],
+                weights=arrays.get("weights"),
+                phase=arrays.get("phase"),
+                domain=told["domain"],
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def _pick(self, tokens: NDArray[np.int64], lengths: NDArray[Any]) -> "RoutingTrace":
         return RoutingTrace(
@@ -214,14 +228,13 @@ class RoutingTrace:
         )
 
 
-def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], str | None]:
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of a plain .npz file. Raises ValueError, naming it, if it is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            return {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, NotImplementedError, struct.error) as error:
         raise ValueError(f"{path} cannot be read as a plain .npz file: {error}") from error
-    meta = arrays.pop("meta", None)
-    return arrays, None if meta is None else str(meta)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], str | None]:

@@ -65,12 +65,16 @@ def segment_routing_performance(histogram: NDArray[np.int64]) -> SegmentRouting:
 def cache_hit_rate(trace: RoutingTrace, slots: int, *, lookahead: int | None = None) -> NDArray[np.float64]:
     """Hit rate per layer of a cache of `slots` experts in every layer: [L].
 
-    lookahead m: evict the expert used least in the next m tokens, ties by recency (SCH); None: plain LRU.
-    Every sequence starts with an empty cache. slots must hold one token's experts.
+    lookahead m: keep the experts used most in the next m tokens, ties by recency, whether a token has just used them
+    or not (SCH as published; slots may be fewer than one token's experts); None: plain LRU, which holds a token's
+    experts while it needs them. Every sequence starts with an empty cache. Raises ValueError for slots below 1, or
+    below top-k without a lookahead.
     """
     check_routes(trace)
-    if slots < trace.top_k:
-        raise ValueError(f"slots ({slots}) must be >= top_k ({trace.top_k}); one token needs them all at once")
+    least = trace.top_k if lookahead is None else 1
+    if slots < least:
+        reason = "one token needs them all at once" if least > 1 else "a cache holds one expert at least"
+        raise ValueError(f"slots ({slots}) must be >= {least}; {reason}")
     slots = min(slots, trace.num_experts)
     hits = np.zeros(trace.num_layers)
     uses = np.zeros(trace.num_layers)
@@ -88,7 +92,8 @@ def cache_hit_rate(trace: RoutingTrace, slots: int, *, lookahead: int | None = N
             cached |= need
             future = 0 if lookahead is None else total[min(t + 1 + lookahead, count)] - total[t + 1]
             value = np.where(cached, (future * (count + 1) + last) * len(tie) + tie, -1)
-            value[need] = np.iinfo(np.int64).max
+            if lookahead is None:
+                value[need] = np.iinfo(np.int64).max
             lowest = np.argpartition(value, -slots, axis=1)[:, :-slots]
             np.put_along_axis(cached, lowest, False, axis=1)
     return hits / np.maximum(uses, 1)

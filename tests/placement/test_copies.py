@@ -11,19 +11,9 @@ from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
 from moe.placement.replicas import choose_for_plan, choose_replicas, fill_up
 from moe.placement.solve.baselines import eplb_greedy
-from moe.placement.solve.copies import (
-    CopyOptions,
-    LayerSearch,
-    Touched,
-    add_replicas,
-    busiest_load,
-    greedy_cover,
-    k_hot,
-    ranks_touched,
-    solve_copies,
-    swap_changes,
-)
+from moe.placement.solve.copies import add_replicas, busiest_load, greedy_cover, k_hot, ranks_touched, solve_copies
 from moe.placement.solve.copies_bound import copies_bound, layer_bound, tangents
+from moe.placement.solve.swaps import CopyOptions, LayerSearch, Touched, swap_changes
 from moe.placement.stats.affinity import expert_load
 from moe.placement.trace import RoutingTrace
 from tests.placement.instances import layer_assignments, topic_trace
@@ -184,3 +174,27 @@ def test_recorded_routing_meets_the_target_without_replicas(shared_data):
         loads = [busiest_load(p.hosted, expert_load(held)).sum() for p in (ours, greedy)]
         assert loads[0] <= 1.02 * loads[1]
         assert copies_bound(fit, ranks, seconds=5, hint=ours.hosted).mean() <= ours.value
+
+
+def test_rounds_make_a_plan_repeatable_and_a_limit_is_kept():
+    trace = topic_trace(400, 3, 16, 3, seed=2)
+    plans = [solve_copies(trace, 4, options=CopyOptions(rounds=5, seed=3)) for _ in range(2)]
+    assert (plans[0].phy2log == plans[1].phy2log).all()
+    stopped = solve_copies(trace, 4, options=CopyOptions(seconds=0.0))
+    assert (stopped.phy2log == eplb_greedy(expert_load(trace), 4).phy2log).all()
+
+
+@pytest.mark.parametrize("slots", [None, 5])
+def test_an_interrupt_leaves_the_best_plan_so_far(slots):
+    trace = topic_trace(400, 4, 16, 3, seed=2)
+
+    def stop(share):
+        if share >= 0.5:
+            raise KeyboardInterrupt
+
+    plan = solve_copies(trace, 4, slots_per_rank=slots, options=CopyOptions(rounds=2), progress=stop)
+    greedy = eplb_greedy(expert_load(trace), 4, slots)
+    whole = solve_copies(trace, 4, slots_per_rank=slots, options=CopyOptions(rounds=2))
+    assert (plan.hosted[:2] == whole.hosted[:2]).all()
+    assert (plan.hosted[2:] == greedy.hosted[2:]).all()
+    assert (plan.hosted != greedy.hosted).any()

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.launch.place import add_parsers
+from moe.launch.cli import _function
+from moe.launch.place_options import add_parsers
 from moe.placement.migrate import plan_migration, relabel, widened
 from moe.placement.plan import Plan
 from moe.placement.simulate import Workload, deal_evenly, simulate
@@ -202,7 +203,7 @@ def run(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     add_parsers(parser.add_subparsers(required=True))
     args = parser.parse_args([str(a) for a in arguments])
-    return int(args.run(args))
+    return int(_function(args.run)(args))
 
 
 @pytest.mark.parametrize("objective", ["copies", "coherent", "transitions"])

@@ -178,6 +178,13 @@ def test_vllm_arrays_become_sequences():
         from_vllm_routed_experts(requests, 4, model="m", prompt_lengths=[1])
 
 
+def test_layers_that_vllm_leaves_at_zero_are_dropped():
+    ids = np.random.default_rng(0).random((9, 6, 64)).argsort(-1)[..., :8].astype(np.int16)
+    ids[:, 0] = 0  # the dense first layer
+    trace = from_vllm_routed_experts([ids, ids], 64, model="m", prompt_lengths=[5, 5])
+    np.testing.assert_array_equal(trace.expert_ids, np.concatenate([ids, ids])[:, 1:])
+
+
 def test_sglang_records_become_sequences():
     dense = np.zeros((1, 3, 2), int)  # the recorder never writes to a dense layer
     extend = {
