@@ -156,7 +156,7 @@ def _gguf(work: Path, folder: Path, kind: str) -> str:
 
 
 def _packed(folder: Path) -> Path:
-    from moe.models.load import read_blueprint
+    from moe.models.blueprint import read_blueprint
     from moe.offload.pack import pack
 
     out = folder.with_name(f"{folder.name}-packed")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moe import __version__
 from moe.launch import place_options, predict_options
-from moe.launch.options import add_batch_options, add_engine_options, add_sampling_options
+from moe.launch.options import add_batch_options, add_engine_options, add_sampling_options, add_trust_option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="architecture, bytes, smallest and recommended budgets; reads no weights")
     info.add_argument("model", type=Path)
+    add_trust_option(info)
     info.add_argument("--check", action="store_true", help="read everything and say what is damaged")
     info.set_defaults(run="commands:info")
 
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     pack = commands.add_parser("pack", help="write each expert as one aligned blob: faster reads")
     pack.add_argument("model", type=Path)
+    add_trust_option(pack)
     pack.add_argument("out", type=Path)
     pack.add_argument(
         "--config", type=Path, metavar="FOLDER", help="of a .gguf: config.json and tokenizer of its model"

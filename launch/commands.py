@@ -40,7 +40,7 @@ def loaded(args: argparse.Namespace, config: EngineConfig) -> Iterator[LLM]:
 
 
 def info(args: argparse.Namespace) -> int:
-    b = read_blueprint(args.model)
+    b = read_blueprint(args.model, trust_remote_code=args.trust_remote_code)
     if args.check:
         return _check(b)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -164,7 +164,7 @@ def pack(args: argparse.Namespace) -> int:
             return _pack(args, source.checkpoint, source.experts)
     if args.config is not None:
         raise ValueError(f"--config belongs to a .gguf; {args.model} has its own configuration")
-    blueprint = read_blueprint(args.model)
+    blueprint = read_blueprint(args.model, trust_remote_code=args.trust_remote_code)
     return _pack(args, blueprint.checkpoint, blueprint.index)
 
 

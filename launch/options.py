@@ -18,6 +18,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-layer", action="store_true", help="print hits, bytes and stalls of every layer")
 
 
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """For commands that take no settings; with them it is `--set trust_remote_code=true`."""
+    text = "run Python code that the model's folder brings, where transformers has none for it"
+    parser.add_argument("--trust-remote-code", action="store_true", help=text)
+
+
 def add_batch_options(parser: argparse.ArgumentParser) -> None:
     """Of a batch file, alone or over ranks."""
     add_engine_options(parser)

@@ -113,6 +113,7 @@ class EngineConfig:
     crossover_table: str = "~/.cache/moe/crossover.json"  # where `measured` keeps what this machine is best at
     threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
     max_context: int | None = None  # tokens; None: what the model allows
+    trust_remote_code: bool = False  # whether Python code that a model's folder brings may run
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

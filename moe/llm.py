@@ -84,7 +84,7 @@ class LLM:
         if self.recommended:
             said = ", ".join(f"{name} {value:g}" for name, value in self.recommended.items())
             self.notes.append(f"sampling is as generation_config.json recommends where nothing else is said: {said}")
-        self.tokenizer = load_tokenizer(Path(model))
+        self.tokenizer = load_tokenizer(Path(model), trust_remote_code=config.trust_remote_code)
         self.encoder = PromptEncoder(self.tokenizer, str(model))
         self.name = Path(model).name
         self.guard = Guard(f"the model {model}")

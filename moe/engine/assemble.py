@@ -138,14 +138,14 @@ def load(read: Read, share: Share | None = None) -> Loaded:
 
 def read_model(folder: str | Path, config: EngineConfig) -> Read:
     """Raises ValueError for a folder or a device that cannot be served."""
-    blueprint = read_blueprint(folder)
+    blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
     return Read(config, blueprint, find_device(config.device), (*notes_on(blueprint), *lossy_modes(config)))
 
 
 def load_model(read: Read, tries_experts: bool) -> Dense:
     """tries_experts: whether anyone needs to know how they are dispatched."""
     blueprint, config = read.blueprint, read.config
-    dtype = _DTYPES.get(config.dtype) or _own_dtype(blueprint)
+    dtype = _DTYPES.get(config.dtype) or blueprint.dtype
     packed = config.dense == "packed"
     if packed and (read.device.type != "cpu" or config.kernel == "reference"):
         raise ValueError("dense=packed needs the compiled kernels of the CPU; leave it at decoded")
@@ -159,7 +159,7 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     if is_packed:
         model.set_attn_implementation(ATTENTION_NAME)
     notes = () if reason is None else (f"sequences run one at a time, not packed: {reason}",)
-    return Dense(model, tried, is_packed, context, frozenset(eos_ids(model)), notes)
+    return Dense(model, tried, is_packed, context, blueprint.generation.eos_ids, notes)
 
 
 def make_memory(read: Read, dense: Dense) -> Memory:
@@ -283,15 +283,6 @@ def try_a_token(model: Any, blueprint: Blueprint, is_packed: bool, is_parallel: 
     return TriedToken(kv, list(shapes))
 
 
-def eos_ids(model: Any) -> set[int]:
-    """The tokens that end a text."""
-    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            return {eos} if isinstance(eos, int) else set(eos)
-    return set()
-
-
 def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:
     if offload.store == "mmap":
         return MmapStore(blueprint.index, check=offload.check)
@@ -331,13 +322,3 @@ def _zero_experts(model: Any, blueprint: Blueprint) -> Iterator[Sequence[tuple[i
     finally:
         for module in modules:
             module.compute = None
-
-
-def _own_dtype(blueprint: Blueprint) -> torch.dtype:
-    declared = getattr(blueprint.config, "dtype", None)
-    if isinstance(declared, str):
-        declared = getattr(torch, declared, None)
-    if isinstance(declared, torch.dtype) and declared in _DTYPES.values():
-        return declared
-    stored = {info.dtype for info in blueprint.checkpoint.tensors.values()} & set(_DTYPES.values())
-    return next(iter(stored)) if len(stored) == 1 else torch.float32

@@ -214,5 +214,7 @@ class SlotExperts:
 
 
 def _distinct(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    wanted: npt.NDArray[np.int64] = ids[0] if len(ids) == 1 else np.unique(ids)  # top-k of one token is distinct
+    # The top-k of one token are distinct, but for routers that look them up (DeepSeek-V4's by the token's id).
+    is_distinct = len(ids) == 1 and len(set(ids[0].tolist())) == ids.shape[1]
+    wanted: npt.NDArray[np.int64] = ids[0] if is_distinct else np.unique(ids)
     return wanted[wanted >= 0]

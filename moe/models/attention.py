@@ -70,7 +70,7 @@ def paged_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query: [1, heads, T, D]; key, value: [1, kv_heads, N, D]. Returns [1, T, heads, D_v].
+    """query: [1, heads, T, D]; key, value: [1, kv_heads, N, D]. Returns [1, T, heads, D_v], contiguous.
 
     s_aux: a logit per head that takes part in the softmax and has no value (GPT-OSS's sinks).
     """
@@ -80,14 +80,16 @@ def paged_attention(
             "attention; run this architecture with batch.packed=false"
         )
     if len(step.query_lengths) == 1:
-        return _attend(query, key, value, attention_mask, 0, step, scaling, softcap, s_aux).transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, 0, step, scaling, softcap, s_aux).transpose(
+            1, 2
+        ).contiguous(), None
     queries = torch.split(query, step.query_lengths, dim=2)
     keys, values = (torch.split(x, step.key_lengths, dim=2) for x in (key, value))
     outputs = [
         _attend(q, k, v, attention_mask, s, step, scaling, softcap, s_aux)
         for s, (q, k, v) in enumerate(zip(queries, keys, values))
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None  # callers view it
 
 
 def _attend(

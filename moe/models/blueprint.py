@@ -1,20 +1,36 @@
 """What is known of a model from its folder before any weight is read: config, skeleton, experts and where they lie."""
 
+import json
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+import transformers
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from moe.models.families import FoundExperts, find_experts
+from moe.models.generation import GenerationDefaults, read_generation
+from moe.models.towers import beside_the_text, hollow
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.formats.config import read_quantisation
 from moe.offload.formats.find import Found, find_matrices
 from moe.offload.index import index_experts
 from moe.offload.segments import ExpertIndex
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,17 +42,37 @@ class Blueprint:
     skeleton: Any  # the whole transformers model on the meta device
     checkpoint: Checkpoint
     experts: tuple[FoundExperts, ...]
+    absent: tuple[type[nn.Module], ...]  # classes of the skeleton that text does not reach; they are not loaded
     index: ExpertIndex
     quantised: Found  # weights, experts and dense ones, that consist of several tensors
+    generation: GenerationDefaults
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations and dense weights, if nobody says another: as the config declares, else as they are stored."""
+        declared = getattr(self.config, "dtype", None)
+        if isinstance(declared, str):
+            declared = getattr(torch, declared, None)
+        if isinstance(declared, torch.dtype) and declared in COMPUTE_DTYPES:
+            return declared
+        stored = {info.dtype for info in self.checkpoint.tensors.values()} & set(COMPUTE_DTYPES)
+        return next(iter(stored)) if len(stored) == 1 else torch.float32
 
     @property
     def dense_bytes(self) -> int:
-        """Of the dense weights in memory; quantised ones are decoded to the dtype of the configuration."""
-        tensors, companions = self.checkpoint.tensors, self.quantised.companions
-        plain = set(tensors) - self.index.expert_keys - companions - set(self.quantised.matrices)
-        itemsize = (getattr(self.config, "dtype", None) or torch.bfloat16).itemsize
-        decoded = sum(prod(self.quantised.matrices[name].shape) for name in self.coded_dense)
-        return sum(tensors[key].nbytes for key in plain) + decoded * itemsize
+        return self.dense_bytes_in(self.dtype)
+
+    def dense_bytes_in(self, dtype: torch.dtype) -> int:
+        """Memory that the weights outside of the slots take when computing in `dtype`, however they are stored."""
+        inside = tuple(f"{site.module}." for site in self.index.sites)
+        wide = [*(getattr(self.skeleton, "_keep_in_fp32_modules_strict", None) or ())]
+        wide += (getattr(self.skeleton, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+        total = 0
+        for name, tensor in (*self.skeleton.named_parameters(), *self.skeleton.named_buffers()):
+            if not name.startswith(inside):
+                is_wide = not tensor.is_floating_point() or any(part in name.split(".") for part in wide)
+                total += tensor.numel() * (tensor.itemsize if is_wide else dtype.itemsize)
+        return total
 
     @property
     def coded_dense(self) -> list[str]:
@@ -96,14 +132,18 @@ class Blueprint:
         return None
 
 
-def read_blueprint(folder: str | Path) -> Blueprint:
+def read_blueprint(folder: str | Path, *, trust_remote_code: bool = False) -> Blueprint:
     """Reads config and safetensors headers. Raises ValueError for a folder that is no such checkpoint.
 
+    trust_remote_code: whether Python code that the folder brings may run; without it, none does and nobody is asked.
     Costs the construction of the model on the meta device: no memory for weights.
     """
     folder = Path(folder)
     checkpoint = Checkpoint.open(folder)
-    skeleton = read_skeleton(folder)
+    skeleton = read_skeleton(folder, trust_remote_code=trust_remote_code)
+    absent = beside_the_text(skeleton)
+    for name in absent:
+        hollow(skeleton.get_submodule(name))
     experts = tuple(find_experts(skeleton))
     quantised = find_matrices(checkpoint.tensors, read_quantisation(folder))
     index = index_experts(
@@ -115,34 +155,73 @@ def read_blueprint(folder: str | Path) -> Blueprint:
     )
     return Blueprint(
         folder=folder,
-        config=skeleton.config,
+        config=skeleton.config,  # of a composite config the part that this architecture takes
         skeleton=skeleton,
         checkpoint=checkpoint,
         experts=experts,
+        absent=tuple(absent.values()),
         index=index,
         quantised=quantised,
+        generation=read_generation(folder, skeleton.config),
     )
 
 
-def read_skeleton(folder: Path) -> Any:
-    """The whole transformers model on the meta device. Raises ValueError for a folder that describes none."""
-    if not (folder / "config.json").is_file():
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        said = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: transformers cannot read it: it is not valid JSON: {error}") from None
+    known = isinstance(said, dict) and said.get("model_type") in CONFIG_MAPPING
+    if isinstance(said, dict) and "auto_map" in said and not known and not trust_remote_code:
+        raise ValueError(
+            f"{path}: model_type {said.get('model_type')!r} is not one of transformers {transformers.__version__}, and "
+            "the code that the folder brings for it is not run; set trust_remote_code=true if you trust its authors, "
+            "or change model_type to the architecture that it follows"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code and not known)
     except Exception as error:  # of any kind: the values in the file go through each architecture's own code
-        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
+        raise ValueError(f"{path}: transformers cannot read it: {first_line(error)}") from error
+
+
+def read_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The whole transformers model on the meta device. Raises ValueError for a folder that describes none."""
+    config = _read_config(folder, trust_remote_code)
     _without_quantisation(config)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = _auto_class(config, trust_remote_code)
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    if auto is None:
+        raise ValueError(
+            f"{folder}: architecture {name} is no text generation model that transformers {transformers.__version__} "
+            "knows"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "a DeepSpeed ZeRO-3 configuration (HfDeepSpeedConfig) is alive in this process, and transformers gives its "
+            "parts to every model that is built meanwhile; build the LLM before it, or in another process"
+        )
     try:
         with torch.device("meta"):
-            skeleton = auto.from_config(config)
-    except Exception as error:
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any kind: sizes that do not fit each other fail in each architecture's own code
         raise ValueError(
-            f"{folder}: architecture {getattr(config, 'architectures', None) or config.model_type} is no text "
-            f"generation model that this transformers version knows: {first_line(error)}"
+            f"{folder}: transformers cannot build {name} as config.json describes it: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
-    return skeleton
+
+
+def _auto_class(config: Any, trust_remote_code: bool) -> Any:
+    """The auto class that generates text with this architecture; None if there is none."""
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING else None
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
 
 
 def _without_quantisation(config: Any) -> None:

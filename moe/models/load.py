@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.utils import logging as transformers_logging
 
 from moe.models.blueprint import Blueprint, first_line
 from moe.models.dense_packed import pack_dense, packable
 from moe.models.families import slot_class
+from moe.models.towers import CODE_OF_MODELS, absent_class
 
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,13 +29,7 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
     Raises ValueError if dense tensors are missing.
     Peak memory: the dense weights and one tensor; if `dtype` is narrower than the stored one, both forms of them.
     """
-    # What transformers itself passes over (DeepSeek-V3's prediction layers, experts included) is not read either.
-    unused = [re.compile(p) for p in getattr(blueprint.skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    found = blueprint.quantised
-    names = (set(blueprint.checkpoint.tensors) - found.companions) | set(found.matrices) | set(found.problems)
-    experts = blueprint.index.expert_keys
-    coded = {name for name in found.matrices if not experts.isdisjoint(found.matrices[name].keys)}
-    wanted = sorted(n for n in names - experts - coded if not any(p.search(n) for p in unused))
+    found, wanted = blueprint.quantised, dense_keys(blueprint)
     for name in wanted:
         if name in found.problems:
             raise ValueError(f"{blueprint.folder}: {found.problems[name]}")
@@ -46,7 +43,7 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
     kept = [matrix for matrix in kept if packable(blueprint.skeleton, matrix)]
     places = {matrix.name: torch.zeros((), dtype=dtype).expand(matrix.shape) for matrix in kept}  # take no memory
     dense = {n: places[n] if n in places else _widened(_load(blueprint, n, dtype), dtype) for n in wanted}
-    with _quiet(), _patched({cls: slot_class(cls) for e in blueprint.experts for cls in e.replaced}):
+    with _quiet(), _patched(_replacements(blueprint)):
         model, info = type(blueprint.skeleton).from_pretrained(
             None,
             config=blueprint.config,
@@ -68,7 +65,49 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
             f"asks for, first {key}: {list(on_disk)} on disk, {list(asked)} asked for"
         )
     pack_dense(model, kept)
+    if blueprint.generation.decoder_start_token_id is not None:
+        model.generation_config.decoder_start_token_id = blueprint.generation.decoder_start_token_id
     return model.eval()
+
+
+def dense_keys(blueprint: Blueprint) -> list[str]:
+    """Tensors that the dense model takes: no experts, no prediction layers, nothing of other modalities.
+
+    Names of the checkpoint, or of what its quantised tensors make up. Where some parameter has none under the names
+    that transformers gives, all but the experts': then loading says what is missing.
+    """
+    skeleton, quantised, experts = blueprint.skeleton, blueprint.quantised, blueprint.index.expert_keys
+    names = (
+        (set(blueprint.checkpoint.tensors) - quantised.companions) | set(quantised.matrices) | set(quantised.problems)
+    )
+    names -= experts | {n for n, matrix in quantised.matrices.items() if not experts.isdisjoint(matrix.keys)}
+    ignored = [re.compile(p) for p in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    every = sorted(name for name in names if not any(p.search(name) for p in ignored))
+    inside = tuple(f"{site.module}." for site in blueprint.index.sites)
+    parameters = {name for name, _ in skeleton.named_parameters() if not name.startswith(inside)}
+    known = parameters | {name for name, _ in skeleton.named_buffers()}
+    transforms = get_model_conversion_mapping(skeleton)
+    targets = {name: _target(name, transforms, skeleton.base_model_prefix, known) for name in every}
+    return [name for name in every if targets[name]] if parameters <= set(targets.values()) else every
+
+
+def _target(key: str, transforms: Sequence[Any], prefix: str, known: Set[str]) -> str | None:
+    """The model's own name for a key of the checkpoint; None if it has none."""
+    renamed = key
+    for transform in transforms:
+        if isinstance(transform, WeightRenaming):
+            renamed, _ = transform.rename_source_key(renamed)
+    names = [renamed, *(t.rename_source_key(renamed)[0] for t in transforms if isinstance(t, WeightConverter)), key]
+    for name in names:
+        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+            if candidate in known:
+                return candidate
+    return None
+
+
+def _replacements(blueprint: Blueprint) -> dict[type[nn.Module], type[nn.Module]]:
+    slots = {cls: slot_class(cls) for experts in blueprint.experts for cls in experts.replaced}
+    return slots | {cls: absent_class(cls) for cls in blueprint.absent}
 
 
 def _load(blueprint: Blueprint, name: str, dtype: torch.dtype) -> Tensor:
@@ -103,7 +142,7 @@ def _patched(mapping: dict[type[nn.Module], type[nn.Module]]) -> Iterator[None]:
 
     What transformers' own patch mapping does, which takes half a second a load and puts nothing back after an error.
     """
-    modules = [vars(m) for n, m in list(sys.modules.items()) if n.startswith("transformers.models.")]
+    modules = [vars(m) for n, m in list(sys.modules.items()) if n.startswith(CODE_OF_MODELS)]
     places = [
         (names, name, cls)
         for names in modules
@@ -119,11 +158,20 @@ def _patched(mapping: dict[type[nn.Module], type[nn.Module]]) -> Iterator[None]:
             names[name] = cls
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None if it has none (prompts are then token ids). Raises ValueError for a bad one."""
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer, or None if it has none (prompts are then token ids). Raises ValueError for a bad one.
+
+    trust_remote_code: whether Python code of the folder's own may run; without it, none does and nobody is asked.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: a package of the tokenizer's own may be missing
+        path = folder / "tokenizer_config.json"
+        if not trust_remote_code and path.is_file() and '"auto_map"' in path.read_text(errors="replace"):
+            raise ValueError(
+                f"{folder}: its tokenizer is code of the folder's own, which is not run; set trust_remote_code=true if "
+                "you trust its authors, or add the tokenizer.json of the same model"
+            ) from error
         raise ValueError(f"{folder}: transformers cannot read its tokenizer: {first_line(error)}") from error

@@ -1,0 +1,59 @@
+"""What a model's folder says of generating with it: end tokens, and the sampling that its makers recommend."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# As vLLM and SGLang take them over: by name, whether or not `do_sample` is set.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationDefaults:
+    """What `generation_config.json` says, end tokens else by config.json. `sampling`: by transformers' names."""
+
+    eos_ids: frozenset[int] = frozenset()
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    do_sample: bool | None = None
+    decoder_start_token_id: int | None = None
+    is_from_file: bool = False  # whether the folder has a generation_config.json
+
+
+def read_generation(folder: Path, config: Any) -> GenerationDefaults:
+    """Raises ValueError for a file that is no JSON object or has values of other kinds."""
+    path = folder / "generation_config.json"
+    said: Any = {}
+    if path.is_file():
+        try:
+            said = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(said, dict):
+            raise ValueError(f"{path} must be a JSON object, it is {json.dumps(said)[:60]}")
+    text = config.get_text_config()
+    eos = said.get("eos_token_id")
+    for fallback in (text, config):
+        eos = getattr(fallback, "eos_token_id", None) if eos is None else eos
+    start = said.get("decoder_start_token_id")
+    return GenerationDefaults(
+        eos_ids=frozenset(_token_ids(eos, path)),
+        sampling={name: _number(said[name], name, path) for name in _SAMPLING if said.get(name) is not None},
+        do_sample=said.get("do_sample"),
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None) if start is None else start,
+        is_from_file=path.is_file(),
+    )
+
+
+def _token_ids(said: Any, path: Path) -> list[int]:
+    ids = [] if said is None else said if isinstance(said, list) else [said]
+    if bad := [i for i in ids if isinstance(i, bool) or not isinstance(i, int)]:
+        raise ValueError(f"{path}: eos_token_id ({bad[0]!r}) must be a token id or a list of them")
+    return [i for i in ids if i >= 0]  # -1 is "none" in some configs
+
+
+def _number(said: Any, name: str, path: Path) -> float:
+    if isinstance(said, bool) or not isinstance(said, (int, float)):
+        raise ValueError(f"{path}: {name} ({said!r}) must be a number")
+    return said
