@@ -134,9 +134,10 @@ def plan_layers(model: Any, max_context: int) -> list[PlannedLayer] | str:
     """
     try:
         with _stand_in_experts(model) as experts:
+            modules = _layers_of(model)
             seen = _watch_attention(model, max_context)
             rotary = _rotary_width(model)
-            each = zip(_layers_of(model), seen, strict=True)
+            each = zip(modules, seen, strict=True)
             layers = [_planned(layer, one, experts, rotary) for layer, one in each]
             _compare(model, layers)
     except Unplanned as reason:
