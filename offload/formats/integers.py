@@ -40,13 +40,13 @@ def pack_quantized(group: Group, said: Quantisation) -> StoredMatrix | None:
     layout = layout._replace(has_zero=zero is not None, num_groups=0 if order is None else groups)
     sources = {"": Source((packed,), _codes_of(bits, words, k)), ".scale": Source((scale,))}
     if zero is not None:
-        if zero.shape != (-(-n * bits // 32), groups):
+        if zero.dtype != torch.int32 or zero.shape != (-(-n * bits // 32), groups):
             raise ValueError(f"{group.keys['zero_point']} has shape {list(zero.shape)} for {n} rows, {groups} groups")
         sources[".zero"] = Source((zero,), partial(_zeros, bits=bits, rows=n))
     if order is not None:
         if order.shape != (k,) or order.dtype != torch.int32:
             raise ValueError(f"{group.keys['weight_g_idx']} is {list(order.shape)}, expected I32 [{k}]")
-        sources[".group_of"] = Source((order,))
+        sources[".group_of"] = Source((order,), partial(_within, groups=groups, key=group.keys["weight_g_idx"]))
     return group.matrix(f"compressed-tensors int{bits}", (n, k), layout, sources)
 
 
@@ -80,6 +80,13 @@ def _cut_nibbles(packed: Tensor, columns: int) -> Tensor:
 
 def _signed_bytes(packed: Tensor, columns: int) -> Tensor:
     return (packed.view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
+
+
+def _within(group_of: Tensor, groups: int, key: str) -> Tensor:
+    """As it is; kernels read scales by it without looking."""
+    if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
+        raise ValueError(f"{key} names groups outside of 0 to {groups - 1}")
+    return group_of
 
 
 def _zeros(packed: Tensor, bits: int, rows: int) -> Tensor:
