@@ -12,6 +12,7 @@ from moe.launch.commands import loaded
 from moe.launch.console import out
 from moe.launch.options import engine_config
 from moe.launch.report import batch_progress
+from moe.llm import LLM
 from moe.texts import read_windows
 
 
@@ -20,6 +21,18 @@ def _shown(figures: str) -> Iterator[Callable[[int, int], None]]:
     with batch_progress() as progress:
         task = progress.add_task("", total=None, figures=figures)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _against(args: argparse.Namespace) -> int:
+    """A line for each text: rounding costs one domain more than another."""
+    config = engine_config(args)
+    with loaded(args, config) as llm, LLM(args.against, config) as exact:
+        for text in args.texts:
+            with _shown("windows") as show:
+                windows = read_windows(llm, [text], args.window, args.limit)
+                found = evaluation.evaluate(llm, windows, show, against=exact)
+            out.print(f"{text.stem}: {found}", markup=False)
+    return 0
 
 
 def fit(args: argparse.Namespace) -> int:
@@ -47,6 +60,8 @@ def fit(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    if args.against is not None:
+        return _against(args)
     with loaded(args, engine_config(args)) as llm, _shown("windows") as show:
         found = evaluation.evaluate(llm, read_windows(llm, args.texts, args.window, args.limit), show)
         mode = llm.engine.config.routing.pregate

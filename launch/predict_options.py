@@ -19,6 +19,9 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     evaluate = subparsers.add_parser("evaluate", help="loss, agreement and KL of a run beside the exact one")
     add_engine_options(evaluate)
     evaluate.add_argument("texts", type=Path, nargs="+", help="text files that nothing was fitted to")
+    evaluate.add_argument(
+        "--against", type=Path, metavar="MODEL", help="what the model was rounded from, as the exact run"
+    )
     _add_window_options(evaluate)
     evaluate.set_defaults(run="predict:evaluate")
 

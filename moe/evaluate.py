@@ -32,11 +32,15 @@ class Evaluation:
 
 
 def evaluate(
-    llm: LLM, windows: Sequence[list[int]], progress: Callable[[int, int], None] = lambda done, total: None
+    llm: LLM,
+    windows: Sequence[list[int]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    against: LLM | None = None,
 ) -> Evaluation:
     """Both runs over every window, each token foretold from those before it: with the stages of routing, and without.
 
-    Raises ValueError for an encoder-decoder.
+    against: the model that this one was rounded from, which is then the exact run. Raises ValueError for an
+    encoder-decoder.
     """
     engine = llm.engine
     if engine.blueprint.config.is_encoder_decoder:
@@ -46,8 +50,8 @@ def evaluate(
     for number, window in enumerate(windows):
         progress(number, len(windows))
         said = every_logit(engine, window)
-        exact = said
-        if seam is not None and seam.stages:
+        exact = said if against is None else every_logit(against.engine, window)
+        if against is None and seam is not None and seam.stages:
             stages, seam.stages = seam.stages, []
             try:
                 exact = every_logit(engine, window)

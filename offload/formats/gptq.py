@@ -30,7 +30,9 @@ def gptq(group: Group, said: Quantisation) -> StoredMatrix | None:
     if len(weight.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in FLOATS:
         raise ValueError(f"{group.keys['qweight']} {list(weight.shape)} has scales {list(scales.shape)}")
     if weight.dtype != torch.int32 or zeros.dtype != torch.int32:
-        raise ValueError(f"{group.keys['qweight']} is packed in {str(weight.dtype)[6:]}; only words of 32 bits are read")
+        raise ValueError(
+            f"{group.keys['qweight']} is packed in {str(weight.dtype)[6:]}; only words of 32 bits are read"
+        )
     groups, n = scales.shape
     if weight.shape[1] != n and weight.shape[1] * 8 == n:
         return _awq(group, said)

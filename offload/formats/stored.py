@@ -64,7 +64,9 @@ class StoredMatrix:
         coding = self.format.coding(views, "")
         if coding is None:
             return views[""][0].float()
-        scales = coding.scale.float() if coding.factor is None else coding.scale.float() * coding.factor[..., None, None]
+        scales = (
+            coding.scale.float() if coding.factor is None else coding.scale.float() * coding.factor[..., None, None]
+        )
         if not bool(scales.isfinite().all()):
             raise ValueError(f"{self.name} ({self.label}): a scale is not a finite number; download it again")
         return decode(views[""][0], coding, self.shape[1], 0)

@@ -1,5 +1,7 @@
 """`moe pack --experts`: experts in fewer bits, their errors beside them, and the same answers from kernel and twin."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_pack import opened
@@ -17,6 +19,7 @@ from moe.offload.stores import FileStore, aligned_bytes
 from moe.params import SamplingParams
 from tests.families import tiny_checkpoint
 
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 # Largest relative error of normal weights (tests/kernels/test_encode.py).
 BOUNDS = {"int8": 0.012, "int4": 0.11, "mxfp4": 0.14, "fp8": 0.03}
 
@@ -44,6 +47,11 @@ def test_errors_are_as_said(family, to, tmp_path):
             for (w, rounded), said in zip(pairs, errors[layer][expert], strict=True):
                 assert float((rounded - w).norm() / w.norm()) == pytest.approx(said)
                 assert 0 < said < BOUNDS[to]
+
+
+def opened_demo():
+    blueprint = read_blueprint(DEMO)
+    return blueprint.checkpoint, blueprint.index
 
 
 def says(folder, kernel):
@@ -79,3 +87,13 @@ def test_a_packed_folder_can_be_rounded_and_bad_requests(tmp_path, capsys):
     ):
         assert main(["pack", str(folder), str(tmp_path / "x"), *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_rounding_costs_is_measured_against_the_original(tmp_path, capsys):
+    text = tmp_path / "story.txt"
+    text.write_text("Once upon a time there was a little girl who had a red ball. " * 8)
+    packed = pack(*opened_demo(), tmp_path / "packed", experts=target_format("int4", None))
+    assert main(["evaluate", str(packed), str(text), "--against", str(DEMO), "--window", "64", "--limit", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "story: 63 tokens: loss" in said
+    assert "KL 0.0000" not in said  # a control: the two runs are of two models
