@@ -1,6 +1,7 @@
 """Experts on the CPU, all resident: the compiled helper against the experts of transformers on the same weights.
 
     python bench/bench_experts_cpu.py [--threads 1] [--seconds 3] [--out bench/results/experts_cpu]
+    python bench/bench_experts_cpu.py --codes [--threads 1] [--seconds 6] [--out bench/results/codes_cpu]
 
 Baseline is a real MixtralExperts module with its `eager`, `batched_mm` and `grouped_mm` implementations. Candidates
 take turns, each turn with another routing (uniform, K distinct experts), so that none finds its weights in cache.
@@ -8,6 +9,10 @@ At T = 1 and 8 the limit is memory bandwidth, at T = 256 the fp32 multiply-add r
 (largest rate of torch's own sum, matrix-vector and matrix product). Shapes whose experts fit into a cache exceed the
 memory's rate. With one thread the clock is the thread's CPU time, which other jobs on the machine disturb less; with
 more it is wall time. Outputs are compared before anything is timed. The last line is one JSON document.
+
+--codes: the same kernel on experts stored as low-bit codes (random ones: values do not matter to time) against itself
+on bf16, one layer of Qwen3-30B-A3B's sizes at T = 1 and 8. All read the same routing, each in the next of several sets
+of experts, which together exceed the caches. The limit is memory bandwidth: bytes of codes and scales.
 """
 
 import argparse
@@ -27,6 +32,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe.kernels.cpu import CpuExperts, instruction_sets
+from moe.kernels.formats import CODE_DTYPES, NIBBLE_CODES, CodeName, Coding, bytes_per_row
+from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
 
 SHAPES = {"a": (192, 128, 16, 2), "b": (1024, 512, 32, 4), "c": (2048, 1024, 16, 8)}  # H, I, E, K
@@ -34,6 +41,20 @@ TOKENS = (1, 8, 64, 256)
 BATCHED_LIMIT = 2 << 30  # bytes of gathered weights; batched_mm copies the weights of every (token, k)
 ROUTINGS = 8
 OURS = "compiled"
+CODES_SHAPE = (2048, 768, 64, 8)  # H, I, E, K
+CODES_SETS = {16: 1, 8: 2, 4: 4}  # sets of E experts by bits of a weight: as many bytes of each
+ROW = 1 << 20  # columns that share a scale: all of a row
+CODES: dict[str, tuple[CodeName, tuple[int, int], torch.dtype, bool]] = {  # code, block, scales, with zeros
+    "fp8, blocks of 128 x 128": ("e4m3", (128, 128), torch.float32, False),
+    "fp8, per channel": ("e4m3", (1, ROW), torch.bfloat16, False),
+    "int8, per channel": ("int8", (1, ROW), torch.bfloat16, False),
+    "int4, groups of 32": ("int4", (1, 32), torch.bfloat16, False),
+    "int4, groups of 128": ("int4", (1, 128), torch.float16, False),
+    "int4, 128, zero points": ("int4", (1, 128), torch.float16, True),
+    "mxfp4": ("e2m1", (1, 32), torch.float8_e8m0fnu, False),
+    "nvfp4": ("e2m1", (1, 16), torch.float8_e4m3fn, False),
+    "nf4": ("lut4", (1, 64), torch.float32, False),
+}
 
 
 def best_rate(work: float, run: Callable[[], Any], clock: Callable[[], float]) -> float:
@@ -135,16 +156,103 @@ def table(results: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
     return lines
 
 
+def random_coded(name: str) -> tuple[ExpertWeights, int]:
+    """Experts of random codes, and the bytes of one."""
+    code, block, scale_dtype, with_zeros = CODES[name]
+    hidden, inter, experts, _ = CODES_SHAPE
+    slots = experts * CODES_SETS[4 if code in NIBBLE_CODES else 8]
+    tensors, codings, nbytes = [], [], 0
+    for parts, rows, columns in ((2, inter, hidden), (1, hidden, inter)):
+        raw = torch.randint(0, 127, (slots, parts * rows, bytes_per_row(code, columns)), dtype=torch.uint8)
+        grid = (slots, parts, -(-rows // block[0]), -(-columns // block[1]))
+        scale = torch.full(grid, 2.0**-8).to(scale_dtype)
+        zero = torch.randint(-8, 8, grid, dtype=torch.int8) if with_zeros else None
+        table = torch.randn(slots, parts, 16) if code == "lut4" else None
+        tensors.append(raw.view(CODE_DTYPES[code]))
+        codings.append(Coding(code, block, scale, zero, table=table))
+        nbytes += sum(t[0].nbytes for t in (raw, scale, zero) if t is not None)
+    return ExpertWeights(tensors[0], tensors[1], None, None, Activation(), *codings), nbytes
+
+
+def measure_codes(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    hidden, inter, experts, top_k = CODES_SHAPE
+    shapes = (experts, 2 * inter, hidden), (experts, hidden, inter)
+    plain = [torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[2] ** -0.5) for shape in shapes]
+    stored = {"bf16": (ExpertWeights(plain[0], plain[1], None, None, Activation()), 2 * 3 * hidden * inter)}
+    stored |= {name: random_coded(name) for name in CODES}
+    kernels = {name: CpuExperts(weights) for name, (weights, _) in stored.items()}
+    results = []
+    for tokens in (1, 8):
+        inputs = []
+        for _ in range(ROUTINGS):
+            ids = torch.rand(tokens, experts).topk(top_k).indices
+            inputs.append((torch.randn(tokens, hidden).bfloat16(), ids, torch.rand(tokens, top_k)))
+        for name, kernel in kernels.items():
+            x, ids, weights = inputs[0][0][:1], inputs[0][1][:1, :2], inputs[0][2][:1, :2]
+            right = combine_reference(experts_reference(x, ids, stored[name][0]), weights, x.dtype).double()
+            error = float((kernel.combine(x, ids, weights).double() - right).norm() / right.norm())
+            assert error < 1e-2, (name, error)  # bf16 roundings of h and of the result, moved by another order of a sum
+        times: dict[str, list[float]] = {name: [] for name in kernels}
+        end, turn = time.perf_counter() + seconds * len(kernels), 0
+        while turn < 5 or time.perf_counter() < end:
+            for name, kernel in kernels.items():
+                x, ids, weights = inputs[turn % ROUTINGS]
+                sets = len(stored[name][0].gate_up) // experts
+                start = clock()
+                kernel.combine(x, ids + turn % sets * experts, weights)
+                times[name].append(clock() - start)
+            turn += 1
+        used = statistics.mean(len(set(ids.flatten().tolist())) for _, ids, _ in inputs)
+        for name, taken in times.items():
+            row: dict[str, Any] = {
+                "format": name,
+                "tokens": tokens,
+                "turns": turn,
+                "median_s": statistics.median(taken),
+            }
+            row["quartiles_s"] = statistics.quantiles(taken, n=4)[::2]
+            results.append(row | {"bytes": used * stored[name][1]})
+    return results
+
+
+def codes_table(results: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
+    lines = [
+        "\n| format | T | ms (quartiles) | × bf16 | bytes of bf16 | GB/s | % memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    plain = {r["tokens"]: r for r in results if r["format"] == "bf16"}
+    for r in results:
+        base, (low, high) = plain[r["tokens"]], r["quartiles_s"]
+        lines += [
+            f"| {r['format']} | {r['tokens']} | {r['median_s'] * 1e3:.2f} ({low * 1e3:.2f} to {high * 1e3:.2f}) "
+            f"| {base['median_s'] / r['median_s']:.2f} | {r['bytes'] / base['bytes']:.2f} "
+            f"| {r['bytes'] / r['median_s'] / 1e9:.1f} "
+            f"| {100 * r['bytes'] / r['median_s'] / limits['memory_bytes_per_s']:.0f} |"
+        ]
+    return lines
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {len(names)} cores"
 
 
+def measure_shapes(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    results = []
+    for name, shape in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            for tokens in TOKENS:
+                results.append({"shape": name, **case(shape, dtype, tokens, seconds, clock)})
+                print("measured", name, dtype, tokens, flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0, help="per shape, dtype and T")
+    parser.add_argument("--codes", action="store_true", help="low-bit codes against bf16, both by the compiled helper")
     parser.add_argument("--out", type=Path, help="writes OUT.json and OUT.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -155,18 +263,13 @@ def main() -> None:
     clock = time.thread_time if options.threads == 1 else time.perf_counter
 
     limits = measure_limits(clock)
-    results = []
-    for name, shape in SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            for tokens in TOKENS:
-                results.append({"shape": name, **case(shape, dtype, tokens, options.seconds, clock)})
-                print("measured", name, dtype, tokens, flush=True)
+    results = measure_codes(options.seconds, clock) if options.codes else measure_shapes(options.seconds, clock)
     limits = {n: max(v, limits[n]) for n, v in measure_limits(clock).items()}  # before and after; the better one
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
     document = {
-        "bench": "experts_cpu",
+        "bench": "codes_cpu" if options.codes else "experts_cpu",
         "command": "python bench/bench_experts_cpu.py " + " ".join(sys.argv[1:]),
         "processor": processor(),
         "instruction_set": instruction_sets()[0],
@@ -174,17 +277,17 @@ def main() -> None:
         "clock": "CPU time of the thread" if options.threads == 1 else "wall time",
         "versions": versions,
         "limits": limits,
-        "shapes": SHAPES,
+        "shapes": {"codes": CODES_SHAPE} if options.codes else SHAPES,
         "results": results,
     }
     lines = [
-        "# Experts on the CPU, all resident",
+        f"# Experts on the CPU, {'stored as codes' if options.codes else 'all resident'}",
         f"\n`{document['command']}`: {document['processor']}, {document['instruction_set']}, "
         f"{options.threads} thread(s), {document['clock']}; "
         f"{', '.join(f'{n} {v}' for n, v in versions.items())}. "
         f"Limits measured in the run: {limits['memory_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"{limits['fp32_flop_per_s'] / 1e9:.0f} GFLOP/s. × = how many times faster ours is.",
-        *table(results, limits),
+        *(codes_table(results, limits) if options.codes else table(results, limits)),
     ]
     print("\n".join(lines))
     if options.out:
