@@ -2,7 +2,7 @@
 
 Storage stays fp32, bf16, fp16 or the codes of kernels/formats.py, which become numbers in registers; all arithmetic is
 fp32, on every x86-64 (AVX-512, AVX2 or neither, chosen at run time) and on aarch64. It wins over torch wherever weights
-are read from memory, and at any number of tokens (bench/results/experts_cpu.md).
+are read from memory, and in bf16 at any number of tokens (bench/results/experts_cpu_intel.md).
 
 A token's result does not depend on the other tokens, their number, the slot numbers or the number of threads: bit for
 bit. It rounds where kernels/reference.py says. Threads: `torch.set_num_threads`. The GIL is released.
