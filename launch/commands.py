@@ -21,10 +21,10 @@ from moe.models.neighbours import why_not_packed
 from moe.offload.budget import format_bytes
 from moe.offload.check import check_folder
 from moe.offload.checkpoint import Checkpoint
+from moe.offload.memory import available_memory
 from moe.offload.pack import pack as pack_experts
 from moe.offload.requantise import sizes, target_format
 from moe.offload.segments import ExpertIndex
-from moe.offload.stores import available_memory
 from moe.params import SamplingParams
 from moe.verify import verify
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe.offload.integrity import CheckReads, ReadCheck
 from moe.offload.layout import ALIGNMENT, ExpertLayout
+from moe.offload.memory import available_memory
 from moe.offload.segments import ExpertIndex, Segment
 
 log = logging.getLogger(__name__)
@@ -48,14 +49,6 @@ def aligned_bytes(nbytes: int) -> Tensor:
     if nbytes >= 1 << 22:
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def available_memory() -> int:
-    """Bytes that new allocations and the page cache can take without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable line")
 
 
 class Run(NamedTuple):

@@ -30,8 +30,9 @@ from moe.models.load import load_dense
 from moe.models.neighbours import why_not_packed
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
+from moe.offload.memory import available_memory
 from moe.offload.shared import SharedStore
-from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore, available_memory
+from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore
 from moe.placement.plan import Plan
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -179,7 +180,9 @@ def num_blocks(batch: BatchConfig, dense: Dense) -> int:
     """KV blocks as configured, by default for full sequences of full length within a quarter of free memory."""
     tokens = batch.kv_tokens
     if tokens is None:
-        affordable = available_memory() // 4 // max(1, dense.tried.kv_bytes)
+        device = dense.model.device
+        free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        affordable = free // 4 // max(1, dense.tried.kv_bytes)
         tokens = min(batch.max_sequences * dense.max_context, affordable)
     return max(1, -(-tokens // batch.block_size))
 

@@ -1,0 +1,131 @@
+"""What a process may still take, against made-up /proc and /sys/fs/cgroup trees, and in a process with a limit."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe.offload.memory import available_memory
+from tests.moe.moe_cases import TINYMOE
+
+MIB, GIB = 1 << 20, 1 << 30
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def tree(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(text))
+    return folder
+
+
+def machine(tmp_path, cgroup, files):
+    proc = tree(tmp_path / "proc", {"meminfo": f"MemTotal: 1 kB\nMemAvailable: {8 * GIB // 1024} kB\n"})
+    tree(proc, {"self/cgroup": cgroup, "self/status": "VmSize: 1 kB\n"})
+    return proc, tree(tmp_path / "cgroup", files)
+
+
+def test_no_limit(tmp_path):
+    (tmp_path / "cgroup").mkdir()
+    assert available_memory(*machine(tmp_path, "0::/\n", {})) == 8 * GIB
+    assert available_memory(*machine(tmp_path, "0::/a/b\n4:memory:/gone\n", {})) == 8 * GIB
+
+
+def test_version_2_counts_every_group_around(tmp_path):
+    files = {
+        "a/b/memory.max": "max\n",
+        "a/b/memory.current": 5 * GIB,
+        "a/memory.max": 4 * GIB,
+        "a/memory.high": 3 * GIB,
+        "a/memory.current": 2 * GIB,
+        "a/memory.stat": f"anon 7\ninactive_file {GIB // 2}\nactive_file {GIB // 4}\nshmem 9\n",
+    }
+    assert available_memory(*machine(tmp_path, "0::/a/b\n", files)) == 3 * GIB - (2 * GIB - 3 * GIB // 4)
+
+
+def test_version_2_beside_version_1(tmp_path):
+    files = {"unified/a/memory.max": 2 * GIB, "unified/a/memory.current": GIB}
+    assert available_memory(*machine(tmp_path, "1:cpu:/\n0::/a\n", files)) == GIB
+
+
+def test_version_1(tmp_path):
+    files = {
+        "memory/a/memory.limit_in_bytes": 2 * GIB,
+        "memory/a/memory.usage_in_bytes": GIB,
+        "memory/a/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB // 2}\ntotal_active_file {GIB // 8}\n",
+        "memory/memory.limit_in_bytes": 9223372036854771712,
+        "memory/memory.usage_in_bytes": 7 * GIB,
+    }
+    assert available_memory(*machine(tmp_path, "4:cpu,memory:/a\n", files)) == GIB + GIB // 2 + GIB // 8
+
+
+def test_the_path_of_the_host_is_not_here(tmp_path):
+    """A container without a namespace of its own: /proc/self/cgroup has the host's path, the mount only the group."""
+    files = {"memory/memory.limit_in_bytes": GIB, "memory/memory.usage_in_bytes": GIB + MIB}
+    assert available_memory(*machine(tmp_path, "4:memory:/docker/123\n", files)) == 0
+
+
+CHILD = """
+from moe.offload.memory import available_memory
+print(available_memory())
+"""
+
+
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_ulimit(kind):
+    limit = 3 * GIB
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(getattr(resource, kind), (limit, limit)),
+    )
+    assert 0 < int(run.stdout) <= limit
+
+
+def own_group():
+    """A new control group of version 1 or 2 that this user may make, or the reason why not."""
+    for root, limit in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        folder = root / f"moe-test-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        if (folder / limit).exists():
+            return folder, folder / limit
+        folder.rmdir()
+    pytest.skip("this machine lets nobody here make a control group with a memory limit")
+
+
+def test_the_default_budget_keeps_within_a_real_group():
+    folder, limit = own_group()
+    try:
+        try:
+            limit.write_text(str(900 * MIB))
+            pids = folder / "cgroup.procs"
+            code = (
+                f"import os; open({str(pids)!r}, 'w').write(str(os.getpid()))\n"
+                "from moe import LLM, SamplingParams\n"
+                "from moe.offload.memory import available_memory\n"
+                "assert available_memory() <= 900 << 20, available_memory()\n"
+                f"with LLM({str(TINYMOE)!r}) as llm:\n"
+                "    print(len(llm.generate('Once', SamplingParams(max_tokens=4))[0].outputs[0].token_ids))\n"
+            )
+            run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200)
+        except PermissionError as error:
+            pytest.skip(f"this machine lets nobody here set a memory limit: {error}")
+        if "PermissionError" in run.stderr:
+            pytest.skip("this machine lets nobody here join a control group")
+        assert run.returncode == 0, run.stderr[-2000:]
+        assert run.stdout.strip() == "4"
+    finally:
+        folder.rmdir()
