@@ -21,6 +21,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from moe.models import fields
 from moe.models.families import FoundExperts, find_experts
 from moe.models.generation import GenerationDefaults, read_generation
 from moe.models.towers import beside_the_text, hollow
@@ -115,21 +116,12 @@ class Blueprint:
         """Experts per token; 0 for a dense model."""
         if not self.experts:
             return 0
-        text = self.config.get_text_config()
-        for name in ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk"):
-            if isinstance(getattr(text, name, None), int):
-                return int(getattr(text, name))
-        ffn = getattr(text, "ffn_config", None)
-        return int(getattr(ffn, "moe_top_k", 1)) if ffn is not None else 1
+        return fields.top_k(self.config.get_text_config())
 
     @property
     def max_context(self) -> int | None:
         """Tokens the positions allow; None where the architecture sets no limit."""
-        text = self.config.get_text_config()
-        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            if isinstance(getattr(text, name, None), int):
-                return int(getattr(text, name))
-        return None
+        return fields.max_context(self.config.get_text_config())
 
 
 def read_blueprint(folder: str | Path, *, trust_remote_code: bool = False) -> Blueprint:
