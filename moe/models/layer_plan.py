@@ -142,6 +142,8 @@ def plan_layers(model: Any, max_context: int) -> list[PlannedLayer] | str:
             _compare(model, layers)
     except Unplanned as reason:
         return str(reason)
+    except Exception as error:  # of any kind: modules of every architecture are tried, and may be called otherwise
+        return f"its layers cannot be tried: {type(error).__name__}: {error}"[:300]
     return layers
 
 
