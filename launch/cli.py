@@ -14,7 +14,13 @@ from pathlib import Path
 
 from moe import __version__
 from moe.launch import place_options, predict_options
-from moe.launch.options import add_batch_options, add_engine_options, add_sampling_options, add_trust_option
+from moe.launch.options import (
+    add_batch_options,
+    add_engine_options,
+    add_sampling_options,
+    add_serve_options,
+    add_trust_option,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +102,17 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", type=int, default=0, metavar="N", help="replay the first N prompts, greedy, all in memory"
     )
     batch.set_defaults(run="commands:batch")
+
+    serve = commands.add_parser("serve", help="answer HTTP: OpenAI's endpoints, batches, metrics, a live page")
+    add_engine_options(serve)
+    add_serve_options(serve)
+    serve.set_defaults(run="serve:serve")
+
+    top = commands.add_parser("top", help="what a running service does, in the terminal")
+    top.add_argument("url", help="such as http://127.0.0.1:8000")
+    top.add_argument("--api-key", help="if the service asks for one")
+    top.add_argument("--once", action="store_true", help="print it once")
+    top.set_defaults(run="live:top")
 
     trace = commands.add_parser("trace", help="record the routing of prompts, and of greedy answers to them")
     add_engine_options(trace)

@@ -7,14 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe.client import AsyncClient as AsyncClient
+    from moe.client import Client as Client
     from moe.config import EngineConfig as EngineConfig
     from moe.llm import LLM as LLM
     from moe.params import SamplingParams as SamplingParams
 
-__all__ = ["LLM", "EngineConfig", "SamplingParams"]
+__all__ = ["LLM", "AsyncClient", "Client", "EngineConfig", "SamplingParams"]
 __version__ = "0.1.0"
 
-_HOME = {"LLM": "moe.llm", "SamplingParams": "moe.params", "EngineConfig": "moe.config"}
+_HOME = {
+    "LLM": "moe.llm",
+    "SamplingParams": "moe.params",
+    "EngineConfig": "moe.config",
+    "Client": "moe.client",
+    "AsyncClient": "moe.client",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from moe.comm.control import Control
 from moe.llm import LLM, Generation
 from moe.openai import Ask, BadRequest, custom_id_of, parse_batch_line, response_body
+from moe.outputs import Completion
 
 _START = b'{"id": "line-'  # of every result
 
@@ -58,7 +59,7 @@ def run_batch(
     control = llm.engine.control
     rank, world_size = (0, 1) if control is None else (control.groups.rank, control.groups.world_size)
     progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
-    results = _Results(Path(target), progress) if control is None or rank == 0 else _Remote(control)
+    results = ResultFile(Path(target), progress) if control is None or rank == 0 else _Remote(control)
     with results:
         done = results.finished_lines(lines)
         finished = set(done) if control is None else control.numbers_of_first(list(done))
@@ -87,7 +88,7 @@ def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
         if len(prompts) == limit:
             break
         try:
-            entry = _read_line(llm, number, _json_of(line))
+            entry = _read_line(llm, number, json_of_line(line))
             llm.engine.check_request(entry.tokens, entry.ask.params)
         except ValueError:  # its result says so
             continue
@@ -99,7 +100,7 @@ class _Run:
     """The lines of one rank, from the file to the results."""
 
     def __init__(
-        self, llm: LLM, names: "_NamesOfLines", results: "_Results | _Remote", todo: deque[tuple[int, bytes]]
+        self, llm: LLM, names: "_NamesOfLines", results: "ResultFile | _Remote", todo: deque[tuple[int, bytes]]
     ) -> None:
         self.llm, self.names, self.results, self.todo = llm, names, results, todo
         self.queueing: deque[_Entry] = deque()  # entries with samples that are not queued yet
@@ -130,16 +131,16 @@ class _Run:
     def _read(self, number: int, line: bytes) -> None:
         custom_id: str | None = None
         try:
-            fields = _json_of(line)
+            fields = json_of_line(line)
             custom_id = custom_id_of(fields)
             if (earlier := self.names.first_line_of(custom_id)) < number:
                 raise BadRequest(f"custom_id {custom_id!r} was used by line {earlier}")
             entry = _read_line(self.llm, number, fields)
             self.llm.engine.check_request(entry.tokens, entry.ask.params)
         except ValueError as error:
-            self.results.write(_failed(number, custom_id, "invalid_request", str(error)))
+            self.results.write(failed_line(number, custom_id, "invalid_request", str(error)))
         except Exception as error:  # of any kind: a tokenizer's own code runs here
-            self.results.write(_failed(number, custom_id, "server_error", f"{type(error).__name__}: {error}"))
+            self.results.write(failed_line(number, custom_id, "server_error", f"{type(error).__name__}: {error}"))
         else:
             self.queueing.append(entry)
 
@@ -149,7 +150,7 @@ class _Run:
             sample = self.llm.add(entry.tokens, entry.ask.params.sample(index), index)
         except ValueError as error:
             self.queueing.popleft()
-            self.results.write(_failed(entry.line, entry.custom_id, "invalid_request", str(error)))
+            self.results.write(failed_line(entry.line, entry.custom_id, "invalid_request", str(error)))
             return
         entry.samples.append(sample)
         self.entry_of[id(sample)] = entry
@@ -158,23 +159,11 @@ class _Run:
 
     def _result(self, entry: _Entry) -> dict[str, Any]:
         answers = [self.llm.completion(sample) for sample in entry.samples]
-        error = next((answer.error for answer in answers if answer.error is not None), None)
-        if error is not None:
-            return _failed(entry.line, entry.custom_id, "server_error", error)
-        name = f"line-{entry.line}"
-        body = response_body(
-            entry.ask,
-            answers,
-            request_id=name,
-            created=int(time.time()),
-            model=self.llm.name,
-            prompt_tokens=len(entry.tokens),
-        )
-        response = {"status_code": 200, "request_id": name, "body": body}
-        return {"id": name, "custom_id": entry.custom_id, "response": response, "error": None}
+        return result_line(entry.line, entry.custom_id, entry.ask, answers, len(entry.tokens), self.llm.name)
 
 
-def _json_of(line: bytes) -> Any:
+def json_of_line(line: bytes) -> Any:
+    """Raises BadRequest."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -187,7 +176,22 @@ def _read_line(llm: LLM, number: int, fields: Any) -> _Entry:
     return _Entry(number, custom_id, ask, llm.tokens_of(ask)[0])
 
 
-def _failed(number: int, custom_id: str | None, code: str, sentence: str) -> dict[str, Any]:
+def result_line(
+    number: int, custom_id: str, ask: Ask, answers: list[Completion], prompt_tokens: int, model: str
+) -> dict[str, Any]:
+    """The result of a line whose samples are all finished, or of which one failed."""
+    error = next((answer.error for answer in answers if answer.error is not None), None)
+    if error is not None:
+        return failed_line(number, custom_id, "server_error", error)
+    name = f"line-{number}"
+    created = int(time.time())
+    body = response_body(ask, answers, request_id=name, created=created, model=model, prompt_tokens=prompt_tokens)
+    response = {"status_code": 200, "request_id": name, "body": body}
+    return {"id": name, "custom_id": custom_id, "response": response, "error": None}
+
+
+def failed_line(number: int, custom_id: str | None, code: str, sentence: str) -> dict[str, Any]:
+    """The result of a line that cannot be served."""
     error = {"code": code, "message": f"line {number}: {sentence}"}
     return {"id": f"line-{number}", "custom_id": custom_id, "response": None, "error": error}
 
@@ -224,7 +228,7 @@ class _NamesOfLines:
                 if not line.strip():
                     continue
                 try:
-                    self._first.setdefault(custom_id_of(_json_of(line)), number)
+                    self._first.setdefault(custom_id_of(json_of_line(line)), number)
                 except BadRequest:  # that line says so itself
                     continue
         return self._first[custom_id]
@@ -249,14 +253,14 @@ class _Remote:
         self._control.hand_over(json.dumps(entry).encode() + b"\n")
 
 
-class _Results:
+class ResultFile:
     """The output file: whole lines only, whatever happens while one is written."""
 
     def __init__(self, path: Path, progress: BatchProgress) -> None:
         self.path, self.progress = path, progress
         self._file: BinaryIO
 
-    def __enter__(self) -> "_Results":
+    def __enter__(self) -> "ResultFile":
         self._file = self.path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the file is closed, or we end

@@ -177,8 +177,7 @@ class LLM:
     @property
     def recommended(self) -> dict[str, Any]:
         """The sampling that the model's generation_config.json recommends, by the names of SamplingParams."""
-        generation: Any = getattr(self.engine.blueprint, "generation", None)
-        said = {} if generation is None else dict(generation.sampling)
+        said: dict[str, Any] = dict(self.engine.blueprint.generation.sampling)
         if "max_new_tokens" in said:
             said["max_tokens"] = said.pop("max_new_tokens")
         kinds = {"top_k": int, "max_tokens": int}
@@ -237,10 +236,19 @@ class LLM:
             error=request.error,
         )
 
+    def last_logprobs(self, generation: Generation) -> list[dict[int, Logprob]] | None:
+        """Of the newest token, if they were asked for."""
+        request = generation.request
+        if request.params.logprobs is None or not request.logprobs:
+            return None
+        return self._decoded(request.tokens[-1:], request.logprobs[-1:])
+
     def _add(self, tokens: Sequence[int], params: SamplingParams, opened: list[Generation], index: int = 0) -> None:
         """As `add`; the sample is in `opened` as soon as it is queued, whatever interrupts the caller."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
+        if params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs is not offered; logprobs of the answer are")
         params = self.encoder.with_bad_words(params)
         with self.guard:
             request = self.engine.add_request(tokens, params)

@@ -1,0 +1,85 @@
+"""What a service does at the moment: as data, and in a terminal (`moe top URL`)."""
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from moe.launch.console import out
+from moe.metrics import shown
+
+if TYPE_CHECKING:
+    from moe.service import Service
+
+
+def live_state(service: "Service") -> dict[str, Any]:
+    """Totals since the start; whoever shows rates takes differences. heat: per layer, per expert, whether in a slot."""
+    engine = service.llm.engine
+    state, layers = engine.state(), engine.layer_stats()
+    cache = engine.experts.cache if engine.experts is not None else None
+    return {
+        "model": service.llm.name,
+        "time": time.time(),
+        "ill": service.why_ill,
+        "open": service.stats.open,
+        "running": state.running,
+        "waiting": state.waiting,
+        "tokens": engine.stats.prefill_tokens + engine.stats.decode_tokens,
+        "free_blocks": state.free_blocks,
+        "blocks": state.blocks,
+        "slots": state.slots,
+        "experts": state.experts,
+        "hits": sum(s.hits for s in layers),
+        "misses": sum(s.misses for s in layers),
+        "bytes_read": sum(s.bytes_read for s in layers),
+        "stall_seconds": sum(s.stall_seconds for s in layers),
+        "first_token_p50": engine.stats.time_to_first_token.quantile(0.5),
+        "token_p99": service.stats.time_between_tokens.quantile(0.99),
+        "layers": [[s.hits, s.misses] for s in layers],
+        "heat": [] if cache is None else [(cache.resident_slots(n) >= 0).tolist() for n in range(len(layers))],
+    }
+
+
+def top(args: argparse.Namespace) -> int:
+    """A table that follows the service at args.url until Ctrl-C. args.once: print it once."""
+    import httpx  # of the extra `serve`
+    from rich.live import Live
+
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    before: dict[str, Any] | None = None
+    with httpx.Client(base_url=args.url, headers=headers, timeout=10) as client:
+
+        def fetch() -> dict[str, Any]:
+            try:
+                response = client.get("/live").raise_for_status()
+            except httpx.HTTPError as error:
+                raise ValueError(f"{args.url} does not answer as a moe service: {error}") from None
+            found: dict[str, Any] = response.json()
+            return found
+
+        now = fetch()
+        if args.once:
+            out.print(_table(now, None))
+            return 0
+        with Live(_table(now, before), console=out, refresh_per_second=2) as live:
+            while True:
+                time.sleep(1)
+                before, now = now, fetch()
+                live.update(_table(now, before))
+
+
+def _table(now: dict[str, Any], before: dict[str, Any] | None) -> Any:
+    from rich.table import Table
+
+    earlier = before or {"time": now["time"] - 1, "tokens": now["tokens"], "bytes_read": now["bytes_read"]}
+    seconds = max(1e-9, now["time"] - earlier["time"])
+    table = Table(title=now["model"] if now["ill"] is None else f"{now['model']}: {now['ill']}", show_header=False)
+    table.add_row("tokens/s", f"{(now['tokens'] - earlier['tokens']) / seconds:.1f}")
+    table.add_row("requests", f"{now['open']} open, {now['running']} running, {now['waiting']} waiting for a place")
+    table.add_row("KV blocks", f"{now['blocks'] - now['free_blocks']} of {now['blocks']} in use")
+    rate = now["hits"] / max(1, now["hits"] + now["misses"])
+    table.add_row("experts", f"{now['slots']} of {now['experts']} in slots, {rate:.1%} hits")
+    read = shown((now["bytes_read"] - earlier["bytes_read"]) / seconds, "bytes")
+    table.add_row("read", f"{read}/s, waited {now['stall_seconds']:.1f} s in all")
+    table.add_row("time to first token", f"at most {now['first_token_p50'] * 1000:.0f} ms (median)")
+    table.add_row("between tokens", f"at most {now['token_p99'] * 1000:.0f} ms (99 %)")
+    return table

@@ -1,0 +1,53 @@
+"""`moe serve MODEL`: loads the model and answers HTTP until it is told to end."""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from moe.launch.console import err
+from moe.launch.options import engine_config
+from moe.llm import LLM
+
+
+def serve(args: argparse.Namespace) -> int:
+    try:
+        import uvicorn
+
+        from moe.launch.server import Limits, make_app
+        from moe.launch.uploads import Uploads
+        from moe.service import Service
+    except ImportError as error:
+        raise ValueError(
+            f"the service needs packages that are not installed ({error}): pip install 'moeflow[serve]'"
+        ) from None
+
+    config, key = engine_config(args), read_key(args)
+    if args.show_config:
+        err.print(config.describe(), style="dim", markup=False)
+    limits = Limits(body_bytes=args.max_body, seconds=args.max_seconds, drain_seconds=args.drain_seconds)
+    with tempfile.TemporaryDirectory() as temporary, LLM(args.model, config) as llm:
+        for note in llm.notes:
+            err.print(f"note: {note}", style="yellow", markup=False)
+        if args.state is None:
+            err.print("note: files and batches end with the server; --state FOLDER keeps them", style="yellow")
+        service = Service(llm, args.max_open)
+        uploads = Uploads(service, args.state or Path(temporary))
+        app = make_app(service, uploads, limits, key)
+        err.print(f"{llm.name} is served at http://{args.host}:{args.port} (the live page, and /v1 beside it)")
+        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    return 0
+
+
+def read_key(args: argparse.Namespace) -> str | None:
+    """From a file, or from the environment variable that is named. Raises ValueError if it is not there or empty."""
+    key = None
+    if args.api_key_file is not None:
+        key = args.api_key_file.read_text().strip()
+    elif args.api_key_env is not None:
+        key = os.environ.get(args.api_key_env, "").strip()
+    if key == "":
+        raise ValueError("the API key is empty")
+    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        err.print(f"note: anyone who reaches {args.host}:{args.port} can use the model; --api-key-file", style="yellow")
+    return key

@@ -1,0 +1,242 @@
+"""The HTTP face of a service: OpenAI's endpoints, health, metrics and a live page (`moe serve`).
+
+Bodies are read by `moe/openai.py`, requests are answered by the one thread of `moe/service.py`; this file only carries.
+Nothing of a prompt or an answer is written anywhere but to whoever asked.
+"""
+
+import asyncio
+import hmac
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from moe import __version__
+from moe.launch.live import live_state
+from moe.launch.page import PAGE
+from moe.launch.server_files import add_file_routes
+from moe.launch.uploads import Uploads
+from moe.metrics import exposition
+from moe.openai import (
+    CHAT,
+    COMPLETIONS,
+    Ask,
+    BadRequest,
+    chunk_body,
+    chunk_choice,
+    error_body,
+    parse_request,
+    response_body,
+    usage,
+)
+from moe.outputs import Completion
+from moe.service import Delta, QueueFull, Service, Ticket
+
+_LOOK_SECONDS = 0.5  # between two looks whether whoever waits for a whole answer is still there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Of one request. seconds: until an answer that is not complete is given up."""
+
+    body_bytes: int = 1 << 20
+    file_bytes: int = 200 << 20
+    seconds: float = 3600.0
+    drain_seconds: float = 30.0
+
+
+def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | None = None) -> FastAPI:
+    """api_key: what a caller must send as a bearer token; health needs none."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(uploads.close)
+        await asyncio.to_thread(service.close, limits.drain_seconds)
+
+    app = FastAPI(title="moe", version=__version__, lifespan=lifespan)
+
+    app.add_middleware(_Border, limits=limits, api_key=api_key)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        is_well = service.why_ill is None
+        return JSONResponse({"status": "ok" if is_well else service.why_ill}, 200 if is_well else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(exposition([(service.stats, {}), *service.llm.engine.metric_sources()]))
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE)
+
+    @app.get("/live")
+    async def live() -> JSONResponse:
+        return JSONResponse(live_state(service))
+
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [_model(service)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != service.llm.name:
+            return _refused(404, f"there is no model {name!r}; {service.llm.name!r} is served", code="model_not_found")
+        return JSONResponse(_model(service))
+
+    @app.post(COMPLETIONS)
+    async def completions(request: Request) -> Response:
+        return await _answer(service, limits, request, COMPLETIONS)
+
+    @app.post(CHAT)
+    async def chat(request: Request) -> Response:
+        return await _answer(service, limits, request, CHAT)
+
+    add_file_routes(app, uploads)
+    return app
+
+
+class _Border:
+    """Refuses callers without the key and bodies that are too long, before anything of them is read."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
+        self.app, self.limits, self.api_key = app, limits, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = self._why_refused(Request(scope)) if scope["type"] == "http" else None
+        await (refused or self.app)(scope, receive, send)
+
+    def _why_refused(self, request: Request) -> Response | None:
+        path = request.url.path
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.api_key is not None and path not in ("/health", "/") and not _is_same(given, self.api_key):
+            return _refused(401, "the API key is missing or wrong", "authentication_error")
+        limit = self.limits.file_bytes if path == "/v1/files" else self.limits.body_bytes
+        length = request.headers.get("content-length", "0" if path.endswith("/cancel") else "")
+        if request.method == "POST" and not (length.isdecimal() and int(length) <= limit):
+            return _refused(413, f"a body must have a content-length of at most {limit} bytes")
+        return None
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.llm.name, "object": "model", "created": int(service.started), "owned_by": "moe"}
+
+
+def _is_same(given: str, key: str) -> bool:
+    return hmac.compare_digest(given.encode(), key.encode())
+
+
+def _refused(status: int, message: str, kind: str = "invalid_request_error", **more: Any) -> JSONResponse:
+    return JSONResponse(error_body(message, kind, **more), status)
+
+
+class _Call:
+    """A request between the service's thread and this loop."""
+
+    def __init__(self, service: Service, ask: Ask, prompts: list[list[int]]) -> None:
+        self.service, self.ask, self.prompts = service, ask, prompts
+        self.deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        self.id, self.created = secrets.token_hex(12), int(time.time())
+        loop = asyncio.get_running_loop()
+
+        def deliver(delta: Delta) -> None:
+            loop.call_soon_threadsafe(self.deltas.put_nowait, delta)
+
+        self.ticket: Ticket = service.submit(prompts, ask.params, deliver)
+
+    @property
+    def names(self) -> dict[str, Any]:
+        return {"request_id": self.id, "created": self.created, "model": self.service.llm.name}
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+async def _answer(service: Service, limits: Limits, request: Request, url: str) -> Response:
+    try:
+        ask = parse_request(url, json.loads(await request.body()), service.llm.recommended)
+        prompts = await asyncio.to_thread(service.llm.tokens_of, ask)
+        if service.why_ill is not None:
+            return _refused(503, service.why_ill, "server_error")
+        call = _Call(service, ask, prompts)
+    except QueueFull as error:
+        response = _refused(429, str(error), "rate_limit_error", code="queue_full")
+        response.headers["Retry-After"] = "1"
+        return response
+    except BadRequest as error:
+        return _refused(400, str(error), param=error.param)
+    except (ValueError, RecursionError) as error:
+        return _refused(400, str(error))
+    if ask.stream:
+        headers = {"Cache-Control": "no-store"}
+        return StreamingResponse(_stream(call, limits.seconds), media_type="text/event-stream", headers=headers)
+    return await _whole(call, request, limits.seconds)
+
+
+async def _whole(call: _Call, request: Request, seconds: float) -> Response:
+    """The answer in one piece; a caller that goes away meanwhile ends it."""
+    answers: dict[int, Completion] = {}
+    deadline, next_look = time.monotonic() + seconds, time.monotonic() + _LOOK_SECONDS
+    try:
+        while len(answers) < call.ticket.num_samples:
+            if time.monotonic() > next_look:
+                next_look = time.monotonic() + _LOOK_SECONDS
+                if await request.is_disconnected():
+                    return Response(status_code=499)
+                if time.monotonic() > deadline:
+                    return _refused(504, f"the answer was not complete after {seconds:g} s", "timeout_error")
+            try:
+                delta = await asyncio.wait_for(call.deltas.get(), _LOOK_SECONDS)
+            except TimeoutError:
+                continue
+            if delta.completion is not None:
+                answers[delta.sample] = delta.completion
+                if delta.completion.error is not None:
+                    return _refused(500, delta.completion.error, "server_error")
+    finally:
+        call.service.cancel(call.ticket)
+    ordered = [answers[i] for i in sorted(answers)]
+    return JSONResponse(response_body(call.ask, ordered, **call.names, prompt_tokens=call.prompt_tokens))
+
+
+async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:
+    """Server-sent events; the generator is closed when the caller goes away, and then the request ends."""
+    seen: set[int] = set()
+    finished = num_tokens = 0
+    deadline = time.monotonic() + seconds
+    try:
+        while finished < call.ticket.num_samples:
+            delta = await asyncio.wait_for(call.deltas.get(), max(0.0, deadline - time.monotonic()))
+            num_tokens += len(delta.tokens)
+            done = delta.completion
+            if done is not None and done.error is not None:
+                yield _event(error_body(done.error, "server_error"))
+                return
+            finished += done is not None
+            if not (delta.text or done is not None or delta.logprobs is not None or delta.sample not in seen):
+                continue
+            finish = None if done is None else done.finish_reason
+            is_first = delta.sample not in seen
+            seen.add(delta.sample)
+            choice = chunk_choice(call.ask, delta.sample, delta.text, finish, delta.logprobs, first=is_first)
+            yield _event(chunk_body(call.ask, [choice], **call.names))
+        if call.ask.include_usage:
+            yield _event(chunk_body(call.ask, [], **call.names) | {"usage": usage(call.prompt_tokens, num_tokens)})
+        yield "data: [DONE]\n\n"
+    except TimeoutError:
+        yield _event(error_body(f"the answer was not complete after {seconds:g} s", "timeout_error"))
+    finally:
+        call.service.cancel(call.ticket)
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, allow_nan=False)}\n\n"

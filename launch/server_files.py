@@ -1,0 +1,85 @@
+"""`/v1/files` and `/v1/batches` of the server."""
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from moe.launch.uploads import Uploads
+from moe.openai import BadRequest, error_body
+
+
+def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
+    """Adds them to the app."""
+
+    @app.post("/v1/files")
+    async def upload(request: Request) -> Response:
+        async with request.form(max_files=1) as form:
+            file, purpose = form.get("file"), form.get("purpose")
+            if file is None or isinstance(file, str):
+                return _error(400, "file is missing", "file")
+            if purpose != "batch":
+                return _error(400, f"purpose ({purpose!r}) must be batch", "purpose")
+            content = await file.read()
+            return JSONResponse(await asyncio.to_thread(uploads.add_file, file.filename or "file", "batch", content))
+
+    @app.get("/v1/files")
+    async def files() -> Response:
+        return JSONResponse(_page(uploads.files()))
+
+    @app.get("/v1/files/{id}")
+    async def file(id: str) -> Response:
+        return _found(uploads.file(id), "file", id)
+
+    @app.get("/v1/files/{id}/content")
+    async def content(id: str) -> Response:
+        if uploads.file(id) is None:
+            return _missing("file", id)
+        return Response(await asyncio.to_thread(uploads.content, id), media_type="application/octet-stream")
+
+    @app.delete("/v1/files/{id}")
+    async def delete(id: str) -> Response:
+        if uploads.file(id) is None:
+            return _missing("file", id)
+        uploads.delete_file(id)
+        return JSONResponse({"id": id, "object": "file", "deleted": True})
+
+    @app.post("/v1/batches")
+    async def create(request: Request) -> Response:
+        try:
+            return JSONResponse(uploads.add_batch(json.loads(await request.body())))
+        except BadRequest as error:
+            return _error(400, str(error), error.param)
+        except (ValueError, RecursionError) as error:
+            return _error(400, str(error))
+
+    @app.get("/v1/batches")
+    async def batches() -> Response:
+        return JSONResponse(_page(uploads.batches()))
+
+    @app.get("/v1/batches/{id}")
+    async def batch(id: str) -> Response:
+        return _found(uploads.batch(id), "batch", id)
+
+    @app.post("/v1/batches/{id}/cancel")
+    async def cancel(id: str) -> Response:
+        return _missing("batch", id) if uploads.batch(id) is None else JSONResponse(uploads.cancel_batch(id))
+
+
+def _page(records: list[dict[str, Any]]) -> dict[str, Any]:
+    first, last = (records[0]["id"], records[-1]["id"]) if records else (None, None)
+    return {"object": "list", "data": records, "first_id": first, "last_id": last, "has_more": False}
+
+
+def _found(record: dict[str, Any] | None, kind: str, id: str) -> Response:
+    return _missing(kind, id) if record is None else JSONResponse(record)
+
+
+def _missing(kind: str, id: str) -> JSONResponse:
+    return _error(404, f"there is no {kind} {id!r}", "id")
+
+
+def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
+    return JSONResponse(error_body(message, param=param), status)

@@ -1,0 +1,267 @@
+"""Files and batches of the service, kept in a folder so that a restarted server goes on with them.
+
+FOLDER/files/ID        what was uploaded or written        FOLDER/files/ID.json    its record, as the client sees it
+FOLDER/batches/ID.json a batch                             FOLDER/batches/ID.jsonl its results so far, resumable
+"""
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from moe.batch import BatchProgress, ResultFile, failed_line, json_of_line, result_line
+from moe.openai import BadRequest, custom_id_of, parse_batch_line
+from moe.outputs import Completion
+from moe.service import Delta, QueueFull, Service
+
+_WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer
+_DAY = 24 * 3600
+
+
+class Uploads:
+    """The folder, and one thread that works its batches off, oldest first."""
+
+    def __init__(self, service: Service, folder: Path) -> None:
+        self.service, self.folder = service, folder
+        for name in ("files", "batches"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        self._wake, self._is_closing = threading.Event(), False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="moe-batches", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._is_closing = True
+        self._wake.set()
+        self._thread.join()
+
+    # Files.
+
+    def add_file(self, name: str, purpose: str, content: bytes) -> dict[str, Any]:
+        id = f"file-{secrets.token_hex(12)}"
+        self._file(id).write_bytes(content)
+        record = {
+            "id": id,
+            "object": "file",
+            "bytes": len(content),
+            "created_at": int(time.time()),
+            "filename": name,
+            "purpose": purpose,
+            "status": "processed",
+        }
+        _write_json(self._file(id).with_suffix(".json"), record)
+        return record
+
+    def files(self) -> list[dict[str, Any]]:
+        return _newest_first(self.folder / "files")
+
+    def file(self, id: str) -> dict[str, Any] | None:
+        return _read_json(self.folder / "files", id)
+
+    def content(self, id: str) -> bytes:
+        return self._file(id).read_bytes()
+
+    def delete_file(self, id: str) -> None:
+        self._file(id).with_suffix(".json").unlink()
+        self._file(id).unlink()
+
+    def _file(self, id: str) -> Path:
+        return self.folder / "files" / id
+
+    # Batches.
+
+    def add_batch(self, body: Any) -> dict[str, Any]:
+        """Raises BadRequest."""
+        if not isinstance(body, dict):
+            raise BadRequest("body must be a JSON object")
+        source, endpoint, metadata = body.get("input_file_id"), body.get("endpoint"), body.get("metadata")
+        if not isinstance(source, str) or self.file(source) is None:
+            raise BadRequest(f"there is no file {source!r}", "input_file_id")
+        if endpoint not in ("/v1/completions", "/v1/chat/completions"):
+            raise BadRequest(f"endpoint {endpoint!r} is not served", "endpoint")
+        if body.get("completion_window") != "24h":
+            raise BadRequest("completion_window must be '24h'", "completion_window")
+        now = int(time.time())
+        batch = {
+            "id": f"batch_{secrets.token_hex(12)}",
+            "object": "batch",
+            "endpoint": endpoint,
+            "input_file_id": source,
+            "completion_window": "24h",
+            "status": "validating",
+            "created_at": now,
+            "expires_at": now + _DAY,
+            "metadata": metadata if isinstance(metadata, dict) else None,
+            "output_file_id": None,
+            "error_file_id": None,
+            "errors": None,
+            "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        }
+        self._save(batch)
+        self._wake.set()
+        return batch
+
+    def batches(self) -> list[dict[str, Any]]:
+        return _newest_first(self.folder / "batches")
+
+    def batch(self, id: str) -> dict[str, Any] | None:
+        return _read_json(self.folder / "batches", id)
+
+    def cancel_batch(self, id: str) -> dict[str, Any]:
+        with self._lock:
+            batch = self.batch(id)
+            assert batch is not None
+            if batch["status"] in ("validating", "in_progress"):
+                batch |= {"status": "cancelling", "cancelling_at": int(time.time())}
+                self._save(batch)
+        self._wake.set()
+        return batch
+
+    def _save(self, batch: dict[str, Any]) -> None:
+        _write_json(self.folder / "batches" / f"{batch['id']}.json", batch)
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            self._wake.clear()
+            open_ones = [b for b in self.batches() if b["status"] in ("validating", "in_progress", "cancelling")]
+            for batch in reversed(open_ones):
+                try:
+                    self._work_off(batch)
+                except (ValueError, OSError) as error:
+                    errors = {"object": "list", "data": [{"code": "server_error", "message": str(error)}]}
+                    self._save(batch | {"status": "failed", "failed_at": int(time.time()), "errors": errors})
+            self._wake.wait(None if not self._is_closing else 0)
+
+    def _work_off(self, batch: dict[str, Any]) -> None:
+        lines = self.content(batch["input_file_id"]).splitlines()
+        progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
+        path = self.folder / "batches" / f"{batch['id']}.jsonl"
+        with ResultFile(path, progress) as results:
+            done = results.finished_lines(lines)
+            progress.finished = progress.resumed = len(done)
+            todo = deque((n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done)
+            run = _Run(self.service, results, batch["endpoint"])
+            while (todo or run.num_open) and not self._is_closing:
+                with self._lock:
+                    stored = self.batch(batch["id"]) or batch
+                    is_cancelled = stored["status"] == "cancelling"
+                    if not is_cancelled:
+                        batch |= {"status": "in_progress", "in_progress_at": batch.get("in_progress_at") or _now()}
+                    else:
+                        batch |= stored
+                    self._save(batch | {"request_counts": _counts(progress)})
+                if is_cancelled:
+                    run.cancel()
+                    break
+                while todo and run.num_open < _WINDOW and run.begin(*todo[0]):
+                    todo.popleft()
+                run.wait(0.2)
+            if self._is_closing:
+                run.cancel()
+                return  # a restart goes on from the results
+        self._finish(batch, path, progress)
+
+    def _finish(self, batch: dict[str, Any], path: Path, progress: BatchProgress) -> None:
+        entries = [(line, json.loads(line)) for line in path.read_bytes().splitlines(keepends=True)]
+        good = b"".join(line for line, entry in entries if entry["error"] is None)
+        bad = b"".join(line for line, entry in entries if entry["error"] is not None)
+        name = f"{batch['id']}_output.jsonl"
+        if good:
+            batch["output_file_id"] = self.add_file(name, "batch_output", good)["id"]
+        if bad:
+            batch["error_file_id"] = self.add_file(name.replace("output", "error"), "batch_output", bad)["id"]
+        status = "cancelled" if batch["status"] == "cancelling" else "completed"
+        self._save(batch | {"status": status, f"{status}_at": _now(), "request_counts": _counts(progress)})
+
+
+class _Run:
+    """The lines of a batch that are on their way. Results are written by the thread that waits."""
+
+    def __init__(self, service: Service, results: ResultFile, endpoint: str) -> None:
+        self.service, self.results, self.endpoint = service, results, endpoint
+        self._finished: deque[dict[str, Any]] = deque()
+        self._changed = threading.Event()
+        self._tickets: dict[int, Any] = {}
+
+    @property
+    def num_open(self) -> int:
+        return len(self._tickets)
+
+    def begin(self, number: int, line: bytes) -> bool:
+        """Whether the line was taken in: served, or refused with a result that says why."""
+        custom_id: str | None = None
+        llm = self.service.llm
+        try:
+            fields = json_of_line(line)
+            custom_id = name = custom_id_of(fields)
+            if fields.get("url") != self.endpoint:
+                raise BadRequest(f"url must be the batch's endpoint {self.endpoint}, not {fields.get('url')!r}")
+            ask = parse_batch_line(fields, llm.recommended)
+            prompts = llm.tokens_of(ask)
+            answers: dict[int, Completion] = {}
+
+            def deliver(delta: Delta) -> None:
+                if delta.completion is None:
+                    return
+                answers[delta.sample] = delta.completion
+                if len(answers) == ask.params.n or delta.completion.error is not None:
+                    whole = [answers[i] for i in sorted(answers)]
+                    entry = result_line(number, name, ask, whole, len(prompts[0]), llm.name)
+                    self._finished.append(entry | {"_number": number})
+                    self._changed.set()
+
+            self._tickets[number] = self.service.submit(prompts, ask.params, deliver)
+        except QueueFull:
+            return False
+        except ValueError as error:
+            self.results.write(failed_line(number, custom_id, "invalid_request", str(error)))
+        except Exception as error:  # of any kind: a tokenizer's own code runs here
+            self.results.write(failed_line(number, custom_id, "server_error", f"{type(error).__name__}: {error}"))
+        return True
+
+    def wait(self, seconds: float) -> None:
+        """Writes what is finished, after at most so long."""
+        self._changed.wait(seconds)
+        self._changed.clear()
+        while self._finished:
+            entry = self._finished.popleft()
+            if self._tickets.pop(entry.pop("_number"), None) is not None:
+                self.results.write(entry)
+
+    def cancel(self) -> None:
+        for ticket in self._tickets.values():
+            self.service.cancel(ticket)
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+def _counts(progress: BatchProgress) -> dict[str, int]:
+    done = progress.finished - progress.failed
+    return {"total": progress.total, "completed": done, "failed": progress.failed}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+def _read_json(folder: Path, id: str) -> dict[str, Any] | None:
+    """The record of that id; ids come from outside and are never a path."""
+    path = folder / f"{id}.json"
+    if not id.replace("-", "").replace("_", "").isalnum() or not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _newest_first(folder: Path) -> list[dict[str, Any]]:
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return sorted(records, key=lambda r: (r["created_at"], r["id"]), reverse=True)

@@ -1,0 +1,327 @@
+"""The service, asked by the official client, by ours, and by callers that misbehave."""
+
+import asyncio
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+
+from moe.client import AsyncClient, Client, ServerError
+from moe.launch.cli import main
+from moe.launch.server import Limits, make_app
+from moe.launch.uploads import Uploads
+from moe.llm import LLM
+from moe.params import SamplingParams
+from moe.service import Service
+from tests.moe.moe_cases import ROOT, TINYMOE, check_whole, config
+from tests.moe.test_openai import TEMPLATE
+
+PROMPT = "Once upon a time, there was"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = shutil.copytree(TINYMOE, tmp_path_factory.mktemp("chat") / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with LLM(folder, config("0.5", max_tokens=64, max_sequences=8)) as llm:
+        yield llm
+
+
+def run_server(service, uploads, limits, api_key=None):
+    server = uvicorn.Server(uvicorn.Config(make_app(service, uploads, limits, api_key), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    (port,) = {s.getsockname()[1] for one in server.servers for s in one.sockets}
+
+    def stop():
+        server.should_exit = True
+        thread.join()
+
+    return f"http://127.0.0.1:{port}", stop
+
+
+@pytest.fixture(scope="module")
+def served(llm, tmp_path_factory):
+    service = Service(llm, max_open=8)
+    uploads = Uploads(service, tmp_path_factory.mktemp("state"))
+    url, stop = run_server(service, uploads, Limits(drain_seconds=1))
+    yield SimpleNamespace(url=url, service=service, uploads=uploads)
+    stop()
+    check_whole(llm)
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def right(folder):
+    """What the model says greedily, from an LLM of its own."""
+    with LLM(folder, config("1.0")) as llm:
+        text = llm.generate(PROMPT, SamplingParams(max_tokens=12))[0].outputs[0].text
+        chat = llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=12))[0].outputs[0].text
+    return SimpleNamespace(text=text, chat=chat)
+
+
+def idle(served):
+    deadline = time.monotonic() + 20
+    while served.service.stats.open and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert served.service.stats.open == 0
+    state = served.service.llm.engine.state()
+    assert (state.running, state.waiting, state.free_blocks) == (0, 0, state.blocks)
+
+
+def test_completions_and_chat_by_the_official_client(client, right):
+    done = client.completions.create(model="model", prompt=PROMPT, max_tokens=12, temperature=0, logprobs=2)
+    assert done.choices[0].text == right.text
+    assert len(done.choices[0].logprobs.tokens) == done.usage.completion_tokens == 12
+    two = client.completions.create(model="model", prompt=[PROMPT, "A"], n=2, max_tokens=12, temperature=0)
+    assert [c.text for c in two.choices[:2]] == [right.text] * 2
+    assert [c.index for c in two.choices] == [0, 1, 2, 3]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    chat = client.chat.completions.create(model="model", messages=messages, max_tokens=12, temperature=0)
+    assert chat.choices[0].message.content == right.chat
+    assert [m.id for m in client.models.list()] == ["model"] == [client.models.retrieve("model").id]
+
+
+def test_streams(client, right):
+    chunks = list(
+        client.completions.create(
+            model="model",
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == right.text
+    assert len(chunks) > 6
+    assert chunks[-1].usage.completion_tokens == 12
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = client.chat.completions.create(
+        model="model", messages=messages, max_tokens=12, temperature=0, stream=True, logprobs=True, top_logprobs=1
+    )
+    chunks = list(chat)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == right.chat
+    assert sum(len(c.choices[0].logprobs.content) for c in chunks if c.choices[0].logprobs) == 12
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": PROMPT, "best_of": 3}, "best_of"),
+        ({"prompt": PROMPT, "max_tokens": "many"}, "max_tokens"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [3] * 2000}, None),
+        ({"prompt": PROMPT, "n": 1000}, "n"),
+    ],
+)
+def test_bad_requests_are_400_and_name_the_field(client, body, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="model", **{"extra_body": body, "prompt": body["prompt"]})
+    assert error.value.param == param
+
+
+def test_other_statuses(served, client):
+    with httpx.Client(base_url=served.url) as http:
+        assert http.post("/v1/completions", content=b"{").status_code == 400
+        assert http.post("/v1/completions", content=b"[" * 100_000).status_code == 400
+        assert http.post("/v1/completions", content=b" " * (2 << 20)).status_code == 413
+        assert http.post("/v1/completions", content=iter([b"{}"])).status_code == 413  # no length: not read
+        assert http.get("/v1/models/other").status_code == 404
+        assert http.get("/v1/files/..%2Fsecret").status_code == 404
+        assert http.get("/v1/batches/no").status_code == 404
+        assert http.get("/health").json() == {"status": "ok"}
+        page = http.get("/").text
+        assert "<canvas" in page
+        assert "http" not in page.replace("https://", "http://").split("<style>")[1]  # nothing from elsewhere
+        families = {f.name for f in text_string_to_metric_families(http.get("/metrics").text)}
+        assert {"moe_hits", "moe_time_between_tokens_seconds", "moe_accepted", "moe_free_blocks"} <= families
+        live = http.get("/live").json()
+        assert (live["slots"], len(live["heat"]), len(live["heat"][0])) == (48, 6, 16)
+
+
+def test_a_caller_that_goes_away_frees_its_place(served, client):
+    with client.completions.create(model="model", prompt=PROMPT, max_tokens=900, stream=True) as stream:
+        next(iter(stream))
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3).completions.create(model="model", prompt=PROMPT, max_tokens=1000, n=8)
+    idle(served)
+    assert served.service.stats.cancelled >= 2
+
+
+def test_a_full_queue_is_429(served, client):
+    streams = [client.completions.create(model="model", prompt="A", max_tokens=900, stream=True) for _ in range(8)]
+    try:
+        for stream in streams:
+            next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as error:
+            client.completions.create(model="model", prompt="A")
+        assert error.value.response.headers["retry-after"] == "1"
+    finally:
+        for stream in streams:
+            stream.close()
+    idle(served)
+
+
+def batch_lines(count):
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    lines = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body} for i in range(count)]
+    lines[1] = {**lines[1], "body": {**body, "top_p": 7}}
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def finished(client, batch):
+    deadline = time.monotonic() + 60
+    while (batch := client.batches.retrieve(batch.id)).status not in ("completed", "failed", "cancelled"):
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+    return batch
+
+
+def test_files_and_batches_by_the_official_client(client, right):
+    file = client.files.create(file=("in.jsonl", batch_lines(20)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    batch = finished(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 19, 1)
+    results = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert sorted(r["custom_id"] for r in results) == sorted(f"r{i}" for i in range(20) if i != 1)
+    assert {r["response"]["body"]["choices"][0]["text"] for r in results} == {right.text}
+    (failed,) = (json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines())
+    assert "top_p" in failed["error"]["message"]
+    assert batch.id in [b.id for b in client.batches.list()]
+    assert {file.id, batch.output_file_id} <= {f.id for f in client.files.list()}
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+    with pytest.raises(openai.BadRequestError, match="there is no file"):
+        client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+
+
+def test_a_batch_is_cancelled(served, client):
+    file = client.files.create(file=("in.jsonl", batch_lines(2000)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    client.batches.cancel(batch.id)
+    assert finished(client, batch).status == "cancelled"
+    idle(served)
+
+
+def test_our_client(served, right, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(batch_lines(12))
+    with Client(served.url) as client:
+        assert client.generate(PROMPT, max_tokens=12, temperature=0) == right.text
+        assert "".join(client.stream(PROMPT, max_tokens=12, temperature=0)) == right.text
+        assert client.chat("Hello", max_tokens=12, temperature=0) == right.chat
+        messages = [{"role": "user", "content": "Hello"}]
+        assert "".join(client.stream(messages, max_tokens=12, temperature=0)) == right.chat
+        with pytest.raises(ServerError, match="400: top_p"):
+            client.generate(PROMPT, top_p=9)
+        seen = []
+        out = tmp_path / "out.jsonl"
+        assert client.batch(tmp_path / "in.jsonl", out, at_once=20, on_progress=lambda *p: seen.append(p)) == 1
+        assert seen[-1] == (12, 12)
+        whole = out.read_bytes()
+        out.write_bytes(b"".join(whole.splitlines(keepends=True)[:7]) + b'{"id": "line-')  # killed meanwhile
+        client.batch(tmp_path / "in.jsonl", out)
+        ids = [json.loads(line)["custom_id"] for line in out.read_text().splitlines()]
+        assert sorted(ids) == sorted(f"r{i}" for i in range(12))
+        (tmp_path / "notes").write_text("mine\n")
+        with pytest.raises(ValueError, match="is no result of this input"):
+            client.batch(tmp_path / "in.jsonl", tmp_path / "notes")
+
+    async def several():
+        async with AsyncClient(served.url) as client:
+            texts = await asyncio.gather(*(client.generate(PROMPT, max_tokens=12, temperature=0) for _ in range(3)))
+            return texts, [piece async for piece in client.stream(PROMPT, max_tokens=12, temperature=0)]
+
+    texts, pieces = asyncio.run(several())
+    assert texts == [right.text] * 3
+    assert "".join(pieces) == right.text
+    with Client("http://127.0.0.1:9", retries=0) as nobody, pytest.raises(ServerError, match="does not answer"):
+        nobody.generate("A")
+
+
+def test_top(served, capfd):
+    assert main(["top", served.url, "--once"]) == 0
+    assert "48 of 96 in slots" in capfd.readouterr().out
+    assert main(["top", "http://127.0.0.1:9", "--once"]) == 2
+    assert "does not answer" in capfd.readouterr().err
+
+
+def test_api_key(served):
+    face = SimpleNamespace(llm=served.service.llm, started=0, why_ill=None, close=lambda seconds: None)
+    url, stop = run_server(face, SimpleNamespace(close=lambda: None), Limits(), "secret")
+    try:
+        with httpx.Client(base_url=url) as http:
+            assert http.get("/v1/models").status_code == 401
+            assert http.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+            assert http.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+            assert http.get("/health").status_code == 200
+    finally:
+        stop()
+
+
+def test_the_command_drains_and_a_restart_goes_on_with_its_batches(folder, tmp_path, right):
+    def start(port):
+        arguments = ["serve", folder, "--port", port, "--state", tmp_path / "state", "--set", "dtype=float32"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moe", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=60)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health")
+                return process, client
+            except httpx.TransportError:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+    def end(process, with_signal):
+        process.send_signal(with_signal)
+        _, said = process.communicate(timeout=60)
+        assert PROMPT not in said
+        return process.returncode
+
+    port = 18000 + hash(str(tmp_path)) % 4000
+    process, client = start(port)
+    count = 600
+    file = client.files.create(file=("in.jsonl", batch_lines(count)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    while client.batches.retrieve(batch.id).request_counts.completed == 0:
+        time.sleep(0.02)
+    end(process, signal.SIGKILL)
+    process, client = start(port)
+    try:
+        batch = finished(client, batch)
+        results = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+        assert sorted(r["custom_id"] for r in results) == sorted(f"r{i}" for i in range(count) if i != 1)
+        answer = client.completions.create(model="m", prompt=PROMPT, max_tokens=12, temperature=0)
+        assert answer.choices[0].text == right.text
+    finally:
+        assert end(process, signal.SIGTERM) in (0, -signal.SIGTERM)
