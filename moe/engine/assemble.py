@@ -86,6 +86,12 @@ class Dense:
     notes: tuple[str, ...]
 
     @property
+    def nbytes(self) -> int:
+        """Of the weights in memory, as they are kept: packed layers count their codes."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    @property
     def vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
@@ -140,7 +146,9 @@ def load(read: Read, share: Share | None = None) -> Loaded:
 def read_model(folder: str | Path, config: EngineConfig) -> Read:
     """Raises ValueError for a folder or a device that cannot be served."""
     blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
-    return Read(config, blueprint, find_device(config.device), (*notes_on(blueprint), *lossy_modes(config)))
+    return Read(
+        config, blueprint, find_device(config.device), (*notes_on(blueprint, config.dense), *lossy_modes(config))
+    )
 
 
 def load_model(read: Read, tries_experts: bool) -> Dense:
@@ -259,12 +267,13 @@ def lossy_modes(config: EngineConfig) -> list[str]:
     return [f"routing.pregate={config.routing.pregate} changes what the model says; `moe evaluate` measures how much"]
 
 
-def notes_on(blueprint: Blueprint) -> list[str]:
+def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
     """What a user should know about how this model is served."""
     text = blueprint.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
-    formats = [] if blueprint.format_note is None else [blueprint.format_note]
+    note = blueprint.format_note(dense)
+    formats = [] if note is None else [note]
     if blueprint.experts:
         return formats
     if declared > 1:

@@ -255,7 +255,7 @@ class Engine:
             slots=cache.num_slots if cache else 0,
             experts=self.blueprint.num_experts,
             slot_bytes=cache.num_slots * cache.blob_bytes if cache else 0,
-            dense_bytes=self.blueprint.dense_bytes,
+            dense_bytes=self.loaded.dense.nbytes,
             peak_rss_bytes=peak_rss_bytes(),
         )
 

@@ -90,14 +90,14 @@ class Blueprint:
         packed = {f"{layout}" for layout in every if layout.code is not None} if self.index.is_packed else set()
         return ", ".join(filter(None, (self.quantised.labels(names), *plain, *sorted(packed))))
 
-    @property
-    def format_note(self) -> str | None:
-        """What a user of quantised weights should know; None where none are."""
+    def format_note(self, dense_handling: str) -> str | None:
+        """What a user of quantised weights should know; None where none are. dense_handling: "decoded" or "packed"."""
         if not self.quantised.matrices and not any(x.gate_up_format.code for x in self.index.layouts):
             return None
         dense = self.quantised.labels(self.coded_dense)
         note = f"experts stay as stored ({self.expert_formats})"
-        note += f", dense layers are decoded at load ({dense})" if dense else ""
+        how = "decoded at load" if dense_handling == "decoded" else "packed where they are plain linear layers"
+        note += f", dense ones are {how} ({dense})" if dense else ""
         if self.quantised.activations:
             note += f"; activations stay whole, where GPU engines round them to {self.quantised.activations}"
         return note

@@ -23,6 +23,8 @@ def says(folder, dense):
         rows = torch.stack([row for rows in logits.values() for row in rows])
         model = llm.engine.model
         nbytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+        assert llm.engine.state().dense_bytes <= nbytes  # tied tensors count once
+        assert any(("decoded at load" if dense == "decoded" else "packed where") in note for note in llm.engine.notes)
         packed = sum(isinstance(module, PackedLinear) for module in model.modules())
         return [o.outputs[0].token_ids for o in outputs], rows, nbytes, packed
 
