@@ -151,6 +151,19 @@ def read_model(folder: str | Path, config: EngineConfig) -> Read:
     )
 
 
+def context_of(wanted: int | None, own: int | None, text_config: Any) -> int:
+    """Tokens of a context. Raises ValueError for more than the model's positions, or their rope scaling, allow."""
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    scaled = int(factor * original) if isinstance(factor, (int, float)) and isinstance(original, int) else 0
+    if wanted is not None and own is not None and wanted > max(own, scaled):
+        raise ValueError(
+            f"max_context ({wanted}) is beyond the model's {max(own, scaled)} tokens; lower it, or give the model a "
+            "rope scaling in config.json that its makers describe"
+        )
+    return wanted or own or 1 << 30
+
+
 def load_model(read: Read, tries_experts: bool) -> Dense:
     """tries_experts: whether anyone needs to know how they are dispatched."""
     blueprint, config = read.blueprint, read.config
@@ -161,7 +174,7 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     model = load_dense(blueprint, dtype, "eager", packed=packed).to(read.device)
     if read.device.type == "cpu" and config.kernel != "reference":
         compile_dense(model)
-    context = min(n for n in (config.max_context, blueprint.max_context, 1 << 30) if n)
+    context = context_of(config.max_context, blueprint.max_context, blueprint.config.get_text_config())
     reason = why_not_packed(blueprint.skeleton, context)
     is_packed = reason is None and config.batch.packed
     tried = try_a_token(model, blueprint, is_packed, tries_experts)

@@ -244,6 +244,7 @@ SETTINGS = [
         ["--set", "batch.kv_tokens=16", "--max-tokens", "20"],
         ["the KV cache holds 16", "raise batch.kv_tokens or lower max_tokens"],
     ),
+    (["--set", "max_context=5000"], ["max_context (5000) is beyond the model's 1024 tokens"]),
     (["--set", "max_context=4"], ["the context holds 4", "shorten it"]),
     (["--set", "device=abacus"], ["device", "abacus"]),
     (["--set", "device=cuda"], ["cuda"]),
@@ -266,6 +267,20 @@ def test_bad_settings(capfd, monkeypatch, arguments, words):
     sentence = refused(capfd, "generate", TINYMOE, *PROMPT, "--no-stream", *arguments)
     for word in words:
         assert word in sentence, sentence
+
+
+def test_a_longer_context_where_the_rope_scaling_allows_it():
+    from types import SimpleNamespace
+
+    from moe.engine.assemble import context_of
+
+    yarn = SimpleNamespace(
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    )
+    assert context_of(2000, 1024, yarn) == 2000
+    assert context_of(None, 1024, yarn) == 1024
+    with pytest.raises(ValueError, match="beyond the model's 2048 tokens"):
+        context_of(2049, 1024, yarn)
 
 
 def test_files_of_the_other_commands(capfd, tmp_path, folder):
