@@ -23,6 +23,8 @@ class TorchSymmetricHeap:
         self.handle = symmetric_memory.rendezvous(self.memory, group.group_name)
         # The allocation may start inside a pool: ask for each rank's view of it, not for its buffer's base.
         parts = [self.handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(self.handle.world_size)]
+        own = parts[self.handle.rank].data_ptr()
+        assert own == self.memory.data_ptr(), (own, self.memory.data_ptr())
         self.bases = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64, device=device)
         self.first_rank, self.num_ranks = self.handle.rank, 1
         self.memory.zero_()

@@ -53,7 +53,7 @@ def weighted_sum(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _combine_kernel(
     y_ptr,
     weight_ptr,

@@ -19,6 +19,7 @@ import torch
 import triton
 
 Choice = Literal["single", "grouped"]
+SLEEP_CYCLES = 2_000_000  # about a millisecond
 TOKENS = (1, 4, 16, 64, 128, 256, 1024, 4096)
 
 
@@ -57,6 +58,7 @@ class CrossoverTable:
         self.path, self.machine = path, machine
         stored = json.loads(path.read_text()) if path.exists() else {}
         self.rows = [Measured(layer=LayerKey(**row.pop("layer")), **row) for row in stored.get(machine, [])]
+        self._choices: dict[LayerKey, list[tuple[int, Choice]]] = {}
 
     def is_measured(self, layer: LayerKey) -> bool:
         return any(row.layer == layer for row in self.rows)
@@ -66,13 +68,20 @@ class CrossoverTable:
 
         Beyond the largest measured number the grouped path: no heap was made for more. `ValueError` if not measured.
         """
-        points = sorted((row for row in self.rows if row.layer == layer), key=lambda row: row.tokens)
+        points = self._choices.get(layer) or self._sorted(layer)  # asked in every layer of every step
         if not points:
             raise ValueError(
                 f"no crossover measured for {layer} on {self.machine}; call measure() once on this machine"
             )
-        above = [row for row in points if row.tokens >= tokens]
-        return "single" if above and above[0].single_us < above[0].grouped_us else "grouped"
+        return next((choice for measured, choice in points if measured >= tokens), "grouped")
+
+    def _sorted(self, layer: LayerKey) -> list[tuple[int, Choice]]:
+        found = sorted((row for row in self.rows if row.layer == layer), key=lambda row: row.tokens)
+        points: list[tuple[int, Choice]] = [
+            (row.tokens, "single" if row.single_us < row.grouped_us else "grouped") for row in found
+        ]
+        self._choices[layer] = points
+        return points
 
     def measure(
         self,
@@ -94,6 +103,7 @@ class CrossoverTable:
     def replace(self, layer: LayerKey, rows: Sequence[Measured]) -> None:
         """Store `rows` as all that is known of `layer`."""
         self.rows = [row for row in self.rows if row.layer != layer] + list(rows)
+        self._choices.pop(layer, None)
         stored = json.loads(self.path.read_text()) if self.path.exists() else {}
         stored[self.machine] = [asdict(row) for row in self.rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +130,7 @@ def _once_us(candidate: Callable[[], object], device: torch.device) -> float:
         return (time.perf_counter() - start) * 1e6
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    torch.cuda._sleep(SLEEP_CYCLES)  # the GPU starts after Python has queued everything: kernels are timed, not Python
     begin.record()
     candidate()
     end.record()

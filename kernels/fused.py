@@ -267,6 +267,7 @@ def fused_constants(
         "EL": shape.experts_per_rank,
         "EP": triton.next_power_of_2(shape.experts_per_rank + lag),
         "GP": triton.next_power_of_2(shape.world_size),
+        "SCOPE": "gpu" if shape.world_size == 1 else "sys",
         "TOP_K": shape.top_k,
         "TOP_K_P": triton.next_power_of_2(shape.top_k),
         "H": shape.hidden_size,

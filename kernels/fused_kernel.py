@@ -123,7 +123,8 @@ def _send_tokens(
         distance += 1
 
 
-@triton.jit(do_not_specialize=["num_tokens"])  # it changes with every step
+# Counts that change with the step or the machine. A specialised G of 1 does not compile with triton 3.6.
+@triton.jit(do_not_specialize=["num_programs", "first_rank", "num_ranks", "G", "num_tokens", "lag", "split", "limit"])
 def fused_experts_kernel(
     bases,  # int64 [G], where every rank's heap lies as this process sees it
     state,  # int32 [3]: epoch of this launch, exit counter, error bits; in memory, so that a graph can replay
@@ -179,6 +180,7 @@ def fused_experts_kernel(
     EL: tl.constexpr,
     EP: tl.constexpr,  # power of two >= EL + lag
     GP: tl.constexpr,
+    SCOPE: tl.constexpr,  # who sees results come back: "gpu" for one rank, "sys" for several
     TOP_K: tl.constexpr,
     TOP_K_P: tl.constexpr,
     H: tl.constexpr,
@@ -432,7 +434,7 @@ def fused_experts_kernel(
                         back = (home + O_RET_FLAG).to(tl.pointer_type(tl.int32))
                         back += parity * RET_BLOCKS + token // BLOCK_R
                         # One addition per row: summing runs first would cost 400 spills.
-                        release_add(back, 1, ok, "sys")
+                        release_add(back, 1, ok, SCOPE)
                     u = tl.atomic_add(ticket, 1, sem="relaxed", scope="gpu")
             v += 1
         step += 1
@@ -454,7 +456,7 @@ def fused_experts_kernel(
             chosen = tl.load(ids + places, mask=ok[:, None] & (k < TOP_K)[None, :], other=-1)
             want = tl.sum(tl.sum((chosen >= 0).to(tl.int32), 1), 0) * N_TILES2
             flag = (my_heap + O_RET_FLAG).to(tl.pointer_type(tl.int32)) + parity * RET_BLOCKS + block
-            wait_at_least(flag, want, error, 8, limit, "sys")
+            wait_at_least(flag, want, error, 8, limit, SCOPE)
             sum_y = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
             for j in tl.static_range(TOP_K):
                 place = v * num_rows + token * TOP_K + j

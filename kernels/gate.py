@@ -134,7 +134,7 @@ def _check(logits: Tensor, config: GateConfig, bias: Tensor | None) -> None:
         raise ValueError(f"group_score 'top2' needs groups of at least 2 experts, not {group}")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gate_kernel(
     logits_ptr,
     bias_ptr,

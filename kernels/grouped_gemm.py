@@ -163,7 +163,7 @@ def _tile_of(u, num_tiles, N_TILES: tl.constexpr, GROUP_M: tl.constexpr):
     return first + inside % size, inside // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def _gate_up_kernel(
     x_ptr,  # [T, H]
     stride_x,
@@ -249,7 +249,7 @@ def _gate_up_kernel(
         u += tl.num_programs(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def _down_kernel(
     h_ptr,  # [R, I], rows in sorted order
     y_ptr,  # [T * K, H]

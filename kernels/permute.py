@@ -69,6 +69,11 @@ def tile_table(sorted_ids: Tensor, num_ids: int, block_m: int) -> Tiles:
     return Tiles(table[:, :capacity].contiguous(), is_start.sum(dtype=torch.int32).reshape(1), capacity)
 
 
+def rows_block(num_rows: int) -> int:
+    """Rows that the small kernels are compiled for: three sizes, so that serving meets three kernels."""
+    return next(block for block in (64, 256, SMALL_ROWS) if num_rows <= block)
+
+
 class SmallRouting(NamedTuple):
     rows: SortedRows
     tiles: Tiles
@@ -87,7 +92,7 @@ def small_routing(ids: Tensor, num_ids: int, block_m: int, *, with_offsets: bool
     table = torch.empty(3, capacity, dtype=torch.int32, device=ids.device)
     num_tiles = torch.empty(1, dtype=torch.int32, device=ids.device)
     offsets = torch.empty(num_ids + 1 if with_offsets else 0, dtype=torch.int32, device=ids.device)
-    block = max(2, triton.next_power_of_2(num_rows))
+    block = rows_block(num_rows)
     _small_routing_kernel[(1,)](
         ids.contiguous(),
         order,
@@ -131,7 +136,7 @@ def _sort_by_comparing(ids_ptr, order_ptr, sorted_ptr, num_rows, BLOCK: tl.const
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_ids", "capacity"])
 def _small_routing_kernel(
     ids_ptr,
     order_ptr,
@@ -211,7 +216,7 @@ def small_dense_routing(slot_ids: Tensor, capacity: int) -> DenseRouting:
     """`dense_routing` in one launch of one program, for 1 to `SMALL_ROWS` rows."""
     num_rows = slot_ids.numel()
     assert 0 < num_rows <= SMALL_ROWS, num_rows
-    block = max(2, triton.next_power_of_2(num_rows))
+    block = rows_block(num_rows)
     order, sorted_ids, ids = (torch.empty(num_rows, dtype=torch.int32, device=slot_ids.device) for _ in range(3))
     slots, offsets = (torch.empty(capacity + 1, dtype=torch.int32, device=slot_ids.device) for _ in range(2))
     _small_dense_routing_kernel[(1,)](
@@ -230,7 +235,7 @@ def small_dense_routing(slot_ids: Tensor, capacity: int) -> DenseRouting:
     return DenseRouting(order, ids, slots[:capacity], offsets)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "capacity"])
 def _small_dense_routing_kernel(
     ids_ptr,
     order_ptr,

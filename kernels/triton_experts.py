@@ -10,6 +10,8 @@ from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.reference import check_expert_weights
 from moe.kernels.weights import ExpertWeights
 
+FEW_TOKENS = 16  # up to these the single launch has a heap, and a kernel, of its own
+
 
 class GroupedExperts:
     """Two grouped GEMMs and a combine. `num_experts`: of the layer, for the tile sizes (None: as many as slots)."""
@@ -53,23 +55,42 @@ class SingleLaunch:
 
 
 class FusedLayerExperts(GroupedExperts):
-    """The single launch for up to `max_tokens` tokens that need no waves, the grouped path for everything else."""
+    """The single launch for up to `max_tokens` tokens that need no waves, the grouped path for everything else.
+
+    is_last: of a step's layers; then the errors of all layers' launches are looked at, which is one host sync.
+    """
 
     def __init__(self, weights: ExpertWeights, launch: SingleLaunch, num_experts: int | None = None) -> None:
         super().__init__(weights, num_experts)
-        self.launch = launch
+        self.launch, self.is_last = launch, False
 
     def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Σ_k w·y [T, H] in x's dtype, in the order of k; one launch beside the sort."""
+        """Σ_k w·y [T, H] in x's dtype, in the order of k; one launch beside the sort.
+
+        `RuntimeError` from the last layer when a launch of this step ended in an error.
+        """
+        out = self._computed(x, slot_ids, topk_weights)
+        if self.is_last:
+            self.launch.check()
+        return out
+
+    def _computed(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
         if len(x) > self.launch.max_tokens:
             return super().combine(x, slot_ids, topk_weights)
-        shape = FusedShape(
-            world_size=1,
-            num_experts=min(len(self.weights.down), self.launch.max_tokens * slot_ids.shape[1]),  # in use at most
-            top_k=slot_ids.shape[1],
-            hidden_size=x.shape[1],
-            intermediate_size=self.weights.down.shape[2],
-            max_tokens=self.launch.max_tokens,
-            dtype=x.dtype,
-        )
+        shape = self.shape_of(len(x), slot_ids.shape[1], x.shape[1], x.dtype)
         return self.launch.of(shape, x.device).run_slots(x, slot_ids, topk_weights, self.weights)
+
+    def shape_of(self, num_tokens: int, top_k: int, hidden_size: int, dtype: torch.dtype) -> FusedShape:
+        """One of two heaps: few tokens get one whose kernel walks few experts; never more than the layer has."""
+        largest = self.launch.max_tokens
+        tokens = FEW_TOKENS if num_tokens <= FEW_TOKENS < largest else largest
+        num_slots = len(self.weights.down)
+        return FusedShape(
+            world_size=1,
+            num_experts=min(num_slots, tokens * top_k, self.num_experts or num_slots),  # in use at most
+            top_k=top_k,
+            hidden_size=hidden_size,
+            intermediate_size=self.weights.down.shape[2],
+            max_tokens=tokens,
+            dtype=dtype,
+        )

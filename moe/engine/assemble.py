@@ -201,9 +201,7 @@ def num_blocks(batch: BatchConfig, dense: Dense) -> int:
     """KV blocks as configured, by default for full sequences of full length within a quarter of free memory."""
     tokens = batch.kv_tokens
     if tokens is None:
-        device = dense.model.device
-        free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-        affordable = free // 4 // max(1, dense.tried.kv_bytes)
+        affordable = free_memory(dense.model.device) // 4 // max(1, dense.tried.kv_bytes)
         tokens = min(batch.max_sequences * dense.max_context, affordable)
     return max(1, -(-tokens // batch.block_size))
 
@@ -219,7 +217,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     counts = [site.num_experts for site in blueprint.index.sites]
     own = [list(range(n)) for n in counts] if share is None else experts_of_rank(share.plan, share.rank)
     num_own = sum(map(len, own))
-    available = available_memory() if read.device.type == "cpu" else torch.cuda.mem_get_info(read.device)[0]
+    available = free_memory(read.device)
     num_slots = resolve_slots(
         config.offload.budget,
         blob_bytes=max(layout.nbytes for layout in blueprint.index.layouts),
@@ -270,7 +268,14 @@ def find_device(name: str | None) -> torch.device:
         raise ValueError(f"device ({name!r}) is no device of torch; give cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not has_gpu:
         raise ValueError(f"device ({name!r}) cannot be used: torch sees no GPU here; give cpu")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors lie
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take where the model's tensors lie."""
+    return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def lossy_modes(config: EngineConfig) -> list[str]:

@@ -1,7 +1,6 @@
 """The Triton paths as the engine's layer kernels: grouped GEMM, single launch, or the faster one as measured."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +22,10 @@ class MeasuredExperts(FusedLayerExperts):
         super().__init__(weights, launch, key.num_experts)
         self.key, self.table = key, table
 
-    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Σ_k w·y [T, H] in x's dtype; both paths follow the reference's order over k."""
+    def _computed(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        # Both paths follow the reference's order over k.
         if self.table.choose(self.key, len(x)) == "single":
-            return FusedLayerExperts.combine(self, x, slot_ids, topk_weights)
+            return FusedLayerExperts._computed(self, x, slot_ids, topk_weights)
         return GroupedExperts.combine(self, x, slot_ids, topk_weights)
 
 
@@ -47,10 +46,12 @@ def make(
         return [GroupedExperts(weights, n) for weights, n in zip(layers, num_experts)]
     launch = SingleLaunch(MAX_SINGLE_LAUNCH_TOKENS)
     if name == "fused":
-        return [FusedLayerExperts(weights, launch, n) for weights, n in zip(layers, num_experts)]
+        fused = [FusedLayerExperts(weights, launch, n) for weights, n in zip(layers, num_experts)]
+        fused[-1].is_last = True
+        return [*fused]
     device = layers[0].gate_up.device
     table = CrossoverTable(table_file, machine_name(device))
-    made: list[GroupedExperts] = []
+    made: list[MeasuredExperts] = []
     for weights, count in zip(layers, num_experts):
         key = LayerKey(
             num_experts=count,
@@ -64,7 +65,8 @@ def make(
         if not table.is_measured(key):
             _measure(kernel, dtype, tokens)
         made.append(kernel)
-    return made
+    made[-1].is_last = True  # only now: a check would be timed too
+    return [*made]
 
 
 def _measure(kernel: MeasuredExperts, dtype: torch.dtype, tokens: Sequence[int]) -> None:
@@ -79,7 +81,11 @@ def _measure(kernel: MeasuredExperts, dtype: torch.dtype, tokens: Sequence[int])
         weights = torch.full(ids.shape, 1 / key.top_k)
         inputs[count] = x, ids.to(device, torch.int32), weights.to(device)
 
-    def run(path: type[GroupedExperts], count: int) -> Tensor:
-        return path.combine(kernel, *inputs[count])
-
-    kernel.table.measure(key, partial(run, FusedLayerExperts), partial(run, GroupedExperts), device, tokens=tokens)
+    single = FusedLayerExperts(kernel.weights, kernel.launch, kernel.num_experts)
+    kernel.table.measure(
+        key,
+        lambda count: single.combine(*inputs[count]),
+        lambda count: GroupedExperts.combine(kernel, *inputs[count]),
+        device,
+        tokens=tokens,
+    )
