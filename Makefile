@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each: more threads than cores make small matrices many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-heavy test-newest lock lint install clean
+.PHONY: demo test test-heavy test-newest test-aot-all lock lint install clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,15 @@ lock: $(NEWEST)/.installed
 	{ sed -n '/^#/p' requirements.lock; \
 	$(NEWEST)/bin/python -m pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/+cpu$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+
+# What the engine launches, compiled by its own host code through a driver that launches nothing: triton 3.6 and the newest.
+test-aot-all: install
+	for version in 3.6.0 3.9.0; do \
+	  test -d .venv-triton-$$version || \
+	    $(BIN)/python -m pip install --quiet --no-deps --target .venv-triton-$$version triton==$$version; \
+	  PYTHONPATH=$(CURDIR)/.venv-triton-$$version $(BIN)/python -m moe.kernels.aot --launches \
+	    --json bench/results/launches_triton_$$version.json || exit 1; \
+	done
 
 demo: install
 	$(BIN)/moe demo

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from moe.kernels.intrinsics import cast, check_device, device_function, is_interpreted, launch_options, tl_dtype
 from moe.kernels.permute import SMALL_ROWS, SortedRows, Tiles, small_routing, sort_rows, tile_table
@@ -150,7 +151,11 @@ def route_rows(slot_ids: Tensor, num_slots: int, block_m: int) -> tuple[SortedRo
 
 def num_programs(device: torch.device) -> int:
     """Programs of a persistent launch: two per multiprocessor, two in the interpreter (it runs them one by one)."""
-    return 2 if is_interpreted() else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    if is_interpreted():
+        return 2
+    if device.type != "cuda":  # the compile gate's
+        return 2 * int(driver.active.utils.get_device_properties(0)["multiprocessor_count"])
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @device_function

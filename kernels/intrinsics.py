@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -44,12 +45,23 @@ def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
 
 def check_device(tensor: torch.Tensor) -> None:
     """`ValueError` unless kernels can run on this tensor: a GPU, or the CPU under the interpreter."""
-    if is_interpreted() != (tensor.device.type == "cpu"):
+    if tensor.device.type != ("cpu" if is_interpreted() else compiled_device()):
         mode = "interprets" if is_interpreted() else "compiles"
         raise ValueError(
             f"this process {mode} Triton kernels but the tensor is on {tensor.device}; "
             "set TRITON_INTERPRET=1 before importing triton for the CPU, unset it for a GPU"
         )
+
+
+def compiled_device() -> str:
+    """The type of device that compiled kernels run on: as Triton's driver says, "cuda" where there is none.
+
+    The compile gate puts a driver there that launches nothing, whose tensors lie on the CPU.
+    """
+    try:
+        return str(driver.active.get_active_torch_device().type)
+    except RuntimeError:  # no GPU: any tensor is refused, with the remedy
+        return "cuda"
 
 
 @device_function

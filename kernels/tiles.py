@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels.intrinsics import activate, cast, device_function, dot, is_interpreted, same_dtype
@@ -91,9 +92,13 @@ def scale_block(weights: ExpertWeights) -> tuple[int, int] | None:
 
 
 def device_capability(device: torch.device) -> int:
-    """10 * major + minor, 0 under the interpreter."""
+    """10 * major + minor, 0 under the interpreter; AMD's tiles are those of 80, shared memory is as small."""
     if is_interpreted():
         return 0
+    if device.type != "cuda":  # the compile gate's
+        return int(driver.active.get_current_target().arch)
+    if torch.version.hip is not None:
+        return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

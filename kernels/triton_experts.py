@@ -1,5 +1,7 @@
 """One layer's experts for the engine, by Triton: the grouped path, and the single launch for steps of few tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,13 @@ from moe.kernels.combine import combine
 from moe.kernels.fused import FusedExperts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.heap_layout import FusedShape, HeapLayout
+from moe.kernels.intrinsics import is_interpreted
+from moe.kernels.permute import SMALL_ROWS, rows_block
 from moe.kernels.reference import check_expert_weights
+from moe.kernels.tiles import device_capability, pick_tiles
 from moe.kernels.weights import ExpertWeights
 
+MOST_ROWS = 64  # per expert; with more the tiles stay the same
 FEW_TOKENS = 16  # up to these the single launch has a heap, and a kernel, of its own
 
 
@@ -94,3 +100,47 @@ class FusedLayerExperts(GroupedExperts):
             max_tokens=tokens,
             dtype=dtype,
         )
+
+
+def serving_tokens(top_k: int, num_experts: int, dtype: torch.dtype, capability: int) -> tuple[int, ...]:
+    """The least numbers of tokens that between them meet every kernel of the grouped path, ascending.
+
+    num_experts: that rows are spread over. Tiles depend on rows per expert, the sort on the number of rows, by steps.
+    """
+    seen, found = set(), []
+    for tokens in range(1, max(SMALL_ROWS, MOST_ROWS * num_experts) // top_k + 2):
+        rows = tokens * top_k
+        tiles = {pick_tiles(rows / min(rows, num_experts), dtype, capability, tma=tma) for tma in (False, True)}
+        key = frozenset(tiles), rows_block(rows) if rows <= SMALL_ROWS else None
+        if key not in seen:
+            seen.add(key)
+            found.append(tokens)
+    return tuple(found)
+
+
+def compile_at_start(layers: Sequence[GroupedExperts], top_k: int, dtype: torch.dtype) -> None:
+    """Launch every kernel that serving will meet once for every shape of layer, so that no step waits for a compiler.
+
+    Runs on what is in the slots; the results are thrown away. Nothing under the interpreter.
+    """
+    if is_interpreted():
+        return
+    for layer in {_kernel_key(layer): layer for layer in layers}.values():
+        weights, device = layer.weights, layer.weights.down.device
+        num_experts = min(len(weights.down), layer.num_experts or len(weights.down))
+        counts = set(serving_tokens(top_k, num_experts, dtype, device_capability(device)))
+        paths = [GroupedExperts(weights, layer.num_experts)]
+        if isinstance(layer, FusedLayerExperts):
+            paths.append(FusedLayerExperts(weights, layer.launch, layer.num_experts))
+            counts |= {FEW_TOKENS, layer.launch.max_tokens}
+        for tokens in sorted(counts):
+            x = torch.zeros(tokens, weights.down.shape[1], dtype=dtype, device=device)
+            ids = torch.zeros(tokens, top_k, dtype=torch.int32, device=device)
+            for path in paths:
+                path.combine(x, ids, torch.zeros(tokens, top_k, device=device))
+
+
+def _kernel_key(layer: GroupedExperts) -> tuple[object, ...]:
+    weights = layer.weights
+    stored = weights.gate_up.dtype, weights.gate_up.shape, weights.down.shape, weights.gate_up_bias is None
+    return *stored, weights.activation, layer.num_experts

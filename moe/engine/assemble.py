@@ -140,7 +140,8 @@ def load(read: Read, share: Share | None = None) -> Loaded:
     """
     dense = load_model(read, tries_experts=share is not None)
     memory = make_memory(read, dense)
-    return Loaded(read, dense, memory, make_experts(read, dense, memory.kv_bytes, share))
+    to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
+    return Loaded(read, dense, memory, make_experts(read, dense, to_come, share))
 
 
 def read_model(folder: str | Path, config: EngineConfig) -> Read:

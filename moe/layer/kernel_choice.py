@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.crossover import TOKENS, CrossoverTable, LayerKey, machine_name
-from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch
+from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, compile_at_start
 from moe.kernels.weights import ExpertWeights
 
 MAX_SINGLE_LAUNCH_TOKENS = 256  # the heap is made for these; beyond, the grouped path
@@ -43,10 +43,13 @@ def make(
     Times both paths for shapes that `table_file` does not know on this machine.
     """
     if name == "grouped":
-        return [GroupedExperts(weights, n) for weights, n in zip(layers, num_experts)]
+        grouped = [GroupedExperts(weights, n) for weights, n in zip(layers, num_experts)]
+        compile_at_start(grouped, top_k, dtype)
+        return grouped
     launch = SingleLaunch(MAX_SINGLE_LAUNCH_TOKENS)
     if name == "fused":
         fused = [FusedLayerExperts(weights, launch, n) for weights, n in zip(layers, num_experts)]
+        compile_at_start(fused, top_k, dtype)
         fused[-1].is_last = True
         return [*fused]
     device = layers[0].gate_up.device
@@ -65,6 +68,7 @@ def make(
         if not table.is_measured(key):
             _measure(kernel, dtype, tokens)
         made.append(kernel)
+    compile_at_start(made, top_k, dtype)
     made[-1].is_last = True  # only now: a check would be timed too
     return [*made]
 

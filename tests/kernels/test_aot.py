@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe.kernels import aot
+from moe.kernels.aot import __main__ as gate
+from moe.kernels.aot import assembler
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,8 +44,47 @@ def test_everything_compiles(tmp_path, arch, only, at_least):
     assert len(reports) >= at_least
 
 
+COUNT = """
+from moe.kernels.aot.fake import FakeDriver
+from moe.kernels.aot.launches import SHAPES, launched
+chip = FakeDriver(90).install()
+rows = list(launched(chip, SHAPES[0]{tokens}))
+assert not any(row.problem for row in rows), rows
+print(sorted((row.path, row.kernel) for row in rows))
+before = len(chip.loaded)
+again = list(launched(chip, SHAPES[0], {then}))
+print(len(chip.loaded) - before)
+"""
+
+
+def launches(tokens, then):
+    """What the host code compiles for some numbers of tokens, and how many kernels more for others."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COUNT.format(tokens=tokens, then=then)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.timeout(300)
+def test_host_code_compiles_as_the_jit_specialises_it():
+    """One rank: a world size of 1 is what triton 3.6 cannot compile as a constant. More tokens need no other kernel."""
+    kernels, more = launches(", [1]", "(2, 7, 16)")
+    assert all(name in kernels for name in ("_gate_up_kernel", "_down_kernel", "('single', 'fused_experts_kernel')"))
+    assert more == "0"
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_serving_compiles_at_start_only():
+    kernels, more = launches("", "range(1, 300)")
+    assert kernels.count("fused_experts_kernel") == 2  # up to 16 tokens, and up to 256
+    assert kernels.count("('grouped'") <= 14  # 31 when counts were specialised
+    assert more == "0"
+
+
 def test_an_interpreting_process_is_refused(capsys):
-    assert aot.main([]) == 2
+    assert gate.main([]) == 2
     assert "cannot compile" in capsys.readouterr().out
 
 
@@ -52,8 +92,8 @@ def test_unordered_release_is_seen():
     ordered = "st.global.v4 [a], b;\nbar.sync 0;\nred.release.sys.global.add [c], 1;"
     wrong = "bar.sync 0;\n@%p1 st.global.v4 [a], b;\nred.release.sys.global.add [c], 1;"
     patterns = (r"(?:st|red|atom)[.\w]*\.(?:release|acq_rel)", r"bar\.sync", r"^\s*(?:@\S+ )?st\.global")
-    assert aot._unordered(ordered, *patterns) == 0
-    assert aot._unordered(wrong, *patterns) == 1
+    assert assembler._unordered(ordered, *patterns) == 0
+    assert assembler._unordered(wrong, *patterns) == 1
 
 
 def sass(*instructions):
@@ -63,8 +103,8 @@ def sass(*instructions):
 
 def test_spills_are_counted_where_they_hurt():
     loop = (".L_x_1", "HGMMA.64x128x16 R0", "LDL R1, [R2]", "@P0 BRA `(.L_x_1)")
-    assert aot._sass_spills(sass("STL [R2], R1", *loop)) == (2, 1)
+    assert assembler._sass_spills(sass("STL [R2], R1", *loop)) == (2, 1)
     outer = (".L_x_0", "STL [R2], R1", ".L_x_1", "HGMMA R0", "@P0 BRA `(.L_x_1)", "BRA `(.L_x_0)")
-    assert aot._sass_spills(sass(*outer)) == (1, 0)  # outside the innermost loop
+    assert assembler._sass_spills(sass(*outer)) == (1, 0)  # outside the innermost loop
     stub = (".L_x_1", "HGMMA R0", ".L_x_2", "@P0 BRA `(.L_x_1)", "STL [R2], R1", "BRA `(.L_x_2)")
-    assert aot._sass_spills(sass(*stub)) == (1, 0)  # a waiting stub that jumps back into the loop
+    assert assembler._sass_spills(sass(*stub)) == (1, 0)  # a waiting stub that jumps back into the loop

@@ -1,0 +1,142 @@
+"""What the engine launches on one rank, compiled by its own host code through a driver that launches nothing."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+import triton
+
+from moe.kernels.aot.assembler import cubin_facts
+from moe.kernels.aot.fake import Binary, FakeDriver
+from moe.kernels.gate import GateConfig, gate
+from moe.kernels.quantize import quantize_experts
+from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, serving_tokens
+from moe.kernels.weights import Activation, ExpertWeights
+
+PLAIN = Activation()
+MAX_TOKENS = 256  # of the engine's single launch
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A layer as the engine has it. slots: of the whole slab; its tensors take no memory, since nothing runs."""
+
+    name: str
+    slots: int
+    experts: int
+    top_k: int
+    hidden: int
+    inter: int
+    dtype: torch.dtype = torch.bfloat16
+    stored: str = ""
+    activation: Activation = PLAIN
+    biased: bool = False
+
+
+GPT_OSS = Activation(kind="gpt_oss", interleaved=True, alpha=1.702, limit=7.0)
+SHAPES = (
+    Shape("tiny", 40, 8, 2, 256, 128),
+    Shape("Qwen3-30B-A3B", 6144, 128, 8, 2048, 768),
+    Shape("Qwen3-30B-A3B, one layer", 128, 128, 8, 2048, 768),
+    Shape("Qwen3-30B-A3B, 8 slots", 8, 128, 8, 2048, 768),
+    Shape("Mixtral-8x7B", 256, 8, 2, 4096, 14336),
+    Shape("OLMoE fp16", 1024, 64, 8, 2048, 1024, torch.float16),
+    Shape("OLMoE fp32", 1024, 64, 8, 2048, 1024, torch.float32),
+    Shape("gpt-oss-20b", 768, 32, 4, 2880, 2880, torch.bfloat16, "", GPT_OSS, True),
+    Shape("Qwen3-30B-A3B fp8", 4, 128, 8, 2048, 768, torch.bfloat16, "fp8"),
+    Shape("Qwen3-30B-A3B int8", 4, 128, 8, 2048, 768, torch.bfloat16, "int8"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel that a layer's launches needed."""
+
+    shape: str
+    arch: str
+    path: str
+    tokens: int
+    kernel: str
+    registers: int
+    spills: int
+    spills_in_matrix_loops: int
+    shared_bytes: int
+    problem: str = ""
+
+
+def launched(chip: FakeDriver, shape: Shape, tokens: Sequence[int] | None = None) -> Iterator[Compiled]:
+    """Calls both paths with every number of tokens (None: those that compile) and yields what was compiled."""
+    arch, weights = f"sm_{chip.target.arch}", _weights(shape)
+    grouped = GroupedExperts(weights, shape.experts)
+    single = FusedLayerExperts(weights, SingleLaunch(MAX_TOKENS), shape.experts)
+    counts = serving_tokens(shape.top_k, min(shape.experts, shape.slots), shape.dtype, chip.target.arch)
+    for path, layer in (("grouped", grouped), ("single", single)):
+        for count in tokens or sorted({*counts, *((16, MAX_TOKENS) if path == "single" else ())}):
+            before = len(chip.loaded)
+            try:
+                layer.combine(
+                    torch.zeros(count, shape.hidden, dtype=shape.dtype),
+                    torch.zeros(count, shape.top_k, dtype=torch.int32),
+                    torch.zeros(count, shape.top_k),
+                )
+            except RuntimeError as error:
+                yield Compiled(shape.name, arch, path, count, "", 0, 0, 0, 0, str(error).splitlines()[0][:80])
+            for binary in chip.loaded[before:]:
+                yield _examined(binary, shape.name, arch, path, count)
+
+
+def launched_gate(chip: FakeDriver) -> Iterator[Compiled]:
+    """The router's kernel at few and many tokens."""
+    before = len(chip.loaded)
+    for count in (1, 16, 17, 1024):
+        gate(torch.zeros(count, 128), GateConfig(top_k=8))
+    for binary in chip.loaded[before:]:
+        yield _examined(binary, "gate", f"sm_{chip.target.arch}", "gate", 1)
+
+
+def _examined(binary: Binary, shape: str, arch: str, path: str, tokens: int) -> Compiled:
+    registers, spills, in_loops = cubin_facts(binary.code)
+    problem = f"{in_loops} spills inside a matrix loop" if in_loops else ""
+    return Compiled(shape, arch, path, tokens, binary.name, registers, spills, in_loops, binary.shared_bytes, problem)
+
+
+def _weights(shape: Shape) -> ExpertWeights:
+    gate_up = torch.empty(shape.slots, 2 * shape.inter, shape.hidden, dtype=shape.dtype)
+    down = torch.empty(shape.slots, shape.hidden, shape.inter, dtype=shape.dtype)
+    first = second = None
+    if shape.biased:
+        first = torch.empty(shape.slots, 2 * shape.inter, dtype=shape.dtype)
+        second = torch.empty(shape.slots, shape.hidden, dtype=shape.dtype)
+    weights = ExpertWeights(gate_up, down, first, second, shape.activation)
+    if shape.stored == "fp8":
+        return quantize_experts(weights, "fp8")
+    return quantize_experts(weights, "int8") if shape.stored else weights
+
+
+def show_launches(archs: Sequence[str], only: str, out: Path | None) -> int:
+    """Prints a row a kernel; 1 if one did not compile or spills inside a matrix loop."""
+    rows: list[Compiled] = []
+    print("arch    layer                      path     T     kernel                      regs spills(loop) shared")
+    start = time.perf_counter()
+    for arch in archs:
+        if not arch.startswith("sm_"):
+            raise ValueError(f"the driver that launches nothing plays NVIDIA's chips, not {arch}")
+        chip = FakeDriver(int(arch[3:])).install()
+        runs = [launched(chip, shape) for shape in SHAPES if only in shape.name]
+        for row in chain(launched_gate(chip), *runs):
+            rows.append(row)
+            print(
+                f"{row.arch:7s} {row.shape:26s} {row.path:8s} {row.tokens:<5d} {row.kernel:28s}{row.registers:4d}"
+                f" {row.spills:6d} ({row.spills_in_matrix_loops}) {row.shared_bytes:8d}  {row.problem or 'ok'}",
+                flush=True,
+            )
+    failed = sum(bool(row.problem) for row in rows)
+    print(f"{len(rows)} kernels, {failed} with problems, {time.perf_counter() - start:.0f} s")
+    if out is not None:
+        document = {"triton": triton.__version__, "torch": torch.__version__, "kernels": [asdict(row) for row in rows]}
+        out.write_text(json.dumps(document, indent=1))
+    return 1 if failed or not rows else 0
