@@ -46,6 +46,10 @@ def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
         uploads.delete_file(id)
         return JSONResponse({"id": id, "object": "file", "deleted": True})
 
+    _add_batch_routes(app, uploads)
+
+
+def _add_batch_routes(app: FastAPI, uploads: Uploads) -> None:
     @app.post("/v1/batches")
     async def create(request: Request) -> Response:
         try:

@@ -27,15 +27,15 @@ def test_families(family, tmp_path):
         layers = plan_layers(llm.engine.model, llm.engine.max_context)
         if family in NOT_PLANNED:
             assert NOT_PLANNED[family] in layers
-            assert llm.engine.runner.plan is None
+            assert llm.engine.loaded.memory.runner.plan is None
         else:
-            assert llm.engine.runner.plan is not None
+            assert llm.engine.loaded.memory.runner.plan is not None
             assert all((one.block.router is not None) == PLANNED[family] for one in layers)
 
 
 def test_the_reference_kernel_runs_by_modules():
     with LLM(TINYMOE, config("1.0", kernel="reference")) as llm:
-        assert llm.engine.runner.plan is None
+        assert llm.engine.loaded.memory.runner.plan is None
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_bits_do_not_depend_on_neighbours_or_chunks(dtype):
     said = []
     for batch in ({"max_tokens": 64, "max_sequences": 4}, {"max_tokens": 5, "max_sequences": 1}):
         with LLM(TINYMOE, config("1.0", dtype=dtype, **batch)) as llm:
-            assert isinstance(llm.engine.runner.plan, LayerPlan)
+            assert isinstance(llm.engine.loaded.memory.runner.plan, LayerPlan)
             said.append(engine_says(llm, PROMPTS))
     assert said[0].tokens == said[1].tokens
     assert all(torch.equal(a, b) for a, b in zip(said[0].logits, said[1].logits))
