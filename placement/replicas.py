@@ -1,7 +1,10 @@
-"""Which replica serves which token of a batch: local first, then a rank that the token visits anyway, then the idlest.
+"""Which replica serves which token of a batch: cover and deal.
 
-Deterministic and written without data-dependent loops over tokens, so that it ports to a device: one pass over the
-replicated experts balances what is left by filling up the least loaded ranks.
+A copy on a rank that is visited anyway is as free as one at home. So the home rank and the ranks of experts with a
+single copy count as visited; a greedy set cover adds ranks that serve two or more of the other experts; then each
+replicated expert is dealt over the visited ranks that have it, or all that have it if none is visited, so that ranks
+fill evenly. At most one round per rank and fixed ties: a pure function of ids, homes and table, whoever asks (engine,
+simulator, solver).
 """
 
 from typing import Any
@@ -23,8 +26,8 @@ def choose_replicas(
     """Physical experts for one layer of a batch: topk_ids [T, K], -1 = none -> [T, K], -1 kept.
 
     home: the rank where each token is, one number or [T]. log2phy: [E, R] of this layer, -1 padded.
-    A token goes to a copy on its home rank; else to a rank where another of its experts must be served; the rest of
-    each expert's tokens is dealt to its copies so that ranks fill evenly, experts in ascending order. T may be 0.
+    Pairs of one expert that may go to the same ranks are dealt together so that ranks fill evenly, experts in
+    ascending order. T may be 0.
     """
     ids = np.asarray(topk_ids, np.int64)
     if not len(ids):
@@ -35,20 +38,13 @@ def choose_replicas(
     num_copies = (copies >= 0).sum(axis=2)
     num_ranks = int(log2phy.max(initial=0)) // physical_per_rank + 1
     num_ranks = max(num_ranks, int(home.max(initial=0)) + 1)
-    local = ranks == home[:, None, None]
     chosen = np.where(num_copies == 1, copies[:, :, 0], -1)
-    chosen = np.where(
-        local.any(axis=2), np.take_along_axis(copies, local.argmax(axis=2)[:, :, None], 2)[:, :, 0], chosen
-    )
-    visited = np.zeros((len(ids), num_ranks), bool)
-    token, slot = np.nonzero(chosen >= 0)
-    visited[token, chosen[token, slot] // physical_per_rank] = True
     token = np.arange(len(ids))[:, None, None]
-    passing = (ranks >= 0) & visited[token, np.maximum(ranks, 0)]
+    visited = _cover(ranks, home, num_ranks)
     load = np.bincount(chosen[chosen >= 0] // physical_per_rank, minlength=num_ranks)
-    open_pair = (chosen < 0) & (num_copies > 0)
-    # Copies on ranks that the token visits anyway; where there are several, dealt like the rest.
-    free = np.where(passing.any(axis=2, keepdims=True), passing, copies >= 0) & open_pair[:, :, None]
+    open_pair = num_copies > 1
+    passing = (ranks >= 0) & visited[token, np.maximum(ranks, 0)]
+    free = np.where(passing.any(axis=2, keepdims=True), passing, ranks >= 0) & open_pair[:, :, None]
     for expert in np.unique(ids[open_pair]):
         token, slot = np.nonzero(open_pair & (ids == expert))
         hosts = log2phy[expert][log2phy[expert] >= 0]
@@ -61,6 +57,32 @@ def choose_replicas(
             chosen[token[group], slot[group]] = np.repeat(allowed, share)
             load[allowed // physical_per_rank] += share
     return chosen
+
+
+def _cover(ranks: Ints, home: Ints, num_ranks: int) -> NDArray[np.bool_]:
+    """Ranks that each token visits: ranks [T, K, R] of its experts' copies, -1 padded -> [T, G].
+
+    Each round takes the rank that serves most of what is not reached, while that is two experts or more: an expert
+    that costs a visit of its own wherever it goes is left to the dealing. Ties go to the first rank after the token's
+    own, counted from its row, so that tokens that are alike spread.
+    """
+    tokens = len(ranks)
+    row = np.arange(tokens)
+    visited = np.zeros((tokens, num_ranks + 1), bool)  # the last column takes the padding
+    visited[row, home] = True
+    hosts = np.zeros((*ranks.shape[:2], num_ranks + 1), bool)
+    np.put_along_axis(hosts, np.where(ranks >= 0, ranks, num_ranks), True, axis=2)
+    hosts[:, :, num_ranks] = False
+    visited |= (hosts & (hosts.sum(axis=2, keepdims=True) == 1)).any(axis=1)
+    turn = (np.arange(num_ranks) + (home + row)[:, None] + 1) % num_ranks  # [T, G], ranks in the order of ties
+    while True:
+        reached = (hosts & visited[:, None, :]).any(axis=2)
+        gain = (hosts & ~reached[:, :, None]).sum(axis=1)
+        need = np.flatnonzero(gain.max(axis=1) > 1)
+        if not len(need):
+            return visited[:, :num_ranks]
+        first = np.take_along_axis(gain[need], turn[need], axis=1).argmax(axis=1)
+        visited[need, turn[need, first]] = True
 
 
 def fill_up(load: Ints, count: int) -> Ints:

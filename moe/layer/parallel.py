@@ -117,7 +117,7 @@ class ExpertParallel:
         return share
 
     def physical(self, layer: int, topk_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The physical expert that serves each pair: [T, K], -1 kept. Local copies first, then the least loaded."""
+        """The physical expert that serves each pair: [T, K], -1 kept. Replicas by `choose_replicas`."""
         plan = self.plan
         if self._has_replicas:
             chosen = choose_replicas(topk_ids, self.groups.rank, plan.log2phy[layer], plan.physical_per_rank)

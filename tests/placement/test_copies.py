@@ -95,15 +95,11 @@ def test_choice_of_replicas(seed, tokens, ranks):
     np.testing.assert_array_equal(plan.phy2log[0][chosen[ids >= 0]], ids[ids >= 0])
     rank = np.where(chosen >= 0, chosen // plan.physical_per_rank, -1)
     for t in range(tokens):
-        single = [e for e in ids[t] if e >= 0 and hosted[0, e].sum() == 1]
-        forced = {int(hosted[0, e].argmax()) for e in single}
-        for e, r in zip(ids[t], rank[t]):
-            if e < 0 or e in single:
-                continue
-            if hosted[0, e, home[t]]:
-                assert r == home[t]
-            elif forced & set(np.flatnonzero(hosted[0, e])):
-                assert any(r == other for o, other in zip(ids[t], rank[t]) if o != e)  # no visit of its own
+        served = [(hosted[0, e], r) for e, r in zip(ids[t], rank[t]) if e >= 0]
+        visited = {int(home[t])} | {int(row.argmax()) for row, _ in served if row.sum() == 1}
+        covered = [r for row, r in served if visited & set(np.flatnonzero(row))]
+        assert set(covered) <= visited | {r for row, r in served if not visited & set(np.flatnonzero(row))}
+        assert len({r for _, r in served} | visited) <= len(visited) + len(served) - len(covered)
     again = choose_replicas(ids, home, plan.log2phy[0], plan.physical_per_rank)
     np.testing.assert_array_equal(chosen, again)
 
@@ -113,6 +109,14 @@ def test_free_tokens_go_to_the_idlest_copy():
     ids = np.array([[1]] * 4 + [[0]] * 10)
     chosen = choose_for_plan(ids, 2, plan, 0)  # nobody lives on ranks 0 and 1; rank 0 already has four
     assert np.bincount(chosen[:, 0] // plan.physical_per_rank, minlength=3).tolist() == [7, 7, 0]
+
+
+def test_a_visited_rank_is_as_free_as_home():
+    plan = Plan.from_hosted(np.array([[[True, True], [True, False], [False, True]]]))
+    ids = np.array([[0, 1, 2]] * 3 + [[1, -1, -1]] * 4)  # rank 0 serves expert 1 of all: expert 0 goes to rank 1
+    rank = choose_for_plan(ids, 0, plan, 0) // plan.physical_per_rank
+    assert rank[:3, 0].tolist() == [1, 1, 1]
+    assert choose_for_plan(np.array([[0, -1, -1]]), 0, plan, 0)[0, 0] // plan.physical_per_rank == 0  # no new visit
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(0, 50))
