@@ -47,5 +47,12 @@ setup(
             depends=[f"kernels/cpu_{name}.h" for name in CPU_HEADERS],
             optional=True,
         ),
+        Extension(
+            "moe.placement.solve._anneal",
+            ["placement/solve/anneal.c"],
+            extra_compile_args=COMMON,
+            libraries=["m"],
+            optional=True,
+        ),
     ],
 )

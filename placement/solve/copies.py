@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moe.placement.plan import Plan, check_capacity
 from moe.placement.replicas import fill_up
+from moe.placement.solve.anneal import MOST_RANKS, load_helper, search_replicas
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Single, Touched
@@ -56,9 +57,19 @@ def solve_copies(
     homes = heaviest_experts(trace) if options.coherent else None
     hosted = reference.hosted.copy()
     passes = 2 if options.coherent else 1
+    anneals = slots_per_rank is not None and not options.coherent and not options.node_weight
+    anneals = anneals and num_ranks <= MOST_RANKS and load_helper() is not None
     try:
         for sweep, layer in product(range(passes), range(trace.num_layers)):
             done = (sweep * trace.num_layers + layer + 1) / (passes * trace.num_layers)
+            if anneals:
+                hosted[layer] = search_replicas(
+                    trace.expert_ids[:, layer], reference.hosted[layer], slots=slots, slack=options.slack,
+                    rounds=200 if options.rounds is None else options.rounds,
+                    seed=options.seed * trace.num_layers + layer, deadline=began + options.seconds * done,
+                )  # fmt: skip
+                progress(done)
+                continue
             layer_hits = k_hot(trace.expert_ids[:, layer], experts)
             pins = None
             if homes is not None and layer > 0:

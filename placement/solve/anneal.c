@@ -1,0 +1,191 @@
+/* Simulated annealing of one layer's expert copies on what is served: ranks a token visits besides its home, plus what
+ * the ranks serve above their caps when each expert of a token is shared by the visited ranks that have it.
+ *
+ * State: a mask of ranks per expert. Moves: swap two copies between ranks, move a copy into an empty slot, or give one
+ * copy's slot of a replicated expert to another expert. Only the tokens of the two experts are served again. The caller
+ * (anneal.py) checks sizes and indices; the same seed gives the same masks on every machine with IEEE doubles.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define MAX_RANKS 64
+#define MAX_TOP 64
+
+typedef struct {
+    int64_t tokens, top, experts, ranks, slots; /* slots: copies per rank */
+    int64_t iterations, seed;
+    double first, last;          /* temperatures, in rank visits */
+    double penalty;              /* visits that one token above the cap costs */
+    double cap;                  /* tokens that a rank may serve */
+    const int16_t *ids;          /* [tokens, top], -1 = none */
+    const uint8_t *home;         /* [tokens] */
+    uint64_t *masks;             /* [experts], in and out */
+} Problem;
+
+typedef struct {
+    uint64_t a, b;
+} Random;
+
+static uint64_t next(Random *r) { /* xorshift128+ */
+    uint64_t x = r->a, y = r->b;
+    r->a = y;
+    x ^= x << 23;
+    r->b = x ^ y ^ (x >> 17) ^ (y >> 26);
+    return r->b + y;
+}
+
+static int64_t below(Random *r, int64_t n) { return (int64_t)(((next(r) >> 32) * (uint64_t)n) >> 32); }
+static double uniform(Random *r) { return (double)(next(r) >> 11) * (1.0 / 9007199254740992.0); }
+static int count(uint64_t x) { return __builtin_popcountll(x); }
+
+/* Ranks that token t visits; ties of the greedy cover go to the first rank after home + t, as choose_replicas has it. */
+static uint64_t visits(const Problem *p, int64_t t) {
+    const int16_t *ids = p->ids + t * p->top;
+    uint64_t used = 1ull << p->home[t], open[MAX_TOP];
+    int n = 0, left = 0;
+    for (int64_t k = 0; k < p->top; k++) {
+        if (ids[k] < 0) continue;
+        uint64_t mask = p->masks[ids[k]];
+        if (mask & (mask - 1)) open[n++] = mask;
+        else used |= mask;
+    }
+    for (int k = 0; k < n; k++)
+        if (!(open[k] & used)) open[left++] = open[k];
+    while (left) {
+        int most = 0, best = 0;
+        uint64_t any = 0;
+        for (int k = 0; k < left; k++) any |= open[k];
+        int start = (int)((p->home[t] + t + 1) % p->ranks);
+        for (int64_t j = 0; j < p->ranks; j++) {
+            int g = (int)(start + j >= p->ranks ? start + j - p->ranks : start + j), gain = 0;
+            if (!(any >> g & 1)) continue;
+            for (int k = 0; k < left; k++) gain += (int)(open[k] >> g & 1);
+            if (gain > most) most = gain, best = g;
+        }
+        used |= 1ull << best;
+        int kept = 0;
+        for (int k = 0; k < left; k++)
+            if (!(open[k] & used)) open[kept++] = open[k];
+        left = kept;
+    }
+    return used;
+}
+
+static void add_load(const Problem *p, int64_t t, uint64_t used, double sign, double *load) {
+    const int16_t *ids = p->ids + t * p->top;
+    for (int64_t k = 0; k < p->top; k++) {
+        if (ids[k] < 0) continue;
+        uint64_t mask = p->masks[ids[k]] & used;
+        double share = sign / count(mask);
+        for (; mask; mask &= mask - 1) load[__builtin_ctzll(mask)] += share;
+    }
+}
+
+static double overload(const Problem *p, const double *load) {
+    double over = 0;
+    for (int64_t g = 0; g < p->ranks; g++) over += load[g] > p->cap ? load[g] - p->cap : 0;
+    return over;
+}
+
+static int away(const Problem *p, int64_t t, uint64_t used) { return count(used & ~(1ull << p->home[t])); }
+
+EXPORT int64_t moe_anneal_abi(void) { return (int64_t)sizeof(Problem); }
+
+/* Masks of the best state; its cost, or -1 where memory is short. */
+EXPORT double moe_anneal(const Problem *p) {
+    int64_t n = p->tokens, pairs = n * p->top;
+    int64_t *begin = calloc((size_t)p->experts + 1, 8), *where = malloc((size_t)(p->experts + 1) * 8);
+    int64_t *list = malloc((size_t)(pairs + 1) * 8), *touched = malloc((size_t)(n + 1) * 8);
+    int64_t *stamp = calloc((size_t)n + 1, 8);
+    uint64_t *used = malloc((size_t)(n + 1) * 8), *fresh = malloc((size_t)(n + 1) * 8);
+    uint64_t *best = malloc((size_t)(p->experts + 1) * 8);
+    int32_t *slot = malloc((size_t)(p->ranks * p->slots + 1) * 4); /* expert in each slot, -1 empty */
+    double result = -1;
+    if (!begin || !where || !list || !touched || !stamp || !used || !fresh || !best || !slot) goto done;
+
+    for (int64_t i = 0; i < pairs; i++)
+        if (p->ids[i] >= 0) begin[p->ids[i] + 1]++;
+    for (int64_t e = 0; e < p->experts; e++) begin[e + 1] += begin[e];
+    memcpy(where, begin, (size_t)(p->experts + 1) * 8);
+    for (int64_t i = 0; i < pairs; i++)
+        if (p->ids[i] >= 0) list[where[p->ids[i]]++] = i / p->top;
+    for (int64_t i = 0; i < p->ranks * p->slots; i++) slot[i] = -1;
+    for (int64_t g = 0; g < p->ranks; g++)
+        for (int64_t e = 0, i = 0; e < p->experts; e++)
+            if (p->masks[e] >> g & 1) slot[g * p->slots + i++] = (int32_t)e;
+
+    Random random = {(uint64_t)p->seed * 0x9E3779B97F4A7C15ull + 1, (uint64_t)p->seed ^ 0xD1B54A32D192ED03ull};
+    for (int i = 0; i < 20; i++) next(&random);
+    double load[MAX_RANKS] = {0}, trial[MAX_RANKS], cost = 0;
+    for (int64_t t = 0; t < n; t++) {
+        used[t] = visits(p, t);
+        cost += away(p, t, used[t]);
+        add_load(p, t, used[t], 1, load);
+    }
+    double over = overload(p, load), best_cost = cost + p->penalty * over;
+    memcpy(best, p->masks, (size_t)p->experts * 8);
+    double temperature = p->first, cooling = pow(p->last / p->first, 1.0 / (double)(p->iterations ? p->iterations : 1));
+
+    for (int64_t step = 1; step <= p->iterations; step++, temperature *= cooling) {
+        int64_t a = below(&random, p->ranks), i = a * p->slots + below(&random, p->slots), j = -1;
+        int32_t e = slot[i], f = -1;
+        if (e < 0) continue;
+        uint64_t here = 1ull << a, mask_e = p->masks[e], mask_f = 0, new_e, new_f = 0;
+        if (next(&random) & 1) { /* swap, or move into an empty slot */
+            int64_t b = below(&random, p->ranks);
+            uint64_t there = 1ull << b;
+            j = b * p->slots + below(&random, p->slots);
+            f = slot[j];
+            if (b == a || f == e || (mask_e & there)) continue;
+            if (f >= 0 && (p->masks[f] & here)) continue;
+            new_e = (mask_e & ~here) | there;
+            if (f >= 0) mask_f = p->masks[f], new_f = (mask_f & ~there) | here;
+        } else { /* another expert takes the slot */
+            if (count(mask_e) < 2) continue;
+            f = (int32_t)below(&random, p->experts);
+            mask_f = p->masks[f];
+            if (mask_f & here) continue;
+            new_e = mask_e & ~here, new_f = mask_f | here;
+        }
+        int64_t changed = 0;
+        for (int x = 0; x < 2; x++) {
+            int32_t z = x ? f : e;
+            for (int64_t y = z < 0 ? 0 : begin[z]; z >= 0 && y < begin[z + 1]; y++)
+                if (stamp[list[y]] != step) stamp[list[y]] = step, touched[changed++] = list[y];
+        }
+        memcpy(trial, load, sizeof trial);
+        for (int64_t y = 0; y < changed; y++) add_load(p, touched[y], used[touched[y]], -1, trial);
+        p->masks[e] = new_e;
+        if (f >= 0) p->masks[f] = new_f;
+        int64_t delta = 0;
+        for (int64_t y = 0; y < changed; y++) {
+            int64_t t = touched[y];
+            fresh[y] = visits(p, t);
+            delta += away(p, t, fresh[y]) - away(p, t, used[t]);
+            add_load(p, t, fresh[y], 1, trial);
+        }
+        double new_over = overload(p, trial), change = (double)delta + p->penalty * (new_over - over);
+        if (change > 0 && uniform(&random) >= exp(-change / temperature)) {
+            p->masks[e] = mask_e;
+            if (f >= 0) p->masks[f] = mask_f;
+            continue;
+        }
+        for (int64_t y = 0; y < changed; y++) used[touched[y]] = fresh[y];
+        memcpy(load, trial, sizeof load);
+        cost += (double)delta, over = new_over;
+        slot[i] = f;
+        if (j >= 0) slot[j] = e;
+        if (cost + p->penalty * over < best_cost - 1e-6) {
+            best_cost = cost + p->penalty * over;
+            memcpy(best, p->masks, (size_t)p->experts * 8);
+        }
+    }
+    memcpy(p->masks, best, (size_t)p->experts * 8);
+    result = best_cost;
+done:
+    free(begin), free(where), free(list), free(touched), free(stamp), free(used), free(fresh), free(best), free(slot);
+    return result;
+}

@@ -1,0 +1,143 @@
+"""Annealed replicas, judged by a scorer of its own: loops over tokens, no code of the solver."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from moe.placement.importers import from_deepseek_esft_npz
+from moe.placement.replicas import choose_for_plan
+from moe.placement.solve import anneal as annealing
+from moe.placement.solve.anneal import anneal, home_ranks, load_helper, search_replicas
+from moe.placement.solve.baselines import eplb_greedy
+from moe.placement.solve.copies import solve_copies
+from moe.placement.solve.swaps import CopyOptions
+from moe.placement.stats.affinity import expert_load
+from moe.placement.trace import RoutingTrace
+from tests.placement.instances import topic_trace
+
+pytestmark = pytest.mark.skipif(load_helper() is None, reason="the compiled helper is absent")
+
+
+def score(held, plan, rotations=(0, 1)):
+    """(copies that leave home per token and layer, busiest / mean load) of what is served, homes by sequence."""
+    sequence = np.repeat(np.arange(held.num_sequences), held.sequence_lengths)
+    copies, load = [], []
+    for layer in range(held.num_layers):
+        for turn in rotations:
+            home = (sequence + turn) % plan.num_ranks
+            ids = held.expert_ids[:, layer]
+            rank = choose_for_plan(ids, home, plan, layer) // plan.physical_per_rank
+            copies.append(np.mean([len(set(row) - {at}) for row, at in zip(rank.tolist(), home.tolist())]))
+            busy = np.bincount(rank.ravel(), minlength=plan.num_ranks)
+            load.append(busy.max() / busy.mean())
+    return float(np.mean(copies)), float(np.mean(load))
+
+
+def cost(ids, home, hosted, cap, penalty):
+    """The objective by its definition, for tokens of which no cover has a choice between equals."""
+    visits, load = 0, np.zeros(hosted.shape[1])
+    for row, at in zip(ids.tolist(), home.tolist()):
+        hosts = [set(np.flatnonzero(hosted[e])) for e in row if e >= 0]
+        forced = {at}.union(*(h for h in hosts if len(h) == 1))
+        extra = next(
+            set(extra)
+            for size in range(len(hosts) + 1)
+            for extra in combinations(range(hosted.shape[1]), size)
+            if all(h & (forced | set(extra)) for h in hosts)
+        )
+        used = forced | extra
+        visits += len(used) - 1
+        for h in hosts:
+            for rank in h & used:
+                load[rank] += 1 / len(h & used)
+    return visits, penalty * np.maximum(load - cap, 0).sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_cost_is_what_its_definition_says(seed):
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((30, 8)), axis=1)[:, :3]
+    ids[rng.random(ids.shape) < 0.2] = -1
+    hosted = np.arange(8)[:, None] % 4 == np.arange(4)
+    home = home_ranks(30, 4, seed)
+    for iterations in (0, 500):  # without replicas a token's ranks are given
+        keep = {"slots": 2, "cap": 15.0, "penalty": 3.0, "temperatures": (5.0, 0.1), "seed": seed}
+        hosted, found = anneal(ids, home, hosted, iterations=iterations, **keep)
+        assert found == pytest.approx(sum(cost(ids, home, hosted, 15.0, 3.0)))
+        assert (hosted.sum(axis=1) == 1).all()
+        assert (hosted.sum(axis=0) == 2).all()
+
+
+def test_the_best_of_a_small_layer_is_found():
+    rng = np.random.default_rng(3)
+    ids = np.argsort(rng.random((40, 6)) + (np.arange(6) % 2 == rng.integers(0, 2, (40, 1))), axis=1)[:, :2]
+    home = home_ranks(40, 2, 0)
+    options = [np.isin(np.arange(6), left)[:, None] == np.array([True, False]) for left in combinations(range(6), 3)]
+    best = min(sum(cost(ids, home, hosted, 40.0, 1.0)) for hosted in options)
+    hosted, found = anneal(
+        ids, home, options[0], slots=3, cap=40.0, penalty=1.0, iterations=3000, temperatures=(10.0, 0.1), seed=1
+    )
+    assert found == pytest.approx(best)
+    assert sum(cost(ids, home, hosted, 40.0, 1.0)) == pytest.approx(best)
+
+
+def test_experts_move_into_empty_places():
+    """Two ranks of three slots, experts 0..2 always together, 3 alone: and all at home fit but one."""
+    ids = np.array([[0, 1, 2]] * 15 + [[3, -1, -1]] * 5)
+    hosted = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
+    out, _ = anneal(
+        ids, np.zeros(20), hosted, slots=3, cap=1e9, penalty=1.0, iterations=2000, temperatures=(5.0, 0.1), seed=0
+    )
+    assert (out[:3] == out[0]).all()
+
+
+def test_replicas_are_repeatable_valid_and_a_limit_is_kept():
+    trace = topic_trace(400, 2, 16, 3, seed=2)
+    plans = [solve_copies(trace, 4, slots_per_rank=5, options=CopyOptions(rounds=20, seed=4)) for _ in range(2)]
+    assert (plans[0].hosted == plans[1].hosted).all()
+    assert (plans[0].hosted.sum(axis=1) <= 5).all()
+    assert plans[0].hosted.any(axis=2).all()
+    stopped = solve_copies(trace, 4, slots_per_rank=5, options=CopyOptions(seconds=0.0))
+    assert (stopped.hosted == eplb_greedy(expert_load(trace), 4, 5).hosted).all()
+
+
+def test_a_start_that_is_best_is_kept():
+    ids = np.array([[0, 1], [2, 3]] * 20)
+    best = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
+    found = search_replicas(ids, best, slots=2, slack=1.0, rounds=5, seed=0, deadline=float("inf"))
+    assert (found == best).all()
+
+
+def test_what_does_not_fit_is_refused():
+    ids, home, hosted = np.array([[0, 1]]), np.array([0]), np.eye(2, dtype=bool)
+    keep = {"cap": 1.0, "penalty": 1.0, "iterations": 1, "temperatures": (1.0, 1.0), "seed": 0}
+    with pytest.raises(ValueError, match="out of range"):
+        anneal(np.array([[0, 2]]), home, hosted, slots=1, **keep)
+    with pytest.raises(ValueError, match="no copy"):
+        anneal(ids, home, hosted & (np.arange(2) == 0), slots=1, **keep)
+    with pytest.raises(ValueError, match="no copy"):
+        anneal(ids, home, hosted | True, slots=1, **keep)
+    with pytest.raises(ValueError, match="ranks"):
+        anneal(ids, home, np.ones((2, annealing.MOST_RANKS + 1), bool), slots=2, **keep)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("domain", "ranks", "most"),
+    [
+        ("translation", 4, (1.64, 1.045)),
+        ("summary", 4, (1.72, 1.045)),
+        ("translation", 8, (2.70, 1.095)),
+        ("summary", 8, (2.76, 1.125)),
+    ],
+)
+def test_recorded_routing_with_replicas(shared_data, domain, ranks, most):
+    """Six layers of a recorded model, 12.5 % spare slots, 60 % of the sequences fitted, the rest judged."""
+    trace = from_deepseek_esft_npz(shared_data / "traces" / f"deepseek_v2_lite_{domain}.npz")
+    layers = {"expert_ids": trace.expert_ids[:, ::5], "weights": None}
+    fit, held = RoutingTrace(**{name: getattr(trace, name) for name in trace.__slots__} | layers).split(0.6)
+    copies, load = score(held, solve_copies(fit, ranks, slots_per_rank=72 // ranks))
+    assert copies <= most[0]
+    assert load <= most[1]
+    assert copies <= 0.85 * score(held, eplb_greedy(expert_load(fit), ranks, 72 // ranks))[0]
