@@ -32,15 +32,15 @@ def choose_replicas(
     ids = np.asarray(topk_ids, np.int64)
     if not len(ids):
         return ids
-    home = np.broadcast_to(np.asarray(home, np.int64), ids.shape[:1])
+    at: Ints = np.broadcast_to(np.asarray(home, np.int64), ids.shape[:1])
     copies = np.where((ids >= 0)[:, :, None], log2phy[ids], -1)  # [T, K, R]
     ranks = np.where(copies >= 0, copies // physical_per_rank, -1)
     num_copies = (copies >= 0).sum(axis=2)
     num_ranks = int(log2phy.max(initial=0)) // physical_per_rank + 1
-    num_ranks = max(num_ranks, int(home.max(initial=0)) + 1)
+    num_ranks = max(num_ranks, int(at.max(initial=0)) + 1)
     chosen = np.where(num_copies == 1, copies[:, :, 0], -1)
     token = np.arange(len(ids))[:, None, None]
-    visited = _cover(ranks, home, num_ranks)
+    visited = _cover(ranks, at, num_ranks)
     load = np.bincount(chosen[chosen >= 0] // physical_per_rank, minlength=num_ranks)
     open_pair = num_copies > 1
     passing = (ranks >= 0) & visited[token, np.maximum(ranks, 0)]
@@ -76,7 +76,7 @@ def _cover(ranks: Ints, home: Ints, num_ranks: int) -> NDArray[np.bool_]:
     visited |= (hosts & (hosts.sum(axis=2, keepdims=True) == 1)).any(axis=1)
     turn = (np.arange(num_ranks) + (home + row)[:, None] + 1) % num_ranks  # [T, G], ranks in the order of ties
     while True:
-        reached = (hosts & visited[:, None, :]).any(axis=2)
+        reached = np.asarray((hosts & visited[:, None, :]).any(axis=2))
         gain = (hosts & ~reached[:, :, None]).sum(axis=1)
         need = np.flatnonzero(gain.max(axis=1) > 1)
         if not len(need):

@@ -21,8 +21,9 @@ _PROBLEM = Struct("=7q4d3q")  # struct Problem
 MOST_RANKS = 64
 MOST_TOP = 64
 SAMPLE = 1200  # tokens of the hot phase
-PER_ROUND = (300, 75)  # moves tried per round: on the sample, then on all tokens
+PER_ROUND = (1200, 300)  # moves tried per round: on the sample, then on all tokens
 TEMPERATURES = ((60.0, 6.0), (6.0, 1.0))  # rank visits
+SHARES = (0.6, 1.0)  # of the time that is left, for each phase
 PIECES = 20  # of a phase; between them the clock is read
 PENALTY = 1.0  # rank visits that a token above the cap costs
 CAP = 1.01  # of the mean load
@@ -113,13 +114,14 @@ def search_replicas(
     home = home_ranks(tokens, ranks, seed)
     few = np.random.default_rng(seed).permutation(tokens)[:SAMPLE]
     hosted = start
-    for sample, moves, (first, last) in zip((few, slice(None)), PER_ROUND, TEMPERATURES):
+    for sample, moves, (first, last), part in zip((few, np.arange(tokens)), PER_ROUND, TEMPERATURES, SHARES):
+        until = time.perf_counter() + part * (deadline - time.perf_counter())
         ids, at = expert_ids[sample], home[sample]
         cap = slack * CAP * float((ids >= 0).sum()) / ranks
         pieces = min(PIECES, max(1, rounds))
         steps = first * (last / first) ** (np.arange(pieces + 1) / pieces)
         for piece in range(pieces):
-            if time.perf_counter() >= deadline:
+            if time.perf_counter() >= until:
                 break
             hosted, _ = anneal(
                 ids, at, hosted, slots=slots, cap=cap, penalty=PENALTY, iterations=moves * rounds // pieces,
