@@ -5,23 +5,13 @@ A prediction only warms the cache. It never changes routing, so a wrong one cost
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 TopkIds = npt.NDArray[np.integer]
-
-
-class Predictor(Protocol):
-    """Sees the routing of every layer in turn."""
-
-    def expected(self, layer: int, topk_ids: TopkIds) -> Floats | None:
-        """How many of these tokens will want each expert of `layer + 1`: [E]; None after the last layer.
-
-        topk_ids: [T, K] of all the step's tokens in `layer`, -1 = no expert; T may be 0.
-        """
 
 
 class _Guess(NamedTuple):
