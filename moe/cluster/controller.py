@@ -213,9 +213,8 @@ class ClusterEngine:
     # Hosts.
 
     def _start(self, count: int) -> None:
-        if count:
-            for host in self._fleet.start(count, self.target):
-                self._loading[self._fleet.ask_ready(host)] = host
+        hosts = self._fleet.start(count, self.target) if count else []
+        self._loading |= {self._fleet.ask_ready(host): host for host in hosts}
 
     def _replace(self, num_alive: int) -> None:
         waiting = len(self._loading) + len(self._spare)
@@ -240,10 +239,8 @@ class ClusterEngine:
         """The next generation, of these hosts in this order."""
         self.generation += 1
         infos = [host.info for host in hosts if host.info is not None]
-        if self._held:
-            plan = plan_for([self._held.get(host.number) for host in hosts], infos[0].shape)
-        else:
-            plan = first_plan(self.config.parallel.plan, infos[0].shape, len(hosts))
+        held, shape = [self._held.get(host.number) for host in hosts], infos[0].shape
+        plan = plan_for(held, shape) if self._held else first_plan(self.config.parallel.plan, shape, len(hosts))
         self.plan = plan
         self._held = {host.number: plan.hosted[:, :, rank] for rank, host in enumerate(hosts)}
         self._limits = min((info.limits for info in infos), key=lambda limits: limits.num_blocks)
@@ -261,15 +258,15 @@ class ClusterEngine:
         """One look at everything that hosts have to say, and at what became of them."""
         references = [*self._serving, *self._collecting, *self._loading]
         if self.state is State.WAITING and not self._loading:
-            raise ClusterError(
-                f"all hosts are lost ({self.counts.lost_hosts}), and no other is started; finished work is kept"
-            )
+            raise ClusterError(f"all {self.counts.lost_hosts} hosts are lost, none is started; finished work is kept")
         done, _ = ray.wait(references, num_returns=1, timeout=wait_s)
         for reference in done:
             if reference in self._collecting:
                 self._collected(reference)
             elif reference in self._loading:
                 self._loaded(reference)
+        if self._drop_dead_spares():
+            self._replace(len(self._alive))
         lost = [host for host in self._alive if self._is_lost(host)]
         ended = [self._serving[r] for r in done if r in self._serving]
         if lost or ended:
@@ -290,12 +287,11 @@ class ClusterEngine:
         host = self._loading.pop(reference)
         try:
             host.info = ray.get(reference)
+            self._spare.append(host)
         except ray.exceptions.RayError as error:
             self._note(f"a host did not load: {first_sentence(error)}", [host], {})
             self._lose([host])
             self._replace(len(self._alive))
-            return
-        self._spare.append(host)
 
     def _is_lost(self, host: Host) -> bool:
         """By its line: closed, or silent for longer than the policy allows; then it is killed."""
@@ -326,8 +322,8 @@ class ClusterEngine:
             self._fleet.kill(host)
         self.counts.replayed_requests += self._ledger.take_back(host.number for host in survivors)
         places = self.target - len(survivors)
-        ready = [host for host in self._spare if not self._is_closed(host)]
-        joining, self._spare = ready[: max(0, places)], ready[max(0, places) :]
+        self._drop_dead_spares()
+        joining, self._spare = self._spare[: max(0, places)], self._spare[max(0, places) :]
         self._replace(len(survivors) + len(joining))
         if survivors or joining:
             seconds = time.monotonic() - started
@@ -385,14 +381,18 @@ class ClusterEngine:
         for host in hosts:
             self._fleet.kill(host)
             self._note("lost", [host], {})
-        if self.counts.lost_hosts > self.policy.max_losses:
-            raise ClusterError(
-                f"{self.counts.lost_hosts} hosts were lost, more than {self.policy.max_losses}; see the notes"
-            )
+        if (count := self.counts.lost_hosts) > self.policy.max_losses:
+            raise ClusterError(f"{count} hosts were lost, more than {self.policy.max_losses}; see the notes")
+
+    def _drop_dead_spares(self) -> bool:
+        """A spare that has ended would be missed only when it is needed. Returns whether there was one."""
+        dead = [host for host in self._spare if self._is_closed(host)]
+        self._spare = [host for host in self._spare if host not in dead]
+        self._lose(dead)
+        return bool(dead)
 
     def _is_closed(self, host: Host) -> bool:
-        line = self._lines.get(host.number)
-        return line is not None and line.is_closed
+        return (line := self._lines.get(host.number)) is not None and line.is_closed
 
     def _note(self, what: str, hosts: Sequence[Host], seconds: dict[str, float]) -> None:
         noted = Noted(time.time(), what, tuple(host.number for host in hosts), self.generation, seconds)

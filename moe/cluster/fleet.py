@@ -38,6 +38,7 @@ class Host:
     number: int
     actor: Any
     group: Any
+    bundle: int  # of the group
     info: HostInfo | None = None
     seen: int = 0  # how many of its words have come
 
@@ -53,14 +54,20 @@ class Fleet:
         self._actor_class = actor_class()
         self._keepers: dict[str, Any] = {}
         self._groups: list[Any] = []
+        self._free: list[tuple[Any, int]] = []  # bundles of groups whose host has ended: the next host takes one
+        self._last: list[Any] = []  # groups of the hosts that were started last
         self._next = 0
 
     def start(self, count: int, num_ranks: int) -> list[Host]:
         """Hosts that load, each a share of `num_ranks`. Raises ValueError if Ray has no room for them."""
-        group = placement_group([self.placing.bundle] * count, strategy=self.placing.strategy)
-        self._groups.append(group)
+        places = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        if missing := count - len(places):
+            group = placement_group([self.placing.bundle] * missing, strategy=self.placing.strategy)
+            self._groups.append(group)
+            places += [(group, index) for index in range(missing)]
+        self._last = [group for group, _ in places]
         hosts = []
-        for index in range(count):
+        for group, index in places:
             number, self._next = self._next, self._next + 1
             options: dict[str, Any] = {"num_cpus": self.placing.cpus, "num_gpus": self.placing.gpus}
             if self.placing.labels:
@@ -69,19 +76,19 @@ class Fleet:
             actor = self._actor_class.options(scheduling_strategy=bundle, **options).remote(
                 self.folder, self.config, number, (number, num_ranks), self.where, self.meet_s
             )
-            hosts.append(Host(number, actor, group))
+            hosts.append(Host(number, actor, group, index))
         return hosts
 
     def check_room(self, wait_s: float) -> None:
         """Raises ValueError if the last hosts that were started have no place after `wait_s`."""
-        group = self._groups[-1]
-        if not group.wait(wait_s):
-            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            have = {k: v for k, v in resources.items() if k in ("CPU", "GPU")}
-            raise ValueError(
-                f"Ray has no room for {group.bundle_count} bundles of {self.placing.bundle}: the cluster has {have}; "
-                "ask for fewer hosts, or give them less"
-            )
+        for group in self._last:
+            if not group.wait(wait_s):
+                resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+                have = {k: v for k, v in resources.items() if k in ("CPU", "GPU")}
+                raise ValueError(
+                    f"Ray has no room for {group.bundle_count} bundles of {self.placing.bundle}: the cluster has "
+                    f"{have}; ask for fewer hosts, or give them less"
+                )
 
     def ask_ready(self, host: Host) -> Any:
         """A reference to its HostInfo, which comes when it has loaded."""
@@ -97,7 +104,7 @@ class Fleet:
                 self._keepers[node] = keeper.remote()
             self._keepers[node].kill.remote(host.info.pid)
         ray.kill(host.actor)
-        self._remove_group_of([host])
+        self._give_back(host)
 
     def close(self, hosts: Sequence[Host]) -> None:
         for host in hosts:
@@ -107,10 +114,15 @@ class Fleet:
         for group in self._groups:
             remove_placement_group(group)
         self._groups.clear()
+        self._free.clear()
 
-    def _remove_group_of(self, hosts: Sequence[Host]) -> None:
-        """A group of one host goes with it, so that its bundle is free for the next."""
-        for host in hosts:
-            if host.group.bundle_count == 1 and host.group in self._groups:
-                self._groups.remove(host.group)
-                remove_placement_group(host.group)
+    def _give_back(self, host: Host) -> None:
+        """Its bundle is for the next host; a group without any host is given back to Ray."""
+        place = host.group, host.bundle
+        if host.group not in self._groups or place in self._free:
+            return
+        self._free.append(place)
+        if sum(group is host.group for group, _ in self._free) == host.group.bundle_count:
+            self._free = [other for other in self._free if other[0] is not host.group]
+            self._groups.remove(host.group)
+            remove_placement_group(host.group)

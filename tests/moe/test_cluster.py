@@ -121,6 +121,19 @@ def test_all_hosts_at_once(cluster, expected):
     assert serve(cluster, 80, kill_all) == expected
 
 
+def test_a_spare_that_ends_is_replaced_and_bundles_are_used_again(cluster):
+    def is_whole() -> bool:
+        return len(cluster._spare) == 1 and len(cluster._alive) == 2
+
+    until(cluster, is_whole)
+    number = cluster._spare[0].number
+    os.kill(cluster._spare[0].info.pid, signal.SIGKILL)
+    until(cluster, lambda: is_whole() and cluster._spare[0].number != number)
+    fleet = cluster._fleet
+    assert sum(group.bundle_count for group in fleet._groups) - len(fleet._free) == 3
+    assert len(fleet._free) <= 2  # a group without a host is given back
+
+
 def test_hosts_are_added_and_taken_away_in_the_middle_of_requests(cluster, expected):
     until(cluster, lambda: len(cluster._alive) == 2)
     assert serve(cluster, 60, lambda: cluster.scale(3)) == expected
