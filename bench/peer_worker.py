@@ -72,7 +72,7 @@ class Ours:
         from moe import SamplingParams
 
         params = SamplingParams(max_tokens=new, ignore_eos=True, temperature=0.0)
-        running = [self.llm.add(p, params).sequence for p in prompts]
+        running = [self.llm.add(p, params).request for p in prompts]
         before = self._figures()
         while self.llm.engine.has_work:
             self.llm.step()
