@@ -17,7 +17,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from moe.kernels.cpu_struct import KINDS, MATRIX, MOST_COLUMNS, pack_matrix
+from moe.kernels.cpu_struct import BLOCK, KINDS, MATRIX, MOST_COLUMNS, STEP, pack_matrix
 from moe.kernels.reference import check_expert_input, check_expert_weights, combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
 
@@ -38,8 +38,8 @@ def load_helper() -> ctypes.CDLL | None:
         if not files:
             raise OSError(f"no _cpu_experts*.so in {folder}; it is compiled at installation, which needs gcc or clang")
         helper = ctypes.CDLL(str(files[0]))  # after `import torch`: its OpenMP runtime must be there
-        is_ours = hasattr(helper, "moe_cpu_block") and helper.moe_cpu_abi() == 1000 * _LAYER.size + _CALL.size
-        if not is_ours:
+        sizes = {"moe_cpu_abi": (_LAYER, _CALL), "moe_cpu_block_abi": (BLOCK, STEP)}
+        if any(not hasattr(helper, n) or getattr(helper, n)() != 1000 * a.size + b.size for n, (a, b) in sizes.items()):
             raise OSError(f"{files[0].name} was compiled from other sources; reinstall")
     except OSError as error:
         log.warning("experts on the CPU run in plain torch, several times slower: %s", error)

@@ -15,14 +15,6 @@
 
 #include "cpu_scalars.h"
 
-#define EXPORT __attribute__((visibility("default")))
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
 enum { CHUNK = 32, GROUP = 32, MAX_DIM = 256 }; /* keys at a time, query rows at a time, elements of a head */
 enum { SCORES = CHUNK + 16, PART = 64 };        /* a row of scores and what a product writes beyond it; of a head at once */
 enum { SERIAL_ATTENTION = 1 << 15 };            /* elements of keys below which a second thread costs more than it brings */
@@ -56,18 +48,18 @@ struct step { /* all layers of one step: T tokens of S sequences, a sequence's t
     int64_t tokens, sequences, max_blocks, block_size, hidden, threads, isa;
 };
 
-INLINE void put_one(int64_t kind, void *p, int64_t i, float f) {
+SCALAR void put_one(int64_t kind, void *p, int64_t i, float f) {
     if (kind == F32)
         ((float *)p)[i] = f;
     else
         ((uint16_t *)p)[i] = float_to_bf16(f);
 }
 
-INLINE float rounded(int64_t kind, float f) { return kind == F32 ? f : bf16_to_float(float_to_bf16(f)); }
+SCALAR float rounded(int64_t kind, float f) { return kind == F32 ? f : bf16_to_float(float_to_bf16(f)); }
 
 /* ---- elements ---- */
 
-INLINE void add_rows(int kind, void *to, const void *from, int64_t n) {
+SCALAR void add_rows(int kind, void *to, const void *from, int64_t n) {
     for (int64_t i = 0; i < n; i++) put_one(kind, to, i, widen_one(kind, to, i) + widen_one(kind, from, i));
 }
 
@@ -79,7 +71,7 @@ static CLONES void add_into(int64_t kind, void *to, const void *from, int64_t n)
 }
 
 /* One head: x cos + rotate_half(x) sin, each product rounded, then the sum. */
-INLINE void rotate(int64_t kind, void *x, const void *cosines, const void *sines, int64_t rotary) {
+SCALAR void rotate(int64_t kind, void *x, const void *cosines, const void *sines, int64_t rotary) {
     int64_t half = rotary / 2;
     for (int64_t i = 0; i < half; i++) {
         float a = widen_one(kind, x, i), b = widen_one(kind, x, i + half);
@@ -117,7 +109,7 @@ struct rows {
 };
 
 /* Row of the pool, in elements, of a sequence's key at this position. */
-INLINE int64_t place_of(const struct block *b, const struct step *s, int64_t sequence, int64_t position) {
+SCALAR int64_t place_of(const struct block *b, const struct step *s, int64_t sequence, int64_t position) {
     int64_t block = s->blocks[sequence * s->max_blocks + position / s->block_size];
     return (block * s->block_size + position % s->block_size) * b->kv_heads * b->dim;
 }
@@ -272,8 +264,8 @@ static CLONES void route(const struct block *b, const struct step *s, const char
 
 static int64_t widest(const struct block *b) { return (b->heads + 2 * b->kv_heads) * b->dim; }
 
-_Static_assert(sizeof(struct block) == 5 * sizeof(struct matrix) + 152 && sizeof(struct step) == 144,
-               "kernels/cpu_block.py packs other sizes");
+/* sizeof both structs, so that a library of another version is noticed. */
+EXPORT int64_t moe_cpu_block_abi(void) { return (int64_t)(sizeof(struct block) * 1000 + sizeof(struct step)); }
 
 /* Bytes of scratch memory for a step of so many tokens. */
 EXPORT int64_t moe_cpu_block_work(const struct block *b, int64_t tokens, int64_t hidden) {

@@ -6,7 +6,6 @@ every token the same bits whatever it is batched with and however its prompt was
 sums). `block_reference` is the slow twin; moe/models/layer_plan.py decides for which models it stands in.
 """
 
-from struct import Struct
 from typing import NamedTuple
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe.kernels.cpu import load_helper
-from moe.kernels.cpu_struct import MATRIX, pack_matrix
+from moe.kernels.cpu_struct import BLOCK, MATRIX, STEP, pack_matrix
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 MAX_DIM = 256  # elements of a head
 MAX_TOP_K = 64
-_BLOCK = Struct(f"={5 * MATRIX.size}s17q3f4x")  # struct block: five matrices, 7 pointers, 10 integers, 3 floats
-_STEP = Struct("=18q")  # struct step
 
 
 class Linear(NamedTuple):
@@ -103,7 +100,7 @@ class CpuBlock:
         self._isa, self._run = isa, helper.moe_cpu_block
         b, router = block, block.router
         pointers = (b.norm, b.next_norm, b.q_norm, b.k_norm, keys, values, b.sinks)
-        self._packed = _BLOCK.pack(
+        self._packed = BLOCK.pack(
             b"".join(bytes(MATRIX.size) if one is None else _matrix(one) for one in (b.q, b.k, b.v, b.o, router)),
             *(0 if t is None else t.data_ptr() for t in pointers),
             *(b.heads, b.kv_heads, b.dim, b.rotary, b.dim if b.q_norm is None else len(b.q_norm), b.window, self.kind),
@@ -126,7 +123,7 @@ class CpuBlock:
         if router is not None:
             ids = torch.empty(tokens, self.block.top_k, dtype=torch.int64)
             weights = torch.empty(tokens, self.block.top_k, dtype=self._weights_dtype)
-        packed = _STEP.pack(
+        packed = STEP.pack(
             *(h.data_ptr(), x.data_ptr(), 0 if add is None else add.data_ptr(), step.cos.data_ptr()),
             *(step.sin.data_ptr(), step.first.data_ptr(), step.lengths.data_ptr(), step.blocks.data_ptr()),
             *(0 if ids is None else ids.data_ptr(), 0 if weights is None else weights.data_ptr(), work.data_ptr()),

@@ -18,8 +18,6 @@
 #include "cpu_scalars.h"
 
 #define CHUNK_BYTES (64 << 20) /* scratch per call; more tokens are done in chunks */
-#define EXPORT __attribute__((visibility("default")))
-
 struct rows { /* up to ROWS consecutive sorted rows of one slot */
     int64_t slot, first, count;
 };

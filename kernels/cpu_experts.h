@@ -92,6 +92,12 @@ const struct kernels *moe_kernels(int64_t i);
 char *moe_scratch(size_t size);
 
 #define SCALAR static inline __attribute__((always_inline))
+#define EXPORT __attribute__((visibility("default"))) /* called from Python */
+#if defined(__x86_64__) && defined(__gnu_linux__) /* plain loops, compiled for each of these and chosen at run time */
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONES
+#endif
 
 SCALAR int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

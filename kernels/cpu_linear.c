@@ -6,8 +6,6 @@
 
 #include "cpu_experts.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 struct run {
     const struct kernels *k;
     const struct matrix *w;

@@ -10,8 +10,6 @@
 
 #include "cpu_scalars.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 static const struct kernels *sets[5]; /* best first, NULL at the end */
 static pthread_once_t sets_once = PTHREAD_ONCE_INIT;
 
