@@ -155,6 +155,14 @@ def _gguf(work: Path, folder: Path, kind: str) -> str:
     return str(out)
 
 
+def _make_files(work: Path, candidates: Sequence[Candidate]) -> None:
+    for options in (c.options for c in candidates if "gguf" in c.options):
+        try:
+            _gguf(work, Path(options["folder"]), options["gguf"])
+        except RuntimeError as error:  # its row will say so
+            print(error, flush=True)
+
+
 def _packed(folder: Path) -> Path:
     from moe.models.blueprint import read_blueprint
     from moe.offload.pack import pack
@@ -301,7 +309,8 @@ def run_offload(args: argparse.Namespace, model: WalkModel) -> str:
     for share in args.shares:
         limit = BASE_BYTES + int(share * model.expert_bytes)
         candidates = [c for c in offload_candidates(args.work, folder, share) if _wanted(c, args.only)]
-        drop_page_cache()
+        _make_files(args.work, candidates)
+        drop_page_cache()  # what made the files would pay for their pages, and no limit would count them
         with read_ahead(128), _started(candidates, args.threads, args.work, limit) as (workers, reasons):
             rows = measure(folder, workers, reasons, OFFLOAD_JOBS, args.rounds)
         title = f"{share:.1%} of {model.expert_bytes / 1e9:.2f} GB of experts, limit {limit >> 20} MiB"
