@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from moe.comm.dispatcher import (
-    CombineMode,
     Dispatched,
     ExpertRanks,
     check_tokens,
@@ -31,6 +30,7 @@ from moe.comm.errors import Task
 from moe.comm.groups import Groups, ranks_by_node
 from moe.comm.hop import Hop, HopHandle
 from moe.comm.wire import Wire, pack_rows, traffic_of, unpack_rows
+from moe.placement.dispatch import CombineMode
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moe.comm.all_to_all import broadcast_plan
 from moe.comm.dispatcher import (
-    CombineMode,
     Dispatched,
     ExpertRanks,
     check_tokens,
@@ -29,6 +28,7 @@ from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.hop import exchange_pairs, exchange_sums, hits_of
 from moe.comm.wire import Table, Wire, pack_rows, traffic_of, unpack_rows
+from moe.placement.dispatch import CombineMode
 
 
 class Moved(NamedTuple):

@@ -1,7 +1,7 @@
 """What a token dispatcher is, and the one for a single rank."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,10 +9,6 @@ from torch import Tensor
 from moe.comm.groups import Groups
 from moe.comm.wire import Traffic, traffic_of
 from moe.kernels.reference import combine_reference
-
-CombineMode = Literal["exact", "partial"]
-# Tokens go home again in one step or in two, or stay where their heaviest expert is.
-DispatcherName = Literal["all_to_all", "hierarchical", "coherent"]
 
 
 class Dispatched(NamedTuple):

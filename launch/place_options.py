@@ -2,6 +2,9 @@
 
 import argparse
 from pathlib import Path
+from typing import get_args
+
+from moe.placement.dispatch import DispatcherName
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,7 +67,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=256, help="tokens per step")
     parser.add_argument("--token-bytes", type=int, default=4096, help="bytes of one hidden state")
     parser.add_argument("--expert-bytes", type=int, default=17_301_504, help="bytes of one expert's weights")
-    parser.add_argument("--dispatcher", choices=("home", "hierarchical", "coherent"), default="home")
+    parser.add_argument("--dispatcher", choices=get_args(DispatcherName), default="all_to_all")
     parser.add_argument("--fast-slots", type=int, help="experts per rank in fast memory, all layers; default all")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe.comm.defaults import EAGER_BYTES
+from moe.placement.dispatch import DispatcherName
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +88,7 @@ class ParallelConfig:
 
     plan: str | None = None
     # auto: coherent where it moves less, else all_to_all. hierarchical: two steps, inside a node and across.
-    dispatcher: Literal["auto", "all_to_all", "hierarchical", "coherent"] = "auto"
+    dispatcher: Literal["auto", DispatcherName] = "auto"
     ranks_per_node: int | None = None  # None: as torchrun says; smaller, to let one machine stand for several
     broadcast_tokens: int = 8  # with collectives, up to this many per rank go to every rank: a round less, more bytes
     eager_bytes: int = EAGER_BYTES  # on the CPU, longest message that needs no handshake; 0: gloo's collectives

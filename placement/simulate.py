@@ -13,24 +13,21 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.placement.dispatch import CombineMode, DispatcherName
 from moe.placement.plan import Plan, merge_models
 from moe.placement.replicas import choose_replicas
 from moe.placement.stats.affinity import check_routes, heaviest_experts
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 
-Dispatcher = Literal["home", "hierarchical", "coherent"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
     """What a step is: batch_tokens tokens of the trace, in order; sizes in bytes; seconds of expert work per token.
 
-    token_bytes: of one row out; result_bytes: of one back, None = the same. combine: "partial" sends one result per
-    token and rank, "exact" one per token and expert. dispatcher: "home" returns every result to the token's own rank;
-    "hierarchical" too, both ways over the same local rank of the other node; "coherent" keeps the token where its
-    heaviest expert is. fast_slots: experts (all layers) per rank in fast memory, least recently used goes; None = all
-    fit. split: how copies share tokens: "local" (`choose_replicas`) or "even" (each copy the same, as EPLB deals).
+    token_bytes: of one row out; result_bytes: of one back, None = the same. combine and dispatcher: as `dispatch` names
+    them. fast_slots: experts (all layers) per rank in fast memory, least recently used goes; None = all fit. split: how
+    copies share tokens: "local" (`choose_replicas`) or "even" (each copy the same, as EPLB deals).
     """
 
     batch_tokens: int = 256
@@ -38,8 +35,8 @@ class Workload:
     result_bytes: int | None = None
     expert_bytes: int = 17_301_504
     expert_token_seconds: float = 2e-7
-    dispatcher: Dispatcher = "home"
-    combine: Literal["partial", "exact"] = "partial"
+    dispatcher: DispatcherName = "all_to_all"
+    combine: CombineMode = "partial"
     fast_slots: int | None = None
     split: Literal["local", "even"] = "local"
 

@@ -10,7 +10,7 @@ ALLOWED = {
     "kernels": set(),
     "placement": set(),
     "offload": {"placement", "kernels"},
-    "comm": {"kernels"},
+    "comm": {"kernels", "placement"},
     "moe": {"offload", "comm", "kernels", "placement", "moe"},
     "launch": {"moe", "placement", "offload", "comm", "kernels"},
 }

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe.comm.control import Control
-from moe.comm.dispatcher import DispatcherName
 from moe.comm.groups import Groups
 from moe.config import BatchConfig, ParallelConfig
 from moe.engine.assemble import Loaded, Share, experts_of_rank, num_blocks
@@ -26,6 +25,7 @@ from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
 from moe.models.kv import BlockPool
 from moe.offload.shared import SharedStore
+from moe.placement.dispatch import DispatcherName
 from moe.placement.plan import Plan
 
 

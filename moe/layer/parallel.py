@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
-from moe.comm.dispatcher import DispatcherName, LocalDispatcher, TokenDispatcher
+from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
 from moe.comm.groups import Groups
+from moe.placement.dispatch import DispatcherName
 from moe.placement.plan import Plan
 from moe.placement.replicas import choose_replicas
 

@@ -61,7 +61,7 @@ def test_a_run_sends_the_bytes_that_were_predicted(trace, plan, tmp_path):
     """Prefill in chunks and decode, on two nodes of two ranks."""
     plan.save(tmp_path / "plan.json")
     ranks = spawn(4, serve, str(tmp_path / "plan.json"), ["all_to_all", "hierarchical"], ranks_per_node=2)
-    for index, dispatcher in enumerate(("home", "hierarchical")):
+    for index, dispatcher in enumerate(("all_to_all", "hierarchical")):
         work = Workload(
             token_bytes=4 * HIDDEN + 4 * TOP_K, result_bytes=4 * HIDDEN, combine="exact", dispatcher=dispatcher
         )
@@ -110,7 +110,7 @@ def test_a_replay_sends_the_bytes_that_were_predicted(trace, plan, combine, tmp_
     plan.save(files[1])
     width = 5
     ranks = spawn(4, replay, *map(str, files), width, combine, ranks_per_node=2)
-    with_weights = {"home": combine == "partial", "hierarchical": combine == "partial", "coherent": True}
+    with_weights = {"all_to_all": combine == "partial", "hierarchical": combine == "partial", "coherent": True}
     for index, (dispatcher, has_weights) in enumerate(with_weights.items()):
         row = 4 * width + 4 * TOP_K * (1 + has_weights)
         work = Workload(token_bytes=row, result_bytes=4 * width, combine=combine, dispatcher=dispatcher)

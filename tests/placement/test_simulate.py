@@ -27,7 +27,7 @@ def random_hosted(rng: np.random.Generator, layers=2, experts=8, ranks=4, share=
     return hosted
 
 
-@pytest.mark.parametrize("dispatcher", ["home", "hierarchical", "coherent"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "hierarchical", "coherent"])
 @pytest.mark.parametrize("combine", ["partial", "exact"])
 @pytest.mark.parametrize("split", ["local", "even"])
 def test_simulation_equals_a_loop_over_tokens(dispatcher, combine, split):
