@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe.comm.defaults import EAGER_BYTES
+from moe.kernels.names import KernelName
 from moe.placement.dispatch import DispatcherName
 
 
@@ -108,9 +109,9 @@ class EngineConfig:
         "decoded"  # quantised dense layers: at load, or in registers (CPU; less memory)
     )
     device: str | None = None  # None: the GPU if there is one
-    # Of expert compute. auto: cpu on the CPU, measured on a GPU (the single launch for as few tokens as it wins with).
-    # fused, measured over several ranks of one node: one launch for all of them, if all experts are in slots.
-    kernel: Literal["auto", "reference", "cpu", "grouped", "fused", "measured"] = "auto"
+    # Of expert compute; `kernels/names.py` says what each is. single_launch, measured over several ranks of one node:
+    # one launch for all of them, if all experts are in slots.
+    kernel: KernelName = "auto"
     crossover_table: str = "~/.cache/moe/crossover.json"  # where `measured` keeps what this machine is best at
     threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
     max_context: int | None = None  # tokens; None: what the model allows

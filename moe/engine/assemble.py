@@ -236,7 +236,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             cache.preload(own)
         weights = expert_weights(blueprint, cache)
         kernel = chosen_kernel(config.kernel, read.device)
-        if share is not None and share.plan.num_ranks > 1 and kernel in ("fused", "measured"):
+        if share is not None and share.plan.num_ranks > 1 and kernel in ("single_launch", "measured"):
             kernel = "grouped"  # for the steps that no launch over all ranks takes
         table = Path(config.crossover_table).expanduser()
         kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)

@@ -196,19 +196,19 @@ def _offer_single_launch(
 ) -> Sequence[str]:
     """Lets one launch over all ranks serve steps of few tokens, where the kernel asks for it. With ranks: a collective.
 
-    Returns what a user should know. Raises ValueError, on all ranks, where kernel=fused was told and cannot be.
+    Returns what a user should know. Raises ValueError, on all ranks, where kernel=single_launch was told and cannot be.
     """
     config, slots, weights = loaded.read.config, loaded.experts.slots, loaded.experts.weights
     kernel, num_ranks = chosen_kernel(config.kernel, loaded.read.device), parallel.groups.world_size
-    if slots is None or num_ranks == 1 or kernel not in ("fused", "measured"):
+    if slots is None or num_ranks == 1 or kernel not in ("single_launch", "measured"):
         return []
     from moe.layer.single_launch import RankLaunch, why_not_single_launch  # triton is an optional extra on the CPU
 
     dispatcher = "coherent" if decisions.is_coherent else config.parallel.dispatcher
     reason = why_not_single_launch(slots, control, weights, dispatcher)
     if reason is not None:
-        if kernel == "fused":
-            raise ValueError(f"kernel=fused cannot serve {num_ranks} ranks: {reason}; or set kernel=grouped")
+        if kernel == "single_launch":
+            raise ValueError(f"kernel=single_launch cannot serve {num_ranks} ranks: {reason}; or set kernel=grouped")
         return [f"kernel=measured is grouped over {num_ranks} ranks: {reason}"]
     launch = RankLaunch(slots, control, weights, loaded.dense.tried.dispatch_shapes, loaded.dense.model.dtype)
     if kernel == "measured":

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from moe.kernels.cpu import CpuExperts
+from moe.kernels.names import KernelName
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
 from moe.layer.lookahead import Lookahead
 from moe.layer.parallel import ExpertParallel
 from moe.layer.routing import Routing, RoutingSeam
 from moe.offload.cache import ExpertCache
-
-KernelName = Literal["auto", "reference", "cpu", "grouped", "fused", "measured"]
 
 
 class LayerKernel(Protocol):

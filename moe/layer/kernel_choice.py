@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe.kernels.crossover import TOKENS, CrossoverTable, LayerKey, machine_name
+from moe.kernels.names import KernelName
 from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, compile_at_start
 from moe.kernels.weights import ExpertWeights
 
@@ -30,7 +30,7 @@ class MeasuredExperts(FusedLayerExperts):
 
 
 def make(
-    name: Literal["auto", "reference", "cpu", "grouped", "fused", "measured"],
+    name: KernelName,
     layers: Sequence[ExpertWeights],
     num_experts: Sequence[int],
     top_k: int,
@@ -47,7 +47,7 @@ def make(
         compile_at_start(grouped, top_k, dtype)
         return grouped
     launch = SingleLaunch(MAX_SINGLE_LAUNCH_TOKENS)
-    if name == "fused":
+    if name == "single_launch":
         fused = [FusedLayerExperts(weights, launch, n) for weights, n in zip(layers, num_experts)]
         compile_at_start(fused, top_k, dtype)
         fused[-1].is_last = True

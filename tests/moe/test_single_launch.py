@@ -87,7 +87,7 @@ def write_replicated(path: Path) -> str:
 
 
 def test_replicas_and_a_rank_without_tokens(mixtral, expected, tmp_path):
-    config = config_of("fused", write_replicated(tmp_path / "plan.json"))
+    config = config_of("single_launch", write_replicated(tmp_path / "plan.json"))
     (none, calls, empty, _), (answers, *_, dispatches) = spawn(2, serve, str(mixtral), config, "", 1, time_limit_s=200)
     assert (none, answers) == ([], expected)
     assert calls == empty == 9  # three steps of three layers
@@ -140,19 +140,19 @@ def test_what_is_not_known_is_measured_by_all_and_stored_by_rank_0(mixtral, tmp_
 def refused(folder: str, plan: str) -> list[str]:
     said = []
     with process_groups(timeout_s=60) as groups:
-        for config in (config_of("fused", budget="3"), config_of("fused", dispatcher="hierarchical")):
-            with pytest.raises(ValueError, match="kernel=fused cannot serve 2 ranks") as error:
+        for config in (config_of("single_launch", budget="3"), config_of("single_launch", dispatcher="hierarchical")):
+            with pytest.raises(ValueError, match="kernel=single_launch cannot serve 2 ranks") as error:
                 LLM(folder, config, groups=groups)
             said.append(str(error.value))
         with LLM(folder, config_of("measured", budget="3"), groups=groups) as llm:
             assert llm.engine.parallel.launch is None
             said += llm.engine.notes
-        with LLM(folder, config_of("fused"), groups=groups) as llm:
+        with LLM(folder, config_of("single_launch"), groups=groups) as llm:
             parallel = llm.engine.parallel
             parallel.use(Plan.load(plan))  # as many places per rank, other experts in them
             assert parallel.launch is None  # they are in no slot yet
             said.append(str(tokens_of(llm, PROMPTS[groups.rank :: 2])))
-        with LLM(folder, config_of("fused"), groups=groups) as llm:
+        with LLM(folder, config_of("single_launch"), groups=groups) as llm:
             (launch,) = llm.engine.parallel.launch.launches.values()
             launch.fused.state[2] = 1
             with pytest.raises(CommError, match=f"rank {groups.rank} of 2: .*tokens of a peer did not arrive"):
