@@ -1,6 +1,7 @@
 """One record for everything a run can be told: defaults ← TOML file ← `--set offload.budget=0.25`."""
 
 import dataclasses
+import operator
 import re
 import tomllib
 import types
@@ -8,10 +9,11 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from moe.comm.defaults import EAGER_BYTES
 from moe.kernels.names import KernelName
+from moe.offload.budget import parse_budget
 from moe.placement.dispatch import DispatcherName
 
 
@@ -19,6 +21,7 @@ from moe.placement.dispatch import DispatcherName
 class OffloadConfig:
     """Where experts live. `budget`: "6GiB", "64" (experts), "0.25" (fraction); None derives it from free memory."""
 
+    _group: ClassVar[str] = "offload."
     budget: str | None = None
     policy: Literal["lru", "lfu"] = "lfu"
     store: Literal["file", "mmap", "ram"] = "file"
@@ -30,6 +33,9 @@ class OffloadConfig:
     prefetch: Literal["off", "transition", "router", "learned"] = "off"
 
     def __post_init__(self) -> None:
+        _parse_fields(self)
+        if self.budget is not None:
+            parse_budget(self.budget)
         _require(self.readers >= 0, f"offload.readers ({self.readers}) must be >= 0")
         _require(
             self.prefetch == "off" or self.readers >= 1,
@@ -45,10 +51,12 @@ class RoutingConfig:
     foretold; replace routes by what was foretold, weights too. The first layer of experts keeps its router.
     """
 
+    _group: ClassVar[str] = "routing."
     lookahead: str | None = None
     pregate: str = "off"
 
     def __post_init__(self) -> None:
+        _parse_fields(self)
         known = re.fullmatch(r"off|replace|restrict:[1-9]\d*", self.pregate)
         _require(known is not None, f"routing.pregate ({self.pregate!r}) must be off, replace or restrict:4")
         _require(
@@ -62,6 +70,7 @@ class RoutingConfig:
 class BatchConfig:
     """How requests share a step. Units: tokens and sequences."""
 
+    _group: ClassVar[str] = "batch."
     max_tokens: int = 512  # of one step; longer prompts are prefilled in chunks of what is left
     max_sequences: int = 16
     block_size: int = 16  # tokens of one KV block
@@ -70,6 +79,7 @@ class BatchConfig:
     packed: bool = True  # false runs one sequence at a time even where the architecture allows packing
 
     def __post_init__(self) -> None:
+        _parse_fields(self)
         for name in ("max_tokens", "max_sequences", "block_size"):
             _require(getattr(self, name) >= 1, f"batch.{name} ({getattr(self, name)}) must be >= 1")
         _require(
@@ -87,6 +97,7 @@ class BatchConfig:
 class ParallelConfig:
     """How ranks share the experts. `plan`: a file of `moe place`; None places contiguous blocks."""
 
+    _group: ClassVar[str] = "parallel."
     plan: str | None = None
     # auto: coherent where it moves less, else all_to_all. hierarchical: two steps, inside a node and across.
     dispatcher: Literal["auto", DispatcherName] = "auto"
@@ -96,6 +107,7 @@ class ParallelConfig:
     timeout_seconds: int = 300  # until a rank that waits for a lost peer gives up
 
     def __post_init__(self) -> None:
+        _parse_fields(self)
         _require(self.eager_bytes >= 0, f"parallel.eager_bytes ({self.eager_bytes}) must be >= 0")
         _require(self.timeout_seconds >= 1, f"parallel.timeout_seconds ({self.timeout_seconds}) must be >= 1")
 
@@ -104,6 +116,7 @@ class ParallelConfig:
 class EngineConfig:
     """All of a run. `dtype`: of activations and dense weights; "auto" is what the model's config says."""
 
+    _group: ClassVar[str] = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     dense: Literal["decoded", "packed"] = (
         "decoded"  # quantised dense layers: at load, or in registers (CPU; less memory)
@@ -122,6 +135,7 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        _parse_fields(self)
         _require(self.threads is None or self.threads >= 1, f"threads ({self.threads}) must be >= 1")
         _require(self.max_context is None or self.max_context >= 1, f"max_context ({self.max_context}) must be >= 1")
 
@@ -143,11 +157,12 @@ class EngineConfig:
                 target = target.setdefault(folder, {})
                 _require(isinstance(target, dict), f"setting {key!r}: {folder} is not a group of settings")
             target[name] = text
-        built: EngineConfig = _build(EngineConfig, values, "")
+        built: EngineConfig = _build(EngineConfig, values)
         return built
 
-    def with_budget(self, budget: str) -> "EngineConfig":
-        return dataclasses.replace(self, offload=dataclasses.replace(self.offload, budget=budget))
+    def with_budget(self, budget: str | float) -> "EngineConfig":
+        """budget: 1.0 means all experts, 64 as many."""
+        return dataclasses.replace(self, offload=dataclasses.replace(self.offload, budget=str(budget)))
 
     def describe(self) -> str:
         """The whole configuration, one `key = value` a line."""
@@ -167,40 +182,53 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _build(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
+def _build(cls: type[Any], values: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
-        _require(key in known, f"unknown setting {prefix}{key}; known: {', '.join(prefix + k for k in sorted(known))}")
-    arguments = {}
+        _require(
+            key in known,
+            f"unknown setting {cls._group}{key}; known: {', '.join(cls._group + name for name in sorted(known))}",
+        )
+    arguments = dict(values)
     for key, value in values.items():
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            _require(isinstance(value, dict), f"{prefix}{key} is a group of settings, got {value!r}")
-            arguments[key] = _build(typing.cast(type[Any], hint), value, f"{prefix}{key}.")
-        else:
-            arguments[key] = _parse(hint, value, prefix + key)
+        if dataclasses.is_dataclass(hints[key]):
+            _require(isinstance(value, dict), f"{key} is a group of settings, got {value!r}")
+            arguments[key] = _build(typing.cast(type[Any], hints[key]), value)
     return cls(**arguments)
 
 
+def _parse_fields(config: Any) -> None:
+    """Every field as its type says, whoever wrote it: Python, TOML or a command line."""
+    cls = type(config)
+    for name, hint in typing.get_type_hints(cls).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(hint):
+            _require(isinstance(value, typing.cast(type[Any], hint)), f"{name} is a group of settings, got {value!r}")
+        elif typing.get_origin(hint) is not ClassVar:
+            object.__setattr__(config, name, _parse(hint, value, cls._group + name))
+
+
 def _parse(hint: Any, value: Any, name: str) -> Any:
-    """`value` (from TOML, or a string) as `hint`: int, bool, str, a Literal, or one of these or None."""
+    """`value` as `hint`: int, bool, str, a Literal, or one of these or None."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value == "none"):
         return None
     (kind,) = [o for o in options if o is not type(None)]
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        _require(value in choices, f"{name} ({value!r}) must be one of {', '.join(choices)}")
+        _require(value in choices, f"{name} ({shown}) must be one of {', '.join(choices)}")
         return value
     if kind is bool:
-        _require(value in (True, False, "true", "false"), f"{name} ({value!r}) must be true or false")
+        _require(value in (True, False, "true", "false"), f"{name} ({shown}) must be true or false")
         return value in (True, "true")
     if kind is int:
         try:
-            _require(not isinstance(value, (bool, float)), f"{name} ({value!r}) must be a whole number")
-            return int(value)
+            _require(not isinstance(value, bool), "")
+            return int(value) if isinstance(value, str) else operator.index(value)
         except (TypeError, ValueError):
-            raise ValueError(f"{name} ({value!r}) must be a whole number") from None
-    _require(isinstance(value, (str, int, float)), f"{name} ({value!r}) must be text or a number")
+            raise ValueError(f"{name} ({shown}) must be a whole number") from None
+    is_written = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    _require(is_written and "\0" not in str(value), f"{name} ({shown}) must be text or a number")
     return str(value)

@@ -56,7 +56,7 @@ class _Answer:
 class LLM:
     """A model from its Hugging Face folder (or a packed one), with its experts in slots.
 
-    experts_in_memory: "0.25" (fraction), "64" (experts) or "6GiB", over config.offload.budget. Close it, or use it in
+    experts_in_memory: 0.25 (fraction), 64 (experts) or "6GiB", over config.offload.budget. Close it, or use it in
     a `with` block. groups: of a run of several ranks; each then has prompts of its own (there may be none), and
     `generate` is a collective. hosts: that many actors of a Ray cluster (at `address`, None = a local one) serve the
     model instead of this process, and any of them may be lost (docs/ray.md). options: what offline scripts for vLLM
@@ -78,7 +78,7 @@ class LLM:
     ) -> None:
         config, notes = porting.with_options(config or EngineConfig(), options)
         if experts_in_memory is not None:
-            config = config.with_budget(str(experts_in_memory))
+            config = config.with_budget(experts_in_memory)
         self.engine = Engine(model, config, groups) if hosts is None else _on_hosts(model, config, hosts, address)
         self.notes = [*notes, *self.engine.notes]
         if self.recommended:

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
+_EXPERTS = re.compile(r"(\d+)( *experts?)?", re.IGNORECASE)
 
 
 class Budget(NamedTuple):
@@ -13,18 +14,23 @@ class Budget(NamedTuple):
 
 
 def parse_budget(text: str | int | float) -> Budget:
-    """ "6GiB" or "800 MB" are bytes (MB = 10^6), "64" experts, "0.25" or "25%" a fraction of all experts.
+    """ "6GiB" or "800 MB" are bytes (MB = 10^6), "64" or "64 experts" experts, "0.25" or "25%" a fraction of them all.
 
-    Numbers mean the same as their text: 64 experts, 0.25 a fraction; 1 is one expert, 1.0 all of them. Raises
-    ValueError for anything else.
+    Numbers mean the same as their text: 64 experts, 0.25 a fraction, 1.0 all of them. A bare 1 is refused: it reads as
+    one expert and as all of them; "1 expert" and 1.0 do not. Raises ValueError for anything else, too.
     """
     written = str(text).strip()
     if match := _BYTES.fullmatch(written):
         number, unit, binary = match[1], match[2].upper(), match[3]
         power = "KMGT".find(unit) + 1 if unit else 0
         return Budget("bytes", float(number) * (_UNITS[unit] if binary or not unit else 1000**power))
-    if re.fullmatch(r"\d+", written):
-        return Budget("experts", int(written))
+    if match := _EXPERTS.fullmatch(written):
+        if float(match[1]) == 1 and not match[2]:
+            raise ValueError(
+                f"offload.budget {written} could be one expert or all of them: a whole number is a number of experts, "
+                "a fraction needs a point or a %; give 1.0 or 100% for all, '1 expert' for one"
+            )
+        return Budget("experts", float(match[1]))
     percent = written.removesuffix("%")
     try:
         value = float(percent) / (100 if percent != written else 1)
@@ -33,8 +39,8 @@ def parse_budget(text: str | int | float) -> Budget:
     if 0 <= value <= 1:
         return Budget("fraction", value)
     raise ValueError(
-        f"offload.budget {written!r} is not understood; give bytes (6GiB), a number of experts (64) or a fraction of "
-        "them (0.25)"
+        f"offload.budget {written[:40]!r} is not understood; give bytes (6GiB), a number of experts (64) or a fraction "
+        "of them (0.25 or 25%, at most 1.0)"
     )
 
 
@@ -67,15 +73,13 @@ def resolve_slots(
             )
         return min(total_experts, available_bytes // blob_bytes)
     kind, value = parse_budget(budget)
-    if kind == "bytes":
-        slots = int(value // blob_bytes)
-    elif kind == "experts":
-        slots = int(value)
-    else:
+    if kind == "fraction":
         slots = max(int(value * total_experts + 1e-9), 1 if value > 0 else 0)
+    else:
+        bought = value / blob_bytes if kind == "bytes" else value
+        slots = int(min(bought, total_experts))
     if slots < 1:
         raise ValueError(f"the memory for experts ({budget}) must be >= {one}; raise offload.budget")
-    slots = min(slots, total_experts)
     if available_bytes is not None and slots * blob_bytes > available_bytes:
         raise ValueError(
             f"offload.budget ({budget} = {format_bytes(slots * blob_bytes)}) is more than the memory left after dense "

@@ -227,7 +227,7 @@ def test_a_refused_checkpoint_leaves_the_process_as_it_was(capfd, monkeypatch, f
         with pytest.raises(KeyboardInterrupt):
             load_dense(blueprint, torch.float32, "eager")
     assert modeling_qwen3_moe.Qwen3MoeExperts is before
-    with LLM(original, config("1")) as llm:
+    with LLM(original, config("1 expert")) as llm:
         assert len(engine_says(llm, [[1, 2, 3]]).tokens[0]) == NUM_NEW
 
 
@@ -235,6 +235,7 @@ SETTINGS = [
     (["--experts-in-memory", "0"], ["must be >= 1 expert (144.0 KiB)", "raise offload.budget"]),
     (["--experts-in-memory", "100KB"], ["100KB", "must be >= 1 expert (144.0 KiB)", "raise offload.budget"]),
     (["--experts-in-memory", "many"], ["'many' is not understood; give bytes (6GiB), a number of experts (64)"]),
+    (["--experts-in-memory", "1"], ["one expert or all of them", "give 1.0 or 100% for all, '1 expert' for one"]),
     (["--experts-in-memory", "1.5"], ["'1.5' is not understood"]),
     (["--experts-in-memory", "-3"], ["'-3' is not understood"]),
     (["--set", "offload.bugdet=1"], ["unknown setting offload.bugdet; known: offload.budget"]),
@@ -357,7 +358,7 @@ def test_a_model_that_generates_no_text(capfd, tmp_path):
 
 def test_an_expert_that_cannot_be_read_any_more(folder):
     """A file that is cut while the model runs: an error that names the expert, and an engine that is still whole."""
-    with LLM(folder, config("1")) as llm:
+    with LLM(folder, config("1 expert")) as llm:
         right = engine_says(llm, [[1, 2, 3]])
         kept = {shard: shard.read_bytes() for shard in shards(folder)}
         for shard in kept:

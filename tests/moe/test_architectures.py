@@ -22,7 +22,7 @@ def test_served_exactly(model_type, tmp_path):
     expected = reference_says(model, PROMPTS)
     assert len({token for answer in expected.tokens for token in answer}) > 3  # one that repeats itself hides errors
     said = {}
-    for budget, max_tokens in (("1.0", 16), ("1", 5)):
+    for budget, max_tokens in (("1.0", 16), ("1 expert", 5)):
         with LLM(tmp_path, config(budget, max_tokens=max_tokens)) as llm:
             said[budget] = engine_says(llm, PROMPTS)
     bound = rounding_bound(model, expected)

@@ -76,7 +76,7 @@ def qwen2_moe(tmp_path_factory) -> Path:
 def test_two_ranks_say_what_one_says(family, tmp_path):
     """Layers without experts first (DeepSeek) and in between (Qwen2), shared experts, latent attention."""
     folder = tiny_checkpoint(family, tmp_path / "model")
-    check_all(folder, write_plans(tmp_path, *SHAPES[family], 2)[-1:], 2, ["1"])
+    check_all(folder, write_plans(tmp_path, *SHAPES[family], 2)[-1:], 2, ["1 expert"])
 
 
 def test_two_ranks_say_what_one_says_of_the_demo(tmp_path):

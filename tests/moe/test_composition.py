@@ -41,7 +41,7 @@ def prompts_for(vocab_size):
 VARIANTS = {
     "one token at a time, one sequence": config("1.0", max_tokens=1, max_sequences=1),
     "everything at once": config("0.5", max_tokens=512, max_sequences=16),
-    "odd chunks, small blocks, one slot": config("1", max_tokens=7, max_sequences=3, block_size=5),
+    "odd chunks, small blocks, one slot": config("1 expert", max_tokens=7, max_sequences=3, block_size=5),
     "reference kernel": config("3", kernel="reference", max_tokens=64, max_sequences=5),
     "nothing shared": config("0.5", max_tokens=33, max_sequences=9, prefix_sharing=False),
     "hardly any cache": config("0.25", max_tokens=24, max_sequences=8, kv_tokens=112, block_size=8),

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.llm import LLM
 
 
 def test_layers_of_settings(tmp_path):
@@ -89,6 +90,44 @@ def test_bad_files(tmp_path, toml, message):
     file.write_bytes(toml.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         EngineConfig.load(file)
+
+
+@pytest.mark.parametrize(("written", "kept"), [("1.0", "1.0"), ("64", "64"), ("0.25", "0.25"), ("1e-1", "0.1")])
+def test_a_budget_means_the_same_wherever_it_is_written(tmp_path, written, kept):
+    file = tmp_path / "run.toml"
+    file.write_text(f"[offload]\nbudget = {written}\n")
+    number = float(written) if "." in written or "e" in written else int(written)
+    assert EngineConfig.load(file).offload.budget == OffloadConfig(budget=number).budget == kept
+    assert EngineConfig().with_budget(number).offload.budget == kept
+    if kept == written:
+        assert EngineConfig.load(None, [f"offload.budget={written}"]).offload.budget == kept
+
+
+def test_a_budget_of_one_is_refused_wherever_it_is_written(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[offload]\nbudget = 1\n")
+    for write in (
+        lambda: EngineConfig.load(file),
+        lambda: EngineConfig.load(None, ["offload.budget=1"]),
+        lambda: OffloadConfig(budget=1),
+        lambda: EngineConfig().with_budget(1),
+        lambda: LLM("nowhere", experts_in_memory=1),
+    ):
+        with pytest.raises(ValueError, match="could be one expert or all of them"):
+            write()
+
+
+def test_values_are_checked_when_python_gives_them():
+    assert BatchConfig(max_tokens="64") == BatchConfig(max_tokens=64)
+    for make, message in (
+        (lambda: BatchConfig(max_tokens=1.5), r"batch.max_tokens \(1.5\) must be a whole number"),
+        (lambda: BatchConfig(packed="maybe"), "batch.packed"),
+        (lambda: EngineConfig(dtype="int4"), "dtype"),
+        (lambda: EngineConfig(batch={"max_tokens": 3}), "batch is a group of settings"),
+        (lambda: EngineConfig(device="cp\0u"), "device .* must be text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 def test_missing_file(tmp_path):

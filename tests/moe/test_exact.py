@@ -9,7 +9,7 @@ from tests.moe.moe_cases import FP32_BOUND, PROMPTS, Case, Said, config, engine_
 
 SERVED_WHOLE = {"nllb_moe"}
 IN_SLOTS = [f for f in FAMILIES if f not in SERVED_WHOLE]
-BUDGETS = {"all": "1.0", "half": "0.5", "k": "3", "one": "1"}
+BUDGETS = {"all": "1.0", "half": "0.5", "k": "3", "one": "1 expert"}
 ONE_AT_A_TIME = {
     "minimax": "recurrent state",
     "jamba": "attention interface",
@@ -64,7 +64,7 @@ def most_used(llm):
 
 
 def test_one_slot_packed(case):
-    with LLM(case.folder("packed"), config("1", max_tokens=7)) as llm:
+    with LLM(case.folder("packed"), config("1 expert", max_tokens=7)) as llm:
         assert llm.engine.blueprint.checkpoint.packed is not None
         assert llm.engine.experts.cache.num_slots == 1
         assert_exact(case, engine_says(llm, PROMPTS))
@@ -84,7 +84,7 @@ def test_full_product(case, slots, form):
 @pytest.mark.parametrize("family", sorted(SERVED_WHOLE))
 def test_family_whose_experts_cannot_be_reached_is_served_whole_and_says_so(family, tmp_path):
     case = Case(family, tmp_path)
-    with LLM(case.original, config("1")) as llm:
+    with LLM(case.original, config("1 expert")) as llm:
         assert llm.engine.experts is None
         assert any("cannot be served from slots" in note and "6 experts" in note for note in llm.engine.notes)
         assert any("one at a time" in note and "encoder-decoder" in note for note in llm.engine.notes)

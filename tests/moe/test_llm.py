@@ -130,7 +130,7 @@ def test_a_stream_that_is_left_and_others_meanwhile(llm):
 def test_context_ends_an_answer(tmp_path):
     case = Case("qwen3_moe", tmp_path)
     (prompt,) = random_prompts((28,))
-    with LLM(case.original, config("1", max_context=32)) as llm:
+    with LLM(case.original, config("1 expert", max_context=32)) as llm:
         said = llm.generate(prompt, SamplingParams(max_tokens=50, ignore_eos=True))[0].outputs[0]
         assert (len(said.token_ids), said.finish_reason) == (4, "length")
         assert said.token_ids == reference_says(case.reference(), [prompt], 4).tokens[0]
@@ -161,7 +161,7 @@ def test_bad_prompts(llm, prompt, message):
 def test_chat(llm, tmp_path):
     with pytest.raises(ValueError, match="has no chat template; use generate"):
         llm.chat([{"role": "user", "content": "Hello"}])
-    with LLM(Case("mixtral", tmp_path).original, config("1")) as bare:
+    with LLM(Case("mixtral", tmp_path).original, config("1 expert")) as bare:
         for call in (lambda: bare.generate("text"), lambda: bare.chat([{"role": "user", "content": "Hello"}])):
             with pytest.raises(ValueError, match=r"has no tokenizer; give token ids|has no chat template"):
                 call()

@@ -41,7 +41,7 @@ def total(llm: LLM, name: str) -> int:
 
 
 @pytest.mark.parametrize("prefetch", ["transition", "router"])
-@pytest.mark.parametrize("budget", ["0.25", "3", "1", "0.75"])
+@pytest.mark.parametrize("budget", ["0.25", "3", "1 expert", "0.75"])
 @pytest.mark.parametrize("limit", [0, 1 << 18])
 def test_tokens_do_not_change(mixtral, prefetch, budget, limit, monkeypatch):
     monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", limit)

@@ -68,7 +68,7 @@ def test_two_ranks():
 def test_equals_its_twin(name, tmp_path):
     folder = FIXTURES / name / "q"
     said = json.loads((FIXTURES / name / "tokens.json").read_text())
-    for budget in ("1.0", "0.25", "1"):
+    for budget in ("1.0", "0.25", "1 expert"):
         assert_as_twin(folder, said, budget)
     blueprint = read_blueprint(folder)
     pack(blueprint.checkpoint, blueprint.index, tmp_path / "packed")

@@ -26,7 +26,7 @@ from moe.params import SamplingParams
 
 folder, budget, store, direct = sys.argv[1:5]
 # Whatever a first load imports is not the model's: load a tiny one first.
-with LLM(sys.argv[5], EngineConfig(dtype="float32", offload=OffloadConfig(budget="1"))) as llm:
+with LLM(sys.argv[5], EngineConfig(dtype="float32", offload=OffloadConfig(budget="1 expert"))) as llm:
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True))
 start = peak_rss_bytes()
 offload = OffloadConfig(budget=budget, store=store, direct={"direct": True, "buffered": False}[direct])

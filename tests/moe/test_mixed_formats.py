@@ -133,7 +133,7 @@ def test_equals_its_twin(family, choose, tmp_path):
     tokens, logits, _ = says(twin, "1.0", "reference")
     for folder, budget, kernel in (
         (stored, "1.0", "reference"),
-        (stored, "1", "auto"),
+        (stored, "1 expert", "auto"),
         (tmp_path / "packed", "0.25", "auto"),
     ):
         again, close, notes = says(folder, budget, kernel)

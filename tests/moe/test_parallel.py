@@ -93,7 +93,7 @@ def deepseek_v3(tmp_path_factory) -> Path:
 
 
 def test_two_ranks_say_what_one_says(deepseek_v3, tmp_path):
-    check_all(deepseek_v3, tmp_path, 2, (2, 8), ["all_to_all"], ["1.0", "1"])
+    check_all(deepseek_v3, tmp_path, 2, (2, 8), ["all_to_all"], ["1.0", "1 expert"])
 
 
 @pytest.mark.heavy

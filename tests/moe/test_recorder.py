@@ -64,7 +64,7 @@ def expected(case):
 
 SERVED = {
     "in one batch": config("1.0", max_tokens=512, max_sequences=8),
-    "in chunks, one slot": config("1", max_tokens=7, max_sequences=3, block_size=4),
+    "in chunks, one slot": config("1 expert", max_tokens=7, max_sequences=3, block_size=4),
     "preempted": config("0.5", max_tokens=24, max_sequences=5, kv_tokens=80, block_size=8),
     "not packed": config("0.5", packed=False),
 }

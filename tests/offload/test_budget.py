@@ -18,7 +18,10 @@ MIB = 1 << 20
         ("100b", ("bytes", 100)),
         ("64", ("experts", 64)),
         (64, ("experts", 64)),
-        (1, ("experts", 1)),
+        ("1 expert", ("experts", 1)),
+        ("64 experts", ("experts", 64)),
+        ("1.0", ("fraction", 1.0)),
+        ("100%", ("fraction", 1.0)),
         ("0.25", ("fraction", 0.25)),
         (0.25, ("fraction", 0.25)),
         (1.0, ("fraction", 1.0)),
@@ -30,9 +33,19 @@ def test_parse(text, expected):
     assert parse_budget(text) == Budget(*expected)
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1", "1.5", "6 GiBs", "nan", "inf", "-0.5", "120%", "GiB", "0x10", True])
+@pytest.mark.parametrize(
+    "text", ["", "much", "-1", "1.5", "6 GiBs", "nan", "inf", "-0.5", "64.0", "120%", "GiB", "0x10", True]
+)
 def test_refused(text):
     with pytest.raises(ValueError, match=r"offload\.budget .* is not understood; give bytes \(6GiB\)"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize("text", ["1", " 1 ", "01", 1])
+def test_a_bare_one_is_neither(text):
+    with pytest.raises(
+        ValueError, match=r"one expert or all of them: .* give 1\.0 or 100% for all, '1 expert' for one"
+    ):
         parse_budget(text)
 
 
@@ -44,7 +57,9 @@ def test_resolve():
     assert resolve_slots("640", **sizes) == 100
     assert resolve_slots("0.29", **sizes) == 29  # 0.29 * 100 is 28.999…
     assert resolve_slots("0.001", **sizes) == 1
-    assert resolve_slots("10GiB", **sizes) == 100
+    assert resolve_slots("10GiB", **sizes) == resolve_slots("9" * 400 + "TiB", **sizes) == 100
+    assert resolve_slots("9" * 400, **sizes) == 100
+    assert resolve_slots("1 expert", **sizes) == 1
     assert resolve_slots(None, available_bytes=37 * MIB, **sizes) == 3
     assert resolve_slots(None, available_bytes=1 << 50, **sizes) == 100
 

@@ -68,7 +68,7 @@ def test_a_file_is_packed_and_says_what_its_twin_says(tmp_path, capsys):
     assert "--config must name a folder" in capsys.readouterr().err
     assert main(["pack", str(file), str(packed), "--config", str(FIXTURE / "fp32")]) == 0
     said = json.loads((FIXTURE / "tokens.json").read_text())
-    for budget in ("1.0", "0.25", "1"):
+    for budget in ("1.0", "0.25", "1 expert"):
         config = EngineConfig(dtype="float32", offload=OffloadConfig(budget=budget), batch=BatchConfig(kv_tokens=512))
         with LLM(packed, config) as llm:
             assert {str(x.gate_up_format.code) for x in llm.engine.blueprint.index.layouts} == {"int4"}
