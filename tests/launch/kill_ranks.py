@@ -1,9 +1,11 @@
 """Kills a random rank of a torchrun batch at a random moment, runs the same command again, and looks at everything.
 
-    python -m tests.launch.kill_ranks --runs 200 --out bench/results/kills.md
+    python -m tests.launch.kill_ranks --runs 200 --log kills.jsonl --out bench/results/kills.md
 
 Right means: the job ends by itself within the time limit, no traceback passes through this project's files, the output
-holds whole lines and none twice, and the second run completes it with the answers of an undisturbed run.
+holds whole lines and none twice, and the second run completes it with the answers of an undisturbed run. A third of the
+kills come while a job starts, the others after a random number of finished lines. Seeds that the log has are not run
+again, and several processes may share one.
 """
 
 import argparse
@@ -29,12 +31,19 @@ class Case(NamedTuple):
     ranks: int
     dispatcher: str
     budget: str
-    moment: float  # as a share of an undisturbed run
+    after_lines: int | None  # None: no line need be finished
+    wait: float  # then, seconds; without lines, a share of an undisturbed run
+
+    @property
+    def moment(self) -> str:
+        return (
+            f"{self.wait:.0%} of a run" if self.after_lines is None else f"{self.after_lines} lines + {self.wait:.2f} s"
+        )
 
 
 class Seen(NamedTuple):
     case: Case
-    victim: int
+    victim: int  # -1: it had not started yet, or ended already
     lines_before: int
     seconds_to_end: float  # from the kill to the end of the job
     sentence: str  # the last that this project said about the loss
@@ -45,13 +54,17 @@ def case_of(seed: int) -> Case:
     draw = random.Random(seed)
     dispatcher = draw.choice(("all_to_all", "hierarchical", "coherent"))
     ranks = 4 if dispatcher == "hierarchical" else draw.choice((2, 3, 4))
-    return Case(seed, ranks, dispatcher, draw.choice(("0.25", "0.5", "1.0")), draw.random())
+    budget = draw.choice(("0.25", "0.5", "1.0"))
+    if draw.random() < 1 / 3:
+        return Case(seed, ranks, dispatcher, budget, None, draw.random())
+    return Case(seed, ranks, dispatcher, budget, draw.randrange(NUM_LINES), 0.05 * draw.random())
 
 
 def write_requests(path: Path) -> None:
     with path.open("w") as file:
         for i in range(NUM_LINES):
-            body = {"prompt": "Once upon a time " + "there was " * (i % 5), "max_tokens": 16 + i % 9, "temperature": 0}
+            body = {"prompt": "Once upon a time " + "there was " * (i % 5), "max_tokens": 4 + 4 * i}
+            body |= {"temperature": 0, "ignore_eos": True}
             line = {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
 
@@ -102,15 +115,29 @@ def run_whole(case: Case, folder: Path, name: str) -> tuple[str, float]:
     return said, time.monotonic() - begin
 
 
+def wait_for_moment(case: Case, job: subprocess.Popen[str], output: Path, undisturbed_s: float) -> None:
+    if case.after_lines is None:
+        time.sleep(case.wait * undisturbed_s)
+        return
+    end = time.monotonic() + TIME_LIMIT_S
+    while job.poll() is None and time.monotonic() < end:
+        if output.exists() and output.read_bytes().count(b"\n") >= case.after_lines:
+            break
+        time.sleep(0.005)
+    time.sleep(case.wait)
+
+
 def one_kill(case: Case, folder: Path, right: dict[str, str], undisturbed_s: float) -> Seen:
     output = folder / "out.jsonl"
     output.unlink(missing_ok=True)
     job = start(case, folder / "in.jsonl", output)
-    time.sleep(case.moment * undisturbed_s)
-    ranks = ranks_of(job)
+    wait_for_moment(case, job, output, undisturbed_s)
+    ranks = ranks_of(job) if job.poll() is None else []
     victim = random.Random(case.seed + 1).randrange(case.ranks)
     if victim < len(ranks) and ranks[victim].is_running():
         ranks[victim].kill()
+    else:
+        victim = -1
     killed = time.monotonic()
     faults: list[str] = []
     try:
@@ -145,35 +172,68 @@ def table(seen: list[Seen]) -> str:
     rows.append("|---|---|---|---|---|---|---|---|---|")
     for s in seen:
         c = s.case
+        victim = f"rank {s.victim}" if s.victim >= 0 else "none was there"
         faults = "; ".join(s.faults) or "none"
         rows.append(
-            f"| {c.seed} | {c.ranks} | {c.dispatcher} | {c.budget} | {c.moment:.2f} | {s.victim} | {s.lines_before} "
+            f"| {c.seed} | {c.ranks} | {c.dispatcher} | {c.budget} | {c.moment} | {victim} | {s.lines_before} "
             f"| {s.seconds_to_end:.1f} | {faults} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def summary(seen: list[Seen]) -> str:
+    bad = sum(bool(s.faults) for s in seen)
+    hit = [s for s in seen if s.victim >= 0]
+    inside = sum(0 < s.lines_before < NUM_LINES for s in hit)
+    ends = sorted(s.seconds_to_end for s in hit)
+    return (
+        f"{len(seen)} runs, {bad} with a fault. In {len(hit)} a rank was killed, in {inside} of them between the first "
+        f"and the last of {NUM_LINES} lines; the job then ended by itself after {ends[len(ends) // 2]:.1f} s (median), "
+        f"at most {ends[-1]:.1f} s."
+    )
+
+
+def read_log(log: Path) -> list[Seen]:
+    """The newest of each seed, in order."""
+    found = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        case, victim, lines, seconds, sentence, faults = json.loads(line)
+        found[case[0]] = Seen(Case(*case), victim, lines, seconds, sentence, tuple(faults))
+    return [found[seed] for seed in sorted(found)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--log", type=Path, required=True, help="JSON lines, one a run")
+    parser.add_argument("--out", type=Path, help="table of all that the log has")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_requests(folder / "in.jsonl")
-        whole = Case(-1, 2, "all_to_all", "1.0", 1.0)
-        _, undisturbed_s = run_whole(whole, folder, "whole.jsonl")
-        right, faults = answers(folder / "whole.jsonl")
-        assert len(right) == NUM_LINES, faults
-        seen = []
+        right: dict[str, str] = {}
+        undisturbed_s: dict[int, float] = {}
         for seed in range(args.first_seed, args.first_seed + args.runs):
-            seen.append(one_kill(case_of(seed), folder, right, undisturbed_s))
-            print(seen[-1], flush=True)
-            if args.out:
-                head = "# A random rank killed at a random moment\n\nCommand: `python -m tests.launch.kill_ranks`\n\n"
-                bad = sum(bool(s.faults) for s in seen)
-                args.out.write_text(f"{head}{len(seen)} runs, {bad} with a fault.\n\n{table(seen)}")
+            if any(s.case.seed == seed for s in read_log(args.log)):
+                continue
+            case = case_of(seed)
+            if case.ranks not in undisturbed_s:
+                (folder / "whole.jsonl").unlink(missing_ok=True)
+                whole = Case(-1, case.ranks, "all_to_all", "1.0", None, 1.0)
+                _, undisturbed_s[case.ranks] = run_whole(whole, folder, "whole.jsonl")
+                found, faults = answers(folder / "whole.jsonl")
+                assert len(found) == NUM_LINES, faults
+                assert found == (right or found)
+                right = found
+            seen = one_kill(case, folder, right, undisturbed_s[case.ranks])
+            print(seen, flush=True)
+            with args.log.open("a") as file:
+                file.write(json.dumps(seen) + "\n")
+    if args.out:
+        seen_all = read_log(args.log)
+        head = "# A random rank killed at a random moment\n\nCommand: `python -m tests.launch.kill_ranks`\n\n"
+        args.out.write_text(f"{head}{summary(seen_all)}\n\n{table(seen_all)}")
 
 
 if __name__ == "__main__":

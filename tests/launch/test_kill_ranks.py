@@ -8,7 +8,7 @@ from tests.launch import kill_ranks
 @pytest.mark.heavy
 def test_a_killed_rank_costs_no_finished_line(tmp_path):
     kill_ranks.write_requests(tmp_path / "in.jsonl")
-    _, seconds = kill_ranks.run_whole(kill_ranks.Case(-1, 2, "all_to_all", "1.0", 1.0), tmp_path, "whole.jsonl")
+    _, seconds = kill_ranks.run_whole(kill_ranks.Case(-1, 2, "all_to_all", "1.0", None, 1.0), tmp_path, "whole.jsonl")
     right, faults = kill_ranks.answers(tmp_path / "whole.jsonl")
     assert len(right) == kill_ranks.NUM_LINES
     assert faults == []
