@@ -105,7 +105,7 @@ class _Run:
         self.llm, self.names, self.results, self.todo = llm, names, results, todo
         self.queueing: deque[_Entry] = deque()  # entries with samples that are not queued yet
         self.entry_of: dict[int, _Entry] = {}  # by id of a sample on its way
-        self.window = 4 * llm.engine.config.batch.max_sequences  # prompts are encoded as they are needed
+        self.window = 4 * llm.engine.config.batch.num_running  # prompts are encoded as they are needed
 
     @property
     def has_work(self) -> bool:

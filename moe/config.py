@@ -73,13 +73,28 @@ class BatchConfig:
     _group: ClassVar[str] = "batch."
     max_tokens: int = 512  # of one step; longer prompts are prefilled in chunks of what is left
     max_sequences: int = 16
+    pool: int | None = None  # sequences that run at once; in a step max_sequences decode, those that share experts
     block_size: int = 16  # tokens of one KV block
     kv_tokens: int | None = None  # capacity of the KV cache; None: max_sequences contexts, in 1/4 of free memory
     prefix_sharing: bool = True
     packed: bool = True  # false runs one sequence at a time even where the architecture allows packing
 
+    @property
+    def num_running(self) -> int:
+        """Sequences that have KV at once."""
+        return self.pool or self.max_sequences
+
+    def for_ranks(self, count: int) -> "BatchConfig":
+        """What was meant for one rank, for whoever has the requests of `count`, none of them by turns."""
+        tokens, sequences = self.max_tokens * count, self.num_running * count
+        return dataclasses.replace(self, max_tokens=max(tokens, sequences), max_sequences=sequences, pool=None)
+
     def __post_init__(self) -> None:
         _parse_fields(self)
+        _require(
+            self.pool is None or self.pool > self.max_sequences,
+            f"batch.pool ({self.pool}) must be > batch.max_sequences ({self.max_sequences}), or there is no choice",
+        )
         for name in ("max_tokens", "max_sequences", "block_size"):
             _require(getattr(self, name) >= 1, f"batch.{name} ({getattr(self, name)}) must be >= 1")
         _require(

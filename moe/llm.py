@@ -269,7 +269,7 @@ class LLM:
             for answer in answers:
                 self.engine.check_request(answer.tokens, answer.params)
             todo = deque((answer, index) for answer in answers for index in range(answer.params.n))
-            window = 4 * self.engine.config.batch.max_sequences
+            window = 4 * self.engine.config.batch.num_running
             try:
                 self.engine.start()
                 while todo or self.engine.has_work:

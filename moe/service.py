@@ -75,7 +75,7 @@ class Service:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._queueing: deque[Ticket] = deque()
         self._of: dict[int, tuple[Ticket, int]] = {}  # by id of a sample: its ticket and number
-        self._window = 4 * llm.engine.config.batch.max_sequences
+        self._window = 4 * llm.engine.config.batch.num_running
         self._counting = threading.Lock()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="moe-service", daemon=True)

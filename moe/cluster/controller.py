@@ -67,8 +67,7 @@ class ClusterEngine:
         if num_hosts < 1:
             raise ValueError(f"hosts ({num_hosts}) must be >= 1")
         # What callers keep in flight: as much as all hosts together take.
-        width = config.batch.max_sequences * num_hosts
-        self.config = replace(config, batch=replace(config.batch, max_sequences=width))
+        self.config = replace(config, batch=config.batch.for_ranks(num_hosts))
         self._host_config, self.policy, self.target = config, policy or FailurePolicy(), num_hosts
         self.blueprint: Blueprint = read_blueprint(folder)
         self.state, self.generation = State.STARTING, 0
@@ -200,7 +199,7 @@ class ClusterEngine:
 
     def _deal(self) -> None:
         if self.state is State.SERVING:
-            dealt = self._ledger.deal([host.number for host in self._alive], 4 * self._host_config.batch.max_sequences)
+            dealt = self._ledger.deal([host.number for host in self._alive], 4 * self._host_config.batch.num_running)
             for host in self._alive:
                 if host.number in dealt:
                     host.actor.submit.remote(dealt[host.number])

@@ -20,6 +20,7 @@ from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.foresight import Foresight
 from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, planned_runner, run_a_token
 from moe.engine.scheduler import Scheduler
+from moe.engine.turns import Turns
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.models.attention import ATTENTION_NAME
@@ -141,7 +142,10 @@ def load(read: Read, share: Share | None = None) -> Loaded:
     dense = load_model(read, tries_experts=share is not None)
     memory = make_memory(read, dense)
     to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
-    return Loaded(read, dense, memory, make_experts(read, dense, to_come, share))
+    experts = make_experts(read, dense, to_come, share)
+    if memory.scheduler.turns is not None and experts.slots is not None:
+        memory.scheduler.turns.watch(experts.slots)
+    return Loaded(read, dense, memory, experts)
 
 
 def read_model(folder: str | Path, config: EngineConfig) -> Read:
@@ -186,16 +190,25 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
 
 
 def make_memory(read: Read, dense: Dense) -> Memory:
-    batch = read.config.batch
+    batch, turns = read.config.batch, _turns(read.blueprint, read.config.batch)
     if not dense.is_packed:
-        unlimited = BlockPool(batch.max_sequences, dense.max_context, sharing=False)
-        return Memory(Scheduler(batch, unlimited, can_chunk=False), SequentialRunner(dense.model), 0)
+        unlimited = BlockPool(batch.num_running, dense.max_context, sharing=False)
+        return Memory(Scheduler(batch, unlimited, can_chunk=False, turns=turns), SequentialRunner(dense.model), 0)
     pool = BlockPool(num_blocks(batch, dense), batch.block_size, batch.prefix_sharing)
     kv = make_paged_kv(dense.model, pool)
     runner: Runner = PackedRunner(dense.model, kv)
     if kv.device.type == "cpu" and read.config.kernel != "reference":
         runner = planned_runner(dense.model, kv, dense.tried.kv, dense.max_context)
-    return Memory(Scheduler(batch, pool), runner, pool.num_blocks * pool.block_size * dense.tried.kv_bytes)
+    return Memory(Scheduler(batch, pool, turns=turns), runner, pool.num_blocks * pool.block_size * dense.tried.kv_bytes)
+
+
+def _turns(blueprint: Blueprint, batch: BatchConfig) -> Turns | None:
+    if batch.pool is None:
+        return None
+    if blueprint.config.is_encoder_decoder or not blueprint.experts:
+        reason = "it is an encoder-decoder" if blueprint.experts else "it has no experts in slots"
+        raise ValueError(f"batch.pool cannot serve {blueprint.folder}: {reason}; leave it out")
+    return Turns([site.num_experts for site in blueprint.index.sites], batch.pool)
 
 
 def num_blocks(batch: BatchConfig, dense: Dense) -> int:
@@ -203,7 +216,7 @@ def num_blocks(batch: BatchConfig, dense: Dense) -> int:
     tokens = batch.kv_tokens
     if tokens is None:
         affordable = free_memory(dense.model.device) // 4 // max(1, dense.tried.kv_bytes)
-        tokens = min(batch.max_sequences * dense.max_context, affordable)
+        tokens = min(batch.num_running * dense.max_context, affordable)
     return max(1, -(-tokens // batch.block_size))
 
 

@@ -293,6 +293,8 @@ class Engine:
 
     def _observe(self, chunks: Seq[Chunk], logits: Tensor) -> None:
         """Before anything of the step is accepted."""
+        if self.scheduler.turns is not None:
+            self.scheduler.turns.observe(chunks)
         if self.recorder is not None and chunks:
             self.recorder.add(chunks)
         if self.last_logits is not None:

@@ -5,14 +5,14 @@ control, gathers, launch. What stays are the model, the slots and, where tokens 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from moe.comm.control import Control
 from moe.comm.groups import Groups
-from moe.config import BatchConfig, ParallelConfig
+from moe.config import ParallelConfig
 from moe.engine.assemble import Loaded, Share, experts_of_rank, num_blocks
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
@@ -131,6 +131,8 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
     reason = why_not_coherent(dense.model.config, dense.max_context, is_packed=dense.is_packed)
     if config.offload.prefetch != "off":
         reason = f"offload.prefetch={config.offload.prefetch} is set, which follows tokens that stay on their rank"
+    if config.batch.pool is not None:
+        reason = f"batch.pool={config.batch.pool} is set, which follows the routing of a rank's own requests"
     if config.routing.pregate != "off":
         reason = (
             f"routing.pregate={config.routing.pregate} is set, which needs what the layer before saw of every token"
@@ -153,13 +155,8 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
         told = f"parallel.dispatcher=auto is {'coherent' if is_coherent else 'all_to_all'}: {reason}"
     if not is_coherent:
         return Decisions(), told
-    batch = _for_all_ranks(config.batch, parallel.groups.world_size)
+    batch = config.batch.for_ranks(parallel.groups.world_size)
     return Decisions(True, control.smallest(num_blocks(batch, dense))), told
-
-
-def _for_all_ranks(batch: BatchConfig, num_ranks: int) -> BatchConfig:
-    """What was meant for one rank, for a scheduler that has the requests of all."""
-    return replace(batch, max_tokens=batch.max_tokens * num_ranks, max_sequences=batch.max_sequences * num_ranks)
 
 
 def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, decisions: Decisions) -> StepMode:
@@ -182,7 +179,7 @@ def _coherent_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, d
     slots, dense = loaded.experts.slots, loaded.dense
     assert slots is not None
     assert decisions.num_blocks is not None, decisions
-    batch = _for_all_ranks(loaded.read.config.batch, parallel.groups.world_size)
+    batch = loaded.read.config.batch.for_ranks(parallel.groups.world_size)
     pool = BlockPool(decisions.num_blocks, batch.block_size, batch.prefix_sharing)
     kv = make_paged_kv(dense.model, pool)
     kv.prepare(dense.tried.kv)

@@ -4,6 +4,7 @@ from collections import deque
 
 from moe.config import BatchConfig
 from moe.engine.requests import Chunk, Request
+from moe.engine.turns import Turns
 from moe.models.kv import BlockPool
 from moe.outputs import FinishReason
 
@@ -12,11 +13,13 @@ class Scheduler:
     """Running sequences first, oldest first; then as many waiting ones as tokens, places and blocks allow.
 
     Out of blocks, the youngest running request is put back to wait and is computed again later.
-    `can_chunk`: whether a prompt may be computed in parts.
+    `can_chunk`: whether a prompt may be computed in parts. turns: who chooses where more run than decode in a step.
     """
 
-    def __init__(self, config: BatchConfig, pool: BlockPool, can_chunk: bool = True) -> None:
-        self.config, self.pool, self.can_chunk = config, pool, can_chunk
+    def __init__(
+        self, config: BatchConfig, pool: BlockPool, can_chunk: bool = True, turns: Turns | None = None
+    ) -> None:
+        self.config, self.pool, self.can_chunk, self.turns = config, pool, can_chunk, turns
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -31,11 +34,11 @@ class Scheduler:
         """The chunks of one step; empty only if there is no work."""
         chunks: list[Chunk] = []
         left = self.config.max_tokens
-        for request in list(self.running):
+        for request in self._whose_turn():
             if left and request in self.running and (chunk := self._continue(request, left)):
                 chunks.append(chunk)
                 left -= chunk.end - chunk.start
-        while left and self.waiting and len(self.running) < self.config.max_sequences:
+        while left and self.waiting and len(self.running) < self._num_places:
             if not (chunk := self._admit(self.waiting[0], left, alone=not chunks)):
                 break
             self.running.append(self.waiting.popleft())
@@ -62,6 +65,19 @@ class Scheduler:
         """Another scheduler goes on with the requests."""
         for request in [*self.running, *self.waiting]:
             self._take_out(request)
+
+    @property
+    def _num_places(self) -> int:
+        return self.config.max_sequences if self.turns is None else self.turns.places
+
+    def _whose_turn(self) -> list[Request]:
+        """Running requests that this step goes on with, oldest first: all, or prompts and those whose turn it is."""
+        if self.turns is None:
+            return list(self.running)
+        decoding = [r for r in self.running if r.num_computed == len(r.tokens) - 1]
+        chosen = set(map(id, self.turns.choose(decoding, self.config.max_sequences)))
+        passed_over = {id(r) for r in decoding} - chosen
+        return [r for r in self.running if id(r) not in passed_over]
 
     def _take_out(self, request: Request) -> None:
         if request in self.running:
@@ -113,3 +129,5 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         self.pool.release(request.blocks)
         request.blocks, request.num_computed, request.state = [], 0, None
+        if self.turns is not None:
+            self.turns.forget(request)
