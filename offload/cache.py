@@ -3,6 +3,7 @@
     compute thread      acquire(layer, experts) ─ hits ─▶ Wave ─▶ (GEMM) ─▶ next wave ─▶ …
     reader threads                        └ misses ─▶ read_into(slot) ─▶ arrived ─┘
                         prefetch(layer + 1, experts) ─▶ the same, when no miss waits
+                        pin(experts) ─▶ all of them are there and stay: looked up on the device, nothing is acquired
 
 One thread acquires and prefetches; readers touch only the bytes of the slot that they were given, never the maps.
 """
@@ -10,7 +11,7 @@ One thread acquires and prefetches; readers touch only the bytes of the slot tha
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe.offload.device_slots import DeviceSlots
 from moe.offload.layout import ALIGNMENT
 from moe.offload.policy import Lfu, Lru, Policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
@@ -107,7 +109,9 @@ class ExpertCache:
         self.map = SlotMap(self.num_experts, num_slots, room)
         self._acquiring: int | None = None  # the layer of the open acquire with misses
         self._views = [layout.views(self.slab) for layout in store.layouts]
-        self.stats = [LayerStats() for _ in self.num_experts]
+        self._stats = [LayerStats() for _ in self.num_experts]
+        self.pinned: DeviceSlots | None = None
+        self._pins: Ids = np.empty(0, np.int32)
         self._staging = threading.local()
         self._reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
         self._readers = Readers(num_readers, self._read)
@@ -134,11 +138,11 @@ class ExpertCache:
             raise ValueError(f"layer {layer}: experts {ids} must be distinct")
         wanted = np.array(ids, dtype=np.int32)
         slots = self.map.of_layer[layer].take(wanted)
-        self.stats[layer].useful_bytes += self.ahead.used(layer, wanted)
+        self._stats[layer].useful_bytes += self.ahead.used(layer, wanted)
         if self.can_evict:
             self.policy.used(layer, self.map.first_key[layer] + wanted)
         if min(slots.tolist()) >= 0:
-            stats = self.stats[layer]
+            stats = self._stats[layer]
             stats.hits += len(ids)
             stats.waves += 1
             self.map.hold(slots)
@@ -180,11 +184,33 @@ class ExpertCache:
         return self._views[layer]
 
     def resident_slots(self, layer: int) -> Tensor:
-        """int32 [E]: the slot of each expert of `layer`, -1 where it is not resident. A live view: do not write.
-
-        Once `is_all_resident`, it never changes again and may be used without `acquire`.
-        """
+        """int32 [E]: the slot of each expert of `layer`, -1 where it is not resident. A live view: do not write."""
         return torch.from_numpy(self.map.of_layer[layer])
+
+    def pin(self, experts: Sequence[Sequence[int]] | None = None) -> DeviceSlots | None:
+        """Keeps these experts where they are until `unpin`, looked up on the device; None if one is not there.
+
+        experts: which, by layer; None: all of them. What is returned counts their uses, which are part of `stats`.
+        Nothing may be pinned already.
+        """
+        assert self.pinned is None, "experts are pinned already"
+        chosen = [np.arange(n) if experts is None else np.asarray(experts[i]) for i, n in enumerate(self.num_experts)]
+        slots = [slot_of[which] for slot_of, which in zip(self.map.of_layer, chosen)]
+        if any((own < 0).any() for own in slots):
+            return None
+        tables = [np.full(n, -1, np.int32) for n in self.num_experts]
+        for table, which, own in zip(tables, chosen, slots):
+            table[which] = own
+        self._pins = np.concatenate(slots)
+        self.map.hold(self._pins)
+        self.pinned = DeviceSlots(tables, self.device)
+        return self.pinned
+
+    def unpin(self) -> None:
+        """The experts that were pinned, if any, may be evicted again. A host sync for their counts."""
+        if self.pinned is not None:
+            self._stats, self.pinned = self.stats, None
+            self.map.release(self._pins)
 
     @property
     def num_slots(self) -> int:
@@ -203,22 +229,19 @@ class ExpertCache:
         self.map.raise_limit(num_slots)
 
     @property
-    def is_all_resident(self) -> bool:
-        return not self.can_evict and self.map.is_full
-
-    def count_hits(self, layer: int, count: int) -> None:
-        """For callers that use `resident_slots` instead of `acquire`: one use of `count` experts of `layer`."""
-        stats = self.stats[layer]
-        stats.hits += count
-        stats.waves += 1
+    def stats(self) -> list[LayerStats]:
+        """By layer, as of now: read again for later figures. While experts are pinned a host sync."""
+        if self.pinned is None:
+            return self._stats
+        each = zip(self._stats, self.pinned.counts())
+        return [replace(s, hits=s.hits + of.experts, waves=s.waves + of.visits) for s, of in each]
 
     def preload(self, experts: Sequence[Sequence[int]] | None = None) -> None:
         """Reads experts into the free slots, layer by layer, until none is free; counts no hits and no misses.
 
         experts: which, by layer; None: all of them.
         """
-        kept = self.stats
-        self.stats = [LayerStats() for _ in kept]
+        kept, self._stats = self._stats, [LayerStats() for _ in self._stats]
         try:
             for layer, slot_of in enumerate(self.map.of_layer):
                 wanted = np.arange(len(slot_of)) if experts is None else np.asarray(experts[layer], np.int64)
@@ -227,10 +250,12 @@ class ExpertCache:
                     for _ in self._acquire_missing(layer, missing, slot_of[missing]):
                         pass
         finally:
-            self.stats = kept
+            self._stats = kept
 
     def reset_stats(self) -> None:
-        self.stats = [LayerStats() for _ in self.num_experts]
+        self._stats = [LayerStats() for _ in self.num_experts]
+        if self.pinned is not None:
+            self.pinned.reset()
 
     def close(self) -> None:
         """Stops the readers. The slab and its views stay valid; the store is not closed."""
@@ -242,7 +267,7 @@ class ExpertCache:
         self.ahead.check()
 
     def _acquire_missing(self, layer: int, wanted: Ids, slots: Ids) -> Iterator[Wave]:
-        stats = self.stats[layer]
+        stats = self._stats[layer]
         batch = Batch()
         ready = Wave(wanted[:0], slots[:0])
         try:
@@ -295,7 +320,7 @@ class ExpertCache:
             if self._reads_inline:
                 start = time.perf_counter()
                 batch.done.put(self._read(job))
-                self.stats[layer].stall_seconds += time.perf_counter() - start
+                self._stats[layer].stall_seconds += time.perf_counter() - start
             else:
                 self._readers.put(job)
         self._num_waiting = len(missing)
@@ -319,7 +344,7 @@ class ExpertCache:
             evicted = keys[self.policy.victims(keys, count)]
             self.map.evict(evicted)
             for layer, nbytes in self.ahead.evicted(evicted):
-                self.stats[layer].wasted_bytes += nbytes
+                self._stats[layer].wasted_bytes += nbytes
 
     def _arrivals(self, layer: int, batch: Batch) -> Wave:
         """Takes all finished reads into the map, waits for one at least. Raises the first error."""
@@ -333,7 +358,7 @@ class ExpertCache:
             if arrival.error is not None:
                 raise OSError(f"expert {job.expert} of layer {layer}: {arrival.error}") from arrival.error
             entered.append(job)
-        self.stats[layer].stall_seconds += time.perf_counter() - start
+        self._stats[layer].stall_seconds += time.perf_counter() - start
         return Wave(np.array([j.expert for j in entered], np.int32), np.array([j.slot for j in entered], np.int32))
 
     def _enter(self, arrival: Arrival) -> None:
@@ -343,7 +368,7 @@ class ExpertCache:
             self.map.drop(job.slot)
             return
         self.map.fill(job.slot, self.map.key(job.layer, job.expert))
-        stats = self.stats[job.layer]
+        stats = self._stats[job.layer]
         stats.bytes_read += nbytes
         if job.is_late:
             stats.prefetch_bytes += nbytes

@@ -60,11 +60,13 @@ class Prefetcher:
 
     @property
     def is_asking(self) -> bool:
-        """Whether anything is read ahead in this forward."""
-        return not self.is_stopped and (self._trial is None or self._trial.is_on)
+        """Whether anything is read ahead in this forward: nothing where all that is asked for is in slots for good."""
+        if self.is_stopped or self.cache.pinned is not None:
+            return False
+        return self._trial is None or self._trial.is_on
 
     def begin_forward(self) -> None:
-        if self.is_stopped:
+        if self.is_stopped or self.cache.pinned is not None:
             return
         stats = self.cache.stats
         wasted = sum(s.wasted_bytes for s in stats)
@@ -76,7 +78,7 @@ class Prefetcher:
 
     def ask(self, layer: int, expected: Floats) -> None:
         """expected: how many tokens will want each expert of `layer` here, [E]. Returns at once."""
-        if not self.is_asking or self.cache.is_all_resident:
+        if not self.is_asking:
             return
         likely = np.flatnonzero(expected >= LEAST_EXPECTED)
         self.cache.prefetch(layer, likely[np.argsort(-expected[likely], kind="stable")])

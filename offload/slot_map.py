@@ -3,8 +3,8 @@
     FREE ─take─▶ LOADING ─fill─▶ RESIDENT ⇄ HELD          drop: LOADING ─▶ FREE, evict: RESIDENT ─▶ FREE
 
 An expert of a layer has a key, numbered through the model. The law that `check` asserts: every slot is in one state, a
-slot has a key if and only if it is RESIDENT or HELD, and both maps are inverse to each other. The device twin
-(`device_slots`) is a tensor per layer, for code that must not ask the host.
+slot has a key if and only if it is RESIDENT or HELD, and both maps are inverse to each other. Its twin on the device,
+for code that must not ask the host, is device_slots.py.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,13 @@ from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 Ids = npt.NDArray[np.int32]
 Keys = npt.NDArray[np.int64]
 
 
 class State(IntEnum):
-    """Of a slot. LOADING: a read may still write to it. HELD: a wave uses it, it may not be evicted."""
+    """Of a slot. LOADING: a read may still write to it. HELD: a wave uses it or it is pinned, it may not be evicted."""
 
     FREE = 0
     LOADING = 1
@@ -54,15 +52,11 @@ class SlotMap:
         self._holds = np.zeros(room, np.int16)  # waves that use a slot
         self._free = list(range(num_slots - 1, -1, -1))
         self._num_loading = 0
+        self.num_fills = 0  # so far: what is resident has changed if this has
 
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether every slot has an expert."""
-        return not self._free and not self._num_loading
 
     def key(self, layer: int, expert: int) -> int:
         return int(self.first_key[layer]) + expert
@@ -82,6 +76,7 @@ class SlotMap:
         assert self.slot_of[key] < 0, (slot, key)
         self._move(slot, State.LOADING, State.RESIDENT)
         self._num_loading -= 1
+        self.num_fills += 1
         self.slot_of[key], self.key_of[slot] = slot, key
 
     def drop(self, slot: int) -> None:
@@ -124,14 +119,6 @@ class SlotMap:
             )
         self._free = [*range(num_slots - 1, self.num_slots - 1, -1), *self._free]
         self.num_slots = num_slots
-
-    def device_slots(self, layer: int, device: torch.device) -> Tensor:
-        """int64 [E + 1] on the device: the slot of each expert, -1 where it is not resident; id -1 reads the last, -1.
-
-        A copy: it follows later changes only if every expert is there for good.
-        """
-        table = np.concatenate([self.of_layer[layer], [-1]]).astype(np.int64)
-        return torch.from_numpy(table).to(device)
 
     def check(self) -> None:
         """Asserts the law above; nothing is in a slot beyond the limit."""

@@ -23,6 +23,7 @@ from moe.engine.scheduler import Scheduler
 from moe.engine.turns import Turns
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
+from moe.layer.parallel import experts_of_rank
 from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.dense_cpu import compile_dense
@@ -260,11 +261,6 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     for layer, site in enumerate(blueprint.index.sites):
         model.get_submodule(site.module).compute = slots.layer(layer)
     return Experts(slots, tuple(weights))
-
-
-def experts_of_rank(plan: Plan, rank: int) -> list[list[int]]:
-    """The logical experts that a rank holds, by layer."""
-    return [[int(e) for e in layer[:, rank].nonzero()[0]] for layer in plan.hosted]
 
 
 def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeights]:

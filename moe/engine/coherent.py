@@ -16,7 +16,6 @@ What travels is the residual stream: norms and shared experts run where it arriv
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -235,7 +234,7 @@ class CoherentRunner:
             _, ids, weights, _ = self.experts.routing.through(x, Routing(site, ids, weights))
         else:
             weights, ids = torch.zeros(0, self._top_k, device=device), torch.zeros(0, self._top_k, device=device)
-        physical = torch.from_numpy(self.parallel.physical(site, ids.numpy(force=True).astype(np.int64))).to(device)
+        physical = self.parallel.physical(site, ids.long())
         who = torch.tensor(here, dtype=torch.int32, device=device)[:, None]
         sent = self.dispatcher.dispatch(
             h, physical, weights.float(), payload=who, layer=site, tokens_per_rank=tuple(counts)

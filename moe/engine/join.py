@@ -13,7 +13,7 @@ import torch.distributed as dist
 from moe.comm.control import Control
 from moe.comm.groups import Groups
 from moe.config import ParallelConfig
-from moe.engine.assemble import Loaded, Share, experts_of_rank, num_blocks
+from moe.engine.assemble import Loaded, Share, num_blocks
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
 from moe.engine.mirror import RequestMirror
@@ -103,9 +103,10 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
         decisions, reason = decide(loaded, parallel, control)
         notes += [] if reason is None else [reason]
     slots.use_ranks(parallel)
-    own = experts_of_rank(plan, groups.rank)
+    own = parallel.hosted
     if slots.cache.num_slots >= sum(map(len, own)):
         slots.cache.preload(own)
+        slots.settle()
     mode = (_coherent_mode if decisions.is_coherent else _ranks_mode)(loaded, parallel, control, decisions)
     notes += _offer_single_launch(loaded, parallel, control, decisions)
     return Place(mode, parallel, decisions, tuple(notes))

@@ -4,7 +4,9 @@ Attention is data-parallel: every rank has requests of its own. In each layer to
 experts, there to slots (which may be fewer than the rank's experts), and back. Every rank must take part in every
 layer of every forward: a rank with less work joins with T = 0.
 
-    logical ──choose_replicas──▶ physical ──dispatcher──▶ rank, local ──phy2log──▶ logical ──cache──▶ slot
+    logical ──log2phy──▶ physical ──dispatcher──▶ rank, local ──phy2log──▶ logical ──cache──▶ slot
+
+The plan's tables are tensors on the device, each read by one index. Only copies of an expert are chosen on the host.
 """
 
 from collections import deque
@@ -83,9 +85,16 @@ class ExpertParallel:
             )
         self.plan, self.launch = plan, None  # a launch needs all experts resident: true of the plan of the start alone
         mine = slice(self.groups.rank * plan.physical_per_rank, (self.groups.rank + 1) * plan.physical_per_rank)
-        none = np.full((plan.num_layers, 1), -1, np.int64)
-        self._logical_of = np.concatenate([plan.phy2log[:, mine], none], axis=1).astype(np.int64)  # id -1 reads -1
-        self._has_replicas = bool((plan.replicas > 1).any())
+        self.hosted = experts_of_rank(plan, self.groups.rank)  # the logical experts of this rank, by layer
+        self._logical_of = self._table(plan.phy2log[:, mine])
+        self._physical_of = self._table(plan.log2phy[:, :, 0])
+        self._has_replicas = [bool(n > 1) for n in plan.replicas.max(axis=1)]
+
+    def _table(self, of_layer: npt.NDArray[np.integer]) -> tuple[Tensor, ...]:
+        """int64 [N + 1] of each layer on the device, from [L, N]; id -1 reads the last, which is -1."""
+        none = np.full((len(of_layer), 1), -1, np.int64)
+        table = np.concatenate([of_layer, none], axis=1).astype(np.int64)
+        return torch.from_numpy(table).to(self.groups.device).unbind()
 
     def migrate(self, states: Iterable[Plan]) -> None:
         """Takes on one plan after another, one a step (`Migration.states`). All ranks must call it between the same
@@ -97,10 +106,6 @@ class ExpertParallel:
         self.tokens = tokens
         if self._coming:
             self.use(self._coming.popleft())
-
-    def hosted(self) -> list[list[int]]:
-        """The logical experts of this rank, by layer."""
-        return [[int(e) for e in row[:-1] if e >= 0] for row in self._logical_of]
 
     def share_elsewhere(self) -> float:
         """The share of experts that a rank does not hold, over all ranks and layers."""
@@ -117,37 +122,46 @@ class ExpertParallel:
         share[self.groups.rank] = here
         return share
 
-    def physical(self, layer: int, topk_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The physical expert that serves each pair: [T, K], -1 kept. Replicas by `choose_replicas`."""
+    def physical(self, layer: int, topk_ids: Tensor) -> Tensor:
+        """int64 [T, K]: the physical expert that serves each pair of int64 topk_ids, -1 kept.
+
+        By one index on the device; in a layer with copies of an expert by `choose_replicas`, a host sync.
+        """
+        if not self._has_replicas[layer]:
+            return self._physical_of[layer].take(topk_ids)
         plan = self.plan
-        if self._has_replicas:
-            chosen = choose_replicas(topk_ids, self.groups.rank, plan.log2phy[layer], plan.physical_per_rank)
-            return np.asarray(chosen, np.int64)
-        return np.where(topk_ids >= 0, plan.log2phy[layer][topk_ids, 0], -1).astype(np.int64)
+        ids = topk_ids.numpy(force=True)  # host sync
+        chosen = choose_replicas(ids, self.groups.rank, plan.log2phy[layer], plan.physical_per_rank)
+        return torch.from_numpy(np.asarray(chosen, np.int64)).to(topk_ids.device)
 
     def compute(
         self,
         layer: int,
         x: Tensor,
-        topk_ids: npt.NDArray[np.int64],
+        topk_ids: Tensor,
         topk_weights: Tensor,
-        run: Callable[[Tensor, npt.NDArray[np.int64]], Tensor],
+        run: Callable[[int, Tensor, Tensor], Tensor],
         rows_per_token: int = 1,
     ) -> Tensor:
-        """One layer's experts for this rank's rows. run(rows [R, H], logical ids [R, K]) -> y [R, K, H].
+        """One layer's experts for this rank's rows. run(layer, rows [R, H], logical ids [R, K]) -> y [R, K, H].
 
-        rows_per_token: rows that a token of the step has here, 1 unless each of its pairs is a row of its own.
+        topk_ids: int64 [T, K]. rows_per_token: rows that a token of the step has here, 1 unless each of its pairs is a
+        row of its own.
         """
-        physical = torch.from_numpy(self.physical(layer, topk_ids)).to(x.device)
+        physical = self.physical(layer, topk_ids)
         known = None if self.tokens is None else tuple(t * rows_per_token for t in self.tokens)
         if self.launch is not None and known is not None and self.launch.takes(layer, max(known)):
             return self.launch.run(layer, x, physical, topk_weights)
         sent = self.dispatcher.dispatch(
             x.contiguous(), physical, topk_weights.float(), layer=layer, tokens_per_rank=known
         )
-        return self.dispatcher.combine(run(sent.rows, self.logical_here(layer, sent.local_ids)), sent.handle)
+        return self.dispatcher.combine(run(layer, sent.rows, self.logical_here(layer, sent.local_ids)), sent.handle)
 
-    def logical_here(self, layer: int, local_ids: Tensor) -> npt.NDArray[np.int64]:
-        """Logical ids of this rank's local expert ids, -1 kept."""
-        here: npt.NDArray[np.int64] = self._logical_of[layer][local_ids.numpy(force=True)]  # host sync
-        return here
+    def logical_here(self, layer: int, local_ids: Tensor) -> Tensor:
+        """int64: logical ids of this rank's local expert ids, int64 of any shape, -1 kept."""
+        return self._logical_of[layer].take(local_ids)
+
+
+def experts_of_rank(plan: Plan, rank: int) -> list[list[int]]:
+    """The logical experts that a rank holds, by layer."""
+    return [[int(e) for e in layer[:, rank].nonzero()[0]] for layer in plan.hosted]

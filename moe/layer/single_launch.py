@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe.comm.control import Control
 from moe.comm.errors import CommError
@@ -36,7 +36,7 @@ def why_not_single_launch(
         return f"a symmetric heap joins the ranks of one node, these are on {parallel.groups.num_nodes}"
     if any(weights.activation.kind == "custom" for weights in layers):
         return "its activation function runs only in torch"
-    missing = -control.smallest(cache.num_slots - sum(map(len, parallel.hosted())))
+    missing = -control.smallest(cache.num_slots - sum(map(len, parallel.hosted)))
     if missing > 0:
         return f"all experts of every rank must be in slots and a rank lacks {missing}; raise offload.budget"
     return None
@@ -75,10 +75,10 @@ class RankLaunch:
         ]
         self.slots = []
         for layer in range(len(layers)):
-            slot_of = np.append(experts.cache.resident_slots(layer).numpy(), np.int32(-1))  # id -1: a place left empty
-            local = self.parallel.logical_here(layer, torch.arange(plan.physical_per_rank))
+            slot_of = F.pad(experts.cache.resident_slots(layer), (0, 1), value=-1)  # id -1: a place left empty
+            local = self.parallel.logical_here(layer, torch.arange(plan.physical_per_rank, device=device)).cpu()
             assert ((slot_of[local] >= 0) == (local >= 0)).all(), (layer, slot_of, local)
-            self.slots.append(torch.from_numpy(slot_of[local]).to(device))
+            self.slots.append(slot_of[local].to(device))
         self.launches = {shape: self._make(shape) for shape in dict.fromkeys(self.shapes)}
         self.sizes = [frozenset(range(max_tokens + 1))] * len(layers)
 
@@ -146,7 +146,7 @@ class RankLaunch:
         generator = torch.Generator().manual_seed(parallel.groups.rank)
         x = torch.randn(count, key.hidden_size, generator=generator).to(device, self.shapes[layer].dtype)
         ids = torch.rand(count, key.num_experts, generator=generator).topk(key.top_k).indices
-        physical = torch.from_numpy(parallel.physical(layer, ids.numpy())).to(device)
+        physical = parallel.physical(layer, ids.to(device))
         weights = torch.full(ids.shape, 1 / key.top_k, device=device)
         known = (count,) * key.world_size
 

@@ -61,7 +61,7 @@ def test_demo_model_says_the_same_by_every_path():
             experts = llm.engine.experts
             if path != "cpu":
                 make = GroupedExperts if path == "grouped" else SingleLaunch(max_tokens=16).layer
-                experts.kernels = [make(kernel.weights) for kernel in experts.kernels]
+                experts.kernels[:] = [make(kernel.weights) for kernel in experts.kernels]
             outputs = llm.generate(["The old", "A number"], SamplingParams(max_tokens=4, temperature=0.0))
             answers[path] = [output.outputs[0].token_ids for output in outputs]
     assert all(len(tokens) == 4 for tokens in answers["cpu"])

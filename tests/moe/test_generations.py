@@ -172,7 +172,7 @@ def test_a_failed_stage_leaves_nothing_behind(stage, tmp_path, monkeypatch):
 
 
 def test_experts_of_a_plan_are_known_before_any_peer_is():
-    from moe.engine.assemble import experts_of_rank
+    from moe.layer.parallel import experts_of_rank
 
     plan = Plan.random(*SHAPE, 3, seed=2)
     own = [experts_of_rank(plan, rank) for rank in range(3)]

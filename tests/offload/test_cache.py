@@ -141,7 +141,7 @@ def test_everything_in_every_layer(num_slots, threads):
     run(cache, store, [(layer, list(range(n))) for layer, n in enumerate(NUM_EXPERTS)] * 3)
     if num_slots == 16:
         assert [s.misses for s in cache.stats] == NUM_EXPERTS
-        assert cache.is_all_resident
+        assert not cache.map.num_free
     cache.close()
 
 
@@ -240,7 +240,7 @@ def test_views_are_the_pieces_of_the_blobs():
     store = make_store()
     cache = ExpertCache(store, 16)
     cache.preload()
-    assert cache.is_all_resident
+    assert not cache.map.num_free
     assert sum(s.misses + s.hits for s in cache.stats) == 0
     for layer, count in enumerate(NUM_EXPERTS):
         slots = cache.resident_slots(layer)
@@ -266,7 +266,7 @@ def test_preload_fills_only_free_slots():
     cache.check()
     assert not cache.map.num_free
     assert cache.resident_slots(2)[1] >= 0
-    assert not cache.is_all_resident
+    assert cache.pin() is None
     cache.preload()
     assert [s.misses for s in cache.stats] == [0, 0, 1]
     cache.reset_stats()
@@ -293,5 +293,5 @@ def test_more_slots_later_serve_more():
         cache.raise_limit(17)
     cache.raise_limit(16)
     run(cache, store, [(layer, list(range(n))) for layer, n in enumerate(NUM_EXPERTS)])
-    assert cache.is_all_resident
+    assert not cache.map.num_free
     cache.close()

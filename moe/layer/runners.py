@@ -1,0 +1,102 @@
+"""Who computes the rows of a layer that are this rank's: by slots that are known on the device, or by waves.
+
+    Resident   ids ─▶ slots = table[layer][ids] ─▶ kernel            all experts of this rank are in slots for good
+    Waves      ids ─▶ host ─▶ cache.acquire ─▶ wave: experts, slots ─▶ kernel ─▶ y[t, k] ─▶ Σ_k w·y
+                                      └── next wave while slots are fewer than experts
+
+A wave fills only the (token, k) pairs of its experts; the sum over k is taken once, in order, after the last wave. So
+slots and waves cannot change a bit of the result, nor who runs.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moe.kernels.reference import combine_reference
+from moe.offload.cache import ExpertCache
+from moe.offload.device_slots import DeviceSlots
+
+
+class LayerKernel(Protocol):
+    """One layer's expert compute over all slots."""
+
+    def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
+        """y [T, K, H] fp32; pairs whose slot id is -1 are 0."""
+
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Σ_k w·y [T, H] in x's dtype, in the order of k."""
+
+
+class LayerRunner(Protocol):
+    """Computes any layer's rows by logical ids."""
+
+    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
+        """x: [T, H]; ids: int64 [T, K] on x's device, -1 = no expert; T may be 0.
+
+        The combined rows [T, H] in x's dtype, or without weights y of every pair, fp32 [T, K, H].
+        """
+
+
+class Resident:
+    """All experts that are asked for are in slots and stay there. Two launches beside the kernel, no host sync."""
+
+    def __init__(self, slots: DeviceSlots, kernels: Sequence[LayerKernel]) -> None:
+        self.slots, self.kernels = slots, kernels
+
+    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
+        slot_ids, kernel = self.slots.look_up(layer, ids), self.kernels[layer]
+        return kernel.experts(x, slot_ids) if topk_weights is None else kernel.combine(x, slot_ids, topk_weights)
+
+
+class Waves:
+    """Experts come into slots as they are asked for. meanwhile: called when a layer's own misses are on their way.
+
+    A host sync a layer on an accelerator. Raises OSError if an expert cannot be read.
+    """
+
+    def __init__(self, cache: ExpertCache, kernels: Sequence[LayerKernel], meanwhile: Callable[[], None]) -> None:
+        self.cache, self.kernels, self._meanwhile = cache, kernels, meanwhile
+        # One more than there are experts: id -1 reads the last entry, which stays -1.
+        self._slot_of = [np.full(n + 1, -1, np.int32) for n in cache.num_experts]
+
+    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
+        kernel, slot_of = self.kernels[layer], self._slot_of[layer]
+        asked: npt.NDArray[np.int64] = ids.numpy(force=True)  # host sync
+        wanted = _distinct(asked)
+        y: Tensor | None = None
+        with closing(self.cache.acquire(layer, wanted)) as waves:
+            for wave in waves:
+                self._meanwhile()
+                slot_of[wave.experts] = wave.slots
+                slot_ids = torch.from_numpy(slot_of[asked]).to(x.device)
+                slot_of[wave.experts] = -1
+                if topk_weights is not None and len(wave.experts) == len(wanted):
+                    return kernel.combine(x, slot_ids, topk_weights)
+                y = _add_wave(kernel, x, slot_ids, y)
+        if y is None:  # no token, or none that has an expert
+            y = torch.zeros(*ids.shape, x.shape[1], device=x.device)
+        return y if topk_weights is None else combine_reference(y, topk_weights, x.dtype)
+
+
+def _add_wave(kernel: LayerKernel, x: Tensor, slot_ids: Tensor, y: Tensor | None) -> Tensor:
+    """Fills the pairs of this wave; the others keep what earlier waves gave them, or 0.
+
+    Only the tokens that need the wave are computed: costs nothing for the others.
+    """
+    if y is None:
+        return kernel.experts(x, slot_ids)
+    rows = (slot_ids >= 0).any(dim=1).nonzero().squeeze(1)
+    y[rows] += kernel.experts(x[rows], slot_ids[rows])  # adds to zeros only: exact
+    return y
+
+
+def _distinct(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    # The top-k of one token are distinct, but for routers that look them up (DeepSeek-V4's by the token's id).
+    is_distinct = len(ids) == 1 and len(set(ids[0].tolist())) == ids.shape[1]
+    wanted: npt.NDArray[np.int64] = ids[0] if is_distinct else np.unique(ids)
+    return wanted[wanted >= 0]

@@ -1,0 +1,79 @@
+"""Experts that stay in their slots, as tensors on the device: looked up and counted there, the host asks for nothing.
+
+The device twin of the slot map. It is right for as long as its experts are held (`ExpertCache.pin`), which the map's
+own law takes care of: a slot that is HELD is never given away.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.offload.slot_map import Ids
+
+
+class Visits(NamedTuple):
+    """What one layer was asked: how often, and for how many experts, distinct within each visit, in all."""
+
+    visits: int
+    experts: int
+
+
+class DeviceSlots:
+    """of_layer: int32 [E] by layer, the slot of each expert, -1 where it is not one of these; E may differ.
+
+    One thread looks up; any may read the counts. Takes 8 bytes an expert.
+    """
+
+    def __init__(self, of_layer: Sequence[Ids], device: torch.device) -> None:
+        # Column E of a layer, and all after it, say that there is no slot: id -1 reads the last.
+        table = np.full((len(of_layer), max(map(len, of_layer)) + 1), -1, np.int32)
+        for row, slots in zip(table, of_layer):
+            row[: len(slots)] = slots
+        with torch.inference_mode(False):  # or they could be written to only inside of it
+            self._table = torch.from_numpy(table).to(device)
+            self._asked = torch.zeros_like(self._table)  # in this forward: how often each expert was looked up
+            self._experts = torch.zeros(len(table), dtype=torch.int64, device=device)
+        self._rows = list(zip(self._table.unbind(), self._asked.unbind()))
+        self._ones = self._table.new_ones(0)
+        self._visits = [0] * len(table)
+        self._last_layer = -1
+        self._counting = threading.Lock()
+
+    def look_up(self, layer: int, ids: Tensor) -> Tensor:
+        """The slots of `ids`, int32, -1 where there is none. ids: int64 of any shape, -1 = no expert; may be empty.
+
+        Two launches, and a few more when a forward begins; no sync.
+        """
+        if layer <= self._last_layer:
+            self._end_forward()
+        self._last_layer = layer
+        table, asked = self._rows[layer]
+        if len(self._ones) != ids.numel():
+            self._ones = self._table.new_ones(ids.numel())
+        asked.put_(ids, self._ones, accumulate=True)
+        self._visits[layer] += 1
+        return table.take(ids)
+
+    def counts(self) -> list[Visits]:
+        """By layer, since the start or the last `reset`. A host sync."""
+        with self._counting:
+            experts = self._experts + self._num_asked()
+        return [Visits(*pair) for pair in zip(self._visits, experts.tolist())]
+
+    def reset(self) -> None:
+        with self._counting:
+            self._asked.zero_()
+            self._experts.zero_()
+        self._visits = [0] * len(self._visits)
+
+    def _end_forward(self) -> None:
+        with self._counting:
+            self._experts += self._num_asked()
+            self._asked.zero_()
+
+    def _num_asked(self) -> Tensor:
+        return (self._asked[:, :-1] > 0).sum(1)
