@@ -19,23 +19,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe import __version__
+from moe.answers import chunk_body, chunk_choice, error_body, response_body, usage
 from moe.launch.live import live_state
 from moe.launch.page import PAGE
 from moe.launch.server_files import add_file_routes
 from moe.launch.uploads import Uploads
 from moe.metrics import exposition
-from moe.openai import (
-    CHAT,
-    COMPLETIONS,
-    Ask,
-    BadRequest,
-    chunk_body,
-    chunk_choice,
-    error_body,
-    parse_request,
-    response_body,
-    usage,
-)
+from moe.openai import CHAT, COMPLETIONS, Ask, BadRequest, parse_request
 from moe.outputs import Completion
 from moe.service import Delta, QueueFull, Service, Ticket
 
@@ -163,8 +153,9 @@ class _Call:
 
 async def _answer(service: Service, limits: Limits, request: Request, url: str) -> Response:
     try:
-        ask = parse_request(url, json.loads(await request.body()), service.llm.recommended)
-        prompts = await asyncio.to_thread(service.llm.tokens_of, ask)
+        llm = service.llm
+        ask = parse_request(url, json.loads(await request.body()), llm.recommended, llm.tool_format)
+        prompts = await asyncio.to_thread(llm.tokens_of, ask)
         if service.why_ill is not None:
             return _refused(503, service.why_ill, "server_error")
         call = _Call(service, ask, prompts)
@@ -211,6 +202,7 @@ async def _whole(call: _Call, request: Request, seconds: float) -> Response:
 async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:
     """Server-sent events; the generator is closed when the caller goes away, and then the request ends."""
     seen: set[int] = set()
+    readers = [call.ask.reader() for _ in range(call.ticket.num_samples)]
     finished = num_tokens = 0
     deadline = time.monotonic() + seconds
     try:
@@ -222,13 +214,20 @@ async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:
                 yield _event(error_body(done.error, "server_error"))
                 return
             finished += done is not None
-            if not (delta.text or done is not None or delta.logprobs is not None or delta.sample not in seen):
-                continue
             finish = None if done is None else done.finish_reason
             is_first = delta.sample not in seen
             seen.add(delta.sample)
-            choice = chunk_choice(call.ask, delta.sample, delta.text, finish, delta.logprobs, first=is_first)
-            yield _event(chunk_body(call.ask, [choice], **call.names))
+            choice = chunk_choice(
+                call.ask,
+                delta.sample,
+                delta.text,
+                finish,
+                delta.logprobs,
+                first=is_first,
+                reader=readers[delta.sample],
+            )
+            if choice is not None:
+                yield _event(chunk_body(call.ask, [choice], **call.names))
         if call.ask.include_usage:
             yield _event(chunk_body(call.ask, [], **call.names) | {"usage": usage(call.prompt_tokens, num_tokens)})
         yield "data: [DONE]\n\n"

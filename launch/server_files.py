@@ -7,8 +7,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from moe.answers import error_body
 from moe.launch.uploads import Uploads
-from moe.openai import BadRequest, error_body
+from moe.openai import BadRequest
 
 
 def add_file_routes(app: FastAPI, uploads: Uploads) -> None:

@@ -200,7 +200,7 @@ class _Run:
             custom_id = name = custom_id_of(fields)
             if fields.get("url") != self.endpoint:
                 raise BadRequest(f"url must be the batch's endpoint {self.endpoint}, not {fields.get('url')!r}")
-            ask = parse_batch_line(fields, llm.recommended)
+            ask = parse_batch_line(fields, llm.recommended, llm.tool_format)
             prompts = llm.tokens_of(ask)
             answers: dict[int, Completion] = {}
 

@@ -11,14 +11,26 @@ if TYPE_CHECKING:
     from moe.client import Client as Client
     from moe.config import EngineConfig as EngineConfig
     from moe.llm import LLM as LLM
+    from moe.params import GuidedDecodingParams as GuidedDecodingParams
     from moe.params import SamplingParams as SamplingParams
+    from moe.params import StructuredOutputsParams as StructuredOutputsParams
 
-__all__ = ["LLM", "AsyncClient", "Client", "EngineConfig", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncClient",
+    "Client",
+    "EngineConfig",
+    "GuidedDecodingParams",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "moe.llm",
     "SamplingParams": "moe.params",
+    "StructuredOutputsParams": "moe.params",
+    "GuidedDecodingParams": "moe.params",
     "EngineConfig": "moe.config",
     "Client": "moe.client",
     "AsyncClient": "moe.client",

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe.answers import response_body
 from moe.comm.control import Control
 from moe.llm import LLM, Generation
-from moe.openai import Ask, BadRequest, custom_id_of, parse_batch_line, response_body
+from moe.openai import Ask, BadRequest, custom_id_of, parse_batch_line
 from moe.outputs import Completion
 
 _START = b'{"id": "line-'  # of every result
@@ -89,7 +90,7 @@ def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
             break
         try:
             entry = _read_line(llm, number, json_of_line(line))
-            llm.engine.check_request(entry.tokens, entry.ask.params)
+            llm.check_request(entry.tokens, entry.ask.params)
         except ValueError:  # its result says so
             continue
         prompts.append(entry.tokens)
@@ -136,7 +137,7 @@ class _Run:
             if (earlier := self.names.first_line_of(custom_id)) < number:
                 raise BadRequest(f"custom_id {custom_id!r} was used by line {earlier}")
             entry = _read_line(self.llm, number, fields)
-            self.llm.engine.check_request(entry.tokens, entry.ask.params)
+            self.llm.check_request(entry.tokens, entry.ask.params)
         except ValueError as error:
             self.results.write(failed_line(number, custom_id, "invalid_request", str(error)))
         except Exception as error:  # of any kind: a tokenizer's own code runs here
@@ -172,7 +173,7 @@ def json_of_line(line: bytes) -> Any:
 
 def _read_line(llm: LLM, number: int, fields: Any) -> _Entry:
     custom_id = custom_id_of(fields)
-    ask = parse_batch_line(fields, llm.recommended)
+    ask = parse_batch_line(fields, llm.recommended, llm.tool_format)
     return _Entry(number, custom_id, ask, llm.tokens_of(ask)[0])
 
 

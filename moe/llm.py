@@ -11,6 +11,7 @@ from moe import porting
 from moe.comm.groups import Groups
 from moe.config import EngineConfig
 from moe.engine.engine import Engine
+from moe.engine.grammar import Grammars
 from moe.engine.requests import Request
 from moe.engine.sampling import Logprobs
 from moe.engine.text import TextStream
@@ -20,6 +21,7 @@ from moe.openai import Ask
 from moe.outputs import Completion, FinishReason, RequestOutput, RequestTimes
 from moe.params import Logprob, SamplingParams
 from moe.prompts import Message, Prompt, PromptEncoder, as_conversations, as_prompts, text_of
+from moe.tools import ToolFormat, format_of
 
 
 class Generation:
@@ -86,6 +88,8 @@ class LLM:
             self.notes.append(f"sampling is as generation_config.json recommends where nothing else is said: {said}")
         self.tokenizer = load_tokenizer(Path(model), trust_remote_code=config.trust_remote_code)
         self.encoder = PromptEncoder(self.tokenizer, str(model))
+        limits = self.engine.limits
+        self._grammars = Grammars(Path(model), limits.vocabulary, limits.eos_ids, config.trust_remote_code)
         self.name = Path(model).name
         self.guard = Guard(f"the model {model}")
         self._open: dict[int, Generation] = {}
@@ -183,6 +187,11 @@ class LLM:
         kinds = {"top_k": int, "max_tokens": int}
         return {name: kinds.get(name, float)(value) for name, value in said.items()}
 
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes calls of tools, by its chat template."""
+        return format_of(getattr(self.tokenizer, "chat_template", None))
+
     def get_tokenizer(self) -> Any:
         return self.tokenizer
 
@@ -191,10 +200,16 @@ class LLM:
         return self.encoder.encode(prompt)
 
     def tokens_of(self, ask: Ask) -> list[list[int]]:
-        """The token ids of each prompt of a request in OpenAI's form. Raises ValueError."""
+        """The token ids of each prompt of a request in OpenAI's form. Raises ValueError, also for answers' form."""
+        self._grammars.check(ask.params.structured_outputs)
         if ask.is_chat:
             return [self.encoder.encode_chat(ask.messages, ask.template)]
         return [self.encode(prompt) for prompt in ask.prompts]
+
+    def check_request(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Raises ValueError for a prompt that cannot ever run, or an answer of a form that cannot be asked for."""
+        self.engine.check_request(tokens, params)
+        self._grammars.check(params.structured_outputs)
 
     def add(self, tokens: Sequence[int], params: SamplingParams, index: int = 0) -> Generation:
         """Queues one sample (of n, sample `index`); `step` moves it on. For callers that run their own loop."""
@@ -267,7 +282,7 @@ class LLM:
         total = sum(answer.params.n for answer in answers)
         with self.guard, porting.progress(total, use_tqdm) as advance:
             for answer in answers:
-                self.engine.check_request(answer.tokens, answer.params)
+                self.check_request(answer.tokens, answer.params)
             todo = deque((answer, index) for answer in answers for index in range(answer.params.n))
             window = 4 * self.engine.config.batch.num_running
             try:
@@ -305,7 +320,7 @@ class LLM:
         try:
             if token is not None:
                 generation.first_token = generation.first_token or time.time()
-            ended_by_token = request.finish_reason == "stop"
+            ended_by_token = request.finish_reason == "stop" and token in request.params.end_token_ids
             if token is not None and not ended_by_token:  # the token that ends a text is not part of it
                 generation.text.add(token, may_stop=request.num_output > request.params.min_tokens)
             if generation.text.is_stopped:

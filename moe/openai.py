@@ -1,14 +1,15 @@
-"""OpenAI's requests and responses as data: pure functions that batch files, the server and the client share.
+"""OpenAI's requests as data: pure functions that batch files, the server and the client share.
 
 What a request asks for and cannot have is refused by its name; what is there and asks for nothing is accepted.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from moe.outputs import Completion
-from moe.params import Logprob, SamplingParams
+from moe.params import SamplingParams, StructuredOutputsParams
+from moe.tools import FORMATS, FreeReader, ListReader, NamedReader, Reader, Tool, ToolFormat, forced_schema, name_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_N = 128  # samples of one request, as in the format
@@ -33,6 +34,8 @@ _TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids")
 _READ_ELSEWHERE = {
     *("model", "prompt", "messages", "stop", "logprobs", "top_logprobs", "stream", "stream_options", "logit_bias"),
     *("max_completion_tokens", "bad_words", "chat_template_kwargs", "reasoning_effort"),
+    *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("tools", "tool_choice", "parallel_tool_calls"),
 }
 _WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -42,10 +45,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -56,12 +55,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "prompt_logprobs": (),
 }
+
+
+_GUIDED = {f"guided_{form}": form for form in ("json", "regex", "choice", "grammar")}  # vLLM's former names
 
 
 class BadRequest(ValueError):
@@ -84,14 +82,38 @@ class Ask:
     template: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the chat template
     stream: bool = False
     include_usage: bool = False
+    tools: "Tools | None" = None
 
     @property
     def is_chat(self) -> bool:
         return self.url == CHAT
 
+    def reader(self) -> Reader | None:
+        """Of one answer that may hold calls; None where no tools are offered."""
+        return None if self.tools is None else self.tools.reader()
 
-def parse_request(url: Any, body: Any, recommended: Mapping[str, Any] | None = None) -> Ask:
-    """Reads the body of a request to `url`. recommended: the model's own sampling, for what the request leaves open.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tools:
+    """What a request offers. name: of the tool that must be called; is_forced: some call must be made."""
+
+    form: ToolFormat
+    offered: tuple[Tool, ...]
+    is_forced: bool = False
+    name: str | None = None
+    most: int | None = None  # calls of an answer
+
+    def reader(self) -> Reader:
+        if self.name is not None:
+            return NamedReader(self.name, self.form.new_id)
+        return ListReader(self.form.new_id) if self.is_forced else FreeReader(self.form, self.offered, self.most)
+
+
+def parse_request(
+    url: Any, body: Any, recommended: Mapping[str, Any] | None = None, tool_format: ToolFormat | None = None
+) -> Ask:
+    """Reads the body of a request to `url`. recommended: the model's own sampling, for what the request leaves open;
+    tool_format: how it writes calls of tools, None if it has no form for them.
 
     Raises BadRequest, or ValueError for values that sampling does not take.
     """
@@ -100,7 +122,12 @@ def parse_request(url: Any, body: Any, recommended: Mapping[str, Any] | None = N
     if not isinstance(body, dict):
         raise BadRequest("body must be a JSON object")
     _check_fields(body)
-    params = SamplingParams(**_sampling(body, url == CHAT, recommended or {}))
+    if url == COMPLETIONS and body.get("tools"):
+        raise BadRequest(f"tools are of {CHAT}, not of {COMPLETIONS}", "tools")
+    tools = _tools(body, tool_format) if url == CHAT else None
+    params = SamplingParams(**_sampling(body, url == CHAT, recommended or {}), structured_outputs=_form(body, tools))
+    if tools is not None and not tools.is_forced:
+        params = dataclasses.replace(params, skip_special_tokens=False)  # calls may stand between special tokens
     model, stream = body.get("model"), body.get("stream")
     if not (model is None or isinstance(model, str)):
         raise BadRequest(f"model ({model!r}) must be a string", "model")
@@ -113,7 +140,8 @@ def parse_request(url: Any, body: Any, recommended: Mapping[str, Any] | None = N
         model=model,
         prompts=() if url == CHAT else _prompts(body.get("prompt")),
         messages=_messages(body.get("messages")) if url == CHAT else (),
-        template=_template(body),
+        template=_template(body) | ({} if tools is None else {"tools": list(tools.offered)}),
+        tools=tools,
         stream=bool(stream),
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
     )
@@ -128,6 +156,82 @@ def _check_fields(body: Mapping[str, Any]) -> None:
     known = {*_NUMBERS, *_FLAGS, *_TOKEN_LISTS, *_READ_ELSEWHERE, *_WITHOUT_EFFECT, *_NEUTRAL}
     if unknown := sorted(set(body) - known):
         raise BadRequest(f"body has unknown fields {', '.join(unknown)}", unknown[0])
+
+
+def _form(body: Mapping[str, Any], tools: Tools | None) -> StructuredOutputsParams | None:
+    """What the answer must look like, by whichever of the names for it was used."""
+    given = {name: {form: body[name]} for name, form in _GUIDED.items() if body.get(name) is not None}
+    if body.get("structured_outputs") is not None:
+        given["structured_outputs"] = body["structured_outputs"]
+    if (wanted := body.get("response_format")) is not None and wanted != {"type": "text"}:
+        given["response_format"] = _response_format(wanted)
+    if len(given) > 1:
+        raise BadRequest(f"{' and '.join(given)} cannot be given together", next(iter(given)))
+    if tools is not None and given:
+        raise BadRequest(f"{next(iter(given))} and tools cannot be given together", next(iter(given)))
+    if tools is not None and tools.is_forced:
+        return StructuredOutputsParams(json=forced_schema(tools.offered, tools.name, tools.most))
+    for name, form in given.items():
+        known = {one.name for one in dataclasses.fields(StructuredOutputsParams)}
+        if not isinstance(form, Mapping) or set(form) - known:
+            raise BadRequest(f"{name} must be an object with one of {', '.join(sorted(known))}", name)
+        try:
+            return StructuredOutputsParams(**form)
+        except ValueError as error:
+            raise BadRequest(str(error), name) from None
+    return None
+
+
+def _response_format(wanted: Any) -> dict[str, Any]:
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind == "json_object":
+        return {"json_object": True}
+    told = wanted.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(told, dict) or not isinstance(told.get("schema"), dict):
+        raise BadRequest(
+            "response_format must be of type text, json_object, or json_schema with json_schema.schema, an object",
+            "response_format",
+        )
+    return {"json": told["schema"]}
+
+
+def _tools(body: Mapping[str, Any], form: ToolFormat | None) -> Tools | None:
+    """None where none are offered, or none may be called."""
+    tools, choice = body.get("tools") or [], body.get("tool_choice")
+    if not (isinstance(tools, list) and all(map(_is_tool, tools))):
+        raise BadRequest("tools must be a list of {type: function, function: {name, parameters}}", "tools")
+    names = [name_of(tool) for tool in tools]
+    name = None
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        name = function.get("name") if choice.get("type") == "function" and isinstance(function, dict) else None
+        if name not in names:
+            has = ", ".join(names) or "none"
+            raise BadRequest(f"tool_choice names no tool of the request; it has {has}", "tool_choice")
+    elif choice not in (None, "none", "auto", "required"):
+        raise BadRequest(f"tool_choice ({str(choice)[:60]}) must be none, auto, required or a function", "tool_choice")
+    if choice == "required" and not tools:
+        raise BadRequest("tool_choice is required, and there are no tools", "tool_choice")
+    if not isinstance(parallel := body.get("parallel_tool_calls"), bool | None):
+        raise BadRequest(f"parallel_tool_calls ({str(parallel)[:60]}) must be true or false", "parallel_tool_calls")
+    if not tools or choice == "none":
+        return None
+    if form is None:
+        known = ", ".join(one.name for one in FORMATS)
+        raise BadRequest(
+            f"tools ({len(tools)}) are not supported: the model's chat template writes calls in none of the forms that "
+            f"are read ({known}); leave them out",
+            "tools",
+        )
+    is_forced = choice == "required" or name is not None
+    return Tools(form=form, offered=tuple(tools), is_forced=is_forced, name=name, most=1 if parallel is False else None)
+
+
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        return False
+    return isinstance(function.get("parameters"), dict | None)
 
 
 def _sampling(body: Mapping[str, Any], is_chat: bool, recommended: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,117 +331,6 @@ def _template(body: Mapping[str, Any]) -> dict[str, Any]:
     return ({} if effort is None else {"reasoning_effort": effort}) | given
 
 
-# What comes back.
-
-
-def response_body(
-    ask: Ask, answers: Sequence[Completion], *, request_id: str, created: int, model: str, prompt_tokens: int
-) -> dict[str, Any]:
-    """The whole answer. answers: of all prompts, n of each, in order."""
-    num_top = ask.params.logprobs or 0
-    return {
-        "id": f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{request_id}",
-        "object": "chat.completion" if ask.is_chat else "text_completion",
-        "created": created,
-        "model": ask.model or model,
-        "choices": [
-            {"index": i, **(_chat_choice(answer, num_top) if ask.is_chat else _completion_choice(answer))}
-            for i, answer in enumerate(answers)
-        ],
-        "usage": usage(prompt_tokens, sum(len(answer.token_ids) for answer in answers)),
-    }
-
-
-def chunk_body(
-    ask: Ask, choices: Sequence[Mapping[str, Any]], *, request_id: str, created: int, model: str
-) -> dict[str, Any]:
-    """One piece of a streamed answer."""
-    return {
-        "id": f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{request_id}",
-        "object": "chat.completion.chunk" if ask.is_chat else "text_completion",
-        "created": created,
-        "model": ask.model or model,
-        "choices": list(choices),
-    }
-
-
-def chunk_choice(
-    ask: Ask, index: int, text: str, finish: str | None, logprobs: Sequence[dict[int, Logprob]] | None, *, first: bool
-) -> dict[str, Any]:
-    """What is new of one sample."""
-    if not ask.is_chat:
-        found = None if logprobs is None else completion_logprobs(logprobs)
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": found}
-    delta: dict[str, Any] = {"role": "assistant"} if first else {}
-    delta |= {"content": text} if text or first else {}
-    found = None if logprobs is None else chat_logprobs(logprobs, ask.params.logprobs or 0)
-    return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": found}
-
-
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def error_body(
-    message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """What a failed call answers."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _completion_choice(answer: Completion) -> dict[str, Any]:
-    logprobs = None if answer.logprobs is None else completion_logprobs(answer.logprobs)
-    return {"text": answer.text, "finish_reason": answer.finish_reason, "logprobs": logprobs}
-
-
-def _chat_choice(answer: Completion, num_top: int) -> dict[str, Any]:
-    logprobs = None if answer.logprobs is None else chat_logprobs(answer.logprobs, num_top)
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
-    return {"message": message, "finish_reason": answer.finish_reason, "logprobs": logprobs}
-
-
-def completion_logprobs(logprobs: Sequence[dict[int, Logprob]], offset: int = 0) -> dict[str, Any]:
-    """As /v1/completions reports them. offset: of the first token's text in the answer."""
-    chosen = [next(iter(step.values())) for step in logprobs]
-    offsets = []
-    for one in chosen:
-        offsets.append(offset)
-        offset += len(one.decoded_token)
-    return {
-        "tokens": [one.decoded_token for one in chosen],
-        "token_logprobs": [_finite(one.logprob) for one in chosen],
-        "top_logprobs": [_likeliest(step) for step in logprobs],
-        "text_offset": offsets,
-    }
-
-
-def _likeliest(step: Mapping[int, Logprob]) -> dict[str, float]:
-    """By text; of two tokens that read the same, the likelier. The chosen one is among them, as the format has it."""
-    found: dict[str, float] = {}
-    for one in sorted(step.values(), key=lambda one: one.rank):
-        found.setdefault(one.decoded_token, _finite(one.logprob))
-    return found
-
-
-def chat_logprobs(logprobs: Sequence[dict[int, Logprob]], num_top: int) -> dict[str, Any]:
-    """As /v1/chat/completions reports them, with the `num_top` likeliest beside each chosen token."""
-    content = []
-    for step in logprobs:
-        ranked = sorted(step.values(), key=lambda one: one.rank)
-        content.append(_token(next(iter(step.values()))) | {"top_logprobs": [_token(one) for one in ranked[:num_top]]})
-    return {"content": content, "refusal": None}
-
-
-def _token(one: Logprob) -> dict[str, Any]:
-    text = one.decoded_token
-    return {"token": text, "logprob": _finite(one.logprob), "bytes": list(text.encode(errors="replace"))}
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; the format's own number for what cannot happen."""
-    return max(logprob, -9999.0)
-
-
 def custom_id_of(fields: Any) -> str:
     """Of a line of a batch file. Raises BadRequest."""
     if not isinstance(fields, dict) or not isinstance(fields.get("custom_id"), str):
@@ -345,12 +338,14 @@ def custom_id_of(fields: Any) -> str:
     return cast(str, fields["custom_id"])
 
 
-def parse_batch_line(fields: Mapping[str, Any], recommended: Mapping[str, Any] | None = None) -> Ask:
+def parse_batch_line(
+    fields: Mapping[str, Any], recommended: Mapping[str, Any] | None = None, tool_format: ToolFormat | None = None
+) -> Ask:
     """The request in a line of a batch file. Raises BadRequest, ValueError."""
     method = fields.get("method", "POST")
     if not isinstance(method, str) or method.upper() != "POST":
         raise BadRequest(f"method must be POST, not {method!r}", "method")
-    ask = parse_request(fields.get("url"), fields.get("body"), recommended)
+    ask = parse_request(fields.get("url"), fields.get("body"), recommended, tool_format)
     if ask.stream:
         raise BadRequest("stream (true) is not supported in a batch file; leave it out", "stream")
     if len(ask.prompts) > 1:

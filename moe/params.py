@@ -1,12 +1,57 @@
 """How a request wants its tokens chosen and its text ended: plain data, which loads neither torch nor transformers."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 MAX_SEED = (1 << 63) - 1
 _MAX_FACTOR = 1e6  # of temperatures and repetition penalties: beyond it, or under its inverse, float32 overflows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputsParams:
+    """What an answer must look like: exactly one of these. Needs the extra `grammar`.
+
+    json: a JSON schema, or its text; json_object: any JSON object; regex: of the whole answer, in the syntax of Rust's
+    regex; choice: one of these texts; grammar: in Lark's form (llguidance's docs/syntax.md) or GBNF.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        said = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        given = [name for name, value in said.items() if value not in (None, False)]
+        if len(given) != 1:
+            names = ", ".join(said)
+            raise ValueError(f"structured_outputs must give exactly one of {names}; it gives {given or 'none'}")
+        if isinstance(self.json, Mapping):
+            object.__setattr__(self, "json", json.dumps(self.json))
+        if self.choice is not None:
+            is_list = isinstance(self.choice, (list, tuple)) and all(isinstance(one, str) for one in self.choice)
+            if not (is_list and self.choice and all(self.choice)):
+                raise ValueError("structured_outputs.choice must be a list of texts that are not empty")
+            object.__setattr__(self, "choice", tuple(self.choice))
+        for name in ("json", "regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"structured_outputs.{name} must be a text")
+
+    @property
+    def form(self) -> tuple[str, str]:
+        """Its name, and its text; choices as a JSON list."""
+        if self.json_object:
+            return "json_object", ""
+        if self.choice is not None:
+            return "choice", json.dumps(self.choice)
+        return next((n, str(v)) for n in ("json", "regex", "grammar") if (v := getattr(self, n)) is not None)
+
+
+GuidedDecodingParams = StructuredOutputsParams  # its former name in vLLM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +62,8 @@ class SamplingParams:
     request draws its own. `n` samples come from seeds seed, seed + 1, … `max_tokens` None: to the end or the context.
     `logprobs`: how many alternatives to report beside the chosen token (0: only the chosen one; None: nothing);
     `prompt_logprobs`: the same for the prompt. `stop` strings end the text before them. Presence and frequency
-    penalties count the answer's tokens, the repetition penalty the prompt's too. Until `min_tokens` nothing ends.
+    penalties count the answer's tokens, the repetition penalty the prompt's too. Until `min_tokens` nothing ends but an
+    answer that `structured_outputs` leaves nothing to add to. `guided_decoding` is its former name.
     """
 
     max_tokens: int | None = 64
@@ -43,9 +89,12 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None  # all others are never chosen
     skip_special_tokens: bool = True
     detokenize: bool = True  # False: outputs have no text
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_decoding: InitVar[StructuredOutputsParams | Mapping[str, Any] | None] = None
     end_token_ids: tuple[int, ...] = ()  # all that end the answer; filled in when a request is queued
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, guided_decoding: StructuredOutputsParams | Mapping[str, Any] | None) -> None:
+        self._set("structured_outputs", _structured(self.structured_outputs or guided_decoding))
         for one in dataclasses.fields(self):
             if getattr(self, one.name) is None and one.name not in _MAY_BE_NONE:
                 self._set(one.name, {} if one.name == "logit_bias" else one.default)
@@ -63,7 +112,8 @@ class SamplingParams:
 
     def resolved(self, *, seed: int, max_tokens: int, end_token_ids: Iterable[int]) -> "SamplingParams":
         """These parameters with what only the engine knows."""
-        ends = () if self.ignore_eos else tuple(end_token_ids)
+        # A form says itself where it may end; the model's end is how the model says that it does.
+        ends = () if self.ignore_eos and self.structured_outputs is None else tuple(end_token_ids)
         return dataclasses.replace(
             self,
             seed=self.seed if self.seed is not None else seed,
@@ -109,7 +159,17 @@ class SamplingParams:
         }
 
 
-_MAY_BE_NONE = {"max_tokens", "seed", "logprobs", "prompt_logprobs", "allowed_token_ids"}
+_MAY_BE_NONE = {"max_tokens", "seed", "logprobs", "prompt_logprobs", "allowed_token_ids", "structured_outputs"}
+
+
+def _structured(given: StructuredOutputsParams | Mapping[str, Any] | None) -> StructuredOutputsParams | None:
+    """given: also as plain data, as ranks tell each other. Raises ValueError for fields that it does not have."""
+    if given is None or isinstance(given, StructuredOutputsParams):
+        return given
+    known = {one.name for one in dataclasses.fields(StructuredOutputsParams)}
+    if not isinstance(given, Mapping) or set(given) - known:
+        raise ValueError(f"structured_outputs must be an object with one of {', '.join(sorted(known))}")
+    return StructuredOutputsParams(**given)
 
 
 def _check(rules: Mapping[str, bool]) -> None:

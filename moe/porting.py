@@ -69,7 +69,7 @@ CALL_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "priority": ((None,), "requests are served in their order"),
     "tokenization_kwargs": ((None, {}), "give token ids"),
     "mm_processor_kwargs": ((None, {}), "only text is served"),
-    "guided_options_request": ((None,), "guided decoding is not offered"),
+    "guided_options_request": ((None,), "give structured_outputs in SamplingParams"),
     "chat_template_content_format": (("auto", "string", None), "parts of text are joined"),
 }
 _DTYPES = {"half": "float16", "float": "float32"}

@@ -1,6 +1,7 @@
 """Prompts as users give them, and what a tokenizer and a chat template make of them."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,13 +37,20 @@ class PromptEncoder:
         given = {"add_generation_prompt": True} | {k: v for k, v in (options or {}).items() if v is not None}
         if self.tokenizer is None or (self.tokenizer.chat_template is None and "chat_template" not in given):
             raise ValueError(f"{self.name} has no chat template; use generate with a written prompt")
-        plain = [with_plain_content(message) for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(plain, tokenize=False, **given)
-        except Exception as error:  # of any kind: a template is a program that came with the model
-            raise ValueError(f"the model's chat template does not take these messages: {error}") from None
+        text = self._written([with_plain_content(message) for message in messages], given)
         _check_text(text)
         return self._ids(text, False)
+
+    def _written(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
+        """By the template. Most take the arguments of a call as an object, DeepSeek's as the text that is sent."""
+        forms = [[with_read_arguments(message) for message in messages], messages]
+        errors = []
+        for form in forms[: 1 + any(message.get("tool_calls") for message in messages)]:
+            try:
+                return str(self.tokenizer.apply_chat_template(form, tokenize=False, **options))
+            except Exception as error:  # of any kind: a template is a program that came with the model
+                errors.append(error)
+        raise ValueError(f"the model's chat template does not take these messages: {errors[0]}")
 
     def with_bad_words(self, params: SamplingParams) -> SamplingParams:
         """bad_words as token ids, as they begin a text and as they follow a space."""
@@ -75,6 +83,25 @@ def with_plain_content(message: Message) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         raise ValueError(f"content must be a string or a list of parts of text, it is {str(content)[:60]!r}")
     return {**message, "content": content}
+
+
+def with_read_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its calls as objects, where they are the text of one."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return dict(message)
+    return {**message, "tool_calls": [_read_call(call) for call in calls]}
+
+
+def _read_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _text_of_part(part: Any) -> str:

@@ -87,7 +87,7 @@ class Service:
         """Takes a request in. Raises QueueFull, and ValueError for what can never run; after that, errors are told
         as a completion with finish_reason "error"."""
         for prompt in prompts:
-            self.llm.engine.check_request(prompt, params)
+            self.llm.check_request(prompt, params)
         with self._counting:
             if self.stats.open >= self.max_open or self._is_closing or self.why_ill is not None:
                 self.stats.refused += 1

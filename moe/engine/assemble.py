@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.foresight import Foresight
+from moe.engine.grammar import Grammars
 from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, planned_runner, run_a_token
 from moe.engine.scheduler import Scheduler
 from moe.engine.turns import Turns
@@ -123,6 +124,7 @@ class Loaded:
     dense: Dense
     memory: Memory
     experts: Experts
+    grammars: Grammars
 
     @property
     def notes(self) -> list[str]:
@@ -146,7 +148,10 @@ def load(read: Read, share: Share | None = None) -> Loaded:
     experts = make_experts(read, dense, to_come, share)
     if memory.scheduler.turns is not None and experts.slots is not None:
         memory.scheduler.turns.watch(experts.slots)
-    return Loaded(read, dense, memory, experts)
+    trusts = read.config.trust_remote_code
+    return Loaded(
+        read, dense, memory, experts, Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
+    )
 
 
 def read_model(folder: str | Path, config: EngineConfig) -> Read:

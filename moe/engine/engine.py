@@ -117,7 +117,7 @@ class Engine:
             return
         before.hand_over()
         for request in open_requests:
-            request.begin_again(self.rank, self.loaded.dense.vocabulary)
+            request.begin_again(self.rank, self.loaded.grammars)
             mode.add(request)
 
     def start(self) -> None:
@@ -201,7 +201,7 @@ class Engine:
         self.limits.check(tokens, params, num_prompt)
         num_prompt = num_prompt or len(tokens)
         request = Request(self.next_id, list(tokens), self.limits.resolved(params, num_prompt), num_prompt)
-        request.begin_again(self.rank, self.loaded.dense.vocabulary)
+        request.begin_again(self.rank, self.loaded.grammars)
         self.next_id += 1
         self._started[request.id] = time.perf_counter()
         self.place.mode.add(request)
@@ -327,6 +327,8 @@ class Engine:
         if request.error is not None:
             return "error"
         if request.tokens[-1] in params.end_token_ids and request.num_output > params.min_tokens:
+            return "stop"
+        if request.sampler.is_complete(request.tokens):
             return "stop"
         assert params.max_tokens is not None
         is_full = request.num_output >= params.max_tokens or len(request.tokens) >= self.max_context

@@ -186,7 +186,7 @@ def _coherent_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, d
     kv.prepare(dense.tried.kv)
     sites = [site.module for site in loaded.read.blueprint.index.sites]
     runner = CoherentRunner(PackedRunner(dense.model, kv), slots, sites)
-    return Coherent(Scheduler(batch, pool), runner, control, RequestMirror(control, dense.vocabulary))
+    return Coherent(Scheduler(batch, pool), runner, control, RequestMirror(control, loaded.grammars))
 
 
 def _offer_single_launch(

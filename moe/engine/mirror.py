@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from moe.comm.control import Control
+from moe.engine.grammar import Grammars
 from moe.engine.requests import Request
 from moe.engine.scheduler import Scheduler
 from moe.outputs import FinishReason
@@ -36,8 +37,8 @@ class Ended:
 class RequestMirror:
     """One rank's copy of all ranks' requests, kept equal by the lines of `control`."""
 
-    def __init__(self, control: Control, vocabulary: int) -> None:
-        self.control, self.vocabulary = control, vocabulary
+    def __init__(self, control: Control, grammars: Grammars) -> None:
+        self.control, self.grammars = control, grammars
         self._known: dict[tuple[int, int], Request] = {}  # by owner and its id there
 
     def add(self, request: Request) -> None:
@@ -77,7 +78,7 @@ class RequestMirror:
         if key not in self._known:
             params = SamplingParams(**message.params)
             request = Request(message.id, message.tokens, params, message.num_prompt)
-            request.begin_again(rank, self.vocabulary)
+            request.begin_again(rank, self.grammars)
             self._known[key] = request
         scheduler.add(self._known[key])
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from moe.engine.grammar import Grammars
 from moe.engine.sampling import Logprobs, Sampler
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
@@ -35,13 +36,16 @@ class Request:
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
-    def begin_again(self, rank: int, vocabulary: int) -> None:
-        """Nothing of it is computed on `rank`, its owner from now on; what it says next is what it would have said."""
+    def begin_again(self, rank: int, grammars: Grammars) -> None:
+        """Nothing of it is computed on `rank`, its owner from now on; what it says next is what it would have said.
+
+        Raises ValueError for a form of answers that cannot be asked for.
+        """
         self.owner = self.place = rank
         self.blocks, self.num_computed, self.state = [], 0, None
-        self.sampler = Sampler(self.params, self.num_prompt)
+        self.sampler = Sampler(self.params, self.num_prompt, grammars.of(self.params.structured_outputs))
         for _ in range(self.num_output):
-            self.sampler.skip(vocabulary)
+            self.sampler.skip(grammars.vocabulary)
 
 
 class Chunk(NamedTuple):

@@ -1,6 +1,6 @@
 """How the next token is chosen: the parameters that users of offline batch APIs know, on transformers' processors."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from transformers import (
 )
 
 from moe.params import SamplingParams
+
+
+class Form(Protocol):
+    """What an answer must look like (moe/engine/grammar.py). output: its tokens so far."""
+
+    def allowed(self, output: list[int]) -> Tensor: ...
+    def is_complete(self, output: list[int]) -> bool: ...
 
 
 class Logprobs(NamedTuple):
@@ -39,11 +46,11 @@ class Choice(NamedTuple):
 class Sampler:
     """Chooses the tokens of one request; owns its random generator. params: resolved, or with a seed.
 
-    num_prompt: how many of the tokens that `sample` gets are the prompt's.
+    num_prompt: how many of the tokens that `sample` gets are the prompt's; form: what the answer must look like.
     """
 
-    def __init__(self, params: SamplingParams, num_prompt: int = 0) -> None:
-        self.params, self.num_prompt = params, num_prompt
+    def __init__(self, params: SamplingParams, num_prompt: int = 0, form: Form | None = None) -> None:
+        self.params, self.num_prompt, self.form = params, num_prompt, form
         self._generator = torch.Generator().manual_seed(params.seed or 0)
         self._shifts = _shifts(params)
         self._allowed = None if params.allowed_token_ids is None else torch.tensor(params.allowed_token_ids)
@@ -94,10 +101,14 @@ class Sampler:
             scores = self._warpers(ids, self._processors(ids, scores))
         likeliest = int(scores[0].argmax())
         if scores[0, likeliest] == -torch.inf:
-            raise ValueError("bad_words, allowed_token_ids and min_tokens leave no token to choose")
+            raise ValueError("bad_words, allowed_token_ids, structured_outputs and min_tokens leave no token to choose")
         if self.params.temperature == 0:
             return likeliest
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
+
+    def is_complete(self, tokens: list[int]) -> bool:
+        """Whether the form of the answer leaves nothing to add to it. tokens: prompt and output."""
+        return self.form is not None and self.form.is_complete(tokens[self.num_prompt :])
 
     def logprobs(self, logits: Tensor, token: int) -> Logprobs | None:
         return None if self.params.logprobs is None else logprobs_of(logits, token, self.params.logprobs)
@@ -107,11 +118,14 @@ class Sampler:
         params, output = self.params, tokens[self.num_prompt :]
         banned = params.end_token_ids if len(output) < params.min_tokens else ()
         counts_matter = bool(params.presence_penalty or params.frequency_penalty) and bool(output)
-        if not (banned or counts_matter or self._shifts or self._allowed is not None or self._bad_words is not None):
+        limits = (self._allowed, self._bad_words, self.form)
+        if not (banned or counts_matter or self._shifts or any(one is not None for one in limits)):
             return logits
         scores = logits.clone()
+        if self.form is not None:
+            scores[~self.form.allowed(output)] = -torch.inf
         if self._allowed is not None:
-            scores = torch.full_like(scores, -torch.inf).index_copy(0, self._allowed, logits[self._allowed])
+            scores = torch.full_like(scores, -torch.inf).index_copy(0, self._allowed, scores[self._allowed])
         for token, bias in self._shifts.items():
             scores[token] += bias
         if counts_matter:

@@ -11,10 +11,12 @@ import time
 from types import SimpleNamespace
 
 import httpx
+import jsonschema
 import openai
 import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 
 from moe.client import AsyncClient, Client, ServerError
 from moe.launch.cli import main
@@ -33,7 +35,8 @@ PROMPT = "Once upon a time, there was"
 def folder(tmp_path_factory):
     folder = shutil.copytree(TINYMOE, tmp_path_factory.mktemp("chat") / "model")
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    template = TEMPLATE + "{%- if tools %}{{ ' <tool_call>' }}{%- endif %}"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
     return folder
 
 
@@ -138,12 +141,61 @@ def test_streams(client, right):
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [3] * 2000}, None),
         ({"prompt": PROMPT, "n": 1000}, "n"),
+        ({"prompt": PROMPT, "guided_regex": "(a"}, None),
+        ({"prompt": PROMPT, "response_format": {"type": "xml"}}, "response_format"),
     ],
 )
 def test_bad_requests_are_400_and_name_the_field(client, body, param):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="model", **{"extra_body": body, "prompt": body["prompt"]})
     assert error.value.param == param
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_of_a_given_form(client):
+    class Person(BaseModel):
+        name: str
+        age: int
+
+    asked = {"model": "model", "messages": [{"role": "user", "content": "Who?"}], "temperature": 1, "seed": 3}
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    whole = client.chat.completions.create(**asked, n=2, response_format=form)
+    for choice in whole.choices:
+        jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    stream = client.chat.completions.create(**asked, stream=True, response_format=form)
+    assert "".join(c.choices[0].delta.content or "" for c in stream) == whole.choices[0].message.content
+    parsed = client.chat.completions.parse(**asked, max_tokens=900, response_format=Person)
+    assert parsed.choices[0].finish_reason == "length" or isinstance(parsed.choices[0].message.parsed, Person)
+    form["json_schema"]["schema"] = {"not": {}}
+    with pytest.raises(openai.BadRequestError, match=r"structured_outputs\.json is not supported"):
+        client.chat.completions.create(**asked, response_format=form)
+
+
+def test_calls_of_tools(client):
+    tools = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("greet", "part")]
+    asked = {"model": "model", "messages": [{"role": "user", "content": "Hi"}], "temperature": 1, "tools": tools}
+    named = {"type": "function", "function": {"name": "part"}}
+    for choice, extra in ((named, {}), ("required", {"parallel_tool_calls": False})):
+        whole = client.chat.completions.create(**asked, seed=1, tool_choice=choice, **extra).choices[0]
+        (call,) = whole.message.tool_calls
+        assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+        jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+        stream = list(client.chat.completions.create(**asked, seed=1, tool_choice=choice, **extra, stream=True))
+        deltas = [d for c in stream for d in c.choices[0].delta.tool_calls or []]
+        assert deltas[0].function.name == call.function.name
+        assert json.loads("".join(d.function.arguments for d in deltas)) == json.loads(call.function.arguments)
+        assert stream[-1].choices[0].finish_reason == "tool_calls"
+    said = [{"role": "assistant", "content": "", "tool_calls": [call.model_dump()]}]
+    said += [{"role": "tool", "tool_call_id": call.id, "content": "done"}]
+    free = client.chat.completions.create(**(asked | {"messages": asked["messages"] + said}), max_tokens=8)
+    assert free.choices[0].message.content
 
 
 def test_other_statuses(served, client):

@@ -9,9 +9,10 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from moe.answers import chat_logprobs, chunk_body, chunk_choice
 from moe.batch import run_batch
 from moe.llm import LLM
-from moe.openai import CHAT, COMPLETIONS, BadRequest, chat_logprobs, chunk_body, chunk_choice, parse_request
+from moe.openai import CHAT, COMPLETIONS, BadRequest, parse_request
 from moe.params import Logprob
 from tests.moe.moe_cases import ROOT, TINYMOE, config
 
@@ -20,7 +21,7 @@ TEMPLATE = (
     "{%- if add_generation_prompt %}{{- 'assistant:' }}{%- endif %}"
 )
 BODIES = [json.loads(line) for line in (ROOT / "tests" / "moe" / "batch_bodies.jsonl").read_text().splitlines()]
-REFUSED = {"json_schema": "response_format", "tools": "tools"}
+REFUSED = {"tools": "tools"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,137 @@
+"""What an answer must look like, as a mask over the next token: llguidance's parser, one state per request.
+
+Nothing else of sampling changes: the mask is what `allowed_token_ids` is, by the state of the text. A request's state
+is a function of its tokens alone, so that any rank, or the same one after a loss, has the same.
+
+Needs the extra `grammar`. Compiling a schema takes milliseconds and is done once for equal ones; a mask takes tens of
+microseconds to a few milliseconds for each token.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.models.load import load_tokenizer
+from moe.params import StructuredOutputsParams
+
+# As much white space between two words of JSON as a generous indentation takes, and no endless rows of it.
+_JSON_OPTIONS = {"whitespace_pattern": r"[ \t\n\r]{1,32}"}
+_KEPT = 64  # compiled forms
+
+
+class Constraint:
+    """Of one request: which tokens may follow what it said so far. matcher: fresh, and nobody else's."""
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher, self._vocabulary, self._num_read = matcher, vocabulary, 0
+
+    def allowed(self, output: Sequence[int]) -> Tensor:
+        """Bool [V]. output: the answer's tokens so far. Raises ValueError if it broke the form or is too complex."""
+        self._read(output)
+        mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        bits = np.unpackbits(mask, count=self._vocabulary, bitorder="little")
+        return torch.from_numpy(bits).bool()
+
+    def is_complete(self, output: Sequence[int]) -> bool:
+        """Whether nothing but the end can follow."""
+        self._read(output)
+        return bool(self._matcher.is_stopped())
+
+    def _read(self, output: Sequence[int]) -> None:
+        assert len(output) >= self._num_read, (len(output), self._num_read)
+        for token in output[self._num_read :]:
+            if not self._matcher.is_stopped():
+                self._matcher.consume_token(token)
+        self._num_read = len(output)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ValueError(f"structured_outputs: {first_line(self._matcher.get_error())}")
+
+
+class Grammars:
+    """Compiles what requests to one model ask for. Thread-safe; the tokenizer is read at the first use.
+
+    eos_ids: that end an answer. Raises ValueError, at each use, for a model without a fast tokenizer, without the
+    extra, and for a form that llguidance does not take.
+    """
+
+    def __init__(self, folder: Path, vocabulary: int, eos_ids: Iterable[int], trust_remote_code: bool) -> None:
+        self.vocabulary = vocabulary
+        self._folder, self._trusts = folder, trust_remote_code
+        self._eos_ids = tuple(sorted(eos_ids))
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
+
+    def check(self, wanted: StructuredOutputsParams | None) -> None:
+        """Raises ValueError for what cannot be asked for."""
+        if wanted is not None:
+            self._matcher(wanted)
+
+    def of(self, wanted: StructuredOutputsParams | None) -> Constraint | None:
+        """The state of a request that has said nothing yet."""
+        return None if wanted is None else Constraint(self._matcher(wanted).deep_copy(), self.vocabulary)
+
+    def _matcher(self, wanted: StructuredOutputsParams) -> Any:
+        """Fresh; to be copied."""
+        try:
+            import llguidance  # of the extra `grammar`
+        except ImportError:
+            raise ValueError("structured_outputs need llguidance: pip install 'moeflow[grammar]'") from None
+        with self._lock:
+            if wanted not in self._compiled:
+                self._compiled[wanted] = self._compile(llguidance, wanted)
+                if len(self._compiled) > _KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(wanted)
+            return self._compiled[wanted]
+
+    def _compile(self, llguidance: Any, wanted: StructuredOutputsParams) -> Any:
+        tokenizer = _read_tokenizer(self._folder, self.vocabulary, self._eos_ids, self._trusts)
+        form, text = wanted.form
+        try:
+            grammar = _grammar(llguidance, form, text)
+            matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+        except ValueError as error:
+            raise ValueError(f"structured_outputs.{form}: {first_line(str(error))}") from None
+        if matcher.is_error():
+            raise ValueError(f"structured_outputs.{form} is not supported: {first_line(matcher.get_error())}")
+        return matcher
+
+
+@lru_cache(maxsize=2)
+def _read_tokenizer(folder: Path, vocabulary: int, eos_ids: tuple[int, ...], trusts: bool) -> Any:
+    """llguidance's form of it: a second for a large vocabulary, and some 100 MB."""
+    from llguidance.hf import from_tokenizer
+
+    tokenizer = load_tokenizer(folder, trust_remote_code=trusts)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(f"structured_outputs need a fast tokenizer; {folder} has none")
+    if not eos_ids and tokenizer.eos_token_id is None:
+        raise ValueError(f"structured_outputs need a token that ends an answer; {folder} names none")
+    return from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(eos_ids) or None)
+
+
+def _grammar(llguidance: Any, form: str, text: str) -> str:
+    if form in ("json", "json_object"):
+        schema = '{"type": "object"}' if form == "json_object" else text
+        return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS))
+    if form == "choice":
+        alternatives = " | ".join(json.dumps(one, ensure_ascii=False) for one in json.loads(text))
+        form, text = "lark", f"start: {alternatives}"
+    return str(llguidance.grammar_from(form, text))
+
+
+def first_line(text: str) -> str:
+    """Of a parser's message, without its drawing of the place."""
+    return " ".join(text.split("\n\n")[0].split())[:300]
