@@ -28,7 +28,7 @@ from moe.engine.foresight import empty_fit
 from moe.fit import run_observed
 from moe.layer.ridge import Forecast, selection
 from moe.layer.routers import plain_routers
-from moe.layer.routing import Routing
+from moe.layer.routing import Routing, StepContext
 from moe.llm import LLM
 from moe.offload.policy import Access, Belady, Lfu, Lru, Policy, simulate, smallest
 from moe.offload.predictor import Transitions
@@ -52,7 +52,10 @@ class Keep:
         self.x: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self.ids: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
-    def routed(self, x: Tensor, routing: Routing) -> None:
+    def begin(self, step: StepContext) -> None:
+        pass
+
+    def routed(self, x: Tensor, routing: Routing, step: StepContext) -> None:
         self.x[routing.layer].append(x.float().clone())
         self.ids[routing.layer].append(routing.topk_ids.long().clone())
 
@@ -87,8 +90,9 @@ def watch(llm: LLM, text: str, num_windows: int) -> tuple[Seen, Seen]:
 def fitted(llm: LLM, parts: list[Seen]) -> Forecast:
     fit = empty_fit(llm.engine.blueprint, llm.engine.model, DISTANCES)
     for part in parts:
+        fit.begin(StepContext())
         for layer, (x, ids) in enumerate(zip(part.x, part.ids)):
-            fit.routed(x, Routing(layer, ids, torch.empty(0)))
+            fit.routed(x, Routing(layer, ids, torch.empty(0)), StepContext())
     return fit.forecast()
 
 

@@ -36,6 +36,7 @@ from moe.kernels.cpu import CpuExperts
 from moe.kernels.weights import Activation, ExpertWeights
 from moe.layer.experts import SlotExperts
 from moe.layer.lookahead import Guess, Lookahead
+from moe.layer.routing import NOBODY, Span, StepContext
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.cache import ExpertCache
@@ -159,6 +160,7 @@ class Replay:
     def step(self, x: Tensor, token: Tensor) -> Tensor:
         """x: [1, H]; token: [L, K]. Times itself."""
         before, start = self.stall, time.perf_counter()
+        self.experts.routing.begin(StepContext((Span(NOBODY, 0, 1, 1),)))
         for layer in range(self.num_layers):
             slots = torch.arange(4 * layer, 4 * layer + 4, dtype=torch.int32)[None]
             x = x + self.dense.combine(x, slots, self.dense_weights)

@@ -21,7 +21,7 @@ import torch
 from bench_lookahead import texts
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.requests import Chunk, Request
+from moe.engine.requests import Chunk, Request, step_of
 from moe.engine.turns import Turns
 from moe.layer.routing import Routing
 from moe.llm import LLM
@@ -85,10 +85,11 @@ class Replay:
 
 
 def watch(turns: Turns, chunks: list[Chunk], routed: np.ndarray) -> None:
+    step = step_of(chunks)
+    turns.forwards.begin(step)
     for layer in range(routed.shape[1]):
         ids = torch.from_numpy(routed[:, layer].astype(np.int64))
-        turns.log.routed(torch.empty(0), Routing(layer, ids, torch.ones_like(ids, dtype=torch.float32)))
-    turns.observe(chunks)
+        turns.forwards.routed(torch.empty(0), Routing(layer, ids, torch.ones_like(ids, dtype=torch.float32)), step)
 
 
 def load_domain(path: Path) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe.engine.engine import Engine
 from moe.engine.runner import PackedRunner
+from moe.layer.routing import NOBODY, Span, StepContext
 from moe.llm import LLM
 from moe.models.kv import CACHE_NAME
 
@@ -69,6 +70,7 @@ def every_logit(engine: Engine, tokens: Sequence[int]) -> Tensor:
     """fp32 [T, V]: of every token's successor, in one forward by the model's own modules. No request may be open."""
     runner, pool, device = engine.loaded.memory.runner, engine.scheduler.pool, engine.model.device
     ids = torch.tensor([list(tokens)], device=device)
+    engine.loaded.dense.routing.begin(StepContext((Span(NOBODY, 0, len(tokens), len(tokens)),)))
     if not isinstance(runner, PackedRunner):
         logits: Tensor = engine.model(input_ids=ids, use_cache=False).logits
         return logits[0].float()

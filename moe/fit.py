@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe.engine.foresight import empty_fit
 from moe.layer.ridge import Forecast, read_sums, selection, write_sums
-from moe.layer.routing import Observer, Routing
+from moe.layer.routing import Observer, Routing, StepContext
 from moe.llm import LLM
 from moe.params import SamplingParams
 
@@ -42,9 +42,12 @@ class Judge:
         self._found: dict[tuple[int, int], npt.NDArray[np.float64]] = {key: np.zeros(3) for key in forecast.regressions}
         self._x: list[Tensor] = []
 
-    def routed(self, x: Tensor, routing: Routing) -> None:
+    def begin(self, step: StepContext) -> None:
+        self._x = []
+
+    def routed(self, x: Tensor, routing: Routing, step: StepContext) -> None:
         layer = routing.layer
-        self._x = [*self._x[:layer], x]
+        self._x.append(x)
         taken = selection(routing.topk_ids, self.num_experts[layer]).bool()
         for distance in range(1, layer + 1):
             key = layer - distance, distance

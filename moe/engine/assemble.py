@@ -25,6 +25,7 @@ from moe.engine.turns import Turns
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
 from moe.layer.parallel import experts_of_rank
+from moe.layer.routing import RoutingSeam
 from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.dense_cpu import compile_dense
@@ -79,9 +80,10 @@ class Read:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """All but the experts, in memory. is_packed: requests share one row."""
+    """All but the experts, in memory. routing: between its routers and experts; is_packed: requests share one row."""
 
     model: Any
+    routing: RoutingSeam
     tried: TriedToken
     is_packed: bool
     max_context: int
@@ -192,19 +194,21 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     if is_packed:
         model.set_attn_implementation(ATTENTION_NAME)
     notes = () if reason is None else (f"sequences run one at a time, not packed: {reason}",)
-    return Dense(model, tried, is_packed, context, blueprint.generation.eos_ids, notes)
+    return Dense(model, RoutingSeam(), tried, is_packed, context, blueprint.generation.eos_ids, notes)
 
 
 def make_memory(read: Read, dense: Dense) -> Memory:
     batch, turns = read.config.batch, _turns(read.blueprint, read.config.batch)
     if not dense.is_packed:
         unlimited = BlockPool(batch.num_running, dense.max_context, sharing=False)
-        return Memory(Scheduler(batch, unlimited, can_chunk=False, turns=turns), SequentialRunner(dense.model), 0)
+        return Memory(
+            Scheduler(batch, unlimited, can_chunk=False, turns=turns), SequentialRunner(dense.model, dense.routing), 0
+        )
     pool = BlockPool(num_blocks(batch, dense), batch.block_size, batch.prefix_sharing)
     kv = make_paged_kv(dense.model, pool)
-    runner: Runner = PackedRunner(dense.model, kv)
+    runner: Runner = PackedRunner(dense.model, kv, dense.routing)
     if kv.device.type == "cpu" and read.config.kernel != "reference":
-        runner = planned_runner(dense.model, kv, dense.tried.kv, dense.max_context)
+        runner = planned_runner(dense.model, kv, dense.routing, dense.tried.kv, dense.max_context)
     return Memory(Scheduler(batch, pool, turns=turns), runner, pool.num_blocks * pool.block_size * dense.tried.kv_bytes)
 
 
@@ -259,7 +263,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             kernel = "grouped"  # for the steps that no launch over all ranks takes
         table = Path(config.crossover_table).expanduser()
         kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
-        slots = SlotExperts(cache, kernels, None, foresight.lookahead(cache))
+        slots = SlotExperts(cache, kernels, dense.routing, foresight.lookahead(cache))
         if foresight.pregate is not None:
             slots.routing.stages.append(foresight.pregate)
         undo.pop_all()

@@ -26,11 +26,11 @@ from moe.comm.errors import Task
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic, Wire
 from moe.engine.coherent_choice import SHARED_EXPERTS
-from moe.engine.requests import Chunk
+from moe.engine.requests import Chunk, step_of
 from moe.engine.runner import PackedRunner
 from moe.engine.sampling import Choice, Logprobs
 from moe.layer.experts import SlotExperts
-from moe.layer.routing import Routing
+from moe.layer.routing import Routing, StepContext
 from moe.models.attention import MaskRule, StepLayout
 from moe.models.kv import CACHE_NAME
 
@@ -166,6 +166,8 @@ class CoherentRunner:
         rotary = self._base.rotary_emb(self._base.embed_tokens.weight[:1, None], positions)
         here = [i for i, place in enumerate(places) if place == self.groups.rank]
         counts: Sequence[int] = [places.count(r) for r in range(self.groups.world_size)]
+        step = step_of(chunks)
+        self.experts.routing.begin(step.only(here))
         h = self._base.embed_tokens(
             torch.tensor([chunks[i].request.tokens[starts[i]] for i in here], dtype=torch.int64, device=device)
         )
@@ -177,7 +179,7 @@ class CoherentRunner:
                 h = self._attend(index, layer, h, torch.tensor(here, device=device), layout, positions, rotary)
             self._spread(index, layout, counts)
             if self._sites[index] is not None:
-                h, here, counts = self._move(index, layer, h, here, counts)
+                h, here, counts = self._move(index, layer, h, step.only(here), here, counts)
             elif here:
                 h = h + layer.mlp(layer.post_attention_layernorm(h))
         self._here, self._counts = here, list(counts)
@@ -223,17 +225,17 @@ class CoherentRunner:
             kv.keys[at.long()], kv.values[at.long()] = keys, values
 
     def _move(
-        self, index: int, layer: Any, h: Tensor, here: list[int], counts: Sequence[int]
+        self, index: int, layer: Any, h: Tensor, step: StepContext, here: list[int], counts: Sequence[int]
     ) -> tuple[Tensor, list[int], Sequence[int]]:
-        """The layer's mlp: h [T, H] of the tokens `here` in, of those that live here afterwards out."""
+        """The layer's mlp: h [T, H] of step's tokens, which are `here`, in; of those that live here afterwards out."""
         site, norm, device = self._sites[index], layer.post_attention_layernorm, h.device
         assert site is not None
+        x, weights = h, torch.zeros(0, self._top_k, device=device)
+        ids = weights.long()
         if here:
             x = norm(h)
             _, weights, ids = layer.mlp.gate(x)
-            _, ids, weights, _ = self.experts.routing.through(x, Routing(site, ids, weights))
-        else:
-            weights, ids = torch.zeros(0, self._top_k, device=device), torch.zeros(0, self._top_k, device=device)
+        _, ids, weights, _ = self.experts.routing.through(x, Routing(site, ids, weights), step)
         physical = self.parallel.physical(site, ids.long())
         who = torch.tensor(here, dtype=torch.int32, device=device)[:, None]
         sent = self.dispatcher.dispatch(

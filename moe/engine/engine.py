@@ -62,7 +62,6 @@ class Engine:
         self.loaded: Loaded = load(read, share)
         self.eos_ids = self.loaded.dense.eos_ids
         self.stats = StepStats()
-        self.recorder: TraceRecorder | None = None
         self.last_logits: dict[int, list[Tensor]] | None = None  # by request, when `keep_logits` was called
         self._started: dict[int, float] = {}
         self.next_id = 0
@@ -75,7 +74,7 @@ class Engine:
         mode = self.place.mode
         chunks = mode.plan()
         logits = mode.forward(chunks)
-        self._observe(chunks, logits)
+        self._keep(chunks, logits)
         for chunk in chunks:
             mode.scheduler.computed(chunk)
         choices = mode.choose(chunks, logits)
@@ -233,9 +232,9 @@ class Engine:
             raise ValueError("requests are running; record from their start")
         self.scheduler.pool.sharing = False
         num_experts = max(site.num_experts for site in self.blueprint.index.sites)
-        self.recorder = TraceRecorder(len(self.blueprint.index.sites), num_experts, self.blueprint.folder.name)
-        self.experts.routing.observers.append(self.recorder.log)
-        return self.recorder
+        recorder = TraceRecorder(len(self.blueprint.index.sites), num_experts, self.blueprint.folder.name)
+        self.experts.routing.observers.append(recorder.forwards)
+        return recorder
 
     def keep_logits(self) -> dict[int, list[Tensor]]:
         """From now on the logits of every sampled token are kept, fp32 [V] each, by request."""
@@ -291,12 +290,8 @@ class Engine:
             self.close()
             raise
 
-    def _observe(self, chunks: Seq[Chunk], logits: Tensor) -> None:
+    def _keep(self, chunks: Seq[Chunk], logits: Tensor) -> None:
         """Before anything of the step is accepted."""
-        if self.scheduler.turns is not None:
-            self.scheduler.turns.observe(chunks)
-        if self.recorder is not None and chunks:
-            self.recorder.add(chunks)
         if self.last_logits is not None:
             for chunk, row in zip(chunks, logits):
                 if chunk.samples:

@@ -185,7 +185,7 @@ def _coherent_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, d
     kv = make_paged_kv(dense.model, pool)
     kv.prepare(dense.tried.kv)
     sites = [site.module for site in loaded.read.blueprint.index.sites]
-    runner = CoherentRunner(PackedRunner(dense.model, kv), slots, sites)
+    runner = CoherentRunner(PackedRunner(dense.model, kv, dense.routing), slots, sites)
     return Coherent(Scheduler(batch, pool), runner, control, RequestMirror(control, loaded.grammars))
 
 

@@ -1,10 +1,12 @@
 """What the engine works on: a request, and the part of it that one step computes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from moe.engine.grammar import Grammars
 from moe.engine.sampling import Logprobs, Sampler
+from moe.layer.routing import Span, StepContext
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
 
@@ -58,3 +60,13 @@ class Chunk(NamedTuple):
     @property
     def samples(self) -> bool:
         return self.end == len(self.request.tokens)
+
+    @property
+    def span(self) -> Span:
+        request = self.request
+        return Span(request.id, self.start, self.end, request.num_prompt, request.owner)
+
+
+def step_of(chunks: Iterable[Chunk]) -> StepContext:
+    """What layers are told of a forward of these chunks."""
+    return StepContext(tuple(chunk.span for chunk in chunks))

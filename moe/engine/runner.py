@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from moe.engine.requests import Chunk
+from moe.engine.requests import Chunk, step_of
+from moe.layer.routing import RoutingSeam, Span, StepContext
 from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
 from moe.models.layer_plan import LayerPlan, plan_layers
 from moe.models.neighbours import recomputed_beyond
@@ -26,13 +27,17 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """One forward for all chunks over the paged KV cache: by `plan` where there is one, else by the model's modules."""
+    """One forward for all chunks over the paged KV cache: by `plan` where there is one, else by the model's modules.
 
-    def __init__(self, model: Any, kv: PagedKV, plan: LayerPlan | None = None) -> None:
-        self.model, self.kv, self.plan = model, kv, plan
+    routing: told whose tokens a forward has.
+    """
+
+    def __init__(self, model: Any, kv: PagedKV, routing: RoutingSeam, plan: LayerPlan | None = None) -> None:
+        self.model, self.kv, self.routing, self.plan = model, kv, routing, plan
 
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
+        self.routing.begin(step_of(chunks))
         if self.plan is not None:
             tokens = [t for c in chunks for t in c.request.tokens[c.start : c.end]]
             blocks = [c.request.blocks for c in chunks]
@@ -59,7 +64,9 @@ class PackedRunner:
         return 1 if chunks else 0
 
 
-def planned_runner(model: Any, kv: PagedKV, like: Seq[tuple[Tensor, Tensor]], max_context: int) -> PackedRunner:
+def planned_runner(
+    model: Any, kv: PagedKV, routing: RoutingSeam, like: Seq[tuple[Tensor, Tensor]], max_context: int
+) -> PackedRunner:
     """A runner by compiled blocks where the model's layers can be (moe/models/layer_plan.py), logging why not.
 
     like: keys and values of a token, by layer. The model is on the CPU; its experts need not be there.
@@ -67,9 +74,9 @@ def planned_runner(model: Any, kv: PagedKV, like: Seq[tuple[Tensor, Tensor]], ma
     layers = plan_layers(model, max_context)
     if isinstance(layers, str):
         log.info("layers run by transformers' modules: %s", layers)
-        return PackedRunner(model, kv)
+        return PackedRunner(model, kv, routing)
     kv.prepare(like)
-    return PackedRunner(model, kv, LayerPlan(model, layers, kv))
+    return PackedRunner(model, kv, routing, LayerPlan(model, layers, kv))
 
 
 class SequentialRunner:
@@ -79,8 +86,8 @@ class SequentialRunner:
     encoder-decoder's prompt goes to the encoder; its output starts from the decoder's start token.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, routing: RoutingSeam) -> None:
+        self.model, self.routing = model, routing
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.recomputed_beyond = recomputed_beyond(model)
 
@@ -111,6 +118,8 @@ class SequentialRunner:
                 first, past, new = 0, None, request.tokens[: chunk.end]
             positions = torch.arange(first, chunk.end, device=device)[None]
             arguments = {"input_ids": torch.tensor([new], device=device), "position_ids": positions}
+        span = Span(request.id, chunk.end - len(new), chunk.end, request.num_prompt, request.owner)
+        self.routing.begin(StepContext((span,)))
         out = self.model(**arguments, **{CACHE_NAME: past}, use_cache=True)
         cache = getattr(out, CACHE_NAME)
         request.state = (encoded, cache) if self.is_encoder_decoder else cache

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from moe.engine.requests import Chunk, Request
+from moe.engine.requests import Request
 from moe.layer.experts import SlotExperts
-from moe.layer.routing import RoutingLog
+from moe.layer.routing import NOBODY, RoutedLayer, StepContext, WholeForwards
 
 DECAY = 0.9  # of a token's weight in its request's profile, per later token
 PRIOR_TOKENS = 4.0  # what all running requests do together counts as so many tokens of each
@@ -30,7 +30,7 @@ class Turns:
     """
 
     def __init__(self, num_experts: Sequence[int], places: int) -> None:
-        self.log = RoutingLog(len(num_experts))
+        self.forwards = WholeForwards(len(num_experts), self._learn)
         self.first_key = np.concatenate([[0], np.cumsum(num_experts)]).astype(np.int64)
         self.places = places
         total = int(self.first_key[-1])
@@ -43,14 +43,14 @@ class Turns:
 
     def watch(self, experts: SlotExperts) -> None:
         """Sees from now on what is routed there, and what is in a slot."""
-        experts.routing.observers.append(self.log)
+        experts.routing.observers.append(self.forwards)
         self.slot_of = experts.cache.map.slot_of
 
-    def observe(self, chunks: Sequence[Chunk]) -> None:
-        """Takes the routing of a step's tokens from the log, in the order of the chunks."""
-        layers = self.log.take()
-        lengths = [chunk.end - chunk.start for chunk in chunks]
-        rows = np.array([self._row(chunk.request) for chunk in chunks], np.int64)
+    def _learn(self, step: StepContext, layers: Sequence[RoutedLayer]) -> None:
+        if any(span.sequence == NOBODY for span in step.spans):
+            return
+        lengths = step.lengths
+        rows = np.array([self._row(span.sequence) for span in step.spans], np.int64)
         left = np.concatenate([np.arange(n - 1, -1, -1) for n in lengths]) if lengths else np.zeros(0)
         weights = (DECAY**left).astype(np.float32)  # of the step's tokens
         faded = DECAY ** np.array(lengths)
@@ -59,10 +59,8 @@ class Turns:
         of_token = np.repeat(rows, lengths)
         np.add.at(self._tokens, of_token, weights)
         for first_key, layer in zip(self.first_key, layers):
-            if layer is not None:
-                assert len(layer.topk_ids) == len(of_token), (len(layer.topk_ids), len(of_token))
-                token, k = np.nonzero(layer.topk_ids >= 0)
-                np.add.at(self._counts, (of_token[token], layer.topk_ids[token, k] + first_key), weights[token])
+            token, k = np.nonzero(layer.topk_ids >= 0)
+            np.add.at(self._counts, (of_token[token], layer.topk_ids[token, k] + first_key), weights[token])
 
     def choose(self, ready: Sequence[Request], size: int) -> list[Request]:
         """At most `size` of the requests that can decode, the longest waiting first; the others are passed over.
@@ -70,7 +68,6 @@ class Turns:
         While `ready` and `size` stay as they are, a request is passed over fewer than (PATIENCE + 1) *
         ceil(len(ready) / size) times in a row. Ties go to the earlier in `ready`.
         """
-        self.log.take()  # what an interrupted step left
         if len(ready) <= size:
             self._passed_over.update(dict.fromkeys((r.id for r in ready), 0))
             return list(ready)
@@ -78,7 +75,7 @@ class Turns:
         order = np.argsort(-waited, kind="stable")
         limit = PATIENCE * -(-len(ready) // size)
         chosen = [int(order[0]), *(int(i) for i in order[1:size] if waited[i] >= limit)]
-        chosen += self._alike(np.array([self._row(r) for r in ready]), chosen, size)
+        chosen += self._alike(np.array([self._row(r.id) for r in ready]), chosen, size)
         for index, request in enumerate(ready):
             self._passed_over[request.id] = 0 if index in set(chosen) else int(waited[index]) + 1
         return [ready[i] for i in sorted(chosen)]
@@ -91,10 +88,10 @@ class Turns:
             self._counts[row], self._tokens[row] = 0, 0
             self._free.append(row)
 
-    def _row(self, request: Request) -> int:
-        if request.id not in self._row_of:
-            self._row_of[request.id] = self._free.pop()
-        return self._row_of[request.id]
+    def _row(self, request: int) -> int:
+        if request not in self._row_of:
+            self._row_of[request] = self._free.pop()
+        return self._row_of[request]
 
     def _alike(self, rows: npt.NDArray[np.int64], chosen: Sequence[int], size: int) -> list[int]:
         """Indices into `rows` that fill the group up to `size`."""

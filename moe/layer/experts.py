@@ -18,7 +18,7 @@ from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
 from moe.layer.lookahead import Lookahead
 from moe.layer.parallel import ExpertParallel
-from moe.layer.routing import Routing, RoutingSeam
+from moe.layer.routing import Routing, RoutingSeam, StepContext
 from moe.layer.runners import LayerKernel, LayerRunner, Resident, Waves
 from moe.offload.cache import ExpertCache
 
@@ -77,19 +77,20 @@ def layer_kernels(
 
 
 class SlotExperts:
-    """The experts of all layers over one cache. routing: who may change or see what goes to them."""
+    """The experts of all layers over one cache, alone until `use_ranks`. routing: what it goes through."""
 
     def __init__(
         self,
         cache: ExpertCache,
         kernels: Sequence[LayerKernel],
-        parallel: ExpertParallel | None = None,
+        routing: RoutingSeam | None = None,
         lookahead: Lookahead | None = None,
     ) -> None:
-        self.cache, self.kernels, self.parallel, self.lookahead = cache, list(kernels), parallel, lookahead
+        self.cache, self.kernels, self.lookahead = cache, list(kernels), lookahead
+        self.parallel: ExpertParallel | None = None
         self.waves = Waves(cache, self.kernels, self._read_ahead)
         self.runner: LayerRunner = self.waves
-        self.routing = RoutingSeam()
+        self.routing = routing or RoutingSeam()
         if lookahead is not None:
             self.routing.observers.append(lookahead)
         self.settle()
@@ -148,12 +149,12 @@ class SlotExperts:
 
     def join(self, hidden_size: int, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> None:
         """Takes part in all layers of a forward that only other ranks have. shapes: (rows per token, K) by layer."""
+        self.routing.begin(StepContext())
         for layer, (rows_per_token, top_k) in enumerate(shapes):
             x = torch.zeros(0, hidden_size, dtype=dtype, device=self.cache.device)
             weights = torch.zeros(0, top_k, device=self.cache.device)
-            if self.lookahead is not None:  # its gathers are collectives; nothing else has anything to see
-                self.lookahead.routed(x, Routing(layer, weights.long(), weights))
-            self._parallel_or_here(layer, x, weights.long(), weights, rows_per_token)
+            routing = self.routing.through(x, Routing(layer, weights.long(), weights))
+            self._parallel_or_here(layer, x, routing.topk_ids.long(), routing.topk_weights, rows_per_token)
 
     def _parallel_or_here(
         self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, rows_per_token: int = 1

@@ -21,7 +21,7 @@ from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic
 from moe.layer.parallel import ExpertParallel
 from moe.layer.ridge import Forecast, RidgeFit
-from moe.layer.routing import Routing
+from moe.layer.routing import Routing, StepContext
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertSite
 from moe.offload.predictor import Floats, Transitions
@@ -98,8 +98,10 @@ class OnlineGuess:
         self._solved_at = [self.FEWEST // 2] * (len(fit.num_experts) - 1)
 
     def __call__(self, layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
+        if layer == 0:
+            self.fit.begin(StepContext())
         if self.fit.num_tokens < self.MOST:
-            self.fit.routed(x, Routing(layer, torch.from_numpy(topk_ids), torch.empty(0)))
+            self.fit.routed(x, Routing(layer, torch.from_numpy(topk_ids), torch.empty(0)), StepContext())
         if layer == 0:
             self._solve_one(x.device)
         if layer + 1 == len(self.fit.num_experts):
@@ -140,7 +142,6 @@ class Lookahead:
     def __init__(self, cache: ExpertCache, guess: Guess, parallel: ExpertParallel | None, trial: bool = True) -> None:
         self.prefetcher = Prefetcher(cache, trial)
         self.guess = guess
-        self._last_layer = 0
         self.use_ranks(parallel)
 
     def use_ranks(self, parallel: ExpertParallel | None) -> None:
@@ -155,12 +156,12 @@ class Lookahead:
         """What the gathers of expected counts sent."""
         return [] if self.gather is None else [self.gather.traffic]
 
-    def routed(self, x: Tensor, routing: Routing) -> None:
+    def begin(self, step: StepContext) -> None:
+        self.prefetcher.begin_forward()
+
+    def routed(self, x: Tensor, routing: Routing, step: StepContext) -> None:
         """This rank's tokens have been routed. x: [T, H]; T may be 0."""
         layer = routing.layer
-        if layer <= self._last_layer:
-            self.prefetcher.begin_forward()
-        self._last_layer = layer
         if self.gather is None and not self.prefetcher.is_asking:
             return  # alone, a forward without prefetch is one without guesses too
         expected = self.guess(layer, x, routing.topk_ids.numpy(force=True))  # host sync on an accelerator

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe.layer.ridge import Forecast
 from moe.layer.routers import PlainRouter
-from moe.layer.routing import Routing
+from moe.layer.routing import Routing, StepContext
 
 
 class Pregate:
@@ -35,7 +35,7 @@ class Pregate:
     def num_candidates(self) -> int:
         return max(router.top_k for router in self.routers) if self.width is None else self.width
 
-    def route(self, x: Tensor, routing: Routing) -> Routing:
+    def route(self, x: Tensor, routing: Routing, step: StepContext) -> Routing:
         layer, before = routing.layer, self._before
         self._before = x
         if layer == 0:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.layer.routers import PlainRouter
-from moe.layer.routing import Routing
+from moe.layer.routing import Routing, StepContext
 
 Kind = Literal["logits", "selection"]
 _FORMAT = "moe lookahead 1"
@@ -122,10 +122,11 @@ class RidgeFit:
         self._rows: list[tuple[Tensor, Tensor]] = []  # of this forward, by layer: A [T, H + 1], Y [T, E]
         self._block: list[list[tuple[Tensor, Tensor]]] = []
 
-    def routed(self, x: Tensor, routing: Routing) -> None:
+    def begin(self, step: StepContext) -> None:
+        self._rows = []
+
+    def routed(self, x: Tensor, routing: Routing, step: StepContext) -> None:
         """x: [T, H]. Layers of a forward come in order."""
-        if routing.layer == 0:
-            self._rows = []
         assert routing.layer == len(self._rows), (routing.layer, len(self._rows))
         self._rows.append((with_one(x), self._target(routing.layer, x, routing.topk_ids).double().cpu()))
         if routing.layer == len(self.num_experts) - 1:

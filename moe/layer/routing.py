@@ -1,16 +1,62 @@
-"""Between a layer's router and its experts: what was routed, who may change it, and who only looks.
+"""Between a layer's router and its experts: what was routed, of whose tokens, who may change it, who only looks.
 
-    router ─▶ Routing ─▶ stages: restrict or replace ─▶ observers: recorder, lookahead, fits ─▶ experts
+    forward begins ─▶ StepContext
+    router ─▶ Routing ─▶ stages: restrict, replace, remap ─▶ observers: recorder, lookahead, turns, fits ─▶ experts
 
-Every runner passes here: packed, sequential, by compiled blocks, and coherent. Without stages routing is the router's.
+Every runner passes here: packed, sequential, by compiled blocks, coherent, and forwards that only other ranks have.
+Without stages routing is the router's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+NOBODY = -1  # tokens of no request
+
+
+class Span(NamedTuple):
+    """Tokens of one sequence that are side by side in a forward: places [start, end), of which [0, num_prompt) prompt.
+
+    sequence: the number of its request, `NOBODY` if there is none; owner: the rank that numbers it.
+    """
+
+    sequence: int
+    start: int
+    end: int
+    num_prompt: int
+    owner: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """Whose tokens the rows of a forward are, in their order. Of an encoder-decoder: the decoder's."""
+
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def lengths(self) -> list[int]:
+        return [span.end - span.start for span in self.spans]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def sequence_of_token(self) -> npt.NDArray[np.int64]:
+        """[T]."""
+        return np.repeat(np.array([span.sequence for span in self.spans], np.int64), self.lengths)
+
+    def phase_of_token(self) -> npt.NDArray[np.uint8]:
+        """[T]: 0 of a prompt, 1 of an answer, as a trace has it."""
+        phases = [np.arange(span.start, span.end) >= span.num_prompt for span in self.spans]
+        return np.concatenate([np.empty(0, np.uint8), *phases]).astype(np.uint8)
+
+    def only(self, spans: Iterable[int]) -> "StepContext":
+        """Of these spans alone, by their numbers."""
+        return StepContext(tuple(self.spans[n] for n in spans))
 
 
 class Routing(NamedTuple):
@@ -29,14 +75,17 @@ class Routing(NamedTuple):
 class Stage(Protocol):
     """Changes routing: a lossy mode that has a name in the config."""
 
-    def route(self, x: Tensor, routing: Routing) -> Routing:
+    def route(self, x: Tensor, routing: Routing, step: StepContext) -> Routing:
         """x: [T, H], what the router saw. Layers of a forward come in order, with the same tokens."""
 
 
 class Observer(Protocol):
     """Sees routing as the experts will have it."""
 
-    def routed(self, x: Tensor, routing: Routing) -> None:
+    def begin(self, step: StepContext) -> None:
+        """A forward begins; the one before may have been interrupted."""
+
+    def routed(self, x: Tensor, routing: Routing, step: StepContext) -> None:
         """x: [T, H], what the router saw. It may not be kept after the forward, nor changed."""
 
 
@@ -46,35 +95,52 @@ class RoutingSeam:
     def __init__(self) -> None:
         self.stages: list[Stage] = []
         self.observers: list[Observer] = []
+        self._step = StepContext()
 
-    def through(self, x: Tensor, routing: Routing) -> Routing:
-        """x: [T, H]. What the experts get."""
-        for stage in self.stages:
-            routing = stage.route(x, routing)
+    def begin(self, step: StepContext) -> None:
+        """A forward of these tokens begins."""
+        self._step = step
         for observer in self.observers:
-            observer.routed(x, routing)
+            observer.begin(step)
+
+    def through(self, x: Tensor, routing: Routing, step: StepContext | None = None) -> Routing:
+        """x: [T, H]. What the experts get. step: of these rows, None = of the forward that has begun."""
+        step = self._step if step is None else step
+        for stage in self.stages:
+            routing = stage.route(x, routing, step)
+        for observer in self.observers:
+            observer.routed(x, routing, step)
         return routing
 
 
 class RoutedLayer(NamedTuple):
-    """One layer's routing of one step: ids int16 [T, K], weights fp32 [T, K]."""
+    """One layer's routing of one forward: ids int16 [T, K], weights fp32 [T, K]."""
 
     topk_ids: npt.NDArray[np.int16]
     topk_weights: npt.NDArray[np.float32]
 
 
-class RoutingLog:
-    """Keeps what is routed until it is taken; two host syncs a layer on an accelerator."""
+class WholeForwards:
+    """An observer that hands over a forward's routing when its last layer was routed; an interrupted one's, never.
 
-    def __init__(self, num_layers: int) -> None:
-        self._routed: list[list[RoutedLayer]] = [[] for _ in range(num_layers)]
+    Two host syncs a layer on an accelerator. Raises ValueError where a layer sees other rows than the forward's tokens.
+    """
 
-    def routed(self, x: Tensor, routing: Routing) -> None:
+    def __init__(self, num_layers: int, take: Callable[[StepContext, Sequence[RoutedLayer]], None]) -> None:
+        self.num_layers, self._take = num_layers, take
+        self._layers: list[RoutedLayer] = []
+
+    def begin(self, step: StepContext) -> None:
+        self._layers = []
+
+    def routed(self, x: Tensor, routing: Routing, step: StepContext) -> None:
+        if routing.layer != len(self._layers) or len(routing.topk_ids) != step.num_tokens:
+            raise ValueError(
+                f"layer {routing.layer} routed {len(routing.topk_ids)} rows as number {len(self._layers)} of a step of "
+                f"{step.num_tokens} tokens; cannot be traced"
+            )
         ids = routing.topk_ids.numpy(force=True).astype(np.int16)
-        weights = routing.topk_weights.detach().float().numpy(force=True)
-        self._routed[routing.layer].append(RoutedLayer(ids, weights))
-
-    def take(self) -> Sequence[RoutedLayer | None]:
-        """Every layer's routing since the last call, of all forwards in their order; None where there was none."""
-        routed, self._routed = self._routed, [[] for _ in self._routed]
-        return [RoutedLayer(*map(np.concatenate, zip(*parts))) if parts else None for parts in routed]
+        self._layers.append(RoutedLayer(ids, routing.topk_weights.detach().float().numpy(force=True)))
+        if len(self._layers) == self.num_layers:
+            layers, self._layers = self._layers, []
+            self._take(step, layers)

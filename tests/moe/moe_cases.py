@@ -4,11 +4,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.layer.routing import RoutedLayer
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
@@ -100,6 +102,25 @@ def relative_error(ours: Said, theirs: Said) -> float:
     errors = [(x - y).abs().max() / y.abs().max() for x, y in zip(ours.logits, theirs.logits, strict=True)]
     worst = torch.stack(errors)
     return float(worst.max()) if worst.isfinite().all() else float("inf")
+
+
+class RoutingLog:
+    """An observer that keeps all routing until it is taken."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._routed: list[list[RoutedLayer]] = [[] for _ in range(num_layers)]
+
+    def begin(self, step) -> None:
+        pass
+
+    def routed(self, x, routing, step) -> None:
+        ids = routing.topk_ids.numpy(force=True).astype(np.int16)
+        self._routed[routing.layer].append(RoutedLayer(ids, routing.topk_weights.float().numpy(force=True)))
+
+    def take(self) -> list[RoutedLayer | None]:
+        """Every layer's routing since the last call, of all forwards in their order; None where there was none."""
+        routed, self._routed = self._routed, [[] for _ in self._routed]
+        return [RoutedLayer(*map(np.concatenate, zip(*parts))) if parts else None for parts in routed]
 
 
 class Case:

@@ -2,10 +2,9 @@
 
 import pytest
 
-from moe.layer.routing import RoutingLog
 from moe.llm import LLM
 from tests.families import FAMILIES
-from tests.moe.moe_cases import FP32_BOUND, PROMPTS, Case, Said, config, engine_says, relative_error
+from tests.moe.moe_cases import FP32_BOUND, PROMPTS, Case, RoutingLog, Said, config, engine_says, relative_error
 
 SERVED_WHOLE = {"nllb_moe"}
 IN_SLOTS = [f for f in FAMILIES if f not in SERVED_WHOLE]

@@ -13,10 +13,10 @@ from moe.evaluate import evaluate
 from moe.fit import fit_lookahead
 from moe.launch.cli import main
 from moe.layer.ridge import Forecast, Regression, RidgeFit
-from moe.layer.routing import Routing, RoutingLog
+from moe.layer.routing import Routing, StepContext
 from moe.llm import LLM
 from tests.families import tiny_checkpoint
-from tests.moe.moe_cases import TINYMOE, config, demo_reference, engine_says, random_prompts
+from tests.moe.moe_cases import TINYMOE, RoutingLog, config, demo_reference, engine_says, random_prompts
 
 WINDOWS = random_prompts((40, 33, 21, 40, 40, 17, 40, 29, 16, 40, 40), vocab_size=2048, seed=5)
 PROMPTS = random_prompts((9, 1, 30), vocab_size=2048, seed=6)
@@ -49,9 +49,10 @@ def test_regressions_are_those_of_all_rows_at_once():
     ids = [np.argsort(rng.random((90, e)), axis=1)[:, :2] for e in experts]
     ids[1][7] = -1  # a token without experts
     for rows in (slice(0, 1), slice(1, 1), slice(1, 70), slice(70, 90)):
+        fit.begin(StepContext())
         for layer in range(3):
             routing = Routing(layer, torch.from_numpy(ids[layer][rows]), torch.empty(0))
-            fit.routed(torch.from_numpy(x[layer][rows]), routing)
+            fit.routed(torch.from_numpy(x[layer][rows]), routing, StepContext())
     found = fit.forecast(ridge).regressions
     assert set(found) == {(0, 1), (0, 2), (1, 1)}
     for (layer, distance), one in found.items():
@@ -150,7 +151,10 @@ def test_nothing_outside_the_forecast_is_used(lookahead, pregate, width):
         inputs, log, experts = [], RoutingLog(6), llm.engine.experts
 
         class Inputs:
-            def routed(self, x, routing):
+            def begin(self, step):
+                pass
+
+            def routed(self, x, routing, step):
                 inputs.append((routing.layer, x.clone()))
 
         experts.routing.observers += [log, Inputs()]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe import LLM, SamplingParams
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.requests import Chunk, Request
+from moe.engine.requests import Chunk, Request, step_of
 from moe.engine.turns import PATIENCE, Turns
 from moe.layer.routing import Routing
 from tests.distributed import spawn
@@ -24,10 +24,12 @@ def requests(count: int) -> list[Request]:
 
 def route(turns: Turns, chunks: list[Chunk], ids: np.ndarray) -> None:
     """ids: [L, T, K]."""
+    step = step_of(chunks)
+    turns.forwards.begin(step)
     for layer, of_layer in enumerate(ids):
         routed = torch.from_numpy(of_layer)
-        turns.log.routed(torch.empty(0), Routing(layer, routed, torch.ones_like(routed, dtype=torch.float32)))
-    turns.observe(chunks)
+        weights = torch.ones_like(routed, dtype=torch.float32)
+        turns.forwards.routed(torch.empty(0), Routing(layer, routed, weights), step)
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,11 +77,14 @@ def test_who_ended_leaves_no_trace_and_rows_are_used_again():
 
 
 def test_what_an_interrupted_step_left_is_not_counted():
-    running, turns = requests(2), Turns([4], 2)
-    turns.log.routed(None, Routing(0, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)))
+    running, turns = requests(2), Turns([4, 4], 2)
+    step = step_of([Chunk(running[1], 0, 5)])
+    turns.forwards.begin(step)
+    turns.forwards.routed(None, Routing(0, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)), step)
     turns.choose(running, 1)
-    route(turns, [Chunk(running[0], 0, 1)], np.ones((1, 1, 1), np.int64))
-    assert turns._counts[0].tolist() == [0, 1, 0, 0]
+    route(turns, [Chunk(running[0], 0, 1)], np.ones((2, 1, 1), np.int64))
+    assert turns._counts[0].tolist() == [0, 1, 0, 0] * 2
+    assert not turns._counts[1].any()
 
 
 @pytest.mark.parametrize("budget", ["0.25", "1.0"])
