@@ -33,6 +33,7 @@ class LayerKey:
     intermediate_size: int
     world_size: int
     dtype: str
+    stored: str = ""  # `ExpertWeights.stored`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

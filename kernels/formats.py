@@ -55,6 +55,14 @@ class Coding(NamedTuple):
     table: Tensor | None = None  # fp32 [S, P, 16]; of lut4 only
     group_of: Tensor | None = None  # int32 [S, P, k], the group of each column (GPTQ with act-order)
 
+    @property
+    def name(self) -> str:
+        """All that a kernel is compiled for: "int4 1x128 float16 zeros"."""
+        more = ((self.zero, "zeros"), (self.factor, "factors"), (self.group_of, "groups"))
+        rows, columns = self.block
+        words = [self.code, f"{rows}x{columns}", str(self.scale.dtype)[6:], *(w for t, w in more if t is not None)]
+        return " ".join(words)
+
 
 def bytes_per_row(code: CodeName, columns: int) -> int:
     return (columns + 1) // 2 if code in NIBBLE_CODES else columns

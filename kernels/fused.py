@@ -26,13 +26,11 @@ from moe.kernels.reference import check_expert_weights
 from moe.kernels.tiles import (
     TileConfig,
     can_use_tma,
-    check_chip,
     device_capability,
+    is_decoded,
+    matrices,
     pick_tiles,
-    scale_block,
-    scales_in_blocks,
-    tiles_in_blocks,
-    weight_operands,
+    tiles_for,
 )
 from moe.kernels.weights import ExpertWeights
 
@@ -143,17 +141,18 @@ class FusedExperts:
         out: Tensor | None,
     ) -> Tensor:
         check_expert_weights(weights)
-        check_chip(weights, self.capability)
         if weights.activation.kind == "custom":
             raise ValueError("a custom activation function runs only in the torch reference; use experts_reference")
         shape, layout = self.shape, HeapLayout.of(self.shape)
-        config = tiles_in_blocks(self.config, scale_block(weights), shape.hidden_size, shape.intermediate_size)
+        config = tiles_for(self.config, weights, shape.dtype)
         num_tokens = x.shape[1]
         out = torch.empty_like(x) if out is None else out
-        # Sums over blocks of scales beside TMA spill inside the matrix loop (sm_100, triton 3.6).
-        tma = not scales_in_blocks(weights) and can_use_tma(weights, shape.dtype, self.capability)
-        operands = weight_operands(weights, config, tma=tma)
-        act, strides = weights.activation, operands.strides
+        # Decoding beside TMA spills inside the matrix loop (sm_100, triton 3.6).
+        tma = not is_decoded(weights, shape.dtype) and can_use_tma(
+            weights, shape.dtype, self.capability, config.block_k
+        )
+        gate, up, down = matrices(weights, shape.dtype, config, self.capability, tma=tma)
+        act = weights.activation
         fused_experts_kernel[(self.programs,)](
             self.bases,
             self.state,
@@ -175,28 +174,14 @@ class FusedExperts:
             self.lag,
             int(self.split),
             self.poll_limit,
-            operands.gate,
-            operands.up,
-            operands.down,
-            operands.gate_bias,
-            operands.up_bias,
-            operands.down_bias,
-            *strides[:4],
-            *strides[4:],
-            operands.bias_step,
-            operands.gate_scale,
-            operands.up_scale,
-            operands.down_scale,
-            *operands.scale_strides,
+            gate,
+            up,
+            down,
             act.alpha,
             act.limit,
             **fused_constants(shape, config, self.lag, self.max_tiles, layout),
             KIND=act.kind,
             GATED=act.gated,
-            HAS_BIAS=operands.up_bias is not None,
-            SCALE_N=operands.scale_block[0],
-            SCALE_K=operands.scale_block[1],
-            TMA=tma,
             ALIGNED=shape.hidden_size * shape.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0,
             **launch_options(config.num_warps, config.num_stages),
         )
@@ -295,7 +280,7 @@ def fused_experts(x: Tensor, ids: Tensor, topk_weights: Tensor, slots: Tensor, w
         num_experts=len(slots),
         top_k=ids.shape[1],
         hidden_size=x.shape[1],
-        intermediate_size=weights.down.shape[2],
+        intermediate_size=weights.intermediate_size,
         max_tokens=max(1, len(x)),
         dtype=x.dtype,
     )

@@ -18,14 +18,12 @@ from moe.kernels.reference import check_expert_input, check_expert_weights
 from moe.kernels.tiles import (
     TileConfig,
     can_use_tma,
-    check_chip,
     device_capability,
     down_tile,
     gate_up_tile,
+    matrices,
     pick_tiles,
-    scale_block,
-    tiles_in_blocks,
-    weight_operands,
+    tiles_for,
 )
 from moe.kernels.weights import ExpertWeights
 
@@ -54,20 +52,17 @@ def grouped_experts(
     if weights.activation.kind == "custom":
         raise ValueError("a custom activation function runs only in the torch reference; use experts_reference")
     (num_tokens, top_k), hidden = slot_ids.shape, x.shape[1]
-    num_rows, inter = num_tokens * top_k, weights.down.shape[2]
+    num_rows, inter = num_tokens * top_k, weights.intermediate_size
     y = torch.empty(num_tokens, top_k, hidden, dtype=y_dtype, device=x.device)
     if num_rows == 0:
         return y
     capability = device_capability(x.device)
-    check_chip(weights, capability)
     num_slots = len(weights.down)
-    tma = can_use_tma(weights, x.dtype, capability)
-    config = config or pick_tiles(num_rows / min(num_rows, num_experts or num_slots), x.dtype, capability, tma=tma)
-    config = tiles_in_blocks(config, scale_block(weights), hidden, inter)
+    config, tma = _tiles(x, weights, num_rows / min(num_rows, num_experts or num_slots), capability, config)
     rows, tiles = route_rows(slot_ids.to(torch.int32), num_slots, config.block_m)
     h = torch.empty(num_rows, inter, dtype=x.dtype, device=x.device)
-    operands = weight_operands(weights, config, tma=tma)
-    act, (s_slot, s_row, d_slot, d_row, b1, b2) = weights.activation, operands.strides
+    gate, up, down = matrices(weights, x.dtype, config, capability, tma=tma)
+    act = weights.activation
     options = launch_options(config.num_warps, config.num_stages)
     x = x if x.stride(1) == 1 else x.contiguous()
     programs = num_programs(x.device)
@@ -80,17 +75,8 @@ def grouped_experts(
         tiles.table,
         tiles.num_tiles,
         tiles.max_tiles,
-        operands.gate,
-        operands.up,
-        operands.gate_bias,
-        operands.up_bias,
-        s_slot,
-        s_row,
-        b1,
-        operands.bias_step,
-        operands.gate_scale,
-        operands.up_scale,
-        operands.scale_strides[0],
+        gate,
+        up,
         act.alpha,
         act.limit,
         TOP_K=top_k,
@@ -98,10 +84,6 @@ def grouped_experts(
         I=inter,
         KIND=act.kind,
         GATED=act.gated,
-        HAS_BIAS=operands.up_bias is not None,
-        SCALE_N=operands.scale_block[0],
-        SCALE_K=operands.scale_block[1],
-        TMA=operands.tma,
         DTYPE=tl_dtype(x.dtype),
         GROUP_M=GROUP_M,
         BLOCK_M=config.block_m,
@@ -117,19 +99,9 @@ def grouped_experts(
         tiles.table,
         tiles.num_tiles,
         tiles.max_tiles,
-        operands.down,
-        operands.down_bias,
-        d_slot,
-        d_row,
-        b2,
-        operands.down_scale,
-        operands.scale_strides[1],
+        down,
         H=hidden,
         I=inter,
-        HAS_BIAS=operands.down_bias is not None,
-        SCALE_N=operands.scale_block[0],
-        SCALE_K=operands.scale_block[1],
-        TMA=operands.tma,
         Y_DTYPE=tl_dtype(y_dtype),
         GROUP_M=GROUP_M,
         BLOCK_M=config.block_m,
@@ -138,6 +110,18 @@ def grouped_experts(
         **options,
     )
     return y
+
+
+def _tiles(
+    x: Tensor, weights: ExpertWeights, rows_per_expert: float, capability: int, config: TileConfig | None
+) -> tuple[TileConfig, bool]:
+    """Sizes, and whether weights come by TMA."""
+    if config is None:
+        plain = tiles_for(pick_tiles(rows_per_expert, x.dtype, capability), weights, x.dtype)
+        tma = can_use_tma(weights, x.dtype, capability, plain.block_k)
+        config = pick_tiles(rows_per_expert, x.dtype, capability, tma=tma)
+    config = tiles_for(config, weights, x.dtype)
+    return config, can_use_tma(weights, x.dtype, capability, config.block_k)
 
 
 def route_rows(slot_ids: Tensor, num_slots: int, block_m: int) -> tuple[SortedRows, Tiles]:
@@ -177,17 +161,8 @@ def _gate_up_kernel(
     table_ptr,
     num_tiles_ptr,
     max_tiles,
-    gate,
+    gate,  # `Matrix`
     up,
-    gate_bias,
-    up_bias,
-    stride_slot,
-    stride_row,
-    stride_bias,
-    bias_step,
-    gate_scale,
-    up_scale,
-    stride_scale,
     alpha,
     limit,
     TOP_K: tl.constexpr,
@@ -195,10 +170,6 @@ def _gate_up_kernel(
     I: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    TMA: tl.constexpr,
     DTYPE: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -222,27 +193,14 @@ def _gate_up_kernel(
                 ok,
                 gate,
                 up,
-                gate_bias,
-                up_bias,
                 slot,
                 n * BLOCK_N,
-                stride_slot,
-                stride_row,
-                stride_bias,
-                bias_step,
-                gate_scale,
-                up_scale,
-                stride_scale,
                 alpha,
                 limit,
                 H,
                 I,
                 KIND,
                 GATED,
-                HAS_BIAS,
-                SCALE_N,
-                SCALE_K,
-                TMA,
                 DTYPE,
                 BLOCK_M,
                 BLOCK_N,
@@ -262,19 +220,9 @@ def _down_kernel(
     table_ptr,
     num_tiles_ptr,
     max_tiles,
-    down,
-    down_bias,
-    stride_slot,
-    stride_row,
-    stride_bias,
-    down_scale,
-    stride_scale,
+    down,  # `Matrix`
     H: tl.constexpr,
     I: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SCALE_N: tl.constexpr,
-    SCALE_K: tl.constexpr,
-    TMA: tl.constexpr,
     Y_DTYPE: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -300,20 +248,10 @@ def _down_kernel(
                 h_ptr + (first + m).to(tl.int64) * I,
                 ok,
                 down,
-                down_bias,
                 slot,
                 n * BLOCK_N,
-                stride_slot,
-                stride_row,
-                stride_bias,
-                down_scale,
-                stride_scale,
                 H,
                 I,
-                HAS_BIAS,
-                SCALE_N,
-                SCALE_K,
-                TMA,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_K,

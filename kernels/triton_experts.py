@@ -96,7 +96,7 @@ class FusedLayerExperts(GroupedExperts):
             num_experts=min(num_slots, tokens * top_k, self.num_experts or num_slots),  # in use at most
             top_k=top_k,
             hidden_size=hidden_size,
-            intermediate_size=self.weights.down.shape[2],
+            intermediate_size=self.weights.intermediate_size,
             max_tokens=tokens,
             dtype=dtype,
         )
@@ -142,5 +142,5 @@ def compile_at_start(layers: Sequence[GroupedExperts], top_k: int, dtype: torch.
 
 def _kernel_key(layer: GroupedExperts) -> tuple[object, ...]:
     weights = layer.weights
-    stored = weights.gate_up.dtype, weights.gate_up.shape, weights.down.shape, weights.gate_up_bias is None
+    stored = weights.stored, weights.gate_up.shape, weights.down.shape, weights.gate_up_bias is None
     return *stored, weights.activation, layer.num_experts

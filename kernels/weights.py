@@ -58,6 +58,13 @@ class ExpertWeights(NamedTuple):
         return self.gate_up.shape[1] // (2 if self.activation.gated else 1)
 
     @property
+    def stored(self) -> str:
+        """How both matrices are stored, in words."""
+        pairs = ((self.gate_up, self.gate_up_coding), (self.down, self.down_coding))
+        first, second = (str(t.dtype)[6:] if coding is None else coding.name for t, coding in pairs)
+        return first if first == second else f"{first}, {second}"
+
+    @property
     def formats(self) -> frozenset[str]:
         """What a kernel must be able to read: names of codes, and "float"."""
         return frozenset("float" if c is None else c.code for c in (self.gate_up_coding, self.down_coding))

@@ -5,31 +5,50 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels.combine import _combine_kernel
+from moe.kernels.formats import CODE_DTYPES, CodeName, Coding, bytes_per_row
 from moe.kernels.fused import fused_constants
 from moe.kernels.fused_kernel import fused_experts_kernel
 from moe.kernels.gate import _gate_kernel
 from moe.kernels.grouped_gemm import _down_kernel, _gate_up_kernel
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.intrinsics import tl_dtype
+from moe.kernels.matrix import Matrix
 from moe.kernels.permute import _small_dense_routing_kernel, _small_routing_kernel
-from moe.kernels.tiles import TileConfig, pick_tiles, tiles_in_blocks
+from moe.kernels.tiles import TileConfig, is_decoded, matrices, pick_tiles, tiles_for
+from moe.kernels.weights import Activation, ExpertWeights
 
-LOW_BIT = {"sm_80": ("int8",), "sm_90": ("fp8", "int8"), "sm_100": ("fp8", "int8"), "gfx942": ("fp8", "int8")}
+STORED = ("fp8", "int8", "int4", "mxfp4", "nf4")  # between them every way in which kernels read a matrix
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with the arguments that it is compiled for. sync: (acquires, releases) that must be there at least."""
+    """A kernel with the arguments that it is compiled for. sync: (acquires, releases) that must be there at least.
+
+    types: of arguments; of a `Matrix`, the same tuple with types in it. constants: by argument, or by argument and
+    field of a matrix.
+    """
 
     name: str
     fn: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
+    types: dict[str, str | Matrix]
+    constants: dict[str | tuple[str, int], Any]
     num_warps: int
     num_stages: int
     matrix: bool = False
+    scales: bool = False  # of blocks, in copies of a few bytes
     sync: tuple[int, int] = (0, 0)
 
 
@@ -92,10 +111,9 @@ def cases(arch: str) -> Iterator[Case]:
     for phase, rows in (("decode", 4), ("mid", 40), ("prefill", 512)):
         for tma in (False, True) if capability(arch) >= 90 else (False,):
             config = pick_tiles(rows, torch.bfloat16, capability(arch), tma=tma)
-            yield from _grouped_cases(f"{phase}{'_tma' if tma else ''}", config, hidden, inter, top_k, tma)
-            for stored in LOW_BIT[arch] if phase != "mid" else ():
-                name = f"{phase}_{stored}{'_tma' if tma else ''}"
-                yield from _grouped_cases(name, config, hidden, inter, top_k, tma, stored)
+            for stored in ("bf16", *STORED) if phase != "mid" else ("bf16",):
+                name = f"{phase}{'' if stored == 'bf16' else '_' + stored}{'_tma' if tma else ''}"
+                yield from _grouped_cases(name, config, weights_stored(stored, hidden, inter), top_k, arch, tma)
             if phase == "mid":
                 continue
             shape = FusedShape(
@@ -107,81 +125,134 @@ def cases(arch: str) -> Iterator[Case]:
                 max_tokens=16 if phase == "decode" else 1024,
             )
             config = pick_tiles(rows, torch.bfloat16, capability(arch))
-            for stored in ("bf16", *LOW_BIT[arch]):
-                if not (tma and stored == "fp8"):  # the launcher takes pointers for scales in blocks
-                    yield _fused_case(phase, config, shape, tma, stored)
+            for stored in ("bf16", *STORED):
+                weights = weights_stored(stored, hidden, inter)
+                if not (tma and is_decoded(weights, torch.bfloat16)):  # the launcher takes pointers
+                    name = f"fused_{phase}{'' if stored == 'bf16' else '_' + stored}{'_tma' if tma else ''}"
+                    yield _fused_case(name, config, shape, weights, arch, tma)
 
 
-def _weights(config: TileConfig, tma: bool, stored: str = "bf16") -> tuple[dict[str, str], dict[str, str]]:
-    kind = {"bf16": "bf16", "fp8": "fp8e4nv", "int8": "i8"}[stored]
-    first, second = f"*{kind}", f"*{kind}"
-    if tma:
-        first, second = (f"tensordesc<{kind}[1,{n},{config.block_k}]>" for n in (config.block_n1, config.block_n2))
-    gate_up = {"gate": first, "up": first, "gate_bias": "*bf16", "up_bias": "*bf16"}
-    gate_up |= {"gate_scale": "*fp32", "up_scale": "*fp32"}
-    return gate_up, {"down": second, "down_bias": "*bf16", "down_scale": "*fp32"}
+def weights_stored(
+    stored: str, hidden: int, inter: int, slots: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> ExpertWeights:
+    """Experts of no values, as the formats are published: FP8 of DeepSeek-V3, int8, GPTQ's int4, gpt-oss, NF4."""
+    if stored == "bf16":
+        first, second = (torch.empty(slots, n, k, dtype=dtype) for n, k in ((2 * inter, hidden), (hidden, inter)))
+        return ExpertWeights(first, second, None, None, Activation())
+    formats: dict[str, tuple[CodeName, tuple[int, int], torch.dtype]] = {
+        "fp8": ("e4m3", (128, 128), torch.float32),
+        "int8": ("int8", (1, max(hidden, inter)), torch.float32),
+        "int4": ("int4", (1, 128), torch.float16),
+        "int4 of 32": ("int4", (1, 32), torch.bfloat16),
+        "mxfp4": ("e2m1", (1, 32), torch.float8_e8m0fnu),
+        "nvfp4": ("e2m1", (1, 16), torch.float8_e4m3fn),
+        "nf4": ("lut4", (1, 64), torch.float32),
+    }
+    code, block, scale = formats[stored]
+    codes, codings = [], []
+    for parts, rows, columns in ((2, inter, hidden), (1, hidden, inter)):
+        grid = (slots, parts, -(-rows // block[0]), -(-columns // block[1]))
+        codes.append(torch.empty(slots, parts * rows, bytes_per_row(code, columns), dtype=CODE_DTYPES[code]))
+        codings.append(
+            Coding(
+                code,
+                block,
+                torch.empty(grid, dtype=scale),
+                torch.empty(grid, dtype=torch.int8) if stored == "int4" else None,
+                torch.empty(grid[:2]) if stored == "nvfp4" else None,
+                torch.empty(*grid[:2], 16) if stored == "nf4" else None,
+            )
+        )
+    return ExpertWeights(codes[0], codes[1], None, None, Activation(), codings[0], codings[1])
 
 
-def _block(stored: str, hidden: int, inter: int) -> tuple[int, int] | None:
-    return {"bf16": None, "fp8": (128, 128), "int8": (1, max(hidden, inter))}[stored]
+def _argument(name: str, matrix: Matrix) -> tuple[Matrix, dict[tuple[str, int], Any]]:
+    """Types of a matrix as a kernel's argument, and its constants."""
+    types: list[str] = []
+    constants: dict[tuple[str, int], Any] = {}
+    for i, value in enumerate(matrix):
+        if isinstance(value, torch.Tensor):
+            types.append(_POINTERS[value.dtype])
+        elif isinstance(value, TensorDescriptor):
+            kind = _POINTERS[value.base.dtype][1:]
+            types.append(f"tensordesc<{kind}{str(list(value.block_shape)).replace(' ', '')}>")
+        elif isinstance(value, int):
+            types.append("i64" if Matrix._fields[i] != "step_bias" else "i32")
+        else:
+            types.append("constexpr")
+            constants[name, i] = value.value if isinstance(value, tl.constexpr) else value
+    return Matrix(*types), constants
 
 
 def _grouped_cases(
-    phase: str, config: TileConfig, hidden: int, inter: int, top_k: int, tma: bool, stored: str = "bf16"
+    phase: str, config: TileConfig, weights: ExpertWeights, top_k: int, arch: str, tma: bool
 ) -> Iterator[Case]:
-    block = _block(stored, hidden, inter)
-    config = tiles_in_blocks(config, block, hidden, inter)
-    gate_up, down = _weights(config, tma, stored)
+    config = tiles_for(config, weights, torch.bfloat16)
+    made = matrices(weights, torch.bfloat16, config, _numbers(arch), tma=tma)
+    types: dict[str, str | Matrix] = {}
+    constants: dict[str | tuple[str, int], Any] = {}
+    for name, matrix in zip(made._fields, made):
+        types[name], more = _argument(name, matrix)
+        constants |= more
     walk = {"order_ptr": "*i32", "table_ptr": "*i32", "num_tiles_ptr": "*i32", "max_tiles": "i32"}
-    strides = {"stride_slot": "i64", "stride_row": "i64", "stride_bias": "i64", "stride_scale": "i64"}
-    shared = {"H": hidden, "I": inter, "HAS_BIAS": False, "TMA": tma, "GROUP_M": 8}
-    shared |= dict(zip(("SCALE_N", "SCALE_K"), block or (0, 0)))
+    shared = {"H": weights.hidden_size, "I": weights.intermediate_size, "GROUP_M": 8}
     shared |= {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
     yield Case(
         f"grouped_gate_up_{phase}",
         _gate_up_kernel,
-        {"x_ptr": "*bf16", "stride_x": "i64", "h_ptr": "*bf16", **walk, **gate_up, **strides}
-        | {"bias_step": "i32", "alpha": "fp32", "limit": "fp32"},
+        {"x_ptr": "*bf16", "stride_x": "i64", "h_ptr": "*bf16", **walk, **types, "alpha": "fp32", "limit": "fp32"},
         shared
+        | {key: value for key, value in constants.items() if key[0] != "down"}
         | {"TOP_K": top_k, "KIND": "silu", "GATED": True, "DTYPE": tl_dtype(torch.bfloat16)}
         | {"BLOCK_N": config.block_n1},
         config.num_warps,
         config.num_stages,
         matrix=True,
+        scales=is_decoded(weights, torch.bfloat16),
     )
     yield Case(
         f"grouped_down_{phase}",
         _down_kernel,
-        {"h_ptr": "*bf16", "y_ptr": "*fp32", **walk, **down, **strides},
-        shared | {"Y_DTYPE": tl_dtype(torch.float32), "BLOCK_N": config.block_n2},
+        {"h_ptr": "*bf16", "y_ptr": "*fp32", **walk, **types},
+        shared
+        | {key: value for key, value in constants.items() if key[0] == "down"}
+        | {"Y_DTYPE": tl_dtype(torch.float32), "BLOCK_N": config.block_n2},
         config.num_warps,
         config.num_stages,
         matrix=True,
+        scales=is_decoded(weights, torch.bfloat16),
     )
 
 
-def _fused_case(phase: str, config: TileConfig, shape: FusedShape, tma: bool, stored: str) -> Case:
-    block = _block(stored, shape.hidden_size, shape.intermediate_size)
-    config = tiles_in_blocks(config, block, shape.hidden_size, shape.intermediate_size)
-    gate_up, down = _weights(config, tma, stored)
+def _numbers(arch: str) -> int:
+    """The capability that says which numbers the chip has; AMD's fp8 is emulated by the compiler."""
+    return capability(arch) if arch.startswith("sm_") else 89
+
+
+def _fused_case(name: str, config: TileConfig, shape: FusedShape, weights: ExpertWeights, arch: str, tma: bool) -> Case:
+    config = tiles_for(config, weights, torch.bfloat16)
     ints = ("ids", "order", "offsets", "slots", "tile_flag", "tickets", "state")
-    scalars = ("num_programs", "first_rank", "num_ranks", "G", "num_tokens", "lag", "split", "limit", "bias_step")
-    strides = [f"stride_{of}{gemm}" for of in ("slot", "row", "bias", "scale") for gemm in (1, 2)]
-    types = {"bases": "*i64", "x": "*bf16", "topk_weights": "*fp32", "out": "*bf16", "inter": "*bf16"}
-    types |= dict.fromkeys(ints, "*i32") | dict.fromkeys(scalars, "i32") | dict.fromkeys(strides, "i64")
-    types |= {"alpha": "fp32", "act_limit": "fp32", **gate_up, **down}
+    scalars = ("num_programs", "first_rank", "num_ranks", "G", "num_tokens", "lag", "split", "limit")
+    types: dict[str, str | Matrix] = {"bases": "*i64", "x": "*bf16", "topk_weights": "*fp32", "out": "*bf16"}
+    types |= {"inter": "*bf16", "alpha": "fp32", "act_limit": "fp32"}
+    types |= dict.fromkeys(ints, "*i32") | dict.fromkeys(scalars, "i32")
     rows = shape.world_size * shape.max_tokens * shape.top_k
     tiles = rows // config.block_m + 2 * shape.experts_per_rank
-    constants = fused_constants(shape, config, shape.experts_per_rank, tiles, HeapLayout.of(shape))
-    constants |= {"KIND": "silu", "GATED": True, "HAS_BIAS": False, "TMA": tma, "ALIGNED": True}
-    constants |= dict(zip(("SCALE_N", "SCALE_K"), block or (0, 0)))
+    sizes = fused_constants(shape, config, shape.experts_per_rank, tiles, HeapLayout.of(shape))
+    constants: dict[str | tuple[str, int], Any] = dict(sizes.items())
+    constants |= {"KIND": "silu", "GATED": True, "ALIGNED": True}
+    made = matrices(weights, torch.bfloat16, config, _numbers(arch), tma=tma)
+    for field, matrix in zip(made._fields, made):
+        types[field], more = _argument(field, matrix)
+        constants |= more
     return Case(
-        f"fused_{phase}{'' if stored == 'bf16' else '_' + stored}{'_tma' if tma else ''}",
+        name,
         fused_experts_kernel,
         types,
         constants,
         config.num_warps,
         config.num_stages,
         matrix=True,
+        scales=is_decoded(weights, torch.bfloat16),
         sync=(5, 5),  # counts, tokens, first GEMM, results, exit; row numbers, tokens, first GEMM, results, exit
     )

@@ -11,6 +11,7 @@ from triton.compiler import ASTSource
 
 from moe.kernels.aot.assembler import amd_facts, nvidia_facts
 from moe.kernels.aot.cases import Case
+from moe.kernels.matrix import Matrix
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MATRIX = {  # what the matrix loop must contain
@@ -51,14 +52,19 @@ def target(arch: str) -> GPUTarget:
 def compile_case(case: Case, arch: str) -> Any:
     """Triton's compiled kernel. Pointers and strides are taken to be multiples of 16, as the launcher finds them."""
     names = case.fn.arg_names
-    signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
-    aligned = [n for n in names if signature[n].startswith("*") or n.startswith("stride_")]
-    source = ASTSource(
-        case.fn,
-        signature,
-        {(names.index(name),): value for name, value in case.constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
+    signature: dict[str, Any] = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
+    constants = {
+        (names.index(key),) if isinstance(key, str) else (names.index(key[0]), key[1]): value
+        for key, value in case.constants.items()
+    }
+    aligned: list[tuple[int, ...]] = []
+    for i, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, Matrix):
+            fields = zip(Matrix._fields, kind)
+            aligned += [(i, j) for j, (f, t) in enumerate(fields) if t[0] == "*" or (t == "i64" and f[0] == "s")]
+        elif kind.startswith("*") or name.startswith("stride_"):
+            aligned.append((i,))
+    source = ASTSource(case.fn, signature, constants, {path: [["tt.divisibility", 16]] for path in aligned})
     stages = min(case.num_stages, 2) if arch.startswith("gfx") else case.num_stages
     options = {"num_warps": case.num_warps, "num_stages": stages, "enable_fp_fusion": False}
     return triton.compile(source, target=target(arch), options=options)
@@ -83,7 +89,7 @@ def examine(case: Case, arch: str) -> Report:
         problems.append(f"{facts['unordered_releases']} releases that do not wait for the whole block's stores")
     if case.matrix and "_tma" in case.name and arch.startswith("sm_") and not facts["tma"]:
         problems.append("no TMA load")
-    if case.matrix and arch.startswith("sm_") and facts["narrow_copies"] > facts["wide_copies"]:
+    if case.matrix and arch.startswith("sm_") and facts["narrow_copies"] > facts["wide_copies"] and not case.scales:
         problems.append(f"{facts['narrow_copies']} copies of fewer than 16 bytes")
     limit = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}[arch]
     if kernel.metadata.shared > limit:

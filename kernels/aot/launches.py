@@ -11,9 +11,9 @@ import torch
 import triton
 
 from moe.kernels.aot.assembler import cubin_facts
+from moe.kernels.aot.cases import weights_stored
 from moe.kernels.aot.fake import Binary, FakeDriver
 from moe.kernels.gate import GateConfig, gate
-from moe.kernels.quantize import quantize_experts
 from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, serving_tokens
 from moe.kernels.weights import Activation, ExpertWeights
 
@@ -49,6 +49,12 @@ SHAPES = (
     Shape("gpt-oss-20b", 768, 32, 4, 2880, 2880, torch.bfloat16, "", GPT_OSS, True),
     Shape("Qwen3-30B-A3B fp8", 4, 128, 8, 2048, 768, torch.bfloat16, "fp8"),
     Shape("Qwen3-30B-A3B int8", 4, 128, 8, 2048, 768, torch.bfloat16, "int8"),
+    Shape("Qwen3-30B-A3B int4", 4, 128, 8, 2048, 768, torch.bfloat16, "int4"),
+    Shape("Kimi-K2", 2, 384, 8, 7168, 2048, torch.bfloat16, "int4 of 32"),
+    Shape("gpt-oss-20b mxfp4", 4, 32, 4, 2880, 2880, torch.bfloat16, "mxfp4", GPT_OSS, True),
+    Shape("Qwen3-30B-A3B nvfp4", 4, 128, 8, 2048, 768, torch.bfloat16, "nvfp4"),
+    Shape("Qwen3-30B-A3B nf4", 4, 128, 8, 2048, 768, torch.bfloat16, "nf4"),
+    Shape("Qwen3-30B-A3B nf4 fp16", 4, 128, 8, 2048, 768, torch.float16, "nf4"),
 )
 
 
@@ -105,16 +111,13 @@ def _examined(binary: Binary, shape: str, arch: str, path: str, tokens: int) -> 
 
 
 def _weights(shape: Shape) -> ExpertWeights:
-    gate_up = torch.empty(shape.slots, 2 * shape.inter, shape.hidden, dtype=shape.dtype)
-    down = torch.empty(shape.slots, shape.hidden, shape.inter, dtype=shape.dtype)
+    dtype = shape.dtype
+    weights = weights_stored(shape.stored or "bf16", shape.hidden, shape.inter, shape.slots, dtype)
     first = second = None
     if shape.biased:
-        first = torch.empty(shape.slots, 2 * shape.inter, dtype=shape.dtype)
-        second = torch.empty(shape.slots, shape.hidden, dtype=shape.dtype)
-    weights = ExpertWeights(gate_up, down, first, second, shape.activation)
-    if shape.stored == "fp8":
-        return quantize_experts(weights, "fp8")
-    return quantize_experts(weights, "int8") if shape.stored else weights
+        first = torch.empty(shape.slots, 2 * shape.inter, dtype=dtype)
+        second = torch.empty(shape.slots, shape.hidden, dtype=dtype)
+    return weights._replace(gate_up_bias=first, down_bias=second, activation=shape.activation)
 
 
 def show_launches(archs: Sequence[str], only: str, out: Path | None) -> int:

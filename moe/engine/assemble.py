@@ -23,7 +23,7 @@ from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged
 from moe.engine.scheduler import Scheduler
 from moe.engine.turns import Turns
 from moe.kernels.weights import ExpertWeights
-from moe.layer.experts import SlotExperts, chosen_kernel, layer_kernels
+from moe.layer.experts import SlotExperts, chosen_kernel, kernel_notes, layer_kernels
 from moe.layer.parallel import experts_of_rank
 from moe.layer.routing import RoutingSeam
 from moe.models.attention import ATTENTION_NAME
@@ -112,10 +112,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Experts:
-    """The slots of all layers, in place in the model. slots: None for a model without experts."""
+    """The slots of all layers, in place in the model; None for one without experts. notes: on their kernel."""
 
     slots: SlotExperts | None
     weights: tuple[ExpertWeights, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +132,7 @@ class Loaded:
     @property
     def notes(self) -> list[str]:
         """What a user should know about how the model is served."""
-        return [*self.read.notes, *self.dense.notes]
+        return [*self.read.notes, *self.dense.notes, *self.experts.notes]
 
     def close(self) -> None:
         if self.experts.slots is not None:
@@ -269,7 +270,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         undo.pop_all()
     for layer, site in enumerate(blueprint.index.sites):
         model.get_submodule(site.module).compute = slots.layer(layer)
-    return Experts(slots, tuple(weights))
+    return Experts(slots, tuple(weights), tuple(kernel_notes(kernel, weights, model.dtype)))
 
 
 def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeights]:

@@ -76,6 +76,15 @@ def layer_kernels(
     return [*kernel_choice.make(name, layers, num_experts, top_k, dtype, table)]
 
 
+def kernel_notes(name: KernelName, layers: Sequence[ExpertWeights], dtype: torch.dtype) -> list[str]:
+    """What a user should know about these weights on this kernel: formats that it can only read slowly."""
+    if name in ("reference", "cpu"):
+        return []
+    from moe.layer import kernel_choice
+
+    return kernel_choice.slow_formats(layers, dtype)
+
+
 class SlotExperts:
     """The experts of all layers over one cache, alone until `use_ranks`. routing: what it goes through."""
 

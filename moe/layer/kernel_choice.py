@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.crossover import TOKENS, CrossoverTable, LayerKey, machine_name
+from moe.kernels.matrix import parts_of
 from moe.kernels.names import KernelName
 from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, compile_at_start
 from moe.kernels.weights import ExpertWeights
@@ -60,9 +61,10 @@ def make(
             num_experts=count,
             top_k=top_k,
             hidden_size=weights.down.shape[1],
-            intermediate_size=weights.down.shape[2],
+            intermediate_size=weights.intermediate_size,
             world_size=1,
             dtype=str(dtype).removeprefix("torch."),
+            stored=weights.stored,
         )
         kernel = MeasuredExperts(weights, launch, key, table)
         if not table.is_measured(key):
@@ -71,6 +73,16 @@ def make(
     compile_at_start(made, top_k, dtype)
     made[-1].is_last = True  # only now: a check would be timed too
     return [*made]
+
+
+def slow_formats(layers: Sequence[ExpertWeights], dtype: torch.dtype) -> list[str]:
+    """A sentence about formats that Triton's kernels multiply without matrix instructions; none for bfloat16."""
+    if dtype == torch.bfloat16:
+        return []
+    slow = sorted({weights.stored for weights in layers if "wide" in {p.reading(dtype) for p in parts_of(weights)}})
+    if not slow:
+        return []
+    return [f"experts stored as {'; '.join(slow)} run without matrix instructions in {dtype}; dtype=bfloat16 uses them"]
 
 
 def _measure(kernel: MeasuredExperts, dtype: torch.dtype, tokens: Sequence[int]) -> None:

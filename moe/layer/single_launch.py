@@ -67,7 +67,7 @@ class RankLaunch:
                 num_experts=plan.num_physical,
                 top_k=top_k,
                 hidden_size=weights.down.shape[1],
-                intermediate_size=weights.down.shape[2],
+                intermediate_size=weights.intermediate_size,
                 max_tokens=max_tokens,
                 dtype=dtype,
             )
@@ -123,8 +123,9 @@ class RankLaunch:
                 intermediate_size=shape.intermediate_size,
                 world_size=shape.world_size,
                 dtype=str(shape.dtype).removeprefix("torch."),
+                stored=weights.stored,
             )
-            for shape in self.shapes
+            for shape, weights in zip(self.shapes, self.layers)
         ]
         for layer, key in enumerate(keys):
             if keys.index(key) < layer:

@@ -9,7 +9,7 @@ from moe.kernels.fused import fused_experts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.quantize import quantize_experts
 from moe.kernels.reference import check_expert_weights, combine_reference, dequantized, experts_reference
-from moe.kernels.tiles import TileConfig, check_chip
+from moe.kernels.tiles import TileConfig
 from moe.kernels.weights import Activation
 
 # y differs by the order of fp32 sums and scalings; where that tips the rounding of an intermediate, by an ulp of it.
@@ -140,8 +140,6 @@ def test_bad_input():
     weights = random_weights(3, 40, 20)
     stored = quantize_experts(weights, "fp8", (16, 24))
     x, ids = torch.randn(4, 40), random_ids(4, 2, 3)
-    with pytest.raises(ValueError, match="blocks of scales have 24 columns; the grouped kernel takes multiples of 16"):
-        grouped_experts(x, ids, stored)
     with pytest.raises(ValueError, match=r"experts stored as torch.float8_e4m3fn need a coding"):
         grouped_experts(x, ids, stored._replace(gate_up_coding=None))
     with pytest.raises(ValueError, match=r"gate_up is torch.float32; codes of e4m3 are torch.float8_e4m3fn"):
@@ -153,5 +151,3 @@ def test_bad_input():
     weights.down[0, 0, 0] = torch.inf
     with pytest.raises(ValueError, match="not finite"):
         quantize_experts(weights, "int8")
-    with pytest.raises(ValueError, match=r"need sm_89 or later, this GPU is sm_80; store them as int8"):
-        check_chip(stored, 80)

@@ -1,0 +1,310 @@
+"""A weight matrix of all slots as one argument of a kernel, and its tiles, decoded in registers.
+
+The formats are those of `formats.py`; their twin is its `decode`. How a kernel reads a matrix depends on what is exact:
+
+    float    as stored, no scale
+    row      one scale a row: codes become activations' numbers, which hold them exactly; the sum is scaled at its end
+    blocks   a scale for a block of columns: the sum over each block is scaled, in float32
+    exact    code times scale is a number of the activations' dtype (FP4 with power-of-two or E4M3 scales): no rounding
+    wide     decoded in float32 as the twin does it: tables, columns that are grouped freely, blocks of odd sizes. With
+             bfloat16 activations multiplied in three parts of bfloat16, which is exact; else in float32, without matrix
+             instructions
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe.kernels.formats import NIBBLE_CODES, Coding
+from moe.kernels.intrinsics import INTERPRETED, cast, device_function, dot, same_dtype
+from moe.kernels.weights import ExpertWeights
+
+Reading = Literal["float", "row", "blocks", "exact", "wide"]
+
+
+class Matrix(NamedTuple):
+    """Gate, up or down of every slot. To Triton a tuple: pointers and strides are arguments, the rest constants."""
+
+    codes: Any  # pointer or TMA descriptor over [S, n, bytes of a row]
+    bias: Any
+    scale: Any  # one byte scales as bytes
+    zero: Any
+    factor: Any
+    table: Any
+    group_of: Any
+    stride_slot: Any
+    stride_row: Any
+    stride_bias: Any  # of slots
+    step_bias: Any  # between neighbouring columns
+    stride_scale: Any  # of slots, as all that follow
+    stride_zero: Any
+    stride_factor: Any
+    stride_table: Any
+    stride_group: Any
+    CODE: Any  # "float" or a code; "e4m3 bits" where the chip has no such numbers
+    READ: Any  # `Reading`
+    SCALE: Any  # "float", "e8m0" or "e4m3"
+    SCALE_N: Any  # rows and columns that share a scale, groups of a row; 1 without scales
+    SCALE_K: Any
+    GROUPS: Any
+    NIBBLES: Any
+    TMA: Any
+
+
+class Part(NamedTuple):
+    """One matrix of [S, n, k] on the host, before it becomes an argument."""
+
+    codes: Tensor
+    bias: Tensor | None
+    coding: Coding | None
+    number: int  # which part of the coding
+    columns: int
+
+    def reading(self, dtype: torch.dtype) -> Reading:
+        return reading(self.coding, self.columns, dtype)
+
+
+def reading(coding: Coding | None, columns: int, dtype: torch.dtype) -> Reading:
+    """How a matrix of so many columns is read for activations of `dtype`; see the top of this file."""
+    if coding is None:
+        return "float"
+    group = coding.block[1]
+    if coding.code == "lut4" or coding.group_of is not None:
+        return "wide"
+    if group >= columns:
+        return "row"
+    if group % 16:
+        return "wide"
+    if coding.code == "e2m1" and coding.zero is None and group & (group - 1) == 0:
+        scale = coding.scale.dtype
+        if scale == torch.float8_e4m3fn or (scale == torch.float8_e8m0fnu and dtype != torch.float16):
+            return "exact"
+    return "blocks"
+
+
+def parts_of(weights: ExpertWeights) -> tuple[Part, Part, Part]:
+    """Views of gate, up and down; gate is up where there is no gate."""
+    act, first, bias, coding = weights.activation, weights.gate_up, weights.gate_up_bias, weights.gate_up_coding
+    half = first.shape[1] // 2
+    if not act.gated:
+        rows = [slice(None), slice(None)]
+    elif act.interleaved:
+        rows = [slice(0, None, 2), slice(1, None, 2)]
+    else:
+        rows = [slice(None, half), slice(half, None)]
+    gate, up = (
+        Part(first[:, r], None if bias is None else bias[:, r], coding, p if act.gated else 0, weights.hidden_size)
+        for p, r in enumerate(rows)
+    )
+    return gate, up, Part(weights.down, weights.down_bias, weights.down_coding, 0, weights.intermediate_size)
+
+
+def argument(part: Part, dtype: torch.dtype, *, tma_box: tuple[int, int] | None, has_e4m3: bool) -> Matrix:
+    """`part` for activations of `dtype`. tma_box: rows and columns of a tile that comes by TMA, None: by pointers."""
+    codes, bias, coding = part.codes, part.bias, part.coding
+    is_nibbles = coding is not None and coding.code in NIBBLE_CODES
+    code: str = "float" if coding is None else coding.code
+    if code == "e4m3" and not has_e4m3:
+        code, codes = "e4m3 bits", codes.view(torch.uint8)
+    strides = codes.stride(0), codes.stride(1)
+    source: Any = codes
+    if tma_box is not None:
+        source = TensorDescriptor.from_tensor(codes, [1, tma_box[0], tma_box[1] // (2 if is_nibbles else 1)])
+    scale = zero = factor = table = group_of = None
+    kind, block, groups = "float", (1, 1), 1
+    if coding is not None:
+        scale, zero, factor, table, group_of = (
+            None if t is None else t[:, part.number]
+            for t in (coding.scale, coding.zero, coding.factor, coding.table, coding.group_of)
+        )
+        assert scale is not None
+        groups, block = scale.shape[-1], coding.block
+        if scale.dtype.itemsize == 1:
+            kind = "e8m0" if scale.dtype == torch.float8_e8m0fnu else "e4m3"
+            scale = scale.view(torch.uint8)
+    steps = [0 if t is None else t.stride(0) for t in (bias, scale, zero, factor, table, group_of)]
+    constants = (code, part.reading(dtype), kind, *block, groups, is_nibbles, tma_box is not None)
+    return Matrix(
+        source,
+        bias,
+        scale,
+        zero,
+        factor,
+        table,
+        group_of,
+        *strides,
+        steps[0],
+        1 if bias is None else bias.stride(1),
+        *steps[1:],
+        *map(tl.constexpr, constants),
+    )
+
+
+@device_function
+def tile_pointers(m, slot, cols, BLOCK_K: tl.constexpr):
+    """Of the first tile: [BLOCK_K, BLOCK_N], of nibbles [BLOCK_N, BLOCK_K / 2]; None by TMA."""
+    if m.TMA:
+        return None
+    else:
+        rows = m.codes + slot.to(tl.int64) * m.stride_slot + cols.to(tl.int64) * m.stride_row
+        if m.NIBBLES:
+            return rows[:, None] + tl.arange(0, BLOCK_K // 2)[None, :]
+        else:
+            return rows[None, :] + tl.arange(0, BLOCK_K)[:, None]
+
+
+@device_function
+def multiply(
+    acc, x, m, ptrs, slot, n0, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """acc + x @ columns k0 … of the matrix, scaled but for what waits for `finish`. x is 0 beyond column K."""
+    cols = n0 + tl.arange(0, BLOCK_N)
+    codes = _codes(m, ptrs, slot, n0, k0, cols, N, K, BLOCK_N, BLOCK_K)
+    if m.READ == "float":
+        a, b = same_dtype(x, codes)
+        return dot(a, b, acc)
+    elif m.READ == "row":
+        zero = _in_block(m, m.zero, m.stride_zero, slot, cols, 0, cols < N)
+        return dot(x, cast(_values(m, codes, zero, slot), x.dtype), acc)
+    elif m.READ == "blocks":
+        group = k0 // m.SCALE_K
+        zero = _in_block(m, m.zero, m.stride_zero, slot, cols, group, cols < N)
+        scale = _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols, group, cols < N))
+        part = dot(x, cast(_values(m, codes, zero, slot), x.dtype), tl.zeros_like(acc))
+        return acc + part * scale
+    elif m.READ == "exact":
+        scale = _scales_of_tile(m, slot, cols, k0, N, K, BLOCK_N, BLOCK_K)
+        return dot(x, cast(_values(m, codes, None, slot) * scale, x.dtype), acc)
+    else:
+        ks = k0 + tl.arange(0, BLOCK_K)
+        if m.group_of is None:
+            group = ks // m.SCALE_K
+        else:
+            group = tl.load(m.group_of + slot.to(tl.int64) * m.stride_group + ks, mask=ks < K, other=0)
+        there = (ks < K)[:, None] & (cols < N)[None, :]
+        zero = _in_block(m, m.zero, m.stride_zero, slot, cols[None, :], group[:, None], there)
+        scale = _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols[None, :], group[:, None], there))
+        if m.factor is not None:
+            scale = scale * tl.load(m.factor + slot.to(tl.int64) * m.stride_factor)
+        return _dot_wide(x, _values(m, codes, zero, slot) * scale, acc)
+
+
+@device_function
+def finish(acc, m, slot, n0, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum over all columns, times the scale of its row or matrix, plus the bias; float32."""
+    cols = n0 + tl.arange(0, BLOCK_N)
+    if m.READ == "row":
+        acc = acc * _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols, 0, cols < N))
+    if m.factor is not None and m.READ != "wide":
+        acc = acc * tl.load(m.factor + slot.to(tl.int64) * m.stride_factor)
+    if m.bias is not None:
+        offsets = slot.to(tl.int64) * m.stride_bias + cols * m.step_bias
+        acc = acc + tl.load(m.bias + offsets, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@device_function
+def _codes(m, ptrs, slot, n0, k0, cols, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # [BLOCK_K, BLOCK_N], a code each
+    WHOLE: tl.constexpr = K % BLOCK_K == 0 and N % BLOCK_N == 0
+    if m.NIBBLES:
+        if m.TMA:
+            pairs = tl.reshape(m.codes.load([slot, n0, k0 // 2]), (BLOCK_N, BLOCK_K // 2))
+        elif WHOLE:
+            pairs = tl.load(ptrs + k0 // 2)
+        else:
+            there = (cols < N)[:, None] & (k0 + 2 * tl.arange(0, BLOCK_K // 2) < K)[None, :]
+            pairs = tl.load(ptrs + k0 // 2, mask=there, other=0)
+        return tl.trans(tl.reshape(tl.join(pairs & 15, pairs >> 4), (BLOCK_N, BLOCK_K)))
+    else:
+        if m.TMA:
+            return tl.reshape(m.codes.load([slot, n0, k0]), (BLOCK_N, BLOCK_K)).T
+        elif WHOLE:
+            return tl.load(ptrs + k0)
+        else:
+            there = (k0 + tl.arange(0, BLOCK_K) < K)[:, None] & (cols < N)[None, :]
+            return tl.load(ptrs + k0, mask=there, other=0.0)
+
+
+@device_function
+def _values(m, codes, zero, slot):
+    # What codes stand for, less the zero point, in float32: at most 9 bits of it are used, but for tables
+    if m.CODE == "e4m3 bits":
+        value = _e4m3(codes)
+    elif m.CODE == "int4":
+        value = codes.to(tl.float32) - 8.0
+    elif m.CODE == "e2m1":
+        bits = codes.to(tl.uint32)
+        magnitude = ((bits & 7) << 22) | ((bits & 8) << 28)  # as a float32 whose exponent is too small by 126
+        value = magnitude.to(tl.float32, bitcast=True) * 8.507059173023462e37
+    elif m.CODE == "lut4":
+        value = tl.load(m.table + slot.to(tl.int64) * m.stride_table + codes.to(tl.int32))
+    else:
+        value = codes.to(tl.float32)
+    if zero is not None:
+        value = value - zero.to(tl.float32)
+    return value
+
+
+@device_function
+def _e4m3(bits):
+    # float32 whose exponent is too small by 120, also of subnormal numbers; 0x7f would become 480
+    bits = bits.to(tl.uint32)
+    magnitude = ((bits & 127) << 20) | ((bits & 128) << 24)
+    return magnitude.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@device_function
+def _in_block(m, values, stride, slot, cols, group, mask):
+    # Entries of a grid [S, rows of blocks, GROUPS], one for each of `cols` and `group` as they broadcast
+    if values is None:
+        return None
+    else:
+        return tl.load(values + slot.to(tl.int64) * stride + cols // m.SCALE_N * m.GROUPS + group, mask=mask, other=0)
+
+
+@device_function
+def _scale(m, stored):
+    if m.SCALE == "e8m0":
+        bits = stored.to(tl.uint32)
+        return tl.where(bits == 0, 0x400000, bits << 23).to(tl.float32, bitcast=True)  # 2 ** -127 is subnormal
+    elif m.SCALE == "e4m3":
+        return _e4m3(stored)
+    else:
+        return stored.to(tl.float32)
+
+
+@device_function
+def _scales_of_tile(m, slot, cols, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # [BLOCK_K, BLOCK_N], or [1, BLOCK_N] where one block of columns holds the tile
+    if m.SCALE_K >= BLOCK_K:
+        return _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols, k0 // m.SCALE_K, cols < N))[None, :]
+    else:
+        if INTERPRETED:  # which leaves constants of tuples wrapped
+            SIZE = m.SCALE_K.value
+        else:
+            SIZE: tl.constexpr = m.SCALE_K  # type: ignore[no-redef]
+        EACH: tl.constexpr = BLOCK_K // SIZE
+        group = k0 // SIZE + tl.arange(0, EACH)
+        there = (cols < N)[:, None] & (group * SIZE < K)[None, :]
+        scale = _in_block(m, m.scale, m.stride_scale, slot, cols[:, None], group[None, :], there)
+        spread = tl.broadcast_to(_scale(m, scale)[:, :, None], (BLOCK_N, EACH, SIZE))
+        return tl.trans(tl.reshape(spread, (BLOCK_N, BLOCK_K)))
+
+
+@device_function
+def _dot_wide(x, w, acc):
+    # acc + x @ w of float32 weights; a float32 is the sum of three bfloat16
+    if x.dtype == tl.bfloat16:
+        high = cast(w, tl.bfloat16)
+        rest = w - high.to(tl.float32)
+        middle = cast(rest, tl.bfloat16)
+        low = cast(rest - middle.to(tl.float32), tl.bfloat16)
+        return dot(x, low, dot(x, middle, dot(x, high, acc)))
+    else:
+        return dot(x.to(tl.float32), w, acc)
