@@ -16,6 +16,8 @@ from moe.kernels.names import KernelName
 from moe.offload.budget import parse_budget
 from moe.placement.dispatch import DispatcherName
 
+Prefetch = Literal["auto", "off", "transition", "router", "learned"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OffloadConfig:
@@ -29,8 +31,9 @@ class OffloadConfig:
     readers: int = 2
     check: Literal["first", "always", "never"] = "first"  # when a packed expert is compared with its checksum
     # What the next layer will want is read ahead: by transitions that the run shows, by the next layer's own router, or
-    # learned: by regressions from the layer's input, of routing.lookahead or else fitted to the run.
-    prefetch: Literal["off", "transition", "router", "learned"] = "off"
+    # learned: by regressions from the layer's input, of routing.lookahead or else fitted to the run. auto: where one
+    # process reads large experts from files, learned with such a file, else by the router.
+    prefetch: Prefetch = "auto"
 
     def __post_init__(self) -> None:
         _parse_fields(self)
@@ -38,7 +41,7 @@ class OffloadConfig:
             parse_budget(self.budget)
         _require(self.readers >= 0, f"offload.readers ({self.readers}) must be >= 0")
         _require(
-            self.prefetch == "off" or self.readers >= 1,
+            self.prefetch in ("auto", "off") or self.readers >= 1,
             f"offload.prefetch={self.prefetch} needs a thread that reads while others compute; set offload.readers=2",
         )
 

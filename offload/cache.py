@@ -113,7 +113,7 @@ class ExpertCache:
         self.pinned: DeviceSlots | None = None
         self._pins: Ids = np.empty(0, np.int32)
         self._staging = threading.local()
-        self._reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
+        self.reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
         self._readers = Readers(num_readers, self._read)
         self.ahead = Speculation(self.map, self._readers, self._enter)
         self._num_waiting = 0  # misses of the open acquire that no slot could be had for yet
@@ -282,7 +282,7 @@ class ExpertCache:
             stats.misses += len(wanted) - len(ready.slots)
             while True:
                 self._start_reads(layer, missing, batch, is_waiting=not len(ready.slots))
-                has_read = self._reads_inline and not batch.done.empty()
+                has_read = self.reads_inline and not batch.done.empty()
                 if has_read or not len(ready.slots):  # what was read in this thread joins the wave
                     arrived = self._held_wave(self._arrivals(layer, batch))
                     ready = Wave(*(np.concatenate(pair) for pair in zip(ready, arrived)))
@@ -317,7 +317,7 @@ class ExpertCache:
         for _ in range(min(len(missing), self.map.num_free)):
             job = Job(layer, missing.pop(), self.map.take(), batch)
             batch.num_reading += 1
-            if self._reads_inline:
+            if self.reads_inline:
                 start = time.perf_counter()
                 batch.done.put(self._read(job))
                 self._stats[layer].stall_seconds += time.perf_counter() - start

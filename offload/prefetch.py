@@ -1,4 +1,4 @@
-"""When to read ahead, and when to stop: prefetch must pay, in time and in bytes, or it ends itself."""
+"""When to read ahead, and when to stop for a while: prefetch must pay, in time and in bytes, or it ends itself."""
 
 import time
 from statistics import median
@@ -45,18 +45,30 @@ class Trial:
 class Prefetcher:
     """Hands what is expected of a layer to the cache, for as long as that pays.
 
-    verdict: None while it is on trial, then one sentence. is_stopped: nothing is read ahead any more. trial=False
-    leaves out the comparison of times (for measurements), not that of bytes.
+    verdict: one sentence, None before the first. is_stopped: nothing is read ahead. A verdict holds for TERM forwards;
+    then routing, batch or disk may be others, and it is tried again. trial=False leaves out the comparison of times
+    (for measurements), not that of bytes.
     """
 
     LEAST_BYTES = 64  # experts' worth of finished speculation before bytes are judged
+    TERM = 4096
 
     def __init__(self, cache: ExpertCache, trial: bool = True) -> None:
-        self.cache = cache
-        self.is_stopped = False
+        self.cache, self._compares_times = cache, trial
         self.verdict: str | None = None
-        self._trial = Trial() if trial else None
+        self._begin_term()
+
+    def _begin_term(self) -> None:
+        self.is_stopped = False
+        self._trial = Trial() if self._compares_times else None
         self._began: tuple[float, int] | None = None  # time, experts asked for until then
+        self._num_decided = 0  # forwards since the verdict
+        self._before = self._speculated()
+
+    def _speculated(self) -> tuple[int, int]:
+        """Bytes read ahead that were never used, and that were."""
+        stats = self.cache.stats
+        return sum(s.wasted_bytes for s in stats), sum(s.useful_bytes + s.late_bytes for s in stats)
 
     @property
     def is_asking(self) -> bool:
@@ -66,15 +78,17 @@ class Prefetcher:
         return self._trial is None or self._trial.is_on
 
     def begin_forward(self) -> None:
-        if self.is_stopped or self.cache.pinned is not None:
+        if self.cache.pinned is not None:
             return
-        stats = self.cache.stats
-        wasted = sum(s.wasted_bytes for s in stats)
-        hidden = sum(s.useful_bytes + s.late_bytes for s in stats)
-        if wasted > hidden and wasted + hidden >= self.LEAST_BYTES * self.cache.blob_bytes:
+        wasted, hidden = (now - before for now, before in zip(self._speculated(), self._before))
+        if not self.is_stopped and wasted > hidden and wasted + hidden >= self.LEAST_BYTES * self.cache.blob_bytes:
             self._stop(f"{wasted} bytes read ahead were never used, {hidden} were")
         elif self._trial is not None:
             self._try(self._trial)
+        elif self._num_decided == self.TERM:
+            self._begin_term()
+        else:
+            self._num_decided += 1
 
     def ask(self, layer: int, expected: Floats) -> None:
         """expected: how many tokens will want each expert of `layer` here, [E]. Returns at once."""
@@ -96,11 +110,11 @@ class Prefetcher:
         figures = f"{on:.0f} µs per expert asked for with it, {off:.0f} without"
         if pays:
             self.verdict = f"on: {figures}"
-            self._trial = None
+            self._trial, self._num_decided = None, 0
         else:
             self._stop(figures)
 
     def _stop(self, reason: str) -> None:
         self.is_stopped = True
-        self._trial = None
+        self._trial, self._num_decided = None, 0
         self.verdict = f"stopped, it does not pay: {reason}"

@@ -264,7 +264,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             kernel = "grouped"  # for the steps that no launch over all ranks takes
         table = Path(config.crossover_table).expanduser()
         kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
-        slots = SlotExperts(cache, kernels, dense.routing, foresight.lookahead(cache))
+        slots = SlotExperts(cache, kernels, dense.routing, foresight.lookahead(cache, is_alone=share is None))
         if foresight.pregate is not None:
             slots.routing.stages.append(foresight.pregate)
         undo.pop_all()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moe.config import EngineConfig
+from moe.config import EngineConfig, Prefetch
 from moe.layer.lookahead import (
     Guess,
     Lookahead,
@@ -11,6 +11,7 @@ from moe.layer.lookahead import (
     pregate_guess,
     router_guess,
     transition_guess,
+    why_no_router_guess,
 )
 from moe.layer.pregate import Pregate, width_of
 from moe.layer.ridge import Forecast, RidgeFit
@@ -43,15 +44,27 @@ class Foresight:
             assert self.forecast is not None, "the config has refused a pre-gate without a file"
             self.pregate = Pregate(self.forecast, routers, width_of(told.pregate))
 
-    def lookahead(self, cache: ExpertCache) -> Lookahead | None:
+    def lookahead(self, cache: ExpertCache, is_alone: bool) -> Lookahead | None:
         """What reads ahead; None if nothing does."""
-        guess = self._guess()
+        prefetch = self._config.offload.prefetch
+        if prefetch == "auto":
+            prefetch = self._what_may_pay() if is_alone and self._can_wait(cache) else "off"
+        guess = None if prefetch == "off" else self._guess(prefetch)
         return None if guess is None else Lookahead(cache, guess, None)
 
-    def _guess(self) -> Guess | None:
-        prefetch, num_layers = self._config.offload.prefetch, len(self._sites)
-        if prefetch == "off":
-            return None
+    def _can_wait(self, cache: ExpertCache) -> bool:
+        """Whether a layer waits for reads that others do meanwhile."""
+        has_misses = cache.num_slots < sum(self._num_experts)
+        return has_misses and not cache.reads_inline and self._config.offload.store != "ram"
+
+    def _what_may_pay(self) -> Prefetch:
+        """Found to pay, at one sequence, with experts of megabytes on a disk; where it does not, it stops itself."""
+        if self.forecast is not None:
+            return "learned"
+        return "off" if why_no_router_guess(self._model, self._sites) else "router"
+
+    def _guess(self, prefetch: Prefetch) -> Guess:
+        num_layers = len(self._sites)
         if prefetch == "router":
             return router_guess(self._model, self._sites, self._top_k)
         if prefetch == "transition":

@@ -130,7 +130,7 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
     if wanted not in ("auto", "coherent"):
         return Decisions(), None
     reason = why_not_coherent(dense.model.config, dense.max_context, is_packed=dense.is_packed)
-    if config.offload.prefetch != "off":
+    if config.offload.prefetch not in ("auto", "off"):
         reason = f"offload.prefetch={config.offload.prefetch} is set, which follows tokens that stay on their rank"
     if config.batch.pool is not None:
         reason = f"batch.pool={config.batch.pool} is set, which follows the routing of a rank's own requests"

@@ -47,7 +47,9 @@ def router_guess(model: Any, sites: Sequence[ExpertSite], top_k: int) -> Guess:
 
     Bias corrections and groups of the router are left out: it is a guess.
     """
-    routers = [router_weight(model, site) for site in sites]
+    if (reason := why_no_router_guess(model, sites)) is not None:
+        raise ValueError(f"offload.prefetch=router {reason}; set offload.prefetch=transition")
+    routers = [_router_weights(model, site)[0] for site in sites]
 
     def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
         if layer + 1 == len(routers):
@@ -60,16 +62,18 @@ def router_guess(model: Any, sites: Sequence[ExpertSite], top_k: int) -> Guess:
     return guess
 
 
-def router_weight(model: Any, site: ExpertSite) -> Tensor:
+def why_no_router_guess(model: Any, sites: Sequence[ExpertSite]) -> str | None:
+    """None if every layer has exactly one weight [E, H] beside its experts: the router's."""
+    for site in sites:
+        if (count := len(_router_weights(model, site))) != 1:
+            shape = site.num_experts, site.hidden_size
+            return f"finds {count} weights of {shape} beside {site.module}, it needs the router's alone"
+    return None
+
+
+def _router_weights(model: Any, site: ExpertSite) -> list[Tensor]:
     block: nn.Module = model.get_submodule(site.module.rpartition(".")[0])
-    shape = site.num_experts, site.hidden_size
-    found = [p for p in block.parameters() if p.shape == shape]
-    if len(found) != 1:
-        raise ValueError(
-            f"offload.prefetch=router finds {len(found)} weights of {shape} beside {site.module}, it needs the "
-            "router's alone; set offload.prefetch=transition"
-        )
-    return found[0].detach()
+    return [p.detach() for p in block.parameters() if p.shape == (site.num_experts, site.hidden_size)]
 
 
 def learned_guess(forecast: Forecast, num_layers: int) -> Guess:

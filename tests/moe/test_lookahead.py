@@ -87,6 +87,25 @@ def test_the_trial_ends_with_a_verdict(mixtral):
         assert prefetcher.is_stopped == prefetcher.verdict.startswith("stopped")
 
 
+@pytest.mark.parametrize(
+    ("limit", "changes", "reads"),
+    [
+        (0, {"budget": "0.5"}, True),
+        (0, {"budget": "1.0"}, False),
+        (0, {"budget": "0.5", "store": "ram"}, False),
+        (0, {"budget": "0.5", "readers": 0}, False),
+        (0, {"budget": "0.5", "prefetch": "off"}, False),
+        (1 << 18, {"budget": "0.5"}, False),  # experts so small that the calling thread reads them
+    ],
+)
+def test_auto_reads_ahead_where_a_layer_waits_for_others(mixtral, limit, changes, reads, monkeypatch):
+    monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", limit)
+    with LLM(mixtral, EngineConfig(dtype="float32", offload=OffloadConfig(**changes))) as llm:
+        lookahead = llm.engine.experts.lookahead
+        assert (lookahead is not None) is reads
+        assert lookahead is None or "router_guess" in lookahead.guess.__qualname__
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_the_router_guess_is_the_router(family, tmp_path):
     """On the next layer's own input it says what that layer chooses (bias and groups of DeepSeek-V3 left out)."""

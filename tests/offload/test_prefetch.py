@@ -326,3 +326,19 @@ def test_prefetch_stops_itself_when_it_wastes_bytes():
     assert sum(s.prefetch_bytes for s in cache.stats) == before
     assert not cache.ahead.coming
     cache.close()
+
+
+@pytest.mark.parametrize("trial", [False, True])
+def test_a_verdict_holds_for_a_term(monkeypatch, trial):
+    """Stopped for wasted bytes; when it is tried again what was wasted before does not count."""
+    monkeypatch.setattr(Prefetcher, "TERM", 5)
+    cache = ExpertCache(make_store((8, 8, 8)), 6)
+    prefetcher = Prefetcher(cache, trial=trial)
+    cache.stats[1].wasted_bytes += Prefetcher.LEAST_BYTES * cache.blob_bytes
+    stopped = []
+    for _ in range(12):
+        prefetcher.begin_forward()
+        stopped.append(prefetcher.is_stopped)
+    assert stopped == [True] * 6 + [False] * 6
+    assert (prefetcher._trial is not None) is trial
+    cache.close()
