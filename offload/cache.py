@@ -23,7 +23,7 @@ from moe.offload.device_slots import DeviceSlots
 from moe.offload.layout import ALIGNMENT
 from moe.offload.policy import Lfu, Lru, Policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
-from moe.offload.slot_map import Ids, SlotMap
+from moe.offload.slot_map import Ids, Keys, SlotMap
 from moe.offload.speculation import Speculation
 from moe.offload.stores import ExpertStore, aligned_bytes
 
@@ -237,10 +237,13 @@ class ExpertCache:
         return [replace(s, hits=s.hits + of.experts, waves=s.waves + of.visits) for s, of in each]
 
     def preload(self, experts: Sequence[Sequence[int]] | None = None) -> None:
-        """Reads experts into the free slots, layer by layer, until none is free; counts no hits and no misses.
+        """Reads experts into slots, layer by layer, until none is free; counts no hits and no misses.
 
-        experts: which, by layer; None: all of them.
+        experts: which, by layer; where slots are short those that are not among them make room. None: all of them.
         """
+        if experts is not None:
+            keys = np.concatenate([a + np.asarray(e, np.int64) for a, e in zip(self.map.first_key, experts)])
+            self._evict(int((self.map.slot_of[keys] < 0).sum()) - self.map.num_free, keep=keys)
         kept, self._stats = self._stats, [LayerStats() for _ in self._stats]
         try:
             for layer, slot_of in enumerate(self.map.of_layer):
@@ -325,14 +328,16 @@ class ExpertCache:
                 self._readers.put(job)
         self._num_waiting = len(missing)
 
-    def _evict(self, count: int, ahead: bool = False) -> None:
-        """Frees up to `count` slots, the policy's choice of those that no wave holds.
+    def _evict(self, count: int, ahead: bool = False, keep: Keys | None = None) -> None:
+        """Frees up to `count` slots, the policy's choice of those that no wave holds and that are not of `keep`.
 
         What is expected of a coming layer goes last, and not at all for speculation (`ahead`).
         """
         if count <= 0:
             return
         is_evictable = self.map.evictable()
+        if keep is not None:
+            is_evictable[keep] = False
         keys = np.flatnonzero(is_evictable)
         if self.ahead.expected:
             is_evictable[self.ahead.expected_keys()] = False

@@ -118,6 +118,11 @@ class Experts:
     weights: tuple[ExpertWeights, ...]
     notes: tuple[str, ...] = ()
 
+    def close(self) -> None:
+        if self.slots is not None:
+            self.slots.cache.close()
+            self.slots.cache.store.close()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
@@ -135,9 +140,7 @@ class Loaded:
         return [*self.read.notes, *self.dense.notes, *self.experts.notes]
 
     def close(self) -> None:
-        if self.experts.slots is not None:
-            self.experts.slots.cache.close()
-            self.experts.slots.cache.store.close()
+        self.experts.close()
 
 
 def load(read: Read, share: Share | None = None) -> Loaded:
@@ -148,13 +151,16 @@ def load(read: Read, share: Share | None = None) -> Loaded:
     dense = load_model(read, tries_experts=share is not None)
     memory = make_memory(read, dense)
     to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
-    experts = make_experts(read, dense, to_come, share)
-    if memory.scheduler.turns is not None and experts.slots is not None:
-        memory.scheduler.turns.watch(experts.slots)
-    trusts = read.config.trust_remote_code
-    return Loaded(
-        read, dense, memory, experts, Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
-    )
+    with ExitStack() as undo:
+        experts = make_experts(read, dense, to_come, share)
+        undo.callback(experts.close)
+        if memory.scheduler.turns is not None and experts.slots is not None:
+            memory.scheduler.turns.watch(experts.slots)
+        trusts = read.config.trust_remote_code
+        grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
+        loaded = Loaded(read, dense, memory, experts, grammars)
+        undo.pop_all()
+    return loaded
 
 
 def read_model(folder: str | Path, config: EngineConfig) -> Read:
@@ -267,10 +273,11 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         slots = SlotExperts(cache, kernels, dense.routing, foresight.lookahead(cache, is_alone=share is None))
         if foresight.pregate is not None:
             slots.routing.stages.append(foresight.pregate)
+        for layer, site in enumerate(blueprint.index.sites):
+            model.get_submodule(site.module).compute = slots.layer(layer)
+        experts = Experts(slots, tuple(weights), tuple(kernel_notes(kernel, weights, model.dtype)))
         undo.pop_all()
-    for layer, site in enumerate(blueprint.index.sites):
-        model.get_submodule(site.module).compute = slots.layer(layer)
-    return Experts(slots, tuple(weights), tuple(kernel_notes(kernel, weights, model.dtype)))
+    return experts
 
 
 def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeights]:

@@ -5,6 +5,7 @@ control, gathers, launch. What stays are the model, the slots and, where tokens 
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from moe.comm.control import Control
 from moe.comm.groups import Groups
 from moe.config import ParallelConfig
-from moe.engine.assemble import Loaded, Share, num_blocks
+from moe.engine.assemble import Loaded, Share, free_memory, num_blocks
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
 from moe.engine.mirror import RequestMirror
@@ -24,6 +25,7 @@ from moe.layer.experts import chosen_kernel
 from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
 from moe.models.kv import BlockPool
+from moe.offload.budget import resolve_slots
 from moe.offload.shared import SharedStore
 from moe.placement.dispatch import DispatcherName
 from moe.placement.plan import Plan
@@ -88,7 +90,8 @@ def stay_alone(loaded: Loaded) -> Place:
 def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None = None) -> Place:
     """Takes this rank's place in a generation. A collective: all its ranks must call, with the same arguments.
 
-    decisions: None = the ranks decide together now. Raises ValueError for what these ranks cannot do.
+    decisions: None = the ranks decide together now. A rank whose share is larger than before has as many slots as the
+    budget buys of it. Raises ValueError for what these ranks cannot do; after any error the model is alone.
     """
     slots, parallel_config = loaded.experts.slots, loaded.read.config.parallel
     assert slots is not None, "shareable_shape has refused a model without experts"
@@ -102,14 +105,40 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
     if decisions is None:
         decisions, reason = decide(loaded, parallel, control)
         notes += [] if reason is None else [reason]
-    slots.use_ranks(parallel)
-    own = parallel.hosted
-    if slots.cache.num_slots >= sum(map(len, own)):
-        slots.cache.preload(own)
+    with ExitStack() as undo:
+        undo.callback(slots.use_ranks, None)
+        slots.use_ranks(parallel)
+        notes += _fill_slots(loaded, parallel)
+        mode = (_coherent_mode if decisions.is_coherent else _ranks_mode)(loaded, parallel, control, decisions)
+        notes += _offer_single_launch(loaded, parallel, control, decisions)
+        place = Place(mode, parallel, decisions, tuple(notes))
+        undo.pop_all()
+    return place
+
+
+def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
+    """As many slots as the budget buys of this rank's share, where that is more than there are; filled if all fit.
+
+    Returns what a user should know.
+    """
+    slots, read = loaded.experts.slots, loaded.read
+    assert slots is not None
+    cache, num_own, notes = slots.cache, sum(map(len, parallel.hosted)), []
+    # Slots that are still empty will take what is free now, like at the start.
+    free = free_memory(read.device) * 9 // 10 - cache.map.num_free * cache.blob_bytes
+    most = min(cache.num_slots + max(0, free) // cache.blob_bytes, cache.map.room)
+    budget = read.config.offload.budget
+    wanted = num_own
+    if budget is not None:
+        wanted = resolve_slots(budget, blob_bytes=cache.blob_bytes, total_experts=num_own)
+    if wanted > max(most, cache.num_slots) and budget is not None:
+        notes.append(f"offload.budget ({budget}) of {num_own} experts is {wanted} slots, there is room for {most}")
+    if min(wanted, most) > cache.num_slots:
+        cache.raise_limit(min(wanted, most))
+    if cache.num_slots >= num_own:
+        cache.preload(parallel.hosted)
         slots.settle()
-    mode = (_coherent_mode if decisions.is_coherent else _ranks_mode)(loaded, parallel, control, decisions)
-    notes += _offer_single_launch(loaded, parallel, control, decisions)
-    return Place(mode, parallel, decisions, tuple(notes))
+    return notes
 
 
 def forget_host_copy(loaded: Loaded, groups: Groups) -> None:

@@ -1,8 +1,11 @@
 """One load, many generations: ranks are lost and the others go on in one process, and say what one process says."""
 
+import gc
 import os
 import signal
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +15,19 @@ import pytest
 import torch
 
 from moe.comm.errors import LostPeer
+from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, join_groups, leave_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.assemble import Share
 from moe.engine.engine import Engine
 from moe.engine.join import Decisions
 from moe.engine.requests import Request
+from moe.layer.routing import RoutingSeam
 from moe.llm import LLM
+from moe.offload.cache import ExpertCache
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
-from tests.families import tiny_checkpoint
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 SHAPE = 6, 16  # layers, experts
@@ -148,27 +153,129 @@ def test_a_controller_may_decide():
     assert spawn(2, decides_nothing) == [(True, tokens_alone()[0])] * 2
 
 
-def open_things() -> tuple[int, int]:
-    process = psutil.Process()
-    return threading.active_count(), process.num_fds()
+PLANS = [Plan.contiguous(*SHAPE, 3), Plan.random(*SHAPE, 2, seed=1), Plan.round_robin(*SHAPE, 3)]
 
 
-@pytest.mark.parametrize("stage", ["layer_kernels", "ExpertCache.preload", "make_memory", "stay_alone"])
-def test_a_failed_stage_leaves_nothing_behind(stage, tmp_path, monkeypatch):
-    folder = tiny_checkpoint("qwen3_moe", tmp_path / "model")
-    config = EngineConfig(dtype="float32", offload=OffloadConfig(budget="1.0", readers=3))
-    with LLM(folder, config):
-        pass  # what is made once for a process
+def grows(budget: str) -> tuple[list[int], list[bool], list[list[int]]]:
+    """Three ranks, two of them, three again: slots, whether all are resident, and what is said, by generation."""
+    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), 20)
+    config = replace(config_of("all_to_all"), offload=OffloadConfig(budget=budget))
+    engine = Engine(DEMO, config, share=Share(Plan.contiguous(*SHAPE, 3), rank))
+    slots, resident, said = [], [], []
+    for number, plan in enumerate(PLANS, 1):
+        if rank >= plan.num_ranks:
+            continue
+        groups = join_groups(store, Generation(number, ("a",) * plan.num_ranks), rank, meet_s=60, timeout_s=20)
+        engine.join(groups, plan)
+        cache = engine.experts.cache
+        reads = sum(s.misses for s in cache.stats)
+        request = engine.add_request(prompts_of()[rank], params_of(rank))
+        run(engine)
+        leave_groups(groups)
+        cache.check()
+        slots.append(cache.num_slots)
+        resident.append(cache.pinned is not None)
+        assert resident[-1] == (sum(s.misses for s in cache.stats) == reads)
+        said.append(request.tokens[request.num_prompt :])
+    engine.join(None)
+    request = engine.add_request(prompts_of()[rank], params_of(rank))
+    run(engine)
+    said.append(request.tokens[request.num_prompt :])
+    assert engine.experts.cache.pinned is None
+    engine.close()
+    return slots, resident, said
 
-    def fails(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("a stage that fails")
 
-    module = "moe.engine.engine" if stage == "stay_alone" else "moe.engine.assemble"
-    before = open_things()
-    monkeypatch.setattr(f"{module}.{stage}", fails)
-    with pytest.raises(ZeroDivisionError):
-        Engine(folder, config)
+@pytest.mark.parametrize("budget", ["1.0", "0.5"])
+def test_a_larger_share_gets_more_slots(budget):
+    """Never fewer than before: slots that are there stay."""
+    expected = tokens_alone()
+    answers = spawn(3, grows, budget, time_limit_s=150)
+    for rank, (slots, resident, said) in enumerate(answers):
+        shares = [int(plan.hosted[:, :, rank].sum() * float(budget)) for plan in PLANS if rank < plan.num_ranks]
+        assert slots == [max(shares[: n + 1]) for n in range(len(shares))]
+        assert (len(shares) == 3) == (shares[1] > shares[0])
+        assert resident == [budget == "1.0"] * len(shares)
+        assert said == [expected[rank]] * (len(shares) + 1)
+
+
+class Broken(Exception):
+    """What a stage fails with."""
+
+
+STAGES = {  # where each stage has done all but its last line
+    "read": "assemble.lossy_modes",
+    "dense": "assemble.Dense",
+    "memory": "assemble.Memory",
+    "slots": "assemble.layer_kernels",
+    "experts": "assemble.Experts",
+    "loaded": "assemble.Loaded",
+    "alone": "engine.stay_alone",
+    "ranks": "join.Place",
+}
+
+
+def open_things() -> dict[str, int]:
+    """Of this process, after everything unreachable is gone. Slabs and layers: of models, by what holds them."""
+    gc.collect()
+    alive = [type(each) for each in gc.get_objects()]
+    return {
+        "threads": threading.active_count(),
+        "files": psutil.Process().num_fds(),
+        "shared memory": len(list(Path("/dev/shm").glob("moe-*"))),
+        "slabs": alive.count(ExpertCache),
+        "seams": alive.count(RoutingSeam),
+    }
+
+
+def fail(where: str, config: EngineConfig) -> None:
+    """Once: an engine whose stage `where` breaks at its end."""
+    module, name = where.split(".")
+    groups = Groups(device=torch.device("cpu"), generation=1) if module == "join" else None
+    original = getattr(sys.modules[f"moe.engine.{module}"], name)
+
+    def breaks(*args: Any, **kwargs: Any) -> None:
+        if name != "Place" or args[1] is not None:  # being alone is the stage before
+            raise Broken
+
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"moe.engine.{where}", breaks)
+        try:
+            Engine(DEMO, config, groups, share=None if groups else Share(Plan.contiguous(*SHAPE, 1), 0, "broken"))
+        except Broken:
+            return
+    raise AssertionError(f"{where} was not reached")
+
+
+@pytest.mark.parametrize("store", ["file", "ram"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failed_stage_leaves_nothing_behind(stage, store):
+    """Several times in one process: no thread, no file, none in shared memory, no model, and no memory that adds up."""
+    offload = OffloadConfig(budget="1.0", readers=3, store=store)
+    config = EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(kv_tokens=1024))
+    fail(STAGES[stage], config)  # what is made once for a process
+    before, memory = open_things(), psutil.Process().memory_info().rss
+    for _ in range(4):
+        fail(STAGES[stage], config)
     assert open_things() == before
+    slab = 96 * (144 << 10)
+    assert psutil.Process().memory_info().rss - memory < slab, "four models' slots, or their host copies"
+
+
+def test_what_fails_while_ranks_are_joined_leaves_the_model_alone(monkeypatch):
+    config = EngineConfig(dtype="float32", offload=OffloadConfig(budget="1.0"))
+    with LLM(DEMO, config) as llm:
+        engine, expected = llm.engine, tokens_alone()[0]
+        request = engine.add_request(prompts_of()[0], params_of(0))
+        engine.step()
+        monkeypatch.setattr("moe.engine.join._offer_single_launch", lambda *_: {}[0])
+        with pytest.raises(KeyError):
+            engine.join(Groups(device=torch.device("cpu"), generation=1))
+        assert (engine.parallel, engine.experts.parallel) == (None, None)
+        run(engine)
+        assert request.tokens[request.num_prompt :] == expected
 
 
 def test_experts_of_a_plan_are_known_before_any_peer_is():

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -271,6 +272,24 @@ def test_preload_fills_only_free_slots():
     assert [s.misses for s in cache.stats] == [0, 0, 1]
     cache.reset_stats()
     assert [s.misses for s in cache.stats] == [0, 0, 0]
+
+
+def test_preload_of_some_makes_room_but_not_of_what_is_held():
+    store = make_store()
+    cache = ExpertCache(store, 6)
+    run(cache, store, [(1, [0, 1, 2, 3]), (2, [0, 1])])
+    own = [[1], [3, 4], [1, 2]]
+    with closing(cache.acquire(2, [0])) as held:
+        next(held)
+        cache.preload(own)
+        cache.check()
+        assert cache.resident_slots(2)[0] >= 0
+    for layer, which in enumerate(own):
+        assert (cache.resident_slots(layer)[which] >= 0).all()
+    before = [cache.resident_slots(layer).clone() for layer in range(3)]
+    cache.preload(own)
+    assert all(torch.equal(a, cache.resident_slots(layer)) for layer, a in enumerate(before))
+    cache.close()
 
 
 def test_all_resident_reads_nothing_more():
