@@ -28,7 +28,7 @@ from moe.comm.wire import Traffic, Wire
 from moe.engine.coherent_choice import SHARED_EXPERTS
 from moe.engine.requests import Chunk, step_of
 from moe.engine.runner import PackedRunner
-from moe.engine.sampling import Choice, Logprobs
+from moe.engine.sampling import Choice, Logprobs, choose
 from moe.layer.experts import SlotExperts
 from moe.layer.routing import Routing, StepContext
 from moe.models.attention import MaskRule, StepLayout
@@ -95,12 +95,11 @@ class CoherentRunner:
 
     def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
         """The next token of every sampling chunk on all ranks, each sampled where its logits are."""
-        rank, size = self.groups.rank, self.groups.world_size
+        size = self.groups.world_size
         num_top = max((c.request.params.logprobs or 0 for c in chunks), default=0)
         rows = torch.zeros(len(self._here), 4 + 2 * num_top, dtype=torch.float64)
-        for row, index, scores in zip(rows, self._here, logits):
-            request = chunks[index].request
-            choice = request.sampler.choose(scores, request.tokens)
+        asking = [(chunks[index].request.sampler, chunks[index].request.tokens) for index in self._here]
+        for row, index, choice in zip(rows, self._here, choose(logits, asking) if asking else []):
             row[:2] = torch.tensor([index, choice.token])  # token -1: there is none
             if choice.logprobs is not None:
                 top = choice.logprobs.top
@@ -123,8 +122,6 @@ class CoherentRunner:
                 logprobs = Logprobs(chosen, dict(zip(ids, top[num_top : num_top + wanted])), int(order))
             error = f"no token could be chosen on rank {place}" if token < 0 else None
             choices[int(index)] = Choice(int(token), logprobs, error)
-            if place != rank:
-                request.sampler.skip(vocabulary)
         return [choices[i] for i, c in enumerate(chunks) if c.samples]
 
     def _at_owners(self, chunks: Sequence[Chunk]) -> Tensor:

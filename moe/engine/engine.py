@@ -295,7 +295,7 @@ class Engine:
         if self.last_logits is not None:
             for chunk, row in zip(chunks, logits):
                 if chunk.samples:
-                    self.last_logits.setdefault(chunk.request.id, []).append(row.clone())
+                    self.last_logits.setdefault(chunk.request.id, []).append(row.to("cpu", copy=True))
 
     def _accept(self, request: Request, choice: Choice) -> Request:
         is_own = request.owner == self.rank

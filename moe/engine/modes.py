@@ -16,7 +16,7 @@ from moe.engine.coherent import CoherentRunner
 from moe.engine.mirror import RequestMirror
 from moe.engine.requests import Chunk, Request
 from moe.engine.runner import Runner
-from moe.engine.sampling import Choice
+from moe.engine.sampling import Choice, choose
 from moe.engine.scheduler import Scheduler
 from moe.layer.experts import SlotExperts
 from moe.layer.parallel import ExpertParallel
@@ -47,7 +47,7 @@ class StepMode(Protocol):
         """What the next step computes here."""
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Logits on the CPU, as `choose` takes them."""
+        """Logits on the model's device, as `choose` takes them."""
 
     def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
         """The next token of every chunk that samples."""
@@ -89,11 +89,15 @@ class Alone:
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """[chunks, V]."""
-        return self.runner.forward(chunks).cpu() if chunks else torch.empty(0)
+        return self.runner.forward(chunks) if chunks else torch.empty(0)
 
     def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
-        sampling = [(c.request, row) for c, row in zip(chunks, logits) if c.samples]
-        return [request.sampler.choose(row, request.tokens) for request, row in sampling]
+        rows = [row for row, chunk in enumerate(chunks) if chunk.samples]
+        if not rows:
+            return []
+        if len(rows) < len(chunks):
+            logits = logits.index_select(0, torch.tensor(rows).to(logits.device, non_blocking=True))
+        return choose(logits, [(chunks[row].request.sampler, chunks[row].request.tokens) for row in rows])
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -187,7 +191,7 @@ class Coherent:
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """[chunks that sample and ended on this rank, V]."""
-        return self.runner.forward(chunks).cpu() if chunks else torch.empty(0)
+        return self.runner.forward(chunks) if chunks else torch.empty(0)
 
     def choose(self, chunks: Sequence[Chunk], logits: Tensor) -> list[Choice]:
         return self.runner.choose(chunks, logits) if chunks else []

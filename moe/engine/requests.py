@@ -46,8 +46,6 @@ class Request:
         self.owner = self.place = rank
         self.blocks, self.num_computed, self.state = [], 0, None
         self.sampler = Sampler(self.params, self.num_prompt, grammars.of(self.params.structured_outputs))
-        for _ in range(self.num_output):
-            self.sampler.skip(grammars.vocabulary)
 
 
 class Chunk(NamedTuple):

@@ -1,19 +1,18 @@
-"""How the next token is chosen: the parameters that users of offline batch APIs know, on transformers' processors."""
+"""How the next token is chosen: the parameters that users of offline batch APIs know, for all rows of a step at once.
 
+    logits [B, V] ─▶ edits (bias, penalties, what is forbidden) ─▶ greedy, or drawn (moe/engine/draw.py) ─▶ ids ─▶ host
+
+Logits stay on their device: small lists go there, one number a row comes back. Nothing is kept between tokens: what a
+request says next follows from its tokens, its parameters and its seed.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from moe.engine.draw import NONE_LEFT, NOT_FINITE, Draws, draw, uniform
 from moe.params import SamplingParams
 
 
@@ -43,102 +42,153 @@ class Choice(NamedTuple):
     error: str | None = None
 
 
-class Sampler:
-    """Chooses the tokens of one request; owns its random generator. params: resolved, or with a seed.
+class Edits(NamedTuple):
+    """What changes a row of logits before a token is chosen. Distinct tokens in each list.
 
-    num_prompt: how many of the tokens that `sample` gets are the prompt's; form: what the answer must look like.
+    allowed: bool [V] on the CPU, of all others the row is -inf; penalized: tokens whose scores are divided by the
+    repetition penalty, or multiplied below 0.
+    """
+
+    allowed: Tensor | None
+    added: list[tuple[int, float]]
+    subtracted: list[tuple[int, float]]
+    forbidden: list[int]
+    penalized: list[int]
+
+
+class Sampler:
+    """The rules of one request's tokens. params: resolved, or with a seed.
+
+    num_prompt: how many of the tokens that it gets are the prompt's; form: what the answer must look like.
     """
 
     def __init__(self, params: SamplingParams, num_prompt: int = 0, form: Form | None = None) -> None:
         self.params, self.num_prompt, self.form = params, num_prompt, form
-        self._generator = torch.Generator().manual_seed(params.seed or 0)
-        self._shifts = _shifts(params)
-        self._allowed = None if params.allowed_token_ids is None else torch.tensor(params.allowed_token_ids)
-        self._bad_words = (
-            NoBadWordsLogitsProcessor([*map(list, params.bad_words_ids)]) if params.bad_words_ids else None
-        )
-        self._processors = LogitsProcessorList()
-        if params.repetition_penalty != 1.0:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        self._warpers = LogitsProcessorList()
-        if params.temperature > 0:
-            if params.temperature != 1.0:
-                self._warpers.append(TemperatureLogitsWarper(params.temperature))
-            if params.top_k:
-                self._warpers.append(TopKLogitsWarper(params.top_k))
-            if params.top_p < 1.0:
-                self._warpers.append(TopPLogitsWarper(params.top_p))
-            if params.min_p > 0.0:
-                self._warpers.append(MinPLogitsWarper(params.min_p))
-
-    def choose(self, logits: Tensor, tokens: list[int]) -> Choice:
-        """The next token, with log-probabilities if they were asked for. Arguments as `sample`.
-
-        Whatever goes wrong is this request's alone: the choice then says what.
-        """
-        try:
-            token = self.sample(logits, tokens)
-            return Choice(token, self.logprobs(logits, token))
-        except Exception as error:  # of any kind: the others of the step must not end with it
-            return Choice(-1, None, str(error) or type(error).__name__)
-
-    def skip(self, vocabulary: int) -> None:
-        """Moves the generator on as one `sample` of logits [vocabulary] would, where another rank took it."""
-        if self.params.temperature > 0:
-            torch.multinomial(torch.ones(1, vocabulary), 1, generator=self._generator)
-
-    def sample(self, logits: Tensor, tokens: list[int]) -> int:
-        """logits: fp32 [V] on the CPU; tokens: prompt and output so far.
-
-        Raises ValueError for logits that are not finite, and if every token is forbidden.
-        """
-        best = int(logits.argmax())  # of NaN, its place
-        if not logits[best].isfinite():
-            raise ValueError(f"the model's logits are not finite: {float(logits[best])} for token {best}")
-        scores = self._shifted(logits, tokens)[None]
-        if self._processors or self._warpers:
-            ids = torch.tensor([tokens])
-            scores = self._warpers(ids, self._processors(ids, scores))
-        likeliest = int(scores[0].argmax())
-        if scores[0, likeliest] == -torch.inf:
-            raise ValueError("bad_words, allowed_token_ids, structured_outputs and min_tokens leave no token to choose")
-        if self.params.temperature == 0:
-            return likeliest
-        return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
+        self._added = [(token, bias) for token, bias in params.logit_bias.items() if bias]
+        self._allowed: Tensor | None = None
 
     def is_complete(self, tokens: list[int]) -> bool:
         """Whether the form of the answer leaves nothing to add to it. tokens: prompt and output."""
         return self.form is not None and self.form.is_complete(tokens[self.num_prompt :])
 
-    def logprobs(self, logits: Tensor, token: int) -> Logprobs | None:
-        return None if self.params.logprobs is None else logprobs_of(logits, token, self.params.logprobs)
-
-    def _shifted(self, logits: Tensor, tokens: list[int]) -> Tensor:
-        """logits [V] with biases, penalties for what was said, and without forbidden tokens. A copy if it changes."""
+    def edits(self, tokens: list[int], vocabulary: int) -> Edits:
+        """What this request's rules do to the logits after `tokens`, prompt and output so far."""
         params, output = self.params, tokens[self.num_prompt :]
-        banned = params.end_token_ids if len(output) < params.min_tokens else ()
-        counts_matter = bool(params.presence_penalty or params.frequency_penalty) and bool(output)
-        limits = (self._allowed, self._bad_words, self.form)
-        if not (banned or counts_matter or self._shifts or any(one is not None for one in limits)):
-            return logits
-        scores = logits.clone()
-        if self.form is not None:
-            scores[~self.form.allowed(output)] = -torch.inf
-        if self._allowed is not None:
-            scores = torch.full_like(scores, -torch.inf).index_copy(0, self._allowed, scores[self._allowed])
-        for token, bias in self._shifts.items():
-            scores[token] += bias
-        if counts_matter:
-            said, times = torch.unique(torch.tensor(output), return_counts=True)
-            scores[said] -= params.presence_penalty + params.frequency_penalty * times
-        scores[list(banned)] = -torch.inf
-        if self._bad_words is not None:
-            scores = self._bad_words(torch.tensor([tokens]), scores[None])[0]
-        return scores
+        subtracted: list[tuple[int, float]] = []
+        if params.presence_penalty or params.frequency_penalty:
+            penalty = {t: params.presence_penalty + params.frequency_penalty * output.count(t) for t in set(output)}
+            subtracted = list(penalty.items())
+        forbidden = {t for t in params.end_token_ids if t < vocabulary} if len(output) < params.min_tokens else set()
+        for *start, last in params.bad_words_ids:
+            if not start or tokens[-len(start) :] == start:
+                forbidden.add(last)
+        penalized = list(dict.fromkeys(tokens)) if params.repetition_penalty != 1.0 else []
+        return Edits(self._allowed_of(output, vocabulary), self._added, subtracted, list(forbidden), penalized)
+
+    def draws(self, tokens: list[int]) -> Draws:
+        """How the token after `tokens` is drawn: its number follows from the seed and its place in the answer."""
+        params = self.params
+        number = uniform(params.seed or 0, len(tokens) - self.num_prompt)
+        return Draws(params.temperature, params.top_k, params.top_p, params.min_p, number)
+
+    def _allowed_of(self, output: list[int], vocabulary: int) -> Tensor | None:
+        if self.params.allowed_token_ids is not None and self._allowed is None:
+            self._allowed = torch.zeros(vocabulary, dtype=torch.bool)
+            self._allowed[list(self.params.allowed_token_ids)] = True
+        if self.form is None:
+            return self._allowed
+        form = self.form.allowed(output)
+        return form if self._allowed is None else form & self._allowed
 
 
-def _shifts(params: SamplingParams) -> dict[int, float]:
-    return {token: bias for token, bias in params.logit_bias.items() if bias}
+def choose(logits: Tensor, asking: Sequence[tuple[Sampler, list[int]]]) -> list[Choice]:
+    """The next token of every row. logits: fp32 [B, V] on any device; asking: a row's sampler, its tokens so far.
+
+    Whatever goes wrong with a row is its request's alone: the choice then says what. One copy to the host, one more a
+    row that wants log-probabilities.
+    """
+    vocabulary = logits.shape[1]
+    failed: dict[int, str] = {}
+    edits: dict[int, Edits] = {}
+    draws: dict[int, Draws] = {}
+    for row, (sampler, tokens) in enumerate(asking):
+        try:
+            edits[row] = sampler.edits(tokens, vocabulary)
+            if sampler.params.temperature > 0:
+                draws[row] = sampler.draws(tokens)
+        except Exception as error:  # of any kind: the others of the step must not end with it
+            failed[row] = str(error) or type(error).__name__
+    scores = edited(logits, edits, {row: asking[row][0].params.repetition_penalty for row in edits})
+    ids = next_tokens(logits, scores, draws).tolist()  # host sync: the step's one
+    choices = []
+    for row, ((sampler, _), token) in enumerate(zip(asking, ids)):
+        wrong = failed.get(row) or _error_of(token, logits[row])
+        if wrong is not None:
+            choices.append(Choice(-1, None, wrong))
+        else:
+            wanted = sampler.params.logprobs
+            choices.append(Choice(token, None if wanted is None else logprobs_of(logits[row], token, wanted)))
+    return choices
+
+
+def next_tokens(logits: Tensor, scores: Tensor, draws: dict[int, Draws]) -> Tensor:
+    """int64 [B]: the likeliest of each row of scores, or drawn; NOT_FINITE and NONE_LEFT say why there is none.
+
+    logits: what the model said, fp32 [B, V]; scores: after edits. No host sync.
+    """
+    likeliest = scores.argmax(-1)
+    tokens = likeliest.where(scores.amax(-1) > -torch.inf, NONE_LEFT)
+    finite = logits.amax(-1).isfinite()  # NaN, if one is
+    if draws:
+        rows = torch.tensor([*draws]).to(logits.device, non_blocking=True)
+        sound = scores[rows].where(finite[rows, None], 0.0)
+        tokens = tokens.index_copy(0, rows, draw(sound, [*draws.values()]))
+    return tokens.where(finite, NOT_FINITE)
+
+
+def edited(logits: Tensor, edits: dict[int, Edits], penalties: dict[int, float]) -> Tensor:
+    """Scores [B, V] after every row's edits; logits itself where there are none. penalties: of repetition, by row."""
+    vocabulary = logits.shape[1]
+    scores = logits
+
+    def place(tokens: Callable[[Edits], Sequence[int]]) -> Tensor | None:
+        """Places in the flat scores, by row and list."""
+        places = [row * vocabulary + token for row, one in edits.items() for token in tokens(one)]
+        return torch.tensor(places).to(logits.device, non_blocking=True) if places else None
+
+    def numbers(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=logits.dtype).to(logits.device, non_blocking=True)
+
+    def put(at: Tensor, values: Tensor) -> None:
+        nonlocal scores
+        scores = scores.flatten().index_copy(0, at, values).view_as(logits)
+
+    limited = [row for row, one in edits.items() if one.allowed is not None]
+    if limited:
+        masks = torch.stack([mask for row in limited if (mask := edits[row].allowed) is not None])
+        rows = torch.tensor(limited).to(logits.device, non_blocking=True)
+        kept = scores[rows].masked_fill(~masks.to(logits.device, non_blocking=True), -torch.inf)
+        scores = scores.index_copy(0, rows, kept)
+    if (at := place(lambda one: [token for token, _ in one.added])) is not None:
+        put(at, scores.flatten()[at] + numbers([bias for one in edits.values() for _, bias in one.added]))
+    if (at := place(lambda one: [token for token, _ in one.subtracted])) is not None:
+        put(at, scores.flatten()[at] - numbers([n for one in edits.values() for _, n in one.subtracted]))
+    if (at := place(lambda one: one.forbidden)) is not None:
+        put(at, torch.full(at.shape, -torch.inf, dtype=logits.dtype, device=logits.device))
+    if (at := place(lambda one: one.penalized)) is not None:
+        old = scores.flatten()[at]
+        factors = numbers([penalties[row] for row, one in edits.items() for _ in one.penalized])
+        put(at, torch.where(old < 0, old * factors, old / factors))
+    return scores
+
+
+def _error_of(token: int, logits: Tensor) -> str | None:
+    if token == NOT_FINITE:
+        worst = int(logits.argmax())  # of NaN, its place
+        return f"the model's logits are not finite: {float(logits[worst])} for token {worst}"
+    if token == NONE_LEFT:
+        return "bad_words, allowed_token_ids, structured_outputs and min_tokens leave no token to choose"
+    return None
 
 
 def logprobs_of(logits: Tensor, token: int, num_top: int) -> Logprobs:

@@ -83,8 +83,8 @@ def test_any_exception_of_one_request_is_its_own(llm, monkeypatch, where):
         return whole(self, *arguments)
 
     if where == "sampler":
-        whole = Sampler.sample
-        monkeypatch.setattr(Sampler, "sample", fail_once)
+        whole = Sampler.edits
+        monkeypatch.setattr(Sampler, "edits", fail_once)
     else:
         whole = type(llm.tokenizer).decode
         calls = []
