@@ -16,11 +16,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe import __version__
 from moe.answers import chunk_body, chunk_choice, error_body, response_body, usage
 from moe.launch.live import live_state
+from moe.launch.openapi import answers, request_schema, takes
 from moe.launch.page import PAGE
 from moe.launch.server_files import add_file_routes
 from moe.launch.uploads import Uploads
@@ -28,8 +31,6 @@ from moe.metrics import exposition
 from moe.openai import CHAT, COMPLETIONS, Ask, BadRequest, parse_request
 from moe.outputs import Completion
 from moe.service import Delta, QueueFull, Service, Ticket
-
-_LOOK_SECONDS = 0.5  # between two looks whether whoever waits for a whole answer is still there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,20 +52,31 @@ def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | 
         await asyncio.to_thread(uploads.close)
         await asyncio.to_thread(service.close, limits.drain_seconds)
 
-    app = FastAPI(title="moe", version=__version__, lifespan=lifespan)
+    # Its documentation pages would load scripts from elsewhere; /openapi.json is what they show.
+    app = FastAPI(title="moe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
 
     app.add_middleware(_Border, limits=limits, api_key=api_key)
 
-    @app.get("/health")
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        """A path or a method that is not served, in the format's own form."""
+        return JSONResponse(error_body(f"{request.method} {error.detail}"), error.status_code, error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: Exception) -> Response:
+        """In the middle of its body: there is nobody to answer, and nothing to log."""
+        return Response(status_code=499)
+
+    @app.get("/health", responses=answers(503))
     async def health() -> JSONResponse:
         is_well = service.why_ill is None
         return JSONResponse({"status": "ok" if is_well else service.why_ill}, 200 if is_well else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(exposition([(service.stats, {}), *service.llm.engine.metric_sources()]))
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE)
 
@@ -76,17 +88,19 @@ def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | 
     async def models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": [_model(service)]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=answers(404))
     async def model(name: str) -> Response:
         if name != service.llm.name:
             return _refused(404, f"there is no model {name!r}; {service.llm.name!r} is served", code="model_not_found")
         return JSONResponse(_model(service))
 
-    @app.post(COMPLETIONS)
+    may_say = answers(400, 413, 429, 500, 503, 504, stream=True)
+
+    @app.post(COMPLETIONS, responses=may_say, openapi_extra=takes(request_schema(COMPLETIONS)))
     async def completions(request: Request) -> Response:
         return await _answer(service, limits, request, COMPLETIONS)
 
-    @app.post(CHAT)
+    @app.post(CHAT, responses=may_say, openapi_extra=takes(request_schema(CHAT)))
     async def chat(request: Request) -> Response:
         return await _answer(service, limits, request, CHAT)
 
@@ -138,6 +152,8 @@ class _Call:
         loop = asyncio.get_running_loop()
 
         def deliver(delta: Delta) -> None:
+            if not ask.stream and delta.completion is None:
+                return  # only whole samples matter
             loop.call_soon_threadsafe(self.deltas.put_nowait, delta)
 
         self.ticket: Ticket = service.submit(prompts, ask.params, deliver)
@@ -175,28 +191,39 @@ async def _answer(service: Service, limits: Limits, request: Request, url: str) 
 
 async def _whole(call: _Call, request: Request, seconds: float) -> Response:
     """The answer in one piece; a caller that goes away meanwhile ends it."""
-    answers: dict[int, Completion] = {}
-    deadline, next_look = time.monotonic() + seconds, time.monotonic() + _LOOK_SECONDS
+    gone, collected = asyncio.ensure_future(_left(request)), asyncio.ensure_future(_collected(call))
     try:
-        while len(answers) < call.ticket.num_samples:
-            if time.monotonic() > next_look:
-                next_look = time.monotonic() + _LOOK_SECONDS
-                if await request.is_disconnected():
-                    return Response(status_code=499)
-                if time.monotonic() > deadline:
-                    return _refused(504, f"the answer was not complete after {seconds:g} s", "timeout_error")
-            try:
-                delta = await asyncio.wait_for(call.deltas.get(), _LOOK_SECONDS)
-            except TimeoutError:
-                continue
-            if delta.completion is not None:
-                answers[delta.sample] = delta.completion
-                if delta.completion.error is not None:
-                    return _refused(500, delta.completion.error, "server_error")
+        await asyncio.wait({gone, collected}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not collected.done():
+            if gone.done():
+                return Response(status_code=499)
+            return _refused(504, f"the answer was not complete after {seconds:g} s", "timeout_error")
+        answers = collected.result()
     finally:
+        gone.cancel()
+        collected.cancel()
         call.service.cancel(call.ticket)
-    ordered = [answers[i] for i in sorted(answers)]
-    return JSONResponse(response_body(call.ask, ordered, **call.names, prompt_tokens=call.prompt_tokens))
+    if (error := next((one.error for one in answers if one.error is not None), None)) is not None:
+        return _refused(500, error, "server_error")
+    return JSONResponse(response_body(call.ask, answers, **call.names, prompt_tokens=call.prompt_tokens))
+
+
+async def _left(request: Request) -> None:
+    """Returns when the caller has gone; its body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _collected(call: _Call) -> list[Completion]:
+    """All samples in order, or as many as there were when one failed."""
+    answers: dict[int, Completion] = {}
+    while len(answers) < call.ticket.num_samples:
+        delta = await call.deltas.get()
+        if delta.completion is not None:
+            answers[delta.sample] = delta.completion
+            if delta.completion.error is not None:
+                break
+    return [answers[i] for i in sorted(answers)]
 
 
 async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:

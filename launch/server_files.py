@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from moe.answers import error_body
+from moe.launch.openapi import BATCH, FILE, answers, takes
 from moe.launch.uploads import Uploads
 from moe.openai import BadRequest
 
@@ -15,7 +16,7 @@ from moe.openai import BadRequest
 def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
     """Adds them to the app."""
 
-    @app.post("/v1/files")
+    @app.post("/v1/files", responses=answers(400, 413), openapi_extra=takes(FILE, "multipart/form-data"))
     async def upload(request: Request) -> Response:
         async with request.form(max_files=1) as form:
             file, purpose = form.get("file"), form.get("purpose")
@@ -30,17 +31,21 @@ def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
     async def files() -> Response:
         return JSONResponse(_page(uploads.files()))
 
-    @app.get("/v1/files/{id}")
+    @app.get("/v1/files/{id}", responses=answers(404))
     async def file(id: str) -> Response:
         return _found(uploads.file(id), "file", id)
 
-    @app.get("/v1/files/{id}/content")
+    bytes_of: dict[int | str, dict[str, Any]] = {
+        200: {"description": "the file", "content": {"application/octet-stream": {"schema": {}}}}
+    }
+
+    @app.get("/v1/files/{id}/content", response_class=Response, responses=answers(404) | bytes_of)
     async def content(id: str) -> Response:
         if uploads.file(id) is None:
             return _missing("file", id)
         return Response(await asyncio.to_thread(uploads.content, id), media_type="application/octet-stream")
 
-    @app.delete("/v1/files/{id}")
+    @app.delete("/v1/files/{id}", responses=answers(404))
     async def delete(id: str) -> Response:
         if uploads.file(id) is None:
             return _missing("file", id)
@@ -51,7 +56,7 @@ def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
 
 
 def _add_batch_routes(app: FastAPI, uploads: Uploads) -> None:
-    @app.post("/v1/batches")
+    @app.post("/v1/batches", responses=answers(400, 413), openapi_extra=takes(BATCH))
     async def create(request: Request) -> Response:
         try:
             return JSONResponse(uploads.add_batch(json.loads(await request.body())))
@@ -64,11 +69,11 @@ def _add_batch_routes(app: FastAPI, uploads: Uploads) -> None:
     async def batches() -> Response:
         return JSONResponse(_page(uploads.batches()))
 
-    @app.get("/v1/batches/{id}")
+    @app.get("/v1/batches/{id}", responses=answers(404))
     async def batch(id: str) -> Response:
         return _found(uploads.batch(id), "batch", id)
 
-    @app.post("/v1/batches/{id}/cancel")
+    @app.post("/v1/batches/{id}/cancel", responses=answers(404, 413))
     async def cancel(id: str) -> Response:
         return _missing("batch", id) if uploads.batch(id) is None else JSONResponse(uploads.cancel_batch(id))
 

@@ -16,7 +16,7 @@ MAX_N = 128  # samples of one request, as in the format
 _COMPLETION_TOKENS = 16  # of an answer on COMPLETIONS, by the format; a chat goes to its end or the context
 _TEMPERATURE = 1.0  # what the format says when neither request nor model does
 
-_NUMBERS: dict[str, type] = {
+NUMBERS: dict[str, type] = {
     "max_tokens": int,
     "min_tokens": int,
     "temperature": float,
@@ -29,19 +29,19 @@ _NUMBERS: dict[str, type] = {
     "seed": int,
     "n": int,
 }
-_FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
-_TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids")
+FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids")
 _READ_ELSEWHERE = {
     *("model", "prompt", "messages", "stop", "logprobs", "top_logprobs", "stream", "stream_options", "logit_bias"),
     *("max_completion_tokens", "bad_words", "chat_template_kwargs", "reasoning_effort"),
     *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
     *("tools", "tool_choice", "parallel_tool_calls"),
 }
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
 }
 # Accepted with these values (and null), which ask for nothing; refused with any other.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -149,11 +149,11 @@ def parse_request(
 
 def _check_fields(body: Mapping[str, Any]) -> None:
     for name, value in body.items():
-        if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
+        if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
             if name == "best_of" and value == body.get("n"):
                 continue
             raise BadRequest(f"{name} ({str(value)[:60]}) is not supported; leave it out", name)
-    known = {*_NUMBERS, *_FLAGS, *_TOKEN_LISTS, *_READ_ELSEWHERE, *_WITHOUT_EFFECT, *_NEUTRAL}
+    known = {*NUMBERS, *FLAGS, *TOKEN_LISTS, *_READ_ELSEWHERE, *WITHOUT_EFFECT, *NEUTRAL}
     if unknown := sorted(set(body) - known):
         raise BadRequest(f"body has unknown fields {', '.join(unknown)}", unknown[0])
 
@@ -183,16 +183,18 @@ def _form(body: Mapping[str, Any], tools: Tools | None) -> StructuredOutputsPara
 
 
 def _response_format(wanted: Any) -> dict[str, Any]:
-    kind = wanted.get("type") if isinstance(wanted, dict) else None
-    if kind == "json_object":
-        return {"json_object": True}
-    told = wanted.get("json_schema") if kind == "json_schema" else None
-    if not isinstance(told, dict) or not isinstance(told.get("schema"), dict):
-        raise BadRequest(
-            "response_format must be of type text, json_object, or json_schema with json_schema.schema, an object",
-            "response_format",
-        )
-    return {"json": told["schema"]}
+    """Also with `value`, a schema, as text-generation-inference and clients made for it have it."""
+    match wanted:
+        case {"type": "json_object", **rest} if not rest:
+            return {"json_object": True}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}, **rest} if not rest:
+            return {"json": schema}
+        case {"type": "json_object" | "json", "value": dict(schema), **rest} if not rest:
+            return {"json": schema}
+    raise BadRequest(
+        "response_format must be of type text, json_object, or json_schema with json_schema.schema, an object",
+        "response_format",
+    )
 
 
 def _tools(body: Mapping[str, Any], form: ToolFormat | None) -> Tools | None:
@@ -241,15 +243,15 @@ def _sampling(body: Mapping[str, Any], is_chat: bool, recommended: Mapping[str, 
     given = dict(body)
     if given.get("max_completion_tokens") is not None:
         given["max_tokens"] = given["max_completion_tokens"]
-    for name, kind in _NUMBERS.items():
+    for name, kind in NUMBERS.items():
         if given.get(name) is not None:
             values[name] = _number(name, given[name], kind)
-    for name in _FLAGS:
+    for name in FLAGS:
         if given.get(name) is not None:
             if not isinstance(given[name], bool):
                 raise BadRequest(f"{name} ({given[name]!r}) must be true or false", name)
             values[name] = given[name]
-    for name in _TOKEN_LISTS:
+    for name in TOKEN_LISTS:
         if given.get(name) is not None:
             if not (isinstance(given[name], list) and all(type(t) is int for t in given[name])):
                 raise BadRequest(f"{name} must be a list of token ids", name)

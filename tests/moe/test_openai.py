@@ -24,11 +24,17 @@ BODIES = [json.loads(line) for line in (ROOT / "tests" / "moe" / "batch_bodies.j
 REFUSED = {"tools": "tools"}
 
 
+def chat_folder(parent, template=TEMPLATE):
+    """The demo model with a chat template."""
+    folder = shutil.copytree(TINYMOE, parent / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
-    folder = shutil.copytree(TINYMOE, tmp_path_factory.mktemp("chat") / "model")
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    folder = chat_folder(tmp_path_factory.mktemp("chat"))
     with LLM(folder, config("1.0", max_tokens=64, max_context=96)) as llm:
         yield llm
 

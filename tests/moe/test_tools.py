@@ -218,6 +218,7 @@ def test_what_cannot_be_asked_for(body, param):
     [
         ({"response_format": {"type": "json_object"}}, ("json_object", "")),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": 1}}}}, ("json", '{"a": 1}')),
+        ({"response_format": {"type": "json_object", "value": {"a": 1}}}, ("json", '{"a": 1}')),
         ({"guided_json": {"b": 1}}, ("json", '{"b": 1}')),
         ({"guided_choice": ["x", "y"]}, ("choice", '["x", "y"]')),
         ({"guided_regex": "x"}, ("regex", "x")),
@@ -236,6 +237,7 @@ def test_forms_of_answers(body, form):
     [
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": "{}"}}}, "response_format"),
         ({"guided_json": 5}, "guided_json"),
         ({"guided_choice": []}, "guided_choice"),
