@@ -1,4 +1,4 @@
-"""The command line: `moe info|generate|batch|serve|trace|pack|fit-lookahead|evaluate|analyze|place|simulate|demo …`.
+"""The command line: `moe info|generate|batch|serve|report|trace|pack|analyze|place|simulate|demo …`.
 
 Reads the arguments and loads only what the command needs: `moe --help` loads neither torch nor a solver.
 """
@@ -17,6 +17,7 @@ from moe.launch import place_options, predict_options
 from moe.launch.options import (
     add_batch_options,
     add_engine_options,
+    add_record_option,
     add_sampling_options,
     add_serve_options,
     add_trust_option,
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--verify", type=int, default=0, metavar="N", help="replay the first N prompts, greedy, all in memory"
     )
+    add_record_option(batch)
     batch.set_defaults(run="commands:batch")
 
     serve = commands.add_parser("serve", help="answer HTTP: OpenAI's endpoints, batches, metrics, a live page")
@@ -113,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--api-key", help="if the service asks for one")
     top.add_argument("--once", action="store_true", help="print it once")
     top.set_defaults(run="live:top")
+
+    report = commands.add_parser("report", help="a recorded run as one HTML file")
+    report.add_argument("run_file", metavar="RUN", type=Path, help="what serve or batch wrote with --record")
+    report.add_argument("-o", "--out", type=Path, help="the page (default: RUN.html)")
+    report.set_defaults(run="recording:report")
 
     trace = commands.add_parser("trace", help="record the routing of prompts, and of greedy answers to them")
     add_engine_options(trace)

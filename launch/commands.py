@@ -11,8 +11,10 @@ from moe.config import EngineConfig, OffloadConfig
 from moe.launch.console import err, out
 from moe.launch.demo import run_demo
 from moe.launch.jobs import serve_file
+from moe.launch.live import live_state
 from moe.launch.options import engine_config, sampling_params
 from moe.launch.prompts import read_prompts
+from moe.launch.recording import recording
 from moe.launch.report import batch_progress, print_report, print_rounding
 from moe.llm import LLM
 from moe.models.blueprint import Blueprint, read_blueprint
@@ -128,7 +130,8 @@ def _write(text: str) -> None:
 def batch(args: argparse.Namespace) -> int:
     config = engine_config(args)
     with loaded(args, config) as llm:
-        serve_file(llm, args.input, args.output)
+        with recording(args.record, lambda: live_state(llm)):
+            serve_file(llm, args.input, args.output)
         print_report(llm.engine, err, args.per_layer)
         prompts = first_requests(llm, args.input, args.verify)
     if args.verify and not prompts:

@@ -8,19 +8,25 @@ from moe.launch.console import out
 from moe.metrics import shown
 
 if TYPE_CHECKING:
+    from moe.llm import LLM
+    from moe.placement.plan import Plan
     from moe.service import Service
 
 
-def live_state(service: "Service") -> dict[str, Any]:
-    """Totals since the start; whoever shows rates takes differences. heat: per layer, per expert, whether in a slot."""
-    engine = service.llm.engine
+def live_state(llm: "LLM", service: "Service | None" = None) -> dict[str, Any]:
+    """Totals since the start; whoever shows rates takes differences. service: None for a run without one.
+
+    heat: per layer, per expert, whether in a slot; events: what happened to hosts; plan: per layer, per expert, the
+    rank of its first copy, None without hosts.
+    """
+    engine = llm.engine
     state, layers = engine.state(), engine.layer_stats()
     cache = engine.experts.cache if engine.experts is not None else None
     return {
-        "model": service.llm.name,
+        "model": llm.name,
         "time": time.time(),
-        "ill": service.why_ill,
-        "open": service.stats.open,
+        "ill": None if service is None else service.why_ill,
+        "open": state.running + state.waiting if service is None else service.stats.open,
         "running": state.running,
         "waiting": state.waiting,
         "tokens": engine.stats.prefill_tokens + engine.stats.decode_tokens,
@@ -33,10 +39,16 @@ def live_state(service: "Service") -> dict[str, Any]:
         "bytes_read": sum(s.bytes_read for s in layers),
         "stall_seconds": sum(s.stall_seconds for s in layers),
         "first_token_p50": engine.stats.time_to_first_token.quantile(0.5),
-        "token_p99": service.stats.time_between_tokens.quantile(0.99),
+        "token_p99": None if service is None else service.stats.time_between_tokens.quantile(0.99),
         "layers": [[s.hits, s.misses] for s in layers],
+        "events": [{"time": one.at, "what": one.what} for one in getattr(engine, "noted", ())],
+        "plan": _ranks_of(getattr(engine, "plan", None)),
         "heat": [] if cache is None else [(cache.resident_slots(n) >= 0).tolist() for n in range(len(layers))],
     }
+
+
+def _ranks_of(plan: "Plan | None") -> list[list[int]] | None:
+    return None if plan is None else (plan.log2phy[:, :, 0] // plan.physical_per_rank).tolist()
 
 
 def top(args: argparse.Namespace) -> int:

@@ -42,12 +42,17 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[])
 
 
+def add_record_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what happens, for `moe report FILE`")
+
+
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--state", type=Path, help="folder of files and batches, which a restart goes on with")
     parser.add_argument("--api-key-file", type=Path, help="callers must send its content as a bearer token")
     parser.add_argument("--api-key-env", metavar="NAME", help="the same from this environment variable")
+    add_record_option(parser)
     parser.add_argument("--max-open", type=int, default=256, help="requests at a time; more are told to come back")
     parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="of one request")
     parser.add_argument("--max-seconds", type=float, default=3600.0, help="until an unfinished answer is given up")

@@ -22,6 +22,7 @@ from moe.placement.solve.solver import plan_of, solve
 from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load, transition_counts
 from moe.placement.stats.report import (
+    Picture,
     analyse,
     bars_svg,
     cell_text,
@@ -75,14 +76,18 @@ def run_analyze(args: argparse.Namespace) -> int:
         shift = [(name, *row) for name, row in zip(names, distances, strict=True)]
         _show("total-variation distance of the load", ("", *names), shift)
     print(f"{found['model']} {found['verdict']}")
-    pictures = {"load, layers x experts": expert_load(trace)}
+    pictures = {"Load": Picture(expert_load(trace), "layer", "expert", "tokens")}
     if trace.num_layers > 1:
-        pictures["transitions, first two layers"] = transition_counts(trace)[0]
+        pictures["Transitions of tokens from layer 0 to 1"] = Picture(
+            transition_counts(trace)[0], "from", "to expert of layer 1", "tokens"
+        )
     if args.html:
         parts = [
             f"<p>{found['verdict']}</p>",
             table_html(rows, ("", "value")),
-            table_html(cache, ("slots", "oracle", "LRU")),
+            "<h2>Hit rate by size of the cache</h2>",
+            f"<p>Mean over layers; the oracle knows {found['segment']} tokens ahead.</p>",
+            table_html(cache, ("slots per layer", "oracle", "LRU")),
         ]
         write_page(
             args.html, f"Routing of {found['model']}", parts + [heatmap_svg(m, title=t) for t, m in pictures.items()]
@@ -134,13 +139,17 @@ def run_place(args: argparse.Namespace) -> int:
         before = plans["present" if present is not None else "contiguous"]
         parts = [
             table_html(rows, _HEADER),
-            grid_svg(before, title="before: experts by rank, darker = hotter, red edge = replicated", load=load),
-            grid_svg(plan, title="after", load=load),
-            bars_svg({n: r.layer_copies for n, r in results.items()}, title="copies per token and layer"),
+            grid_svg(before, title="Experts by rank, before", load=load),
+            grid_svg(plan, title="Experts by rank, after", load=load),
+            bars_svg(
+                {n: r.layer_copies for n, r in results.items()},
+                title="Copies of a token that leave its rank, on held-out text",
+                unit="copies per token",
+            ),
         ]
         write_page(args.html, f"Placement of {trace.model}", parts)
     if args.png:
-        save_png(args.png, {n: _rank_of_expert(p) for n, p in plans.items()})
+        save_png(args.png, {n: Picture(_rank_of_expert(p), "layer", "expert", "rank") for n, p in plans.items()})
     return 0
 
 
@@ -156,16 +165,19 @@ def run_simulate(args: argparse.Namespace) -> int:
     names = [f"rank {g}" for g in range(plan.num_ranks)]
     links = [(name, *(int(b) for b in row)) for name, row in zip(names, result.link_bytes, strict=True)]
     _show("bytes by link, from row to column", ("", *names), links)
+    pictures = {
+        "Bytes by link": Picture(result.link_bytes, "from", "to rank", "bytes"),
+        "Load": Picture(result.load, "layer", "rank", "tokens"),
+    }
     if args.html:
         parts = [
             table_html(rows, _HEADER),
-            grid_svg(plan, title="experts by rank", load=expert_load(trace)),
-            heatmap_svg(result.link_bytes, title="bytes from row to column", cell=24),
-            heatmap_svg(result.load, title="load, layers x ranks", cell=14),
+            grid_svg(plan, title="Experts by rank", load=expert_load(trace)),
+            *(heatmap_svg(one, title=name, cell=24) for name, one in pictures.items()),
         ]
         write_page(args.html, f"Simulation of {trace.model}", parts)
     if args.png:
-        save_png(args.png, {"bytes by link": result.link_bytes, "load": result.load})
+        save_png(args.png, pictures)
     return 0
 
 

@@ -14,6 +14,8 @@ def serve(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
+        from moe.launch.live import live_state
+        from moe.launch.recording import recording
         from moe.launch.server import Limits, make_app
         from moe.launch.uploads import Uploads
         from moe.service import Service
@@ -35,7 +37,8 @@ def serve(args: argparse.Namespace) -> int:
         uploads = Uploads(service, args.state or Path(temporary))
         app = make_app(service, uploads, limits, key)
         err.print(f"{llm.name} is served at http://{args.host}:{args.port} (the live page, and /v1 beside it)")
-        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+        with recording(args.record, lambda: live_state(llm, service)):
+            uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
     return 0
 
 

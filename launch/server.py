@@ -82,7 +82,7 @@ def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | 
 
     @app.get("/live")
     async def live() -> JSONResponse:
-        return JSONResponse(live_state(service))
+        return JSONResponse(live_state(service.llm, service))
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,12 @@ from moe.placement.stats.locality import cache_hit_rate, knee, segment_histogram
 from moe.placement.trace import RoutingTrace
 
 STYLE = (
-    "body{font:14px system-ui;margin:2em;max-width:70em}table{border-collapse:collapse}"
-    "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}"
-    "td:first-child,th:first-child{text-align:left}"
+    ":root{color-scheme:light dark}body{font:14px/1.4 system-ui,sans-serif;margin:1em auto;"
+    "padding:0 1em;max-width:70em}"
+    "table{border-collapse:collapse;margin:.8em 0;display:block;overflow-x:auto}"
+    "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #8885}"
+    "td:first-child,th:first-child{text-align:left}figure{margin:1.6em 0}figcaption{font-size:.85em;opacity:.8}"
+    "svg{display:block;width:100%;height:auto}svg text{font-size:11px;fill:currentColor}"
 )
 CACHE_RATIOS = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -82,17 +85,42 @@ def domain_distances(traces: Sequence[RoutingTrace]) -> NDArray[np.float64]:
     return np.array([[float(total_variation(a, b).mean()) for b in loads] for a in loads])
 
 
-def heatmap_svg(values: NDArray[Any], *, title: str, cell: int = 8) -> str:
-    """A matrix as coloured cells, white = 0 to dark = maximum."""
-    matrix = np.asarray(values, float)
-    top = float(matrix.max()) or 1.0
+class Picture(NamedTuple):
+    """A matrix, and what its rows, its columns and the colour stand for."""
+
+    values: NDArray[Any]
+    rows: str
+    columns: str
+    unit: str
+
+
+_TOP, _LEFT, _BELOW = 6, 62, 34  # pixels around a picture, for its axes
+
+
+def heatmap_svg(picture: Picture, *, title: str, cell: int = 8) -> str:
+    """The matrix as coloured cells, white = 0 to dark = maximum, with its axes and the scale of the colour."""
+    matrix = np.asarray(picture.values, float)
+    most = float(matrix.max())
     rows, columns = matrix.shape
     cells = [
-        f'<rect x="{x * cell}" y="{y * cell + 18}" width="{cell}" height="{cell}" fill="{_shade(matrix[y, x] / top)}"/>'
+        f'<rect x="{_LEFT + x * cell}" y="{_TOP + y * cell}" width="{cell}" height="{cell}" '
+        f'fill="{_shade(matrix[y, x] / (most or 1.0))}"/>'
         for y in range(rows)
         for x in range(columns)
     ]
-    return _svg(columns * cell, rows * cell + 18, title, cells)
+    cells += [_frame(columns * cell, rows * cell), *_row_names(picture.rows, rows, cell)]
+    for x in {0, columns - 1}:
+        cells.append(_text(_LEFT + (x + 0.5) * cell, _TOP + rows * cell + 13, str(x), "middle"))
+    cells.append(_text(_LEFT + columns * cell / 2, _TOP + rows * cell + 28, picture.columns, "middle"))
+    at = _LEFT + columns * cell + 16
+    steps = 20
+    for step in range(steps):
+        y = _TOP + (steps - 1 - step) * 5
+        cells.append(f'<rect x="{at}" y="{y}" width="12" height="5" fill="{_shade(step / (steps - 1))}"/>')
+    amount = (f"{most:,.0f}" if most >= 1000 else f"{most:.4g}") + f" {picture.unit}"
+    cells += [_text(at + 17, _TOP + 9, amount), _text(at + 17, _TOP + steps * 5, "0")]
+    width = at + 40 + 7 * len(amount)
+    return _figure_html(width, _TOP + max(rows * cell, steps * 5) + _BELOW, title, cells)
 
 
 def grid_svg(plan: Plan, *, title: str, load: NDArray[np.float64] | None = None, cell: int = 9) -> str:
@@ -100,13 +128,13 @@ def grid_svg(plan: Plan, *, title: str, load: NDArray[np.float64] | None = None,
     width = plan.physical_per_rank
     rank_gap = cell // 2
     replicas = plan.replicas
-    cells = []
+    cells = _row_names("layer", plan.num_layers, cell)
     for layer in range(plan.num_layers):
         for physical, expert in enumerate(plan.phy2log[layer]):
             if expert < 0:
                 continue
             rank = physical // width
-            x, y = physical * cell + rank * rank_gap, layer * cell + 18
+            x, y = _LEFT + physical * cell + rank * rank_gap, _TOP + layer * cell
             shade = 0.5 if load is None else float(load[layer, expert] / max(load[layer].max(), 1e-12))
             fill = _shade(0.15 + 0.85 * shade, rank)
             edge = ' stroke="#d33" stroke-width="1.5"' if replicas[layer, expert] > 1 else ""
@@ -114,25 +142,45 @@ def grid_svg(plan: Plan, *, title: str, load: NDArray[np.float64] | None = None,
                 f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{fill}"{edge}>'
                 f"<title>layer {layer} rank {rank} expert {expert}</title></rect>"
             )
-    return _svg(plan.num_physical * cell + plan.num_ranks * rank_gap, plan.num_layers * cell + 18, title, cells)
+    low = _TOP + plan.num_layers * cell
+    block = width * cell
+    for rank in range(plan.num_ranks):
+        name = f"rank {rank}" if block >= 48 else str(rank)
+        cells.append(_text(_LEFT + rank * (block + rank_gap) + block / 2, low + 14, name, "middle"))
+    full = _LEFT + plan.num_physical * cell + plan.num_ranks * rank_gap
+    told = "A column is a slot of a rank" + (", named below" if block >= 48 else ", whose number stands below")
+    told += "" if load is None else "; darker: more tokens, against the busiest expert of the layer"
+    told += "; red edge: in several places" if (replicas > 1).any() else ""
+    return _figure_html(full + 30, low + _BELOW - 12, title, cells, told + ".")
 
 
-def bars_svg(series: dict[str, NDArray[np.float64]], *, title: str, height: int = 120, bar: int = 8) -> str:
+def bars_svg(series: dict[str, NDArray[np.float64]], *, title: str, unit: str, height: int = 130) -> str:
     """Grouped bars, one group per layer: for example copies per token before and after."""
-    top = max(float(np.max(v)) for v in series.values()) or 1.0
-    count = len(series)
-    cells = []
+    most = max(float(np.max(v)) for v in series.values()) or 1.0
+    count, layers = len(series), len(next(iter(series.values())))
+    bar = max(3, min(14, 700 // (layers * (count + 1))))
+    group, low = bar * (count + 1), _TOP + height
+    cells, full = [], _LEFT + layers * bar * (count + 1)
+    for part in (0, 0.5, 1):
+        y = low - height * part
+        cells.append(f'<line x1="{_LEFT}" x2="{full}" y1="{y}" y2="{y}" stroke="currentColor" stroke-opacity=".25"/>')
+        cells.append(_text(_LEFT - 6, y + 4, f"{most * part:.3g}", "end"))
+    legend = []
     for k, (name, values) in enumerate(series.items()):
-        colour = _shade(0.9, k)
+        colour = _shade(0.75, k)
+        legend.append(f'<span style="color:{colour}">■</span> {html.escape(name)}')
         for layer, value in enumerate(np.asarray(values, float)):
-            size = height * value / top
-            x = layer * (count * bar + 4) + k * bar
+            size = height * value / most
+            x = _LEFT + layer * group + (k + 0.5) * bar
             cells.append(
-                f'<rect x="{x}" y="{18 + height - size:.1f}" width="{bar - 1}" height="{size:.1f}" fill="{colour}"/>'
+                f'<rect x="{x:.1f}" y="{low - size:.1f}" width="{bar - 0.5}" height="{size:.1f}" fill="{colour}">'
+                f"<title>{html.escape(name)}, layer {layer}: {value:.4g}</title></rect>"
             )
-        cells.append(f'<text x="{k * 160 + 4}" y="{height + 34}" fill="{colour}">■ {html.escape(name)}</text>')
-    layers = len(next(iter(series.values())))
-    return _svg(max(layers * (count * bar + 4), 160 * count), height + 40, title, cells)
+    every = max(1, -(-layers // 16))
+    cells += [_text(_LEFT + (n + 0.5) * group, low + 14, str(n), "middle") for n in range(0, layers, every)]
+    cells.append(_text(_LEFT + layers * group / 2, low + 29, "layer", "middle"))
+    told = f"{html.escape(unit)}: {', '.join(legend)}"
+    return _figure_html(full + 10, low + _BELOW, title, cells, told, is_html=True)
 
 
 def table_html(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -153,43 +201,65 @@ def write_page(path: str | PathLike[str], title: str, parts: Sequence[str]) -> N
     """One HTML file that needs no other."""
     body = "\n".join(parts)
     Path(path).write_text(
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1>\n{body}\n"
     )
 
 
-def save_png(path: str | PathLike[str], matrices: dict[str, NDArray[Any]]) -> None:
+def save_png(path: str | PathLike[str], pictures: dict[str, Picture]) -> None:
     """Heatmaps side by side as PNG. Raises ModuleNotFoundError with the remedy if matplotlib is absent."""
-    figure = _figure(matrices)
-    figure.savefig(path, dpi=120)
+    _figure(pictures).savefig(path, dpi=120)
 
 
-def png_html(matrices: dict[str, NDArray[Any]]) -> str:
+def png_html(pictures: dict[str, Picture]) -> str:
     """The same picture as an inline image."""
     buffer = BytesIO()
-    _figure(matrices).savefig(buffer, dpi=120, format="png")
+    _figure(pictures).savefig(buffer, dpi=120, format="png")
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _figure(matrices: dict[str, NDArray[Any]]) -> Any:
+def _figure(pictures: dict[str, Picture]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "PNG pictures need matplotlib: pip install 'moeflow[bench]', or write HTML instead"
         ) from error
-    figure = Figure(figsize=(5 * len(matrices), 4), layout="constrained")
-    for axis, (name, matrix) in zip(np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items(), strict=True):
-        axis.imshow(matrix, aspect="auto", interpolation="nearest")
-        axis.set_title(name)
+    figure = Figure(figsize=(5 * len(pictures), 4), layout="constrained")
+    for axis, (name, one) in zip(np.atleast_1d(figure.subplots(1, len(pictures))), pictures.items(), strict=True):
+        image = axis.imshow(one.values, aspect="auto", interpolation="nearest")
+        axis.set(title=name, xlabel=one.columns, ylabel=one.rows)
+        figure.colorbar(image, ax=axis, label=one.unit)
     return figure
 
 
-def _svg(width: float, height: float, title: str, cells: Sequence[str]) -> str:
+def _figure_html(
+    width: float, height: float, title: str, cells: Sequence[str], told: str = "", *, is_html: bool = False
+) -> str:
+    """A picture that shrinks to the page, under its title and over what it tells."""
+    caption = told if is_html else html.escape(told)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" font-size="12" '
-        f'font-family="system-ui"><text x="0" y="12">{html.escape(title)}</text>{"".join(cells)}</svg><br>'
+        f'<figure><strong>{html.escape(title)}</strong><svg xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px">{"".join(cells)}</svg>'
+        + (f"<figcaption>{caption}</figcaption>" if told else "")
+        + "</figure>"
     )
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+def _frame(width: float, height: float) -> str:
+    place = f'x="{_LEFT}" y="{_TOP}" width="{width}" height="{height}"'
+    return f'<rect {place} fill="none" stroke="currentColor" stroke-opacity=".35"/>'
+
+
+def _row_names(word: str, rows: int, cell: int) -> list[str]:
+    """The first and the last, and the word for them."""
+    names = [(0, f"{word} 0"), (rows - 1, str(rows - 1))][: 1 + (rows * cell >= 2 * 12 and rows > 1)]
+    return [_text(_LEFT - 6, _TOP + (y + 0.5) * cell + 4, name, "end") for y, name in names]
 
 
 def _shade(share: float, hue_index: int | None = None) -> str:

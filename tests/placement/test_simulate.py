@@ -1,6 +1,8 @@
 """Simulation against a loop over tokens; migrations that are valid at every step; pages and commands that work."""
 
 import argparse
+import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,7 +15,16 @@ from moe.placement.migrate import plan_migration, relabel, widened
 from moe.placement.plan import Plan
 from moe.placement.simulate import Workload, deal_evenly, simulate
 from moe.placement.stats.affinity import heaviest_experts
-from moe.placement.stats.report import analyse, domain_distances, png_html, save_png
+from moe.placement.stats.report import (
+    Picture,
+    analyse,
+    bars_svg,
+    domain_distances,
+    grid_svg,
+    heatmap_svg,
+    png_html,
+    save_png,
+)
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 from tests.placement.instances import topic_trace
@@ -186,17 +197,45 @@ def test_analysis_has_the_published_measures():
     assert distances[0, 1] > 0.1
 
 
+def picture(values):
+    return Picture(values, "layer", "expert", "tokens")
+
+
+def test_pictures_have_axes_scales_and_legends():
+    """Every text lies inside of the picture."""
+    load = np.arange(12.0).reshape(3, 4) * 1000
+    heat = heatmap_svg(picture(load), title="Load", cell=8)
+    assert all(f">{text}</text>" in heat for text in ("layer 0", "0", "3", "expert", "11,000 tokens"))
+    plan = Plan.contiguous(3, 64, 8)
+    grid = grid_svg(plan, title="Experts", load=np.ones((3, 64)))
+    assert ">rank 7</text>" in grid
+    assert "busiest expert of the layer" in grid
+    bars = bars_svg({"a & b": np.ones(3), "c": np.array([0.5, 2, 1])}, title="Copies", unit="copies per token")
+    assert "copies per token: " in bars
+    assert "a &amp; b" in bars
+    assert ">2</text>" in bars
+    for one in (heat, grid, bars):
+        svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", one)[0])
+        _, _, width, height = map(float, svg.get("viewBox").split())
+        for text in svg.iter("{http://www.w3.org/2000/svg}text"):
+            x, y, wide = float(text.get("x")), float(text.get("y")), 6.2 * len(text.text)
+            start = x - {"start": 0, "middle": wide / 2, "end": wide}[text.get("text-anchor")]
+            assert start >= 0, text.text
+            assert start + wide <= width, text.text
+            assert 0 < y <= height, text.text
+
+
 def test_pictures_without_matplotlib_say_so(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"moeflow\[bench\]"):
-        save_png(tmp_path / "x.png", {"a": np.eye(3)})
+        save_png(tmp_path / "x.png", {"a": picture(np.eye(3))})
 
 
 def test_png(tmp_path):
     pytest.importorskip("matplotlib")
-    save_png(tmp_path / "x.png", {"a": np.eye(3), "b": np.ones((2, 2))})
+    save_png(tmp_path / "x.png", {"a": picture(np.eye(3)), "b": picture(np.ones((2, 2)))})
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert png_html({"a": np.eye(3)}).startswith('<img src="data:image/png;base64,')
+    assert png_html({"a": picture(np.eye(3))}).startswith('<img src="data:image/png;base64,')
 
 
 def run(*arguments: object) -> int:
