@@ -231,9 +231,9 @@ class ExpertCache:
     @property
     def stats(self) -> list[LayerStats]:
         """By layer, as of now: read again for later figures. While experts are pinned a host sync."""
-        if self.pinned is None:
+        if (pinned := self.pinned) is None:
             return self._stats
-        each = zip(self._stats, self.pinned.counts())
+        each = zip(self._stats, pinned.counts())
         return [replace(s, hits=s.hits + of.experts, waves=s.waves + of.visits) for s, of in each]
 
     def preload(self, experts: Sequence[Sequence[int]] | None = None) -> None:

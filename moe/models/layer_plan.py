@@ -45,6 +45,13 @@ class PlannedLayer(NamedTuple):
     block: Block
     experts: Any  # the module whose `compute` takes the routing; None: `mlp` is called as it is
     mlp: Any
+    router: Any  # the module that the block computes; another in its place is called instead
+
+    def after(self, x: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
+        """What the layer adds to x [T, H], by the block's routing where that is the router's."""
+        if self.experts is None or self.mlp.gate is not self.router:
+            return self.mlp(x[None])[0]  # type: ignore[no-any-return]
+        return self.experts.compute(x, ids, weights, False)  # type: ignore[no-any-return]
 
 
 class Said(NamedTuple):
@@ -78,7 +85,7 @@ class LayerPlan:
         add: Tensor | None = None
         for layer, block in zip(self.layers, self.blocks):
             x, ids, weights = block(h, add, step, work)
-            add = layer.mlp(x[None])[0] if layer.experts is None else layer.experts.compute(x, ids, weights, False)
+            add = layer.after(x, ids, weights)
         last = step.first[1:] - 1
         assert add is not None
         logits: Tensor = self.model.lm_head(self.base.norm(h[last] + add[last]))
@@ -193,7 +200,9 @@ def _planned(layer: Any, seen: Attention, experts: set[int], rotary: int) -> Pla
         head_eps=head_norms[0].variance_epsilon if head_norms else 0.0,
         scale=seen.scale,
     )
-    return PlannedLayer(block, layer.mlp.experts if router is not None else None, layer.mlp)
+    return PlannedLayer(
+        block, None if router is None else layer.mlp.experts, layer.mlp, None if router is None else layer.mlp.gate
+    )
 
 
 def _rotary_width(model: Any) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from moe.comm.membership import process_groups
 from moe.config import ParallelConfig
+from moe.layer.routers import wrap_router
 from moe.layer.routing import NOBODY, Routing, RoutingSeam, Span, StepContext, WholeForwards
 from moe.llm import LLM
 from tests.distributed import spawn
@@ -102,6 +103,70 @@ def test_experts_follow_the_stages(kernel):
         assert engine_says(llm, PROMPTS[:2]).tokens == right
         del seam.stages[0]
         assert engine_says(llm, PROMPTS[:2]).tokens != right
+
+
+def wrap_all(llm, around):
+    """around: of the number of a layer."""
+    sites = llm.engine.blueprint.index.sites
+    return [wrap_router(llm.engine.model, site, around(n)) for n, site in enumerate(sites)]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_a_wrapper_may_speak_for_a_router(kernel):
+    """One that repeats the router changes nothing, nor one around another; one that masks experts keeps all away."""
+    with LLM(TINYMOE, config("0.5", kernel=kernel, prefix_sharing=False)) as llm:
+        right = engine_says(llm, PROMPTS[:3]).tokens
+        asked, allowed = [0] * 6, torch.tensor([1, 2, 5, 6, 11])
+
+        def repeating(layer):
+            def around(router, x):
+                asked[layer] += 1
+                return router(x)
+
+            return around
+
+        def masking(layer):
+            def around(router, x):
+                logits, weights, ids = router(x)
+                scores = torch.nn.functional.linear(x, router.weight)[:, allowed].softmax(-1)  # past the other wrapper
+                best = scores.topk(ids.shape[1])
+                return logits, best.values.to(weights.dtype), allowed[best.indices]
+
+            return around
+
+        undo = wrap_all(llm, repeating)
+        assert engine_says(llm, PROMPTS[:3]).tokens == right
+        assert len(set(asked)) == 1
+        assert asked[0] > 8
+        again = wrap_all(llm, masking)
+        log = RoutingLog(6)
+        llm.engine.experts.routing.observers.append(log)
+        assert engine_says(llm, PROMPTS[:3]).tokens != right
+        assert {int(e) for layer in log.take() for e in layer.topk_ids.flat} == set(allowed.tolist())
+        for each in (*again, *undo):
+            each()
+        before = list(asked)
+        assert engine_says(llm, PROMPTS[:3]).tokens == right
+        assert asked == before
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "llama4"])
+def test_routers_of_other_families_can_be_wrapped_too(family, tmp_path):
+    """They say other things than the usual three tensors, and their blocks reach for attributes of theirs."""
+    with LLM(tiny_checkpoint(family, tmp_path), config("1.0", prefix_sharing=False)) as llm:
+        right, calls = engine_says(llm, PROMPTS[:2]).tokens, []
+        undo = wrap_all(llm, lambda layer: lambda router, *given: calls.append(layer) or router(*given))
+        assert engine_says(llm, PROMPTS[:2]).tokens == right
+        assert set(calls) == set(range(len(undo)))
+        wrap_all(llm, lambda layer: lambda router, x, *more: router(-x, *more))
+        assert engine_says(llm, PROMPTS[:2]).tokens != right
+
+
+def test_every_layer_without_a_router_is_refused():
+    with LLM(TINYMOE, config("1.0")) as llm:
+        site = replace(llm.engine.blueprint.index.sites[0], num_experts=17)
+        with pytest.raises(ValueError, match="there is no weight of 17 x"):
+            wrap_router(llm.engine.model, site, None)
 
 
 @pytest.mark.parametrize("how", ["blocks", "modules", "one at a time", "longrope"])

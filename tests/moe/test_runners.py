@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from moe.comm.membership import process_groups
+from moe.layer.parallel import ExpertParallel
 from moe.layer.runners import Resident
 from moe.llm import LLM
 from moe.placement.plan import Plan
+from moe.placement.replicas import choose_replicas
+from tests.distributed import spawn
 from tests.host_syncs import HostSyncs
 from tests.moe.moe_cases import PROMPTS, TINYMOE, config, engine_says
 
@@ -59,24 +63,33 @@ def counted_layers(llm) -> list[Counting]:
 
 
 def test_a_layer_whose_experts_are_there_never_waits_and_a_step_once():
-    """By compiled blocks: prompts, single tokens, several. What a forward hands over are the logits, in one copy."""
+    """By compiled blocks: prompts, single tokens, several. A step hands over the chosen tokens, in one copy."""
     with LLM(TINYMOE, config("1.0")) as llm:
         engine = llm.engine
         assert isinstance(engine.experts.runner, Resident)
         layers, mode, per_step = counted_layers(llm), engine.place.mode, []
-        forward = mode.forward
+        forward, choose = mode.forward, mode.choose
+
+        def out_of(syncs):
+            return [n for n in syncs.names if n != "aten::lift_fresh"]  # the step's tokens and places go in
 
         def counted_forward(chunks):
             with HostSyncs() as syncs:
                 logits = forward(chunks)
-            per_step.append([n for n in syncs.names if n != "aten::lift_fresh"])  # the step's tokens and places go in
+            per_step.append(out_of(syncs))
             return logits
 
-        mode.forward = counted_forward
+        def counted_choose(chunks, logits):
+            with HostSyncs() as syncs:
+                choices = choose(chunks, logits)
+            per_step[-1] += out_of(syncs)
+            return choices
+
+        mode.forward, mode.choose = counted_forward, counted_choose
         said = engine_says(llm, PROMPTS)
         assert all(len(layer.found) == len(per_step) > 8 for layer in layers)
         assert {name for layer in layers for found in layer.found for name in found} == set()
-        assert per_step == [["torch.Tensor.cpu"]] * len(per_step)
+        assert {tuple(names) for names in per_step} == {("torch.Tensor.tolist",)}
         hits, waves = [s.hits for s in engine.layer_stats()], [s.waves for s in engine.layer_stats()]
         assert min(hits) > 0
         assert waves == [len(per_step)] * len(layers)
@@ -117,6 +130,31 @@ def test_runners_change_when_all_have_come_and_back(kernel):
         said = engine_says(llm, PROMPTS)
         assert all(torch.equal(a, b) for a, b in zip(said.logits, right.logits, strict=True))
         assert sum(s.hits for s in cache.stats) > hits
+
+
+def read_tables() -> None:
+    """All but the layers in which an expert has copies: those choose on the host, as the twin says."""
+    hosted = Plan.random(3, 5, 2, seed=1).hosted.copy()
+    hosted[1, :2] = True
+    plan, ids = Plan.from_hosted(hosted), torch.tensor([[4, 0], [-1, 3], [1, 2]])
+    with process_groups(timeout_s=60) as groups:
+        ranks = ExpertParallel(groups, plan)
+        for layer in range(3):
+            with HostSyncs() as found:
+                physical = ranks.physical(layer, ids)
+            assert (found.names == []) == (layer != 1)
+            expected = choose_replicas(ids.numpy(), groups.rank, plan.log2phy[layer], plan.physical_per_rank)
+            np.testing.assert_array_equal(physical, expected)
+            local = torch.tensor([[*range(plan.physical_per_rank), -1]])
+            with HostSyncs() as found:
+                logical = ranks.logical_here(layer, local)
+            assert found.names == []
+            assert sorted({*logical[0].tolist()} - {-1}) == ranks.hosted[layer]
+            assert int(logical[0, -1]) == -1
+
+
+def test_a_ranks_tables_are_read_without_waiting():
+    spawn(2, read_tables)
 
 
 class OneRank:
