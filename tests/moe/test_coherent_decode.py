@@ -12,7 +12,7 @@ from moe.comm.membership import process_groups
 from moe.config import EngineConfig
 from moe.engine.coherent_choice import Costs, why_coherent, why_not_coherent
 from moe.llm import LLM
-from moe.params import SamplingParams
+from moe.params import SamplingParams, StructuredOutputsParams
 from moe.placement.topology import Link
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
@@ -227,3 +227,36 @@ def test_auto_is_the_same_on_all_ranks_and_says_why(qwen2_moe):
     first, second = spawn(2, chosen, str(qwen2_moe))
     assert first == second
     assert "parallel.dispatcher=auto is all_to_all: K/V of a token for 1 other ranks 144 bytes a layer" in first
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dispatcher", ["coherent", "all_to_all"])
+def test_answers_of_a_given_form_are_those_of_one_process(dispatcher):
+    """A form's state is a function of the tokens: whichever rank draws the next one, all know where the answer ends."""
+    forms = [
+        StructuredOutputsParams(choice=["yes", "no, never", "perhaps"]),
+        StructuredOutputsParams(regex="[A-Z][a-z]{2,6} (is|was) [0-9]{1,3}"),
+        StructuredOutputsParams(json={"type": "array", "items": {"enum": [1, "two", None]}, "maxItems": 3}),
+        None,
+    ]
+    params = [
+        SamplingParams(max_tokens=24, temperature=1.0, seed=seed, structured_outputs=form)
+        for seed, form in enumerate(forms)
+    ]
+    prompts = [[3, 4, 5], [7, 8], [9], [10, 11]]
+    with LLM(DEMO, config_of("0.5", None, "all_to_all")) as llm:
+        alone = [o.outputs[0] for o in llm.generate(prompts, params)]
+    answers = spawn(2, answers_of, str(DEMO), config_of("0.5", None, dispatcher), prompts, params, time_limit_s=250)
+    for rank, own in enumerate(answers):
+        expected = [(o.token_ids, o.text, o.finish_reason) for o in alone[rank::2]]
+        assert own == expected
+    assert [o.finish_reason for o in alone[:3]] == ["stop"] * 3
+
+
+def answers_of(folder, config, prompts, params) -> list:
+    """One rank: its share of the prompts."""
+    with process_groups(timeout_s=60) as groups:
+        share = slice(groups.rank, None, groups.world_size)
+        with LLM(folder, config, groups=groups) as llm:
+            outputs = [o.outputs[0] for o in llm.generate(prompts[share], params[share])]
+            return [(o.token_ids, o.text, o.finish_reason) for o in outputs]
