@@ -120,7 +120,7 @@ class Case:
 def grouped(case: Case, weights: ExpertWeights | None = None, config: TileConfig | None = None) -> Run:
     def run(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
         own = case.weights if weights is None else weights
-        y = grouped_experts(x, ids, own, num_experts=case.layer.experts, y_dtype=x.dtype, config=config)
+        y = grouped_experts(x, ids, own, num_experts=case.layer.experts, config=config)
         return combine(y, w, x.dtype)
 
     return run
@@ -191,7 +191,6 @@ class Single:
             intermediate_size=layer.inter,
             max_tokens=max(1, max_tokens),
             dtype=case.dtype,
-            y_dtype=case.dtype,
         )
         self.heap = VirtualHeap(world_size, HeapLayout.of(shape).nbytes, case.device)
         options = {"config": config, "programs": programs, "poll_limit": poll_limit}

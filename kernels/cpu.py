@@ -108,8 +108,8 @@ class CpuExperts:
     def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
         """y[t, k] = expert(slot_ids[t, k])(x[t]), 0 where slot_ids is -1.
 
-        x: [T, H] fp32, bf16 or fp16; slot_ids: int [T, K]; T may be 0. Returns y [T, K, H] in fp32, `out_y` if given
-        (contiguous). Raises ValueError for a slot that does not exist.
+        x: [T, H] fp32, bf16 or fp16; slot_ids: int [T, K]; T may be 0. Returns y [T, K, H] in fp32, of values that
+        x's dtype holds, `out_y` if given (contiguous). Raises ValueError for a slot that does not exist.
         """
         shape = (*self._check(x, slot_ids), self._hidden)
         if out_y is None:

@@ -119,8 +119,10 @@ static void down_task(struct run *r, int64_t task, float *c) {
     int64_t n0 = task % r->down_tiles * DOWN_TILE, n = least(DOWN_TILE, w->n - n0);
     moe_product(r->k, r->down.order, w, p->slot, rows_at(r->h, &r->down, p), p->count, n0, n, c, DOWN_TILE,
                 c + 2 * C_FLOATS);
-    for (int64_t m = 0; m < p->count; m++)
+    for (int64_t m = 0; m < p->count; m++) {
+        r->k->round((int)r->c->x_kind, c + m * DOWN_TILE, n);
         memcpy(r->y + r->position[p->first + m] * w->n + n0, c + m * DOWN_TILE, n * sizeof(float));
+    }
 }
 
 static void combine_task(struct run *r, int64_t token, const float **y, float *weight) {

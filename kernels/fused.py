@@ -259,7 +259,7 @@ def fused_constants(
         "I": shape.intermediate_size,
         "MAX_TILES": max_tiles,
         "DTYPE": tl_dtype(shape.dtype),
-        "Y_DTYPE": tl_dtype(shape.y_dtype),
+        "Y_DTYPE": tl_dtype(shape.dtype),
         "BLOCK_D": shape.dispatch_block,
         "BLOCK_R": shape.return_block,
         "BLOCK_H": min(1024 // shape.dispatch_block * 4, triton.next_power_of_2(shape.hidden_size)),

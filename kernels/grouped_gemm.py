@@ -36,14 +36,13 @@ def grouped_experts(
     weights: ExpertWeights,
     *,
     num_experts: int | None = None,
-    y_dtype: torch.dtype = torch.float32,
     config: TileConfig | None = None,
 ) -> Tensor:
     """y[t, k] = expert(slot_ids[t, k])(x[t]), 0 where the id is -1; the same maths as `experts_reference`.
 
-    x: [T, H] float32, bfloat16 or float16; slot_ids: int [T, K], -1 = no expert; T may be 0. Returns [T, K, H].
+    x: [T, H] float32, bfloat16 or float16; slot_ids: int [T, K], -1 = no expert; T may be 0. Returns [T, K, H]
+    in x's dtype.
     num_experts: experts that the rows are spread over (None: all slots); it only chooses the tile sizes.
-    y_dtype: float32 as specified; x's dtype halves the traffic of the combine at one more rounding.
     Slot numbers are not checked (that would cost a sync). Costs at most 1024 rows: 3 launches; beyond: a sort more.
     """
     check_device(x)
@@ -53,7 +52,7 @@ def grouped_experts(
         raise ValueError("a custom activation function runs only in the torch reference; use experts_reference")
     (num_tokens, top_k), hidden = slot_ids.shape, x.shape[1]
     num_rows, inter = num_tokens * top_k, weights.intermediate_size
-    y = torch.empty(num_tokens, top_k, hidden, dtype=y_dtype, device=x.device)
+    y = torch.empty(num_tokens, top_k, hidden, dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return y
     capability = device_capability(x.device)
@@ -102,7 +101,7 @@ def grouped_experts(
         down,
         H=hidden,
         I=inter,
-        Y_DTYPE=tl_dtype(y_dtype),
+        Y_DTYPE=tl_dtype(x.dtype),
         GROUP_M=GROUP_M,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n2,

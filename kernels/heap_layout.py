@@ -27,7 +27,7 @@ class FusedShape:
     """What a heap is made for. num_experts counts the physical experts of all ranks: rank = id // experts_per_rank.
 
     max_tokens: of one rank and launch; worst-case memory is kept, so that no token is ever dropped.
-    y_dtype: of the results on the wire; float32 as `reference.py` specifies, the dtype of x to halve them.
+    dtype: of tokens and of results.
     """
 
     world_size: int
@@ -37,7 +37,6 @@ class FusedShape:
     intermediate_size: int
     max_tokens: int
     dtype: torch.dtype = torch.bfloat16
-    y_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         if self.num_experts % self.world_size:
@@ -83,7 +82,7 @@ class HeapLayout:
             "offsets": 8 * world * (shape.experts_per_rank + 1),
             "rows": 8 * world * rows,
             "recv_x": shape.dtype.itemsize * world * tokens * shape.hidden_size,
-            "ret_y": shape.y_dtype.itemsize * rows * shape.hidden_size,
+            "ret_y": shape.dtype.itemsize * rows * shape.hidden_size,
         }
         starts, end = {}, 0
         for name, size in sizes.items():

@@ -4,13 +4,12 @@ Rounding points, the same for every kernel (`d` is the dtype of x, fp32 here mea
 
     gate_up = round_d(x · W1ᵀ + b1)        fp32 products and sums, storage widened exactly
     h       = round_d(act(gate) * up)      the whole activation in fp32, one rounding
-    y       = h · W2ᵀ + b2                 kept in fp32
+    y       = round_d(h · W2ᵀ + b2)        so that a result travels between ranks in d and loses nothing
     out     = round_d(Σ_k w_k · y_k)       k = 0 … K-1 in this order, product and sum rounded to fp32 each
 
 Weights stored as codes are first decoded in fp32 (`dequantized`); nothing else changes.
-The first two roundings are where transformers' eager experts round too. They also round act(gate), y, w·y and every
-partial sum; those only add error, so that a result here lies nearer to exact arithmetic than theirs (a test measures
-it).
+These roundings are where transformers' eager experts round too. They also round act(gate), w·y and every partial sum;
+those only add error, so that a result here lies nearer to exact arithmetic than theirs (a test measures it).
 """
 
 import torch
@@ -57,8 +56,8 @@ def _nonlinearity(v: Tensor, activation: Activation) -> Tensor:
 def experts_reference(x: Tensor, slot_ids: Tensor, weights: ExpertWeights) -> Tensor:
     """y[t, k] = expert(slot_ids[t, k])(x[t]), the rows of slot_ids == -1 being 0.
 
-    x: [T, H] fp32, bf16 or fp16; slot_ids: int [T, K], -1 = no expert; T may be 0. Returns y [T, K, H] in fp32.
-    Loops over the slots in use; costs one host sync.
+    x: [T, H] fp32, bf16 or fp16; slot_ids: int [T, K], -1 = no expert; T may be 0. Returns y [T, K, H] in fp32, of
+    values that x's dtype holds. Loops over the slots in use; costs one host sync.
     """
     check_expert_input(x, slot_ids, weights)
     num_tokens, top_k = slot_ids.shape
@@ -75,11 +74,11 @@ def experts_reference(x: Tensor, slot_ids: Tensor, weights: ExpertWeights) -> Te
 
 
 def one_expert_reference(x: Tensor, slot: int, weights: ExpertWeights) -> Tensor:
-    """One expert on the rows x [R, H]. Returns [R, H] in fp32."""
+    """One expert on the rows x [R, H]. Returns [R, H] in fp32, of values that x's dtype holds."""
     first, second = dequantized(weights, slot)
     gate_up = F.linear(x.float(), first, _widened(weights.gate_up_bias, slot)).to(x.dtype)
     h = activation_reference(gate_up, weights.activation).to(x.dtype)
-    return F.linear(h.float(), second, _widened(weights.down_bias, slot))
+    return F.linear(h.float(), second, _widened(weights.down_bias, slot)).to(x.dtype).float()
 
 
 def dequantized(weights: ExpertWeights, slot: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class GroupedExperts:
         self.weights, self.num_experts = weights, num_experts
 
     def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
-        """y [T, K, H] float32, 0 where the slot id is -1. x: [T, H]; slot_ids: int [T, K]."""
+        """y [T, K, H] in x's dtype (or in `out_y`), 0 where the slot id is -1. x: [T, H]; slot_ids: int [T, K]."""
         y = grouped_experts(x, slot_ids, self.weights, num_experts=self.num_experts)
         return y if out_y is None else out_y.copy_(y)
 

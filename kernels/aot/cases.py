@@ -213,10 +213,10 @@ def _grouped_cases(
     yield Case(
         f"grouped_down_{phase}",
         _down_kernel,
-        {"h_ptr": "*bf16", "y_ptr": "*fp32", **walk, **types},
+        {"h_ptr": "*bf16", "y_ptr": "*bf16", **walk, **types},
         shared
         | {key: value for key, value in constants.items() if key[0] == "down"}
-        | {"Y_DTYPE": tl_dtype(torch.float32), "BLOCK_N": config.block_n2},
+        | {"Y_DTYPE": tl_dtype(torch.bfloat16), "BLOCK_N": config.block_n2},
         config.num_warps,
         config.num_stages,
         matrix=True,
