@@ -48,9 +48,10 @@ setup(
             optional=True,
         ),
         Extension(
-            "moe.placement.solve._anneal",
-            ["placement/solve/anneal.c"],
+            "moe.placement._placement",
+            ["placement/solve/anneal.c", "placement/serve.c"],
             extra_compile_args=COMMON,
+            depends=["placement/cover.h"],
             libraries=["m"],
             optional=True,
         ),

@@ -30,6 +30,7 @@ from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load, transition_counts
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import WireFormat
 
 DOMAINS = ("intent", "summary", "translation")
 HEADER = "| fit → serve | G | slots | plan | copies | vs EPLB | nodes | max/mean | in step | coherent | vs EPLB | s |"
@@ -37,7 +38,7 @@ HEADER = "| fit → serve | G | slots | plan | copies | vs EPLB | nodes | max/me
 
 def judge(held: RoutingTrace, plan: Plan, topology: Topology, split: str = "local") -> dict[str, float]:
     home = simulate(held, plan, topology, Workload(split=split))
-    moving = simulate(held, plan, topology, Workload(split=split, dispatcher="coherent"))
+    moving = simulate(held, plan, topology, Workload(split=split, wire=WireFormat(dispatcher="coherent")))
     return {
         "copies": home.copies,
         "node_copies": home.node_copies,

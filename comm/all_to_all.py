@@ -5,11 +5,13 @@ crosses once per destination node instead of once per destination rank, and each
 
 `combine="exact"` (the default) returns one row per (token, k) pair and adds them at home in the order of k: bit for bit
 what one process computes, for any world size, placement and dispatcher, as long as the experts themselves do not depend
-on the batch. `combine="partial"` returns one weighted sum per (token, rank), in two steps per (token, node). It saves
-the bytes of a token's experts that share a destination (random placement, K = 8: 2.2 times less on 4 ranks, 1.5 on 8;
-more where the placement brings experts together), but adds the K terms in another order: an element may differ by up to
-2·(K + 1)·2⁻²⁴ · Σ_k |w_k·y_k| before the last rounding. That is enough to flip a near-tied token, and "same tokens for
-any world size" is what this system promises, so that the saving has to be asked for.
+on the batch. Results travel in the dtype of the tokens, which loses nothing: a result is rounded to it before it is
+weighted, on one rank as on many (kernels/reference.py). `combine="partial"` returns one weighted sum per (token, rank),
+in two steps per (token, node), in the same dtype. It saves the bytes of a token's experts that share a destination, but
+adds the K terms in another order and rounds each sum that travels: an element may differ by up to
+(2·(K + 1)·2⁻²⁴ + steps·u) · Σ_k |w_k·y_k| before the last rounding, where u is 2⁻⁸ for bfloat16, 2⁻¹¹ for float16
+and 0 for float32. That is enough to flip a near-tied token, and "same tokens for any world size" is what this system
+promises, so that the saving has to be asked for. What each mode sends is `placement/wire_format.py`.
 """
 
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from moe.comm.errors import Task
 from moe.comm.groups import Groups, ranks_by_node
 from moe.comm.hop import Hop, HopHandle
 from moe.comm.wire import Wire, pack_rows, traffic_of, unpack_rows
-from moe.placement.dispatch import CombineMode
+from moe.placement.wire_format import CombineMode, DispatcherName, WireFormat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,19 +53,18 @@ class AllToAllDispatcher:
     rank_of: int [P], the rank of each physical expert. combine: see the module. broadcast_tokens: with the T of all
     ranks known and none above this, every token goes to every rank in one round without the exchange of counts: less
     latency for more bytes, right for a few tokens per rank.
-    Rounds per layer: 3, or 2 when broadcast. Host syncs: 1 each. Bytes per row sent: H·size(x) + 4·K, and 4·K more for
-    the weights of a partial combine; bytes per result: 4·H.
+    Rounds per layer: 3, or 2 when broadcast. Host syncs: 1 each. Bytes: `WireFormat`.
     """
+
+    name: DispatcherName = "all_to_all"
 
     def __init__(
         self, groups: Groups, rank_of: Tensor, *, combine: CombineMode = "exact", broadcast_tokens: int = 0
     ) -> None:
-        if combine not in ("exact", "partial"):
-            raise ValueError(f"combine is {combine!r}; it must be 'exact' or 'partial'")
+        self.format = WireFormat(dispatcher=self.name, combine=combine)
         self.groups = groups
         self.experts = ExpertRanks(rank_of, groups)
         self.traffic = traffic_of(groups)
-        self.combine_mode = combine
         self.broadcast_tokens = broadcast_tokens
         steps = self._steps()
         self.hops = [Hop(wire) for wire, _ in steps]
@@ -87,9 +88,10 @@ class AllToAllDispatcher:
         self.traffic.calls += 1
         ids = physical_ids.to(torch.int32)
         columns = [x, ids]
-        if self.combine_mode == "partial":
+        if self.format.sends_weights:
             columns.append(topk_weights.float())
         packed = pack_rows(columns)
+        assert packed.shape[1] == self.format.row_bytes(x.shape[1], x.element_size(), ids.shape[1]), packed.shape
         held = broadcast_plan(tokens_per_rank, self.broadcast_tokens, self.groups, len(x))
         member, received, steps = self.tables[0][ids.long()], columns, []
         for hop, table in zip(self.hops, self.tables[1:]):
@@ -100,7 +102,7 @@ class AllToAllDispatcher:
             steps.append((handle, member >= 0))
             held = None if held is None else self._held_after(held)
         local_ids = member
-        weights = received[2] if self.combine_mode == "partial" else None
+        weights = received[2] if self.format.sends_weights else None
         kept = RoutedHandle(tuple(steps), topk_weights, local_ids, weights, x.dtype, layer)
         return Dispatched(received[0], local_ids, weights, kept)
 
@@ -111,12 +113,12 @@ class AllToAllDispatcher:
         """See `TokenDispatcher`. Raises CommError when a peer does not answer in time."""
         if not isinstance(handle, RoutedHandle):
             raise ValueError(f"the handle is a {type(handle).__name__}; pass the one that dispatch returned")
-        what = Task("combine", handle.layer)
+        what, y = Task("combine", handle.layer), y.to(handle.dtype)
         steps = [(hop, step, mine, hop.counts(step, mine)) for hop, (step, mine) in zip(self.hops, handle.steps)]
         if handle.local_weights is not None:
             sums = row_sums(y, handle.local_ids, handle.local_weights)
             for hop, step, mine, counts in reversed(steps):
-                sums = hop.return_sums(sums, mine, step, counts, what)
+                sums = hop.return_sums(sums.to(handle.dtype), mine, step, counts, what)
             return sums.to(handle.dtype)
         values = pair_values(y, handle.local_ids, sum(steps[-1][3].pairs_from))
         for hop, step, _, counts in reversed(steps[1:]):
@@ -133,6 +135,8 @@ class HierarchicalDispatcher(AllToAllDispatcher):
     A token crosses once per destination node. With combine="partial" the relay adds its node's sums before they cross.
     Rounds per layer: 6, or 4 when broadcast, half of them inside a node; host syncs: 2.
     """
+
+    name: DispatcherName = "hierarchical"
 
     def _steps(self) -> list[tuple[Wire, Tensor]]:
         groups = self.groups

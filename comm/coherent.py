@@ -28,7 +28,7 @@ from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.hop import exchange_pairs, exchange_sums, hits_of
 from moe.comm.wire import Table, Wire, pack_rows, traffic_of, unpack_rows
-from moe.placement.dispatch import CombineMode
+from moe.placement.wire_format import CombineMode, WireFormat
 
 
 class Moved(NamedTuple):
@@ -76,19 +76,17 @@ class CoherentDispatcher:
     """Dispatch that moves the home of a token; see the module. The arguments are those of `AllToAllDispatcher`.
 
     Rounds per layer: counts, tokens, results; no counts when broadcast, no results when no token is split. Host syncs:
-    at most 2. Bytes per row sent: H·size(x) + 8·K; the payload is added only for the new home, but for every rank when
+    at most 2. Bytes: `WireFormat`; the payload is added only for the new home, but for every rank when
     broadcast, so that a wide payload does not go with it (send the residual stream as x and normalise on arrival).
     """
 
     def __init__(
         self, groups: Groups, rank_of: Tensor, *, combine: CombineMode = "exact", broadcast_tokens: int = 0
     ) -> None:
-        if combine not in ("exact", "partial"):
-            raise ValueError(f"combine is {combine!r}; it must be 'exact' or 'partial'")
+        self.format = WireFormat(dispatcher="coherent", combine=combine)
         self.groups = groups
         self.experts = ExpertRanks(rank_of, groups)
         self.traffic = traffic_of(groups)
-        self.combine_mode = combine
         self.broadcast_tokens = broadcast_tokens
         self.wire = Wire(groups, groups.world, groups.world_ranks, self.traffic)
 
@@ -204,12 +202,13 @@ class CoherentDispatcher:
 
     def _results_at(self, here: Tensor, y: Tensor, handle: CoherentHandle, is_split: bool) -> Tensor:
         """Σ_k w_k·y_k of the rows `here`, in x's dtype or float32."""
+        y = y.to(handle.arrived.x.dtype)
         arrived, me, size = handle.arrived, self.wire.index, self.wire.size
         what = Task("coherent combine", handle.layer)
         member, weights, dtype = arrived.member[here], arrived.weights[here], arrived.x.dtype
         if not is_split:  # by agreement of all ranks: every result is at home already
             return weighted_sum(row_values(y, handle.local_ids).index_select(0, here), weights, dtype)
-        is_exact = self.combine_mode == "exact"
+        is_exact = self.format.is_exact
         hits = hits_of(member, size)
         mine = arrived.member == me
         leaving = (mine if is_exact else mine.any(1, keepdim=True)).sum(1)  # [R], results per row
@@ -224,7 +223,7 @@ class CoherentDispatcher:
         home = torch.repeat_interleave(arrived.home, leaving, output_size=sum(send))
         values = values.index_select(0, torch.argsort(home, stable=True))
         if not is_exact:
-            return exchange_sums(self.wire, values, send, recv, member, what)
+            return exchange_sums(self.wire, values.to(dtype), send, recv, member, what)
         got, positions = exchange_pairs(self.wire, values, send, recv, member, what)
         return weighted_sum_of_pairs(got, positions, weights, dtype)
 

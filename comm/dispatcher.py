@@ -49,7 +49,8 @@ class TokenDispatcher(Protocol):
     def combine(self, y: Tensor, handle: object) -> Tensor:
         """Bring the results home. Returns out[t] = Σ_k topk_weights[t, k] · y[t, k] as [T, H] in x's dtype.
 
-        y: [R, K, H], 0 where local_ids is -1, or [M, H], only the pairs of `local_pairs`, in that order.
+        y: [R, K, H], 0 where local_ids is -1, or [M, H], only the pairs of `local_pairs`, in that order. It is rounded
+        to x's dtype before it is weighted, as the kernels have done.
         """
         ...
 
@@ -207,4 +208,4 @@ class LocalDispatcher:
         """See `TokenDispatcher`."""
         if not isinstance(handle, LocalHandle):
             raise ValueError(f"the handle is a {type(handle).__name__}; pass the one that dispatch returned")
-        return weighted_sum(row_values(y, handle.local_ids), handle.topk_weights, handle.dtype)
+        return weighted_sum(row_values(y.to(handle.dtype), handle.local_ids), handle.topk_weights, handle.dtype)

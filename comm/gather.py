@@ -31,7 +31,7 @@ class BackgroundGather:
 
     def __init__(self, groups: Groups):
         self.groups = groups
-        self.traffic = traffic_of(groups)
+        self.traffic = traffic_of(groups, "beside")
         self.wire = Wire(groups, groups.side, groups.world_ranks, self.traffic)
 
     def rows(self, tensors: Sequence[Tensor], rows_of: Sequence[int], what: Task) -> Gathering:

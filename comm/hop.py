@@ -88,7 +88,7 @@ class Hop:
         return exchange_pairs(self.wire, values, counts.pairs_from, counts.pairs_to, handle.member, what)
 
     def return_sums(self, sums: Tensor, mine: Tensor, handle: HopHandle, counts: Counts, what: Task) -> Tensor:
-        """sums: [R, H], one per received row; rows without a pair in `mine` [R, K] stay. See `exchange_sums`."""
+        """sums: [R, H] in the dtype that travels; rows without a pair in `mine` [R, K] stay. See `exchange_sums`."""
         if handle.counts is None:
             sums = sums.index_select(0, mine.any(1).nonzero_static(size=sum(counts.rows_from))[:, 0])
         return exchange_sums(self.wire, sums, counts.rows_from, counts.rows_to, handle.member, what)
@@ -113,14 +113,14 @@ def exchange_pairs(
 
 
 def exchange_sums(wire: Wire, sums: Tensor, send: list[int], recv: list[int], member: Tensor, what: Task) -> Tensor:
-    """Add what the members of each own row return, in ascending order of member. sums: float32 [M, H] by member.
+    """Add what the members of each own row return, in ascending order of member. sums: [M, H] by member.
 
     member: [N, K]. Returns float32 [N, H], 0 for a row of no member.
     """
     got = wire.exchange(sums, send, recv, what)
     needed = hits_of(member, wire.size).any(1)
     rows = needed.t().nonzero_static(size=sum(recv))[:, 1]
-    out = torch.zeros(len(member), sums.shape[1], dtype=sums.dtype, device=sums.device)
+    out = torch.zeros(len(member), sums.shape[1], device=sums.device)
     for part, row in zip(torch.split(got, recv), torch.split(rows, recv)):
-        out.index_add_(0, row, part)  # no row twice in a part, so that the order of the sum is that of the members
+        out.index_add_(0, row, part.float())  # no row twice in a part: the order of the sum is that of members
     return out

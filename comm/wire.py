@@ -25,12 +25,14 @@ class Traffic:
 
     bytes_to: payload bytes by global destination rank. control_bytes_to: the same for the counts that precede payload.
     messages: non-empty payload parts. collectives: rounds, each an all-to-all. calls: dispatches. host_syncs: times
-    that a figure had to be known on the CPU (free on a CPU device).
+    that a figure had to be known on the CPU (free on a CPU device). carries: tokens and results ("rows"), which
+    `placement/wire_format.py` describes, or what else ranks tell each other ("beside").
     """
 
     rank: int
     world_size: int
     nodes: tuple[int, ...]
+    carries: str = "rows"
     bytes_to: list[int] = field(
         default_factory=list, metadata={"help": "Payload sent to other ranks", "unit": "bytes", "index": "to_rank"}
     )
@@ -56,8 +58,8 @@ class Traffic:
         return sum(n for n, node in zip(self.bytes_to, self.nodes) if node != self.nodes[self.rank])
 
 
-def traffic_of(groups: Groups) -> Traffic:
-    return Traffic(groups.rank, groups.world_size, groups.nodes)
+def traffic_of(groups: Groups, carries: str = "rows") -> Traffic:
+    return Traffic(groups.rank, groups.world_size, groups.nodes, carries)
 
 
 class Counted(NamedTuple):

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from moe.placement.stats.report import (
 )
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace, read_npz
+from moe.placement.wire_format import ModelSizes, WireFormat
 
 
 def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
@@ -99,9 +101,9 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def run_place(args: argparse.Namespace) -> int:
     """Solve on the fitted part, judge on the rest beside baselines, write the plan."""
-    trace, topology = read_trace(args.trace), read_topology(args.topology)
+    trace, topology = sized(read_trace(args.trace), args.sizes, args.trace), read_topology(args.topology)
     fit, held = trace.split(args.fit, args.seed) if trace.num_sequences > 1 else (trace, trace)
-    slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, args.expert_bytes)
+    slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, _sizes(trace).expert_bytes)
     if args.objective == "transitions":
         if slots is not None:
             raise ValueError("--replicas needs --objective copies or coherent; transitions places one copy each")
@@ -131,9 +133,10 @@ def run_place(args: argparse.Namespace) -> int:
     if plan.bound is not None and plan.gap is not None:
         proof = f"bound {plan.bound:.4f}, gap {plan.gap:.2%}"
     print(f"objective {plan.objective} {plan.value:.4f}, {proof}, {plan.seconds:.1f} s")
+    plan = plan.with_result(sizes=trace.sizes)
     plan.save(args.out)
     if present is not None:
-        _report_migration(present, plan, topology, args, results)
+        _report_migration(present, plan, topology, args, results, _sizes(trace).expert_bytes)
     if args.html:
         load = expert_load(fit)
         before = plans["present" if present is not None else "contiguous"]
@@ -156,6 +159,7 @@ def run_place(args: argparse.Namespace) -> int:
 def run_simulate(args: argparse.Namespace) -> int:
     """Replay a trace on a plan and on the contiguous one."""
     trace, plan, topology = read_trace(args.trace), Plan.load(args.plan), read_topology(args.topology)
+    trace = sized(trace, args.sizes, args.trace, plan.sizes)
     result = simulate(trace, plan, topology, _workload(args))
     base = simulate(
         trace, Plan.contiguous(plan.num_layers, plan.num_experts, plan.num_ranks), topology, _workload(args)
@@ -186,6 +190,19 @@ def read_trace(path: Path) -> RoutingTrace:
     if path.suffix == ".npz" and path.is_file() and "gate_weights_e4" in read_npz(path):
         return from_deepseek_esft_npz(path)
     return RoutingTrace.load(path)
+
+
+def sized(trace: RoutingTrace, told: str | None, path: Path, otherwise: ModelSizes | None = None) -> RoutingTrace:
+    """The trace with its sizes: its own, those of the plan, or `told` where neither says. Raises ValueError if none."""
+    own = trace.sizes or otherwise
+    given = None if told is None else ModelSizes.parse(told)
+    if own is not None and given is not None and own != given:
+        raise ValueError(f"--sizes says {given}, {path} says {own}; leave --sizes out")
+    return replace(trace, sizes=WireFormat.needs(own or given, str(path)))
+
+
+def _sizes(trace: RoutingTrace) -> ModelSizes:
+    return WireFormat.needs(trace.sizes, trace.model)
 
 
 def read_topology(name: str) -> Topology:
@@ -255,14 +272,19 @@ def _place_transitions(fit: RoutingTrace, topology: Topology, args: argparse.Nam
 
 
 def _report_migration(
-    present: Plan, plan: Plan, topology: Topology, args: argparse.Namespace, results: dict[str, Simulation]
+    present: Plan,
+    plan: Plan,
+    topology: Topology,
+    args: argparse.Namespace,
+    results: dict[str, Simulation],
+    expert_bytes: int,
 ) -> None:
     times = (results["present"].step_seconds, results["this plan"].step_seconds)
     move = plan_migration(
         present,
         plan,
         topology,
-        expert_bytes=args.expert_bytes,
+        expert_bytes=expert_bytes,
         bytes_per_step=args.bytes_per_step,
         seconds_per_step=times,
     )
@@ -281,12 +303,25 @@ def _rank_of_expert(plan: Plan) -> Any:
     return plan.hosted.argmax(axis=2)
 
 
-_HEADER = ("plan", "copies", "node copies", "max/mean", "in step", "miss rate", "a2a s", "step ms")
+_HEADER = (
+    "plan",
+    "bytes/token/layer",
+    "across nodes",
+    "copies",
+    "node copies",
+    "max/mean",
+    "in step",
+    "miss rate",
+    "a2a s",
+    "step ms",
+)
 
 
 def _row(name: str, r: Simulation) -> tuple[Any, ...]:
     return (
         name,
+        round(r.bytes),
+        round(r.node_bytes),
         r.copies,
         r.node_copies,
         r.imbalance,
@@ -309,9 +344,8 @@ def _show(title: str, header: tuple[str, ...], rows: list[Any]) -> None:
 
 def _workload(args: argparse.Namespace) -> Workload:
     return Workload(
-        batch_tokens=args.batch,
-        token_bytes=args.token_bytes,
-        expert_bytes=args.expert_bytes,
-        dispatcher=args.dispatcher,
+        batch=args.batch,
+        steps=args.steps,
+        wire=WireFormat(dispatcher=args.dispatcher, combine=args.combine),
         fast_slots=args.fast_slots,
     )

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from moe.placement.dispatch import DispatcherName
+from moe.placement.steps import StepKind
+from moe.placement.wire_format import CombineMode, DispatcherName
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -64,10 +65,18 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=256, help="tokens per step")
-    parser.add_argument("--token-bytes", type=int, default=4096, help="bytes of one hidden state")
-    parser.add_argument("--expert-bytes", type=int, default=17_301_504, help="bytes of one expert's weights")
+    parser.add_argument("--batch", type=int, default=256, help="tokens of a prefill step, sequences of a decode step")
+    parser.add_argument(
+        "--steps", choices=get_args(StepKind), default="recorded",
+        help="how tokens come: as the trace recorded them (decode if it does not say), or all of one kind",
+    )  # fmt: skip
     parser.add_argument("--dispatcher", choices=get_args(DispatcherName), default="all_to_all")
+    parser.add_argument("--combine", choices=get_args(CombineMode), default="exact", help="as parallel.combine will be")
+    parser.add_argument(
+        "--sizes",
+        metavar="HIDDEN,DTYPE,EXPERT_BYTES",
+        help="of the model, where the trace does not say; saved with the plan",
+    )
     parser.add_argument("--fast-slots", type=int, help="experts per rank in fast memory, all layers; default all")
 
 

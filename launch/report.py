@@ -81,6 +81,23 @@ def gather_reports(engine: Engine, groups: Groups) -> Table:
     return table
 
 
+def gather_links(engine: Engine, groups: Groups) -> Table:
+    """Bytes of tokens and results, what `moe simulate` predicts. A collective."""
+    rows = [t.bytes_to for t in engine.traffic if t.carries == "rows"]
+    mine = torch.tensor([sum(n) for n in zip(*rows)], dtype=torch.int64, device=groups.device)
+    table = [torch.empty_like(mine) for _ in range(groups.world_size)]
+    if groups.world is None:
+        table = [mine]
+    else:
+        dist.all_gather(table, mine, group=groups.world)
+    names = [f"rank {rank}" for rank in range(groups.world_size)]
+    shown_table = Table("", *names, box=None, padding=(0, 2, 0, 0))
+    shown_table.title, shown_table.title_justify = "bytes of tokens and results, from row to column", "left"
+    for name, row in zip(names, table):
+        shown_table.add_row(name, *(str(n) for n in row.tolist()))
+    return shown_table
+
+
 def _table_of(rows: list[dict[Metric, float]], name: str) -> Table:
     """One row for each of them, with every metric that is not zero everywhere."""
     metrics = changed(rows)

@@ -21,7 +21,7 @@ from moe.launch.cli import run_guarded
 from moe.launch.console import err
 from moe.launch.jobs import serve_file
 from moe.launch.options import add_batch_options, engine_config
-from moe.launch.report import gather_reports
+from moe.launch.report import gather_links, gather_reports
 from moe.llm import LLM
 
 
@@ -54,9 +54,10 @@ def _run(args: argparse.Namespace, config: EngineConfig, groups: Groups) -> int:
         for note in llm.notes if is_first else ():
             err.print(note, markup=False)
         serve_file(llm, args.input, args.output, is_first=is_first)
-        reports = gather_reports(llm.engine, groups)
-        if is_first:
-            err.print(reports)
+        tables = [gather_links(llm.engine, groups)] if groups.world_size > 1 else []
+        tables.append(gather_reports(llm.engine, groups))
+        for table in tables if is_first else ():
+            err.print(table)
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from moe.comm.defaults import EAGER_BYTES
 from moe.kernels.names import KernelName
 from moe.offload.budget import parse_budget
-from moe.placement.dispatch import DispatcherName
+from moe.placement.wire_format import CombineMode, DispatcherName
 
 Prefetch = Literal["auto", "off", "transition", "router", "learned"]
 
@@ -119,6 +119,7 @@ class ParallelConfig:
     plan: str | None = None
     # auto: coherent where it moves less, else all_to_all. hierarchical: two steps, inside a node and across.
     dispatcher: Literal["auto", DispatcherName] = "auto"
+    combine: CombineMode = "exact"  # partial: one sum per token and rank, fewer bytes, in another order of sums: lossy
     ranks_per_node: int | None = None  # None: as torchrun says; smaller, to let one machine stand for several
     broadcast_tokens: int = 8  # with collectives, up to this many per rank go to every rank: a round less, more bytes
     eager_bytes: int = EAGER_BYTES  # on the CPU, longest message that needs no handshake; 0: gloo's collectives

@@ -13,7 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.placement.trace import DECODE, PREFILL, RoutingTrace, read_npz
+from moe.placement.wire_format import ModelSizes
 
+# The model of ESFT's logs: experts of 3 x 2048 x 1408 in bfloat16.
+DEEPSEEK_V2_LITE = ModelSizes(hidden_size=2048, dtype="bfloat16", expert_bytes=17_301_504)
 SGLANG_DECODE_MODE = 2  # value of SGLang's ForwardMode.DECODE; everything else extends a prompt
 
 
@@ -38,6 +41,7 @@ def from_deepseek_esft_npz(path: str | PathLike[str], *, model: str = "deepseek-
         model=model,
         weights=(arrays["gate_weights_e4"].astype(np.float64) / 1e4).astype(np.float32),
         domain=path.stem.rsplit("_", 1)[-1],
+        sizes=DEEPSEEK_V2_LITE,
     )
 
 

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.placement.schema import NUMBER, Kinds, checked, integers
+from moe.placement.wire_format import ModelSizes
 
-FORMAT = "moe-plan-1"
+FORMAT = "moe-plan-2"
+FORMATS = {"moe-plan-1", FORMAT}  # the first does not say the sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -27,6 +29,7 @@ class Plan:
     fast_slots: per rank, how many of its physical experts (all layers together) fit in fast memory; None = all.
     host_slots: per node, how many fit in host memory; None = all. objective/value/bound/seconds/solver: what was
     minimised, the plan's cost, the proven lower bound, the time it took and by which method; None = not known.
+    sizes: of the model it was solved for; None = not known.
     """
 
     num_experts: int
@@ -40,6 +43,7 @@ class Plan:
     seconds: float | None = None
     fast_slots: tuple[int, ...] | None = None
     host_slots: tuple[int, ...] | None = None
+    sizes: ModelSizes | None = None
     hosted: NDArray[np.bool_] = field(init=False, repr=False)
     log2phy: NDArray[np.int32] = field(init=False, repr=False)
 
@@ -175,6 +179,7 @@ class Plan:
         for name in _STORED:
             value = getattr(self, name)
             fields[name] = value.tolist() if isinstance(value, np.ndarray) else value
+        fields["sizes"] = None if self.sizes is None else self.sizes.stored()
         Path(path).write_text(json.dumps(fields) + "\n")
 
     @staticmethod
@@ -184,14 +189,16 @@ class Plan:
             fields = json.loads(Path(path).read_text())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        found = fields.pop("format", None) if isinstance(fields, dict) else None
+        if not isinstance(found, str) or found not in FORMATS:
             raise ValueError(f"{path} is not a plan of format {FORMAT!r}")
+        sizes = ModelSizes.of(str(path), fields.pop("sizes", None) if found == FORMAT else None)
         fields = checked(str(path), fields, _STORED)
         table = np.array(integers(str(path), "phy2log", fields.pop("phy2log"), axes=2))
         for name in ("fast_slots", "host_slots"):
             fields[name] = None if fields[name] is None else tuple(integers(str(path), name, fields[name]))
         try:
-            return Plan(phy2log=table, **fields)
+            return Plan(phy2log=table, sizes=sizes, **fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

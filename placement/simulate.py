@@ -1,60 +1,63 @@
 """Replay a trace on a plan: bytes per link, load per rank, all-to-all time, misses and step time.
 
-A prediction, not a measurement: links carry what the dispatcher sends (one copy per token and destination rank),
-experts cost time by token, misses are read from host memory, and nothing overlaps. Compare plans with it. The bytes are
-exact where `token_bytes`, `result_bytes` and `combine` say what a dispatcher packs (the tests count them on real
-ranks); not among them are the counts that precede rows, keys and values in coherent decode, and a plan's replicas are
-chosen for the whole step here but by each rank for its own tokens in a run.
+A prediction, not a measurement: links carry what the dispatcher sends (`wire_format.py`), experts cost time by token,
+misses are read from host memory, and nothing overlaps. Compare plans with it. The bytes are exact (the tests count them
+on real ranks); not among them are the counts that precede rows, keys and values in coherent decode, and which replica
+serves a token depends on who else is in its rank's step. Coherent decode begins where the last token ended; prompts,
+and in a run all of a step that has one, go home again: a run is met exactly if no prompt comes while others decode.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.dispatch import CombineMode, DispatcherName
 from moe.placement.plan import Plan, merge_models
-from moe.placement.replicas import choose_replicas
+from moe.placement.replicas import ServingTable, choose_replicas
 from moe.placement.stats.affinity import check_routes, heaviest_experts
+from moe.placement.steps import StepKind, steps_of
 from moe.placement.topology import Topology
-from moe.placement.trace import RoutingTrace
+from moe.placement.trace import PREFILL, RoutingTrace
+from moe.placement.wire_format import PAYLOAD_BYTES, ModelSizes, WireFormat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What a step is: batch_tokens tokens of the trace, in order; sizes in bytes; seconds of expert work per token.
+    """What a step is and what it sends.
 
-    token_bytes: of one row out; result_bytes: of one back, None = the same. combine and dispatcher: as `dispatch` names
-    them. fast_slots: experts (all layers) per rank in fast memory, least recently used goes; None = all fit. split: how
-    copies share tokens: "local" (`choose_replicas`) or "even" (each copy the same, as EPLB deals).
+    batch, steps: as `steps_of` has them. sizes: of the model, None = as the trace says. expert_token_seconds: of expert
+    work. payload_bytes: what goes with a token to its new home in coherent decode. fast_slots: experts (all layers) per
+    rank in fast memory, least recently used goes; None = all fit. split: how copies share tokens: "local"
+    (`choose_replicas`, each rank for its own tokens) or "even" (each copy the same, as EPLB deals).
     """
 
-    batch_tokens: int = 256
-    token_bytes: int = 4096
-    result_bytes: int | None = None
-    expert_bytes: int = 17_301_504
+    batch: int = 256
+    steps: StepKind = "recorded"
+    wire: WireFormat = field(default_factory=WireFormat)
+    sizes: ModelSizes | None = None
     expert_token_seconds: float = 2e-7
-    dispatcher: DispatcherName = "all_to_all"
-    combine: CombineMode = "partial"
+    payload_bytes: int = PAYLOAD_BYTES
     fast_slots: int | None = None
     split: Literal["local", "even"] = "local"
 
     def __post_init__(self) -> None:
-        sizes = (self.batch_tokens, self.token_bytes, self.result_bytes or 1, self.expert_bytes)
-        if min(sizes) < 1 or self.expert_token_seconds < 0:
-            raise ValueError(f"batch, token and expert sizes must be at least 1 and times >= 0: {self}")
+        if self.batch < 1 or self.expert_token_seconds < 0:
+            raise ValueError(f"the batch must be at least 1 and times >= 0: {self}")
         if self.fast_slots is not None and self.fast_slots < 1:
             raise ValueError(f"fast_slots ({self.fast_slots}) must be at least 1 per rank")
 
 
 class Simulation(NamedTuple):
-    """Totals over the trace. copies (rows that leave a rank) and node_copies are per token and layer, dispatch only.
+    """Totals over the trace. bytes, and node_bytes of them between nodes, are per token and layer, both ways.
 
+    copies (rows that leave a rank) and node_copies are the same, out only.
     link_bytes: [G, G] sent from row to column, dispatch and combine. load: [L, G] token-expert pairs per rank.
     imbalance: mean over layers of max / mean load over the whole trace; step_imbalance: the same inside steps.
     """
 
+    bytes: float
+    node_bytes: float
     copies: float
     node_copies: float
     layer_copies: NDArray[np.float64]
@@ -86,23 +89,32 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
         raise ValueError(f"the plan is for {plan.num_ranks} ranks, the topology has {topology.num_ranks}")
     ranks, layers = plan.num_ranks, trace.num_layers
     same_node = topology.same_node()
-    result_bytes = work.token_bytes if work.result_bytes is None else work.result_bytes
+    sizes = WireFormat.needs(work.sizes or trace.sizes, "the trace")
     home = np.repeat(np.arange(trace.num_sequences) % ranks, trace.sequence_lengths)
-    heaviest = heaviest_experts(trace) if work.dispatcher == "coherent" else None
+    heaviest = heaviest_experts(trace) if work.wire.dispatcher == "coherent" else None
+    begins = np.zeros(trace.num_tokens, bool)
+    begins[trace.sequence_starts[:-1]] = True
+    end = np.full(trace.num_tokens, -1)  # where each token that was computed ended; -1: not yet
     cache = _Caches(plan, work.fast_slots)
+    tables = [ServingTable.of(plan, layer) for layer in range(layers)]
     link_bytes, load = np.zeros((ranks, ranks), np.int64), np.zeros((layers, ranks), np.int64)
     layer_copies = np.zeros(layers)
     node_copies = uses = steps = 0
     step_imbalance: list[float] = []
     seconds = np.zeros(3)  # all-to-all, experts, misses
-    for begin in range(0, trace.num_tokens, work.batch_tokens):
-        tokens = slice(begin, min(begin + work.batch_tokens, trace.num_tokens))
-        at = home[tokens].copy()
+    for phase, tokens in steps_of(trace, work.batch, work.steps):
+        moves = heaviest is not None and phase != PREFILL
+        wire = work.wire if moves or heaviest is None else WireFormat(combine=work.wire.combine)
+        row_bytes = wire.row_bytes(sizes.hidden_size, sizes.element_bytes, trace.top_k)
+        result_bytes = wire.result_bytes(sizes.hidden_size, sizes.element_bytes)
+        at = home[tokens]
+        if moves:
+            at = np.where(begins[tokens] | (end[tokens - 1] < 0), at, end[tokens - 1])
         steps += 1
         for layer in range(layers):
             ids = trace.expert_ids[tokens, layer]
             if work.split == "local":
-                physical = choose_replicas(ids, at, plan.log2phy[layer], plan.physical_per_rank)
+                physical = _chosen(ids, at, tables[layer], work.wire.is_exact)
             else:
                 physical = deal_evenly(ids, plan.log2phy[layer])
             rank = np.where(physical >= 0, physical // plan.physical_per_rank, ranks)
@@ -110,12 +122,13 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
             np.add.at(pairs, (np.arange(len(ids))[:, None], rank), 1)
             pairs = pairs[:, :-1]
             after = at
-            if heaviest is not None:
+            if heaviest is not None and moves:
                 after = _homes_after(ids, rank, heaviest[tokens, layer], at)
-            out, back = rows_sent(pairs, at, after, topology, work)
+            out, back = rows_sent(pairs, at, after, topology, wire)
             layer_copies[layer] += sum(rows.sum() for rows in out)
             node_copies += int(_node_copies(pairs > 0, at, topology.nodes))
-            sent = [rows * work.token_bytes for rows in out] + [rows * result_bytes for rows in back]
+            sent = [rows * row_bytes for rows in out] + [rows * result_bytes for rows in back]
+            np.add.at(sent[0], (at, after), work.payload_bytes * (at != after))
             link_bytes += sum(sent)
             busy = np.bincount(rank[rank < ranks], minlength=ranks)
             load[layer] += busy
@@ -125,13 +138,16 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
             seconds += (
                 sum(all_to_all_seconds(num_bytes, same_node, topology) for num_bytes in sent),
                 float(busy.max()) * work.expert_token_seconds,
-                float(missed.max()) * work.expert_bytes / topology.host.bandwidth
+                float(missed.max()) * sizes.expert_bytes / topology.host.bandwidth
                 + float(missed.any()) * topology.host.latency,
             )
             at = after
+        end[tokens] = at
     per = trace.num_tokens
     misses = cache.misses
     return Simulation(
+        bytes=float(link_bytes.sum() / per / layers),
+        node_bytes=float(link_bytes[~same_node].sum() / per / layers),
         copies=float(layer_copies.sum() / per / layers),
         node_copies=node_copies / per / layers,
         layer_copies=layer_copies / per,
@@ -141,7 +157,7 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
         step_imbalance=float(np.mean(step_imbalance)),
         misses=misses,
         miss_rate=misses / max(uses, 1),
-        miss_bytes=misses * work.expert_bytes,
+        miss_bytes=misses * sizes.expert_bytes,
         all_to_all_seconds=float(seconds[0]),
         expert_seconds=float(seconds[1]),
         miss_seconds=float(seconds[2]),
@@ -151,7 +167,7 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
 
 
 def rows_sent(
-    pairs: NDArray[np.int64], at: NDArray[np.int64], after: NDArray[np.int64], topology: Topology, work: Workload
+    pairs: NDArray[np.int64], at: NDArray[np.int64], after: NDArray[np.int64], topology: Topology, wire: WireFormat
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Rows [G, G] of one layer's rounds, from row to column: those of tokens out, those of results back.
 
@@ -165,14 +181,14 @@ def rows_sent(
         np.fill_diagonal(rows, 0)
         return rows
 
-    every, results = np.arange(topology.num_ranks), pairs if work.combine == "exact" else pairs > 0
-    if work.dispatcher != "hierarchical":
+    every, results = np.arange(topology.num_ranks), wire.results(pairs)
+    if wire.dispatcher != "hierarchical":
         return [hop(pairs > 0, at[:, None], every)], [hop(results, every, after[:, None])]
     relay_of = _relays(topology)[at]  # [T, nodes]
     on_node = topology.nodes[:, None] == np.arange(topology.num_nodes)
     by_node = pairs @ on_node
     relay = relay_of[:, topology.nodes]
-    crossing = by_node if work.combine == "exact" else by_node > 0
+    crossing = wire.results(by_node)
     out = [hop(by_node > 0, at[:, None], relay_of), hop(pairs > 0, relay, every)]
     return out, [hop(results, every, relay), hop(crossing, relay_of, at[:, None])]
 
@@ -211,6 +227,17 @@ def deal_evenly(ids: NDArray[np.integer[Any]], log2phy: NDArray[np.int32]) -> ND
     turn[order] = np.arange(flat.size) - np.repeat(first, counts)  # how many tokens chose this expert before
     expert = np.maximum(flat, 0)
     return np.where(flat >= 0, log2phy[expert, turn % copies[expert]], -1).astype(np.int64).reshape(ids.shape)
+
+
+def _chosen(
+    ids: NDArray[np.integer[Any]], at: NDArray[np.int64], table: ServingTable, exact: bool
+) -> NDArray[np.int64]:
+    """`choose_replicas` as a run does it: each rank for its own tokens. [T, K] physical ids."""
+    physical = np.empty(ids.shape, np.int64)
+    for rank in np.unique(at):
+        mine = at == rank
+        physical[mine] = choose_replicas(ids[mine], int(rank), table, home_first=exact)
+    return physical
 
 
 def _homes_after(

@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe.placement.schema import Kinds, checked
+from moe.placement.wire_format import ModelSizes
 
 PREFILL, DECODE = 0, 1
-FORMAT = "moe-routing-trace-1"
+FORMAT = "moe-routing-trace-2"
+FORMATS = {"moe-routing-trace-1", FORMAT}  # the first does not say the sizes
 _META: Mapping[str, Kinds] = {"format": (str,), "num_experts": (int,), "model": (str,), "domain": (str, type(None))}
 
 
@@ -34,7 +36,7 @@ class RoutingTrace:
     sequence_lengths: int32 [sequences], consecutive slices of the token axis; they sum to N. N may be 0.
     num_experts: E, logical experts per layer. model: any string that names the model the trace came from.
     weights: float32 or float16 [N, L, K], gate weights, or None. phase: uint8 [N], 0 prefill, 1 decode, or None.
-    domain: what the text was, or None.
+    domain: what the text was, or None. sizes: what makes bytes of tokens and experts, or None if not known.
     Raises ValueError for wrong shapes, ids outside [-1, E), an expert named twice by one token, wrong lengths.
     """
 
@@ -45,6 +47,7 @@ class RoutingTrace:
     weights: NDArray[np.floating[Any]] | None = None
     phase: NDArray[np.uint8] | None = None
     domain: str | None = None
+    sizes: ModelSizes | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts <= np.iinfo(np.int16).max:
@@ -147,6 +150,9 @@ class RoutingTrace:
         weights = [t.weights for t in traces if t.weights is not None]
         phases = [t.phase for t in traces if t.phase is not None]
         domains = {t.domain for t in traces}
+        sizes = {t.sizes for t in traces if t.sizes is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"cannot join traces: sizes are {' and '.join(map(str, sizes))}")
         return RoutingTrace(
             expert_ids=np.concatenate([t.expert_ids for t in traces]),
             sequence_lengths=np.concatenate([t.sequence_lengths for t in traces]),
@@ -155,6 +161,7 @@ class RoutingTrace:
             weights=np.concatenate(weights) if len(weights) == len(traces) else None,
             phase=np.concatenate(phases) if len(phases) == len(traces) else None,
             domain=domains.pop() if len(domains) == 1 else None,
+            sizes=sizes.pop() if sizes else None,
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -166,6 +173,7 @@ class RoutingTrace:
         if self.phase is not None:
             arrays["phase"] = self.phase
         meta = {"format": FORMAT, "num_experts": self.num_experts, "model": self.model, "domain": self.domain}
+        meta["sizes"] = None if self.sizes is None else self.sizes.stored()
         if path.suffix == ".npz":
             with path.open("wb") as file:
                 np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)
@@ -200,8 +208,9 @@ class RoutingTrace:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: what it says of itself is not JSON: {error}") from None
         found = meta.get("format") if isinstance(meta, dict) else None
-        if found != FORMAT:
+        if not isinstance(found, str) or found not in FORMATS:
             raise ValueError(f"{path} has format {found!r}; this version reads {FORMAT!r}")
+        sizes = ModelSizes.of(str(path), meta.pop("sizes", None) if found == FORMAT else None)
         told = checked(str(path), meta, _META)
         try:
             return RoutingTrace(
@@ -212,6 +221,7 @@ class RoutingTrace:
                 weights=arrays.get("weights"),
                 phase=arrays.get("phase"),
                 domain=told["domain"],
+                sizes=sizes,
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -225,6 +235,7 @@ class RoutingTrace:
             weights=None if self.weights is None else self.weights[tokens],
             phase=None if self.phase is None else self.phase[tokens],
             domain=self.domain,
+            sizes=self.sizes,
         )
 
 

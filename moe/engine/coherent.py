@@ -67,9 +67,11 @@ class CoherentRunner:
         self.parallel = experts.parallel
         self.groups = self.parallel.groups
         rank_of = torch.from_numpy(self.parallel.plan.rank_of_physical())
-        self.dispatcher = CoherentDispatcher(self.groups, rank_of, broadcast_tokens=self.parallel.broadcast_tokens)
+        self.dispatcher = CoherentDispatcher(
+            self.groups, rank_of, combine=self.parallel.combine, broadcast_tokens=self.parallel.broadcast_tokens
+        )
         self.gather = BackgroundGather(self.groups)
-        self._wire = Wire(self.groups, self.groups.world, self.groups.world_ranks, self.dispatcher.traffic)
+        self._wire = Wire(self.groups, self.groups.world, self.groups.world_ranks, self.gather.traffic)
         self._base = self.model.base_model
         site_of = {id(self.model.get_submodule(name)): site for site, name in enumerate(sites)}
         self._sites = [site_of.get(id(getattr(layer.mlp, "experts", None))) for layer in self._base.layers]

@@ -34,6 +34,7 @@ from moe.offload.cache import LayerStats
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
+from moe.placement.wire_format import ModelSizes
 
 
 class Engine:
@@ -232,7 +233,13 @@ class Engine:
             raise ValueError("requests are running; record from their start")
         self.scheduler.pool.sharing = False
         num_experts = max(site.num_experts for site in self.blueprint.index.sites)
-        recorder = TraceRecorder(len(self.blueprint.index.sites), num_experts, self.blueprint.folder.name)
+        sizes = ModelSizes(
+            hidden_size=self.blueprint.index.sites[0].hidden_size,
+            dtype=str(self.loaded.dense.model.dtype).removeprefix("torch."),
+            expert_bytes=max(layout.nbytes for layout in self.blueprint.index.layouts),
+        )
+        name = self.blueprint.folder.name
+        recorder = TraceRecorder(len(self.blueprint.index.sites), num_experts, name, sizes)
         self.experts.routing.observers.append(recorder.forwards)
         return recorder
 
@@ -261,7 +268,7 @@ class Engine:
     def metric_sources(self) -> list[tuple[Any, dict[str, str]]]:
         """The records that count, and what tells them apart, for `moe/metrics.py`."""
         layers = [(stats, {"layer": str(layer)}) for layer, stats in enumerate(self.layer_stats())]
-        traffic = [(one, {"part": str(part)}) for part, one in enumerate(self.traffic)]
+        traffic = [(one, {"part": str(part), "carries": one.carries}) for part, one in enumerate(self.traffic)]
         return [(self.stats, {}), (self.state(), {}), *layers, *traffic]
 
     def layer_stats(self) -> list[LayerStats]:

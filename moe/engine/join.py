@@ -27,8 +27,8 @@ from moe.models.blueprint import Blueprint
 from moe.models.kv import BlockPool
 from moe.offload.budget import resolve_slots
 from moe.offload.shared import SharedStore
-from moe.placement.dispatch import DispatcherName
 from moe.placement.plan import Plan
+from moe.placement.wire_format import DispatcherName, WireFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,8 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
     assert slots is not None, "shareable_shape has refused a model without experts"
     is_hierarchical = parallel_config.dispatcher == "hierarchical"
     home: DispatcherName = "hierarchical" if is_hierarchical else "all_to_all"
-    parallel = ExpertParallel(groups, plan, home, parallel_config.broadcast_tokens)
+    wire = WireFormat(dispatcher=home, combine=parallel_config.combine)
+    parallel = ExpertParallel(groups, plan, wire, parallel_config.broadcast_tokens)
     control = Control(groups)
     notes = []
     if is_hierarchical and not groups.is_even:
@@ -174,7 +175,7 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
         if reason is None:
             costs = Costs(
                 kv_bytes=dense.tried.kv_bytes / dense.model.config.num_hidden_layers,
-                result_bytes=4 * dense.model.config.hidden_size,
+                result_bytes=dense.model.dtype.itemsize * dense.model.config.hidden_size,
                 p=parallel.share_elsewhere(),
                 top_k=loaded.read.blueprint.top_k,
                 num_ranks=parallel.groups.world_size,

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from moe.layer.routing import NOBODY, RoutedLayer, StepContext, WholeForwards
 from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import ModelSizes
 
 
 class _Part(NamedTuple):
@@ -24,9 +25,9 @@ class TraceRecorder:
     forwards: to be among the observers of routing.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, model: str) -> None:
+    def __init__(self, num_layers: int, num_experts: int, model: str, sizes: ModelSizes | None = None) -> None:
         self.forwards = WholeForwards(num_layers, self._add)
-        self.num_experts, self.model = num_experts, model
+        self.num_experts, self.model, self.sizes = num_experts, model, sizes
         self._parts: dict[int, list[_Part]] = {}
 
     def _add(self, step: StepContext, layers: Seq[RoutedLayer]) -> None:
@@ -57,5 +58,6 @@ class TraceRecorder:
             sequence_lengths=np.array([len(one.ids) for one in joined], np.int32),
             num_experts=self.num_experts,
             model=self.model,
+            sizes=self.sizes,
             phase=np.concatenate([one.phase for one in joined]),
         )

@@ -6,7 +6,7 @@ layer of every forward: a rank with less work joins with T = 0.
 
     logical ──log2phy──▶ physical ──dispatcher──▶ rank, local ──phy2log──▶ logical ──cache──▶ slot
 
-The plan's tables are tensors on the device, each read by one index. Only copies of an expert are chosen on the host.
+The plan's tables are tensors on the device, each read by one index; which copy of an expert serves is chosen there too.
 """
 
 from collections import deque
@@ -21,9 +21,10 @@ from torch import Tensor
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
 from moe.comm.groups import Groups
-from moe.placement.dispatch import DispatcherName
+from moe.layer.replica_choice import DeviceTable, choose_on_device
 from moe.placement.plan import Plan
-from moe.placement.replicas import choose_replicas
+from moe.placement.replicas import ServingTable, choose_replicas
+from moe.placement.wire_format import WireFormat
 
 
 class LayerLaunch(Protocol):
@@ -39,12 +40,10 @@ class LayerLaunch(Protocol):
 class ExpertParallel:
     """This rank's part of a plan, in one generation of ranks. Raises ValueError for a plan of another number of ranks.
 
-    dispatcher: of tokens that go home again; hierarchical is all_to_all where nodes have unequal numbers of ranks.
+    wire: of tokens that go home again; hierarchical is all_to_all where nodes have unequal numbers of ranks.
     """
 
-    def __init__(
-        self, groups: Groups, plan: Plan, dispatcher: DispatcherName = "all_to_all", broadcast_tokens: int = 0
-    ) -> None:
+    def __init__(self, groups: Groups, plan: Plan, wire: WireFormat | None = None, broadcast_tokens: int = 0) -> None:
         if plan.num_ranks != groups.world_size:
             raise ValueError(
                 f"the plan is for {plan.num_ranks} ranks, this run has {groups.world_size}; solve it again for them"
@@ -52,14 +51,16 @@ class ExpertParallel:
         self.groups = groups
         # Counts that travel with the rows cost no round that sending every row to every rank could save.
         self.broadcast_tokens = broadcast_tokens = 0 if groups.mailboxes else broadcast_tokens
+        wire = wire or WireFormat()
+        self.combine = wire.combine
         rank_of = torch.from_numpy(plan.rank_of_physical())
         self.dispatcher: TokenDispatcher
         if groups.world_size == 1:
             self.dispatcher = LocalDispatcher(groups, rank_of)
-        elif dispatcher == "hierarchical" and groups.is_even:
-            self.dispatcher = HierarchicalDispatcher(groups, rank_of, broadcast_tokens=broadcast_tokens)
         else:
-            self.dispatcher = AllToAllDispatcher(groups, rank_of, broadcast_tokens=broadcast_tokens)
+            in_two = wire.dispatcher == "hierarchical" and groups.is_even
+            kind = HierarchicalDispatcher if in_two else AllToAllDispatcher
+            self.dispatcher = kind(groups, rank_of, combine=wire.combine, broadcast_tokens=broadcast_tokens)
         self.plan = plan
         self.launch: LayerLaunch | None = None
         self.tokens: tuple[int, ...] | None = None  # of every rank in this forward, where all know them
@@ -88,7 +89,11 @@ class ExpertParallel:
         self.hosted = experts_of_rank(plan, self.groups.rank)  # the logical experts of this rank, by layer
         self._logical_of = self._table(plan.phy2log[:, mine])
         self._physical_of = self._table(plan.log2phy[:, :, 0])
-        self._has_replicas = [bool(n > 1) for n in plan.replicas.max(axis=1)]
+        copies = plan.replicas.max(axis=1)
+        served = [ServingTable.of(plan, layer) if most > 1 else None for layer, most in enumerate(copies)]
+        self._served: list[ServingTable | DeviceTable | None] = [*served]
+        if self.groups.device.type != "cpu":
+            self._served = [None if one is None else DeviceTable.of(one, self.groups.device) for one in served]
 
     def _table(self, of_layer: npt.NDArray[np.integer]) -> tuple[Tensor, ...]:
         """int64 [N + 1] of each layer on the device, from [L, N]; id -1 reads the last, which is -1."""
@@ -125,14 +130,14 @@ class ExpertParallel:
     def physical(self, layer: int, topk_ids: Tensor) -> Tensor:
         """int64 [T, K]: the physical expert that serves each pair of int64 topk_ids, -1 kept.
 
-        By one index on the device; in a layer with copies of an expert by `choose_replicas`, a host sync.
+        On the device: by one index, or in a layer with copies of an expert by the serving rule (placement/replicas.py).
         """
-        if not self._has_replicas[layer]:
+        table, home_first = self._served[layer], self.combine == "exact"
+        if table is None:
             return self._physical_of[layer].take(topk_ids)
-        plan = self.plan
-        ids = topk_ids.numpy(force=True)  # host sync
-        chosen = choose_replicas(ids, self.groups.rank, plan.log2phy[layer], plan.physical_per_rank)
-        return torch.from_numpy(np.asarray(chosen, np.int64)).to(topk_ids.device)
+        if isinstance(table, DeviceTable):
+            return choose_on_device(topk_ids, self.groups.rank, table, home_first=home_first)
+        return torch.from_numpy(choose_replicas(topk_ids.numpy(), self.groups.rank, table, home_first=home_first))
 
     def compute(
         self,

@@ -1,5 +1,6 @@
-/* Simulated annealing of one layer's expert copies on what is served: ranks a token visits besides its home, plus what
- * the ranks serve above their caps when each expert of a token is shared by the visited ranks that have it.
+/* Simulated annealing of one layer's expert copies on what is served: ranks a token visits besides its home, pairs that
+ * are served elsewhere at their price, and what the ranks serve above their caps when each expert of a token is shared by
+ * the ranks that may serve it (the rule of placement/replicas.py, whose dealing is even only on average).
  *
  * State: a mask of ranks per expert. Moves: swap two copies between ranks, move a copy into an empty slot, or give one
  * copy's slot of a replicated expert to another expert. Only the tokens of the two experts are served again. The caller
@@ -10,15 +11,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define EXPORT __attribute__((visibility("default")))
-#define MAX_RANKS 64
-#define MAX_TOP 64
+#include "../cover.h"
 
 typedef struct {
     int64_t tokens, top, experts, ranks, slots; /* slots: copies per rank */
-    int64_t iterations, seed;
+    int64_t iterations, seed, home_first;
     double first, last;          /* temperatures, in rank visits */
     double penalty;              /* visits that one token above the cap costs */
+    double pair_cost;            /* visits that a pair served elsewhere costs */
     double cap;                  /* tokens that a rank may serve */
     const int16_t *ids;          /* [tokens, top], -1 = none */
     const uint8_t *home;         /* [tokens] */
@@ -41,47 +41,24 @@ static int64_t below(Random *r, int64_t n) { return (int64_t)(((next(r) >> 32) *
 static double uniform(Random *r) { return (double)(next(r) >> 11) * (1.0 / 9007199254740992.0); }
 static int count(uint64_t x) { return __builtin_popcountll(x); }
 
-/* Ranks that token t visits; ties of the greedy cover go to the first rank after home + t, as choose_replicas has it. */
-static uint64_t visits(const Problem *p, int64_t t) {
-    const int16_t *ids = p->ids + t * p->top;
-    uint64_t used = 1ull << p->home[t], open[MAX_TOP];
-    int n = 0, left = 0;
-    for (int64_t k = 0; k < p->top; k++) {
-        if (ids[k] < 0) continue;
-        uint64_t mask = p->masks[ids[k]];
-        if (mask & (mask - 1)) open[n++] = mask;
-        else used |= mask;
-    }
-    for (int k = 0; k < n; k++)
-        if (!(open[k] & used)) open[left++] = open[k];
-    while (left) {
-        int most = 0, best = 0;
-        uint64_t any = 0;
-        for (int k = 0; k < left; k++) any |= open[k];
-        int start = (int)((p->home[t] + t + 1) % p->ranks);
-        for (int64_t j = 0; j < p->ranks; j++) {
-            int g = (int)(start + j >= p->ranks ? start + j - p->ranks : start + j), gain = 0;
-            if (!(any >> g & 1)) continue;
-            for (int k = 0; k < left; k++) gain += (int)(open[k] >> g & 1);
-            if (gain > most) most = gain, best = g;
-        }
-        used |= 1ull << best;
-        int kept = 0;
-        for (int k = 0; k < left; k++)
-            if (!(open[k] & used)) open[kept++] = open[k];
-        left = kept;
-    }
-    return used;
+static Visits visits(const Problem *p, int64_t t) {
+    return visits_of(p->masks, p->ids + t * p->top, p->top, p->home[t], p->ranks);
 }
 
-static void add_load(const Problem *p, int64_t t, uint64_t used, double sign, double *load) {
+/* Adds `sign` times the pairs of token t to the ranks' loads, shared equally by those that may serve them; returns what
+ * the token costs: visits besides home, and the pairs served elsewhere at their price. */
+static double serve(const Problem *p, int64_t t, Visits v, double sign, double *load) {
     const int16_t *ids = p->ids + t * p->top;
+    int64_t home = p->home[t];
+    double at_home = 0, pairs = 0;
     for (int64_t k = 0; k < p->top; k++) {
         if (ids[k] < 0) continue;
-        uint64_t mask = p->masks[ids[k]] & used;
-        double share = sign / count(mask);
-        for (; mask; mask &= mask - 1) load[__builtin_ctzll(mask)] += share;
+        uint64_t mask = options_of(p->masks[ids[k]], v.used, home, p->home_first);
+        double share = 1.0 / count(mask);
+        pairs += 1, at_home += mask >> home & 1 ? share : 0;
+        for (; mask; mask &= mask - 1) load[__builtin_ctzll(mask)] += sign * share;
     }
+    return (double)(count(v.used) - 1 + v.lonely) + p->pair_cost * (pairs - at_home);
 }
 
 static double overload(const Problem *p, const double *load) {
@@ -89,8 +66,6 @@ static double overload(const Problem *p, const double *load) {
     for (int64_t g = 0; g < p->ranks; g++) over += load[g] > p->cap ? load[g] - p->cap : 0;
     return over;
 }
-
-static int away(const Problem *p, int64_t t, uint64_t used) { return count(used & ~(1ull << p->home[t])); }
 
 EXPORT int64_t moe_anneal_abi(void) { return (int64_t)sizeof(Problem); }
 
@@ -100,11 +75,12 @@ EXPORT double moe_anneal(const Problem *p) {
     int64_t *begin = calloc((size_t)p->experts + 1, 8), *where = malloc((size_t)(p->experts + 1) * 8);
     int64_t *list = malloc((size_t)(pairs + 1) * 8), *touched = malloc((size_t)(n + 1) * 8);
     int64_t *stamp = calloc((size_t)n + 1, 8);
-    uint64_t *used = malloc((size_t)(n + 1) * 8), *fresh = malloc((size_t)(n + 1) * 8);
+    Visits *used = malloc((size_t)(n + 1) * sizeof *used), *fresh = malloc((size_t)(n + 1) * sizeof *fresh);
+    double *worth = malloc((size_t)(n + 1) * 8), *trial_worth = malloc((size_t)(n + 1) * 8);
     uint64_t *best = malloc((size_t)(p->experts + 1) * 8);
     int32_t *slot = malloc((size_t)(p->ranks * p->slots + 1) * 4); /* expert in each slot, -1 empty */
     double result = -1;
-    if (!begin || !where || !list || !touched || !stamp || !used || !fresh || !best || !slot) goto done;
+    if (!begin || !where || !list || !touched || !stamp || !used || !fresh || !worth || !trial_worth || !best || !slot) goto done;
 
     for (int64_t i = 0; i < pairs; i++)
         if (p->ids[i] >= 0) begin[p->ids[i] + 1]++;
@@ -122,8 +98,7 @@ EXPORT double moe_anneal(const Problem *p) {
     double load[MAX_RANKS] = {0}, trial[MAX_RANKS], cost = 0;
     for (int64_t t = 0; t < n; t++) {
         used[t] = visits(p, t);
-        cost += away(p, t, used[t]);
-        add_load(p, t, used[t], 1, load);
+        cost += worth[t] = serve(p, t, used[t], 1, load);
     }
     double over = overload(p, load), best_cost = cost + p->penalty * over;
     memcpy(best, p->masks, (size_t)p->experts * 8);
@@ -157,25 +132,25 @@ EXPORT double moe_anneal(const Problem *p) {
                 if (stamp[list[y]] != step) stamp[list[y]] = step, touched[changed++] = list[y];
         }
         memcpy(trial, load, sizeof trial);
-        for (int64_t y = 0; y < changed; y++) add_load(p, touched[y], used[touched[y]], -1, trial);
+        for (int64_t y = 0; y < changed; y++) serve(p, touched[y], used[touched[y]], -1, trial);
         p->masks[e] = new_e;
         if (f >= 0) p->masks[f] = new_f;
-        int64_t delta = 0;
+        double delta = 0;
         for (int64_t y = 0; y < changed; y++) {
             int64_t t = touched[y];
             fresh[y] = visits(p, t);
-            delta += away(p, t, fresh[y]) - away(p, t, used[t]);
-            add_load(p, t, fresh[y], 1, trial);
+            trial_worth[y] = serve(p, t, fresh[y], 1, trial);
+            delta += trial_worth[y] - worth[t];
         }
-        double new_over = overload(p, trial), change = (double)delta + p->penalty * (new_over - over);
+        double new_over = overload(p, trial), change = delta + p->penalty * (new_over - over);
         if (change > 0 && uniform(&random) >= exp(-change / temperature)) {
             p->masks[e] = mask_e;
             if (f >= 0) p->masks[f] = mask_f;
             continue;
         }
-        for (int64_t y = 0; y < changed; y++) used[touched[y]] = fresh[y];
+        for (int64_t y = 0; y < changed; y++) used[touched[y]] = fresh[y], worth[touched[y]] = trial_worth[y];
         memcpy(load, trial, sizeof load);
-        cost += (double)delta, over = new_over;
+        cost += delta, over = new_over;
         slot[i] = f;
         if (j >= 0) slot[j] = e;
         if (cost + p->penalty * over < best_cost - 1e-6) {
@@ -186,6 +161,6 @@ EXPORT double moe_anneal(const Problem *p) {
     memcpy(p->masks, best, (size_t)p->experts * 8);
     result = best_cost;
 done:
-    free(begin), free(where), free(list), free(touched), free(stamp), free(used), free(fresh), free(best), free(slot);
+    free(begin), free(where), free(list), free(touched), free(stamp), free(used), free(fresh), free(worth), free(trial_worth), free(best), free(slot);
     return result;
 }

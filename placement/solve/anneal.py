@@ -4,22 +4,15 @@ A token visits its home, the ranks of experts with a single copy, and what a gre
 experts are shared by the visited ranks that have them, and load above the cap costs. Homes are drawn by `home_ranks`.
 """
 
-import ctypes
-import logging
 import time
-from functools import cache
-from pathlib import Path
-from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
+from moe.placement.helper import ANNEAL, MOST_RANKS, MOST_TOP, load_helper
+from moe.placement.wire_format import ModelSizes, WireFormat
 
-_PROBLEM = Struct("=7q4d3q")  # struct Problem
-MOST_RANKS = 64
-MOST_TOP = 64
 SAMPLE = 1200  # tokens of the hot phase
 PER_ROUND = (1200, 300)  # moves tried per round: on the sample, then on all tokens
 TEMPERATURES = ((60.0, 6.0), (6.0, 1.0))  # rank visits
@@ -29,22 +22,24 @@ PENALTY = 1.0  # rank visits that a token above the cap costs
 CAP = 1.01  # of the mean load
 
 
-@cache
-def load_helper() -> ctypes.CDLL | None:
-    """The compiled helper, or None where it is absent or of other sources; the reason is logged, once."""
-    folder = Path(__file__).resolve().parent
-    files = sorted(folder.glob("_anneal*.so"))
-    try:
-        if not files:
-            raise OSError(f"no _anneal*.so in {folder}; it is compiled at installation, which needs gcc or clang")
-        helper = ctypes.CDLL(str(files[0]))
-        if helper.moe_anneal_abi() != _PROBLEM.size:
-            raise OSError(f"{files[0].name} was compiled from other sources; reinstall")
-    except OSError as error:
-        log.warning("replicas are searched in numpy, with less gain: %s", error)
-        return None
-    helper.moe_anneal.argtypes, helper.moe_anneal.restype = [ctypes.c_char_p], ctypes.c_double
-    return helper
+class Price(NamedTuple):
+    """What is minimised beside the load: a rank visit costs 1, a pair served away from home `pair`.
+
+    home_first: whether a copy at home serves its pair, as the run will do (`choose_replicas`).
+    """
+
+    pair: float = 0.0
+    home_first: bool = False
+
+    @staticmethod
+    def of(wire: WireFormat, sizes: ModelSizes, top_k: int) -> "Price":
+        """Of bytes, in rows out (and back, if sums return)."""
+        row = wire.row_bytes(sizes.hidden_size, sizes.element_bytes, top_k)
+        result = wire.result_bytes(sizes.hidden_size, sizes.element_bytes)
+        return Price(result / row, True) if wire.is_exact else VISITS
+
+
+VISITS = Price()
 
 
 def anneal(
@@ -58,8 +53,10 @@ def anneal(
     iterations: int,
     temperatures: tuple[float, float],
     seed: int,
+    price: Price = VISITS,
 ) -> tuple[NDArray[np.bool_], float]:
-    """The best copies found from hosted [E, G], and their cost: visits besides home + penalty x load above the cap.
+    """The best copies found from hosted [E, G], and their cost: visits besides home + price.pair x pairs served
+    elsewhere + penalty x load above the cap.
 
     expert_ids: [N, K], -1 = none. home: [N]. slots: copies per rank. cap: tokens that a rank may serve. temperatures:
     first and last, in visits. O(iterations N K / E). The start counts as found, so the cost never rises. Raises
@@ -80,8 +77,9 @@ def anneal(
     if ids.max(initial=-1) >= experts or at.max(initial=0) >= ranks:
         raise ValueError(f"expert {ids.max()} or home {at.max()} is out of range of {experts} experts, {ranks} ranks")
     masks = (hosted.astype(np.uint64) << np.arange(ranks, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
-    problem = _PROBLEM.pack(
-        *ids.shape, experts, ranks, slots, iterations, seed, *temperatures, penalty, cap,
+    problem = ANNEAL.pack(
+        *ids.shape, experts, ranks, slots, iterations, seed, price.home_first, *temperatures, penalty,
+        price.pair, cap,
         ids.ctypes.data, at.ctypes.data, masks.ctypes.data,
     )  # fmt: skip
     cost = float(helper.moe_anneal(problem))
@@ -104,6 +102,7 @@ def search_replicas(
     rounds: int,
     seed: int,
     deadline: float,
+    price: Price = VISITS,
 ) -> NDArray[np.bool_]:
     """Copies [E, G] for one layer: hot on a sample of tokens, then cooler on all; never worse than `start` on all.
 
@@ -125,11 +124,14 @@ def search_replicas(
                 break
             hosted, _ = anneal(
                 ids, at, hosted, slots=slots, cap=cap, penalty=PENALTY, iterations=moves * rounds // pieces,
-                temperatures=(float(steps[piece]), float(steps[piece + 1])), seed=seed + piece,
+                temperatures=(float(steps[piece]), float(steps[piece + 1])), seed=seed + piece, price=price,
             )  # fmt: skip
     cap = slack * CAP * float((expert_ids >= 0).sum()) / ranks
     costs = [
-        anneal(expert_ids, home, h, slots=slots, cap=cap, penalty=PENALTY, iterations=0, temperatures=(1, 1), seed=0)[1]
+        anneal(
+            expert_ids, home, h, slots=slots, cap=cap, penalty=PENALTY, iterations=0, temperatures=(1, 1), seed=0,
+            price=price,
+        )[1]
         for h in (hosted, start)
-    ]
+    ]  # fmt: skip
     return hosted if costs[0] < costs[1] else start

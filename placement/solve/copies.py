@@ -14,9 +14,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
-from moe.placement.replicas import fill_up
-from moe.placement.solve.anneal import MOST_RANKS, load_helper, search_replicas
+from moe.placement.solve.anneal import search_replicas
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Single, Touched
@@ -248,6 +248,21 @@ def add_replicas(hits: Single, hosted: NDArray[np.bool_], load: Floats, slots: i
         choice = np.where(allowed & fits, score, np.where(allowed, score - 1e12, -np.inf))
         expert, rank = (int(i) for i in np.unravel_index(int(choice.argmax()), choice.shape))
         hosted[expert, rank] = True
+
+
+def fill_up(load: Ints, count: int) -> Ints:
+    """How many of `count` items each bin gets so that the fullest bin is as empty as possible: [n], ties in order."""
+    order = np.argsort(load, kind="stable")
+    level = load[order]
+    capacity = np.arange(1, len(level) + 1) * np.append(
+        level[1:], np.iinfo(np.int64).max // (2 * len(level))
+    ) - np.cumsum(level)
+    used = int((capacity < count).sum()) + 1  # bins that receive something
+    total = int(level[:used].sum()) + count
+    target = np.full(used, total // used) + (np.arange(used) < total % used)
+    share = np.zeros(len(load), np.int64)
+    share[order[:used]] = target - level[:used]
+    return share
 
 
 def _pins(heaviest: Ints, ranks: Ints, num_ranks: int) -> Single:

@@ -58,7 +58,7 @@ def expected(case):
 def expected_bytes(case, rank, homes, *, payload_bytes, partial, broadcast):
     """What `rank` sends to every rank over all layers, token by token in plain Python."""
     world = len(case.tokens_of)
-    row, result = case.hidden * case.dtype.itemsize + 8 * case.top_k, 4 * case.hidden
+    row, result = case.hidden * case.dtype.itemsize + 8 * case.top_k, case.hidden * case.dtype.itemsize
     bytes_to = [0] * world
     for layer in range(NUM_LAYERS):
         for before, after, ids in zip(homes[layer], homes[layer + 1], routing(case, layer)[0].tolist()):

@@ -11,6 +11,7 @@ from moe.comm.membership import process_groups
 from tests.distributed import spawn
 
 # World size, ranks per node, and the largest message without a handshake: 96 holds the counts and few rows.
+UNITS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of rounding what travels
 MESHES = [(1, 1, 0), (2, 2, 0), (3, 3, 65536), (4, 4, 96), (4, 2, 0), (4, 2, 65536), (2, 1, 96)]
 
 
@@ -68,7 +69,7 @@ def expected_bytes(case, groups, kind, *, partial, broadcast):
     """Bytes to every rank, from sets in plain Python: what the token's ids and weights take, and what comes back."""
     world, ranks_per_node = groups.world_size, len(groups.local_ranks)
     row = case.hidden * case.dtype.itemsize + case.top_k * 4 * (2 if partial else 1)
-    result = case.hidden * 4
+    result = case.hidden * case.dtype.itemsize
     bytes_to = [0] * world
 
     def add(source, target, size):
@@ -118,18 +119,22 @@ def rank_exact(world_size, eager_bytes):
 def rank_partial(world_size):
     with process_groups(timeout_s=20) as groups:
         differs = 0
-        for case in [c._replace(dtype=torch.float32) for c in cases(world_size)]:
+        every = cases(world_size)
+        for case in [c._replace(dtype=d) for c in every[::2] for d in UNITS]:
             tokens = draw(case)
-            terms = expert_values(tokens.x, tokens.ids) * tokens.weights.unsqueeze(-1)
-            bound = 2 * (case.top_k + 1) * 2.0**-24 * terms.abs().sum(1)  # two orders of K roundings each
+            y = expert_values(tokens.x, tokens.ids).to(case.dtype).float()
+            size = (y * tokens.weights.unsqueeze(-1)).abs().sum(1)
             begin = sum(case.tokens_of[: groups.rank])
-            bound = bound[begin : begin + case.tokens_of[groups.rank]]
-            for kind in (AllToAllDispatcher, HierarchicalDispatcher):
+            size = size[begin : begin + case.tokens_of[groups.rank]]
+            unit = UNITS[case.dtype]
+            for steps, kind in enumerate((AllToAllDispatcher, HierarchicalDispatcher), 1):
+                # Two orders of K roundings each, one of each sum that travels and step, and that of both results.
+                bound = (2 * (case.top_k + 1) * 2.0**-24 + (steps + 2) * unit) * (1 + unit) ** 2 * size
                 for limit in (0, 64):
                     rank_of = torch.tensor(case.rank_of)
                     dispatcher = kind(groups, rank_of, combine="partial", broadcast_tokens=limit)
                     out, expected = one_layer(dispatcher, case, groups, broadcast=True, pairs=limit == 0)
-                    assert ((out - expected).abs() <= bound).all(), (kind, limit, case)
+                    assert ((out.float() - expected.float()).abs() <= bound).all(), (kind, limit, case)
                     differs += not torch.equal(out, expected)
                     expected_to = expected_bytes(case, groups, kind, partial=True, broadcast=limit > 0)
                     assert dispatcher.traffic.bytes_to == expected_to, (kind, limit, case)

@@ -19,11 +19,11 @@ from moe.placement.plan import Plan
 from moe.placement.simulate import Workload, simulate
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import ModelSizes, WireFormat
 from tests.distributed import spawn
 
 PROMPTS = ["Once upon a time there was a", "The dog", "Lily and Tom went to the park to", "One day", "He said, I am"]
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
-HIDDEN, TOP_K = 192, 2  # the demo model
 NODES = Topology.uniform(2, 2)
 
 
@@ -62,9 +62,7 @@ def test_a_run_sends_the_bytes_that_were_predicted(trace, plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     ranks = spawn(4, serve, str(tmp_path / "plan.json"), ["all_to_all", "hierarchical"], ranks_per_node=2)
     for index, dispatcher in enumerate(("all_to_all", "hierarchical")):
-        work = Workload(
-            token_bytes=4 * HIDDEN + 4 * TOP_K, result_bytes=4 * HIDDEN, combine="exact", dispatcher=dispatcher
-        )
+        work = Workload(wire=WireFormat(dispatcher=dispatcher))
         predicted = simulate(trace, plan, NODES, work).link_bytes
         np.testing.assert_array_equal([counted[index] for counted in ranks], predicted)
         assert (predicted > 0).sum() >= 8
@@ -103,7 +101,12 @@ def test_a_replay_sends_the_bytes_that_were_predicted(trace, plan, combine, tmp_
     ids = trace.expert_ids.copy()
     ids[::7, 1, 1], ids[3::11, 2] = -1, -1
     trace = RoutingTrace(
-        expert_ids=ids, weights=trace.weights, sequence_lengths=trace.sequence_lengths, num_experts=16, model=""
+        expert_ids=ids,
+        weights=trace.weights,
+        sequence_lengths=trace.sequence_lengths,
+        num_experts=16,
+        model="",
+        sizes=ModelSizes(hidden_size=5, dtype="float32", expert_bytes=1),
     )
     files = tmp_path / "trace.npz", tmp_path / "plan.json"
     trace.save(files[0])
@@ -112,7 +115,7 @@ def test_a_replay_sends_the_bytes_that_were_predicted(trace, plan, combine, tmp_
     ranks = spawn(4, replay, *map(str, files), width, combine, ranks_per_node=2)
     with_weights = {"all_to_all": combine == "partial", "hierarchical": combine == "partial", "coherent": True}
     for index, (dispatcher, has_weights) in enumerate(with_weights.items()):
-        row = 4 * width + 4 * TOP_K * (1 + has_weights)
-        work = Workload(token_bytes=row, result_bytes=4 * width, combine=combine, dispatcher=dispatcher)
+        work = Workload(wire=WireFormat(dispatcher=dispatcher, combine=combine), payload_bytes=0, steps="decode")
+        assert work.wire.sends_weights == has_weights
         predicted = simulate(trace, plan, NODES, work).link_bytes
         np.testing.assert_array_equal([counted[index] for counted in ranks], predicted)

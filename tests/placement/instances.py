@@ -7,6 +7,7 @@ import numpy as np
 from moe.placement.plan import Plan
 from moe.placement.solve.program import Program
 from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import ModelSizes
 
 
 def transitions(num_layers: int, num_experts: int, num_ranks: int, kind: str = "topic", seed: int = 0) -> np.ndarray:
@@ -63,6 +64,7 @@ def topic_trace(num_tokens=600, num_layers=4, num_experts=16, top_k=4, num_topic
         num_experts=num_experts,
         model="synthetic",
         weights=np.take_along_axis(gates, ids, axis=2).astype(np.float32),
+        sizes=ModelSizes(hidden_size=5, dtype="float16", expert_bytes=1000),
     )
 
 

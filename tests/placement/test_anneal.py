@@ -5,10 +5,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.replicas import choose_for_plan
-from moe.placement.solve import anneal as annealing
-from moe.placement.solve.anneal import anneal, home_ranks, load_helper, search_replicas
+from moe.placement.solve.anneal import Price, anneal, home_ranks, search_replicas
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
@@ -34,7 +34,7 @@ def score(held, plan, rotations=(0, 1)):
     return float(np.mean(copies)), float(np.mean(load))
 
 
-def cost(ids, home, hosted, cap, penalty):
+def cost(ids, home, hosted, cap, penalty, price=Price()):  # noqa: B008
     """The objective by its definition, for tokens of which no cover has a choice between equals."""
     visits, load = 0, np.zeros(hosted.shape[1])
     for row, at in zip(ids.tolist(), home.tolist()):
@@ -49,8 +49,10 @@ def cost(ids, home, hosted, cap, penalty):
         used = forced | extra
         visits += len(used) - 1
         for h in hosts:
-            for rank in h & used:
-                load[rank] += 1 / len(h & used)
+            able = {at} if price.home_first and at in h else h & used
+            visits += price.pair * (1 - (at in able) / len(able))
+            for rank in able:
+                load[rank] += 1 / len(able)
     return visits, penalty * np.maximum(load - cap, 0).sum()
 
 
@@ -65,6 +67,9 @@ def test_the_cost_is_what_its_definition_says(seed):
         keep = {"slots": 2, "cap": 15.0, "penalty": 3.0, "temperatures": (5.0, 0.1), "seed": seed}
         hosted, found = anneal(ids, home, hosted, iterations=iterations, **keep)
         assert found == pytest.approx(sum(cost(ids, home, hosted, 15.0, 3.0)))
+        bytes_price = Price(pair=0.9, home_first=True)
+        _, of_bytes = anneal(ids, home, hosted, iterations=0, price=bytes_price, **keep)
+        assert of_bytes == pytest.approx(sum(cost(ids, home, hosted, 15.0, 3.0, bytes_price)))
         assert (hosted.sum(axis=1) == 1).all()
         assert (hosted.sum(axis=0) == 2).all()
 
@@ -119,7 +124,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="no copy"):
         anneal(ids, home, hosted | True, slots=1, **keep)
     with pytest.raises(ValueError, match="ranks"):
-        anneal(ids, home, np.ones((2, annealing.MOST_RANKS + 1), bool), slots=2, **keep)
+        anneal(ids, home, np.ones((2, MOST_RANKS + 1), bool), slots=2, **keep)
 
 
 @pytest.mark.heavy

@@ -27,8 +27,10 @@ from moe.placement.stats.report import (
 )
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import ModelSizes, WireFormat
 from tests.placement.instances import topic_trace
 
+HIERARCHICAL = Workload(wire=WireFormat(dispatcher="hierarchical"))
 PAIR = Topology.preset("2xh200x2")
 
 
@@ -44,9 +46,11 @@ def random_hosted(rng: np.random.Generator, layers=2, experts=8, ranks=4, share=
 def test_simulation_equals_a_loop_over_tokens(dispatcher, combine, split):
     trace = topic_trace(90, 3, 8, 3, seed=4, length=15)
     plan = Plan.random(3, 8, 4, seed=1)  # without replicas the choice is no choice, so the loop below needs none
+    wire = WireFormat(dispatcher=dispatcher, combine=combine)
     work = Workload(
-        batch_tokens=32, token_bytes=10, result_bytes=7, combine=combine, dispatcher=dispatcher, split=split
+        batch=32, wire=wire, split=split, steps="decode" if dispatcher == "coherent" else "prefill", payload_bytes=3
     )
+    row, result = 5 * 2 + 3 * (4 if combine == "exact" and dispatcher != "coherent" else 8), 5 * 2
     got = simulate(trace, plan, PAIR, work)
     owner, heavy = plan.assignment, heaviest_experts(trace)
     links, copies, nodes, load = np.zeros((4, 4), int), 0, 0, np.zeros((3, 4), int)
@@ -55,8 +59,10 @@ def test_simulation_equals_a_loop_over_tokens(dispatcher, combine, split):
         links[source, to] += size * (source != to)
         return int(source != to)
 
+    at = -1
     for t in range(90):
-        at = (t // 15) % 4
+        if t % 15 == 0 or (dispatcher == "coherent" and t % 3 == 0) or dispatcher != "coherent":  # pieces of 90 / 32
+            at = (t // 15) % 4
         for layer in range(3):
             experts = [int(owner[layer, e]) for e in trace.expert_ids[t, layer]]
             ranks = set(experts)
@@ -64,18 +70,20 @@ def test_simulation_equals_a_loop_over_tokens(dispatcher, combine, split):
             nodes += len({r // 2 for r in ranks} - {at // 2})
             for node in {r // 2 for r in ranks} if dispatcher == "hierarchical" else ():
                 relay = 2 * node + at % 2
-                copies += send(at, relay, 10)
-                send(relay, at, 7 * (sum(r // 2 == node for r in experts) if combine == "exact" else 1))
+                copies += send(at, relay, row)
+                send(relay, at, result * (sum(r // 2 == node for r in experts) if combine == "exact" else 1))
             for r in ranks:
                 source, to = (2 * (r // 2) + at % 2,) * 2 if dispatcher == "hierarchical" else (at, after)
-                copies += send(source, r, 10)
-                send(r, to, 7 * (experts.count(r) if combine == "exact" else 1))
+                copies += send(source, r, row)
+                send(r, to, result * (experts.count(r) if combine == "exact" else 1))
             for e in trace.expert_ids[t, layer]:
                 load[layer, owner[layer, e]] += 1
+            send(at, after, 3)
             at = after
     np.testing.assert_array_equal(got.link_bytes, links)
     np.testing.assert_array_equal(got.load, load)
     assert got.copies == pytest.approx(copies / 90 / 3)
+    assert got.bytes == pytest.approx(links.sum() / 90 / 3)
     assert got.node_copies == pytest.approx(nodes / 90 / 3)
     assert got.num_steps == 3
     assert got.misses == 0
@@ -85,10 +93,10 @@ def test_simulation_equals_a_loop_over_tokens(dispatcher, combine, split):
 def test_misses_fall_with_slots_and_vanish_when_all_fit():
     trace = topic_trace(200, 3, 8, 2, seed=1)
     plan = Plan.contiguous(3, 8, 4)
-    misses = [simulate(trace, plan, PAIR, Workload(batch_tokens=8, fast_slots=s)).misses for s in (1, 3, 5, 6)]
+    misses = [simulate(trace, plan, PAIR, Workload(batch=8, fast_slots=s)).misses for s in (1, 3, 5, 6)]
     assert misses == sorted(misses, reverse=True)
     assert misses[-1] == 24  # every expert once
-    assert simulate(trace, plan, PAIR, Workload(batch_tokens=8)).misses == 0
+    assert simulate(trace, plan, PAIR, Workload(batch=8)).misses == 0
 
 
 def test_replicas_cut_copies_and_load():
@@ -123,9 +131,7 @@ def test_mismatches_are_refused():
     with pytest.raises(ValueError, match="empty"):
         simulate(trace.select([]), Plan.contiguous(2, 8, 4), PAIR)
     with pytest.raises(ValueError, match="nodes have 1, 3 ranks"):
-        simulate(
-            trace, Plan.contiguous(2, 8, 4), Topology(node_of_rank=(0, 1, 1, 1)), Workload(dispatcher="hierarchical")
-        )
+        simulate(trace, Plan.contiguous(2, 8, 4), Topology(node_of_rank=(0, 1, 1, 1)), HIERARCHICAL)
     with pytest.raises(ValueError, match="fast_slots"):
         Workload(fast_slots=0)
 
@@ -273,16 +279,16 @@ def test_place_from_a_running_plan_reports_the_migration(tmp_path, capsys):
     trace = topic_trace(800, 2, 16, 3, seed=1)
     trace.save(tmp_path / "t.safetensors")
     Plan.random(2, 16, 4).save(tmp_path / "old.json")
-    options = ["--topology", "laptopx4", "--seconds", 1, "--present", tmp_path / "old.json", "--expert-bytes", 1000]
+    options = ["--topology", "laptopx4", "--seconds", 1, "--present", tmp_path / "old.json"]
     assert run("place", tmp_path / "t.safetensors", "--out", tmp_path / "n.json", *options) == 0
     assert "pays back after" in capsys.readouterr().out
 
 
 def test_memory_that_is_too_small_is_refused_with_the_bytes(tmp_path):
     topic_trace(100, 2, 16, 3).save(tmp_path / "t.npz")
-    Topology.uniform(1, 2, fast_bytes=(50, 50), host_bytes=(100,)).save(tmp_path / "t.json")
-    options = ["--out", tmp_path / "p.json", "--expert-bytes", 10, "--topology", tmp_path / "t.json"]
-    with pytest.raises(ValueError, match="320 bytes, fast and host memory hold 200: 120 bytes are missing"):
+    Topology.uniform(1, 2, fast_bytes=(5000, 5000), host_bytes=(10000,)).save(tmp_path / "t.json")
+    options = ["--out", tmp_path / "p.json", "--topology", tmp_path / "t.json"]
+    with pytest.raises(ValueError, match="32000 bytes, fast and host memory hold 20000: 12000 bytes are missing"):
         run("place", tmp_path / "t.npz", *options)
     with pytest.raises(ValueError, match="transitions places one copy each"):
         run("place", tmp_path / "t.npz", "--replicas", 1, "--objective", "transitions", *options[:2])
@@ -293,7 +299,23 @@ def test_traces_of_top_1_and_single_layer_work(tmp_path):
     RoutingTrace(expert_ids=ids, sequence_lengths=np.full(6, 10, np.int32), num_experts=4, model="m").save(
         tmp_path / "t.npz"
     )
+    sizes = ["--sizes", "8,bfloat16,100"]
     assert run("analyze", tmp_path / "t.npz") == 0
     assert (
-        run("place", tmp_path / "t.npz", "--out", tmp_path / "p.json", "--topology", "laptopx2", "--seconds", 0.5) == 0
+        run(
+            "place",
+            tmp_path / "t.npz",
+            "--out",
+            tmp_path / "p.json",
+            "--topology",
+            "laptopx2",
+            "--seconds",
+            0.5,
+            *sizes,
+        )
+        == 0
     )
+    with pytest.raises(ValueError, match="record it again, or state them once with --sizes"):
+        run("place", tmp_path / "t.npz", "--out", tmp_path / "q.json", "--topology", "laptopx2")
+    assert Plan.load(tmp_path / "p.json").sizes == ModelSizes(hidden_size=8, dtype="bfloat16", expert_bytes=100)
+    assert run("simulate", tmp_path / "t.npz", tmp_path / "p.json", "--topology", "laptopx2") == 0

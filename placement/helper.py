@@ -1,0 +1,33 @@
+"""The compiled helper of this folder, `serve.c` and `solve/anneal.c`: built at installation, loaded with ctypes."""
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+from struct import Struct
+
+log = logging.getLogger(__name__)
+
+ANNEAL = Struct("=8q5d3q")  # struct Problem of solve/anneal.c
+SERVE = Struct("=5q5q")  # struct Serve of serve.c
+MOST_RANKS = 64
+MOST_TOP = 64
+
+
+@cache
+def load_helper() -> ctypes.CDLL | None:
+    """The library, or None where it is absent or of other sources; the reason is logged, once."""
+    folder = Path(__file__).resolve().parent
+    files = sorted(folder.glob("_placement*.so"))
+    try:
+        if not files:
+            raise OSError(f"no _placement*.so in {folder}; it is compiled at installation, which needs gcc or clang")
+        helper = ctypes.CDLL(str(files[0]))
+        if (helper.moe_anneal_abi(), helper.moe_serve_abi()) != (ANNEAL.size, SERVE.size):
+            raise OSError(f"{files[0].name} was compiled from other sources; reinstall")
+    except OSError as error:
+        log.warning("replicas are searched and served in numpy, slower and with less gain: %s", error)
+        return None
+    helper.moe_anneal.argtypes, helper.moe_anneal.restype = [ctypes.c_char_p], ctypes.c_double
+    helper.moe_serve.argtypes, helper.moe_serve.restype = [ctypes.c_char_p], ctypes.c_int64
+    return helper

@@ -1,0 +1,62 @@
+"""The bytes that `moe simulate` prints are those that a run over real ranks prints, both as a user would start them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_parallel import DEMO
+
+from moe.placement.plan import Plan
+from moe.placement.topology import Topology
+
+PROMPTS = ["Once upon a time there was a", "The dog ran", "Lily and Tom went to the park", "One day", "He said, I am"]
+BODY = {"max_tokens": 5, "temperature": 0}
+NUM_RANKS = 4
+MODES = [(d, c) for d in ("all_to_all", "hierarchical", "coherent") for c in ("exact", "partial")]
+
+
+def command(*words: object) -> str:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def links(text: str) -> list[list[int]]:
+    """The rows "rank N  bytes ..." of the table of bytes by link."""
+    lines = text[text.index("from row to column") :].splitlines()
+    rows = [re.findall(r"\d+", line) for line in lines if re.search(r"^\W*rank \d", line)]
+    return [[int(n) for n in row[1:]] for row in rows if len(row) == 1 + NUM_RANKS]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bytes")
+    asked = [{"custom_id": f"{n}", "method": "POST", "url": "/v1/completions"} for n in range(len(PROMPTS))]
+    lines = [json.dumps(one | {"body": BODY | {"prompt": prompt}}) for one, prompt in zip(asked, PROMPTS, strict=True)]
+    (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
+    Plan.random(6, 16, NUM_RANKS, seed=3).save(folder / "plan.json")
+    Topology.uniform(2, 2).save(folder / "topology.json")
+    command("-m", "moe", "trace", DEMO, folder / "in.jsonl", folder / "trace.npz", "--max-tokens", 5)
+    return folder
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("dispatcher", "combine"), MODES)
+def test_predicted_is_measured_from_the_command_line(recorded, dispatcher, combine, tmp_path):
+    plan, topology = recorded / "plan.json", recorded / "topology.json"
+    mode = ["--topology", topology, "--dispatcher", dispatcher, "--combine", combine]
+    said = command("-m", "moe", "simulate", recorded / "trace.npz", plan, *mode)
+    settings = [f"plan={plan}", f"dispatcher={dispatcher}", f"combine={combine}", "ranks_per_node=2"]
+    sets = [word for one in settings for word in ("--set", f"parallel.{one}")]
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", NUM_RANKS, "--standalone", "-m", "moe.launch.torchrun"]
+    ran = command(*start, DEMO, recorded / "in.jsonl", tmp_path / "out.jsonl", *sets)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(PROMPTS)
+    predicted = links(said)
+    assert [len(row) for row in predicted] == [NUM_RANKS] * NUM_RANKS
+    assert sum(map(sum, predicted)) > 0
+    assert links(ran) == predicted
