@@ -88,8 +88,7 @@ class LLM:
             self.notes.append(f"sampling is as generation_config.json recommends where nothing else is said: {said}")
         self.tokenizer = load_tokenizer(Path(model), trust_remote_code=config.trust_remote_code)
         self.encoder = PromptEncoder(self.tokenizer, str(model))
-        limits = self.engine.limits
-        self._grammars = Grammars(Path(model), limits.vocabulary, limits.eos_ids, config.trust_remote_code)
+        self._grammars = _grammars_of(self.engine, Path(model), config, is_here=hosts is None)
         self.name = Path(model).name
         self.guard = Guard(f"the model {model}")
         self._open: dict[int, Generation] = {}
@@ -361,6 +360,13 @@ class LLM:
             if (broken := self.engine.why_not_whole()) is not None:
                 self.guard.close(f"is broken after an error in a step ({broken}); load it again")
             raise
+
+
+def _grammars_of(engine: Engine, folder: Path, config: EngineConfig, is_here: bool) -> Grammars:
+    """The engine's own, so that what a caller's thread compiled is there when its request begins; hosts have theirs."""
+    if is_here:
+        return engine.loaded.grammars
+    return Grammars(folder, engine.limits.vocabulary, engine.limits.eos_ids, config.trust_remote_code)
 
 
 def _on_hosts(model: str | Path, config: EngineConfig, hosts: int, address: str | None) -> Engine:

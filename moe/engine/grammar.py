@@ -89,12 +89,15 @@ class Grammars:
         except ImportError:
             raise ValueError("structured_outputs need llguidance: pip install 'moeflow[grammar]'") from None
         with self._lock:
-            if wanted not in self._compiled:
-                self._compiled[wanted] = self._compile(llguidance, wanted)
-                if len(self._compiled) > _KEPT:
-                    self._compiled.popitem(last=False)
+            found = self._compiled.get(wanted)
+        if found is None:  # outside of the lock: a large schema takes a second, and others must not wait for it
+            found = self._compile(llguidance, wanted)
+        with self._lock:
+            self._compiled[wanted] = found
             self._compiled.move_to_end(wanted)
-            return self._compiled[wanted]
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return found
 
     def _compile(self, llguidance: Any, wanted: StructuredOutputsParams) -> Any:
         tokenizer = _read_tokenizer(self._folder, self.vocabulary, self._eos_ids, self._trusts)

@@ -151,6 +151,18 @@ def test_ends_and_limits(llm):
     assert "structured_outputs and min_tokens leave no token" in choice.error
 
 
+def test_a_form_is_compiled_once_and_seldom_used_ones_are_dropped():
+    grammars = Grammars(TINYMOE, 2048, [0], False)
+    first = grammars._matcher(FORMS["regex"])
+    assert grammars._matcher(StructuredOutputsParams(regex=FORMS["regex"].regex)) is first
+    for n in range(63):
+        grammars.check(StructuredOutputsParams(regex=f"a{{{n + 1}}}"))
+    assert grammars._matcher(FORMS["regex"]) is first
+    for n in range(64):
+        grammars.check(StructuredOutputsParams(regex=f"b{{{n + 1}}}"))
+    assert grammars._matcher(FORMS["regex"]) is not first
+
+
 @pytest.mark.parametrize(
     ("form", "sentence"),
     [
