@@ -14,6 +14,7 @@ from moe.kernels.aot.assembler import cubin_facts
 from moe.kernels.aot.cases import weights_stored
 from moe.kernels.aot.fake import Binary, FakeDriver
 from moe.kernels.gate import GateConfig, gate
+from moe.kernels.paged_attention import Pages, Scores, paged_attention
 from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, serving_tokens
 from moe.kernels.weights import Activation, ExpertWeights
 
@@ -104,6 +105,45 @@ def launched_gate(chip: FakeDriver) -> Iterator[Compiled]:
         yield _examined(binary, "gate", f"sm_{chip.target.arch}", "gate", 1)
 
 
+PLAIN_SCORES = Scores(0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A layer's attention as the engine has it."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    scores: Scores = PLAIN_SCORES
+    dtype: torch.dtype = torch.bfloat16
+
+
+HEADS = (
+    Heads("tiny attention", 4, 2, 32),
+    Heads("Qwen3-30B-A3B attention", 32, 4, 128),
+    Heads("Mixtral-8x7B attention, fp16", 32, 8, 128, PLAIN_SCORES, torch.float16),
+    Heads("gpt-oss-20b attention", 64, 8, 64, Scores(0.1, 128, 0.0, torch.zeros(64))),
+    Heads("256 wide attention, capped", 8, 4, 256, Scores(0.1, 4096, 50.0)),
+    Heads("OLMoE attention fp32", 16, 16, 128, PLAIN_SCORES, torch.float32),
+)
+
+
+def launched_attention(chip: FakeDriver, shape: Heads) -> Iterator[Compiled]:
+    """Decoding steps of one and of many sequences, short and long, in blocks of two sizes: two kernels in all."""
+    before = len(chip.loaded)
+    for count, longest, block_size in ((1, 1, 16), (16, 17, 16), (3, 40960, 32)):
+        tables = torch.zeros(count, -(-longest // block_size), dtype=torch.int32)
+        pages = Pages(tables, torch.ones(count, dtype=torch.int32), block_size, longest)
+        new = torch.zeros(count, shape.kv_heads, shape.dim, dtype=shape.dtype)
+        pool = torch.zeros(block_size, shape.kv_heads, shape.dim, dtype=shape.dtype)
+        q = torch.zeros(count, shape.heads, shape.dim, dtype=shape.dtype)
+        paged_attention(q, (new, new), (pool, pool), pages, shape.scores)
+    for binary in chip.loaded[before:]:
+        yield _examined(binary, shape.name, f"sm_{chip.target.arch}", "attention", 1)
+
+
 def _examined(binary: Binary, shape: str, arch: str, path: str, tokens: int) -> Compiled:
     registers, spills, in_loops = cubin_facts(binary.code)
     problem = f"{in_loops} spills inside a matrix loop" if in_loops else ""
@@ -129,7 +169,8 @@ def show_launches(archs: Sequence[str], only: str, out: Path | None) -> int:
         if not arch.startswith("sm_"):
             raise ValueError(f"the driver that launches nothing plays NVIDIA's chips, not {arch}")
         chip = FakeDriver(int(arch[3:])).install()
-        runs = [launched(chip, shape) for shape in SHAPES if only in shape.name]
+        runs = [launched_attention(chip, shape) for shape in HEADS if only in shape.name]
+        runs += [launched(chip, shape) for shape in SHAPES if only in shape.name]
         for row in chain(launched_gate(chip), *runs):
             rows.append(row)
             print(

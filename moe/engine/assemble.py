@@ -19,7 +19,15 @@ from torch import Tensor
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
-from moe.engine.runner import PackedRunner, Runner, SequentialRunner, make_paged_kv, planned_runner, run_a_token
+from moe.engine.runner import (
+    PackedRunner,
+    Runner,
+    SequentialRunner,
+    make_paged_kv,
+    paged_runner,
+    planned_runner,
+    run_a_token,
+)
 from moe.engine.scheduler import Scheduler
 from moe.engine.turns import Turns
 from moe.kernels.weights import ExpertWeights
@@ -213,9 +221,13 @@ def make_memory(read: Read, dense: Dense) -> Memory:
         )
     pool = BlockPool(num_blocks(batch, dense), batch.block_size, batch.prefix_sharing)
     kv = make_paged_kv(dense.model, pool)
+    kernel = chosen_kernel(read.config.kernel, read.device)
+    if read.device.type != "cpu":
+        kv.prepare(dense.tried.kv)  # before slots are counted in what is left
     runner: Runner = PackedRunner(dense.model, kv, dense.routing)
-    if kv.device.type == "cpu" and read.config.kernel != "reference":
-        runner = planned_runner(dense.model, kv, dense.routing, dense.tried.kv, dense.max_context)
+    if kernel != "reference":
+        make = planned_runner if kernel == "cpu" else paged_runner
+        runner = make(dense.model, kv, dense.routing, dense.tried.kv, dense.max_context)
     return Memory(Scheduler(batch, pool, turns=turns), runner, pool.num_blocks * pool.block_size * dense.tried.kv_bytes)
 
 

@@ -49,7 +49,7 @@ class PackedRunner:
         step = self.kv.begin([c.request.blocks for c in chunks], [c.start for c in chunks], [c.end for c in chunks])
         tokens = torch.tensor([[t for c in chunks for t in c.request.tokens[c.start : c.end]]], device=device)
         positions = torch.tensor([[p for c in chunks for p in range(c.start, c.end)]], device=device)
-        last = torch.tensor(list(accumulate(step.query_lengths)), device=device) - 1
+        last = torch.tensor([*accumulate(c.end - c.start for c in chunks)], device=device) - 1
         logits = self.model(
             input_ids=tokens,
             position_ids=positions,
@@ -77,6 +77,26 @@ def planned_runner(
         return PackedRunner(model, kv, routing)
     kv.prepare(like)
     return PackedRunner(model, kv, routing, LayerPlan(model, layers, kv))
+
+
+def paged_runner(
+    model: Any, kv: PagedKV, routing: RoutingSeam, like: Seq[tuple[Tensor, Tensor]], max_context: int
+) -> PackedRunner:
+    """A runner whose decoding tokens attend by the kernel over block tables where they can, logging why not.
+
+    like: keys and values of a token, by layer. The model's experts need not be there. Raises ValueError without triton.
+    """
+    try:
+        from moe.models.paged import PagedDecode, paged
+    except ImportError as error:
+        raise ValueError(f"attention by kernel needs triton, which is not installed ({error})") from None
+    kv.prepare(like)
+    windows = paged(model, max_context)
+    if isinstance(windows, str):
+        log.info("decoding tokens attend by gathered keys: %s", windows)
+    else:
+        kv.alone = PagedDecode(kv, windows)
+    return PackedRunner(model, kv, routing)
 
 
 class SequentialRunner:

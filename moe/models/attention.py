@@ -10,7 +10,7 @@ result cannot depend on what it was batched with.
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +24,34 @@ from moe.offload.stores import aligned_bytes
 ATTENTION_NAME = "moe_paged"
 
 
+class Alone(Protocol):
+    """The tokens of a step that are their sequence's only new one, and attend by themselves (moe/models/paged.py).
+
+    at, others_at: int64, these tokens and those of the other sequences in the step; others: how those are laid out.
+    None where there are no others.
+    """
+
+    at: Tensor | None
+    others_at: Tensor | None
+    others: "StepLayout | None"
+
+    def attend(
+        self, module: Any, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """query: [1, heads, T, D] of the whole step. Returns [S, heads, D] of these tokens."""
+
+
 class StepLayout(NamedTuple):
-    """Where the tokens of one step stand. All tensors are int64; S sequences, T new tokens, N cached tokens."""
+    """Where the tokens of one step stand. All tensors are int64; S sequences, T new tokens, N cached tokens.
+
+    alone: those that attend by themselves; what follows `write_at` is then of nobody.
+    """
 
     query_lengths: list[int]  # [S] new tokens; they sum to T
     key_lengths: list[int]  # [S] cached tokens, the new ones included; they sum to N
     write_at: Tensor | slice  # [T] rows of the pool; a slice where they follow each other
     read_at: Tensor | slice  # [N] rows of the pool
+    alone: Alone | None = None
 
 
 class MaskRule:
@@ -79,6 +100,8 @@ def paged_attention(
             f"{type(module).__name__} does not hand its step, or hands a position bias or a mask of its own, to "
             "attention; run this architecture with batch.packed=false"
         )
+    if step.alone is not None:
+        return _with_alone(module, query, key, value, attention_mask, step.alone, scaling, softcap, s_aux), None
     if len(step.query_lengths) == 1:
         return _attend(query, key, value, attention_mask, 0, step, scaling, softcap, s_aux).transpose(
             1, 2
@@ -90,6 +113,28 @@ def paged_attention(
         for s, (q, k, v) in enumerate(zip(queries, keys, values))
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None  # callers view it
+
+
+def _with_alone(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: MaskRule,
+    alone: Alone,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """[1, T, heads, D]. key, value: of the other sequences alone, if there are any."""
+    own = alone.attend(module, query, scaling, softcap, s_aux)
+    if alone.others is None or alone.others_at is None or alone.at is None:
+        return own[None]
+    rest, _ = paged_attention(
+        module, query.index_select(2, alone.others_at), key, value, rule, scaling, softcap, s_aux, alone.others
+    )
+    out = own.new_empty(query.shape[2], *own.shape[1:])
+    return out.index_copy_(0, alone.at, own).index_copy_(0, alone.others_at, rest[0])[None]
 
 
 def _attend(
@@ -149,6 +194,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.capacity = capacity
         self.step: StepLayout | None = None
+        self.waiting: tuple[Tensor, Tensor] | None = None  # new keys and values that attention writes itself
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def rows(like: Tensor) -> Tensor:
@@ -166,6 +212,12 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         step = self.step
         assert step is not None, "a step begins with PagedKV.begin"
+        if step.alone is not None:
+            self.waiting = key_states, value_states
+            if step.alone.others is None or step.alone.others_at is None:
+                return key_states, value_states
+            at, step = step.alone.others_at, step.alone.others
+            key_states, value_states = key_states.index_select(2, at), value_states.index_select(2, at)
         return self._exchange(self.keys, key_states, step), self._exchange(self.values, value_states, step)
 
     @staticmethod

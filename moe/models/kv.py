@@ -1,7 +1,7 @@
 """The paged KV cache: blocks, who uses them, and prompts that share their beginning."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from moe.models.attention import PagedLayer, StepLayout
+from moe.models.attention import Alone, PagedLayer, StepLayout
 
 # What this version of transformers calls a forward's cache, as an argument and in its output (`cache` from 5.24 on).
 CACHE_NAME: Final = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in {"cache", "past_key_values"})
 
+LayOut = Callable[[Sequence[Sequence[int]], Sequence[int], Sequence[int]], Alone | None]  # arguments as `PagedKV.begin`
 _Key = tuple[int, tuple[int, ...]]  # (identity of the block before, -1 at the start; the block's tokens)
 
 
@@ -114,15 +115,24 @@ class PagedKV:
         self.device = device
         self.layers = [PagedLayer(pool.num_blocks * pool.block_size) for _ in range(num_layers)]
         self.cache: Any = Cache(layers=list(self.layers))
+        self.alone: LayOut | None = None  # who attends for tokens that are their sequence's only new one
 
     def prepare(self, like: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Makes the pools of all layers now: rows that other ranks computed may be the first. like: K, V of a token."""
         for layer, (keys, values) in zip(self.layers, like):
-            layer.lazy_initialization(keys, values)
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
 
     def begin(self, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> StepLayout:
         """Lays out a step that computes the tokens [start, end) of each sequence with these blocks."""
-        layout = self.layout([self.rows(own, end) for own, end in zip(blocks, ends)], starts)
+        alone = None if self.alone is None else self.alone(blocks, starts, ends)
+        rows = [self.rows(own, end) for own, end in zip(blocks, ends)]
+        if alone is None:
+            layout = self.layout(rows, starts)
+        else:  # what each reads, it reads by itself
+            own_rows = np.concatenate([own[start:] for own, start in zip(rows, starts)])
+            lengths = [end - start for start, end in zip(starts, ends)]
+            layout = StepLayout(lengths, list(ends), self._rows(own_rows), slice(0, 0), alone)
         for layer in self.layers:
             layer.step = layout
         return layout

@@ -14,15 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 from moe.kernels.cpu_block import Block, CpuBlock, Linear, Step, why_not
-from moe.models.attention import ATTENTION_NAME, MaskRule, mask_rule, paged_attention
 from moe.models.dense_cpu import CompiledRmsNorm
-from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
+from moe.models.kv import PagedKV
+from moe.models.watch import by_modules, small_cache, stand_in_experts, watch_attention, window_of
 
-_WATCH_NAME = "moe_paged_watched"
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "sinks"}
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 # Relative error of a layer's result, all elements together. fp32: sums of another order. bf16: roundings of 2^-9.
@@ -140,7 +137,7 @@ def plan_layers(model: Any, max_context: int) -> list[PlannedLayer] | str:
     tokens through the dense weights.
     """
     try:
-        with _stand_in_experts(model) as experts:
+        with stand_in_experts(model) as experts:
             modules = _layers_of(model)
             seen = _watch_attention(model, max_context)
             rotary = _rotary_width(model)
@@ -241,43 +238,14 @@ def plain_router(gate: Any) -> tuple[Linear | None, tuple[int, bool, bool]]:
     return None, (0, False, False)
 
 
-@contextmanager
-def _stand_in_experts(model: Any) -> Iterator[set[int]]:
-    """Inside, an expert multiplies its rows by a number of its own, so that routing can be seen without any weights.
-
-    Yields the ids of the modules whose experts are computed from slots.
-    """
-
-    def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, scale_input: bool) -> Tensor:
-        factors = (topk_ids * 37 % 11 - 5).float() / 5
-        return (x.float() * (factors * topk_weights.float()).sum(-1, keepdim=True)).to(x.dtype)
-
-    modules = [m for m in model.modules() if hasattr(m, "compute")]
-    before = [m.compute for m in modules]
-    for module in modules:
-        module.compute = compute
-    try:
-        yield {id(m) for m in modules}
-    finally:
-        for module, was in zip(modules, before):
-            module.compute = was
-
-
 def _watch_attention(model: Any, max_context: int) -> list[Attention]:
     """What each layer's attention is called with, from one token's forward."""
     calls: list[Attention | str] = []
 
-    def watched(module: Any, query: Tensor, key: Tensor, value: Tensor, rule: Any, **options: Any) -> Any:
+    def look(module: Any, query: Tensor, key: Tensor, value: Tensor, rule: Any, options: dict[str, Any]) -> None:
         calls.append(_seen(query, rule, options, max_context))
-        return paged_attention(module, query, key, value, rule, **options)
 
-    AttentionInterface.register(_WATCH_NAME, watched)
-    AttentionMaskInterface.register(_WATCH_NAME, mask_rule)
-    model.set_attn_implementation(_WATCH_NAME)
-    try:
-        _by_modules(model, _small_cache(model), [7], [[0]], [0], [1])
-    finally:
-        model.set_attn_implementation(ATTENTION_NAME)
+    watch_attention(model, small_cache(model), look)
     for call in calls:
         if isinstance(call, str):
             raise Unplanned(call)
@@ -288,54 +256,12 @@ def _seen(query: Tensor, rule: Any, options: dict[str, Any], max_context: int) -
     sinks = options.get("s_aux")
     if options.get("softcap") is not None or options.get("position_bias") is not None:
         return "its attention caps or biases scores"
-    window = _window_of(rule, max_context)
+    window = window_of(rule, max_context)
     if window is None:
         return "its attention masks by something else than distance"
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return Attention(scale, window, None if sinks is None else sinks.detach().float().contiguous())
-
-
-def _window_of(rule: Any, max_context: int) -> int | None:
-    """How many keys a query sees, 0 for all before it; None if that depends on more than the distance."""
-    if not isinstance(rule, MaskRule):
-        return None
-    if rule.is_causal:
-        return 0
-    windows = set()
-    zero = torch.zeros((), dtype=torch.int64)
-    keys = torch.arange(max_context)
-    for query in {max_context - 1, max_context - 2, max_context // 2, max_context // 3}:
-        sees = rule.function(zero, zero, torch.tensor([[query]]), keys[None])[0]
-        num = int(sees.sum())
-        if not bool(sees[query - num + 1 : query + 1].all()):
-            return None
-        windows.add(0 if num == query + 1 else num)
-    finite = windows - {0}
-    return 0 if not finite else finite.pop() if len(finite) == 1 else None
-
-
-def _small_cache(model: Any) -> PagedKV:
-    return PagedKV(model.config.get_text_config().num_hidden_layers, BlockPool(8, 4, sharing=False), model.device)
-
-
-@torch.inference_mode()
-def _by_modules(
-    model: Any, kv: PagedKV, tokens: Sequence[int], blocks: Any, starts: Sequence[int], ends: Sequence[int]
-) -> Tensor:
-    """The twin of `LayerPlan.forward`: transformers' own modules over the same cache."""
-    step = kv.begin(blocks, starts, ends)
-    positions = [p for start, end in zip(starts, ends) for p in range(start, end)]
-    out = model(
-        input_ids=torch.tensor([list(tokens)]),
-        position_ids=torch.tensor([positions]),
-        use_cache=True,
-        logits_to_keep=torch.tensor(list(accumulate(step.query_lengths))) - 1,
-        step=step,
-        **{CACHE_NAME: kv.cache},
-    )
-    logits: Tensor = out.logits[0].float()
-    return logits
 
 
 @contextmanager
@@ -368,8 +294,8 @@ def _listening(layers: Sequence[Any]) -> Iterator[list[dict[str, Tensor]]]:
 
 def _compare(model: Any, layers: Sequence[PlannedLayer]) -> None:
     """Raises Unplanned unless each block, given what its layer is given, says what the layer says."""
-    theirs, ours = _small_cache(model), _small_cache(model)
-    _by_modules(model, theirs, [0], [[0]], [0], [1])
+    theirs, ours = small_cache(model), small_cache(model)
+    by_modules(model, theirs, [0], [[0]], [0], [1])
     ours.prepare([(c.keys[None, :1].transpose(1, 2), c.values[None, :1].transpose(1, 2)) for c in theirs.layers])
     for cache, layer in zip(ours.layers, layers):
         if reason := why_not(layer.block, cache.keys, cache.values):
@@ -382,5 +308,5 @@ def _compare(model: Any, layers: Sequence[PlannedLayer]) -> None:
         starts, ends = [a for _, a, _ in cut], [b for _, _, b in cut]
         row = [int(t) for s, a, b in cut for t in tokens[s, a:b]]
         with _listening(list(model.base_model.layers)) as heard:
-            logits = _by_modules(model, theirs, row, own, starts, ends)
+            logits = by_modules(model, theirs, row, own, starts, ends)
         plan.check([Said(**one) for one in heard], torch.tensor(row), logits, own, starts, ends)

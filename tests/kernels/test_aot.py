@@ -114,3 +114,22 @@ def test_spills_are_counted_where_they_hurt():
     assert assembler._sass_spills(sass(*outer)) == (1, 0)  # outside the innermost loop
     stub = (".L_x_1", "HGMMA R0", ".L_x_2", "@P0 BRA `(.L_x_1)", "STL [R2], R1", "BRA `(.L_x_2)")
     assert assembler._sass_spills(sass(*stub)) == (1, 0)  # a waiting stub that jumps back into the loop
+
+
+ATTENTION = """
+from moe.kernels.aot.fake import FakeDriver
+from moe.kernels.aot.launches import HEADS, launched_attention
+chip = FakeDriver(90).install()
+for heads in HEADS[{only}]:
+    rows = list(launched_attention(chip, heads))
+    assert not any(row.problem for row in rows), rows
+    print(sorted(row.kernel for row in rows))
+"""
+
+
+def test_attention_compiles_once_for_all_lengths():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ATTENTION.format(only="3:4")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == ["['_part_kernel', '_sum_kernel']"]
