@@ -8,10 +8,10 @@
 One thread acquires and prefetches; readers touch only the bytes of the slot that they were given, never the maps.
 """
 
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe.offload.copies import filling_of
 from moe.offload.device_slots import DeviceSlots
 from moe.offload.layout import ALIGNMENT
 from moe.offload.policy import Lfu, Lru, Policy
@@ -98,21 +99,17 @@ class ExpertCache:
         memory = aligned_bytes(nbytes) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         self.slab = memory.view(room, self.blob_bytes)
         assert self.slab.data_ptr() % (ALIGNMENT if on_host else 16) == 0, self.slab.data_ptr()
-        if policy == "lru":
-            self.policy: Policy = Lru(self.num_experts)
-        elif policy == "lfu":
-            self.policy = Lfu(self.num_experts)
-        elif isinstance(policy, str):
+        named = {"lru": Lru, "lfu": Lfu}
+        if isinstance(policy, str) and policy not in named:
             raise ValueError(f"policy ({policy!r}) must be 'lru' or 'lfu'")
-        else:
-            self.policy = policy
+        self.policy: Policy = named[policy](self.num_experts) if isinstance(policy, str) else policy
         self.map = SlotMap(self.num_experts, num_slots, room)
         self._acquiring: int | None = None  # the layer of the open acquire with misses
         self._views = [layout.views(self.slab) for layout in store.layouts]
         self._stats = [LayerStats() for _ in self.num_experts]
         self.pinned: DeviceSlots | None = None
         self._pins: Ids = np.empty(0, np.int32)
-        self._staging = threading.local()
+        self._filling = filling_of(self.slab)
         self.reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
         self._readers = Readers(num_readers, self._read)
         self.ahead = Speculation(self.map, self._readers, self._enter)
@@ -145,11 +142,11 @@ class ExpertCache:
             stats = self._stats[layer]
             stats.hits += len(ids)
             stats.waves += 1
-            self.map.hold(slots)
+            self._hold(slots)
             try:
                 yield Wave(wanted, slots)
             finally:
-                self.map.release(slots)
+                self._release(slots)
             return
         if self._acquiring is not None:
             raise ValueError(f"layer {layer}: another acquire is still open; exhaust or close it first")
@@ -202,7 +199,7 @@ class ExpertCache:
         for table, which, own in zip(tables, chosen, slots):
             table[which] = own
         self._pins = np.concatenate(slots)
-        self.map.hold(self._pins)
+        self._hold(self._pins)
         self.pinned = DeviceSlots(tables, self.device)
         return self.pinned
 
@@ -210,7 +207,7 @@ class ExpertCache:
         """The experts that were pinned, if any, may be evicted again. A host sync for their counts."""
         if self.pinned is not None:
             self._stats, self.pinned = self.stats, None
-            self.map.release(self._pins)
+            self._release(self._pins)
 
     @property
     def num_slots(self) -> int:
@@ -263,6 +260,7 @@ class ExpertCache:
     def close(self) -> None:
         """Stops the readers. The slab and its views stay valid; the store is not closed."""
         self._readers.close()
+        self._filling.close()
 
     def check(self) -> None:
         """Asserts the law of the map, and that what is read ahead has a slot that is being read into."""
@@ -292,12 +290,12 @@ class ExpertCache:
                 assert len(ready.slots), "no slot can be had: all are held by other acquires"
                 stats.waves += 1
                 yield ready
-                self.map.release(ready.slots)
+                self._release(ready.slots)
                 ready = Wave(wanted[:0], slots[:0])
                 if not missing and not batch.num_reading:
                     return
         finally:
-            self.map.release(ready.slots)
+            self._release(ready.slots)
             self._num_waiting = 0
             batch.is_cancelled = True
             while batch.num_reading:  # the consumer stopped early: wait for what is being read right now
@@ -305,8 +303,16 @@ class ExpertCache:
                 self._enter(batch.done.get())
 
     def _held_wave(self, wave: Wave) -> Wave:
-        self.map.hold(wave.slots)
+        self._hold(wave.slots)
         return wave
+
+    def _hold(self, slots: Ids) -> None:
+        self.map.hold(slots)
+        self._filling.before_use(slots)
+
+    def _release(self, slots: Ids) -> None:
+        self._filling.after_use(slots)
+        self.map.release(slots)
 
     def _start_reads(self, layer: int, missing: list[int], batch: Batch, is_waiting: bool) -> None:
         """Starts as many reads as slots can be had for, and takes them off `missing`.
@@ -387,14 +393,8 @@ class ExpertCache:
         if job.batch.is_cancelled:
             return Arrival(job, -1, None)
         try:
-            target = self.slab[job.slot, : self.store.layouts[job.layer].nbytes]
-            if self.device.type == "cpu":
-                return Arrival(job, self.store.read_into(job.layer, job.expert, target), None)
-            staging: Tensor | None = getattr(self._staging, "blob", None)
-            if staging is None:
-                staging = self._staging.blob = torch.zeros(self.blob_bytes, dtype=torch.uint8, pin_memory=True)
-            nbytes = self.store.read_into(job.layer, job.expert, staging[: len(target)])
-            target.copy_(staging[: len(target)])  # returns when the staging buffer may be used again
-            return Arrival(job, nbytes, None)
+            read = partial(self.store.read_into, job.layer, job.expert)
+            nbytes = self.store.layouts[job.layer].nbytes
+            return Arrival(job, self._filling.fill(job.slot, nbytes, read), None)
         except BaseException as error:
             return Arrival(job, -1, error)
