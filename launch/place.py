@@ -14,6 +14,7 @@ from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.migrate import plan_migration, relabel
 from moe.placement.plan import Plan, check_capacity, merge_models
 from moe.placement.simulate import Simulation, Workload, simulate
+from moe.placement.solve.anneal import VISITS, Price
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.bounds import lower_bound
 from moe.placement.solve.copies import solve_copies
@@ -104,6 +105,8 @@ def run_place(args: argparse.Namespace) -> int:
     trace, topology = sized(read_trace(args.trace), args.sizes, args.trace), read_topology(args.topology)
     fit, held = trace.split(args.fit, args.seed) if trace.num_sequences > 1 else (trace, trace)
     slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, _sizes(trace).expert_bytes)
+    if args.objective == "auto":
+        args.objective = "coherent" if args.dispatcher == "coherent" else "bytes"
     if args.objective == "transitions":
         if slots is not None:
             raise ValueError("--replicas needs --objective copies or coherent; transitions places one copy each")
@@ -115,8 +118,9 @@ def run_place(args: argparse.Namespace) -> int:
         print(f"note: placed for coherent decode but judged with --dispatcher {args.dispatcher}", file=sys.stderr)
     present = Plan.load(args.present) if args.present else None
     if present is not None:
-        plan = relabel(
-            present, plan, nodes=topology.node_of_rank, per_layer=args.objective == "copies" and topology.num_nodes == 1
+        layers_apart = args.objective in ("bytes", "copies") and topology.num_nodes == 1
+        plan = _no_worse(
+            present, relabel(present, plan, nodes=topology.node_of_rank, per_layer=layers_apart), fit, topology, args
         )
     shape = (trace.num_layers, trace.num_experts, topology.num_ranks)
     plans = {
@@ -132,7 +136,8 @@ def run_place(args: argparse.Namespace) -> int:
     proof = "no bound for this objective"
     if plan.bound is not None and plan.gap is not None:
         proof = f"bound {plan.bound:.4f}, gap {plan.gap:.2%}"
-    print(f"objective {plan.objective} {plan.value:.4f}, {proof}, {plan.seconds:.1f} s")
+    value = "not known" if plan.value is None else f"{plan.value:.4f}"
+    print(f"{results['this plan'].bytes:.0f} bytes per token and layer; {plan.objective} {value}, {proof}")
     plan = plan.with_result(sizes=trace.sizes)
     plan.save(args.out)
     if present is not None:
@@ -248,6 +253,7 @@ def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args
             topology.num_ranks,
             slots_per_rank=slots,
             options=options,
+            price=Price.of(_workload(args).wire, _sizes(fit), fit.top_k) if args.objective == "bytes" else VISITS,
             progress=lambda share: bar.update(task, completed=share),
         )
     if (plan.seconds or 0.0) >= options.seconds:
@@ -258,16 +264,34 @@ def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args
     return plan
 
 
+def _no_worse(present: Plan, plan: Plan, fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Plan:
+    """The new plan if it costs less than the present one on the fitted part, else the present one."""
+    if args.objective == "transitions":
+        program = _program(fit, topology, args)
+        old, new, unit = program.cost(present), program.cost(plan), "of the program"
+    else:
+        old, new = (simulate(fit, p, topology, _workload(args)).bytes for p in (present, plan))
+        unit = "bytes per token and layer"
+    if new < old:
+        return plan
+    print(f"the present plan is kept: {old:.4g} {unit}, and nothing better than {new:.4g} was found")
+    return present.with_result(objective=plan.objective, value=None, bound=None, seconds=plan.seconds)
+
+
 def _place_transitions(fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Plan:
-    program = Program.even(
-        transition_counts(fit, pairs="home"), topology.num_ranks, load=expert_load(fit), link_cost=topology.link_cost(),
-        weights=Weights(load=args.load_weight),
-    )  # fmt: skip
+    program = _program(fit, topology, args)
     bound = lower_bound(program, time_limit=0.5 * args.seconds)
     found = solve(program, time_limit=0.5 * args.seconds, seed=args.seed, guide=bound.relaxation)
     return plan_of(
         program, found, bound=min(bound.value, found.cost), solver="search", objective="program", model=fit.model,
         seconds=bound.seconds + found.seconds,
+    )  # fmt: skip
+
+
+def _program(fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Program:
+    return Program.even(
+        transition_counts(fit, pairs="home"), topology.num_ranks, load=expert_load(fit), link_cost=topology.link_cost(),
+        weights=Weights(load=args.load_weight),
     )  # fmt: skip
 
 

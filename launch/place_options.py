@@ -23,8 +23,9 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_topology(parser)
     parser.add_argument("--out", type=Path, required=True, help="plan to write (.json)")
     parser.add_argument(
-        "--objective", choices=("copies", "coherent", "transitions"), default="copies",
-        help="copies: ranks a token touches, attention at home; coherent: attention moves with the heaviest expert; "
+        "--objective", choices=("auto", "bytes", "copies", "coherent", "transitions"), default="auto",
+        help="bytes: what --dispatcher and --combine send, attention at home; copies: ranks a token touches, the same "
+        "without replicas; coherent: attention moves with the heaviest expert; auto: by --dispatcher; "
         "transitions: rank changes between consecutive layers (ExFlow), with a proven bound",
     )  # fmt: skip
     parser.add_argument("--replicas", type=float, default=0.0, help="spare slots as a share of the experts, e.g. 0.125")

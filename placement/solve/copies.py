@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
-from moe.placement.solve.anneal import search_replicas
+from moe.placement.solve.anneal import VISITS, Price, search_replicas
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Single, Touched
@@ -32,12 +32,14 @@ def solve_copies(
     *,
     slots_per_rank: int | None = None,
     options: CopyOptions | None = None,
+    price: Price = VISITS,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Plan:
     """Place experts so that tokens touch few ranks, at a load no worse than the EPLB-style greedy at equal memory.
 
-    slots_per_rank: copies per rank and layer; None = ceil(E / G) without replicas. progress: called with the share that
-    is done. Costs O(N E^2) per improving swap. Interrupted (Ctrl-C), it returns the best plan so far: the greedy's
+    slots_per_rank: copies per rank and layer; None = ceil(E / G) without replicas. price: of annealed replicas; without
+    replicas bytes are visits times a price and a constant, so that it changes nothing. progress: called with the share
+    that is done. Costs O(N E^2) per improving swap. Interrupted (Ctrl-C), it returns the best plan so far: the greedy's
     layers where it did not come.
     """
     options = options or CopyOptions()
@@ -66,7 +68,7 @@ def solve_copies(
                 hosted[layer] = search_replicas(
                     trace.expert_ids[:, layer], reference.hosted[layer], slots=slots, slack=options.slack,
                     rounds=200 if options.rounds is None else options.rounds,
-                    seed=options.seed * trace.num_layers + layer, deadline=began + options.seconds * done,
+                    seed=options.seed * trace.num_layers + layer, deadline=began + options.seconds * done, price=price,
                 )  # fmt: skip
                 progress(done)
                 continue

@@ -251,7 +251,7 @@ def run(*arguments: object) -> int:
     return int(_function(args.run)(args))
 
 
-@pytest.mark.parametrize("objective", ["copies", "coherent", "transitions"])
+@pytest.mark.parametrize("objective", ["bytes", "copies", "coherent", "transitions"])
 def test_commands_from_trace_to_picture(tmp_path, capsys, objective):
     trace = topic_trace(400, 3, 16, 3, seed=1, length=20)
     trace.save(tmp_path / "t.npz")
@@ -282,6 +282,11 @@ def test_place_from_a_running_plan_reports_the_migration(tmp_path, capsys):
     options = ["--topology", "laptopx4", "--seconds", 1, "--present", tmp_path / "old.json"]
     assert run("place", tmp_path / "t.safetensors", "--out", tmp_path / "n.json", *options) == 0
     assert "pays back after" in capsys.readouterr().out
+    options[-1] = tmp_path / "n.json"  # the best that is found from there: no seconds, no search
+    assert run("place", tmp_path / "t.safetensors", "--out", tmp_path / "m.json", *options, "--rounds", 0) == 0
+    fit, _ = trace.split(0.8, 0)
+    old, new = (simulate(fit, Plan.load(tmp_path / f"{n}.json"), Topology.preset("laptopx4")).bytes for n in "nm")
+    assert new <= old
 
 
 def test_memory_that_is_too_small_is_refused_with_the_bytes(tmp_path):
