@@ -16,7 +16,7 @@ from moe.placement.topology import Topology
 PROMPTS = ["Once upon a time there was a", "The dog ran", "Lily and Tom went to the park", "One day", "He said, I am"]
 BODY = {"max_tokens": 5, "temperature": 0}
 NUM_RANKS = 4
-MODES = [(d, c) for d in ("all_to_all", "hierarchical", "coherent") for c in ("exact", "partial")]
+MODES = [(d, c) for d in ("all_to_all", "hierarchical") for c in ("exact", "partial")]
 
 
 def command(*words: object) -> str:
