@@ -16,6 +16,7 @@ from moe import __version__
 from moe.launch import place_options, predict_options
 from moe.launch.options import (
     add_batch_options,
+    add_cluster_options,
     add_engine_options,
     add_record_option,
     add_sampling_options,
@@ -120,6 +121,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_file", metavar="RUN", type=Path, help="what serve or batch wrote with --record")
     report.add_argument("-o", "--out", type=Path, help="the page (default: RUN.html)")
     report.set_defaults(run="recording:report")
+
+    ray = commands.add_parser("ray", help="what the controller of a Ray cluster does; more hosts or fewer")
+    verbs = ray.add_subparsers(dest="verb", required=True, metavar="VERB")
+    status = verbs.add_parser("status", help="hosts, generation, plan, load, and what happened last")
+    status.add_argument("--json", action="store_true", help="as one JSON document")
+    scale = verbs.add_parser("scale", help="serve with so many hosts from now on; requests go on")
+    scale.add_argument("num_hosts", type=int, metavar="N")
+    scale.add_argument("--no-wait", action="store_true", help="do not wait until they serve")
+    stop = verbs.add_parser("stop", help="end a controller that its server left behind, and its hosts")
+    for verb in (status, scale, stop):
+        add_cluster_options(verb)
+    ray.set_defaults(run="ray_commands:run")
 
     trace = commands.add_parser("trace", help="record the routing of prompts, and of greedy answers to them")
     add_engine_options(trace)

@@ -49,6 +49,8 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--hosts", type=int, help="that many actors of a Ray cluster serve, and any may be lost")
+    add_cluster_options(parser)
     parser.add_argument("--state", type=Path, help="folder of files and batches, which a restart goes on with")
     parser.add_argument("--api-key-file", type=Path, help="callers must send its content as a bearer token")
     parser.add_argument("--api-key-env", metavar="NAME", help="the same from this environment variable")
@@ -57,6 +59,11 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="of one request")
     parser.add_argument("--max-seconds", type=float, default=3600.0, help="until an unfinished answer is given up")
     parser.add_argument("--drain-seconds", type=float, default=30.0, help="for open requests when told to end")
+
+
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", help="of the Ray cluster; without one, that of this job, or of this machine")
+    parser.add_argument("--controller", default="moe", metavar="NAME", help="of the actor that has the requests (moe)")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -237,14 +237,14 @@ def slots_per_rank(
 
 def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args: argparse.Namespace) -> Plan:
     is_coherent = args.objective == "coherent"
-    has_bound = not is_coherent and slots is None and not _node_weight(topology)
+    has_bound = not is_coherent and slots is None and not topology.node_weight
     options = CopyOptions(
         seconds=args.seconds * (0.6 if has_bound else 1.0),
         rounds=args.rounds,
         seed=args.seed,
         coherent=is_coherent,
         nodes=topology.node_of_rank,
-        node_weight=_node_weight(topology),
+        node_weight=topology.node_weight,
     )
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("placing", total=1.0)
@@ -316,11 +316,6 @@ def _report_migration(
         f"migration: {move.num_bytes / 1e9:.2f} GB in {len(move.steps)} steps, {move.seconds:.2f} s; "
         f"saves {move.saving * 1e3:.3f} ms per step, pays back after {move.steps_to_pay:.0f} steps"
     )
-
-
-def _node_weight(topology: Topology) -> float:
-    cost = topology.link_cost()
-    return float(cost.max() - 1) if topology.num_nodes > 1 and topology.num_ranks > topology.num_nodes else 0.0
 
 
 def _rank_of_expert(plan: Plan) -> Any:

@@ -20,13 +20,17 @@ from moe.launch.options import add_batch_options, engine_config
 from moe.llm import LLM
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe.launch.ray_cluster", description=(__doc__ or "").splitlines()[0])
     add_batch_options(parser)
     parser.add_argument("--hosts", type=int, required=True, help="actors, each with a part of the experts")
     parser.add_argument("--address", help="of the Ray cluster; without one, that of this job, or a new local one")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("moe.cluster").setLevel(logging.INFO)  # losses and generations
     return run_guarded("moe.launch.ray_cluster", args, lambda: _run(args))

@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from moe.config import EngineConfig
 from moe.launch.console import err
 from moe.launch.options import engine_config
 from moe.llm import LLM
@@ -28,7 +29,7 @@ def serve(args: argparse.Namespace) -> int:
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
     limits = Limits(body_bytes=args.max_body, seconds=args.max_seconds, drain_seconds=args.drain_seconds)
-    with tempfile.TemporaryDirectory() as temporary, LLM(args.model, config) as llm:
+    with tempfile.TemporaryDirectory() as temporary, loaded(args, config) as llm:
         for note in llm.notes:
             err.print(f"note: {note}", style="yellow", markup=False)
         if args.state is None:
@@ -40,6 +41,16 @@ def serve(args: argparse.Namespace) -> int:
         with recording(args.record, lambda: live_state(llm, service)):
             uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
     return 0
+
+
+def loaded(args: argparse.Namespace, config: EngineConfig) -> LLM:
+    """The model, here or on hosts. Raises ValueError."""
+    if args.hosts is None:
+        if args.address is not None:
+            raise ValueError("--address is of a Ray cluster; say how many hosts shall serve, --hosts N")
+        return LLM(args.model, config)
+    err.print(f"{args.hosts} hosts load; `moe ray status` shows them", markup=False)
+    return LLM(args.model, config, hosts=args.hosts, address=args.address, controller=args.controller)
 
 
 def read_key(args: argparse.Namespace) -> str | None:

@@ -73,7 +73,7 @@ def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | 
         return JSONResponse({"status": "ok" if is_well else service.why_ill}, 200 if is_well else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> PlainTextResponse:
+    def metrics() -> PlainTextResponse:
         return PlainTextResponse(exposition([(service.stats, {}), *service.llm.engine.metric_sources()]))
 
     @app.get("/", response_class=HTMLResponse)
@@ -81,7 +81,7 @@ def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | 
         return HTMLResponse(PAGE)
 
     @app.get("/live")
-    async def live() -> JSONResponse:
+    def live() -> JSONResponse:
         return JSONResponse(live_state(service.llm, service))
 
     @app.get("/v1/models")

@@ -1,6 +1,7 @@
 """One record for everything a run can be told: defaults ← TOML file ← `--set offload.budget=0.25`."""
 
 import dataclasses
+import math
 import operator
 import re
 import tomllib
@@ -132,6 +133,46 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """What each host of a Ray cluster asks for, and when one is given up. Limits in seconds."""
+
+    _group: ClassVar[str] = "cluster."
+    cpus_per_host: float = 1.0
+    gpus_per_host: float | None = None  # None: 1 where the cluster has GPUs and device is not cpu
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"  # of hosts over nodes
+    labels: str | None = None  # of the nodes that hosts may run on: "ray.io/accelerator-type=H100,region=eu"
+    spares: int = 0  # hosts kept loaded beside those that serve
+    replaces: bool = True  # whether another host is started for each that is lost
+    least_in_memory: float = 0.0  # of all experts, in slots of the hosts that serve; with less, wait for hosts, or end
+    max_losses: int = 100  # hosts that may be lost; then the run ends, with all that was finished
+    # Without a sign of life from a host whose line is open, until it is killed; never under silence_steps median steps.
+    silence_s: float = 3.0
+    silence_steps: int = 10
+    stuck_s: float = 300.0  # with signs of life, but without a finished step while it has requests
+    leave_s: float = 1.0  # for hosts to leave a generation by themselves, and again until those that do not are killed
+    meet_s: float = 10.0  # for the hosts of a generation to meet
+    room_s: float = 60.0  # until Ray must have placed all hosts
+
+    def __post_init__(self) -> None:
+        _parse_fields(self)
+        for name in ("silence_s", "stuck_s", "leave_s", "meet_s", "room_s"):
+            _require(getattr(self, name) > 0, f"cluster.{name} ({getattr(self, name)}) must be positive")
+        for name in ("cpus_per_host", "spares", "least_in_memory", "max_losses", "silence_steps"):
+            _require(getattr(self, name) >= 0, f"cluster.{name} ({getattr(self, name)}) must be >= 0")
+        _require(self.gpus_per_host is None or self.gpus_per_host >= 0, "cluster.gpus_per_host must be >= 0")
+        self.label_selector()
+
+    def label_selector(self) -> dict[str, str]:
+        """As Ray wants it. Raises ValueError."""
+        pairs = [pair.partition("=") for pair in self.labels.split(",")] if self.labels else []
+        _require(
+            all(name and equals and value for name, equals, value in pairs),
+            f"cluster.labels ({self.labels!r}) must look like ray.io/accelerator-type=H100,region=eu",
+        )
+        return {name: value for name, _, value in pairs}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """All of a run. `dtype`: of activations and dense weights; "auto" is what the model's config says."""
 
@@ -152,6 +193,7 @@ class EngineConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         _parse_fields(self)
@@ -229,7 +271,7 @@ def _parse_fields(config: Any) -> None:
 
 
 def _parse(hint: Any, value: Any, name: str) -> Any:
-    """`value` as `hint`: int, bool, str, a Literal, or one of these or None."""
+    """`value` as `hint`: int, float, bool, str, a Literal, or one of these or None."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and (value is None or value == "none"):
         return None
@@ -248,6 +290,12 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
             return int(value) if isinstance(value, str) else operator.index(value)
         except (TypeError, ValueError):
             raise ValueError(f"{name} ({shown}) must be a whole number") from None
+    if kind is float:
+        try:
+            _require(not isinstance(value, bool) and math.isfinite(number := float(value)), "")
+            return number
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} ({shown}) must be a number") from None
     is_written = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     _require(is_written and "\0" not in str(value), f"{name} ({shown}) must be text or a number")
     return str(value)

@@ -61,7 +61,8 @@ class LLM:
     experts_in_memory: 0.25 (fraction), 64 (experts) or "6GiB", over config.offload.budget. Close it, or use it in
     a `with` block. groups: of a run of several ranks; each then has prompts of its own (there may be none), and
     `generate` is a collective. hosts: that many actors of a Ray cluster (at `address`, None = a local one) serve the
-    model instead of this process, and any of them may be lost (docs/ray.md). options: what offline scripts for vLLM
+    model instead of this process, and any of them may be lost (docs/ray.md); controller: by a detached actor of that
+    name, which outlives this process. options: what offline scripts for vLLM
     pass (docs/porting.md). One thread at a time.
 
     Raises ValueError, with the remedy, for whatever cannot be served; UnusableError if it is closed or not ours.
@@ -76,12 +77,15 @@ class LLM:
         groups: Groups | None = None,
         hosts: int | None = None,
         address: str | None = None,
+        controller: str | None = None,
         **options: Any,
     ) -> None:
         config, notes = porting.with_options(config or EngineConfig(), options)
         if experts_in_memory is not None:
             config = config.with_budget(experts_in_memory)
-        self.engine = Engine(model, config, groups) if hosts is None else _on_hosts(model, config, hosts, address)
+        self.engine = (
+            Engine(model, config, groups) if hosts is None else _on_hosts(model, config, hosts, address, controller)
+        )
         self.notes = [*notes, *self.engine.notes]
         if self.recommended:
             said = ", ".join(f"{name} {value:g}" for name, value in self.recommended.items())
@@ -369,10 +373,15 @@ def _grammars_of(engine: Engine, folder: Path, config: EngineConfig, is_here: bo
     return Grammars(folder, engine.limits.vocabulary, engine.limits.eos_ids, config.trust_remote_code)
 
 
-def _on_hosts(model: str | Path, config: EngineConfig, hosts: int, address: str | None) -> Engine:
+def _on_hosts(
+    model: str | Path, config: EngineConfig, hosts: int, address: str | None, controller: str | None
+) -> Engine:
     """It has of an engine what this module, batch files and a service use."""
     try:
         from moe.cluster.controller import ClusterEngine  # Ray is an optional extra
+        from moe.cluster.remote import RemoteEngine
     except ImportError as error:
         raise ValueError(f"hosts need Ray, which is not installed ({error}); pip install 'moeflow[ray]'") from None
+    if controller is not None:
+        return cast(Engine, RemoteEngine(model, config, hosts, controller, address=address))
     return cast(Engine, ClusterEngine(model, config, hosts, address=address))

@@ -105,6 +105,12 @@ class Topology:
         np.fill_diagonal(cost, 0.0)
         return cost
 
+    @property
+    def node_weight(self) -> float:
+        """What a copy on a further node costs beyond one on the same; 0 for one node, or one rank on each."""
+        cost = self.link_cost()
+        return float(cost.max() - 1) if self.num_nodes > 1 and self.num_ranks > self.num_nodes else 0.0
+
     @staticmethod
     def uniform(num_nodes: int, ranks_per_node: int, **fields: Any) -> "Topology":
         """`num_nodes` equal nodes, ranks numbered node by node."""

@@ -1,34 +1,18 @@
 """The actors of a cluster: started in bundles of a placement group, watched by their lines, ended by a helper there."""
 
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from moe.cluster.host import NodeKeeper, actor_class
 from moe.cluster.lines import Lines
 from moe.cluster.messages import HostInfo, Where
 from moe.config import EngineConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placing:
-    """What each host asks Ray for. strategy: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD over nodes.
-
-    labels: of the nodes that hosts may run on, as Ray's label selectors.
-    """
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-    strategy: str = "PACK"
-    labels: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
 
 @dataclass(slots=True, eq=False)
@@ -41,16 +25,23 @@ class Host:
     bundle: int  # of the group
     info: HostInfo | None = None
     seen: int = 0  # how many of its words have come
+    is_over: bool = False  # it was given up: what it may still say counts for nothing
 
 
 class Fleet:
     """Starts hosts, and ends them."""
 
-    def __init__(
-        self, folder: str, config: EngineConfig, where: Where, lines: Lines, placing: Placing, meet_s: float
-    ) -> None:
+    def __init__(self, folder: str, config: EngineConfig, where: Where, lines: Lines, name: str) -> None:
         self.folder, self.config, self.where, self.lines = folder, config, where, lines
-        self.placing, self.meet_s = placing, meet_s
+        self._group_name = group_prefix(name)
+        if name:
+            give_back_groups(name)
+        asked = config.cluster
+        gpus = asked.gpus_per_host
+        if gpus is None:
+            gpus = float(config.device != "cpu" and _cluster_has("GPU"))
+        self._labels = asked.label_selector()
+        self._bundle = {"CPU": asked.cpus_per_host} | ({"GPU": gpus} if gpus else {})
         self._actor_class = actor_class()
         self._keepers: dict[str, Any] = {}
         self._groups: list[Any] = []
@@ -62,31 +53,35 @@ class Fleet:
         """Hosts that load, each a share of `num_ranks`. Raises ValueError if Ray has no room for them."""
         places = [self._free.pop() for _ in range(min(count, len(self._free)))]
         if missing := count - len(places):
-            group = placement_group([self.placing.bundle] * missing, strategy=self.placing.strategy)
+            labels = [self._labels] * missing if self._labels else None
+            group = placement_group(
+                [self._bundle] * missing,
+                strategy=self.config.cluster.strategy,
+                bundle_label_selector=labels,
+                name=self._group_name and self._group_name + secrets.token_hex(4),
+            )
             self._groups.append(group)
             places += [(group, index) for index in range(missing)]
         self._last = [group for group, _ in places]
         hosts = []
         for group, index in places:
             number, self._next = self._next, self._next + 1
-            options: dict[str, Any] = {"num_cpus": self.placing.cpus, "num_gpus": self.placing.gpus}
-            if self.placing.labels:
-                options["label_selector"] = self.placing.labels
             bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            actor = self._actor_class.options(scheduling_strategy=bundle, **options).remote(
-                self.folder, self.config, number, (number, num_ranks), self.where, self.meet_s
-            )
+            actor = self._actor_class.options(
+                scheduling_strategy=bundle, num_cpus=self._bundle["CPU"], num_gpus=self._bundle.get("GPU", 0)
+            ).remote(self.folder, self.config, number, (number, num_ranks), self.where)
             hosts.append(Host(number, actor, group, index))
         return hosts
 
-    def check_room(self, wait_s: float) -> None:
-        """Raises ValueError if the last hosts that were started have no place after `wait_s`."""
+    def check_room(self) -> None:
+        """Raises ValueError if the last hosts that were started have no place after `cluster.room_s`."""
         for group in self._last:
-            if not group.wait(wait_s):
+            if not group.wait(self.config.cluster.room_s):
                 resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+                labelled = f" on nodes labelled {self._labels}" if self._labels else ""
                 have = {k: v for k, v in resources.items() if k in ("CPU", "GPU")}
                 raise ValueError(
-                    f"Ray has no room for {group.bundle_count} bundles of {self.placing.bundle}: the cluster has "
+                    f"Ray has no room for {group.bundle_count} bundles of {self._bundle}{labelled}: the cluster has "
                     f"{have}; ask for fewer hosts, or give them less"
                 )
 
@@ -95,7 +90,9 @@ class Fleet:
         return host.actor.ready.remote()
 
     def kill(self, host: Host) -> None:
-        """Ends a host now, whatever it does; also one that is stopped."""
+        """Ends a host now, whatever it does; also one that is stopped. One that is out of reach ends when it hears of
+        it."""
+        self.lines.hang_up(host.number)
         if host.info is not None:
             node = host.info.node
             if node not in self._keepers:
@@ -126,3 +123,21 @@ class Fleet:
             self._free = [other for other in self._free if other[0] is not host.group]
             self._groups.remove(host.group)
             remove_placement_group(host.group)
+
+
+def _cluster_has(kind: str) -> bool:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get(kind, 0) > 0
+
+
+def group_prefix(controller: str) -> str:
+    """Of the names of placement groups of the controller of this name."""
+    return f"moe-{controller}-" if controller else ""
+
+
+def give_back_groups(controller: str) -> None:
+    """Bundles of a controller that has ended, and whoever is still in them: Ray keeps them as long as the driver that
+    started it."""
+    for number, found in ray.util.placement_group_table().items():
+        if found["name"].startswith(group_prefix(controller)) and found["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))

@@ -6,10 +6,10 @@ that will not answer. The class needs no Ray; `actor_class` makes it an actor.
 """
 
 import os
-import threading
 import time
 from typing import Any
 
+from moe.cluster.desk import Desk
 from moe.cluster.lines import Lifeline
 from moe.cluster.messages import Dealt, Ended, HostInfo, Said, Serve, Where
 from moe.comm.errors import CommError
@@ -28,26 +28,24 @@ _IDLE_S = 0.005
 
 
 class ExpertHost:
-    """share: what it will have of the experts at first; meet_s: for the ranks of a generation to meet."""
+    """share: what it will have of the experts at first."""
 
-    def __init__(
-        self, folder: str, config: EngineConfig, host: int, share: tuple[int, int], where: Where, meet_s: float
-    ) -> None:
+    def __init__(self, folder: str, config: EngineConfig, host: int, share: tuple[int, int], where: Where) -> None:
         started = time.perf_counter()
-        self.config, self.meet_s, self.where, self.node = config, meet_s, where, "here"
+        self.config, self.where, self.node = config, where, "here"
         rank, num_ranks = share
         self.engine = Engine(folder, config, share=_share(folder, config, rank, num_ranks, where.job))
         self.store = connect(where.address, where.store_port)
-        self.lifeline = Lifeline(where.address, where.line_port, where.word, host)
-        self._changed = threading.Condition()
-        self._dealt: list[Dealt] = []
-        self._cancelled: set[int] = set()
-        self._said: list[Said] = []
-        self._first_said = 0
+        self.lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
+        self.desk = Desk()
         self._leaves = -1  # the generation that is to end
         self._groups: Groups | None = None
         self._requests: dict[int, tuple[int, Request]] = {}  # the engine's id -> the controller's
         self._load_seconds = time.perf_counter() - started
+
+    def end(self) -> None:
+        """The controller is gone, or has given this host up: nothing that it computes is of use any more."""
+        os._exit(1)
 
     def ready(self) -> HostInfo:
         engine = self.engine
@@ -56,6 +54,7 @@ class ExpertHost:
             node=self.node,
             limits=engine.limits,
             shape=shareable_shape(engine.blueprint),
+            state=engine.state(),
             notes=tuple(engine.notes),
             load_seconds=self._load_seconds,
         )
@@ -63,24 +62,14 @@ class ExpertHost:
     # From threads of their own.
 
     def submit(self, requests: list[Dealt]) -> None:
-        with self._changed:
-            self._dealt += requests
-            self._changed.notify_all()
+        self.desk.submit(requests)
 
     def cancel(self, ids: list[int]) -> None:
-        with self._changed:
-            self._cancelled.update(ids)
-            self._changed.notify_all()
+        self.desk.cancel(ids)
 
     def collect(self, after: int, wait_s: float) -> tuple[int, list[Said]]:
-        """What was said from number `after` on, and the number of its first; waits for one. What is before is dropped:
-        the caller has it."""
-        with self._changed:
-            self._said = self._said[max(0, after - self._first_said) :]
-            self._first_said = max(self._first_said, after)
-            if not self._said:
-                self._changed.wait_for(lambda: bool(self._said), wait_s)
-            return self._first_said, list(self._said)
+        """As `Desk.collect`."""
+        return self.desk.collect(after, wait_s)
 
     def leave(self, generation: int) -> None:
         """All ranks end this generation after the step that they are in."""
@@ -104,7 +93,7 @@ class ExpertHost:
                 Generation(order.generation, order.nodes),
                 order.rank,
                 device=self.engine.loaded.read.device,
-                meet_s=self.meet_s,
+                meet_s=self.config.cluster.meet_s,
                 timeout_s=self.config.parallel.timeout_seconds,
                 eager_bytes=self.config.parallel.eager_bytes,
             )
@@ -132,22 +121,18 @@ class ExpertHost:
                 control.leave()
             self._say(engine.step())
             self.lifeline.steps += 1
+            self.lifeline.free_blocks = engine.scheduler.pool.num_available
             seconds.setdefault("first step", time.perf_counter() - started)
             if not engine.has_work:
-                with self._changed:
-                    self._changed.wait_for(lambda: bool(self._dealt) or self._leaves == generation, _IDLE_S)
+                self.desk.wait(_IDLE_S, lambda: self._leaves == generation)
 
     def _take_orders(self) -> None:
-        with self._changed:
-            dealt, self._dealt = self._dealt, []
-            cancelled, self._cancelled = self._cancelled, set()
+        dealt, cancelled = self.desk.take()
         for one in dealt:
-            if one.id in cancelled:
-                continue
             try:
                 request = self.engine.add_request(one.tokens, one.params, one.num_prompt)
             except ValueError as error:  # this host has less room than the one that was asked first
-                self._tell([Said(one.id, None, "error", error=str(error))])
+                self.desk.tell([Said(one.id, None, "error", error=str(error))])
                 continue
             self._requests[request.id] = one.id, request
         for number, (id_there, request) in list(self._requests.items()):
@@ -159,18 +144,10 @@ class ExpertHost:
         said = []
         for request in stepped:
             id_there, _ = self._requests[request.id]
-            token = None if request.error is not None else request.tokens[-1]
-            chosen = request.logprobs[-1] if request.params.logprobs is not None and token is not None else None
-            said.append(Said(id_there, token, request.finish_reason, chosen, request.error))
+            said.append(Said.of(request, id_there))
             if request.finish_reason is not None:
                 del self._requests[request.id]
-        self._tell(said)
-
-    def _tell(self, said: list[Said]) -> None:
-        if said:
-            with self._changed:
-                self._said += said
-                self._changed.notify_all()
+        self.desk.tell(said)
 
 
 class NodeKeeper:

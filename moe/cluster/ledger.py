@@ -11,9 +11,11 @@ from moe.outputs import FinishReason
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A request and where it is. said: all that hosts said of it; [0, handed) of it were handed out."""
+    """A request and where it is. given: tokens that it came with, the prompt and maybe a part of the answer; said: all
+    that hosts said of it since; [0, handed) of it were handed out."""
 
     request: Request
+    given: int
     host: int | None = None  # None: in the queue
     said: list[Said] = field(default_factory=list)
     handed: int = 0
@@ -25,7 +27,7 @@ class Entry:
     def as_dealt(self) -> Dealt:
         request = self.request
         so_far = [one.token for one in self.said if one.token is not None]
-        tokens = request.tokens[: request.num_prompt] + so_far
+        tokens = request.tokens[: self.given] + so_far
         return Dealt(request.id, tokens, request.num_prompt, request.params)
 
 
@@ -53,7 +55,7 @@ class Ledger:
         return sum(entry.host == host and not entry.is_ended for entry in self._entries.values())
 
     def add(self, request: Request) -> None:
-        entry = self._entries[request.id] = Entry(request)
+        entry = self._entries[request.id] = Entry(request, len(request.tokens))
         self._queue.append(entry)
 
     def finish(self, request: Request, reason: FinishReason) -> int | None:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from moe.engine.limits import Limits
+from moe.engine.requests import Request
 from moe.engine.sampling import Logprobs
+from moe.engine.stats import State
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
@@ -29,6 +31,13 @@ class Said:
     logprobs: Logprobs | None = None
     error: str | None = None
 
+    @staticmethod
+    def of(request: Request, number: int) -> "Said":
+        """The newest of a request that its asker knows as `number`."""
+        token = None if request.error is not None else request.tokens[-1]
+        chosen = request.logprobs[-1] if request.params.logprobs is not None and token is not None else None
+        return Said(number, token, request.finish_reason, chosen, request.error)
+
 
 @dataclass(frozen=True, slots=True)
 class Serve:
@@ -51,12 +60,13 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class HostInfo:
-    """A host that has loaded the model."""
+    """A host that has loaded the model. state: as it was then."""
 
     pid: int
     node: str
     limits: Limits
     shape: tuple[int, int]  # layers, experts of each
+    state: State
     notes: tuple[str, ...]
     load_seconds: float
 

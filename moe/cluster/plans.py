@@ -6,6 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.placement.plan import Plan
+from moe.placement.solve.copies import solve_copies
+from moe.placement.solve.swaps import CopyOptions
+from moe.placement.topology import Topology
+from moe.placement.trace import RoutingTrace
+
+_SECONDS, _ROUNDS = 10.0, 100  # what solving may take before the first generation
 
 Hosted = NDArray[np.bool_]  # [L, E]: what one host has
 
@@ -32,14 +38,27 @@ def plan_for(held: Sequence[Hosted | None], shape: tuple[int, int]) -> Plan:
     return Plan.from_hosted(hosted, solver="kept")
 
 
-def first_plan(file: str | None, shape: tuple[int, int], num_hosts: int) -> Plan:
-    """The one in `file`, else contiguous blocks. Raises ValueError if it is another model's or for another number."""
+def first_plan(file: str | None, shape: tuple[int, int], nodes: Sequence[str]) -> Plan:
+    """Solved for the topology that Ray reports. file: a plan, or a routing trace; nodes: of each host, by rank.
+
+    A trace is solved here for these hosts on these nodes, in seconds: few copies of a token, few of them between nodes.
+    Without a file, contiguous blocks. Raises ValueError if it is another model's or for another number of hosts.
+    """
     if file is None:
-        return Plan.contiguous(*shape, num_hosts)
-    plan = Plan.load(file)
-    if (plan.num_layers, plan.num_experts, plan.num_ranks) != (*shape, num_hosts):
+        return Plan.contiguous(*shape, len(nodes))
+    plan = Plan.load(file) if file.endswith(".json") else solved(RoutingTrace.load(file), nodes)
+    if (plan.num_layers, plan.num_experts, plan.num_ranks) != (*shape, len(nodes)):
         raise ValueError(
-            f"{file} is a plan of {plan.num_layers} layers of {plan.num_experts} experts on {plan.num_ranks} ranks, "
-            f"this run has {shape[0]} of {shape[1]} on {num_hosts}"
+            f"{file} is of {plan.num_layers} layers of {plan.num_experts} experts on {plan.num_ranks} ranks, this run "
+            f"has {shape[0]} of {shape[1]} on {len(nodes)}"
         )
     return plan
+
+
+def solved(trace: RoutingTrace, nodes: Sequence[str]) -> Plan:
+    """As few hosts per token as can be found, on few nodes, evenly loaded."""
+    topology = Topology.from_hosts(nodes)
+    options = CopyOptions(
+        seconds=_SECONDS, rounds=_ROUNDS, nodes=topology.node_of_rank, node_weight=topology.node_weight
+    )
+    return solve_copies(trace, topology.num_ranks, options=options)

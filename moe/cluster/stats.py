@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from moe.engine.stats import State
 from moe.histogram import Histogram
 
 
@@ -34,3 +35,52 @@ class Noted(NamedTuple):
     hosts: tuple[int, ...]
     generation: int
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostStatus:
+    """One host. what: serves, waits (loaded) or loads. experts: of all layers, that the plan gives it; loaded: its
+    memory when it had loaded."""
+
+    number: int
+    what: str
+    rank: int | None
+    node: str
+    pid: int
+    requests: int
+    experts: int
+    loaded: State | None
+    free_blocks: int
+    steps: int
+    silent_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterStatus:
+    """A cluster at one moment. replicated: experts that several hosts have; noted: what happened last."""
+
+    model: str
+    state: str
+    generation: int
+    target: int
+    hosts: tuple[HostStatus, ...]
+    solver: str
+    replicated: int
+    counts: ClusterStats
+    noted: tuple[Noted, ...]
+
+    def engine_state(self, num_experts: int) -> State:
+        """As of one engine: what all that serve have together."""
+        serving = [host for host in self.hosts if host.what == "serves"]
+        loaded = [host.loaded for host in serving if host.loaded is not None]
+        return State(
+            running=self.counts.open_requests - self.counts.queued_requests,
+            waiting=self.counts.queued_requests,
+            blocks=sum(one.blocks for one in loaded),
+            free_blocks=sum(host.free_blocks for host in serving),
+            slots=sum(one.slots for one in loaded),
+            experts=num_experts,
+            slot_bytes=sum(one.slot_bytes for one in loaded),
+            dense_bytes=sum(one.dense_bytes for one in loaded),
+            peak_rss_bytes=sum(one.peak_rss_bytes for one in loaded),
+        )

@@ -1,21 +1,34 @@
 """What a cluster is made of, without Ray: who keeps which expert, whose words count, when a host is given up."""
 
 import os
+import re
+import shlex
+import signal
 import socket
+import threading
 import time
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe.cluster.desk import Desk
 from moe.cluster.ledger import Ledger
 from moe.cluster.lines import Lifeline, Lines
-from moe.cluster.messages import Said
-from moe.cluster.plans import plan_for
+from moe.cluster.messages import Dealt, Said
+from moe.cluster.plans import first_plan, plan_for
 from moe.cluster.policy import FailurePolicy
+from moe.config import ClusterConfig, EngineConfig
 from moe.engine.requests import Request
+from moe.launch import ray_cluster
+from moe.launch.ray_data import Answers
 from moe.params import SamplingParams
+from moe.placement.plan import Plan
+from moe.placement.trace import RoutingTrace
+from tests.distributed import MULTIPROCESSING
+from tests.moe.moe_cases import ROOT, TINYMOE
 
 
 @given(st.integers(1, 6), st.integers(1, 17), st.data())
@@ -42,6 +55,26 @@ def test_a_lost_ranks_experts_go_to_those_that_are_left():
     after = plan_for([before.hosted[:, :, 0], before.hosted[:, :, 2]], (2, 9))
     for old, new in ((0, 0), (2, 1)):
         assert (after.hosted[:, :, new] | ~before.hosted[:, :, old]).all()
+
+
+def test_a_trace_is_solved_for_the_nodes_that_came(tmp_path):
+    """Tokens use experts {0, 2, 4, 6} or {1, 3, 5, 7} together: each lot belongs on one node."""
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(4)[:2] * 2 + n % 2 for n in range(400)])[:, None].repeat(2, 1).astype(np.int16)
+    trace = RoutingTrace(expert_ids=ids, sequence_lengths=np.full(40, 10, np.int32), num_experts=8, model="m")
+    trace.save(tmp_path / "trace.npz")
+    nodes = ("a", "a", "b", "b")
+    plan = first_plan(str(tmp_path / "trace.npz"), (2, 8), nodes)
+    of_node = plan.hosted.reshape(2, 8, 2, 2).any(axis=3)  # [L, E, node]
+    for layer in of_node:
+        assert {tuple(layer[e]) for e in (0, 2, 4, 6)} | {tuple(layer[e]) for e in (1, 3, 5, 7)} == {
+            (True, False),
+            (False, True),
+        }
+        assert len({tuple(layer[e]) for e in (0, 2, 4, 6)}) == 1
+    with pytest.raises(ValueError, match=r"this run has 3 of 8 on 4"):
+        first_plan(str(tmp_path / "trace.npz"), (3, 8), nodes)
+    assert (first_plan(None, (2, 8), nodes).hosted == Plan.contiguous(2, 8, 4).hosted).all()
 
 
 def request_of(number: int) -> Request:
@@ -82,6 +115,16 @@ def test_a_lost_hosts_requests_go_on_elsewhere_and_its_late_words_count_for_noth
     assert sorted(drain(ledger)) == [(0, 10), (0, 11), (0, 12), (1, 20), (2, 30)]
 
 
+def test_a_request_may_come_with_a_part_of_its_answer():
+    ledger, request = Ledger(), Request(0, [1, 2, 3, 10, 11], SamplingParams(seed=0), 3)
+    ledger.add(request)
+    assert [(d.tokens, d.num_prompt) for d in ledger.deal([1], 2)[1]] == [([1, 2, 3, 10, 11], 3)]
+    ledger.hear(1, [Said(0, 12), Said(0, 13)])
+    assert drain(ledger) == [(0, 12), (0, 13)]
+    ledger.take_back([])
+    assert [d.tokens for d in ledger.deal([2], 2)[2]] == [[1, 2, 3, 10, 11, 12, 13]]
+
+
 def test_a_request_that_ended_before_the_loss_is_not_computed_again():
     ledger, request = Ledger(), request_of(0)
     ledger.add(request)
@@ -105,7 +148,7 @@ def test_nothing_is_said_of_a_request_that_its_user_ended():
 
 
 def test_the_silence_limit_grows_with_slow_steps():
-    policy = FailurePolicy(silence_s=3, silence_steps=10, stuck_s=60)
+    policy = FailurePolicy(ClusterConfig(silence_s=3, silence_steps=10, stuck_s=60))
     assert policy.silence_limit([]) == policy.silence_limit([0.1]) == 3
     assert policy.silence_limit([1.0, 1.0, 9.0]) == 10
     assert policy.is_hung(3.1, 0, False, [])
@@ -115,12 +158,12 @@ def test_the_silence_limit_grows_with_slow_steps():
 
 
 def test_replacements_and_spares():
-    policy = FailurePolicy(spares=1)
+    policy = FailurePolicy(ClusterConfig(spares=1))
     assert policy.hosts_to_start(3, 3, 1) == 0
     assert policy.hosts_to_start(3, 2, 0) == 2
-    assert FailurePolicy(replaces=False).hosts_to_start(3, 1, 0) == 0
-    with pytest.raises(ValueError, match=r"silence_s \(0\) must be positive"):
-        FailurePolicy(silence_s=0)
+    assert FailurePolicy(ClusterConfig(replaces=False)).hosts_to_start(3, 1, 0) == 0
+    with pytest.raises(ValueError, match=r"silence_s \(0.0\) must be positive"):
+        ClusterConfig(silence_s=0)
 
 
 def until(condition) -> None:
@@ -130,7 +173,7 @@ def until(condition) -> None:
         time.sleep(0.01)
 
 
-def test_a_line_says_when_its_host_is_gone_and_refuses_strangers():
+def test_a_line_says_when_its_host_is_gone_or_given_up_and_refuses_strangers():
     lines = Lines("127.0.0.1", "word")
     stranger = socket.create_connection(("127.0.0.1", lines.port))
     stranger.sendall(b"another 5\n")
@@ -145,4 +188,88 @@ def test_a_line_says_when_its_host_is_gone_and_refuses_strangers():
     os.waitpid(child, 0)
     until(lambda: lines.get(3).is_closed)
     assert lines.get(5) is None
+    is_told = threading.Event()
+    Lifeline("127.0.0.1", lines.port, "word", 4, is_told.set)
+    until(lambda: lines.get(4) is not None)
+    lines.hang_up(4)
+    assert is_told.wait(20)
+    until(lambda: lines.get(4).is_closed)
+    lines.hang_up(4)
     lines.close()
+
+
+def test_time_in_which_the_controller_was_stopped_does_not_count():
+    """Its process is stopped for longer than a host may be silent, and the host with it: nobody is given up."""
+    receiver, sender = MULTIPROCESSING.Pipe(duplex=False)
+    child = MULTIPROCESSING.Process(target=watch_a_line, args=(sender,), daemon=True)
+    child.start()
+    assert receiver.recv() == "watches"
+    os.kill(child.pid, signal.SIGSTOP)
+    time.sleep(2.5)
+    os.kill(child.pid, signal.SIGCONT)
+    assert receiver.recv() < 2.0
+    child.join(10)
+
+
+def watch_a_line(sender) -> None:
+    lines = Lines("127.0.0.1", "word")
+    Lifeline("127.0.0.1", lines.port, "word", 1)
+    until(lambda: lines.get(1) is not None)
+    sender.send("watches")
+    started, longest = time.monotonic(), 0.0
+    while time.monotonic() - started < 3.5:
+        longest = max(longest, lines.since(lines.get(1))[0])
+    sender.send(longest)
+
+
+def test_words_go_by_number_until_they_have_arrived():
+    desk = Desk()
+    desk.tell([Said(1, 10), Said(2, 20)])
+    assert desk.collect(0, 0.0) == (0, [Said(1, 10), Said(2, 20)])
+    desk.tell([Said(1, 11)])
+    assert desk.collect(0, 0.0)[1] == [Said(1, 10), Said(2, 20), Said(1, 11)]  # asked again: the answer was lost
+    assert desk.collect(2, 0.0) == (2, [Said(1, 11)])
+    assert desk.collect(3, 0.0) == (3, [])
+    desk.submit([Dealt(1, [5], 1, SamplingParams()), Dealt(2, [6], 1, SamplingParams())])
+    desk.cancel([2, 7])
+    dealt, cancelled = desk.take()
+    assert ([one.id for one in dealt], cancelled) == ([1], {2, 7})
+    assert desk.take() == ([], set())
+
+
+def test_settings_of_a_cluster():
+    asked = EngineConfig.load(None, ["cluster.labels=a=b,c/d=e", "cluster.gpus_per_host=0.5"]).cluster
+    assert (asked.label_selector(), asked.gpus_per_host) == ({"a": "b", "c/d": "e"}, 0.5)
+    with pytest.raises(ValueError, match=r"cluster.labels \('H100'\) must look like"):
+        EngineConfig.load(None, ["cluster.labels=H100"])
+    with pytest.raises(ValueError, match=r"cluster.silence_s \('soon'\) must be a number"):
+        EngineConfig.load(None, ["cluster.silence_s=soon"])
+    with pytest.raises(ValueError, match=r"cluster.least_in_memory \(-1.0\) must be >= 0"):
+        ClusterConfig(least_in_memory=-1)
+
+
+def test_answers_of_a_column():
+    stage = Answers(TINYMOE, ("dtype=float32", "offload.budget=0.5"), column="text", max_tokens=4, temperature=0)
+    rows = np.empty(3, object)
+    rows[:] = ["Once upon a time", [5, 6, 7], [1] * 5000]
+    found = stage({"text": rows, "number": np.arange(3)})
+    assert found["number"].tolist() == [0, 1, 2]
+    assert [len(tokens) for tokens in found["answer_tokens"]] == [4, 4, 0]
+    assert found["finish_reason"].tolist() == ["length", "length", "error"]
+    assert found["error"][0] is None
+    assert "5000" in found["error"][2]
+    with pytest.raises(ValueError, match="no column 'text' in prompt"):
+        stage({"prompt": rows})
+
+
+def test_commands_and_files_for_clusters_can_be_read():
+    """Every command of the page, and what `ray up` would read."""
+    text = (ROOT / "docs" / "ray.md").read_text() + (ROOT / "examples/launch/laptop_hosts.sh").read_text()
+    commands = re.findall(r"-m moe\.launch\.ray_cluster (.*)", text.replace("\\\n", " "))
+    assert len(commands) == 3
+    for command in commands:
+        assert ray_cluster.make_parser().parse_args(shlex.split(command)).hosts >= 3
+    cluster = yaml.safe_load((ROOT / "examples/launch/ray_cluster.yaml").read_text())
+    assert len(cluster["available_node_types"]) == 2
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    util.validate_config(util.prepare_config(cluster))

@@ -1,0 +1,100 @@
+"""`moe ray status|scale|stop`: the controller of a service on a Ray cluster, found by its name."""
+
+import argparse
+import dataclasses
+import json
+import time
+from typing import Any
+
+from rich.table import Table
+
+from moe.launch.console import err, out
+
+_LOOK_S = 0.5
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"status": show_status, "scale": scale, "stop": stop}[args.verb](args)
+
+
+def show_status(args: argparse.Namespace) -> int:
+    """Hosts, generation, plan and load; args.json: as one document."""
+    import ray
+
+    status, _ = ray.get(_controller(args).status.remote())
+    if args.json:
+        print(json.dumps(dataclasses.asdict(status), default=str))
+        return 0
+    counts = status.counts
+    replicas = f", {status.replicated} experts on several hosts" if status.replicated else ""
+    out.print(
+        f"{status.model}: {status.state}, generation {status.generation}, placement {status.solver}{replicas}; "
+        f"{counts.open_requests} requests open, {counts.queued_requests} of them queued; "
+        f"{counts.lost_hosts} hosts lost, {counts.replayed_requests} requests replayed",
+        markup=False,
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in (
+        "host",
+        "rank",
+        "",
+        "node",
+        "pid",
+        "requests",
+        "experts",
+        "slots",
+        "free KV blocks",
+        "steps",
+        "silent",
+    ):
+        table.add_column(name, justify="left" if name in ("", "node") else "right")
+    for host in status.hosts:
+        loaded = host.loaded
+        slots, blocks = ("", "") if loaded is None else (loaded.slots, f"{host.free_blocks} of {loaded.blocks}")
+        rank = "" if host.rank is None else host.rank
+        who = (host.number, rank, host.what, host.node[:8], host.pid or "")
+        does = (host.requests, host.experts, slots, blocks, host.steps, f"{host.silent_s:.1f} s")
+        table.add_row(*map(str, (*who, *does)))
+    out.print(table)
+    for note in status.noted[-8:]:
+        when = time.strftime("%H:%M:%S", time.localtime(note.at))
+        out.print(f"{when} generation {note.generation}, hosts {list(note.hosts)}: {note.what}", markup=False)
+    return 0
+
+
+def scale(args: argparse.Namespace) -> int:
+    """Returns when args.num_hosts serve, or at once with args.no_wait."""
+    import ray
+
+    controller = _controller(args)
+    try:
+        ray.get(controller.scale.remote(args.num_hosts))
+    except ray.exceptions.RayTaskError as error:
+        raise ValueError(str(error.cause)) from None
+    while not args.no_wait:
+        status, _ = ray.get(controller.status.remote())
+        serving = sum(host.what == "serves" for host in status.hosts)
+        if serving == args.num_hosts or status.target != args.num_hosts:
+            break
+        time.sleep(_LOOK_S)
+    err.print(f"{args.num_hosts} hosts {'are asked for' if args.no_wait else 'serve'}", markup=False)
+    return 0
+
+
+def stop(args: argparse.Namespace) -> int:
+    from moe.cluster.resident import stop_resident
+
+    _controller(args)
+    stop_resident(args.controller)
+    return 0
+
+
+def _controller(args: argparse.Namespace) -> Any:
+    """Raises ValueError if no cluster answers, or none of this name runs there."""
+    try:
+        from moe.cluster.controller import connect_ray
+        from moe.cluster.resident import find_resident
+    except ImportError as error:
+        raise ValueError(f"this needs Ray, which is not installed ({error}); pip install 'moeflow[ray]'") from None
+    connect_ray(args.address or "auto")
+    return find_resident(args.controller)

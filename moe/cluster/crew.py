@@ -1,0 +1,378 @@
+"""The hosts of a cluster: which serve, which wait, which load, and one generation after another of those that serve.
+
+SERVING ─ a host is lost, has come, or is wanted no more ─▶ SETTLING: leave or be freed ─▶ next generation
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from torch._C._distributed_c10d import TCPStore
+
+from moe.cluster.fleet import Fleet, Host
+from moe.cluster.ledger import Ledger
+from moe.cluster.lines import Lines
+from moe.cluster.messages import Ended, Said, Serve, Where
+from moe.cluster.plans import Hosted, first_plan, plan_for
+from moe.cluster.policy import ClusterError, FailurePolicy, State, first_sentence
+from moe.cluster.stats import ClusterStats, ClusterStatus, HostStatus, Noted
+from moe.config import EngineConfig
+from moe.engine.limits import Limits
+from moe.placement.plan import Plan
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.5  # a long poll's length
+_FREED_S = 0.2  # for the others to leave by themselves where one host is lost
+
+
+class Crew:
+    """The hosts that serve `folder`, and what they are told; `ledger` has what they are to answer. One thread.
+
+    Ray is initialised already. Raises ValueError for what cannot be served or placed.
+    """
+
+    def __init__(self, folder: str | Path, config: EngineConfig, num_hosts: int, ledger: Ledger, name: str) -> None:
+        self.config, self.ledger, self.target = config, ledger, num_hosts
+        self.policy = FailurePolicy(config.cluster)
+        self.state, self.generation = State.STARTING, 0
+        self.plan: Plan | None = None
+        self.counts = ClusterStats()
+        self.noted: list[Noted] = []
+        here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._store = TCPStore(here, 0, is_master=True, wait_for_workers=False)
+        word = secrets.token_hex(16)
+        self.lines = Lines(here, word)
+        where = Where(here, self._store.port, self.lines.port, word, secrets.token_hex(6))
+        self.fleet = Fleet(str(Path(folder).resolve()), config, where, self.lines, name)
+        self.alive: list[Host] = []  # by rank
+        self.spare: list[Host] = []  # loaded
+        self.loading: dict[Any, Host] = {}
+        self._serving: dict[Any, Host] = {}
+        self._collecting: dict[Any, Host] = {}
+        self._held: dict[int, Hosted] = {}  # by host: what the last plan gave it
+        self._limits: Limits | None = None
+        try:
+            self._start(num_hosts + config.cluster.spares)
+            self.fleet.check_room()
+            self._wait_for_first()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def limits(self) -> Limits:
+        assert self._limits is not None, "set by the first hosts"
+        return self._limits
+
+    def scale(self, num_hosts: int) -> None:
+        """From some step on `num_hosts` serve: more are started, or the last ones leave in order."""
+        if num_hosts < 1:
+            raise ValueError(f"hosts ({num_hosts}) must be >= 1")
+        self.target = num_hosts
+        there = len(self.alive) + len(self.spare) + len(self.loading)
+        self._start(max(0, num_hosts + self.config.cluster.spares - there))
+        if num_hosts < len(self.alive):
+            self._change(self.alive[:num_hosts])
+
+    def close(self) -> None:
+        """Ends the hosts. No effect the second time."""
+        if self.state is not State.CLOSED:
+            self.state = State.CLOSED
+            self.fleet.close([*self.alive, *self.spare, *self.loading.values()])
+            self.lines.close()
+
+    def pump(self, wait_s: float) -> None:
+        """One look at everything that hosts have to say, and at what became of them.
+
+        Raises ClusterError when too few hosts are left and none may be started.
+        """
+        references = [*self._serving, *self._collecting, *self.loading]
+        if self.state is State.WAITING and not self.loading:
+            raise ClusterError(self._why_over())
+        done, _ = ray.wait(references, num_returns=1, timeout=wait_s)
+        for reference in done:
+            if reference in self._collecting:
+                self._collected(reference)
+            elif reference in self.loading:
+                self._loaded(reference)
+        if self._drop_dead_spares():
+            self._take_back(self.alive)
+            self._replace(len(self.alive))
+        lost = [host for host in self.alive if self._is_lost(host)]
+        ended = [self._serving[r] for r in done if r in self._serving]
+        if lost or ended:
+            self._change([host for host in self.alive if host not in lost])
+        elif self.spare and len(self.alive) < self.target and self._fits([*self.alive, *self.spare][: self.target]):
+            self._change(self.alive)
+
+    def deal(self) -> None:
+        """Requests from the queue to hosts that have room."""
+        if self.state is State.SERVING:
+            most = 4 * self.config.batch.num_running
+            dealt = self.ledger.deal([host.number for host in self.alive], most)
+            for host in self.alive:
+                if host.number in dealt:
+                    host.actor.submit.remote(dealt[host.number])
+
+    def cancel(self, number: int, request: int) -> None:
+        """Tells host `number` that nobody waits for the request any more."""
+        for host in (*self.alive, *self.spare):
+            if host.number == number:
+                host.actor.cancel.remote([request])
+
+    def counted(self) -> ClusterStats:
+        """The counts, with the gauges as they are now."""
+        counts = self.counts
+        counts.hosts, counts.generations = len(self.alive), self.generation
+        counts.queued_requests, counts.open_requests = self.ledger.num_queued, len(self.ledger)
+        return counts
+
+    def status(self, model: str) -> ClusterStatus:
+        """From any thread: what it shows may be a step old."""
+        rows, plan = [], self.plan
+        for what, hosts in (("serves", self.alive), ("waits", self.spare), ("loads", list(self.loading.values()))):
+            for place, host in enumerate(hosts):
+                rank = place if what == "serves" else None
+                experts = 0 if plan is None or rank is None else int(plan.hosted[:, :, rank].sum())
+                rows.append(self._status_of(host, what, rank, experts))
+        return ClusterStatus(
+            model=model,
+            state=self.state.name.lower(),
+            generation=self.generation,
+            target=self.target,
+            hosts=tuple(rows),
+            solver="" if plan is None else plan.solver,
+            replicated=0 if plan is None else int((plan.replicas > 1).sum()),
+            counts=replace(self.counted()),
+            noted=tuple(self.noted[-20:]),
+        )
+
+    def _status_of(self, host: Host, what: str, rank: int | None, experts: int) -> HostStatus:
+        info, line = host.info, self.lines.get(host.number)
+        silent, _ = (0.0, 0.0) if line is None else self.lines.since(line)
+        return HostStatus(
+            number=host.number,
+            what=what,
+            rank=rank,
+            node="" if info is None else info.node,
+            pid=0 if info is None else info.pid,
+            requests=self.ledger.load(host.number),
+            experts=experts,
+            loaded=None if info is None else info.state,
+            free_blocks=0 if line is None else line.free_blocks,
+            steps=0 if line is None else line.steps,
+            silent_s=silent,
+        )
+
+    def _hear(self, host: Host, first: int, said: Sequence[Said]) -> None:
+        """What a host said from number `first` on, some of it maybe known."""
+        self.ledger.hear(host.number, said[max(0, host.seen - first) :])
+        host.seen = max(host.seen, first + len(said))
+
+    def _start(self, count: int) -> None:
+        hosts = self.fleet.start(count, self.target) if count else []
+        self.loading |= {self.fleet.ask_ready(host): host for host in hosts}
+
+    def _replace(self, num_alive: int) -> None:
+        waiting = len(self.loading) + len(self.spare)
+        self._start(self.policy.hosts_to_start(self.target, num_alive, waiting))
+
+    def _wait_for_first(self) -> None:
+        """Until all hosts of the start have loaded. Raises what made one of them fail."""
+        for reference, host in list(self.loading.items()):
+            try:
+                host.info = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                raise (cause if isinstance(cause, (ValueError, OSError)) else ClusterError(str(error))) from None
+            except ray.exceptions.RayActorError as error:
+                raise ClusterError(f"host {host.number} ended while it loaded: {first_sentence(error)}") from None
+            del self.loading[reference]
+            self.spare.append(host)
+        serving, self.spare = self.spare[: self.target], self.spare[self.target :]
+        if not self._fits(serving):
+            have = sum(host.info.state.slots for host in serving if host.info is not None)
+            raise ValueError(
+                f"{len(serving)} hosts have slots for {have} experts, which is less than cluster.least_in_memory "
+                f"({self.config.cluster.least_in_memory:g}) of all: give more hosts"
+            )
+        nodes = [host.info.node for host in serving if host.info is not None]
+        self._form(sorted(serving, key=lambda h: nodes.index(h.info.node) if h.info else 0), {})  # node by node
+
+    def _form(self, hosts: list[Host], seconds: dict[str, float]) -> None:
+        """The next generation, of these hosts in this order."""
+        self.generation += 1
+        infos = [host.info for host in hosts if host.info is not None]
+        nodes = tuple(info.node for info in infos)
+        held, shape = [self._held.get(host.number) for host in hosts], infos[0].shape
+        plan = plan_for(held, shape) if self._held else first_plan(self.config.parallel.plan, shape, nodes)
+        self.plan = plan
+        self._held = {host.number: plan.hosted[:, :, rank] for rank, host in enumerate(hosts)}
+        self._limits = min((info.limits for info in infos), key=lambda limits: limits.num_blocks)
+        self.alive = hosts
+        for rank, host in enumerate(hosts):
+            order = Serve(self.generation, nodes, rank, plan)
+            self._serving[host.actor.serve.remote(order)] = host
+            if host not in self._collecting.values():
+                self._collecting[host.actor.collect.remote(host.seen, _POLL_S)] = host
+        self.state = State.SERVING
+        self._note("serves", hosts, seconds)
+
+    def _collected(self, reference: Any) -> None:
+        host = self._collecting.pop(reference)
+        try:
+            self._hear(host, *ray.get(reference))
+        except ray.exceptions.RayError:
+            return  # its line says so too, or its `serve`
+        if host in self.alive:
+            self._collecting[host.actor.collect.remote(host.seen, _POLL_S)] = host
+
+    def _loaded(self, reference: Any) -> None:
+        host = self.loading.pop(reference)
+        try:
+            host.info = ray.get(reference)
+            self.spare.append(host)
+        except ray.exceptions.RayError as error:
+            self._note(f"a host did not load: {first_sentence(error)}", [host], {})
+            self._lose([host])
+            self._replace(len(self.alive))
+
+    def _is_lost(self, host: Host) -> bool:
+        """By its line: closed, or silent for longer than the policy allows; then it is killed."""
+        line = self.lines.get(host.number)
+        if line is None or self._is_closed(host):
+            return line is not None
+        silent, stuck = self.lines.since(line)
+        is_busy = host in self.alive and self.ledger.load(host.number) > 0
+        if self.policy.is_hung(silent, stuck, is_busy, line.paces):
+            self._note(f"silent for {silent:.1f} s, no step for {stuck:.1f} s: killed", [host], {})
+            self._end(host)
+            return True
+        return False
+
+    def _change(self, wanted: Sequence[Host]) -> None:
+        """Ends this generation and starts the next with those of `wanted` that are left, and with spares."""
+        self.state, started = State.SETTLING, time.monotonic()
+        leaving = [host for host in self.alive if host not in wanted and not self._is_closed(host)]
+        before, survivors = self.alive, self._settle()
+        for host in survivors:
+            self._last_words(host)
+        lost = [host for host in before if host not in survivors]
+        survivors = [host for host in survivors if host not in leaving]
+        self.alive = []
+        self._collecting = {r: h for r, h in self._collecting.items() if h in survivors}
+        self._lose(lost)
+        for host in leaving:
+            self._end(host)
+        places = self.target - len(survivors)
+        self._drop_dead_spares()
+        self._take_back(survivors)
+        joining, self.spare = self.spare[: max(0, places)], self.spare[max(0, places) :]
+        self._replace(len(survivors) + len(joining))
+        if self._fits([*survivors, *joining]):
+            seconds = time.monotonic() - started
+            self.counts.settle_time.add(seconds)
+            self._form([*survivors, *joining], {"settle": seconds})
+        else:  # whoever is left keeps its requests and their KV until others have come
+            self.spare = [*survivors, *joining, *self.spare]
+            self.state = State.WAITING
+            self._note("waits for hosts", self.spare, {})
+
+    def _fits(self, hosts: Sequence[Host]) -> bool:
+        """Whether they have slots for as much of the experts as is asked for."""
+        infos = [host.info for host in hosts if host.info is not None]
+        least = self.config.cluster.least_in_memory
+        return bool(infos) and sum(info.state.slots for info in infos) >= least * infos[0].shape[0] * infos[0].shape[1]
+
+    def _why_over(self) -> str:
+        infos = [host.info for host in self.spare if host.info is not None]
+        if not infos:
+            return f"all {self.counts.lost_hosts} hosts are lost, none is started; finished work is kept"
+        slots, all_experts = sum(info.state.slots for info in infos), infos[0].shape[0] * infos[0].shape[1]
+        return (
+            f"{len(infos)} of {self.target} hosts are left, with slots for {slots} of {all_experts} experts, and none "
+            f"is started; finished work is kept: start with more hosts, or lower cluster.least_in_memory "
+            f"({self.config.cluster.least_in_memory:g})"
+        )
+
+    def _settle(self) -> list[Host]:
+        """Every host leaves the generation by itself, is freed from a wait, or is killed. Returns who is left."""
+        left: list[Host] = []
+        # Where one is lost, the others need not be waited for: they leave at once, or wait for a peer that lives.
+        patience = _FREED_S if any(map(self._is_closed, self.alive)) else self.config.cluster.leave_s
+        limit, measures = time.monotonic() + patience, ["leave", "interrupt", "kill"]
+        next_measure = 0
+        while self._serving:
+            if next_measure == 0 or time.monotonic() > limit:
+                self._take_measure(measures[min(next_measure, 2)])
+                limit = time.monotonic() + (patience if next_measure == 0 else self.config.cluster.leave_s)
+                next_measure += 1
+            done, _ = ray.wait(list(self._serving), num_returns=1, timeout=0.01)
+            for reference in done:
+                host = self._serving.pop(reference)
+                try:
+                    ended: Ended = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    self._note(f"ended: {first_sentence(error)}", [host], {})
+                    continue
+                left.append(host)
+                self._note(f"left: {ended.lost or 'in order'}", [host], ended.seconds)
+            for reference, host in list(self._serving.items()):
+                if self._is_closed(host):
+                    del self._serving[reference]
+        return [host for host in self.alive if host in left]
+
+    def _take_measure(self, measure: str) -> None:
+        for host in self._serving.values():
+            if measure == "leave":
+                host.actor.leave.remote(self.generation)
+            elif measure == "interrupt":
+                host.actor.interrupt.remote(self.generation)
+            else:
+                self._note("does not leave: killed", [host], {})
+                self._end(host)
+
+    def _last_words(self, host: Host) -> None:
+        try:
+            self._hear(host, *ray.get(host.actor.collect.remote(host.seen, 0.0), timeout=self.config.cluster.leave_s))
+        except ray.exceptions.RayError as error:
+            self._note(f"its last words are lost: {first_sentence(error)}", [host], {})
+
+    def _lose(self, hosts: Sequence[Host]) -> None:
+        self.counts.lost_hosts += len(hosts)
+        for host in hosts:
+            self._end(host)
+            self._note("lost", [host], {})
+        if (count := self.counts.lost_hosts) > self.config.cluster.max_losses:
+            raise ClusterError(f"{count} hosts were lost, more than {self.config.cluster.max_losses}; see the notes")
+
+    def _drop_dead_spares(self) -> bool:
+        """A spare that has ended would be missed only when it is needed. Returns whether there was one."""
+        dead = [host for host in self.spare if self._is_lost(host)]
+        self.spare = [host for host in self.spare if host not in dead]
+        self._lose(dead)
+        return bool(dead)
+
+    def _take_back(self, alive: Sequence[Host]) -> None:
+        """Requests of hosts that are neither `alive` nor wait are for others."""
+        self.counts.replayed_requests += self.ledger.take_back(host.number for host in (*alive, *self.spare))
+
+    def _end(self, host: Host) -> None:
+        """Kills it, and does not wait to see it dead: its node may be out of reach."""
+        host.is_over = True
+        self.fleet.kill(host)
+
+    def _is_closed(self, host: Host) -> bool:
+        line = self.lines.get(host.number)
+        return host.is_over or (line is not None and line.is_closed)
+
+    def _note(self, what: str, hosts: Sequence[Host], seconds: dict[str, float]) -> None:
+        noted = Noted(time.time(), what, tuple(host.number for host in hosts), self.generation, seconds)
+        self.noted.append(noted)
+        log.info("generation %d, hosts %s: %s", noted.generation, list(noted.hosts), what)

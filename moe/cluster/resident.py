@@ -1,0 +1,191 @@
+"""A controller that outlives whoever asked for it: a detached actor with a name, for a service and for `moe ray`.
+
+    service ─ RemoteEngine ─▶ Resident (ClusterEngine in a thread) ─▶ hosts
+
+One session at a time hands in requests. A new one (a server that was started again) takes over the hosts as they are,
+and what the one before had asked for is dropped.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from moe.cluster.controller import ClusterEngine
+from moe.cluster.desk import Desk
+from moe.cluster.fleet import give_back_groups
+from moe.cluster.messages import Dealt, Said
+from moe.cluster.policy import ClusterError
+from moe.cluster.stats import ClusterStats, ClusterStatus
+from moe.config import BatchConfig, EngineConfig
+from moe.engine.limits import Limits
+from moe.engine.requests import Request
+
+NAMESPACE = "moe"
+CONTROL = ("served", "attach", "submit", "cancel", "collect", "scale", "status")
+_IDLE_S = 0.1  # between two looks at the hosts while nobody asks for anything
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What a session must know. batch: of all hosts together."""
+
+    limits: Limits
+    notes: tuple[str, ...]
+    batch: BatchConfig
+
+
+class Resident:
+    """`ClusterEngine(folder, config, num_hosts)`, made and stepped by its own thread. All else may come from any."""
+
+    def __init__(self, name: str, folder: str, config: EngineConfig, num_hosts: int) -> None:
+        self.folder = folder
+        self.desk, self.session = Desk(), ""
+        self._arguments = name, config, num_hosts
+        self._engine: ClusterEngine | None = None
+        self._over: Exception | None = None
+        self._orders: list[Callable[[], None]] = []
+        self._changed = threading.Lock()
+        self._requests: dict[int, tuple[int, Request]] = {}  # the engine's id -> the session's
+        self._thread = threading.Thread(target=self._run, name="moe-resident", daemon=True)
+        self._thread.start()
+
+    @property
+    def engine(self) -> ClusterEngine:
+        if self._over is not None:
+            raise self._over
+        if self._engine is None:
+            raise ClusterError("the hosts load the model")
+        return self._engine
+
+    # From any thread.
+
+    def served(self) -> str:
+        """The model's folder."""
+        return self.folder
+
+    def attach(self, session: str) -> Attached:
+        """From now on requests of this session alone are served. Raises what making the engine raised."""
+        self._order(lambda: self._take_over(session))
+        engine = self.engine
+        return Attached(engine.limits, tuple(engine.notes), engine.config.batch)
+
+    def submit(self, session: str, requests: list[Dealt]) -> None:
+        self._desk_of(session).submit(requests)
+
+    def cancel(self, session: str, ids: list[int]) -> None:
+        self._desk_of(session).cancel(ids)
+
+    def collect(self, session: str, after: int, wait_s: float) -> tuple[int, list[Said]]:
+        """As `Desk.collect`."""
+        return self._desk_of(session).collect(after, wait_s)
+
+    def scale(self, num_hosts: int) -> None:
+        """As `ClusterEngine.scale`; hosts come and go afterwards, as `status` shows."""
+        if num_hosts < 1:
+            raise ValueError(f"hosts ({num_hosts}) must be >= 1")
+        self._order(lambda: self.engine.scale(num_hosts))
+
+    def status(self) -> tuple[ClusterStatus, ClusterStats]:
+        return self.engine.status(), self.engine.crew.counted()
+
+    def _desk_of(self, session: str) -> Desk:
+        if self._over is not None:
+            raise self._over
+        if session != self.session:
+            raise ClusterError("another server has taken this cluster over; only one at a time hands in requests")
+        return self.desk
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """Done by the thread that steps, before its next step. Raises what the order raises."""
+        done, raised = threading.Event(), list[BaseException]()
+
+        def obey() -> None:
+            try:
+                order()
+            except Exception as error:  # it is the caller's
+                raised.append(error)
+            done.set()
+
+        with self._changed:
+            self._orders.append(obey)
+        while not done.wait(0.1):
+            if self._over is not None:
+                raise self._over
+        if raised:
+            raise raised[0]
+
+    # In the thread that steps.
+
+    def _run(self) -> None:
+        try:
+            name, config, num_hosts = self._arguments
+            self._engine = ClusterEngine(self.folder, config, num_hosts, name=name)
+            while True:
+                with self._changed:
+                    orders, self._orders = self._orders, []
+                for order in orders:
+                    order()
+                self._take_requests()
+                self._say(self.engine.step())
+                if not self.engine.has_work:
+                    self.desk.wait(_IDLE_S, lambda: bool(self._orders))
+        except Exception as error:  # whoever asks next is told
+            self._over = error
+
+    def _take_over(self, session: str) -> None:
+        for _, request in self._requests.values():
+            self.engine.finish(request, "abort")
+        self._requests.clear()
+        self.desk, self.session = Desk(), session
+
+    def _take_requests(self) -> None:
+        dealt, cancelled = self.desk.take()
+        for one in dealt:
+            try:
+                request = self.engine.add_request(one.tokens, one.params, one.num_prompt)
+            except ValueError as error:
+                self.desk.tell([Said(one.id, None, "error", error=str(error))])
+                continue
+            self._requests[request.id] = one.id, request
+        for number, (id_there, request) in list(self._requests.items()):
+            if id_there in cancelled:
+                self.engine.finish(request, "abort")
+                del self._requests[number]
+
+    def _say(self, stepped: list[Request]) -> None:
+        said = []
+        for request in stepped:
+            if request.id in self._requests:
+                said.append(Said.of(request, self._requests[request.id][0]))
+                if request.finish_reason is not None:
+                    del self._requests[request.id]
+        self.desk.tell(said)
+
+
+def find_resident(name: str) -> Any:
+    """The actor. Raises ValueError if this cluster has none of this name."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        raise ValueError(
+            f"no controller {name!r} runs in this Ray cluster; `moe serve MODEL --hosts N` starts one, and a batch "
+            "file has its own in its driver"
+        ) from None
+
+
+def start_resident(name: str, folder: str, config: EngineConfig, num_hosts: int) -> Any:
+    """The actor of this name, started if it is not there; `attach` waits until its hosts have loaded."""
+    methods = {m: ray.method(concurrency_group="control")(getattr(Resident, m)) for m in CONTROL}
+    options: dict[str, Any] = {"concurrency_groups": {"control": 8}, "max_restarts": 0, "max_task_retries": 0}
+    actor: Any = ray.remote(**options)(type("Controller", (Resident,), methods))
+    named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0}
+    return actor.options(**named).remote(name, folder, config, num_hosts)
+
+
+def stop_resident(name: str) -> None:
+    """Ends it and its hosts. Raises ValueError if there is none of this name."""
+    ray.kill(find_resident(name))
+    give_back_groups(name)

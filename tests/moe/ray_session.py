@@ -1,0 +1,58 @@
+"""One Ray cluster of two nodes for all tests of a session, with a token and a folder of its own; never `ray stop`.
+
+The second node has a label and says that it has GPUs; hosts compute on the CPU wherever they are.
+"""
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moe.config import EngineConfig
+
+# Other clusters of the machine are nobody's business; Ray reads it when it is imported.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "examples" / "tinymoe"
+LABEL = "moe-test=second"
+SETTINGS = [
+    "dtype=float32", "threads=1", "offload.budget=40", "batch.kv_tokens=4096", "batch.max_sequences=3",
+    "cluster.cpus_per_host=0.5", "cluster.gpus_per_host=0",
+]  # fmt: skip
+
+
+def config_of(*settings: str) -> EngineConfig:
+    return EngineConfig.load(None, [*SETTINGS, *settings])
+
+
+@contextmanager
+def two_nodes() -> Iterator[Any]:
+    """Yields the cluster; this process is connected to it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    folder = f"/tmp/moe-{secrets.token_hex(3)}"  # a path of sockets must be short
+    common = {"object_store_memory": 80 << 20, "temp_dir": folder}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False, **common})
+    try:
+        name, _, value = LABEL.partition("=")
+        cluster.add_node(num_cpus=4, num_gpus=4, labels={name: value}, **common)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def until(engine: Any, condition: Callable[[], bool], limit_s: float = 240) -> None:
+    """Steps until it is true."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        engine.step()
+        assert time.monotonic() < deadline, engine.status()
