@@ -23,12 +23,15 @@ def show_status(args: argparse.Namespace) -> int:
 
     status, _ = ray.get(_controller(args).status.remote())
     if args.json:
-        print(json.dumps(dataclasses.asdict(status), default=str))
+        plan = status.plan and {"solver": status.plan.solver, "hosted": status.plan.hosted.astype(int).tolist()}
+        print(json.dumps(dataclasses.asdict(dataclasses.replace(status, plan=None)) | {"plan": plan}, default=str))
         return 0
     counts = status.counts
-    replicas = f", {status.replicated} experts on several hosts" if status.replicated else ""
+    replicated = 0 if status.plan is None else int((status.plan.replicas > 1).sum())
+    placed = "none" if status.plan is None else status.plan.solver
+    replicas = f", {replicated} experts on several hosts" if replicated else ""
     out.print(
-        f"{status.model}: {status.state}, generation {status.generation}, placement {status.solver}{replicas}; "
+        f"{status.model}: {status.state}, generation {status.generation}, placement {placed}{replicas}; "
         f"{counts.open_requests} requests open, {counts.queued_requests} of them queued; "
         f"{counts.lost_hosts} hosts lost, {counts.replayed_requests} requests replayed",
         markup=False,

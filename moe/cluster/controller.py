@@ -13,10 +13,11 @@ import ray
 from moe.cluster.crew import Crew
 from moe.cluster.front import Front
 from moe.cluster.policy import ClusterError, State
-from moe.cluster.stats import ClusterStatus
+from moe.cluster.stats import ClusterStatus, Noted
 from moe.config import EngineConfig
 from moe.engine.requests import Request
 from moe.engine.stats import State as EngineState
+from moe.placement.plan import Plan
 
 _REACH_S = 10.0
 
@@ -49,6 +50,16 @@ class ClusterEngine(Front):
         infos = [host.info for host in self.crew.alive if host.info is not None]
         nodes = len({info.node for info in infos})
         return [*(infos[0].notes if infos else ()), f"{len(infos)} hosts on {nodes} nodes serve the experts"]
+
+    @property
+    def noted(self) -> list[Noted]:
+        """What happened to hosts."""
+        return self.crew.noted
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of the generation that serves, or served last."""
+        return self.crew.plan
 
     def exchange(self, wait_s: float) -> None:
         if self.crew.state is State.CLOSED:

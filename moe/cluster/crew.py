@@ -147,8 +147,7 @@ class Crew:
             generation=self.generation,
             target=self.target,
             hosts=tuple(rows),
-            solver="" if plan is None else plan.solver,
-            replicated=0 if plan is None else int((plan.replicas > 1).sum()),
+            plan=plan,
             counts=replace(self.counted()),
             noted=tuple(self.noted[-20:]),
         )

@@ -17,10 +17,11 @@ from moe.cluster.controller import connect_ray
 from moe.cluster.front import Front
 from moe.cluster.policy import ClusterError, first_sentence
 from moe.cluster.resident import Attached, start_resident, stop_resident
-from moe.cluster.stats import ClusterStats, ClusterStatus
+from moe.cluster.stats import ClusterStats, ClusterStatus, Noted
 from moe.config import EngineConfig
 from moe.engine.requests import Request
 from moe.engine.stats import State
+from moe.placement.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,16 @@ class RemoteEngine(Front):
         self.limits = attached.limits
         self.config = replace(self.config, batch=attached.batch)
         return attached
+
+    @property
+    def noted(self) -> list[Noted]:
+        """What happened to hosts last."""
+        return list(self.status().noted)
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of the generation that serves, or served last."""
+        return self.status().plan
 
     def exchange(self, wait_s: float) -> None:
         try:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from moe.engine.stats import State
 from moe.histogram import Histogram
+from moe.placement.plan import Plan
 
 
 @dataclass(slots=True)
@@ -57,15 +58,14 @@ class HostStatus:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterStatus:
-    """A cluster at one moment. replicated: experts that several hosts have; noted: what happened last."""
+    """A cluster at one moment. noted: what happened last."""
 
     model: str
     state: str
     generation: int
     target: int
     hosts: tuple[HostStatus, ...]
-    solver: str
-    replicated: int
+    plan: Plan | None
     counts: ClusterStats
     noted: tuple[Noted, ...]
 
