@@ -254,7 +254,7 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
         assert "tinymoe: serving, generation" in capsys.readouterr().out
         assert httpx.get(f"{url}/metrics").text.count("lost_hosts") > 0
         live = httpx.get(f"{url}/live").json()
-        assert (live["slots"], len(live["plan"]), len(live["events"]) > 3) == (80, 6, True)
+        assert (live["slots"] >= 64, len(live["plan"]), len(live["events"]) > 3) == (True, 6, True)  # by loaded shares
         with client.completions.create(model="tinymoe", prompt=prompt, max_tokens=200, stream=True) as stream:
             next(iter(stream))
         deadline = time.monotonic() + 60
