@@ -40,10 +40,10 @@ def encode(w: Tensor, code: CodeName, block: tuple[int, int], scale_dtype: torch
     padded = torch.nn.functional.pad(w, (0, -k % columns, 0, -n % rows))
     blocks = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).transpose(-3, -2)  # [..., R, G, rows, cols]
     flat = blocks.flatten(-2)
-    scale = _scale(flat, code, scale_dtype)
-    values = _nearest(flat / _divisor(scale), code)
+    scale = best_scale(flat, code, scale_dtype)
+    values = nearest(flat / _divisor(scale), code)
     stored = values.view(blocks.shape).transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., :n, :k]
-    return Encoded(_packed(stored, code), scale)
+    return Encoded(pack_codes(stored, code), scale)
 
 
 def _divisor(scale: Tensor) -> Tensor:
@@ -51,16 +51,16 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _scale(flat: Tensor, code: CodeName, dtype: torch.dtype) -> Tensor:
-    """The scale of each block. flat: [..., R, G, weights]."""
+def best_scale(flat: Tensor, code: CodeName, dtype: torch.dtype, importance: Tensor | None = None) -> Tensor:
+    """The scale of each block. flat: [..., weights]; importance: [weights] of their squared errors, None: all alike."""
     if code in ("int8", "e4m3"):
         largest = flat.abs().amax(-1)
         scale = largest / (FP8_MAX if code == "e4m3" else 127.0)
         return torch.where(scale > 0, scale, 1.0).to(dtype)
     candidates = [candidate.to(dtype) for candidate in _candidates(flat, code)]
-    best, least = candidates[0], _error(flat, candidates[0], code)
+    best, least = candidates[0], _error(flat, candidates[0], code, importance)
     for candidate in candidates[1:]:
-        error = _error(flat, candidate, code)
+        error = _error(flat, candidate, code, importance)
         better = error < least
         best = torch.where(better, candidate.float(), best.float()).to(dtype)  # exact: both are of dtype
         least = torch.where(better, error, least)
@@ -77,14 +77,15 @@ def _candidates(flat: Tensor, code: CodeName) -> list[Tensor]:
     raise ValueError(f"weights cannot be encoded as {code}; use int8, int4, e4m3 or e2m1")
 
 
-def _error(flat: Tensor, scale: Tensor, code: CodeName) -> Tensor:
+def _error(flat: Tensor, scale: Tensor, code: CodeName, importance: Tensor | None) -> Tensor:
     """Of each block, relative to its largest weight: squares of huge weights would overflow."""
     divisor, largest = _divisor(scale), _divisor(flat.abs().amax(-1))
-    return ((_nearest(flat / divisor, code).float() * divisor - flat) / largest).square().sum(-1)
+    squares = ((nearest(flat / divisor, code).float() * divisor - flat) / largest).square()
+    return (squares if importance is None else squares * importance).sum(-1)
 
 
-def _nearest(scaled: Tensor, code: CodeName) -> Tensor:
-    """The value of the nearest code; float8_e4m3fn for e4m3, else float32."""
+def nearest(scaled: Tensor, code: CodeName) -> Tensor:
+    """In units of the scale: the value of the nearest code; float8_e4m3fn for e4m3, else float32."""
     if code == "e4m3":
         return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     if code == "e2m1":
@@ -93,7 +94,8 @@ def _nearest(scaled: Tensor, code: CodeName) -> Tensor:
     return scaled.round().clamp(*((-127, 127) if code == "int8" else (-8, 7)))
 
 
-def _packed(values: Tensor, code: CodeName) -> Tensor:
+def pack_codes(values: Tensor, code: CodeName) -> Tensor:
+    """values: [..., k] as `nearest` returns them. Returns [..., bytes of a row]."""
     if code == "e4m3":
         return values.contiguous()
     if code == "int8":

@@ -49,8 +49,9 @@ def tiles_for(config: TileConfig, weights: ExpertWeights, dtype: torch.dtype) ->
     """`config` as the formats of `weights` need it: k steps inside a block of scales, registers left to decode."""
     parts = parts_of(weights)
     readings = {part.reading(dtype) for part in parts}
-    if "wide" in readings and dtype == torch.float16:
-        config = config._replace(block_n1=min(config.block_n1, 64), block_k=min(config.block_k, 32))
+    if "wide" in readings:  # three tiles of each: ahead of time, more spills on sm_100 and does not fit gfx942
+        n1, n2, k = (min(size, most) for size, most in zip(config[1:4], (64, 64, 32)))
+        config = config._replace(block_n1=n1, block_n2=n2, block_k=k)
     if config.block_m >= 128 and is_decoded(weights, dtype):  # ahead of time: else spills in the loop
         config = config._replace(block_n1=min(config.block_n1, 64), block_n2=min(config.block_n2, 64))
     block_k = config.block_k

@@ -151,6 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4 or fp8: lossy")
     pack.add_argument("--group", type=int, help="columns that share a scale, of int8 (a whole row) and int4 (32)")
+    pack.add_argument(
+        "--calibrate",
+        type=Path,
+        nargs="+",
+        metavar="TEXT",
+        help="round so that answers to these texts change least (int8, int4, mxfp4), not to the nearest",
+    )
     pack.set_defaults(run="commands:pack")
 
     place_options.add_parsers(commands)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from moe.batch import first_requests
 from moe.config import EngineConfig, OffloadConfig
+from moe.launch.calibrate import expert_inputs
 from moe.launch.console import err, out
 from moe.launch.demo import run_demo
 from moe.launch.jobs import serve_file
@@ -20,7 +21,7 @@ from moe.llm import LLM
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.gguf import open_gguf
 from moe.models.neighbours import why_not_packed
-from moe.offload.budget import format_bytes
+from moe.offload.budget import format_bytes, slots_within
 from moe.offload.check import check_folder
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.memory import available_memory
@@ -67,7 +68,8 @@ def info(args: argparse.Namespace) -> int:
         )
         step = b.top_k * len(b.experts)
         free = max(0, available_memory() - b.dense_bytes) * 9 // 10
-        fits = min(b.num_experts, free // blob)
+        of_layer, counts = [layout.nbytes for layout in b.index.layouts], [site.num_experts for site in b.index.sites]
+        fits = slots_within(free, of_layer, counts)
         table.add_row("smallest budget", f"1 expert ({format_bytes(blob)}); slow: every layer runs in waves")
         table.add_row(
             "recommended",
@@ -163,6 +165,8 @@ def pack(args: argparse.Namespace) -> int:
     if args.model.suffix == ".gguf":
         if args.config is None:
             raise ValueError(f"{args.model}: --config must name a folder with config.json and tokenizer of its model")
+        if args.calibrate:
+            raise ValueError(f"{args.model} cannot be run to calibrate; pack it first, then the packed folder again")
         with open_gguf(args.model, args.config) as source:
             return _pack(args, source.checkpoint, source.experts)
     if args.config is not None:
@@ -177,14 +181,19 @@ def _pack(args: argparse.Namespace, checkpoint: Checkpoint, index: ExpertIndex) 
         raise ValueError(f"{args.model} has no experts to pack")
     if args.group is not None and args.experts is None:
         raise ValueError("--group says how experts are rounded; say to what with --experts int4 or int8")
+    if args.calibrate and args.experts in (None, "fp8"):
+        raise ValueError("--calibrate says how experts are rounded; say to what with --experts int4, int8 or mxfp4")
     to = None if args.experts is None else target_format(args.experts, args.group)
+    seen = None
+    if args.calibrate:
+        seen = expert_inputs(args.model, args.calibrate, trust_remote_code=args.trust_remote_code)
     with batch_progress() as progress:
         task = progress.add_task("", total=None, figures="")
 
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, figures=format_bytes(done))
 
-        pack_experts(checkpoint, index, args.out, experts=to, progress=show)
+        pack_experts(checkpoint, index, args.out, experts=to, calibration=seen, progress=show)
     out.print(f"{args.out}: {num_experts} experts packed", markup=False)
     if to is not None:
         print_rounding(args.out, index, out)

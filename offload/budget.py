@@ -1,7 +1,10 @@
 """How many expert slots a budget buys."""
 
 import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
+
+from moe.offload.slab import slab_bytes
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
@@ -52,37 +55,55 @@ def format_bytes(nbytes: float) -> str:
 
 
 def resolve_slots(
-    budget: str | int | float | None, *, blob_bytes: int, total_experts: int, available_bytes: int | None = None
+    budget: str | int | float | None,
+    *,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    available_bytes: int | None = None,
 ) -> int:
-    """Number of expert slots that `budget` buys, never above `total_experts`.
+    """Number of expert slots that `budget` buys, never above the number of experts.
 
-    blob_bytes: the largest expert. available_bytes: what is free after dense weights and KV cache; it is the budget
-    when `budget` is None, and then required. A fraction is rounded down to whole experts, but a fraction > 0 buys one
-    at least. Raises ValueError for a budget below one expert, or one that is larger than `available_bytes`.
+    sizes: bytes of an expert, counts: experts, both by layer; slots of several sizes share the budget as `slot_runs`
+    says. available_bytes: what is free after dense weights and KV cache; it is the budget when `budget` is None, and
+    then required. A fraction is rounded down to whole experts, but a fraction > 0 buys one at least. Raises ValueError
+    for a budget below the largest expert, or one that is larger than `available_bytes`.
     """
-    assert blob_bytes > 0, blob_bytes
-    assert total_experts > 0, total_experts
-    one = f"1 expert ({format_bytes(blob_bytes)})"
+    assert min(sizes) > 0, sizes
+    total, largest = sum(counts), max(sizes)
+    assert total > 0, counts
+    one = f"1 expert ({format_bytes(largest)})"
     if budget is None:
         if available_bytes is None:
             raise ValueError("the available memory is not known; set offload.budget")
-        if available_bytes < blob_bytes:
+        if available_bytes < largest:
             raise ValueError(
                 "the memory left for experts after dense weights and KV cache "
                 f"({format_bytes(max(0, available_bytes))}) must be >= {one}; lower the KV cache or free memory"
             )
-        return min(total_experts, available_bytes // blob_bytes)
+        return slots_within(available_bytes, sizes, counts)
     kind, value = parse_budget(budget)
-    if kind == "fraction":
-        slots = max(int(value * total_experts + 1e-9), 1 if value > 0 else 0)
+    if kind == "bytes":
+        slots = slots_within(value, sizes, counts)
+    elif kind == "fraction":
+        slots = max(int(value * total + 1e-9), 1 if value > 0 else 0)
     else:
-        bought = value / blob_bytes if kind == "bytes" else value
-        slots = int(min(bought, total_experts))
+        slots = int(min(value, total))
     if slots < 1:
         raise ValueError(f"the memory for experts ({budget}) must be >= {one}; raise offload.budget")
-    if available_bytes is not None and slots * blob_bytes > available_bytes:
+    nbytes = slab_bytes(sizes, counts, slots)
+    if available_bytes is not None and nbytes > available_bytes:
         raise ValueError(
-            f"offload.budget ({budget} = {format_bytes(slots * blob_bytes)}) is more than the memory left after dense "
+            f"offload.budget ({budget} = {format_bytes(nbytes)}) is more than the memory left after dense "
             f"weights and KV cache ({format_bytes(max(0, available_bytes))}); lower offload.budget"
         )
+    return slots
+
+
+def slots_within(nbytes: float, sizes: Sequence[int], counts: Sequence[int]) -> int:
+    """The most slots whose slab is no larger; 0 where one is. sizes, counts: by layer, as of `resolve_slots`."""
+    total = sum(counts)
+    mean = sum(size * count for size, count in zip(sizes, counts)) / total
+    slots = int(min((nbytes + sum(set(sizes))) / mean, total))  # a share is rounded by less than a slot of each size
+    while slots and slab_bytes(sizes, counts, slots) > nbytes:
+        slots -= 1
     return slots

@@ -10,7 +10,7 @@ One thread acquires and prefetches; readers touch only the bytes of the slot tha
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -21,9 +21,11 @@ from torch import Tensor
 
 from moe.offload.copies import filling_of
 from moe.offload.device_slots import DeviceSlots
+from moe.offload.layer_stats import LayerStats
 from moe.offload.layout import ALIGNMENT
 from moe.offload.policy import Lfu, Lru, Policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
+from moe.offload.slab import Slab, slot_runs, slot_shares
 from moe.offload.slot_map import Ids, Keys, SlotMap
 from moe.offload.speculation import Speculation
 from moe.offload.stores import ExpertStore, aligned_bytes
@@ -39,42 +41,14 @@ class Wave(NamedTuple):
     slots: Ids
 
 
-@dataclass(slots=True)
-class LayerStats:
-    """What one layer's acquires cost since the start or the last `reset_stats`.
-
-    Of what was read ahead: prefetch_bytes = useful + late + wasted + what is in a slot and was never asked for yet.
-    """
-
-    hits: int = field(default=0, metadata={"help": "Experts that were in a slot when a layer asked for them"})
-    misses: int = field(
-        default=0,
-        metadata={"help": "Experts that were not, those whose read ahead had begun and was waited for included"},
-    )
-    bytes_read: int = field(default=0, metadata={"help": "Read from the store, ahead or on demand", "unit": "bytes"})
-    stall_seconds: float = field(
-        default=0.0, metadata={"help": "The caller waited for reads and could not compute", "unit": "seconds"}
-    )
-    waves: int = field(default=0, metadata={"help": "Parts that layers ran in, one each if all their experts fit"})
-    prefetch_bytes: int = field(default=0, metadata={"help": "Read ahead", "unit": "bytes"})
-    useful_bytes: int = field(
-        default=0, metadata={"help": "Read ahead and there when first asked for", "unit": "bytes"}
-    )
-    late_bytes: int = field(
-        default=0, metadata={"help": "Read ahead and asked for while it was being read", "unit": "bytes"}
-    )
-    wasted_bytes: int = field(
-        default=0, metadata={"help": "Read ahead and evicted before anyone asked for it", "unit": "bytes"}
-    )
-
-
 class ExpertCache:
     """S slots for the experts of all layers, filled from a store on demand.
 
-    num_slots: 1 .. all experts of the store. policy: "lfu" (frequency with ageing), "lru", or a `Policy` of the
+    num_slots: 1 .. all experts of the store, shared out among sizes of experts (offload/slab.py). own: experts by layer
+    that will ask for slots, None: all of them. policy: "lfu" (frequency with ageing), "lru", or a `Policy` of the
     caller's over keys 0 .. sum(store.num_experts) - 1, layer after layer. num_readers: threads that read misses while
     the hits are computed; 0 reads in the calling thread, as misses up to `INLINE_READ_BYTES` always are.
-    Raises ValueError for a bad number of slots. Takes num_slots x the largest blob of memory, committed as slots fill.
+    Raises ValueError for a bad number of slots. Takes the memory of all slots, on the host committed as they fill.
     """
 
     def __init__(
@@ -82,34 +56,40 @@ class ExpertCache:
         store: ExpertStore,
         num_slots: int,
         *,
+        own: Sequence[int] | None = None,
         policy: Literal["lru", "lfu"] | Policy = "lfu",
         num_readers: int = 2,
         device: torch.device | str = "cpu",
     ) -> None:
         self.store = store
         self.num_experts = list(store.num_experts)
-        total = sum(self.num_experts)
+        counts = self.num_experts if own is None else list(own)
+        total = sum(counts)
         if not 1 <= num_slots <= total:
             raise ValueError(f"num_slots ({num_slots}) must be between 1 and the number of experts ({total})")
         self.device = torch.device(device)
         self.blob_bytes = max(layout.nbytes for layout in store.layouts)
+        self._sizes = [layout.nbytes for layout in store.layouts]
+        runs = slot_runs(self._sizes, counts, num_slots)
         on_host = self.device.type == "cpu"
-        room = total if on_host else num_slots  # on the host addresses cost nothing until a slot is filled
-        nbytes = room * self.blob_bytes
+        # On the host addresses cost nothing until a slot is filled.
+        rooms = [sum(self.num_experts[n] for n in run.layers) if on_host else run.num_slots for run in runs]
+        nbytes = Slab.nbytes(runs, rooms)
         memory = aligned_bytes(nbytes) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-        self.slab = memory.view(room, self.blob_bytes)
-        assert self.slab.data_ptr() % (ALIGNMENT if on_host else 16) == 0, self.slab.data_ptr()
+        assert memory.data_ptr() % (ALIGNMENT if on_host else 16) == 0, memory.data_ptr()
+        self.slab = Slab(runs, rooms, memory)
+        self._blobs = [self.slab.of_layer(layer) for layer in range(len(self.num_experts))]
         named = {"lru": Lru, "lfu": Lfu}
         if isinstance(policy, str) and policy not in named:
             raise ValueError(f"policy ({policy!r}) must be 'lru' or 'lfu'")
         self.policy: Policy = named[policy](self.num_experts) if isinstance(policy, str) else policy
-        self.map = SlotMap(self.num_experts, num_slots, room)
+        self.map = SlotMap(self.num_experts, [run.num_slots for run in runs], rooms, self.slab.run_of_layer)
         self._acquiring: int | None = None  # the layer of the open acquire with misses
-        self._views = [layout.views(self.slab) for layout in store.layouts]
+        self._views = [layout.views(blobs) for layout, blobs in zip(store.layouts, self._blobs)]
         self._stats = [LayerStats() for _ in self.num_experts]
         self.pinned: DeviceSlots | None = None
         self._pins: Ids = np.empty(0, np.int32)
-        self._filling = filling_of(self.slab)
+        self._filling = filling_of(self.device, self.map.room, self.blob_bytes)
         self.reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
         self._readers = Readers(num_readers, self._read)
         self.ahead = Speculation(self.map, self._readers, self._enter)
@@ -170,8 +150,8 @@ class ExpertCache:
         if self._num_waiting or layer == self._acquiring:
             return
         missing = self.ahead.expect(layer, np.asarray(experts, np.int32))
-        self._evict(len(missing) - self.map.num_free, ahead=True)
-        self.ahead.start(layer, missing[: self.map.num_free])
+        self._evict(layer, len(missing) - self.map.num_free(layer), ahead=True)
+        self.ahead.start(layer, missing[: self.map.num_free(layer)])
 
     def views(self, layer: int) -> dict[str, Tensor]:
         """The layer's pieces as views of all slots, by name (`ExpertLayout`): [S, …]. No copy.
@@ -218,12 +198,29 @@ class ExpertCache:
         """Whether there are fewer slots than experts."""
         return self.map.num_slots < len(self.map.slot_of)
 
-    def raise_limit(self, num_slots: int) -> None:
+    @property
+    def slot_bytes(self) -> int:
+        """Of all slots, full or not."""
+        return Slab.nbytes(self.slab.runs, self.map.slots_of_run)
+
+    @property
+    def empty_bytes(self) -> int:
+        """Of the slots that are free."""
+        return Slab.nbytes(self.slab.runs, self.map.free_of_run)
+
+    def raise_limit(self, num_slots: int, own: Sequence[int] | None = None) -> None:
         """More slots from now on: on the host up to one per expert, elsewhere what was reserved. Nothing moves.
 
+        own: experts by layer that ask for slots now; None: all. A run keeps what it has, so there may be more in all.
         Raises ValueError for fewer slots than there are, or more than there is room for.
         """
-        self.map.raise_limit(num_slots)
+        if not self.num_slots <= num_slots <= self.map.room:
+            raise ValueError(
+                f"the number of slots ({num_slots}) must be between what there are ({self.num_slots}) and what was "
+                f"reserved ({self.map.room})"
+            )
+        shares = slot_shares(self.slab.runs, self.num_experts if own is None else own, num_slots)
+        self.map.raise_limit([*map(max, self.map.slots_of_run, map(min, shares, self.map.rooms))])
 
     @property
     def stats(self) -> list[LayerStats]:
@@ -238,14 +235,17 @@ class ExpertCache:
 
         experts: which, by layer; where slots are short those that are not among them make room. None: all of them.
         """
+        keys: Keys | None = None
         if experts is not None:
             keys = np.concatenate([a + np.asarray(e, np.int64) for a, e in zip(self.map.first_key, experts)])
-            self._evict(int((self.map.slot_of[keys] < 0).sum()) - self.map.num_free, keep=keys)
         kept, self._stats = self._stats, [LayerStats() for _ in self._stats]
         try:
             for layer, slot_of in enumerate(self.map.of_layer):
                 wanted = np.arange(len(slot_of)) if experts is None else np.asarray(experts[layer], np.int64)
-                missing = wanted[slot_of[wanted] < 0].astype(np.int32)[: self.map.num_free]
+                missing = wanted[slot_of[wanted] < 0].astype(np.int32)
+                if keys is not None:
+                    self._evict(layer, len(missing) - self.map.num_free(layer), keep=keys)
+                missing = missing[: self.map.num_free(layer)]
                 if len(missing):
                     for _ in self._acquire_missing(layer, missing, slot_of[missing]):
                         pass
@@ -319,12 +319,12 @@ class ExpertCache:
 
         is_waiting: the caller has nothing to compute meanwhile.
         """
-        self._evict(len(missing) - self.map.num_free)
-        if self.ahead.coming and len(missing) > self.map.num_free:
-            self.ahead.make_room(is_urgent=is_waiting and not batch.num_reading)
-            self._evict(len(missing) - self.map.num_free)
-        for _ in range(min(len(missing), self.map.num_free)):
-            job = Job(layer, missing.pop(), self.map.take(), batch)
+        self._evict(layer, len(missing) - self.map.num_free(layer))
+        if self.ahead.coming and len(missing) > self.map.num_free(layer):
+            self.ahead.make_room(layer, is_urgent=is_waiting and not batch.num_reading)
+            self._evict(layer, len(missing) - self.map.num_free(layer))
+        for _ in range(min(len(missing), self.map.num_free(layer))):
+            job = Job(layer, missing.pop(), self.map.take(layer), batch)
             batch.num_reading += 1
             if self.reads_inline:
                 start = time.perf_counter()
@@ -334,14 +334,14 @@ class ExpertCache:
                 self._readers.put(job)
         self._num_waiting = len(missing)
 
-    def _evict(self, count: int, ahead: bool = False, keep: Keys | None = None) -> None:
-        """Frees up to `count` slots, the policy's choice of those that no wave holds and that are not of `keep`.
+    def _evict(self, layer: int, count: int, ahead: bool = False, keep: Keys | None = None) -> None:
+        """Frees up to `count` slots for experts of `layer`: the policy's choice of those no wave holds, not of `keep`.
 
         What is expected of a coming layer goes last, and not at all for speculation (`ahead`).
         """
         if count <= 0:
             return
-        is_evictable = self.map.evictable()
+        is_evictable = self.map.evictable(layer)
         if keep is not None:
             is_evictable[keep] = False
         keys = np.flatnonzero(is_evictable)
@@ -354,8 +354,8 @@ class ExpertCache:
         if count:
             evicted = keys[self.policy.victims(keys, count)]
             self.map.evict(evicted)
-            for layer, nbytes in self.ahead.evicted(evicted):
-                self._stats[layer].wasted_bytes += nbytes
+            for of, nbytes in self.ahead.evicted(evicted):
+                self._stats[of].wasted_bytes += nbytes
 
     def _arrivals(self, layer: int, batch: Batch) -> Wave:
         """Takes all finished reads into the map, waits for one at least. Raises the first error."""
@@ -394,7 +394,7 @@ class ExpertCache:
             return Arrival(job, -1, None)
         try:
             read = partial(self.store.read_into, job.layer, job.expert)
-            nbytes = self.store.layouts[job.layer].nbytes
-            return Arrival(job, self._filling.fill(job.slot, nbytes, read), None)
+            target = self._blobs[job.layer][job.slot, : self.store.layouts[job.layer].nbytes]
+            return Arrival(job, self._filling.fill(job.slot, target, read), None)
         except BaseException as error:
             return Arrival(job, -1, error)

@@ -78,10 +78,10 @@ class _Buffer:
 
 
 class Filling(Protocol):
-    """How bytes come into one slab, [S, nbytes]. Readers call `fill`; the thread that computes calls the others."""
+    """How bytes come into the slots of one slab. Readers call `fill`; the thread that computes calls the others."""
 
-    def fill(self, slot: int, nbytes: int, read: Callable[[Tensor], int]) -> int:
-        """Has `read` fill uint8 [nbytes] that are the slot's, which nobody uses. Returns what it returns."""
+    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int]) -> int:
+        """Has `read` fill `target`, uint8 [nbytes] that are the slot's, which nobody uses. Returns what it returns."""
 
     def before_use(self, slots: Ids) -> None:
         """What is computed from now on may read these slots: their experts have arrived."""
@@ -95,11 +95,8 @@ class Filling(Protocol):
 class InPlace:
     """Slots in host memory: read into directly, and there when the read has ended."""
 
-    def __init__(self, slab: Tensor) -> None:
-        self.slab = slab
-
-    def fill(self, slot: int, nbytes: int, read: Callable[[Tensor], int]) -> int:
-        return read(self.slab[slot, :nbytes])
+    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int]) -> int:
+        return read(target)
 
     def before_use(self, slots: Ids) -> None: ...
     def after_use(self, slots: Ids) -> None: ...
@@ -107,27 +104,27 @@ class InPlace:
 
 
 class SlotCopies:
-    """Slots in a device's memory, by pinned buffers and two events a slot."""
+    """Slots in a device's memory, by pinned buffers and two events a slot. blob_bytes: of the largest expert."""
 
-    def __init__(self, slab: Tensor, streams: Streams) -> None:
-        self.slab, self.streams = slab, streams
-        self._last_use = [streams.mark()] * len(slab)  # the slab's own zeros come first
-        self._arrived: list[Event | None] = [None] * len(slab)  # that compute has not waited for yet
+    def __init__(self, num_slots: int, blob_bytes: int, streams: Streams) -> None:
+        self.blob_bytes, self.streams = blob_bytes, streams
+        self._last_use = [streams.mark()] * num_slots  # the slab's own zeros come first
+        self._arrived: list[Event | None] = [None] * num_slots  # that compute has not waited for yet
         self._own = threading.local()
 
-    def fill(self, slot: int, nbytes: int, read: Callable[[Tensor], int]) -> int:
+    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int]) -> int:
         """Reads into a buffer and sets out its copy to the slot; the host waits for neither."""
         buffers: list[_Buffer] | None = getattr(self._own, "buffers", None)
         if buffers is None:
-            rows = [self.streams.host_memory(self.slab.shape[1]) for _ in range(NUM_BUFFERS)]
+            rows = [self.streams.host_memory(self.blob_bytes) for _ in range(NUM_BUFFERS)]
             buffers = self._own.buffers = [_Buffer(row) for row in rows]
         buffer = buffers.pop(0)
         buffers.append(buffer)
         if buffer.copied is not None:
             buffer.copied.synchronize()
-        source = buffer.memory[:nbytes]
+        source = buffer.memory[: len(target)]
         moved = read(source)
-        buffer.copied = self._arrived[slot] = self.streams.copy(self._last_use[slot], self.slab[slot, :nbytes], source)
+        buffer.copied = self._arrived[slot] = self.streams.copy(self._last_use[slot], target, source)
         return moved
 
     def before_use(self, slots: Ids) -> None:
@@ -147,5 +144,5 @@ class SlotCopies:
         self.streams.close()
 
 
-def filling_of(slab: Tensor) -> Filling:
-    return SlotCopies(slab, CudaStreams(slab.device)) if slab.is_cuda else InPlace(slab)
+def filling_of(device: torch.device, num_slots: int, blob_bytes: int) -> Filling:
+    return SlotCopies(num_slots, blob_bytes, CudaStreams(device)) if device.type == "cuda" else InPlace()

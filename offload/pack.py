@@ -27,7 +27,7 @@ from moe.offload.formats.slot import MatrixFormat
 from moe.offload.integrity import checksum
 from moe.offload.layout import ALIGNMENT
 from moe.offload.packed import PACKED_PREFIX, describe_layer
-from moe.offload.requantise import Requantised, requantised
+from moe.offload.requantise import Calibration, Requantised, requantised
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import FileStore, aligned_bytes
 
@@ -50,11 +50,13 @@ def pack(
     out_folder: str | Path,
     *,
     experts: MatrixFormat | None = None,
+    calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes the packed form of `checkpoint` to `out_folder`, which must not exist, and returns it.
 
     experts: what their matrices are rounded to (`requantise.target_format`); None: as they are, without loss.
+    calibration: inputs on which rounding should change the answers least; None: to nearest.
     progress(bytes written, bytes in all) is called after each expert and dense tensor. Memory: one expert or dense
     tensor. The folder appears whole or not at all: it is written beside its place, synced and renamed. Raises
     ValueError for a bad request, OSError for a full disk or any other failed write, and leaves nothing behind.
@@ -83,7 +85,7 @@ def pack(
     with _only_writer(out):
         files = FileStore(index)
         try:
-            store = files if experts is None else Requantised(files, index.sites, experts)
+            store = files if experts is None else Requantised(files, index.sites, experts, calibration)
             return _pack_whole(checkpoint, index, store, dense, out, _Progress(progress, total))
         finally:
             files.close()
@@ -181,6 +183,8 @@ def _write_folder(
     description = {"version": PACKED_VERSION, "layers": layers, "files": files, "checksums": checksums, "dense": sums}
     if isinstance(store, Requantised):
         description["errors"] = store.errors
+        if store.calibration is not None:
+            description["output_errors"] = store.output_errors
     with (folder / PACKED_FILE).open("wb") as file:
         file.write(json.dumps(description, indent=1).encode())
         _flush(file)

@@ -1,20 +1,22 @@
 """Experts in fewer bits than they are stored in: what `moe pack --experts` writes. Lossy; the errors are kept.
 
-A store over another one: it reads an expert, decodes it in float32, rounds it to the wanted codes (kernels/encode.py)
-and notes how far the rounded weights lie from the read ones.
+A store over another one: it reads an expert, decodes it in float32, rounds it to the wanted codes (kernels/encode.py,
+or kernels/calibrated.py where inputs were kept) and notes how far the rounded weights lie from the read ones.
 """
 
 # mypy: allow-untyped-calls
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from moe.kernels.encode import encode
+from moe.kernels.calibrated import encode_calibrated
+from moe.kernels.encode import Encoded, encode
 from moe.kernels.formats import decode
-from moe.kernels.reference import dequantized
+from moe.kernels.reference import activation_reference, dequantized
 from moe.kernels.weights import Activation
 from moe.offload.formats.slot import WHOLE, MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
@@ -61,11 +63,34 @@ def sizes(index: ExpertIndex) -> dict[str, tuple[int, int]]:
     return found
 
 
-class Requantised:
-    """Implements `ExpertStore`. errors: by layer and expert, |rounded - read| / |read| of gate_up and of down."""
+class Calibration(Protocol):
+    """What experts were asked on some text."""
 
-    def __init__(self, source: ExpertStore, sites: Sequence[ExpertSite], to: MatrixFormat) -> None:
-        self.source, self.sites, self.to = source, list(sites), to
+    def inputs(self, layer: int, expert: int) -> Tensor:
+        """fp32 [T, H]; T may be 0."""
+
+    def activation(self, layer: int) -> Activation:
+        """Between the two matrices of the layer's experts."""
+
+
+class Requantised:
+    """Implements `ExpertStore`. errors: by layer and expert, |rounded - read| / |read| of gate_up and of down.
+
+    calibration: what rounding should disturb least; None = to nearest. output_errors: then the same of what each expert
+    answers to its inputs; None where it had none.
+    """
+
+    def __init__(
+        self,
+        source: ExpertStore,
+        sites: Sequence[ExpertSite],
+        to: MatrixFormat,
+        calibration: Calibration | None = None,
+    ) -> None:
+        if calibration is not None and to.block[0] != 1:
+            raise ValueError("calibration needs scales of single rows: int8, int4 or mxfp4; fp8 has blocks of rows")
+        self.source, self.sites, self.to, self.calibration = source, list(sites), to, calibration
+        self.output_errors: list[list[float | None]] = [[None] * n for n in source.num_experts]
         self.num_experts = list(source.num_experts)
         self.layouts = [requantised(site, layout, to) for site, layout in zip(sites, source.layouts)]
         self.errors: list[list[tuple[float, float]]] = [[(0.0, 0.0)] * n for n in self.num_experts]
@@ -77,8 +102,20 @@ class Requantised:
         stored, made = before.views(blob[None]), after.views(out[None])
         act = Activation(kind="silu" if site.gated else "relu", gated=site.gated, interleaved=site.interleaved)
         gate_up, down = dequantized(before.weights(stored, act), 0)
-        errors = (self._write(made, "gate_up", gate_up, site), self._write(made, "down", down, site))
-        self.errors[layer][expert] = errors
+        x = h = None
+        first_bias, bias = (
+            stored[name][0].float() if name in stored else None for name in ("gate_up_bias", "down_bias")
+        )
+        if self.calibration is not None:
+            x, act = self.calibration.inputs(layer, expert), self.calibration.activation(layer)
+            h = activation_reference(F.linear(x, gate_up, first_bias), act).float()
+        made_first, first_error = self._write(made, "gate_up", gate_up, site, x)
+        made_second, second_error = self._write(made, "down", down, site, h)
+        self.errors[layer][expert] = first_error, second_error
+        if x is not None and h is not None and len(x):
+            again = activation_reference(F.linear(x, made_first, first_bias), act).float()
+            y, rounded = F.linear(h, down, bias), F.linear(again, made_second, bias)
+            self.output_errors[layer][expert] = float((rounded - y).norm() / y.norm().clamp(min=1e-30))
         for name in ("gate_up_bias", "down_bias"):
             if name in stored:
                 made[name].copy_(stored[name])
@@ -86,17 +123,27 @@ class Requantised:
             raise ValueError(f"layer {layer}, expert {expert}: weights too large for scales in {self.to.scale_dtype}")
         return nbytes
 
-    def _write(self, made: dict[str, Tensor], name: str, w: Tensor, site: ExpertSite) -> float:
-        """w: [parts * n, k] in float32. Returns the relative error."""
+    def _write(
+        self, made: dict[str, Tensor], name: str, w: Tensor, site: ExpertSite, x: Tensor | None
+    ) -> tuple[Tensor, float]:
+        """w: [parts * n, k], x: its inputs [T, k], both fp32. Returns the rounded matrix and its relative error."""
         parts = site.parts if name == "gate_up" else 1
         is_woven = parts == 2 and site.interleaved
         each = w.unflatten(0, (-1, parts)).transpose(0, 1) if is_woven else w.unflatten(0, (parts, -1))
-        assert self.to.code is not None
-        codes, scale = encode(each, self.to.code, self.to.block, self.to.scale_dtype)
+        codes, scale = self._encoded(each, x)
         made[name][0] = (codes.transpose(0, 1) if is_woven else codes).flatten(0, 1)
         made[f"{name}.scale"][0] = scale
         again = self._decoded(made, name, w.shape[1], is_woven)
-        return float((again - w).double().norm() / w.double().norm().clamp(min=1e-300))
+        return again, float((again - w).double().norm() / w.double().norm().clamp(min=1e-300))
+
+    def _encoded(self, each: Tensor, x: Tensor | None) -> Encoded:
+        """each: [parts, n, k]."""
+        code, block, dtype = self.to.code, self.to.block, self.to.scale_dtype
+        assert code is not None
+        if x is None:
+            return encode(each, code, block, dtype)
+        codes, scale = encode_calibrated(each.flatten(0, 1), code, block[1], dtype, x)
+        return Encoded(codes.unflatten(0, (len(each), -1)), scale.unflatten(0, (len(each), -1)))
 
     def _decoded(self, made: dict[str, Tensor], name: str, columns: int, is_woven: bool) -> Tensor:
         coding = self.to.coding(made, name)

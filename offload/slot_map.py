@@ -2,9 +2,10 @@
 
     FREE ─take─▶ LOADING ─fill─▶ RESIDENT ⇄ HELD          drop: LOADING ─▶ FREE, evict: RESIDENT ─▶ FREE
 
-An expert of a layer has a key, numbered through the model. The law that `check` asserts: every slot is in one state, a
-slot has a key if and only if it is RESIDENT or HELD, and both maps are inverse to each other. Its twin on the device,
-for code that must not ask the host, is device_slots.py.
+Slots are of several sizes where experts are (offload/slab.py): a layer's experts go to slots of its own run. An expert
+of a layer has a key, numbered through the model. The law that `check` asserts: every slot is in one state, a slot has
+a key if and only if it is RESIDENT or HELD, and both maps are inverse to each other. Its twin on the device, for code
+that must not ask the host, is device_slots.py.
 """
 
 from collections.abc import Sequence
@@ -37,26 +38,55 @@ _MOVES = {
 
 
 class SlotMap:
-    """Slots 0 .. num_slots - 1 of a slab that has room for `room`; keys of all layers, num_experts[l] each.
+    """Slots of all runs, numbered through; keys of all layers, num_experts[l] each.
 
-    One thread changes it. Costs a few bytes per slot and expert.
+    num_slots: of each run; rooms: for how many it has numbers. run_of_layer: where a layer's experts lie; None: there
+    is one run. One thread changes it. Costs a few bytes per slot and expert.
     """
 
-    def __init__(self, num_experts: Sequence[int], num_slots: int, room: int) -> None:
-        self.num_slots, self.room = num_slots, room
+    def __init__(
+        self,
+        num_experts: Sequence[int],
+        num_slots: Sequence[int],
+        rooms: Sequence[int],
+        run_of_layer: Sequence[int] | None = None,
+    ) -> None:
+        self.slots_of_run, self.rooms, self.room = list(num_slots), list(rooms), sum(rooms)
+        self._first = np.concatenate([[0], np.cumsum(rooms)]).tolist()
+        self._run_of_layer = [0] * len(num_experts) if run_of_layer is None else list(run_of_layer)
+        self._run_of_key = np.repeat(self._run_of_layer, num_experts)
+        self._run_of_slot = np.repeat(np.arange(len(rooms)), rooms)
         self.first_key: Keys = np.concatenate([[0], np.cumsum(num_experts)]).astype(np.int64)
-        self.state = np.full(room, State.FREE, np.int8)
-        self.key_of: Keys = np.full(room, -1, np.int64)
+        self.state = np.full(self.room, State.FREE, np.int8)
+        self.key_of: Keys = np.full(self.room, -1, np.int64)
         self.slot_of: Ids = np.full(int(self.first_key[-1]), -1, np.int32)
         self.of_layer = [self.slot_of[a:b] for a, b in zip(self.first_key[:-1], self.first_key[1:])]
-        self._holds = np.zeros(room, np.int16)  # waves that use a slot
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._holds = np.zeros(self.room, np.int16)  # waves that use a slot
+        self._free = [[*range(first + n - 1, first - 1, -1)] for first, n in zip(self._first, num_slots)]
         self._num_loading = 0
         self.num_fills = 0  # so far: what is resident has changed if this has
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
+    def num_slots(self) -> int:
+        return sum(self.slots_of_run)
+
+    @property
+    def free_of_run(self) -> list[int]:
+        return [len(free) for free in self._free]
+
+    def num_free(self, layer: int) -> int:
+        """Slots that experts of `layer` may take."""
+        return len(self._free[self._run_of_layer[layer]])
+
+    def in_one_run(self, layer: int, other: int) -> bool:
+        """Whether the experts of both layers share slots."""
+        return bool(self._run_of_layer[layer] == self._run_of_layer[other])
+
+    def num_lacking(self, experts: Sequence[Sequence[int]] | None = None) -> int:
+        """How many of these experts could not be in slots together; by layer, None: all of them."""
+        counts = np.diff(self.first_key) if experts is None else np.array([len(of) for of in experts])
+        wanted = np.bincount(self._run_of_layer, weights=counts, minlength=len(self._free))
+        return int(np.maximum(wanted - np.array(self.slots_of_run), 0).sum())
 
     def key(self, layer: int, expert: int) -> int:
         return int(self.first_key[layer]) + expert
@@ -64,9 +94,9 @@ class SlotMap:
     def layer_of(self, key: int) -> int:
         return int(np.searchsorted(self.first_key, key, side="right")) - 1
 
-    def take(self) -> int:
-        """A free slot, LOADING from now on. There must be one."""
-        slot = self._free.pop()
+    def take(self, layer: int) -> int:
+        """A free slot for an expert of `layer`, LOADING from now on. There must be one."""
+        slot: int = self._free[self._run_of_layer[layer]].pop()
         self._move(slot, State.FREE, State.LOADING)
         self._num_loading += 1
         return slot
@@ -74,6 +104,7 @@ class SlotMap:
     def fill(self, slot: int, key: int) -> None:
         """What was read into the slot is there: the expert `key` is RESIDENT."""
         assert self.slot_of[key] < 0, (slot, key)
+        assert self._run_of_key[key] == self._run_of_slot[slot], (slot, key)
         self._move(slot, State.LOADING, State.RESIDENT)
         self._num_loading -= 1
         self.num_fills += 1
@@ -83,14 +114,15 @@ class SlotMap:
         """Nothing came of the read: the slot is FREE."""
         self._move(slot, State.LOADING, State.FREE)
         self._num_loading -= 1
-        self._free.append(slot)
+        self._free[self._run_of_slot[slot]].append(slot)
 
     def evict(self, keys: Keys) -> None:
         """These experts' slots are FREE. None may be held."""
         slots = self.slot_of[keys]
         self._move(slots, State.RESIDENT, State.FREE)
         self.slot_of[keys], self.key_of[slots] = -1, -1
-        self._free += slots.tolist()
+        for slot, run in zip(slots.tolist(), self._run_of_slot[slots].tolist()):
+            self._free[run].append(slot)
 
     def hold(self, slots: Ids) -> None:
         """A wave begins to use distinct slots that have experts."""
@@ -104,33 +136,40 @@ class SlotMap:
         last = slots[self._holds[slots] == 0]
         self._move(last, State.HELD, State.RESIDENT)
 
-    def evictable(self) -> npt.NDArray[np.bool_]:
-        """Of all keys, those that are RESIDENT and not held."""
-        can = self.slot_of >= 0
+    def evictable(self, layer: int) -> npt.NDArray[np.bool_]:
+        """Of all keys, those that are RESIDENT and not held, in slots that experts of `layer` may take."""
+        can: npt.NDArray[np.bool_] = (self.slot_of >= 0) & (self._run_of_key == self._run_of_layer[layer])
         can[self.key_of[self.state == State.HELD]] = False
         return can
 
-    def raise_limit(self, num_slots: int) -> None:
-        """More slots, as far as the slab has room. Raises ValueError for fewer, or for more than there is room for."""
-        if not self.num_slots <= num_slots <= self.room:
-            raise ValueError(
-                f"the number of slots ({num_slots}) must be between what there are ({self.num_slots}) and what was "
-                f"reserved ({self.room})"
-            )
-        self._free = [*range(num_slots - 1, self.num_slots - 1, -1), *self._free]
-        self.num_slots = num_slots
+    def raise_limit(self, num_slots: Sequence[int]) -> None:
+        """More slots of each run, as far as it has room. Raises ValueError for fewer, or for more than its room."""
+        for run, (now, more, room) in enumerate(zip(self.slots_of_run, num_slots, self.rooms)):
+            if not now <= more <= room:
+                raise ValueError(
+                    f"the number of slots ({more}) must be between what there are ({now}) and those reserved ({room})"
+                )
+            first = self._first[run]
+            self._free[run] = [*range(first + more - 1, first + now - 1, -1), *self._free[run]]
+            self.slots_of_run[run] = more
 
     def check(self) -> None:
-        """Asserts the law above; nothing is in a slot beyond the limit."""
-        in_use = self.state[: self.num_slots]
-        counts = np.bincount(in_use, minlength=4)
+        """Asserts the law above; nothing is in a slot beyond the limit of its run."""
+        within = np.arange(self.room) - np.array(self._first)[self._run_of_slot]
+        in_use = within < np.array(self.slots_of_run)[self._run_of_slot]
+        counts = np.bincount(self.state[in_use], minlength=4)
+        assert (self.state[~in_use] == State.FREE).all(), "a slot beyond the limit is used"
         has_key = np.flatnonzero(self.key_of >= 0)
         assert counts.sum() == self.num_slots, counts
-        assert (self.state[self.num_slots :] == State.FREE).all(), "a slot beyond the limit is used"
-        assert sorted(self._free) == np.flatnonzero(in_use == State.FREE).tolist(), "the list of free slots"
+        for run, free in enumerate(self._free):
+            there = (self.state == State.FREE) & (self._run_of_slot == run) & in_use
+            assert sorted(free) == np.flatnonzero(there).tolist(), f"the list of free slots of run {run}"
         assert counts[State.LOADING] == self._num_loading, (counts, self._num_loading)
-        assert (np.flatnonzero(in_use >= State.RESIDENT) == has_key).all(), "a slot without an expert, or a full one"
+        assert (np.flatnonzero(self.state >= State.RESIDENT) == has_key).all(), (
+            "a slot without an expert, or a full one"
+        )
         assert (self.slot_of[self.key_of[has_key]] == has_key).all(), "slot -> key -> slot"
+        assert (self._run_of_key[self.key_of[has_key]] == self._run_of_slot[has_key]).all(), "a slot of another run"
         assert (self.slot_of >= 0).sum() == len(has_key), ((self.slot_of >= 0).sum(), len(has_key))
         assert ((self._holds > 0) == (self.state == State.HELD)).all(), "holds and states"
 

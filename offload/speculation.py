@@ -34,7 +34,7 @@ class Speculation:
 
     def start(self, layer: int, experts: list[int]) -> None:
         """Reads them when no miss waits for a reader. There must be a free slot for each."""
-        jobs = [Job(layer, expert, self._map.take(), self.batch) for expert in experts]
+        jobs = [Job(layer, expert, self._map.take(layer), self.batch) for expert in experts]
         self.coming.update((self._map.key(layer, job.expert), job) for job in jobs)
         self._readers.put_ahead(jobs)
 
@@ -43,11 +43,12 @@ class Speculation:
         while self.coming and not self.batch.done.empty():
             self.collect_one()
 
-    def collect_one(self) -> None:
+    def collect_one(self) -> Job:
         """Waits for a read and takes it into the map."""
         arrival = self.batch.done.get()
         del self.coming[self._map.key(arrival.job.layer, arrival.job.expert)]
         self._enter(arrival)
+        return arrival.job
 
     def settle(self, layer: int, wanted: list[int]) -> None:
         """The routing of `layer` is known: what was expected of it and has not begun is dropped unless wanted."""
@@ -68,11 +69,13 @@ class Speculation:
         self.collect()
         return adopted
 
-    def make_room(self, is_urgent: bool) -> None:
-        """Takes slots back for misses; waits for a read if there is no other way."""
+    def make_room(self, layer: int, is_urgent: bool) -> None:
+        """Takes slots back for misses of `layer`; waits for a read into one of them if there is no other way."""
         self._give_up(self._readers.take_back())
-        if is_urgent and not self._map.num_free and self.coming:
-            self.collect_one()
+        if is_urgent and not self._map.num_free(layer):
+            while any(self._map.in_one_run(job.layer, layer) for job in self.coming.values()):
+                if self._map.in_one_run(self.collect_one().layer, layer):
+                    return
 
     def arrived(self, job: Job, nbytes: int) -> None:
         """Its expert is resident, and nobody has asked for it yet."""

@@ -16,7 +16,7 @@ from moe.engine.limits import Limits
 from moe.engine.requests import Request
 from moe.engine.stats import StepStats
 from moe.models.blueprint import Blueprint, read_blueprint
-from moe.offload.cache import LayerStats
+from moe.offload.layer_stats import LayerStats
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
 

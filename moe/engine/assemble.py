@@ -259,12 +259,12 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         return Experts(None, ())
     counts = [site.num_experts for site in blueprint.index.sites]
     own = [list(range(n)) for n in counts] if share is None else experts_of_rank(share.plan, share.rank)
-    num_own = sum(map(len, own))
+    num_own = [len(experts) for experts in own]
     available = free_memory(read.device)
     num_slots = resolve_slots(
         config.offload.budget,
-        blob_bytes=max(layout.nbytes for layout in blueprint.index.layouts),
-        total_experts=num_own,
+        sizes=[layout.nbytes for layout in blueprint.index.layouts],
+        counts=num_own,
         available_bytes=max(0, available - reserved_bytes) * 9 // 10,  # activations, buffers, the rest of the machine
     )
     foresight = Foresight(blueprint, model, config)
@@ -272,9 +272,16 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         store = _make_store(blueprint, config.offload, share)
         undo.callback(store.close)
         offload = config.offload
-        cache = ExpertCache(store, num_slots, policy=offload.policy, num_readers=offload.readers, device=read.device)
+        cache = ExpertCache(
+            store,
+            num_slots,
+            own=num_own,
+            policy=offload.policy,
+            num_readers=offload.readers,
+            device=read.device,
+        )
         undo.callback(cache.close)
-        if num_slots == num_own:
+        if num_slots == sum(num_own):
             cache.preload(own)
         weights = expert_weights(blueprint, cache)
         kernel = chosen_kernel(config.kernel, read.device)

@@ -30,7 +30,7 @@ from moe.engine.stats import State, StepStats
 from moe.layer.experts import SlotExperts
 from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
-from moe.offload.cache import LayerStats
+from moe.offload.layer_stats import LayerStats
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
@@ -260,7 +260,7 @@ class Engine:
             free_blocks=pool.num_available,
             slots=cache.num_slots if cache else 0,
             experts=self.blueprint.num_experts,
-            slot_bytes=cache.num_slots * cache.blob_bytes if cache else 0,
+            slot_bytes=cache.slot_bytes if cache else 0,
             dense_bytes=self.loaded.dense.nbytes,
             peak_rss_bytes=peak_rss_bytes(),
         )

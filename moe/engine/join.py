@@ -25,7 +25,7 @@ from moe.layer.experts import chosen_kernel
 from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
 from moe.models.kv import BlockPool
-from moe.offload.budget import resolve_slots
+from moe.offload.budget import resolve_slots, slots_within
 from moe.offload.shared import SharedStore
 from moe.placement.plan import Plan
 from moe.placement.wire_format import DispatcherName, WireFormat
@@ -124,19 +124,20 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
     """
     slots, read = loaded.experts.slots, loaded.read
     assert slots is not None
-    cache, num_own, notes = slots.cache, sum(map(len, parallel.hosted)), []
+    cache, counts, notes = slots.cache, [len(own) for own in parallel.hosted], []
+    sizes, num_own = [layout.nbytes for layout in cache.store.layouts], sum(counts)
     # Slots that are still empty will take what is free now, like at the start.
-    free = free_memory(read.device) * 9 // 10 - cache.map.num_free * cache.blob_bytes
-    most = min(cache.num_slots + max(0, free) // cache.blob_bytes, cache.map.room)
+    free = free_memory(read.device) * 9 // 10 - cache.empty_bytes
+    most = min(max(cache.num_slots, slots_within(cache.slot_bytes + max(0, free), sizes, counts)), cache.map.room)
     budget = read.config.offload.budget
     wanted = num_own
     if budget is not None:
-        wanted = resolve_slots(budget, blob_bytes=cache.blob_bytes, total_experts=num_own)
+        wanted = resolve_slots(budget, sizes=sizes, counts=counts)
     if wanted > max(most, cache.num_slots) and budget is not None:
         notes.append(f"offload.budget ({budget}) of {num_own} experts is {wanted} slots, there is room for {most}")
-    if min(wanted, most) > cache.num_slots:
-        cache.raise_limit(min(wanted, most))
-    if cache.num_slots >= num_own:
+    if min(wanted, most) >= cache.num_slots:  # as many may have to be shared otherwise
+        cache.raise_limit(min(wanted, most), counts)
+    if not cache.map.num_lacking(parallel.hosted):
         cache.preload(parallel.hosted)
         slots.settle()
     return notes

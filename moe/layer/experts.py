@@ -119,9 +119,8 @@ class SlotExperts:
         self._plan = None if self.parallel is None else self.parallel.plan
         self._fills = self.cache.map.num_fills
         own = None if self.parallel is None else self.parallel.hosted
-        num_own = sum(self.cache.num_experts if own is None else map(len, own))
         self.cache.unpin()
-        pinned = self.cache.pin(own) if num_own <= self.cache.num_slots else None
+        pinned = None if self.cache.map.num_lacking(own) else self.cache.pin(own)
         self.runner = self.waves if pinned is None else Resident(pinned, self.kernels)
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:

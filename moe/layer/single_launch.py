@@ -36,7 +36,7 @@ def why_not_single_launch(
         return f"a symmetric heap joins the ranks of one node, these are on {parallel.groups.num_nodes}"
     if any(weights.activation.kind == "custom" for weights in layers):
         return "its activation function runs only in torch"
-    missing = -control.smallest(cache.num_slots - sum(map(len, parallel.hosted)))
+    missing = -control.smallest(-cache.map.num_lacking(parallel.hosted))
     if missing > 0:
         return f"all experts of every rank must be in slots and a rank lacks {missing}; raise offload.budget"
     return None

@@ -10,7 +10,7 @@ from moe.engine.stats import State, StepStats
 from moe.histogram import Histogram
 from moe.llm import LLM
 from moe.metrics import changed, declared, exposition, read, shown, totals
-from moe.offload.cache import LayerStats
+from moe.offload.layer_stats import LayerStats
 from tests.moe.moe_cases import TINYMOE, config, greedy
 
 

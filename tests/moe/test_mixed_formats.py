@@ -104,7 +104,14 @@ def says(folder: Path, budget: str, kernel: str = "auto") -> tuple[list[list[int
     with LLM(folder, config) as llm:
         logits = llm.engine.keep_logits()
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True))
-        llm.engine.experts.cache.check()
+        cache = llm.engine.experts.cache
+        cache.check()
+        share = cache.num_slots / llm.engine.blueprint.num_experts
+        runs = len(cache.slab.runs)
+        assert runs == (1 if budget == "1 expert" else len({layout.nbytes for layout in cache.store.layouts}))
+        if runs > 1:  # no slot is larger than the experts that it is for
+            exact = share * llm.engine.blueprint.expert_bytes
+            assert abs(cache.slot_bytes - exact) < runs * cache.blob_bytes
         rows = torch.stack([row for rows in logits.values() for row in rows])
         return [o.outputs[0].token_ids for o in outputs], rows, llm.engine.notes
 

@@ -116,7 +116,7 @@ def test_what_is_known_without_a_byte(make, experts, nbytes, label, tmp_path, ca
     blob = blueprint.index.layouts[0].nbytes
     assert nbytes <= blob < nbytes * 1.01 + 4096
     assert blueprint.num_experts == experts
-    slots = resolve_slots("0.25", blob_bytes=blob, total_experts=experts, available_bytes=1 << 50)
+    slots = resolve_slots("0.25", sizes=[blob], counts=[experts], available_bytes=1 << 50)
     assert slots == experts // 4
     assert main(["info", str(tmp_path)]) == 0
     assert label in capsys.readouterr().out

@@ -95,7 +95,9 @@ def test_replicas_and_a_rank_without_tokens(mixtral, expected, tmp_path):
 
 
 def write_table(path: Path, single_us: dict[int, float]) -> str:
-    key = LayerKey(num_experts=7, top_k=3, hidden_size=36, intermediate_size=29, world_size=2, dtype="float32")
+    key = LayerKey(
+        num_experts=7, top_k=3, hidden_size=36, intermediate_size=29, world_size=2, dtype="float32", stored="float32"
+    )
     table = CrossoverTable(path, machine_name(torch.device("cpu")))
     table.replace(key, [Measured(layer=key, tokens=t, single_us=us, grouped_us=5.0) for t, us in single_us.items()])
     return str(path)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.offload.budget import Budget, format_bytes, parse_budget, resolve_slots
+from moe.offload.slab import slab_bytes
 
 MIB = 1 << 20
 
@@ -50,7 +51,7 @@ def test_a_bare_one_is_neither(text):
 
 
 def test_resolve():
-    sizes = {"blob_bytes": 12 * MIB, "total_experts": 100}
+    sizes = {"sizes": [12 * MIB] * 2, "counts": [60, 40]}
     assert resolve_slots("120MiB", **sizes) == 10
     assert resolve_slots("131MiB", **sizes) == 10
     assert resolve_slots("64", **sizes) == 64
@@ -65,7 +66,7 @@ def test_resolve():
 
 
 def test_too_little():
-    sizes = {"blob_bytes": int(12.6 * MIB), "total_experts": 100}
+    sizes = {"sizes": [int(12.6 * MIB)], "counts": [100]}
     for budget in ("12MiB", "0", "0.0", 0):
         with pytest.raises(ValueError, match=r"must be >= 1 expert \(12\.6 MiB\); raise offload\.budget"):
             resolve_slots(budget, **sizes)
@@ -81,12 +82,27 @@ def test_too_little():
 def test_bytes_are_never_exceeded(blob_bytes, total_experts, nbytes):
     if nbytes < blob_bytes:
         with pytest.raises(ValueError, match=r"raise offload\.budget"):
-            resolve_slots(f"{nbytes}B", blob_bytes=blob_bytes, total_experts=total_experts)
+            resolve_slots(f"{nbytes}B", sizes=[blob_bytes], counts=[total_experts])
         return
-    slots = resolve_slots(f"{nbytes}B", blob_bytes=blob_bytes, total_experts=total_experts)
+    slots = resolve_slots(f"{nbytes}B", sizes=[blob_bytes], counts=[total_experts])
     assert 1 <= slots <= total_experts
     assert slots * blob_bytes <= nbytes
     assert slots == total_experts or (slots + 1) * blob_bytes > nbytes
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 1 << 30), st.integers(1, 300)), min_size=1, max_size=6), st.integers(0, 1 << 40)
+)
+def test_bytes_of_several_sizes(layers, nbytes):
+    sizes, counts = [list(of) for of in zip(*layers)]
+    if nbytes < max(sizes):
+        with pytest.raises(ValueError, match=r"raise offload\.budget"):
+            resolve_slots(f"{nbytes}B", sizes=sizes, counts=counts)
+        return
+    slots = resolve_slots(f"{nbytes}B", sizes=sizes, counts=counts)
+    assert slab_bytes(sizes, counts, slots) <= nbytes
+    assert slots == sum(counts) or slab_bytes(sizes, counts, slots + 1) > nbytes
+    assert slots >= min(sum(counts), nbytes // max(sizes))  # no fewer than in slots of the largest
 
 
 def test_format():

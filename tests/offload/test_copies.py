@@ -43,12 +43,12 @@ def wrong_reads(streams, seed):
     found = []
     with closing(streams), ThreadPoolExecutor(2) as readers:
         slab = torch.zeros(SLOTS, NBYTES, dtype=torch.uint8)
-        copies = SlotCopies(slab, streams)
+        copies = SlotCopies(*slab.shape, streams)
         for step in range(STEPS):
             slots = np.array(rng.sample(range(SLOTS), rng.randint(1, 2)), np.int32)
             values = [1 + (2 * step + n) % 250 for n in range(len(slots))]
             reads = [
-                readers.submit(copies.fill, s, NBYTES, lambda out, v=v: len(out.fill_(v)))
+                readers.submit(copies.fill, s, slab[s], lambda out, v=v: len(out.fill_(v)))
                 for s, v in zip(slots, values)
             ]
             for read in reads:
@@ -75,7 +75,9 @@ def test_a_missing_event_is_seen(forgets):
 
 
 def test_a_cache_over_streams_gives_the_right_bytes(monkeypatch):
-    monkeypatch.setattr(cache_module, "filling_of", lambda slab: SlotCopies(slab, LaneStreams(most_seconds=0.001)))
+    monkeypatch.setattr(
+        cache_module, "filling_of", lambda device, *sizes: SlotCopies(*sizes, LaneStreams(most_seconds=0.001))
+    )
     monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
     store, rng = make_store(), random.Random(0)
     cache = ExpertCache(store, 4)
@@ -86,7 +88,7 @@ def test_a_cache_over_streams_gives_the_right_bytes(monkeypatch):
             nbytes, seen = store.layouts[layer].nbytes, []
             for wave in cache.acquire(layer, wanted):
                 for expert, slot in zip(wave.experts.tolist(), wave.slots.tolist()):
-                    assert torch.equal(cache.slab[slot, :nbytes], store.blobs[layer][expert])
+                    assert torch.equal(cache.slab.of_layer(layer)[slot, :nbytes], store.blobs[layer][expert])
                     seen.append(expert)
             assert sorted(seen) == sorted(wanted)
             cache.check()
@@ -95,15 +97,15 @@ def test_a_cache_over_streams_gives_the_right_bytes(monkeypatch):
 def test_a_read_that_fails_leaves_the_buffers_whole():
     with closing(LaneStreams()) as streams:
         slab = torch.zeros(2, 8, dtype=torch.uint8)
-        copies = SlotCopies(slab, streams)
+        copies = SlotCopies(*slab.shape, streams)
 
         def fail(out):
             raise OSError("gone")
 
         for slot in (0, 1, 0):
             with pytest.raises(OSError, match="gone"):
-                copies.fill(slot, 8, fail)
-            assert copies.fill(slot, 8, lambda out, slot=slot: int(out.fill_(slot + 5)[0])) == slot + 5
+                copies.fill(slot, slab[slot], fail)
+            assert copies.fill(slot, slab[slot], lambda out, slot=slot: int(out.fill_(slot + 5)[0])) == slot + 5
         copies.before_use(np.array([0, 1], np.int32))
         assert slab.tolist() == [[5] * 8, [6] * 8]
 
@@ -112,6 +114,8 @@ def test_a_read_that_fails_leaves_the_buffers_whole():
 def test_tokens_are_those_of_reads_straight_into_slots(budget, monkeypatch):
     with LLM(TINYMOE, config(budget)) as llm:
         wanted = [o.outputs[0].token_ids for o in llm.generate(["The old man", "A"], greedy(6))]
-    monkeypatch.setattr(cache_module, "filling_of", lambda slab: SlotCopies(slab, LaneStreams(most_seconds=0.0003)))
+    monkeypatch.setattr(
+        cache_module, "filling_of", lambda device, *sizes: SlotCopies(*sizes, LaneStreams(most_seconds=0.0003))
+    )
     with LLM(TINYMOE, config(budget)) as llm:
         assert [o.outputs[0].token_ids for o in llm.generate(["The old man", "A"], greedy(6))] == wanted

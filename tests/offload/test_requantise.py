@@ -6,8 +6,10 @@ import pytest
 import torch
 from test_pack import opened
 
+from moe.calibrate import ExpertInputs
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.kernels.reference import dequantized
+from moe.fit import run_observed
+from moe.kernels.reference import activation_reference, dequantized
 from moe.kernels.weights import Activation
 from moe.launch.cli import main
 from moe.llm import LLM
@@ -97,3 +99,45 @@ def test_what_rounding_costs_is_measured_against_the_original(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "story: 63 tokens: loss" in said
     assert "KL 0.0000" not in said  # a control: the two runs are of two models
+
+
+def answers(index, layer, expert, x, activation):
+    gate_up, down = weights_of(index, layer, expert)
+    return activation_reference(x @ gate_up.T, activation) @ down.T
+
+
+@pytest.mark.parametrize(("family", "to"), [("qwen3_moe", "int4"), ("gpt_oss", "mxfp4")])
+def test_calibrated_on_a_text(family, to, tmp_path):
+    """Answers to the text change less than by rounding to nearest, and the errors beside the experts are these."""
+    torch.manual_seed(0)
+    folder = tiny_checkpoint(family, tmp_path / "original")
+    blueprint = read_blueprint(folder)
+    seen = ExpertInputs([found.activation for found in blueprint.experts])
+    with LLM(folder, EngineConfig(dtype="float32", batch=BatchConfig(kv_tokens=256))) as llm:
+        run_observed(llm, torch.randint(0, 60, (4, 40)).tolist(), seen)
+    experts = blueprint.index.sites[0].num_experts
+    assert sum(len(seen.inputs(0, e)) for e in range(experts)) == 160 * blueprint.top_k
+    errors = {}
+    for name, calibration in (("nearest", None), ("calibrated", seen)):
+        pack(*opened(folder, family), tmp_path / name, experts=target_format(to, None), calibration=calibration)
+        packed, errors[name] = read_blueprint(tmp_path / name).index, []
+        for expert in range(experts):
+            x, act = seen.inputs(1, expert), seen.activation(1)
+            y, rounded = (answers(index, 1, expert, x, act) for index in (blueprint.index, packed))
+            errors[name].append(float((rounded - y).norm() / y.norm()) if len(x) else None)
+    assert says(tmp_path / "calibrated", "auto") == says(tmp_path / "calibrated", "reference")
+    said = Checkpoint.open(tmp_path / "calibrated").packed["output_errors"][1]
+    if family == "qwen3_moe":  # without biases
+        assert said == pytest.approx(errors["calibrated"], rel=1e-4)
+    means = {name: sum(e for e in of if e is not None) for name, of in errors.items()}
+    assert 0 < means["calibrated"] < means["nearest"], means
+
+
+def test_calibration_by_the_command(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a small dog. " * 40)
+    arguments = ["pack", str(DEMO), str(tmp_path / "int4"), "--calibrate", str(tmp_path / "text.txt"), "--experts"]
+    assert main([*arguments, "int4"]) == 0
+    said = capsys.readouterr().out
+    assert "answers to the text" in said
+    assert main([*arguments, "fp8"]) == 2
+    assert "--calibrate says how experts are rounded" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""What rounding experts costs a model's answers: loss and agreement beside the unrounded model, on several domains.
+
+Each format is written by `moe pack`'s own functions, to the nearest or calibrated on texts of all domains (their
+beginnings; what is judged begins later). Losses are those of every next token in windows of 256. No limit binds: it is
+about numbers, not time.
+
+    python bench/bench_quality.py MODEL TEXTS_FOLDER [--windows 12] [--out bench/results/quality.json]
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from moe.config import EngineConfig
+from moe.evaluate import Evaluation, evaluate
+from moe.launch.calibrate import expert_inputs
+from moe.llm import LLM
+from moe.models.blueprint import read_blueprint
+from moe.offload.pack import pack
+from moe.offload.requantise import target_format
+
+WINDOW = 256
+WAYS = (
+    ("fp8", "fp8", None, False),
+    ("int8", "int8", None, False),
+    ("int8, calibrated", "int8", None, True),
+    ("int4, groups of 32", "int4", 32, False),
+    ("int4, groups of 32, calibrated", "int4", 32, True),
+    ("int4, groups of 64, calibrated", "int4", 64, True),
+    ("mxfp4", "mxfp4", None, False),
+    ("mxfp4, calibrated", "mxfp4", None, True),
+)
+
+
+def domains(folder: Path) -> dict[str, tuple[str, str]]:
+    """By name: a text to calibrate on, and one to judge on."""
+    questions = " ".join(json.loads(line)["question"] for line in (folder / "gsm8k_test.jsonl").open())
+    texts = {
+        "stories": (folder / "tinystories_sample.txt").read_text(),
+        "plays": (folder / "tinyshakespeare.txt").read_text(),
+        "maths": questions,
+    }
+    return {name: (text[:40_000], text[len(text) // 2 :]) for name, text in texts.items()}
+
+
+def judged(llm: LLM, exact: LLM, texts: dict[str, tuple[str, str]], count: int) -> dict[str, Evaluation]:
+    found = {}
+    for name, (_, text) in texts.items():
+        tokens = llm.encode(text[: 8 * WINDOW * count])
+        windows = [tokens[a : a + WINDOW] for a in range(0, WINDOW * count, WINDOW)]
+        found[name] = evaluate(llm, windows, against=exact)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{platform.machine()}, {versions}\npython {' '.join(sys.argv)}\n")
+    texts, rows = domains(args.texts), []
+    blueprint, config = read_blueprint(args.model), EngineConfig(dtype="float32")
+    print(
+        "| experts | bytes | " + " | ".join(f"{name}: loss, same token" for name in texts) + " | answers of experts |"
+    )
+    print("|---|---|" + "---|" * (len(texts) + 1))
+    with tempfile.TemporaryDirectory() as scratch, LLM(args.model, config) as exact:
+        begun = []
+        for name, (text, _) in texts.items():
+            begun.append(Path(scratch) / f"{name}.txt")
+            begun[-1].write_text(text)
+        seen = expert_inputs(args.model, begun)
+        for number, (name, target, group, is_calibrated) in enumerate(WAYS):
+            out = pack(
+                blueprint.checkpoint,
+                blueprint.index,
+                Path(scratch) / str(number),
+                experts=target_format(target, group),
+                calibration=seen if is_calibrated else None,
+            )
+            rounded = read_blueprint(out)
+            with LLM(out, config) as llm:
+                found = judged(llm, exact, texts, args.windows)
+            errors = [
+                e for of in (rounded.checkpoint.packed or {}).get("output_errors", []) for e in of if e is not None
+            ]
+            answers = f"{sum(errors) / len(errors):.1%}" if errors else ""
+            cells = [f"{e.loss / e.exact_loss - 1:+.2%}, {e.agreement:.1%}" for e in found.values()]
+            share = rounded.expert_bytes / blueprint.expert_bytes
+            print(f"| {name} | {share:.0%} | {' | '.join(cells)} | {answers} |", flush=True)
+            judgement = {domain: [e.loss, e.exact_loss, e.agreement, e.kl] for domain, e in found.items()}
+            rows.append({"experts": name, "bytes": rounded.expert_bytes, "judged": judgement, "answers": answers})
+    losses = ", ".join(f"{domain} {exact_loss[1]:.4f}" for domain, exact_loss in rows[0]["judged"].items())
+    print(f"\nunrounded: {blueprint.expert_bytes} bytes of experts, loss {losses}")
+    document = {"model": args.model.name, "windows": args.windows, "versions": versions, "rows": rows}
+    if args.out is not None:
+        args.out.write_text(json.dumps(document, indent=1))
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""One slab for experts of several sizes: who gets how many slots, and that no two slots share a byte."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe.offload.slab import Slab, slab_bytes, slot_runs
+
+LAYERS = st.lists(st.tuples(st.sampled_from([64, 128, 192, 832]), st.integers(1, 9)), min_size=1, max_size=6)
+
+
+def some_slots(draw_from, share):
+    sizes, counts = [list(of) for of in zip(*draw_from)]
+    return sizes, counts, max(1, round(sum(counts) * share))
+
+
+@given(LAYERS, st.floats(0, 1))
+def test_shares(layers, share):
+    sizes, counts, num_slots = some_slots(layers, share)
+    runs = slot_runs(sizes, counts, num_slots)
+    assert sum(run.num_slots for run in runs) == num_slots
+    assert sorted(layer for run in runs for layer in run.layers) == list(range(len(sizes)))
+    assert [run.nbytes for run in runs] == sorted({run.nbytes for run in runs}, reverse=True)
+    for run in runs:
+        assert 1 <= run.num_slots <= (own := sum(counts[n] for n in run.layers))
+        assert run.nbytes == max(sizes[n] for n in run.layers)
+        assert abs(run.num_slots - own * num_slots / sum(counts)) < 1
+    assert slab_bytes(sizes, counts, num_slots) <= num_slots * max(sizes)
+
+
+@given(LAYERS)
+def test_all_experts_waste_nothing(layers):
+    sizes, counts, num_slots = some_slots(layers, 1)
+    assert slab_bytes(sizes, counts, num_slots) == sum(size * count for size, count in layers)
+
+
+def test_a_size_without_a_slot_joins_its_neighbour():
+    assert [run.layers for run in slot_runs([100, 10, 1], [8, 8, 8], 1)] == [(0, 1, 2)]
+    assert [(run.nbytes, run.layers) for run in slot_runs([100, 10, 1], [9, 3, 9], 5)] == [(100, (0, 1)), (1, (2,))]
+    assert [(run.nbytes, run.layers) for run in slot_runs([10, 100], [20, 1], 6)] == [(100, (1, 0))]
+
+
+@given(LAYERS, st.floats(0, 1))
+def test_no_two_slots_share_a_byte(layers, share):
+    """Every byte of the slab belongs to one slot: each is written once, and nothing else is."""
+    sizes, counts, num_slots = some_slots(layers, share)
+    runs = slot_runs(sizes, counts, num_slots)
+    rooms = [run.num_slots + n % 2 for n, run in enumerate(runs)]
+    slab = Slab(runs, rooms, torch.zeros(Slab.nbytes(runs, rooms), dtype=torch.uint8))
+    first = 0
+    for run, room in zip(runs, rooms):
+        for layer in run.layers[:1]:
+            blobs = slab.of_layer(layer)
+            assert blobs.shape == (first + room, run.nbytes)
+            blobs[first:] += 1
+        assert all(slab.of_layer(n).data_ptr() == blobs.data_ptr() for n in run.layers)
+        first += room
+    assert bool((slab.memory == 1).all())
