@@ -230,7 +230,6 @@ def test_auto_is_the_same_on_all_ranks_and_says_why(qwen2_moe):
 
 
 @pytest.mark.heavy
-@pytest.mark.heavy
 @pytest.mark.parametrize("dispatcher", ["coherent", "all_to_all"])
 def test_answers_of_a_given_form_are_those_of_one_process(dispatcher):
     """A form's state is a function of the tokens: whichever rank draws the next one, all know where the answer ends."""
