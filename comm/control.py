@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.comm.errors import Task
 from moe.comm.groups import Groups
+from moe.comm.lost import in_collective
 from moe.comm.wire import Wire, traffic_of
 
 
@@ -122,13 +123,14 @@ class Control:
         world, device = self.groups.world, self.groups.device
         if world is None:
             return set(numbers)
-        count = torch.tensor([len(numbers)], device=device)
-        dist.broadcast(count, 0, group=world)
-        shared = torch.zeros(int(count), dtype=torch.int64, device=device)
-        if self.groups.rank == 0:
-            shared.copy_(torch.tensor(list(numbers), dtype=torch.int64))
-        dist.broadcast(shared, 0, group=world)
-        return set(shared.tolist())
+        with in_collective(self.groups, Task("hearing numbers of rank 0")):
+            count = torch.tensor([len(numbers)], device=device)
+            dist.broadcast(count, 0, group=world)
+            shared = torch.zeros(int(count), dtype=torch.int64, device=device)
+            if self.groups.rank == 0:
+                shared.copy_(torch.tensor(list(numbers), dtype=torch.int64))
+            dist.broadcast(shared, 0, group=world)
+            return set(shared.tolist())
 
     def _exchange_lines(self, own: bytes, sizes: Sequence[int]) -> list[list[bytes]]:
         """The lines of every rank; nothing is sent if there are none."""

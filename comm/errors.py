@@ -16,7 +16,7 @@ class Task(NamedTuple):
 class CommError(RuntimeError):
     """Ranks did not do something together; the message names this rank, the operation and the layer.
 
-    generation: of the groups; layer: of the model; peers: the ranks that this one waited for. Each where it is known.
+    generation: of the groups; layer: of the model; peers: the ranks that did not answer. Each where it is known.
     """
 
     def __init__(
@@ -33,13 +33,12 @@ class MissingPeers(CommError):
 class LostPeer(CommError):
     """A peer ended or fell silent after the start.
 
-    Waiting for one peer, a rank may see the end of another that had seen the loss before: `peers` says whom this rank
-    waited for, not who is guilty.
+    `peers`: those that left no word (moe/comm/lost.py); several where it cannot be known.
     """
 
     @property
     def peer(self) -> int | None:
-        """The one rank that was waited for, if it was one."""
+        """The one rank that was lost, if it was one."""
         return self.peers[0] if len(self.peers) == 1 else None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
 from moe.comm.mailbox import Mailbox
@@ -21,6 +22,7 @@ class Groups:
 
     nodes: the node of every rank, numbered from 0. generation: of the ranks, see `membership.py`. name: what all of
     this start have, and no other start.
+    store: of the generation alone, for words between ranks when a group no longer works.
     side: a second world group for traffic in the background (K/V, counts), so that it never queues ahead of tokens.
     mailboxes: of the groups whose messages need no collective, on the CPU.
     timeout_s: seconds after which a collective that a peer does not join raises.
@@ -36,6 +38,7 @@ class Groups:
     local: ProcessGroup | None = None
     cross: ProcessGroup | None = None
     side: ProcessGroup | None = None
+    store: Store | None = None
     mailboxes: Mapping[ProcessGroup, Mailbox] = field(default_factory=dict)
 
     @property

@@ -28,8 +28,9 @@ from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from moe.comm.defaults import EAGER_BYTES
-from moe.comm.errors import CommError, LostPeer, MissingPeers, first_line
+from moe.comm.errors import CommError, MissingPeers, Task, first_line
 from moe.comm.groups import Groups, ranks_by_node
+from moe.comm.lost import in_collective
 from moe.comm.mailbox import Mailbox
 
 _NEVER_SENT = 7  # a tag: what `interrupt` waits for
@@ -100,7 +101,7 @@ def join_groups(
             device_id=device if device.type == "cuda" else None,
         )
         name = own.compare_set("name", "", secrets.token_hex(8)).decode()  # the first rank's
-        return _groups_of(nodes, rank, Start(number, name, meet_s, timeout_s), device, eager_bytes)
+        return _groups_of(nodes, rank, Start(number, name, meet_s, timeout_s, own), device, eager_bytes)
     except MissingPeers:
         raise
     except RuntimeError as error:
@@ -120,12 +121,8 @@ def leave_groups(groups: Groups, *, wait: bool = True) -> None:
         return
     try:
         if wait:
-            dist.barrier(group=groups.world)
-    except RuntimeError as error:
-        raise LostPeer(
-            f"rank {groups.rank} of {groups.world_size}: a peer was gone at the end of the run ({first_line(error)})",
-            generation=groups.generation,
-        ) from error
+            with in_collective(groups, Task("the end of the run")):
+                dist.barrier(group=groups.world)
     finally:
         dist.destroy_process_group()
 
@@ -250,6 +247,7 @@ class Start(NamedTuple):
     name: str
     meet_s: float
     timeout_s: float
+    store: Store
 
 
 def _groups_of(nodes: tuple[int, ...], rank: int, start: Start, device: torch.device, eager_bytes: int) -> Groups:
@@ -278,6 +276,7 @@ def _groups_of(nodes: tuple[int, ...], rank: int, start: Start, device: torch.de
         local=local,
         cross=cross,
         side=side,
+        store=start.store,
         mailboxes=mailboxes,
     )
 

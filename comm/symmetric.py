@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.comm.errors import Task
 from moe.comm.groups import Groups
+from moe.comm.lost import in_collective
 from moe.kernels.fused import FusedExperts
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.tiles import TileConfig
@@ -74,11 +76,14 @@ def map_together(groups: Groups, open_file: Callable[[str], Opened]) -> Opened:
         os.close(file)
         name = path.encode().ljust(64, b"\0")
     shared = torch.frombuffer(bytearray(name), dtype=torch.uint8).to(groups.device)
-    dist.broadcast(shared, groups.local_ranks[0], group=groups.local)
+    what = Task("sharing memory on a node")
+    with in_collective(groups, what, groups.local_ranks):
+        dist.broadcast(shared, groups.local_ranks[0], group=groups.local)
     path = bytes(shared.cpu().numpy()).rstrip(b"\0").decode()
     try:
         opened = open_file(path)
-        dist.barrier(group=groups.local)  # all have it open
+        with in_collective(groups, what, groups.local_ranks):
+            dist.barrier(group=groups.local)  # all have it open
     finally:
         if groups.local_rank == 0:
             os.unlink(path)

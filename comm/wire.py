@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moe.comm.errors import LostPeer, Task, first_line
+from moe.comm.errors import LostPeer, Task
 from moe.comm.groups import Groups
+from moe.comm.lost import lost_peer
+from moe.comm.mailbox import Moving
 
 Table = list[list[int]]
 
@@ -143,21 +145,23 @@ class Wire:
         started, size = time.monotonic(), buffer.shape[1:].numel() * buffer.element_size()
         parts = torch.split(buffer.reshape(-1).view(torch.uint8), [n * size for n in send])
         heads = torch.cat([torch.tensor([n * size for n in send])[:, None], counts], 1)
-        bodies, come, waiting = list(parts), counts.tolist(), []
+        bodies, come = list(parts), counts.tolist()
+        waiting: list[tuple[int, Moving]] = []
         peers = [(self.index + i) % self.size for i in range(1, self.size)]
         waits_for: list[int] = list(self.ranks)
         try:
             for peer in peers:
+                waits_for = [self.ranks[peer]]
                 if recv is None or send[peer]:
-                    waiting += self.mailbox.send(peer, heads[peer], parts[peer])
+                    waiting += [(peer, one) for one in self.mailbox.send(peer, heads[peer], parts[peer])]
             for peer in peers:
                 bodies[peer] = parts[peer][:0]
                 if recv is None or recv[peer]:
                     waits_for = [self.ranks[peer]]
                     come[peer], bodies[peer], following = self.mailbox.receive(peer, counts.shape[1])
-                    waiting += following
-            waits_for = list(self.ranks)
-            for one in waiting:
+                    waiting += [(peer, one) for one in following]
+            for peer, one in waiting:
+                waits_for = [self.ranks[peer]]
                 one.work.wait(self.mailbox.timeout)
         except RuntimeError as error:
             raise self.failed(what, started, error, waits_for) from error
@@ -172,15 +176,7 @@ class Wire:
         return values
 
     def failed(self, what: Task, started: float, error: RuntimeError, peers: Sequence[int] = ()) -> LostPeer:
-        groups = self.groups
-        return LostPeer(
-            f"rank {groups.rank} of {groups.world_size}: {what} with ranks {list(self.ranks)} failed after "
-            f"{time.monotonic() - started:.1f} s; a peer ended or did not answer within {groups.timeout_s:g} s "
-            f"({first_line(error)})",
-            generation=groups.generation,
-            layer=what.layer,
-            peers=tuple(r for r in peers or self.ranks if r != groups.rank),
-        )
+        return lost_peer(self.groups, what, started, error, self.ranks, peers)
 
     def _count(self, send: Sequence[int], row_bytes: int, is_control: bool) -> None:
         traffic = self.traffic

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from moe.comm.errors import CommError
+from moe.comm.errors import CommError, Task
 from moe.comm.groups import Groups, timed_all_to_all
+from moe.comm.lost import in_collective
 from moe.comm.membership import process_groups
 from moe.launch.console import err, out
 from moe.offload.budget import format_bytes
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with process_groups(ranks_per_node=args.ranks_per_node, timeout_s=120, device=device) as groups:
-            topology = probe(groups, SIZES, args.repeats)
+            with in_collective(groups, Task("measuring the links")):
+                topology = probe(groups, SIZES, args.repeats)
         if groups.rank == 0:
             topology.save(args.topology)
             out.print(f"{args.topology}: {describe(topology)}", markup=False)

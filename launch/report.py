@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moe.comm.errors import Task
 from moe.comm.groups import Groups
+from moe.comm.lost import in_collective
 from moe.engine.engine import Engine
 from moe.launch.console import err
 from moe.metrics import Metric, changed, shown, title, totals
@@ -73,7 +75,8 @@ def gather_reports(engine: Engine, groups: Groups) -> Table:
     if groups.world is not None:
         mine = rows[0]
         rows = [torch.empty_like(mine) for _ in range(groups.world_size)]
-        dist.all_gather(rows, mine, group=groups.world)
+        with in_collective(groups, Task("the reports of all ranks")):
+            dist.all_gather(rows, mine, group=groups.world)
     table = Table("", *(f"rank {rank}" for rank in range(len(rows))), box=None, padding=(0, 2, 0, 0))
     by_rank = [dict(zip(metrics, row.tolist())) for row in rows]
     for metric in changed(by_rank):

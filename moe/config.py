@@ -18,6 +18,8 @@ from moe.offload.budget import parse_budget
 from moe.placement.wire_format import CombineMode, DispatcherName
 
 Prefetch = Literal["auto", "off", "transition", "router", "learned"]
+_LARGEST = (1 << 31) - 1  # of any setting that is a number
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +42,9 @@ class OffloadConfig:
         _parse_fields(self)
         if self.budget is not None:
             parse_budget(self.budget)
-        _require(self.readers >= 0, f"offload.readers ({self.readers}) must be >= 0")
+        _require(
+            0 <= self.readers <= _MOST_THREADS, f"offload.readers ({self.readers}) must lie in [0, {_MOST_THREADS}]"
+        )
         _require(
             self.prefetch in ("auto", "off") or self.readers >= 1,
             f"offload.prefetch={self.prefetch} needs a thread that reads while others compute; set offload.readers=2",
@@ -128,8 +132,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _parse_fields(self)
-        _require(self.eager_bytes >= 0, f"parallel.eager_bytes ({self.eager_bytes}) must be >= 0")
-        _require(self.timeout_seconds >= 1, f"parallel.timeout_seconds ({self.timeout_seconds}) must be >= 1")
+        for name, least in (("eager_bytes", 0), ("broadcast_tokens", 0), ("ranks_per_node", 1), ("timeout_seconds", 1)):
+            value = getattr(self, name)
+            _require(value is None or value >= least, f"parallel.{name} ({value}) must be >= {least}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +202,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _parse_fields(self)
-        _require(self.threads is None or self.threads >= 1, f"threads ({self.threads}) must be >= 1")
+        _require(
+            self.threads is None or 1 <= self.threads <= _MOST_THREADS,
+            f"threads ({self.threads}) must lie in [1, {_MOST_THREADS}]",
+        )
         _require(self.max_context is None or self.max_context >= 1, f"max_context ({self.max_context}) must be >= 1")
 
     @staticmethod
@@ -287,14 +295,16 @@ def _parse(hint: Any, value: Any, name: str) -> Any:
     if kind is int:
         try:
             _require(not isinstance(value, bool), "")
-            return int(value) if isinstance(value, str) else operator.index(value)
+            number = int(value) if isinstance(value, str) else operator.index(value)
         except (TypeError, ValueError):
             raise ValueError(f"{name} ({shown}) must be a whole number") from None
+        _require(number <= _LARGEST, f"{name} ({shown}) must be at most {_LARGEST}")
+        return number
     if kind is float:
         try:
-            _require(not isinstance(value, bool) and math.isfinite(number := float(value)), "")
-            return number
-        except (TypeError, ValueError):
+            _require(not isinstance(value, bool) and math.isfinite(real := float(value)), "")
+            return real
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{name} ({shown}) must be a number") from None
     is_written = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     _require(is_written and "\0" not in str(value), f"{name} ({shown}) must be text or a number")

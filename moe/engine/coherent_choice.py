@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from moe.comm.errors import Task
 from moe.comm.groups import Groups, timed_all_to_all
+from moe.comm.lost import in_collective
 from moe.placement.topology import Link, probe_link
 
 # model_type of layers that are plain: h += attention, h += mlp, each behind one norm, with a router `mlp.gate`; and
@@ -59,4 +61,5 @@ def why_coherent(costs: Costs, tokens: int, link: Callable[[], Link]) -> tuple[b
 def measure_link(groups: Groups) -> Link:
     """Latency and bandwidth of an all-to-all as these ranks see it, the same on all. A collective; 15 to 45 of them."""
     assert groups.world is not None
-    return probe_link(timed_all_to_all(groups, groups.world, groups.world_size), (1 << 10, 1 << 16, 1 << 20))
+    with in_collective(groups, Task("measuring the link")):
+        return probe_link(timed_all_to_all(groups, groups.world, groups.world_size), (1 << 10, 1 << 16, 1 << 20))

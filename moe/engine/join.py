@@ -12,7 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe.comm.control import Control
+from moe.comm.errors import Task
 from moe.comm.groups import Groups
+from moe.comm.lost import in_collective
 from moe.config import ParallelConfig
 from moe.engine.assemble import Loaded, Share, free_memory, num_blocks
 from moe.engine.coherent import CoherentRunner
@@ -147,7 +149,8 @@ def forget_host_copy(loaded: Loaded, groups: Groups) -> None:
     """Once all ranks of the node have mapped their host copy, its name is of no use. A collective of the node."""
     slots = loaded.experts.slots
     if slots is not None and isinstance(slots.cache.store, SharedStore) and groups.local is not None:
-        dist.barrier(group=groups.local)
+        with in_collective(groups, Task("sharing the host's copy of the experts"), groups.local_ranks):
+            dist.barrier(group=groups.local)
         slots.cache.store.forget_name()
 
 

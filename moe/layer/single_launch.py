@@ -5,6 +5,7 @@ number of tokens of any rank, which all know, and by rank 0's crossover table fo
 where every rank keeps all its experts in slots; other steps take the dispatcher, with the same numbers.
 """
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe.comm.control import Control
-from moe.comm.errors import CommError
+from moe.comm.errors import Task
+from moe.comm.lost import lost_peer
 from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, SymmetricHeap, map_together
 from moe.comm.symmetric_torch import TorchSymmetricHeap
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name, medians_us
@@ -89,22 +91,25 @@ class RankLaunch:
     def run(self, layer: int, x: Tensor, physical_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """out[t] = Σ_k topk_weights[t, k] · expert(physical_ids[t, k])(x[t]), [T, H]. All ranks must call; T may be 0.
 
-        After the last layer a host sync, and CommError if any launch since then has failed.
+        CommError if a launch has failed: on the CPU of this layer, elsewhere after the last one, by a host sync.
         """
         launch = self.launches[self.shapes[layer]]
+        started = time.monotonic()
         out = launch.run(x, physical_ids, topk_weights, self.slots[layer], self.layers[layer])
-        if layer == len(self.layers) - 1:
-            self.check()
+        if x.device.type == "cpu":
+            self.check(Task("the single launch", layer), started)
+        elif layer == len(self.layers) - 1:
+            self.check(Task(f"the single launch of layers 0 to {layer}"), started)
         return out
 
-    def check(self) -> None:
+    def check(self, what: Task, started: float) -> None:
         """CommError when a peer was lost or an expert was not resident; a host sync."""
+        groups = self.parallel.groups
         for launch in self.launches.values():
             try:
                 launch.check()
             except RuntimeError as error:
-                groups = self.parallel.groups
-                raise CommError(f"rank {groups.rank} of {groups.world_size}: {error}") from error
+                raise lost_peer(groups, what, started, error, groups.world_ranks) from error
 
     def use_measured(
         self, num_experts: int, table_file: Path, tokens: Sequence[int] = MEASURED_TOKENS, repeats: int = 20
@@ -158,7 +163,7 @@ class RankLaunch:
 
         launched = partial(self.run, layer, x, physical, weights)
         single_us, grouped_us = medians_us([launched, dispatched], device, repeats)
-        self.check()
+        self.check(Task("measuring the single launch", layer), time.monotonic())
         self.experts.cache.reset_stats()
         parallel.dispatcher.traffic.reset()
         return Measured(layer=key, tokens=count, single_us=single_us, grouped_us=grouped_us)

@@ -201,7 +201,7 @@ def rank_gather_lost(timeout_s):
 
 def test_a_gather_that_a_peer_does_not_join_is_an_error_at_wait():
     message = spawn(2, rank_gather_lost, 2.0)[0]
-    assert message.startswith("rank 0 of 2: counts of layer 7 with ranks [0, 1] failed after"), message
+    assert message.startswith("rank 0 of 2: lost rank 1 in counts of layer 7 with ranks [0, 1] after"), message
 
 
 def test_bad_input_is_refused_with_the_numbers():

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
+from moe.comm.coherent import CoherentDispatcher
 from moe.comm.dispatcher import ExpertRanks, LocalDispatcher, contiguous_ranks, weighted_sum_of_pairs
 from moe.comm.errors import CommError
 from moe.comm.groups import Groups
+from moe.comm.lost import speaks_for_job
 from moe.comm.membership import leave_groups, process_groups, start_groups
 from moe.comm.wire import pack_rows, unpack_rows
 from moe.kernels.reference import combine_reference
@@ -65,41 +67,52 @@ def test_groups_can_start_again_after_a_clean_end():
     spawn(2, rank_restart)
 
 
-def lost_peer(kind, how, timeout_s):
+KINDS = {"all_to_all": AllToAllDispatcher, "hierarchical": HierarchicalDispatcher, "coherent": CoherentDispatcher}
+
+
+def lost_peer(name, how, timeout_s):
     """Rank 1 leaves before its third layer; the others say what they saw and how long it took."""
     seen = None
     started = time.monotonic()
     try:
-        with process_groups(timeout_s=timeout_s) as groups:
-            dispatcher = kind(groups, contiguous_ranks(8, groups.world_size))
+        eager_bytes = 0 if how == "in a collective" else 1 << 12
+        with process_groups(timeout_s=timeout_s, ranks_per_node=2, eager_bytes=eager_bytes) as groups:
+            dispatcher = KINDS[name](groups, contiguous_ranks(8, groups.world_size))
+            moves = {"payload": torch.zeros(3, 1)} if name == "coherent" else {}
             for layer in range(4):
                 started = time.monotonic()
                 if layer == 2 and groups.rank == 1:
-                    if how == "killed":
+                    if how in ("killed", "in a collective"):
                         os.kill(os.getpid(), signal.SIGKILL)
                     if how == "raises":
                         raise KeyError("a rank's own error")
                     time.sleep(2.5 * timeout_s)
                 x, ids = torch.ones(3, 4), torch.tensor([[0, 5], [2, 7], [3, 4]])
-                sent = dispatcher.dispatch(x, ids, torch.ones(3, 2), layer=layer)
+                sent = dispatcher.dispatch(x, ids, torch.ones(3, 2), layer=layer, **moves)
                 dispatcher.combine(torch.ones(len(sent.rows), 2, 4), sent.handle)
-    except (CommError, KeyError) as error:
-        seen = str(error)
+    except KeyError as error:
+        seen = str(error), False
+    except CommError as error:
+        seen = str(error), speaks_for_job(groups)
     return seen, time.monotonic() - started
 
 
-@pytest.mark.parametrize(("kind", "how"), [(AllToAllDispatcher, "killed"), (HierarchicalDispatcher, "hangs"),
-                                           (AllToAllDispatcher, "raises")])  # fmt: skip
-def test_a_lost_peer_is_an_error_that_names_rank_and_layer(kind, how):
+@pytest.mark.parametrize("how", ["killed", "hangs", "raises", "in a collective"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_lost_peer_is_an_error_that_names_it_and_the_layer(name, how):
     timeout_s = 3.0
-    results = spawn(4, lost_peer, kind, how, timeout_s, ranks_per_node=2, may_die=[1] if how == "killed" else [])
+    may_die = [1] if how in ("killed", "in a collective") else []
+    results = spawn(4, lost_peer, name, how, timeout_s, may_die=may_die)
+    spoken = 0
     for rank in (0, 2, 3):
-        message, seconds = results[rank]
-        assert message.startswith(f"rank {rank} of 4: "), message
-        assert "of layer 2 with ranks" in message, message
+        (message, speaks), seconds = results[rank]
+        assert message.startswith(f"rank {rank} of 4: lost rank 1 in "), message
+        assert "of layer 2 with ranks" in message or name == "hierarchical", message
         assert seconds < 3 * timeout_s + 5  # bounded: at most a time-out per step, not the speed of anything
+        spoken += speaks
+    assert spoken == 1
     if how == "raises":
-        assert "own error" in results[1][0]
+        assert "own error" in results[1][0][0]
 
 
 def late():

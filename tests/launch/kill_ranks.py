@@ -2,8 +2,9 @@
 
     python -m tests.launch.kill_ranks --runs 200 --log kills.jsonl --out bench/results/kills.md
 
-Right means: the job ends by itself within the time limit, no traceback passes through this project's files, the output
-holds whole lines and none twice, and the second run completes it with the answers of an undisturbed run. A third of the
+Right means: the job ends by itself within the time limit, no traceback passes through this project's files, at most one
+sentence tells of the loss and it names the rank that was killed, the output holds whole lines and none twice, and a
+second run (of one process) completes it with the answers of an undisturbed run. A third of the
 kills come while a job starts, the others after a random number of finished lines. Seeds that the log has are not run
 again, and several processes may share one.
 """
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from moe.batch import run_batch
+from moe.config import EngineConfig
+from moe.llm import LLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = ROOT / "examples" / "tinymoe"
@@ -108,11 +113,19 @@ def answers(output: Path) -> tuple[dict[str, str], list[str]]:
     return texts, faults
 
 
-def run_whole(case: Case, folder: Path, name: str) -> tuple[str, float]:
+def seconds_undisturbed(ranks: int, folder: Path) -> float:
     begin = time.monotonic()
-    job = start(case, folder / "in.jsonl", folder / name)
+    job = start(Case(-1, ranks, "all_to_all", "1.0", None, 1.0), folder / "in.jsonl", folder / f"whole_{ranks}.jsonl")
     said, _ = job.communicate(timeout=TIME_LIMIT_S)
-    return said, time.monotonic() - begin
+    assert job.returncode == 0, said
+    return time.monotonic() - begin
+
+
+def right_answers(llm: LLM, folder: Path) -> dict[str, str]:
+    run_batch(llm, folder / "in.jsonl", folder / "whole.jsonl")
+    right, faults = answers(folder / "whole.jsonl")
+    assert len(right) == NUM_LINES, faults
+    return right
 
 
 def wait_for_moment(case: Case, job: subprocess.Popen[str], output: Path, undisturbed_s: float) -> None:
@@ -127,7 +140,7 @@ def wait_for_moment(case: Case, job: subprocess.Popen[str], output: Path, undist
     time.sleep(case.wait)
 
 
-def one_kill(case: Case, folder: Path, right: dict[str, str], undisturbed_s: float) -> Seen:
+def one_kill(case: Case, folder: Path, llm: LLM, right: dict[str, str], undisturbed_s: float) -> Seen:
     output = folder / "out.jsonl"
     output.unlink(missing_ok=True)
     job = start(case, folder / "in.jsonl", output)
@@ -149,21 +162,20 @@ def one_kill(case: Case, folder: Path, right: dict[str, str], undisturbed_s: flo
         job.kill()
         said, _ = job.communicate()
     seconds = time.monotonic() - killed
+    told = [line for line in said.splitlines() if "moe.launch.torchrun: " in line]
+    faults += [f"{len(told)} sentences"] if len(told) > 1 else []
+    faults += [told[-1]] if told and not any(w in told[-1] for w in (f"lost rank {victim} in", "did not come")) else []
     frames = [line for line in said.splitlines() if 'File "' in line and str(ROOT) in line and ".venv" not in line]
     faults += [f"a traceback through {frames[-1].strip()}"] if frames else []
     before, broken = answers(output)
     # A process may die in the middle of its last line: the next run removes it, so only whole lines count here.
     faults += [f for f in broken if "twice" in f]
     if len(before) < NUM_LINES:
-        again, _ = run_whole(case, folder, "out.jsonl")
+        run_batch(llm, folder / "in.jsonl", output)
         after, broken = answers(output)
         faults += broken
-        if after != right:
-            wrong = [name for name in right if after.get(name) != right[name]]
-            faults.append(
-                f"after the second run {len(wrong)} answers are missing or different; it said {again[-300:]!r}"
-            )
-    told = [line for line in said.splitlines() if line.startswith("moe.launch.torchrun:")]
+        wrong = [name for name in right if after.get(name) != right[name]]
+        faults += [f"after the second run {len(wrong)} answers are missing or different"] if wrong else []
     return Seen(case, victim, len(before), seconds, told[-1] if told else "", tuple(faults))
 
 
@@ -209,24 +221,18 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True, help="JSON lines, one a run")
     parser.add_argument("--out", type=Path, help="table of all that the log has")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, LLM(DEMO, EngineConfig(dtype="float32")) as llm:
         folder = Path(name)
         write_requests(folder / "in.jsonl")
-        right: dict[str, str] = {}
+        right = right_answers(llm, folder)
         undisturbed_s: dict[int, float] = {}
         for seed in range(args.first_seed, args.first_seed + args.runs):
             if any(s.case.seed == seed for s in read_log(args.log)):
                 continue
             case = case_of(seed)
-            if case.ranks not in undisturbed_s:
-                (folder / "whole.jsonl").unlink(missing_ok=True)
-                whole = Case(-1, case.ranks, "all_to_all", "1.0", None, 1.0)
-                _, undisturbed_s[case.ranks] = run_whole(whole, folder, "whole.jsonl")
-                found, faults = answers(folder / "whole.jsonl")
-                assert len(found) == NUM_LINES, faults
-                assert found == (right or found)
-                right = found
-            seen = one_kill(case, folder, right, undisturbed_s[case.ranks])
+            if case.after_lines is None and case.ranks not in undisturbed_s:
+                undisturbed_s[case.ranks] = seconds_undisturbed(case.ranks, folder)
+            seen = one_kill(case, folder, llm, right, undisturbed_s.get(case.ranks, 0.0))
             print(seen, flush=True)
             with args.log.open("a") as file:
                 file.write(json.dumps(seen) + "\n")

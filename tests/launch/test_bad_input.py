@@ -239,7 +239,7 @@ SETTINGS = [
     (["--experts-in-memory", "1.5"], ["'1.5' is not understood"]),
     (["--experts-in-memory", "-3"], ["'-3' is not understood"]),
     (["--set", "offload.bugdet=1"], ["unknown setting offload.bugdet; known: offload.budget"]),
-    (["--set", "offload.readers=-1"], ["offload.readers (-1) must be >= 0"]),
+    (["--set", "offload.readers=-1"], ["offload.readers (-1) must lie in [0, 1024]"]),
     (["--set", "dtype=int4"], ["dtype ('int4') must be one of"]),
     (
         ["--set", "batch.kv_tokens=16", "--max-tokens", "20"],
