@@ -29,7 +29,6 @@ from moe.launch.server_files import add_file_routes
 from moe.launch.uploads import Uploads
 from moe.metrics import exposition
 from moe.openai import CHAT, COMPLETIONS, Ask, BadRequest, parse_request
-from moe.outputs import Completion
 from moe.service import Delta, QueueFull, Service, Ticket
 
 
@@ -198,14 +197,17 @@ async def _whole(call: _Call, request: Request, seconds: float) -> Response:
             if gone.done():
                 return Response(status_code=499)
             return _refused(504, f"the answer was not complete after {seconds:g} s", "timeout_error")
-        answers = collected.result()
+        ends = collected.result()
     finally:
         gone.cancel()
         collected.cancel()
         call.service.cancel(call.ticket)
+    answers = [end.completion for end in ends if end.completion is not None]
     if (error := next((one.error for one in answers if one.error is not None), None)) is not None:
         return _refused(500, error, "server_error")
-    return JSONResponse(response_body(call.ask, answers, **call.names, prompt_tokens=call.prompt_tokens))
+    of_prompts = [end.of_prompt for end in ends[:: call.ask.params.n]]
+    body = response_body(call.ask, answers, **call.names, prompt_tokens=call.prompt_tokens, of_prompts=of_prompts)
+    return JSONResponse(body)
 
 
 async def _left(request: Request) -> None:
@@ -214,16 +216,16 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _collected(call: _Call) -> list[Completion]:
-    """All samples in order, or as many as there were when one failed."""
-    answers: dict[int, Completion] = {}
-    while len(answers) < call.ticket.num_samples:
+async def _collected(call: _Call) -> list[Delta]:
+    """The ends of all samples in order, or as many as there were when one failed."""
+    ends: dict[int, Delta] = {}
+    while len(ends) < call.ticket.num_samples:
         delta = await call.deltas.get()
         if delta.completion is not None:
-            answers[delta.sample] = delta.completion
+            ends[delta.sample] = delta
             if delta.completion.error is not None:
                 break
-    return [answers[i] for i in sorted(answers)]
+    return [ends[i] for i in sorted(ends)]
 
 
 async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:

@@ -3,28 +3,48 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe.openai import Ask
+from moe.openai import Ask, PromptLogprobs
 from moe.outputs import Completion
 from moe.params import Logprob
 from moe.tools import CallDelta, Reader
 
 
 def response_body(
-    ask: Ask, answers: Sequence[Completion], *, request_id: str, created: int, model: str, prompt_tokens: int
+    ask: Ask,
+    answers: Sequence[Completion],
+    *,
+    request_id: str,
+    created: int,
+    model: str,
+    prompt_tokens: int,
+    of_prompts: Sequence[PromptLogprobs] = (),
 ) -> dict[str, Any]:
-    """The whole answer. answers: of all prompts, n of each, in order."""
+    """The whole answer. answers: of all prompts, n of each, in order. of_prompts: prompt_logprobs of each prompt."""
     num_top = ask.params.logprobs or 0
-    return {
+    choices: list[dict[str, Any]] = [
+        {"index": i, **(_chat_choice(answer, num_top, ask.reader()) if ask.is_chat else _completion_choice(answer))}
+        for i, answer in enumerate(answers)
+    ]
+    body = {
         "id": f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{request_id}",
         "object": "chat.completion" if ask.is_chat else "text_completion",
         "created": created,
         "model": ask.model or model,
-        "choices": [
-            {"index": i, **(_chat_choice(answer, num_top, ask.reader()) if ask.is_chat else _completion_choice(answer))}
-            for i, answer in enumerate(answers)
-        ],
+        "choices": choices,
         "usage": usage(prompt_tokens, sum(len(answer.token_ids) for answer in answers)),
     }
+    if ask.params.prompt_logprobs is None:
+        return body
+    told = [None if one is None else [entry and _by_token(entry) for entry in one] for one in of_prompts]
+    if ask.is_chat:  # there is one prompt; these places are vLLM's
+        return body | {"prompt_logprobs": told[0]}
+    for index, choice in enumerate(choices):
+        choice["prompt_logprobs"] = told[index // ask.params.n]
+    return body
+
+
+def _by_token(step: Mapping[int, Logprob]) -> dict[str, Any]:
+    return {str(token): one._asdict() | {"logprob": _finite(one.logprob)} for token, one in step.items()}
 
 
 def chunk_body(

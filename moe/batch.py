@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from moe.answers import response_body
 from moe.comm.control import Control
 from moe.llm import LLM, Generation
-from moe.openai import Ask, BadRequest, custom_id_of, parse_batch_line
+from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, parse_batch_line
 from moe.outputs import Completion
 
 _START = b'{"id": "line-'  # of every result
@@ -160,7 +160,8 @@ class _Run:
 
     def _result(self, entry: _Entry) -> dict[str, Any]:
         answers = [self.llm.completion(sample) for sample in entry.samples]
-        return result_line(entry.line, entry.custom_id, entry.ask, answers, len(entry.tokens), self.llm.name)
+        of_prompt = self.llm.prompt_logprobs(entry.samples[0])
+        return result_line(entry.line, entry.custom_id, entry.ask, answers, len(entry.tokens), self.llm.name, of_prompt)
 
 
 def json_of_line(line: bytes) -> Any:
@@ -178,15 +179,28 @@ def _read_line(llm: LLM, number: int, fields: Any) -> _Entry:
 
 
 def result_line(
-    number: int, custom_id: str, ask: Ask, answers: list[Completion], prompt_tokens: int, model: str
+    number: int,
+    custom_id: str,
+    ask: Ask,
+    answers: list[Completion],
+    prompt_tokens: int,
+    model: str,
+    of_prompt: PromptLogprobs = None,
 ) -> dict[str, Any]:
     """The result of a line whose samples are all finished, or of which one failed."""
     error = next((answer.error for answer in answers if answer.error is not None), None)
     if error is not None:
         return failed_line(number, custom_id, "server_error", error)
     name = f"line-{number}"
-    created = int(time.time())
-    body = response_body(ask, answers, request_id=name, created=created, model=model, prompt_tokens=prompt_tokens)
+    body = response_body(
+        ask,
+        answers,
+        request_id=name,
+        created=int(time.time()),
+        model=model,
+        prompt_tokens=prompt_tokens,
+        of_prompts=[of_prompt],
+    )
     response = {"status_code": 200, "request_id": name, "body": body}
     return {"id": name, "custom_id": custom_id, "response": response, "error": None}
 

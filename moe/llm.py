@@ -254,6 +254,13 @@ class LLM:
             error=request.error,
         )
 
+    def prompt_logprobs(self, generation: Generation) -> list[dict[int, Logprob] | None] | None:
+        """One entry per prompt token, None for the first; None if they were not asked for, or it ended before them."""
+        request = generation.request
+        if request.params.prompt_logprobs is None or len(request.prompt_logprobs) < request.num_prompt - 1:
+            return None
+        return [None, *self._decoded(request.tokens[1 : request.num_prompt], request.prompt_logprobs)]
+
     def last_logprobs(self, generation: Generation) -> list[dict[int, Logprob]] | None:
         """Of the newest token, if they were asked for."""
         request = generation.request
@@ -265,8 +272,6 @@ class LLM:
         """As `add`; the sample is in `opened` as soon as it is queued, whatever interrupts the caller."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
-        if params.prompt_logprobs is not None:
-            raise ValueError("prompt_logprobs is not offered; logprobs of the answer are")
         params = self.encoder.with_bad_words(params)
         with self.guard:
             request = self.engine.add_request(tokens, params)
@@ -312,7 +317,7 @@ class LLM:
             prompt=text_of(answer.prompt),
             prompt_token_ids=answer.tokens,
             outputs=[self.completion(sample) for sample in answer.samples],
-            prompt_logprobs=None,
+            prompt_logprobs=self.prompt_logprobs(first),
             metrics=times,
         )
 

@@ -4,13 +4,14 @@ What a request asks for and cannot have is refused by its name; what is there an
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from moe.params import SamplingParams, StructuredOutputsParams
+from moe.params import Logprob, SamplingParams, StructuredOutputsParams
 from moe.tools import FORMATS, FreeReader, ListReader, NamedReader, Reader, Tool, ToolFormat, forced_schema, name_of
 
+PromptLogprobs = Sequence[Mapping[int, Logprob] | None] | None  # one per token
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_N = 128  # samples of one request, as in the format
 _COMPLETION_TOKENS = 16  # of an answer on COMPLETIONS, by the format; a chat goes to its end or the context
@@ -28,6 +29,7 @@ NUMBERS: dict[str, type] = {
     "repetition_penalty": float,
     "seed": int,
     "n": int,
+    "prompt_logprobs": int,
 }
 FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 TOKEN_LISTS = ("stop_token_ids", "allowed_token_ids")
@@ -55,7 +57,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "prompt_logprobs": (),
 }
 
 
@@ -133,6 +134,8 @@ def parse_request(
         raise BadRequest(f"model ({model!r}) must be a string", "model")
     if not (stream is None or isinstance(stream, bool)):
         raise BadRequest(f"stream ({stream!r}) must be true or false", "stream")
+    if stream and params.prompt_logprobs is not None:
+        raise BadRequest("prompt_logprobs cannot be streamed; leave out stream", "prompt_logprobs")
     options = body.get("stream_options") or {}
     return Ask(
         url=url,

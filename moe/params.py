@@ -122,8 +122,9 @@ class SamplingParams:
         )
 
     def sample(self, index: int) -> "SamplingParams":
-        """Of sample `index` of n."""
-        return dataclasses.replace(self, n=1, seed=None if self.seed is None else self.seed + index)
+        """Of sample `index` of n; the first tells of the prompt."""
+        seed = None if self.seed is None else self.seed + index
+        return dataclasses.replace(self, n=1, seed=seed, prompt_logprobs=self.prompt_logprobs if index == 0 else None)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from moe.histogram import Histogram
 from moe.llm import LLM, Event, Generation
+from moe.openai import PromptLogprobs
 from moe.outputs import Completion
 from moe.params import Logprob, SamplingParams
 
@@ -25,6 +26,7 @@ class Delta(NamedTuple):
     tokens: list[int]
     logprobs: list[dict[int, Logprob]] | None
     completion: Completion | None
+    of_prompt: PromptLogprobs = None  # with the completion of a prompt's first sample, if asked for
 
 
 @dataclass(slots=True)
@@ -170,13 +172,15 @@ class Service:
             if (before := ticket.last_token.get(number)) is not None:
                 self.stats.time_between_tokens.add(now - before)
             ticket.last_token[number] = now
-        completion = None
+        completion, of_prompt = None, None
         if event.finish is not None:
             del self._of[id(event.generation)]
             completion = self.llm.completion(event.generation)
+            of_prompt = self.llm.prompt_logprobs(event.generation)
             ticket.num_finished += 1
         tokens = [] if event.token is None else [event.token]
-        self._deliver(ticket, Delta(number, event.text, tokens, self.llm.last_logprobs(event.generation), completion))
+        logprobs = self.llm.last_logprobs(event.generation)
+        self._deliver(ticket, Delta(number, event.text, tokens, logprobs, completion, of_prompt))
         if ticket.num_finished == ticket.num_samples and not ticket.is_over:
             self._end(ticket)
             self.stats.finished += 1

@@ -115,6 +115,8 @@ class Ledger:
             request.tokens.append(one.token)
         if one.logprobs is not None:
             request.logprobs.append(one.logprobs)
+        if one.prompt_logprobs:
+            request.prompt_logprobs = list(one.prompt_logprobs)
         request.error = one.error
         if one.finish is not None:
             request.finish_reason = one.finish

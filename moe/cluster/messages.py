@@ -30,13 +30,15 @@ class Said:
     finish: FinishReason | None = None
     logprobs: Logprobs | None = None
     error: str | None = None
+    prompt_logprobs: tuple[Logprobs, ...] = ()  # with the first token of an answer
 
     @staticmethod
     def of(request: Request, number: int) -> "Said":
         """The newest of a request that its asker knows as `number`."""
         token = None if request.error is not None else request.tokens[-1]
         chosen = request.logprobs[-1] if request.params.logprobs is not None and token is not None else None
-        return Said(number, token, request.finish_reason, chosen, request.error)
+        of_prompt = tuple(request.prompt_logprobs) if request.num_output == 1 else ()
+        return Said(number, token, request.finish_reason, chosen, request.error, of_prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ class CoherentRunner:
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """fp32 [chunks that sample and ended here, V]."""
-        if all(c.end - c.start == 1 for c in chunks):
+        if all(c.end - c.start == 1 and not c.tells_prompt for c in chunks):
             return self._decode(chunks)
         return self._at_owners(chunks)
 

@@ -186,7 +186,14 @@ class Engine:
     def limits(self) -> Limits:
         pool = self.scheduler.pool
         vocabulary = self.loaded.dense.vocabulary
-        return Limits(vocabulary, self.max_context, pool.block_size, pool.num_blocks, frozenset(self.eos_ids))
+        return Limits(
+            vocabulary,
+            self.max_context,
+            pool.block_size,
+            pool.num_blocks,
+            frozenset(self.eos_ids),
+            self.blueprint.config.is_encoder_decoder,
+        )
 
     def check_request(self, tokens: Seq[int], params: SamplingParams) -> None:
         """Raises ValueError for a prompt of token ids that cannot ever run."""

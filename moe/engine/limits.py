@@ -16,6 +16,7 @@ class Limits:
     block_size: int
     num_blocks: int
     eos_ids: frozenset[int]
+    encodes_prompts: bool = False  # an encoder reads them, and predicts none of their tokens
 
     def check(self, tokens: Sequence[int], params: SamplingParams, num_prompt: int | None = None) -> None:
         """Raises ValueError for a prompt of token ids that cannot ever run.
@@ -27,6 +28,8 @@ class Limits:
             raise ValueError("the prompt has no tokens; give at least one")
         if bad := next((t for t in tokens if not 0 <= t < vocabulary), None):
             raise ValueError(f"prompt token {bad} is outside the vocabulary of {vocabulary}")
+        if self.encodes_prompts and params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: this model's encoder reads the prompt, it predicts none of its tokens")
         if len(tokens) >= self.max_context:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens, the context holds {self.max_context} with at least one for "

@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Sequence as Seq
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from moe.engine.requests import Chunk, step_of
+from moe.engine.requests import Chunk, keep_last_rows, rows_wanted, step_of
 from moe.layer.routing import RoutingSeam, Span, StepContext
 from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
 from moe.models.layer_plan import LayerPlan, plan_layers
@@ -38,23 +37,25 @@ class PackedRunner:
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
         self.routing.begin(step_of(chunks))
-        if self.plan is not None:
-            tokens = [t for c in chunks for t in c.request.tokens[c.start : c.end]]
-            blocks = [c.request.blocks for c in chunks]
-            return self.plan.forward(tokens, blocks, [c.start for c in chunks], [c.end for c in chunks])
-        return self._by_modules(chunks)
+        return keep_last_rows(chunks, self._by_modules(chunks) if self.plan is None else self._by_plan(chunks))
+
+    def _by_plan(self, chunks: Seq[Chunk]) -> Tensor:
+        assert self.plan is not None
+        tokens = [t for c in chunks for t in c.request.tokens[c.start : c.end]]
+        blocks = [c.request.blocks for c in chunks]
+        starts, ends = [c.start for c in chunks], [c.end for c in chunks]
+        return self.plan.forward(tokens, blocks, starts, ends, rows_wanted(chunks))
 
     def _by_modules(self, chunks: Seq[Chunk]) -> Tensor:
         device = self.kv.device
         step = self.kv.begin([c.request.blocks for c in chunks], [c.start for c in chunks], [c.end for c in chunks])
         tokens = torch.tensor([[t for c in chunks for t in c.request.tokens[c.start : c.end]]], device=device)
         positions = torch.tensor([[p for c in chunks for p in range(c.start, c.end)]], device=device)
-        last = torch.tensor([*accumulate(c.end - c.start for c in chunks)], device=device) - 1
         logits = self.model(
             input_ids=tokens,
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=last,
+            logits_to_keep=rows_wanted(chunks).to(device),
             step=step,
             **{CACHE_NAME: self.kv.cache},
         ).logits
@@ -113,7 +114,7 @@ class SequentialRunner:
 
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
-        return torch.stack([self._forward_one(chunk) for chunk in chunks])
+        return keep_last_rows(chunks, torch.cat([self._forward_one(chunk) for chunk in chunks]))
 
     def num_forwards(self, chunks: Seq[Chunk]) -> int:
         return len(chunks)
@@ -143,7 +144,7 @@ class SequentialRunner:
         out = self.model(**arguments, **{CACHE_NAME: past}, use_cache=True)
         cache = getattr(out, CACHE_NAME)
         request.state = (encoded, cache) if self.is_encoder_decoder else cache
-        return out.logits[0, -1].float()  # type: ignore[no-any-return]
+        return out.logits[0, -chunk.num_rows :].float()  # type: ignore[no-any-return]
 
 
 def run_a_token(model: Any) -> list[tuple[Tensor, Tensor]]:

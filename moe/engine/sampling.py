@@ -64,6 +64,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, num_prompt: int = 0, form: Form | None = None) -> None:
         self.params, self.num_prompt, self.form = params, num_prompt, form
+        self.fault: str | None = None  # why nothing may be chosen
         self._added = [(token, bias) for token, bias in params.logit_bias.items() if bias]
         self._allowed: Tensor | None = None
 
@@ -112,6 +113,9 @@ def choose(logits: Tensor, asking: Sequence[tuple[Sampler, list[int]]]) -> list[
     edits: dict[int, Edits] = {}
     draws: dict[int, Draws] = {}
     for row, (sampler, tokens) in enumerate(asking):
+        if sampler.fault is not None:
+            failed[row] = sampler.fault
+            continue
         try:
             edits[row] = sampler.edits(tokens, vocabulary)
             if sampler.params.temperature > 0:
@@ -127,7 +131,9 @@ def choose(logits: Tensor, asking: Sequence[tuple[Sampler, list[int]]]) -> list[
             choices.append(Choice(-1, None, wrong))
         else:
             wanted = sampler.params.logprobs
-            choices.append(Choice(token, None if wanted is None else logprobs_of(logits[row], token, wanted)))
+            choices.append(
+                Choice(token, None if wanted is None else logprobs_of(logits[row][None], [token], wanted)[0])
+            )
     return choices
 
 
@@ -191,9 +197,11 @@ def _error_of(token: int, logits: Tensor) -> str | None:
     return None
 
 
-def logprobs_of(logits: Tensor, token: int, num_top: int) -> Logprobs:
-    """Of `token`, and of the `num_top` likeliest. logits: fp32 [V]."""
+def logprobs_of(logits: Tensor, tokens: Sequence[int], num_top: int) -> list[Logprobs]:
+    """Of one token of each row, and of the row's `num_top` likeliest. logits: fp32 [N, V]. A host sync."""
     scores = logits.log_softmax(-1)
-    top = scores.topk(min(num_top, len(scores)))
-    rank = 1 + int((scores > scores[token]).sum())
-    return Logprobs(float(scores[token]), dict(zip(top.indices.tolist(), top.values.tolist())), rank)
+    chosen = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])
+    ranks = 1 + (scores > chosen).sum(1)
+    top = scores.topk(min(num_top, scores.shape[1]))
+    each = zip(chosen[:, 0].tolist(), ranks.tolist(), top.indices.tolist(), top.values.tolist())
+    return [Logprobs(one, dict(zip(ids, values)), rank) for one, rank, ids, values in each]

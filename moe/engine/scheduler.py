@@ -98,7 +98,8 @@ class Scheduler:
         return Chunk(request, request.num_computed, end)
 
     def _admit(self, request: Request, left: int, alone: bool) -> Chunk | None:
-        blocks = self.pool.match(request.tokens)
+        # What is shared is not computed, and leaves no logits.
+        blocks = self.pool.match(request.tokens) if request.params.prompt_logprobs is None else []
         start = len(blocks) * self.pool.block_size
         end = min(len(request.tokens), start + left)
         if end < len(request.tokens) and not self.can_chunk:

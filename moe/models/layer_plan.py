@@ -70,11 +70,16 @@ class LayerPlan:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Sequence[int], blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]
+        self,
+        tokens: Sequence[int],
+        blocks: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        ends: Sequence[int],
+        rows: Tensor,
     ) -> Tensor:
         """Computes the tokens [start, end) of each sequence with these blocks of the cache; starts < ends.
 
-        tokens: of all sequences, one after another. Returns the logits of each sequence's last one, fp32 [S, V].
+        tokens: of all sequences, one after another. Returns the logits of those that `rows` [N] names, fp32 [N, V].
         """
         h = self.base.embed_tokens(torch.tensor(tokens))  # [T, H]
         step = self._step(h, blocks, starts, ends)
@@ -83,9 +88,8 @@ class LayerPlan:
         for layer, block in zip(self.layers, self.blocks):
             x, ids, weights = block(h, add, step, work)
             add = layer.after(x, ids, weights)
-        last = step.first[1:] - 1
         assert add is not None
-        logits: Tensor = self.model.lm_head(self.base.norm(h[last] + add[last]))
+        logits: Tensor = self.model.lm_head(self.base.norm(h[rows] + add[rows]))
         return logits.float()
 
     @torch.inference_mode()

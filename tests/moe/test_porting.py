@@ -1,5 +1,9 @@
 """What offline scripts for vLLM pass: taken, ignored with a note, or refused with a sentence, as the docs say."""
 
+import ast
+import inspect
+import re
+
 import pytest
 
 from moe import porting
@@ -25,6 +29,84 @@ def test_the_docs_have_every_argument():
         assert f"| `{name}` |" in DOCS, name
     for name in SamplingParams.__dataclass_fields__:
         assert f"`{name}`" in DOCS or name in ("bad_words_ids", "end_token_ids"), name
+
+
+def rows_of(heading: str) -> list[tuple[list[str], str]]:
+    """Of one table of the docs: names, and what is said of them."""
+    section = DOCS.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ", 1) for line in section.splitlines() if line.startswith("| `")]
+    return [(re.findall(r"`([^`]+)`", names), said) for names, said in rows]
+
+
+VALUES = {"dtype": "bfloat16", "enable_prefix_caching": False, "trust_remote_code": True, "max_num_seqs": 5}
+
+
+def setting(config: EngineConfig, key: str):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize(("names", "said"), rows_of("`LLM(model, …)`"))
+def test_every_row_of_the_models_arguments(names, said):
+    (name,) = names
+    if said.startswith("sets "):
+        value = VALUES.get(name, 48)
+        made, notes = porting.with_options(EngineConfig(), {name: value})
+        assert setting(made, re.fullmatch("sets `(.*)`", said)[1]) == value
+        assert notes == []
+    elif said.startswith("ignored: "):
+        assert porting.with_options(EngineConfig(), {name: 3})[1] == [f"{name} is {said}"]
+    else:
+        check_refused(said, lambda value: porting.with_options(EngineConfig(), {name: value}))
+
+
+def check_refused(said: str, call) -> None:
+    values, why = re.fullmatch(r"refused unless (.*?): (.*)", said).groups()
+    for neutral in re.findall("`([^`]+)`", values):
+        call(ast.literal_eval(neutral))
+    with pytest.raises(ValueError, match=f"is not offered: {re.escape(why)}"):
+        call("something")
+
+
+OF_CALLS = {  # what the rows say in words is tested in the functions named
+    "prompts": "test_forms_of_a_call",
+    "messages": "test_forms_of_a_call",
+    "sampling_params": "test_forms_of_a_call",
+    "use_tqdm": "test_a_bar_if_it_is_asked_for",
+    "chat_template": "test_forms_of_a_call",
+}
+
+
+@pytest.mark.parametrize(("names", "said"), rows_of("`generate` and `chat`"))
+def test_every_row_of_a_calls_arguments(llm, names, said):
+    if said.startswith("refused"):
+        check_refused(said, lambda value: llm.generate([[1, 2]], greedy(1), **{names[0]: value}))
+        return
+    assert OF_CALLS[names[0]] in globals()
+    taken = {*inspect.signature(llm.generate).parameters, *inspect.signature(llm.chat).parameters}
+    assert set(names) <= taken
+
+
+@pytest.mark.parametrize(("names", "said"), rows_of("`SamplingParams`"))
+def test_every_row_of_sampling(llm, names, said):
+    fields = SamplingParams.__dataclass_fields__
+    for name in names:
+        if said.startswith("unknown"):
+            with pytest.raises(TypeError, match=name):
+                SamplingParams(**{name: None})
+        elif name in ("structured_outputs", "guided_decoding"):  # what they do: tests/moe/test_structured.py
+            assert SamplingParams(**{name: {"choice": ["a"]}}).structured_outputs is not None
+        else:
+            value = {"temperature": 0.5, "logit_bias": {1: 1}, "stop": ["x"], "bad_words": ["x"], "top_p": 0.5}.get(
+                name
+            )
+            value = value or {"stop_token_ids": [1], "allowed_token_ids": [1, 2], "min_p": 0.5}.get(name, 1)
+            assert name in fields
+            assert llm.generate([[1, 2]], SamplingParams(**{"max_tokens": 1, name: value}))[0].finished
+            assert SamplingParams(**{name: None}) == SamplingParams() or name == "max_tokens"
+    for default in re.findall(r"default (\d+)", said):
+        assert getattr(SamplingParams(), names[0]) == float(default)
 
 
 def test_arguments_of_a_model():
@@ -61,8 +143,6 @@ def test_forms_of_a_call(llm):
         llm.generate({"prompt": PROMPT, "multi_modal_data": {}})
     with pytest.raises(ValueError, match="lora_request=5 is not offered"):
         llm.generate(PROMPT, lora_request=5)
-    with pytest.raises(ValueError, match="prompt_logprobs is not offered"):
-        llm.generate(PROMPT, SamplingParams(prompt_logprobs=1))
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     several = llm.chat([[{"role": "user", "content": c}] for c in (PROMPT, "A")], params, chat_template=template)
     assert several[0].outputs[0].token_ids == outputs[0].outputs[0].token_ids

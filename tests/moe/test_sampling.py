@@ -126,8 +126,8 @@ def test_logprobs_are_the_log_softmax_of_the_models_logits(num):
     sampler = Sampler(SamplingParams(temperature=0.2, top_k=2, logprobs=num))
     (choice,) = choose(logits[None], [(sampler, [1])])
     exact = logits.double().log_softmax(-1)
-    assert choice.logprobs == logprobs_of(logits, choice.token, num)
-    result = logprobs_of(logits, 4, num)
+    assert [choice.logprobs] == logprobs_of(logits[None], [choice.token], num)
+    (result,) = logprobs_of(logits[None], [4], num)
     assert result.chosen == pytest.approx(float(exact[4]), abs=1e-6)
     order = exact.argsort(descending=True).tolist()
     assert list(result.top) == order[: min(num, V)]

@@ -1,0 +1,48 @@
+"""Ctrl-C under a real torchrun, while the ranks load and while they step: one sentence a job, finished lines stay."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch import kill_ranks
+from tests.launch.kill_ranks import ROOT, Case
+
+LIMIT_S = 120.0
+
+
+def is_loading(rank: psutil.Process) -> bool:
+    """Whether it has begun to load torch, which takes seconds."""
+    return "libtorch" in Path(f"/proc/{rank.pid}/maps").read_text()
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("moment", ["loading", "stepping"])
+def test_an_interrupt_is_one_sentence_and_finished_lines_stay(tmp_path, moment):
+    output = tmp_path / "out.jsonl"
+    kill_ranks.write_requests(tmp_path / "in.jsonl")
+    job = kill_ranks.start(Case(0, 2, "all_to_all", "1.0", None, 0.0), tmp_path / "in.jsonl", output)
+    if moment == "loading":
+        wait_until(lambda: len(ranks := kill_ranks.ranks_of(job)) == 2 and all(map(is_loading, ranks)))
+    else:
+        wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") >= 3)
+    os.killpg(job.pid, signal.SIGINT)
+    said, _ = job.communicate(timeout=LIMIT_S)
+    sentences = [line for line in said.splitlines() if "moe.launch.torchrun: " in line]
+    assert sentences == ["moe.launch.torchrun: interrupted"], said
+    # torchrun itself shows a traceback of its own frames; none of ours may be in one.
+    assert not [line for line in said.splitlines() if 'File "' in line and f"{ROOT}/" in line and ".venv" not in line]
+    texts, faults = kill_ranks.answers(output)
+    assert faults == []
+    if moment == "stepping":
+        assert 3 <= len(texts) < kill_ranks.NUM_LINES
