@@ -28,7 +28,7 @@ from moe.llm import LLM
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = ROOT / "examples" / "tinymoe"
 NUM_LINES = 24
-TIME_LIMIT_S = 120.0
+TIME_LIMIT_S = 300.0  # many times what a job takes, on a machine that others use, too
 
 
 class Case(NamedTuple):
