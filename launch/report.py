@@ -92,7 +92,8 @@ def gather_links(engine: Engine, groups: Groups) -> Table:
     if groups.world is None:
         table = [mine]
     else:
-        dist.all_gather(table, mine, group=groups.world)
+        with in_collective(groups, Task("the reports of links")):
+            dist.all_gather(table, mine, group=groups.world)
     names = [f"rank {rank}" for rank in range(groups.world_size)]
     shown_table = Table("", *names, box=None, padding=(0, 2, 0, 0))
     shown_table.title, shown_table.title_justify = "bytes of tokens and results, from row to column", "left"
