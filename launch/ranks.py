@@ -8,7 +8,7 @@ from moe.comm.groups import Groups
 from moe.comm.lost import speaks_for_job
 from moe.comm.membership import process_groups
 from moe.config import EngineConfig
-from moe.engine.assemble import find_device
+from moe.engine.device import find_device
 from moe.launch.console import err
 from moe.launch.jobs import serve_file
 from moe.launch.options import engine_config

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.engine.device import find_device, free_memory
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
 from moe.engine.runner import (
@@ -42,7 +43,6 @@ from moe.models.load import load_dense
 from moe.models.neighbours import why_not_packed
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
-from moe.offload.memory import available_memory
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore
 from moe.placement.plan import Plan
@@ -303,29 +303,6 @@ def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeigh
     """Every layer's weights as kernels take them: views of all slots."""
     layers = zip(blueprint.experts, blueprint.index.layouts, strict=True)
     return [layout.weights(cache.views(n), found.activation) for n, (found, layout) in enumerate(layers)]
-
-
-def find_device(name: str | None) -> torch.device:
-    """None: the first GPU, else the CPU. Raises ValueError for one that torch does not have here."""
-    has_gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if has_gpu else "cpu") if name is None else name)
-    except RuntimeError:
-        raise ValueError(f"device ({name!r}) is no device of torch; give cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device ({name!r}) is not served; give cpu, cuda or cuda:0")
-    if device.type == "cuda" and not has_gpu:
-        raise ValueError(f"device ({name!r}) cannot be used: torch sees no GPU here; give cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device ({name!r}) cannot be used: torch sees {torch.cuda.device_count()} GPUs here")
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors lie
-    return device
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take where the model's tensors lie."""
-    return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def lossy_modes(config: EngineConfig) -> list[str]:

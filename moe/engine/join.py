@@ -16,9 +16,10 @@ from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.lost import in_collective
 from moe.config import ParallelConfig
-from moe.engine.assemble import Loaded, Share, free_memory, num_blocks
+from moe.engine.assemble import Loaded, Share, num_blocks
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
+from moe.engine.device import free_memory
 from moe.engine.mirror import RequestMirror
 from moe.engine.modes import Alone, Coherent, Ranks, StepMode
 from moe.engine.runner import PackedRunner, make_paged_kv
