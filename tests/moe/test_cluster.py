@@ -168,7 +168,7 @@ def test_a_driver_that_is_killed_is_followed_by_another(llm, lines, nodes, tmp_p
     folder, _, right = lines
     target = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "moe.launch.ray_cluster", DEMO, folder / "in.jsonl", target, "--hosts", "1"]
-    command += ["--address", nodes.address, "--set", "cluster.cpus_per_host=0.5", "--set", "batch.max_sequences=2"]
+    command += ["--address", nodes.address, *(f"--set={one}" for one in (*SETTINGS, "batch.max_sequences=2"))]
     driver = subprocess.Popen(list(map(str, command)), cwd=ROOT)
     deadline = time.monotonic() + 240
     while not (target.exists() and target.read_bytes().count(b"\n") >= 5):
