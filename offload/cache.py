@@ -25,8 +25,9 @@ from moe.offload.layer_stats import LayerStats
 from moe.offload.layout import ALIGNMENT
 from moe.offload.policy import Lfu, Lru, Policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
-from moe.offload.slab import Slab, slot_runs, slot_shares
+from moe.offload.slab import Slab
 from moe.offload.slot_map import Ids, Keys, SlotMap
+from moe.offload.slot_runs import slot_runs, slot_shares
 from moe.offload.speculation import Speculation
 from moe.offload.stores import ExpertStore, aligned_bytes
 
@@ -44,7 +45,7 @@ class Wave(NamedTuple):
 class ExpertCache:
     """S slots for the experts of all layers, filled from a store on demand.
 
-    num_slots: 1 .. all experts of the store, shared out among sizes of experts (offload/slab.py). own: experts by layer
+    num_slots: 1 .. all experts of the store, shared out among sizes of experts (slot_runs.py). own: experts by layer
     that will ask for slots, None: all of them. policy: "lfu" (frequency with ageing), "lru", or a `Policy` of the
     caller's over keys 0 .. sum(store.num_experts) - 1, layer after layer. num_readers: threads that read misses while
     the hits are computed; 0 reads in the calling thread, as misses up to `INLINE_READ_BYTES` always are.
@@ -69,8 +70,7 @@ class ExpertCache:
             raise ValueError(f"num_slots ({num_slots}) must be between 1 and the number of experts ({total})")
         self.device = torch.device(device)
         self.blob_bytes = max(layout.nbytes for layout in store.layouts)
-        self._sizes = [layout.nbytes for layout in store.layouts]
-        runs = slot_runs(self._sizes, counts, num_slots)
+        runs = slot_runs([layout.nbytes for layout in store.layouts], counts, num_slots)
         on_host = self.device.type == "cpu"
         # On the host addresses cost nothing until a slot is filled.
         rooms = [sum(self.num_experts[n] for n in run.layers) if on_host else run.num_slots for run in runs]

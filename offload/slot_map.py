@@ -2,7 +2,7 @@
 
     FREE ─take─▶ LOADING ─fill─▶ RESIDENT ⇄ HELD          drop: LOADING ─▶ FREE, evict: RESIDENT ─▶ FREE
 
-Slots are of several sizes where experts are (offload/slab.py): a layer's experts go to slots of its own run. An expert
+Slots are of several sizes where experts are (slot_runs.py): a layer's experts go to slots of its own run. An expert
 of a layer has a key, numbered through the model. The law that `check` asserts: every slot is in one state, a slot has
 a key if and only if it is RESIDENT or HELD, and both maps are inverse to each other. Its twin on the device, for code
 that must not ask the host, is device_slots.py.

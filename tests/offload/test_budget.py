@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.offload.budget import Budget, format_bytes, parse_budget, resolve_slots
-from moe.offload.slab import slab_bytes
+from moe.offload.slot_runs import slab_bytes
 
 MIB = 1 << 20
 

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.offload.slab import Slab, slab_bytes, slot_runs
+from moe.offload.slab import Slab
+from moe.offload.slot_runs import slab_bytes, slot_runs
 
 LAYERS = st.lists(st.tuples(st.sampled_from([64, 128, 192, 832]), st.integers(1, 9)), min_size=1, max_size=6)
 
