@@ -8,13 +8,14 @@ finite. What a flipped bit makes of one weight in an original folder without suc
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from moe.offload.checkpoint import Checkpoint, read_tensor
 from moe.offload.integrity import check_dense, check_downloads
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import FileStore, aligned_bytes
 
-_ALWAYS_FINITE = (torch.float32, torch.bfloat16, torch.float16)
+_WITH_NO_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e8m0fnu)
 
 
 def check_folder(
@@ -27,7 +28,7 @@ def check_folder(
     yield from check_dense(checkpoint)
     for name in sorted(set(checkpoint.tensors) - index.expert_keys):
         info = checkpoint.tensors[name]
-        if info.dtype in _ALWAYS_FINITE and not bool(read_tensor(info).isfinite().all()):
+        if not _is_finite(read_tensor(info)):
             yield f"{info.path}: tensor {name} holds numbers that are not finite"
     yield from _check_experts(index, progress)
 
@@ -45,10 +46,14 @@ def _check_experts(index: ExpertIndex, progress: Callable[[int, int], None] | No
                     yield str(error) if "layer" in str(error) else f"layer {layer}, expert {expert}: {error}"
                 else:
                     for name, view in layout.views(blob[None]).items():
-                        if view.dtype in _ALWAYS_FINITE and not bool(view.isfinite().all()):
+                        if not _is_finite(view):
                             yield f"layer {layer}, expert {expert}: {name} holds numbers that are not finite"
                 done += 1
                 if progress is not None:
                     progress(done, total)
     finally:
         store.close()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.dtype not in _WITH_NO_NUMBERS or bool(tensor.float().isfinite().all())

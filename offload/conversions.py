@@ -179,12 +179,16 @@ class Conversions:
         is_transposed = site.transposed and not parameter.endswith("_bias") and not is_coded
         expected = expected_shape(site, parameter)
         stored = expected[::-1] if is_transposed else expected
+        patterns = converter.source_patterns if converter is not None else [""]
+        operations = converter.operations if converter is not None else []
+        if operations and "Dequantize" in type(operations[0]).__name__ and set(sources) == {patterns[0]}:
+            patterns, operations = patterns[:1], operations[1:]  # no scales are stored: the weight is a plain one
         groups: dict[str, Stack] = {}
-        for pattern in converter.source_patterns if converter is not None else [""]:
+        for pattern in patterns:
             if pattern not in sources:
                 raise ValueError(f"{where}: no tensor matches {pattern} for {parameter}")
             groups[pattern] = self._unmerged(layer, site, sources[pattern])
-        for operation in converter.operations if converter is not None else []:
+        for operation in operations:
             if is_coded and not isinstance(operation, MergeModulelist | Concatenate):
                 raise ValueError(
                     f"{where}: transformers makes {parameter} with {operation}, not done to packed weights"

@@ -311,6 +311,7 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_DECAYS = ("slope_rate", "_decay", "A_log", "dt_bias")
 FAMILIES: list[str] = list(_FAMILIES)
 IN_SLOTS = [family for family in FAMILIES if family != "nllb_moe"]  # it is served whole (moe/models/families.py)
 # The experts of these are not reached through transformers' ExpertsInterface.
@@ -333,16 +334,21 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(family)(tiny_config(family))
-        for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point() or "mamba" in name or name.endswith(("slope_rate", "_decay")):
-                continue  # a recurrence with random decay grows beyond fp32
-            if tensor.ndim >= 2:  # 1.5 / sqrt(fan in): activations neither die nor blow up
-                tensor.normal_(std=1.5 / tensor.shape[-1] ** 0.5)
-            elif name.endswith("bias"):
-                tensor.normal_(std=0.2)
-            else:  # the scale of a norm, an attention sink
-                tensor.add_(0.2 * torch.randn_like(tensor))
+        randomise(model)
     return model.to(dtype).eval()
+
+
+def randomise(model: PreTrainedModel) -> None:
+    """Draws every weight anew, so that activations neither die nor blow up and no two experts are alike."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or "mamba" in name or name.endswith(_DECAYS):
+            continue  # a recurrence with random decay grows beyond fp32
+        if tensor.ndim >= 2:  # 1.5 / sqrt(fan in)
+            tensor.normal_(std=1.5 / tensor.shape[-1] ** 0.5)
+        elif name.endswith("bias"):
+            tensor.normal_(std=0.2)
+        else:  # the scale of a norm, an attention sink
+            tensor.add_(0.2 * torch.randn_like(tensor))
 
 
 def reference_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -38,6 +38,7 @@ from moe.layer.routing import RoutingSeam
 from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.dense_cpu import compile_dense
+from moe.models.families import why_resident
 from moe.models.kv import BlockPool
 from moe.models.load import load_dense
 from moe.models.neighbours import why_not_packed
@@ -323,8 +324,8 @@ def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
         return formats
     if declared > 1:
         return formats + [
-            f"{blueprint.config.model_type} keeps its {declared} experts in modules that cannot be served from slots: "
-            "the whole model is in memory"
+            f"{blueprint.config.model_type} keeps its {declared} experts in modules that cannot be served from slots "
+            f"({why_resident(blueprint.skeleton)}): the whole model is in memory"
         ]
     return formats + ["this model is dense: it has no experts, the whole model is in memory"]
 

@@ -51,15 +51,17 @@ class PackedRunner:
         step = self.kv.begin([c.request.blocks for c in chunks], [c.start for c in chunks], [c.end for c in chunks])
         tokens = torch.tensor([[t for c in chunks for t in c.request.tokens[c.start : c.end]]], device=device)
         positions = torch.tensor([[p for c in chunks for p in range(c.start, c.end)]], device=device)
+        wanted = rows_wanted(chunks).to(device)
         logits = self.model(
             input_ids=tokens,
             position_ids=positions,
             use_cache=True,
-            logits_to_keep=rows_wanted(chunks).to(device),
+            logits_to_keep=wanted,
             step=step,
             **{CACHE_NAME: self.kv.cache},
         ).logits
-        return logits[0].float()  # type: ignore[no-any-return]
+        rows = logits[0] if logits.shape[1] == len(wanted) else logits[0, wanted]  # some models give every place's
+        return rows.float()  # type: ignore[no-any-return]
 
     def num_forwards(self, chunks: Seq[Chunk]) -> int:
         return 1 if chunks else 0
@@ -135,6 +137,7 @@ class SequentialRunner:
             arguments = {"encoder_outputs": encoded, "decoder_input_ids": torch.tensor([new], device=device)}
         else:
             first, past = chunk.start, request.state
+            past = self._declared_cache(request.num_prompt) if past is None else past
             if self.recomputed_beyond is not None and first <= self.recomputed_beyond < chunk.end:
                 first, past, new = 0, None, request.tokens[: chunk.end]
             positions = torch.arange(first, chunk.end, device=device)[None]
@@ -145,6 +148,14 @@ class SequentialRunner:
         cache = getattr(out, CACHE_NAME)
         request.state = (encoded, cache) if self.is_encoder_decoder else cache
         return out.logits[0, -chunk.num_rows :].float()  # type: ignore[no-any-return]
+
+    def _declared_cache(self, num_prompt: int) -> DynamicCache | None:
+        """A new cache, where it treats a prompt's tokens otherwise than an answer's and so must know where they end."""
+        cache = DynamicCache(config=self.model.config)
+        layers = [layer for layer in cache.layers if hasattr(layer, "set_prefill_length")]
+        for layer in layers:
+            layer.set_prefill_length(num_prompt)
+        return cache if layers else None
 
 
 def run_a_token(model: Any) -> list[tuple[Tensor, Tensor]]:

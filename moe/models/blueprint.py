@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    GenerationMixin,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -197,12 +198,15 @@ def read_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
     try:
         with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton = auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of any kind: sizes that do not fit each other fail in each architecture's own code
         raise ValueError(
             f"{folder}: transformers cannot build {name} as config.json describes it: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
+    if not trust_remote_code and not isinstance(skeleton, GenerationMixin):
+        raise ValueError(f"{folder}: {name} generates by a method of its own, not one token after another: not served")
+    return skeleton
 
 
 def _auto_class(config: Any, trust_remote_code: bool) -> Any:

@@ -7,10 +7,10 @@ reached by a class of theirs, replaced through transformers' own patch mapping:
 |---|---|---|
 | DbrxExperts | hidden, top_k_index, top_k_weights | the same call |
 | Llama4TextMoe | hidden; weights scale the experts' *input* | routes with its router, adds the shared expert |
+| Step3p7Experts | hidden, top_k_index, top_k_weights | the same call |
 | SwitchTransformersExperts | hidden, a one-hot mask, one weight | id = place of the 1, or -1 where it was dropped |
 
-NLLB-MoE is not here: transformers 5 applies one_hot to a mask that is one-hot already, so that only its experts 0 and
-1 ever run; it is served whole, as transformers does it. Experts of any other class stay resident, which is said.
+Experts of any other class stay resident, as transformers runs them; `why_resident` says why.
 """
 
 from typing import Any, NamedTuple
@@ -75,21 +75,46 @@ def _find_default_gate() -> dict[str, Any]:
 _default_gates = _find_default_gate()
 
 
+# Blocks around experts whose initialiser reaches for the experts' weights.
+_INITIALISING = ("SwitchTransformersSparseMLP", "Qwen3OmniMoeThinkerTextSparseMoeBlock")
+# Why experts stay resident, by a name in their module's class.
+_RESIDENT = {
+    "MuseSpark": "a norm of its own follows each of its experts",
+    "Ernie4_5_VLMoe": "its experts for text and those for images are stored in one list",
+    "LongcatFlash": "experts without weights stand among the others",
+    "JetMoe": "its attention chooses among experts too",
+    "NllbMoe": "transformers takes its routing for indices, so that other experts run than were chosen",
+}
+
+
+def why_resident(model: nn.Module) -> str:
+    """The reason why the experts of a model whose `find_experts` is empty are not in slots."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    for name, reason in _RESIDENT.items():
+        if any(name in kind for kind in kinds):
+            return reason
+    return "their modules declare no layout that is known here"
+
+
 def find_experts(model: nn.Module) -> list[FoundExperts]:
     """The experts that can live in slots, in order of layers. model: built on the meta device, unpatched."""
     found = []
     for name, module in model.named_modules():
         one = _find_one(name, module)
-        if one is not None:
-            found.append(one)
+        if one is None:
+            continue
+        around = type(model.get_submodule(name.rpartition(".")[0]))
+        if around.__name__ in _INITIALISING:
+            one = one._replace(replaced=(*one.replaced, around))
+        found.append(one)
     return found
 
 
 def _find_one(name: str, module: Any) -> FoundExperts | None:
     kind = type(module).__name__
     if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
-        if getattr(module, "has_post_expert_norm", False):
-            return None  # a norm of its own after each expert; stays resident
+        if getattr(module, "has_post_expert_norm", False) or kind == "Ernie4_5_VLMoeMoeExperts":
+            return None  # see why_resident
         num_experts, *rest = module.down_proj.shape
         hidden, inner = rest[::-1] if module.is_transposed else rest
         site = ExpertSite(
@@ -113,6 +138,10 @@ def _find_one(name: str, module: Any) -> FoundExperts | None:
             transposed=True,
         )
         return FoundExperts(site, _plain_activation(module.experts.act_fn, True), (type(module), type(module.experts)))
+    if kind == "Step3p7Experts":
+        num_experts, hidden, inner = module.down_proj.shape
+        site = ExpertSite(module=name, num_experts=num_experts, hidden_size=hidden, intermediate_size=inner)
+        return FoundExperts(site, Activation(kind="custom", function=module._apply_gate), (type(module),))
     if kind == "DbrxExperts":
         site = ExpertSite(
             module=name,
@@ -142,7 +171,7 @@ def slot_class(original: type[nn.Module]) -> type[nn.Module]:
     """
     if original.__name__ == "Llama4TextMoe":
         return type(original.__name__, (_Llama4Moe, original), {})
-    if original.__name__ == "SwitchTransformersSparseMLP":
+    if original.__name__ in _INITIALISING:
         return type(original.__name__, (_Initialised, original), {})
     base = _SwitchExperts if original.__name__ == "SwitchTransformersExperts" else _SlotExperts
     return type(original.__name__, (base, original), {})

@@ -82,12 +82,12 @@ def dense_keys(blueprint: Blueprint) -> list[str]:
     )
     names -= experts | {n for n, matrix in quantised.matrices.items() if not experts.isdisjoint(matrix.keys)}
     ignored = [re.compile(p) for p in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    every = sorted(name for name in names if not any(p.search(name) for p in ignored))
     inside = tuple(f"{site.module}." for site in blueprint.index.sites)
     parameters = {name for name, _ in skeleton.named_parameters() if not name.startswith(inside)}
     known = parameters | {name for name, _ in skeleton.named_buffers()}
     transforms = get_model_conversion_mapping(skeleton)
-    targets = {name: _target(name, transforms, skeleton.base_model_prefix, known) for name in every}
+    targets = {name: _target(name, transforms, skeleton.base_model_prefix, known) for name in sorted(names)}
+    every = [name for name, target in targets.items() if target or not any(p.search(name) for p in ignored)]
     return [name for name in every if targets[name]] if parameters <= set(targets.values()) else every
 
 

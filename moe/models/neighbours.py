@@ -39,6 +39,8 @@ def why_not_packed(model: Any, context: int | None) -> str | None:
         return "some of its layers keep a recurrent state"
     if any(getattr(m, "attn_temperature_tuning", False) for m in model.modules()):
         return "its attention counts positions from the cache's length"
+    if any(hasattr(m, "prepare_dynamic_mask") for m in model.modules()):  # Doge
+        return "its attention makes a mask of its own"
     switch = _frequencies_change_at(config)
     if switch is not None and (context is None or context > switch):
         return (
