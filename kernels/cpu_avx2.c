@@ -57,10 +57,12 @@ SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* a 
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - 4 * j)));
 }
 
-/* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa. */
+/* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa; see e4m3_part. */
 SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int half, int u) {
     __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)(p + half / 2 * LANES + u * WIDTH)));
-    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16((short)0xbf80)));
+    v = _mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16((short)0xbf80));
+    __m128i carried = _mm_add_epi16(v, _mm_set1_epi16(0x80));
+    return _mm256_cvtph_ps(_mm_or_si128(v, _mm_and_si128(carried, _mm_set1_epi16(0x4000))));
 }
 
 SCALAR TARGET VEC NAME(byte_int8)(const char *p) {

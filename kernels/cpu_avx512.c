@@ -72,15 +72,19 @@ SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* u 
     return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 4 * (unsigned)j), table);
 }
 
-/* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa. */
+/* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa; see e4m3_part. */
 SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int half, int u) { /* u is 0; halves of a pair share their loads */
     (void)u;
     if (half == 0) {
         __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p));
-        return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(v, 7), _mm256_set1_epi16((short)0xbf80)));
+        v = _mm256_and_si256(_mm256_slli_epi16(v, 7), _mm256_set1_epi16((short)0xbf80));
+        __m256i carried = _mm256_add_epi16(v, _mm256_set1_epi16(0x80));
+        return _mm512_cvtph_ps(_mm256_or_si256(v, _mm256_and_si256(carried, _mm256_set1_epi16(0x4000))));
     }
     __m512i v = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)p));
     v = _mm512_and_si512(_mm512_slli_epi16(v, 7), _mm512_set1_epi16((short)0xbf80));
+    __m512i carried = _mm512_add_epi16(v, _mm512_set1_epi16(0x80));
+    v = _mm512_or_si512(v, _mm512_and_si512(carried, _mm512_set1_epi16(0x4000)));
     return _mm512_cvtph_ps(half == 2 ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v));
 }
 

@@ -55,14 +55,19 @@ SCALAR float widen_one(int64_t kind, const void *p, int64_t i) {
     return kind == BF16 ? bf16_to_float(v) : half_to_float(v);
 }
 
-/* 2^-8 of the value of an e4m3: its bits as those of an fp16. Not for 0x7f, which is no number. */
-SCALAR float e4m3_part(uint8_t v) { return half_to_float((uint16_t)((v & 0x80u) << 8 | (v & 0x7fu) << 7)); }
+/* 2^-8 of the value of an e4m3: its bits as those of an fp16. Only the largest magnitude, 0x7f, carries into the top bit
+ * of the exponent: it is no number, and so none in fp16. */
+SCALAR float e4m3_part(uint8_t v) {
+    uint32_t magnitude = (v & 0x7fu) << 7;
+    return half_to_float((uint16_t)((v & 0x80u) << 8 | magnitude | ((magnitude + 0x80u) & 0x4000u)));
+}
 
 /* One scale or zero point. */
 SCALAR float scale_to_float(int kind, const char *p, int64_t i) {
     const uint8_t *byte = (const uint8_t *)p;
     if (kind == E8M0) {
         uint32_t bits = (uint32_t)byte[i] << 23;
+        bits |= (uint32_t)(byte[i] == 0xffu) << 22; /* nan */
         return as_float(bits > 1u << 22 ? bits : 1u << 22); /* 2^-127 is subnormal */
     }
     if (kind == E4M3_SCALE) return 256.0f * e4m3_part(byte[i]);

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from moe.kernels.cpu import CpuExperts, instruction_sets
 from moe.kernels.cpu_linear import CpuLinear
-from moe.kernels.formats import decode
+from moe.kernels.formats import Coding, decode
 from moe.kernels.reference import activation_reference, combine_reference, dequantized, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
 
@@ -124,6 +124,39 @@ def test_scales_at_their_ends():
         exact = float64_experts(x, torch.zeros(1, 1, dtype=torch.int64), w)
         assert exact.abs().max() > 1e-9
         assert float((y.double() - exact).norm()) <= 2e-6 * float(exact.norm())
+
+
+@pytest.mark.parametrize("columns", [32, 24])  # the fast path, and groups that are decoded first
+@pytest.mark.parametrize("role", ["weight", "scale"])
+@pytest.mark.parametrize("dtype", [E4M3, E8M0])
+def test_every_byte_is_the_number_that_torch_says(dtype, role, columns):
+    """As a weight (e4m3) or as a scale: 0x7f and 0xff of e4m3, 0xff of e8m0 are no numbers."""
+    if dtype == E8M0 and role == "weight":
+        return
+    every, width = torch.arange(256, dtype=torch.uint8).view(dtype), 2 * columns
+    value = every.float()
+    assert int(value.isnan().sum()) == (2 if dtype == E4M3 else 1)
+    for number in range(256):  # a row of its own: no number spreads from one row to another
+        code = every[number] if role == "weight" else torch.tensor(1, dtype=torch.int8)
+        scale = every[number] if role == "scale" else torch.tensor(1.0)
+        kind = "e4m3" if role == "weight" else "int8"
+        w = ExpertWeights(
+            code.expand(1, 1, width).clone(),
+            torch.ones(1, width, 1).to(E4M3),
+            None,
+            None,
+            activation=Activation(kind="relu", gated=False),
+            gate_up_coding=Coding(kind, (1, columns), scale.expand(1, 1, 1, 2).clone()),
+            down_coding=Coding("e4m3", (1, WIDE), torch.ones(1, 1, width, 1)),
+        )
+        twin = dequantized(w, 0)[0][0, 0]
+        torch.testing.assert_close(twin, value[number], rtol=0, atol=0, equal_nan=True)
+        x = torch.zeros(1, width)
+        x[0, columns] = -1.0 if value[number] < 0 else 1.0
+        for isa, name in enumerate(instruction_sets()):
+            y = CpuExperts(w, isa=isa).experts(x, torch.zeros(1, 1, dtype=torch.int64))
+            expected = value[number].abs().expand(width)
+            torch.testing.assert_close(y[0, 0], expected, rtol=0, atol=0, equal_nan=True, msg=f"{name}, {number}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,6 +12,7 @@ from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.kernels.formats import Coding, decode
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
+from moe.offload.check import check_folder
 from moe.offload.pack import pack
 from moe.params import SamplingParams
 from tests.families import tiny_checkpoint
@@ -118,6 +119,20 @@ def edited(folder: Path, out: Path, change) -> Path:
     change(tensors)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
+
+
+def test_a_check_finds_codes_and_scales_that_are_no_numbers(qwen3, tmp_path):
+    dense = "model.layers.0.self_attn.q_proj.weight"
+
+    def damage(tensors):
+        tensors[KEY].view(torch.uint8)[2, 3] = 0xFF
+        tensors[dense].view(torch.uint8)[1, 1] = 0x7F
+
+    blueprint = read_blueprint(edited(qwen3[0], tmp_path / "damaged", damage))
+    said = list(check_folder(blueprint.checkpoint, blueprint.index))
+    assert len(said) == 2
+    assert any(f"tensor {dense} holds numbers that are not finite" in s for s in said)
+    assert any("layer 1, expert 5: gate_up holds numbers that are not finite" in s for s in said)
 
 
 KEY = "model.layers.1.mlp.experts.5.up_proj.weight"
