@@ -2,10 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import Any, Final, get_args
 
 from moe.placement.steps import StepKind
 from moe.placement.wire_format import CombineMode, DispatcherName
+
+# `moe place @options.txt …`: one word a line. They are options of one command, not settings of a run.
+_FROM_FILE: Final[dict[str, Any]] = {"fromfile_prefix_chars": "@"}
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,7 +21,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_pictures(parser)
     parser.set_defaults(run="place:run_analyze")
 
-    parser = subparsers.add_parser("place", help="decide where every expert lives")
+    parser = subparsers.add_parser("place", help="decide where every expert lives", **_FROM_FILE)
     parser.add_argument("trace", type=Path)
     _add_topology(parser)
     parser.add_argument("--out", type=Path, required=True, help="plan to write (.json)")
@@ -44,7 +47,9 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_pictures(parser)
     parser.set_defaults(run="place:run_place")
 
-    parser = subparsers.add_parser("simulate", help="predict bytes, load, misses and time of a plan on a trace")
+    parser = subparsers.add_parser(
+        "simulate", help="predict bytes, load, misses and time of a plan on a trace", **_FROM_FILE
+    )
     parser.add_argument("trace", type=Path)
     parser.add_argument("plan", type=Path)
     _add_topology(parser)

@@ -228,3 +228,12 @@ def test_interrupted(capfd, monkeypatch):
     status, _, err = run(capfd, "generate", TINYMOE, "--prompt", "A", *FP32)
     assert status == 130
     assert "interrupted" in err
+
+
+def test_options_of_placing_may_stand_in_a_file(tmp_path):
+    from moe.launch.cli import _parser
+
+    (tmp_path / "options.txt").write_text("--topology\nlaptopx4\n--replicas\n0.125\n--out\nplan.json\n")
+    args = _parser().parse_args(["place", "trace.npz", f"@{tmp_path / 'options.txt'}", "--seed", "3"])
+    assert (args.topology, args.replicas, str(args.out), args.seed) == ("laptopx4", 0.125, "plan.json", 3)
+    assert _parser().parse_args(["generate", "m", "--prompt", "@home"]).prompt == ["@home"]
