@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from moe.placement.steps import StepKind
-from moe.placement.wire_format import CombineMode, DispatcherName
+from moe.placement.wire_format import CombineMode, DispatcherName, StepKind
 
 # `moe place @options.txt …`: one word a line. They are options of one command, not settings of a run.
 _FROM_FILE: Final[dict[str, Any]] = {"fromfile_prefix_chars": "@"}

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from moe.placement.plan import Plan, merge_models
 from moe.placement.replicas import ServingTable, choose_replicas
 from moe.placement.stats.affinity import check_routes, heaviest_experts
-from moe.placement.steps import StepKind, steps_of
+from moe.placement.steps import steps_of
 from moe.placement.topology import Topology
 from moe.placement.trace import PREFILL, RoutingTrace
-from moe.placement.wire_format import PAYLOAD_BYTES, ModelSizes, WireFormat
+from moe.placement.wire_format import PAYLOAD_BYTES, ModelSizes, StepKind, WireFormat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe.placement.trace import DECODE, PREFILL, RoutingTrace
+from moe.placement.wire_format import StepKind
 
-StepKind = Literal["recorded", "prefill", "decode"]
 Ints = NDArray[np.int64]
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 DispatcherName = Literal["all_to_all", "hierarchical", "coherent"]
 # One result per token and expert ("exact": the same bits whatever the plan), or one sum per token and rank ("partial").
 CombineMode = Literal["exact", "partial"]
+# How a replay's tokens come: as the trace recorded them, or all as prompts in chunks, or all as answers in batches.
+StepKind = Literal["recorded", "prefill", "decode"]
 PAYLOAD_BYTES = 4  # of what goes with a token to its new home in coherent decode: its place in the step
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -11,7 +11,7 @@ from moe.layer.parallel import ExpertParallel
 from moe.layer.runners import Resident
 from moe.llm import LLM
 from moe.placement.plan import Plan
-from moe.placement.replicas import choose_replicas
+from moe.placement.replicas import ServingTable, choose_replicas
 from tests.distributed import spawn
 from tests.host_syncs import HostSyncs
 from tests.moe.moe_cases import PROMPTS, TINYMOE, config, engine_says
@@ -143,7 +143,7 @@ def read_tables() -> None:
             with HostSyncs() as found:
                 physical = ranks.physical(layer, ids)
             assert (found.names == []) == (layer != 1)
-            expected = choose_replicas(ids.numpy(), groups.rank, plan.log2phy[layer], plan.physical_per_rank)
+            expected = choose_replicas(ids.numpy(), groups.rank, ServingTable.of(plan, layer), home_first=True)
             np.testing.assert_array_equal(physical, expected)
             local = torch.tensor([[*range(plan.physical_per_rank), -1]])
             with HostSyncs() as found:
