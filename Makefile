@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.lock pyproject.toml setup.py $(wildcard kernels/*.[ch] placement/solve/*.c)
+$(VENV)/.installed: requirements.lock pyproject.toml setup.py $(wildcard kernels/*.[ch] placement/*.[ch] placement/solve/*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .

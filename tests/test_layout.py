@@ -139,3 +139,9 @@ def test_the_engine_is_built_and_steps_in_few_lines():
     step = methods["step"]
     assert (step.end_lineno or 0) - step.lineno < 15
     assert not [node for node in ast.walk(step) if isinstance(node, (ast.If, ast.IfExp))]
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their base names: with two alike no run of both begins."""
+    names = [path.name for path in (ROOT / "tests").glob("**/test_*.py")]
+    assert sorted(names) == sorted(set(names))
