@@ -41,6 +41,7 @@ NOT_RUN = {
     "python -m tests.launch.kill_ranks": "hours; a sample in tests/launch/test_kill_ranks.py",
     "python -m tests.launch.fuzz_settings": "minutes; a sample in tests/launch/test_fuzz_settings.py",
     "store = connect": "a part of a program of several hosts: tests/comm/test_membership.py",
+    "dataset.map_batches(Answers": "a line of examples/ray_data.py: tests/moe/test_cluster.py",
 }
 
 
