@@ -87,6 +87,8 @@ def decode(codes: Tensor, coding: Coding, columns: int, slot: int, *, interleave
     parts = coding.scale.shape[1]
     each = codes.unflatten(0, (-1, parts)).transpose(0, 1) if interleaved else codes.unflatten(0, (parts, -1))
     decoded = [_decode_part(part, coding, columns, slot, p) for p, part in enumerate(each)]
+    if parts == 1:
+        return decoded[0]
     return torch.stack(decoded, 1).flatten(0, 1) if interleaved else torch.cat(decoded)
 
 
@@ -102,5 +104,5 @@ def _decode_part(codes: Tensor, coding: Coding, columns: int, slot: int, part: i
     else:
         column = coding.group_of[slot, part].long()
     if coding.zero is not None:
-        values = values - coding.zero[slot, part].float()[row][:, column]
-    return values * scale[row][:, column]
+        values.sub_(coding.zero[slot, part].float()[row][:, column])
+    return values.mul_(scale[row][:, column])

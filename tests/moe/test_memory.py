@@ -9,6 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
+from moe.launch.cli import main
+from moe.models.blueprint import read_blueprint
+from moe.offload.budget import format_bytes
+from moe.offload.pack import pack
 from tests.moe.moe_cases import ROOT
 
 MIB = 1 << 20
@@ -43,14 +47,19 @@ print(json.dumps({
 """
 
 
-def write_checkpoint(folder, layers, experts, hidden, inner, vocab=512) -> int:
-    """A random Qwen3-MoE, a layer at a time; returns its bytes."""
+def write_checkpoint(
+    folder, layers, experts, hidden, inner, vocab=512, *, heads=4, stored=lambda tensors: tensors, predicting=0, **more
+) -> int:
+    """A random Qwen3-MoE, a layer at a time; returns its bytes.
+
+    stored: what a file gets in place of fp32. predicting: layers in the files that the config does not count.
+    """
     folder.mkdir()
     config = Qwen3MoeConfig(
         vocab_size=vocab,
         hidden_size=hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         num_key_value_heads=2,
         head_dim=32,
         num_experts=experts,
@@ -60,6 +69,7 @@ def write_checkpoint(folder, layers, experts, hidden, inner, vocab=512) -> int:
         max_position_embeddings=512,
         architectures=["Qwen3MoeForCausalLM"],
         eos_token_id=None,
+        **more,
     )
     config.save_pretrained(folder)
     torch.manual_seed(0)
@@ -68,16 +78,16 @@ def write_checkpoint(folder, layers, experts, hidden, inner, vocab=512) -> int:
         return torch.randn(rows, columns) / columns**0.5
 
     weight_map, total = {}, 0
-    for layer in [*range(layers), None]:
+    for layer in [*range(layers + predicting), None]:
         tensors = {"model.embed_tokens.weight": matrix(vocab, hidden), "lm_head.weight": matrix(vocab, hidden)}
         tensors["model.norm.weight"] = torch.ones(hidden)
         if layer is not None:
             at = f"model.layers.{layer}."
             tensors = {
-                at + "self_attn.q_proj.weight": matrix(128, hidden),
+                at + "self_attn.q_proj.weight": matrix(heads * 32, hidden),
                 at + "self_attn.k_proj.weight": matrix(64, hidden),
                 at + "self_attn.v_proj.weight": matrix(64, hidden),
-                at + "self_attn.o_proj.weight": matrix(hidden, 128),
+                at + "self_attn.o_proj.weight": matrix(hidden, heads * 32),
                 at + "self_attn.q_norm.weight": torch.ones(32),
                 at + "self_attn.k_norm.weight": torch.ones(32),
                 at + "input_layernorm.weight": torch.ones(hidden),
@@ -88,6 +98,7 @@ def write_checkpoint(folder, layers, experts, hidden, inner, vocab=512) -> int:
                 tensors[f"{at}mlp.experts.{e}.gate_proj.weight"] = matrix(inner, hidden)
                 tensors[f"{at}mlp.experts.{e}.up_proj.weight"] = matrix(inner, hidden)
                 tensors[f"{at}mlp.experts.{e}.down_proj.weight"] = matrix(hidden, inner)
+        tensors = stored(tensors)
         name = f"model-{'dense' if layer is None else layer}.safetensors"
         save_file(tensors, folder / name, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
@@ -143,3 +154,94 @@ def test_all_in_memory_takes_all_of_it(checkpoint):
     for one in small:
         assert one["tokens"] == whole["tokens"]
         assert one["peak"] - one["start"] < total / 4
+
+
+SAID = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from moe.config import *
+from moe.engine.engine import peak_rss_bytes
+from moe.llm import LLM
+from moe.params import SamplingParams
+
+def run(folder, dtype, budget):
+    batch = BatchConfig(max_sequences=2, max_tokens=64, kv_tokens=256)
+    with LLM(folder, EngineConfig(dtype=dtype, offload=OffloadConfig(budget=budget), batch=batch)) as llm:
+        llm.generate([list(range(1, 33)), [5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))
+        state = llm.engine.state()
+        return {"dense": state.dense_bytes, "slots": state.slot_bytes, "kv": llm.engine.loaded.memory.kv_bytes}
+
+folder, dtype, tiny, budget = sys.argv[1:5]
+run(tiny, dtype, "1 expert")
+start = peak_rss_bytes()
+said = run(folder, dtype, budget)
+print(json.dumps({**said, "taken": peak_rss_bytes() - start}))
+"""
+
+
+def in_fp8(tensors):
+    """Every projection in e4m3 with a scale for each block of 128 x 128; the rest in bf16."""
+    out = {}
+    for key, w in tensors.items():
+        out[key] = w.to(torch.bfloat16)
+        if key.endswith("_proj.weight"):
+            out[key] = (w * 64).to(torch.float8_e4m3fn)
+            out[key + "_scale_inv"] = torch.full((-(-w.shape[0] // 128), -(-w.shape[1] // 128)), 1 / 64)
+    return out
+
+
+def in_bf16(tensors):
+    return {key: w.to(torch.bfloat16) for key, w in tensors.items()}
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+KINDS = {
+    "fp32 run as bf16": ("bfloat16", {}),
+    "bf16 with prediction layers": ("bfloat16", {"stored": in_bf16, "predicting": 4, "dtype": "bfloat16"}),
+    "fp8, dense decoded to fp32": ("float32", {"stored": in_fp8, "quantization_config": FP8}),
+    "packed bf16": ("bfloat16", {"stored": in_bf16, "dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_said_are_bytes_taken(kind, tmp_path, capsys):
+    """Slots, dense weights and KV as the engine says them, against the peak of the process that holds them.
+
+    24 MiB: one dense tensor on its way, readers' buffers, activations, what the allocator keeps. 10 %: pages, and KV
+    that is said whole and committed as it fills. Dense weights as they are stored (fp8), prediction layers that are
+    loaded, or slots twice would each be further off. While weights load that are stored wider than computed, both
+    forms of them are there (`load_dense`), before the slots are.
+    """
+    dtype, how = KINDS[kind]
+    computed = getattr(torch, dtype)
+    write_checkpoint(tmp_path / "tiny", 1, 4, 64, 16)
+    folder = tmp_path / "model"
+    write_checkpoint(folder, 12, 8, 512, 640, 2048, heads=64, **how)
+    blueprint = read_blueprint(folder)
+    if kind.startswith("packed"):
+        folder = pack(blueprint.checkpoint, blueprint.index, tmp_path / "packed")
+        blueprint = read_blueprint(folder)
+    capsys.readouterr()
+    assert main(["info", str(folder)]) == 0
+    shown = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert format_bytes(blueprint.dense_bytes) in shown["dense weights"]
+    assert format_bytes(blueprint.expert_bytes) in shown["all experts"]
+    dense = blueprint.dense_bytes_in(computed)
+    loading = dense + blueprint.dense_bytes if blueprint.dtype.itemsize > computed.itemsize else 0
+    for budget in (0.25, 1.0):
+        done = subprocess.run(
+            [sys.executable, "-c", SAID, folder, dtype, tmp_path / "tiny", str(budget)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        one = json.loads(done.stdout.splitlines()[-1])
+        said = max(one["dense"] + one["slots"] + one["kv"], loading)
+        print(f"{kind}, {budget}: {one}, {said=}, {loading=}")
+        assert one["dense"] == pytest.approx(dense, rel=0.01)
+        assert one["slots"] == pytest.approx(budget * blueprint.expert_bytes, rel=0.01)
+        assert abs(one["taken"] - said) < 0.1 * said + 24 * MIB, (one, said)
