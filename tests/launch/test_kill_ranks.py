@@ -1,4 +1,4 @@
-"""A sample of the random kills; the whole table is in bench/results/kills.md."""
+"""A sample of the random kills of `python -m tests.launch.kill_ranks`."""
 
 import pytest
 
