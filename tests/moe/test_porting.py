@@ -8,7 +8,7 @@ import pytest
 
 from moe import porting
 from moe.config import EngineConfig
-from moe.engine.sampling import Sampler
+from moe.engine.sampling import Sampler, choose
 from moe.llm import LLM
 from moe.params import SamplingParams
 from tests.moe.moe_cases import ROOT, TINYMOE, config, greedy
@@ -193,7 +193,7 @@ def test_penalties_count_what_they_should():
     best = int(logits.argmax())
 
     def choice(tokens, num_prompt, **params):
-        return Sampler(SamplingParams(**params), num_prompt).sample(logits, tokens)
+        return choose(logits[None], [(Sampler(SamplingParams(**params), num_prompt), tokens)])[0].token
 
     assert choice([best] * 5, 5, presence_penalty=2, frequency_penalty=2) == best  # of the prompt: not counted
     assert choice([0] + [best] * 9, 1, frequency_penalty=2) != best
@@ -202,7 +202,8 @@ def test_penalties_count_what_they_should():
     for token in set(said):
         scores[token] -= 1.5 + 0.5 * said.count(token)
     assert choice([1, *said], 1, presence_penalty=1.5, frequency_penalty=0.5) == int(scores.argmax())
-    with pytest.raises(ValueError, match="leave no token to choose"):
-        Sampler(SamplingParams(bad_words_ids=[[t] for t in range(V)])).sample(logits, [0])
-    with pytest.raises(ValueError, match="leave no token to choose"):
-        Sampler(SamplingParams(temperature=1.0, allowed_token_ids=[1], bad_words_ids=[[1]])).sample(logits, [0])
+    for params in (
+        SamplingParams(bad_words_ids=[[t] for t in range(V)]),
+        SamplingParams(temperature=1.0, allowed_token_ids=[1], bad_words_ids=[[1]]),
+    ):
+        assert "leave no token to choose" in choose(logits[None], [(Sampler(params), [0])])[0].error
