@@ -5,8 +5,19 @@ Results go by long poll: one call brings everything since a number, and the next
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from moe.cluster.messages import Dealt, Said
+from moe.engine.requests import Request
+from moe.outputs import FinishReason
+from moe.params import SamplingParams
+
+
+class TakesRequests(Protocol):
+    """What a desk needs of an engine, of this process or of a cluster."""
+
+    def add_request(self, tokens: Sequence[int], params: SamplingParams, num_prompt: int | None = None) -> Request: ...
+    def finish(self, request: Request, reason: FinishReason) -> None: ...
 
 
 class Desk:
@@ -16,6 +27,7 @@ class Desk:
         self._cancelled: set[int] = set()
         self._said: list[Said] = []
         self._first_said = 0
+        self._running: dict[int, tuple[int, Request]] = {}  # by the engine's id: the caller's, and the request
 
     # For callers.
 
@@ -41,14 +53,42 @@ class Desk:
 
     # For the thread that steps.
 
-    def take(self) -> tuple[list[Dealt], set[int]]:
-        """Requests that came since the last call, and ids of those that nobody waits for any more."""
+    def hand_over(self, engine: TakesRequests) -> None:
+        """Gives the engine what came since the last call, and ends there what nobody waits for any more."""
         with self._changed:
             dealt, self._dealt = self._dealt, []
             cancelled, self._cancelled = self._cancelled, set()
-        return [one for one in dealt if one.id not in cancelled], cancelled
+        for one in dealt:
+            if one.id in cancelled:
+                continue
+            try:
+                request = engine.add_request(one.tokens, one.params, one.num_prompt)
+            except ValueError as error:  # there may be less room here than where it was asked first
+                self._tell([Said(one.id, None, "error", error=str(error))])
+                continue
+            self._running[request.id] = one.id, request
+        for number, (id_there, request) in list(self._running.items()):
+            if id_there in cancelled:
+                engine.finish(request, "abort")
+                del self._running[number]
 
-    def tell(self, said: Sequence[Said]) -> None:
+    def stepped(self, requests: Sequence[Request]) -> None:
+        """Tells the caller what its requests among these have now."""
+        said = []
+        for request in requests:
+            if request.id in self._running:
+                said.append(Said.of(request, self._running[request.id][0]))
+                if request.finish_reason is not None:
+                    del self._running[request.id]
+        self._tell(said)
+
+    def clear(self, engine: TakesRequests) -> None:
+        """Ends all that runs: its caller is gone."""
+        for _, request in self._running.values():
+            engine.finish(request, "abort")
+        self._running.clear()
+
+    def _tell(self, said: Sequence[Said]) -> None:
         if said:
             with self._changed:
                 self._said += said

@@ -5,6 +5,7 @@
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from moe.params import SamplingParams
 _TICK_S = 0.05  # between two looks at what became of those who compute
 
 
-class Front:
+class Front(ABC):
     """num_hosts: that compute. One thread at a time."""
 
     control = None  # ranks are not this process's,
@@ -39,13 +40,13 @@ class Front:
         self.stats, self.next_id, self.ledger = StepStats(), 0, Ledger()
         self._asked: dict[int, float] = {}  # when, of requests without a token
 
+    @abstractmethod
     def exchange(self, wait_s: float) -> None:
         """Hands out what is in the queue, and hears what was said; waits for it up to `wait_s`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop(self, request: Request, host: int) -> None:
         """Tells `host` that nobody waits for the request any more."""
-        raise NotImplementedError
 
     @property
     def max_context(self) -> int:
@@ -55,7 +56,7 @@ class Front:
     def has_work(self) -> bool:
         return len(self.ledger) > 0
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 - done, for every kind of front
         """Nothing is agreed: hosts step by themselves."""
 
     def check_request(self, tokens: Sequence[int], params: SamplingParams) -> None:

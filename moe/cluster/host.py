@@ -19,7 +19,6 @@ from moe.config import EngineConfig
 from moe.engine.assemble import Share
 from moe.engine.engine import Engine
 from moe.engine.join import shareable_shape
-from moe.engine.requests import Request
 from moe.models.blueprint import read_blueprint
 from moe.placement.plan import Plan
 
@@ -40,7 +39,6 @@ class ExpertHost:
         self.desk = Desk()
         self._leaves = -1  # the generation that is to end
         self._groups: Groups | None = None
-        self._requests: dict[int, tuple[int, Request]] = {}  # the engine's id -> the controller's
         self._load_seconds = time.perf_counter() - started
 
     def end(self) -> None:
@@ -116,38 +114,15 @@ class ExpertHost:
         control = engine.control
         assert control is not None
         while not control.agreement.is_last:
-            self._take_orders()
+            self.desk.hand_over(engine)
             if self._leaves == generation:
                 control.leave()
-            self._say(engine.step())
+            self.desk.stepped(engine.step())
             self.lifeline.steps += 1
             self.lifeline.free_blocks = engine.scheduler.pool.num_available
             seconds.setdefault("first step", time.perf_counter() - started)
             if not engine.has_work:
                 self.desk.wait(_IDLE_S, lambda: self._leaves == generation)
-
-    def _take_orders(self) -> None:
-        dealt, cancelled = self.desk.take()
-        for one in dealt:
-            try:
-                request = self.engine.add_request(one.tokens, one.params, one.num_prompt)
-            except ValueError as error:  # this host has less room than the one that was asked first
-                self.desk.tell([Said(one.id, None, "error", error=str(error))])
-                continue
-            self._requests[request.id] = one.id, request
-        for number, (id_there, request) in list(self._requests.items()):
-            if id_there in cancelled:
-                self.engine.finish(request, "abort")
-                del self._requests[number]
-
-    def _say(self, stepped: list[Request]) -> None:
-        said = []
-        for request in stepped:
-            id_there, _ = self._requests[request.id]
-            said.append(Said.of(request, id_there))
-            if request.finish_reason is not None:
-                del self._requests[request.id]
-        self.desk.tell(said)
 
 
 class NodeKeeper:

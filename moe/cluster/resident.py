@@ -21,7 +21,6 @@ from moe.cluster.policy import ClusterError
 from moe.cluster.stats import ClusterStats, ClusterStatus
 from moe.config import BatchConfig, EngineConfig
 from moe.engine.limits import Limits
-from moe.engine.requests import Request
 
 NAMESPACE = "moe"
 CONTROL = ("served", "attach", "submit", "cancel", "collect", "scale", "status")
@@ -48,7 +47,6 @@ class Resident:
         self._over: Exception | None = None
         self._orders: list[Callable[[], None]] = []
         self._changed = threading.Lock()
-        self._requests: dict[int, tuple[int, Request]] = {}  # the engine's id -> the session's
         self._thread = threading.Thread(target=self._run, name="moe-resident", daemon=True)
         self._thread.start()
 
@@ -128,41 +126,16 @@ class Resident:
                     orders, self._orders = self._orders, []
                 for order in orders:
                     order()
-                self._take_requests()
-                self._say(self.engine.step())
+                self.desk.hand_over(self.engine)
+                self.desk.stepped(self.engine.step())
                 if not self.engine.has_work:
                     self.desk.wait(_IDLE_S, lambda: bool(self._orders))
         except Exception as error:  # whoever asks next is told
             self._over = error
 
     def _take_over(self, session: str) -> None:
-        for _, request in self._requests.values():
-            self.engine.finish(request, "abort")
-        self._requests.clear()
+        self.desk.clear(self.engine)
         self.desk, self.session = Desk(), session
-
-    def _take_requests(self) -> None:
-        dealt, cancelled = self.desk.take()
-        for one in dealt:
-            try:
-                request = self.engine.add_request(one.tokens, one.params, one.num_prompt)
-            except ValueError as error:
-                self.desk.tell([Said(one.id, None, "error", error=str(error))])
-                continue
-            self._requests[request.id] = one.id, request
-        for number, (id_there, request) in list(self._requests.items()):
-            if id_there in cancelled:
-                self.engine.finish(request, "abort")
-                del self._requests[number]
-
-    def _say(self, stepped: list[Request]) -> None:
-        said = []
-        for request in stepped:
-            if request.id in self._requests:
-                said.append(Said.of(request, self._requests[request.id][0]))
-                if request.finish_reason is not None:
-                    del self._requests[request.id]
-        self.desk.tell(said)
 
 
 def find_resident(name: str) -> Any:

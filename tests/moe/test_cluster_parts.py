@@ -222,19 +222,66 @@ def watch_a_line(sender) -> None:
     sender.send(longest)
 
 
+class EngineOfAFewTokens:
+    """Numbers requests from 100, refuses prompts of more than two tokens."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, Request] = {}
+        self.ended: list[tuple[int, str]] = []
+
+    def add_request(self, tokens, params, num_prompt=None):
+        if len(tokens) > 2:
+            raise ValueError("no room")
+        request = Request(100 + len(self.running), list(tokens), params, num_prompt or len(tokens))
+        self.running[request.id] = request
+        return request
+
+    def finish(self, request, reason):
+        self.ended.append((request.id, reason))
+
+    def says(self, number, token, finish_reason=None):
+        request = self.running[number]
+        request.tokens.append(token)
+        request.finish_reason = finish_reason
+        return request
+
+
+def dealt(number, *tokens):
+    return Dealt(number, list(tokens), len(tokens), SamplingParams())
+
+
 def test_words_go_by_number_until_they_have_arrived():
-    desk = Desk()
-    desk.tell([Said(1, 10), Said(2, 20)])
+    desk, engine = Desk(), EngineOfAFewTokens()
+    desk.submit([dealt(1, 5), dealt(2, 6)])
+    desk.hand_over(engine)
+    desk.stepped([engine.says(100, 10), engine.says(101, 20)])
     assert desk.collect(0, 0.0) == (0, [Said(1, 10), Said(2, 20)])
-    desk.tell([Said(1, 11)])
+    desk.stepped([engine.says(100, 11)])
     assert desk.collect(0, 0.0)[1] == [Said(1, 10), Said(2, 20), Said(1, 11)]  # asked again: the answer was lost
     assert desk.collect(2, 0.0) == (2, [Said(1, 11)])
     assert desk.collect(3, 0.0) == (3, [])
-    desk.submit([Dealt(1, [5], 1, SamplingParams()), Dealt(2, [6], 1, SamplingParams())])
-    desk.cancel([2, 7])
-    dealt, cancelled = desk.take()
-    assert ([one.id for one in dealt], cancelled) == ([1], {2, 7})
-    assert desk.take() == ([], set())
+
+
+def test_who_is_cancelled_refused_or_done_is_heard_of_no_more():
+    desk, engine = Desk(), EngineOfAFewTokens()
+    desk.submit([dealt(1, 5), dealt(2, 6), dealt(3, 7, 7, 7)])
+    desk.cancel([2, 7])  # 2 before it was begun, 7 is of nobody here
+    desk.hand_over(engine)
+    assert [r.tokens for r in engine.running.values()] == [[5]]
+    assert desk.collect(0, 0.0) == (0, [Said(3, None, "error", error="no room")])
+    desk.hand_over(engine)
+    assert len(engine.running) == 1
+    desk.submit([dealt(4, 8), dealt(5, 9)])
+    desk.hand_over(engine)
+    desk.cancel([4])
+    desk.hand_over(engine)
+    assert engine.ended == [(101, "abort")]
+    desk.stepped([engine.says(100, 10, "stop"), engine.says(101, 11), engine.says(102, 12)])
+    assert desk.collect(1, 0.0)[1] == [Said(1, 10, "stop"), Said(5, 12)]
+    desk.clear(engine)
+    assert engine.ended == [(101, "abort"), (102, "abort")]
+    desk.stepped([engine.says(100, 13), engine.says(102, 14)])
+    assert desk.collect(3, 0.0) == (3, [])
 
 
 def test_settings_of_a_cluster():
