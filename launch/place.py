@@ -102,11 +102,20 @@ def run_analyze(args: argparse.Namespace) -> int:
 
 def run_place(args: argparse.Namespace) -> int:
     """Solve on the fitted part, judge on the rest beside baselines, write the plan."""
-    trace, topology = sized(read_trace(args.trace), args.sizes, args.trace), read_topology(args.topology)
-    fit, held = trace.split(args.fit, args.seed) if trace.num_sequences > 1 else (trace, trace)
-    slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, _sizes(trace).expert_bytes)
+    trace, topology = stated(read_trace(args.trace), args.sizes, args.trace), read_topology(args.topology)
+    if args.objective == "bytes" or args.present:
+        WireFormat.needs(trace.sizes, str(args.trace))
     if args.objective == "auto":
-        args.objective = "coherent" if args.dispatcher == "coherent" else "bytes"
+        known = "copies" if trace.sizes is None else "bytes"
+        args.objective = "coherent" if args.dispatcher == "coherent" else known
+    if trace.sizes is None:
+        print(
+            f"note: {args.trace} does not say the model's sizes: placed by {args.objective}, and neither bytes, times "
+            "nor memory are judged; state them with --sizes HIDDEN,DTYPE,EXPERT_BYTES",
+            file=sys.stderr,
+        )
+    fit, held = trace.split(args.fit, args.seed) if trace.num_sequences > 1 else (trace, trace)
+    slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, trace.sizes)
     if args.objective == "transitions":
         if slots is not None:
             raise ValueError("--replicas needs --objective copies or coherent; transitions places one copy each")
@@ -130,14 +139,16 @@ def run_place(args: argparse.Namespace) -> int:
     }
     if present is not None:
         plans["present"] = present
-    results = {name: simulate(held, p, topology, work) for name, p in plans.items()}
-    rows = [_row(name, result) for name, result in results.items()]
+    judged = held if held.sizes is not None else replace(held, sizes=_ANY_SIZES)
+    results = {name: simulate(judged, p, topology, work) for name, p in plans.items()}
+    rows = [_row(name, result, knows_sizes=held.sizes is not None) for name, result in results.items()]
     _show(f"held-out {held.num_sequences} sequences, {held.num_tokens} tokens", _HEADER, rows)
     proof = "no bound for this objective"
     if plan.bound is not None and plan.gap is not None:
         proof = f"bound {plan.bound:.4f}, gap {plan.gap:.2%}"
     value = "not known" if plan.value is None else f"{plan.value:.4f}"
-    print(f"{results['this plan'].bytes:.0f} bytes per token and layer; {plan.objective} {value}, {proof}")
+    sent = f"{results['this plan'].copies:.3f} copies" if trace.sizes is None else f"{rows[2][1]} bytes"
+    print(f"{sent} per token and layer; {plan.objective} {value}, {proof}")
     plan = plan.with_result(sizes=trace.sizes)
     plan.save(args.out)
     if present is not None:
@@ -164,7 +175,8 @@ def run_place(args: argparse.Namespace) -> int:
 def run_simulate(args: argparse.Namespace) -> int:
     """Replay a trace on a plan and on the contiguous one."""
     trace, plan, topology = read_trace(args.trace), Plan.load(args.plan), read_topology(args.topology)
-    trace = sized(trace, args.sizes, args.trace, plan.sizes)
+    trace = stated(trace, args.sizes, args.trace, plan.sizes)
+    WireFormat.needs(trace.sizes, str(args.trace))
     result = simulate(trace, plan, topology, _workload(args))
     base = simulate(
         trace, Plan.contiguous(plan.num_layers, plan.num_experts, plan.num_ranks), topology, _workload(args)
@@ -197,13 +209,13 @@ def read_trace(path: Path) -> RoutingTrace:
     return RoutingTrace.load(path)
 
 
-def sized(trace: RoutingTrace, told: str | None, path: Path, otherwise: ModelSizes | None = None) -> RoutingTrace:
-    """The trace with its sizes: its own, those of the plan, or `told` where neither says. Raises ValueError if none."""
+def stated(trace: RoutingTrace, told: str | None, path: Path, otherwise: ModelSizes | None = None) -> RoutingTrace:
+    """The trace with its sizes: its own, those of the plan, or `told` where neither says; maybe none at all."""
     own = trace.sizes or otherwise
     given = None if told is None else ModelSizes.parse(told)
     if own is not None and given is not None and own != given:
         raise ValueError(f"--sizes says {given}, {path} says {own}; leave --sizes out")
-    return replace(trace, sizes=WireFormat.needs(own or given, str(path)))
+    return replace(trace, sizes=own or given)
 
 
 def _sizes(trace: RoutingTrace) -> ModelSizes:
@@ -216,9 +228,11 @@ def read_topology(name: str) -> Topology:
 
 
 def slots_per_rank(
-    num_experts: int, topology: Topology, replicas: float, num_layers: int, expert_bytes: int
+    num_experts: int, topology: Topology, replicas: float, num_layers: int, sizes: ModelSizes | None
 ) -> int | None:
-    """Copies per rank and layer; None without replicas. Raises ValueError if fast plus host memory cannot hold them."""
+    """Copies per rank and layer; None without replicas. Raises ValueError if fast plus host memory cannot hold them,
+    where sizes are known."""
+    expert_bytes = 0 if sizes is None else sizes.expert_bytes
     if replicas < 0:
         raise ValueError(f"--replicas ({replicas}) must be >= 0")
     slots = None
@@ -336,19 +350,13 @@ _HEADER = (
 )
 
 
-def _row(name: str, r: Simulation) -> tuple[Any, ...]:
-    return (
-        name,
-        round(r.bytes),
-        round(r.node_bytes),
-        r.copies,
-        r.node_copies,
-        r.imbalance,
-        r.step_imbalance,
-        r.miss_rate,
-        r.all_to_all_seconds,
-        r.step_seconds * 1e3,
-    )
+_ANY_SIZES = ModelSizes(hidden_size=1, dtype="float32", expert_bytes=1)  # copies and load do not depend on them
+
+
+def _row(name: str, r: Simulation, knows_sizes: bool = True) -> tuple[Any, ...]:
+    sent = (round(r.bytes), round(r.node_bytes)) if knows_sizes else ("?", "?")
+    times = (r.all_to_all_seconds, r.step_seconds * 1e3) if knows_sizes else ("?", "?")
+    return (name, *sent, r.copies, r.node_copies, r.imbalance, r.step_imbalance, r.miss_rate, *times)
 
 
 def _show(title: str, header: tuple[str, ...], rows: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -320,7 +321,25 @@ def test_traces_of_top_1_and_single_layer_work(tmp_path):
         )
         == 0
     )
-    with pytest.raises(ValueError, match="record it again, or state them once with --sizes"):
-        run("place", tmp_path / "t.npz", "--out", tmp_path / "q.json", "--topology", "laptopx2")
     assert Plan.load(tmp_path / "p.json").sizes == ModelSizes(hidden_size=8, dtype="bfloat16", expert_bytes=100)
     assert run("simulate", tmp_path / "t.npz", tmp_path / "p.json", "--topology", "laptopx2") == 0
+
+
+def test_without_sizes_a_plan_follows_copies_and_nothing_is_said_of_bytes(tmp_path, capsys):
+    replace(topic_trace(), sizes=None).save(tmp_path / "t.npz")
+    options = ("--topology", "laptopx2", "--seconds", 1, "--rounds", 1)
+    assert run("place", tmp_path / "t.npz", "--out", tmp_path / "p.json", *options) == 0
+    said = capsys.readouterr()
+    assert "does not say the model's sizes: placed by copies" in said.err
+    row = next(line for line in said.out.splitlines() if "this plan" in line)
+    assert row.count("?") == 4  # bytes, across nodes, both times
+    assert "copies per token and layer; " in said.out
+    plan = Plan.load(tmp_path / "p.json")
+    assert (plan.sizes, plan.objective[:5]) == (None, "ranks")
+    unknown = "record it again, or state them once with --sizes"
+    with pytest.raises(ValueError, match=unknown):
+        run("place", tmp_path / "t.npz", "--out", tmp_path / "q.json", *options, "--objective", "bytes")
+    with pytest.raises(ValueError, match=unknown):
+        run("place", tmp_path / "t.npz", "--out", tmp_path / "q.json", *options, "--present", tmp_path / "p.json")
+    with pytest.raises(ValueError, match=unknown):
+        run("simulate", tmp_path / "t.npz", tmp_path / "p.json", "--topology", "laptopx2")
