@@ -253,3 +253,7 @@ def published(layer: Layer) -> Iterator[tuple[int, str, float]]:
     for row in csv.DictReader(lines):
         if row["layer"] == layer.name:
             yield int(row["tokens"]), row["distribution"], float(row["us"])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
