@@ -7,6 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 MAX_SEED = (1 << 63) - 1
+MAX_SAMPLES = 1 << 14  # of one request: what a service must be able to hold
 _MAX_FACTOR = 1e6  # of temperatures and repetition penalties: beyond it, or under its inverse, float32 overflows
 
 
@@ -147,7 +148,7 @@ class SamplingParams:
             <= high,
             f"presence_penalty ({self.presence_penalty}) must lie in [-2, 2]": -2 <= self.presence_penalty <= 2,
             f"frequency_penalty ({self.frequency_penalty}) must lie in [-2, 2]": -2 <= self.frequency_penalty <= 2,
-            f"n ({self.n}) must be >= 1": self.n >= 1,
+            f"n ({self.n}) must lie in [1, {MAX_SAMPLES}]": 1 <= self.n <= MAX_SAMPLES,
             f"seed ({self.seed}) must lie in [0, 2^63 - n]": self.seed is None
             or 0 <= self.seed <= MAX_SEED + 1 - max(1, self.n),
             f"logprobs ({self.logprobs}) must be >= 0": self.logprobs is None or self.logprobs >= 0,

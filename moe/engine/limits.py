@@ -26,7 +26,8 @@ class Limits:
         vocabulary = self.vocabulary
         if not tokens:
             raise ValueError("the prompt has no tokens; give at least one")
-        if bad := next((t for t in tokens if not 0 <= t < vocabulary), None):
+        bad = next((t for t in tokens if not 0 <= t < vocabulary), None)
+        if bad is not None:
             raise ValueError(f"prompt token {bad} is outside the vocabulary of {vocabulary}")
         if self.encodes_prompts and params.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs: this model's encoder reads the prompt, it predicts none of its tokens")
@@ -35,8 +36,11 @@ class Limits:
                 f"the prompt has {len(tokens)} tokens, the context holds {self.max_context} with at least one for "
                 "the answer; shorten it"
             )
-        for name in ("allowed_token_ids", "logit_bias"):
-            if bad := next((t for t in getattr(params, name) or () if not 0 <= t < vocabulary), None):
+        forbidden = [token for word in params.bad_words_ids for token in word]
+        named = {"allowed_token_ids": params.allowed_token_ids, "logit_bias": params.logit_bias}
+        for name, ids in {**named, "bad_words_ids": forbidden}.items():
+            bad = next((t for t in ids or () if not 0 <= t < vocabulary), None)
+            if bad is not None:
                 raise ValueError(f"{name} names token {bad}, outside the vocabulary of {vocabulary}")
         wanted = 1 if params.max_tokens is None else params.max_tokens
         longest = min((num_prompt or len(tokens)) + wanted, self.max_context)

@@ -79,18 +79,21 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty:
             penalty = {t: params.presence_penalty + params.frequency_penalty * output.count(t) for t in set(output)}
             subtracted = list(penalty.items())
-        forbidden = {t for t in params.end_token_ids if t < vocabulary} if len(output) < params.min_tokens else set()
+        forbidden = (
+            {t for t in params.end_token_ids if 0 <= t < vocabulary} if len(output) < params.min_tokens else set()
+        )
         for *start, last in params.bad_words_ids:
             if not start or tokens[-len(start) :] == start:
                 forbidden.add(last)
         penalized = list(dict.fromkeys(tokens)) if params.repetition_penalty != 1.0 else []
         return Edits(self._allowed_of(output, vocabulary), self._added, subtracted, list(forbidden), penalized)
 
-    def draws(self, tokens: list[int]) -> Draws:
+    def draws(self, tokens: list[int], vocabulary: int) -> Draws:
         """How the token after `tokens` is drawn: its number follows from the seed and its place in the answer."""
         params = self.params
         number = uniform(params.seed or 0, len(tokens) - self.num_prompt)
-        return Draws(params.temperature, params.top_k, params.top_p, params.min_p, number)
+        top_k = params.top_k if params.top_k < vocabulary else 0
+        return Draws(params.temperature, top_k, params.top_p, params.min_p, number)
 
     def _allowed_of(self, output: list[int], vocabulary: int) -> Tensor | None:
         if self.params.allowed_token_ids is not None and self._allowed is None:
@@ -119,7 +122,7 @@ def choose(logits: Tensor, asking: Sequence[tuple[Sampler, list[int]]]) -> list[
         try:
             edits[row] = sampler.edits(tokens, vocabulary)
             if sampler.params.temperature > 0:
-                draws[row] = sampler.draws(tokens)
+                draws[row] = sampler.draws(tokens, vocabulary)
         except Exception as error:  # of any kind: the others of the step must not end with it
             failed[row] = str(error) or type(error).__name__
     scores = edited(logits, edits, {row: asking[row][0].params.repetition_penalty for row in edits})

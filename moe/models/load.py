@@ -1,5 +1,6 @@
 """Loads a transformers model without its experts: dense weights in memory, experts known by where they lie on disk."""
 
+import ctypes
 import re
 import sys
 from collections.abc import Iterator, Sequence, Set
@@ -65,6 +66,8 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
             f"asks for, first {key}: {list(on_disk)} on disk, {list(asked)} asked for"
         )
     pack_dense(model, kept)
+    del dense
+    _return_freed()
     if blueprint.generation.decoder_start_token_id is not None:
         model.generation_config.decoder_start_token_id = blueprint.generation.decoder_start_token_id
     return model.eval()
@@ -120,6 +123,13 @@ def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In `dtype` if that loses nothing: then the model takes the tensor over as it is. Narrowing is transformers'."""
     is_wider = tensor.is_floating_point() and torch.promote_types(tensor.dtype, dtype) == dtype
     return tensor.to(dtype) if is_wider else tensor
+
+
+def _return_freed() -> None:
+    """Gives back what decoding and casting used between the tensors that stay; glibc would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What goes wrong with one request stays with it; and who may use an engine, when, and after what."""
 
+import dataclasses
 import json
 import os
 import random
@@ -260,3 +261,28 @@ def test_one_writer_of_an_output_file(llm, tmp_path):
 
     assert run_batch(llm, source, target, second).finished == 1
     assert len(target.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("size", [-1, 2**31, 2**64, 10**400], ids=["-1", "31", "64", "400 digits"])
+def test_an_integer_of_any_size_is_served_or_refused_in_a_sentence(llm, size):
+    """Of every parameter that takes integers, and of a prompt: the answer is its own, or ValueError says why not."""
+    numbers = (int, float, int | None)
+    asked = [{one.name: size} for one in dataclasses.fields(SamplingParams) if one.type in numbers]
+    asked += [{"stop_token_ids": [size]}, {"allowed_token_ids": [1, size]}, {"logit_bias": {size: 1.0}}]
+    asked += [{"stop_token_ids": [size], "min_tokens": 1}]
+    asked += [{"bad_words_ids": [[size]]}, {"bad_words_ids": [[1, size]]}]
+    assert len(asked) >= 17
+    prompts = [[1, 2, 3]] * len(asked) + [[1, size]]
+    served = 0
+    for prompt, one in zip(prompts, [*asked, {}]):
+        for temperature in (0.0, 1.0):
+            given = {"max_tokens": 2, "temperature": temperature, "seed": 1} | one
+            try:
+                (out,) = llm.generate([prompt], SamplingParams(**given))
+            except ValueError:
+                continue
+            assert out.outputs[0].token_ids, one
+            assert out.outputs[0].finish_reason in ("length", "stop"), (one, out)
+            served += 1
+    assert served >= 4  # of both kinds of drawing, top_k among them
+    check_whole(llm)
