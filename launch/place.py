@@ -16,12 +16,11 @@ from moe.placement.plan import Plan, check_capacity, merge_models
 from moe.placement.simulate import Simulation, Workload, simulate
 from moe.placement.solve.anneal import VISITS, Price
 from moe.placement.solve.baselines import eplb_greedy
-from moe.placement.solve.bounds import lower_bound
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.copies_bound import copies_bound
 from moe.placement.solve.program import Program, Weights
-from moe.placement.solve.solver import plan_of, solve
 from moe.placement.solve.swaps import CopyOptions
+from moe.placement.solve.transitions import exflow_program, solve_transitions
 from moe.placement.stats.affinity import expert_load, transition_counts
 from moe.placement.stats.report import (
     Picture,
@@ -116,16 +115,17 @@ def run_place(args: argparse.Namespace) -> int:
         )
     fit, held = trace.split(args.fit, args.seed) if trace.num_sequences > 1 else (trace, trace)
     slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, trace.sizes)
-    if args.objective == "transitions":
-        if slots is not None:
-            raise ValueError("--replicas needs --objective copies or coherent; transitions places one copy each")
-        plan = _place_transitions(fit, topology, args)
+    present = Plan.load(args.present) if args.present else None
+    if args.objective in _TRANSITIONS:
+        plan = solve_transitions(
+            _program(fit, topology, args), seconds=args.seconds, rounds=args.rounds, seed=args.seed, slots=slots,
+            present=present,
+        ).with_result(objective=_TRANSITIONS[args.objective], model=fit.model)  # fmt: skip
     else:
         plan = _place_copies(fit, topology, slots, args)
     work = _workload(args)
     if args.objective == "coherent" and args.dispatcher != "coherent":
         print(f"note: placed for coherent decode but judged with --dispatcher {args.dispatcher}", file=sys.stderr)
-    present = Plan.load(args.present) if args.present else None
     if present is not None:
         layers_apart = args.objective in ("bytes", "copies") and topology.num_nodes == 1
         plan = _no_worse(
@@ -145,7 +145,7 @@ def run_place(args: argparse.Namespace) -> int:
     _show(f"held-out {held.num_sequences} sequences, {held.num_tokens} tokens", _HEADER, rows)
     proof = "no bound for this objective"
     if plan.bound is not None and plan.gap is not None:
-        proof = f"bound {plan.bound:.4f}, gap {plan.gap:.2%}"
+        proof = f"bound {plan.bound:.4f}, gap {plan.gap:.2%}, by {plan.solver}"
     value = "not known" if plan.value is None else f"{plan.value:.4f}"
     sent = f"{results['this plan'].copies:.3f} copies" if trace.sizes is None else f"{rows[2][1]} bytes"
     print(f"{sent} per token and layer; {plan.objective} {value}, {proof}")
@@ -280,7 +280,7 @@ def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args
 
 def _no_worse(present: Plan, plan: Plan, fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Plan:
     """The new plan if it costs less than the present one on the fitted part, else the present one."""
-    if args.objective == "transitions":
+    if args.objective in _TRANSITIONS:
         program = _program(fit, topology, args)
         old, new, unit = program.cost(present), program.cost(plan), "of the program"
     else:
@@ -292,17 +292,13 @@ def _no_worse(present: Plan, plan: Plan, fit: RoutingTrace, topology: Topology, 
     return present.with_result(objective=plan.objective, value=None, bound=None, seconds=plan.seconds)
 
 
-def _place_transitions(fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Plan:
-    program = _program(fit, topology, args)
-    bound = lower_bound(program, time_limit=0.5 * args.seconds)
-    found = solve(program, time_limit=0.5 * args.seconds, seed=args.seed, guide=bound.relaxation)
-    return plan_of(
-        program, found, bound=min(bound.value, found.cost), solver="search", objective="program", model=fit.model,
-        seconds=bound.seconds + found.seconds,
-    )  # fmt: skip
-
-
 def _program(fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Program:
+    if fit.num_layers < 2:
+        raise ValueError(f"--objective {args.objective} needs two layers at least; use --objective bytes or copies")
+    if args.objective == "exflow":
+        if args.load_weight:
+            raise ValueError("ExFlow's program has no load in it; leave --load-weight out or use transitions")
+        return exflow_program(fit, topology.num_ranks)
     return Program.even(
         transition_counts(fit, pairs="home"), topology.num_ranks, load=expert_load(fit), link_cost=topology.link_cost(),
         weights=Weights(load=args.load_weight),
@@ -336,6 +332,7 @@ def _rank_of_expert(plan: Plan) -> Any:
     return plan.hosted.argmax(axis=2)
 
 
+_TRANSITIONS = {"transitions": "program", "exflow": "rank changes / step of top-1 paths"}  # objectives of plans
 _HEADER = (
     "plan",
     "bytes/token/layer",

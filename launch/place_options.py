@@ -25,10 +25,11 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_topology(parser)
     parser.add_argument("--out", type=Path, required=True, help="plan to write (.json)")
     parser.add_argument(
-        "--objective", choices=("auto", "bytes", "copies", "coherent", "transitions"), default="auto",
+        "--objective", choices=("auto", "bytes", "copies", "coherent", "transitions", "exflow"), default="auto",
         help="bytes: what --dispatcher and --combine send, attention at home; copies: ranks a token touches, the same "
         "without replicas; coherent: attention moves with the heaviest expert; auto: by --dispatcher; "
-        "transitions: rank changes between consecutive layers (ExFlow), with a proven bound",
+        "transitions: rank changes between consecutive layers, each at its link's cost, with a proven bound; "
+        "exflow: ExFlow's own program, the same with every change alike and no load",
     )  # fmt: skip
     parser.add_argument("--replicas", type=float, default=0.0, help="spare slots as a share of the experts, e.g. 0.125")
     parser.add_argument(

@@ -37,6 +37,8 @@ def solve_copies(
 ) -> Plan:
     """Place experts so that tokens touch few ranks, at a load no worse than the EPLB-style greedy at equal memory.
 
+    Without replicas a rank holds ceil(E / G) experts at most; one may move into an empty place.
+
     slots_per_rank: copies per rank and layer; None = ceil(E / G) without replicas. price: of annealed replicas; without
     replicas bytes are visits times a price and a constant, so that it changes nothing. progress: called with the share
     that is done. Costs O(N E^2) per improving swap. Interrupted (Ctrl-C), it returns the best plan so far: the greedy's
@@ -76,11 +78,14 @@ def solve_copies(
             pins = None
             if homes is not None and layer > 0:
                 pins = _pins(homes[:, layer - 1], rows[layer - 1], num_ranks)
-            search = LayerSearch(Touched(layer_hits, pins), load[layer], single_caps[layer], num_ranks, options)
             has_replicas = slots_per_rank is not None and sweep == passes - 1
             now, until = time.perf_counter(), began + options.seconds * done
-            rows[layer] = search.run(rows[layer], rng, now + 0.3 * (until - now) if has_replicas else until)
+            places, start = _with_empty_places(Touched(layer_hits, pins), rows[layer], num_ranks)
+            loads = np.pad(load[layer], (0, len(start) - experts))
+            search = LayerSearch(places, loads, single_caps[layer], num_ranks, options)
+            rows[layer] = search.run(start, rng, now + 0.3 * (until - now) if has_replicas else until)[:experts]
             if has_replicas:
+                search = LayerSearch(Touched(layer_hits, pins), load[layer], single_caps[layer], num_ranks, options)
                 replicas = ReplicaSearch(search, slots, float(caps[layer]))
                 served = replicas.served(reference.hosted[layer])  # our choice shares the greedy's copies unequally
                 replicas.cap = max(replicas.cap, options.slack * float(served.max()))
@@ -265,6 +270,13 @@ def fill_up(load: Ints, count: int) -> Ints:
     share = np.zeros(len(load), np.int64)
     share[order[:used]] = target - level[:used]
     return share
+
+
+def _with_empty_places(touched: Touched, ranks: Ints, num_ranks: int) -> tuple[Touched, Ints]:
+    """Experts that no token chooses where ranks have room, after the others: an expert moves there by a swap."""
+    free = -(-len(ranks) // num_ranks) - np.bincount(ranks, minlength=num_ranks)
+    hits = np.pad(touched.hits, ((0, 0), (0, int(free.sum()))))
+    return touched._replace(hits=hits), np.concatenate([ranks, np.repeat(np.arange(num_ranks), free)])
 
 
 def _pins(heaviest: Ints, ranks: Ints, num_ranks: int) -> Single:

@@ -24,6 +24,12 @@ class Milp(NamedTuple):
     nodes: int
 
 
+def num_columns(program: Program, replica_slots: int | None = None) -> int:
+    """Variables of `solve_milp`'s integer program, about."""
+    places = program.num_layers * program.num_experts * program.num_ranks
+    return places * (1 if replica_slots is None else 2) + np.count_nonzero(program.transitions) * program.num_ranks
+
+
 class _Model:
     """Rows and columns gathered block by block, then handed to HiGHS at once."""
 
@@ -57,7 +63,10 @@ class _Model:
         self.rows += count
 
     def solve(self, time_limit: float, start: tuple[Ints, Ints] | None) -> tuple[NDArray[np.float64], float, bool, int]:
-        """(solution, proven lower bound, optimal, nodes). ValueError if infeasible, TimeoutError if empty-handed."""
+        """(solution, proven lower bound, optimal, nodes). ValueError if infeasible, TimeoutError if empty-handed.
+
+        start: columns and their values; the solution where time ends before HiGHS has taken it up.
+        """
         row, column, value = (np.concatenate(parts) for parts in zip(*self.entries, strict=True))
         matrix = sparse.csr_matrix((value, (row, column)), (self.rows, self.columns))
         lp = highspy.HighsLp()
@@ -86,14 +95,17 @@ class _Model:
         status, info = highs.getModelStatus(), highs.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             raise ValueError("no placement satisfies the capacities and budgets; raise the slots per rank")
-        found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-        if not found:
+        values = np.array(highs.getSolution().col_value)
+        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible and start is not None:
+            values = np.zeros(self.columns)
+            values[start[0]] = start[1]
+        elif info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             raise TimeoutError(
                 f"HiGHS found no placement within {time_limit} s; give more time or use the scalable solver"
             )
         bound = float(info.mip_dual_bound) if np.isfinite(info.mip_dual_bound) else -np.inf
         optimal = status == highspy.HighsModelStatus.kOptimal
-        return np.array(highs.getSolution().col_value), bound, optimal, int(info.mip_node_count)
+        return values, bound, optimal, int(info.mip_node_count)
 
 
 def solve_milp(

@@ -9,7 +9,7 @@ Each term is a fraction, so weights compare: with the default weights and link c
 fraction. `Weights.in_seconds` gives the weights that make the value the predicted seconds per step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -132,6 +132,28 @@ class Program:
             transitions=transitions,
             capacities=even_capacities(transitions.shape[1], num_ranks),
             **fields,  # type: ignore[arg-type]
+        )
+
+    def with_empty_places(self) -> "Program":
+        """The same with silent experts where ranks have room, ceil(E / G) places each, last: [L, G * ceil(E / G)].
+
+        Solvers that only trade places then move an expert into an empty one; costs stay. Itself if E divides.
+        """
+        experts, ranks = self.num_experts, self.num_ranks
+        missing = -experts % ranks
+        if not missing:
+            return self
+        present, weights = self.present, self.weights
+        if present is not None:  # whoever is silent is at home everywhere
+            present = np.pad(present, ((0, 0), (0, missing), (0, 0)), constant_values=True)
+            weights = replace(weights, migration=weights.migration * (experts + missing) / experts)
+        return replace(
+            self,
+            transitions=np.pad(self.transitions, ((0, 0), (0, missing), (0, missing))),
+            load=np.pad(self.shares, ((0, 0), (0, missing))),
+            capacities=np.full(ranks, (experts + missing) // ranks),
+            present=present,
+            weights=weights,
         )
 
     @property

@@ -21,7 +21,7 @@ MODES = [(d, c) for d in ("all_to_all", "hierarchical") for c in ("exact", "part
 
 def command(*words: object) -> str:
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 

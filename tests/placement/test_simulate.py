@@ -296,8 +296,6 @@ def test_memory_that_is_too_small_is_refused_with_the_bytes(tmp_path):
     options = ["--out", tmp_path / "p.json", "--topology", tmp_path / "t.json"]
     with pytest.raises(ValueError, match="32000 bytes, fast and host memory hold 20000: 12000 bytes are missing"):
         run("place", tmp_path / "t.npz", *options)
-    with pytest.raises(ValueError, match="transitions places one copy each"):
-        run("place", tmp_path / "t.npz", "--replicas", 1, "--objective", "transitions", *options[:2])
 
 
 def test_traces_of_top_1_and_single_layer_work(tmp_path):

@@ -1,0 +1,91 @@
+"""Plans for the program of transitions, ExFlow's among them, by whatever proves most in the time there is.
+
+Exactly where `solve_exact` can; else the search beside the semidefinite bound, and HiGHS on the integer program from the
+search's plan on, where its variables are few. Replicas are the integer program's alone.
+"""
+
+import time
+
+import numpy as np
+
+from moe.placement.plan import Plan, check_capacity
+from moe.placement.solve.bounds import lower_bound
+from moe.placement.solve.exact import is_exact_feasible, solve_exact
+from moe.placement.solve.milp import num_columns, solve_milp
+from moe.placement.solve.program import Ints, Program
+from moe.placement.solve.solver import plan_of, solve
+from moe.placement.stats.affinity import transition_counts
+from moe.placement.trace import RoutingTrace
+
+MOST_COLUMNS = 6000  # of the integer program; beyond, HiGHS proves nothing that the relaxation has not in minutes
+TIGHT = 1e-7  # a gap below which a plan is optimal
+
+
+def exflow_program(trace: RoutingTrace, num_ranks: int) -> Program:
+    """ExFlow's own (arXiv 2401.08383, section 4): as few as possible of the steps of a token's top-1 path change rank.
+
+    Every rank holds ceil(E / G) experts at most; load and links do not count. Summed by transition, which leaves the
+    program's optimum as it is (`milp.exflow` has a variable per token and step).
+    """
+    return Program.even(transition_counts(trace, pairs="home"), num_ranks)
+
+
+def solve_transitions(
+    program: Program,
+    *,
+    seconds: float,
+    rounds: int | None = None,
+    seed: int = 0,
+    slots: int | None = None,
+    present: Plan | None = None,
+) -> Plan:
+    """The best plan found within the seconds, with its value, its bound, and by which solver.
+
+    Experts may stand in any of ceil(E / G) places per rank and layer. rounds: perturbations of the search. slots:
+    copies per rank and layer, None = one copy each. present: a plan to begin from, where it fits. Raises ValueError if
+    replicas are asked of more variables than the integer program can have.
+    """
+    began = time.perf_counter()
+    places, experts = program.with_empty_places(), program.num_experts
+    if slots is not None:
+        check_capacity(experts, program.num_ranks, slots)
+        if num_columns(program, slots) > MOST_COLUMNS:
+            raise ValueError(
+                f"copies of experts for transitions are solved by the integer program alone, up to {MOST_COLUMNS} "
+                f"variables; these have {num_columns(program, slots)}: leave --replicas out, or use --objective bytes"
+            )
+    if slots is None and is_exact_feasible(places):
+        rows, value = solve_exact(places)
+        plan = Plan.from_assignment(rows[:, :experts], program.num_ranks, solver="exact", value=value, bound=value)
+        return plan.with_result(seconds=time.perf_counter() - began)
+    has_milp = num_columns(places, slots) <= MOST_COLUMNS
+    share = seconds / (3 if has_milp else 2)
+    starts = [] if present is None else _starts(present, places)
+    bound = lower_bound(places, time_limit=share)
+    found = solve(places, time_limit=share, rounds=rounds, seed=seed, starts=starts, guide=bound.relaxation)
+    rows = found.assignment[:, :experts]
+    plan = plan_of(program, found._replace(assignment=rows), solver="search", bound=min(bound.value, found.cost))
+    left = seconds - (time.perf_counter() - began)
+    if slots is not None:
+        plan = solve_milp(program, time_limit=max(left, 1.0), replica_slots=slots, warm=rows).plan
+    elif has_milp and left > 0 and found.cost - bound.value > TIGHT:
+        milp = solve_milp(places, time_limit=left, warm=found.assignment).plan
+        assert milp.value is not None and milp.bound is not None
+        if milp.value < found.cost:
+            rows = milp.assignment[:, :experts]
+            plan = Plan.from_assignment(rows, program.num_ranks, solver="milp", value=milp.value)
+        value = min(milp.value, found.cost)
+        plan = plan.with_result(bound=min(max(milp.bound, bound.value), value))
+    return plan.with_result(seconds=time.perf_counter() - began)
+
+
+def _starts(present: Plan, places: Program) -> list[Ints]:
+    """The present plan as an assignment of all places, if it has one copy each and no rank holds too many."""
+    ranks = places.num_ranks
+    if present.hosted.shape[2] != ranks or (present.replicas > 1).any():
+        return []
+    rows = present.assignment
+    room = places.capacities - np.stack([np.bincount(row, minlength=ranks) for row in rows])  # [L, G]
+    if room.min() < 0:
+        return []
+    return [np.concatenate([rows, np.stack([np.repeat(np.arange(ranks), free) for free in room])], axis=1)]
