@@ -1,7 +1,7 @@
 """Plans for the program of transitions, ExFlow's among them, by whatever proves most in the time there is.
 
-Exactly where `solve_exact` can; else the search beside the semidefinite bound, and HiGHS on the integer program from the
-search's plan on, where its variables are few. Replicas are the integer program's alone.
+Exactly where `solve_exact` can; else the search beside the semidefinite bound, and where variables are few HiGHS on the
+integer program, from the search's plan on. Replicas are the integer program's alone.
 """
 
 import time
@@ -70,7 +70,8 @@ def solve_transitions(
         plan = solve_milp(program, time_limit=max(left, 1.0), replica_slots=slots, warm=rows).plan
     elif has_milp and left > 0 and found.cost - bound.value > TIGHT:
         milp = solve_milp(places, time_limit=left, warm=found.assignment).plan
-        assert milp.value is not None and milp.bound is not None
+        assert milp.value is not None
+        assert milp.bound is not None
         if milp.value < found.cost:
             rows = milp.assignment[:, :experts]
             plan = Plan.from_assignment(rows, program.num_ranks, solver="milp", value=milp.value)

@@ -1,4 +1,4 @@
-"""ExFlow's program and the program of transitions, from the command line down: exact where it can be, bounded elsewhere."""
+"""ExFlow's program and that of transitions, from the command line down: exact where it can be, bounded elsewhere."""
 
 import argparse
 import itertools
@@ -32,10 +32,8 @@ def place(*arguments: object) -> int:
 def hops(trace: RoutingTrace, plan: Plan) -> float:
     """The share of the steps of top-1 paths that change rank, counted token by token."""
     paths, ranks = heaviest_experts(trace), plan.assignment
-    steps = [
-        ranks[layer][path[layer]] != ranks[layer + 1][path[layer + 1]] for path in paths for layer in range(len(path) - 1)
-    ]
-    return float(np.mean(steps))
+    steps = range(trace.num_layers - 1)
+    return float(np.mean([ranks[n][p[n]] != ranks[n + 1][p[n + 1]] for p in paths for n in steps]))
 
 
 def roomy(experts: int, ranks: int) -> list[np.ndarray]:
