@@ -27,7 +27,7 @@ class Milp(NamedTuple):
 def num_columns(program: Program, replica_slots: int | None = None) -> int:
     """Variables of `solve_milp`'s integer program, about."""
     places = program.num_layers * program.num_experts * program.num_ranks
-    return places * (1 if replica_slots is None else 2) + np.count_nonzero(program.transitions) * program.num_ranks
+    return places * (1 if replica_slots is None else 2) + int(np.count_nonzero(program.transitions)) * program.num_ranks
 
 
 class _Model:
