@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ from moe.placement.topology import Topology
 PROMPTS = ["Once upon a time there was a", "The dog ran", "Lily and Tom went to the park", "One day", "He said, I am"]
 BODY = {"max_tokens": 5, "temperature": 0}
 NUM_RANKS = 4
-MODES = [(d, c) for d in ("all_to_all", "hierarchical") for c in ("exact", "partial")]
+MODES = [(d, c, "auto") for d in ("all_to_all", "hierarchical") for c in ("exact", "partial")]
+# A coherent run's layers are torch's, a recorder's are compiled: in bf16 they round apart, now and then another expert
+# is chosen, and other bytes are sent. In float32 both choose the same.
+MODES += [("coherent", c, "float32") for c in ("exact", "partial")]
 
 
 def command(*words: object) -> str:
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=590)
+    done = subprocess.run([sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -34,27 +38,40 @@ def links(text: str) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory) -> Path:
+def asked(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bytes")
     asked = [{"custom_id": f"{n}", "method": "POST", "url": "/v1/completions"} for n in range(len(PROMPTS))]
     lines = [json.dumps(one | {"body": BODY | {"prompt": prompt}}) for one, prompt in zip(asked, PROMPTS, strict=True)]
     (folder / "in.jsonl").write_text("\n".join(lines) + "\n")
     Plan.random(6, 16, NUM_RANKS, seed=3).save(folder / "plan.json")
     Topology.uniform(2, 2).save(folder / "topology.json")
-    command("-m", "moe", "trace", DEMO, folder / "in.jsonl", folder / "trace.npz", "--max-tokens", 5)
     return folder
 
 
+@pytest.fixture(scope="module")
+def recorded(asked) -> Callable[[str], Path]:
+    """The trace in a dtype, made when it is first asked for."""
+
+    def of(dtype: str) -> Path:
+        path = asked / f"{dtype}.npz"
+        if not path.exists():
+            command("-m", "moe", "trace", DEMO, asked / "in.jsonl", path, "--max-tokens", 5, "--set", f"dtype={dtype}")
+        return path
+
+    return of
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize(("dispatcher", "combine"), MODES)
-def test_predicted_is_measured_from_the_command_line(recorded, dispatcher, combine, tmp_path):
-    plan, topology = recorded / "plan.json", recorded / "topology.json"
+@pytest.mark.parametrize(("dispatcher", "combine", "dtype"), MODES)
+def test_predicted_is_measured_from_the_command_line(asked, recorded, dispatcher, combine, dtype, tmp_path):
+    plan, topology = asked / "plan.json", asked / "topology.json"
     mode = ["--topology", topology, "--dispatcher", dispatcher, "--combine", combine]
-    said = command("-m", "moe", "simulate", recorded / "trace.npz", plan, *mode)
-    settings = [f"plan={plan}", f"dispatcher={dispatcher}", f"combine={combine}", "ranks_per_node=2"]
-    sets = [word for one in settings for word in ("--set", f"parallel.{one}")]
+    said = command("-m", "moe", "simulate", recorded(dtype), plan, *mode)
+    parallel = [f"plan={plan}", f"dispatcher={dispatcher}", f"combine={combine}", "ranks_per_node=2"]
+    settings = [f"dtype={dtype}", *(f"parallel.{one}" for one in parallel)]
+    sets = [word for one in settings for word in ("--set", one)]
     start = ["-m", "torch.distributed.run", "--nproc-per-node", NUM_RANKS, "--standalone", "-m", "moe.launch.torchrun"]
-    ran = command(*start, DEMO, recorded / "in.jsonl", tmp_path / "out.jsonl", *sets)
+    ran = command(*start, DEMO, asked / "in.jsonl", tmp_path / "out.jsonl", *sets)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(PROMPTS)
     predicted = links(said)
     assert [len(row) for row in predicted] == [NUM_RANKS] * NUM_RANKS
