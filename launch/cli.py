@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from moe import __version__
-from moe.launch import place_options, predict_options
+from moe.launch import place_options, plan_options, predict_options
 from moe.launch.options import (
     add_batch_options,
     add_cluster_options,
@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     pack.set_defaults(run="commands:pack")
 
+    plan_options.add_parsers(commands)
     place_options.add_parsers(commands)
     predict_options.add_parsers(commands)
 

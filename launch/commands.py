@@ -16,7 +16,7 @@ from moe.launch.live import live_state
 from moe.launch.options import engine_config, sampling_params
 from moe.launch.prompts import read_prompts
 from moe.launch.recording import recording
-from moe.launch.report import batch_progress, print_report, print_rounding
+from moe.launch.report import batch_progress, print_choices, print_report, print_rounding
 from moe.llm import LLM
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.gguf import open_gguf
@@ -37,6 +37,8 @@ def loaded(args: argparse.Namespace, config: EngineConfig) -> Iterator[LLM]:
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
     with LLM(args.model, config) as llm:
+        if args.show_config:
+            print_choices(llm.engine)
         for note in llm.notes:
             err.print(f"note: {note}", style="yellow", markup=False)
         yield llm

@@ -12,7 +12,7 @@ from moe.engine.device import find_device
 from moe.launch.console import err
 from moe.launch.jobs import serve_file
 from moe.launch.options import engine_config
-from moe.launch.report import gather_links, gather_reports
+from moe.launch.report import gather_links, gather_reports, print_choices
 from moe.llm import LLM
 
 
@@ -38,6 +38,8 @@ def _serve(args: argparse.Namespace, config: EngineConfig, groups: Groups) -> in
     if is_first and args.show_config:
         err.print(config.describe(), style="dim", markup=False)
     with LLM(args.model, config, groups=groups) as llm:
+        if is_first and args.show_config:
+            print_choices(llm.engine)
         for note in llm.notes if is_first else ():
             err.print(note, markup=False)
         serve_file(llm, args.input, args.output, is_first=is_first)

@@ -52,6 +52,12 @@ def print_report(engine: Engine, console: Console, per_layer: bool = False) -> N
         console.print(_table_of([totals([(s, {})]) for s in engine.layer_stats()], "layer"))
 
 
+def print_choices(engine: Engine) -> None:
+    """What the run chose by itself, and why: beside `--show-config`."""
+    for choice in engine.choices:
+        err.print(str(choice), style="dim", markup=False)
+
+
 def progress_text(engine: Engine) -> str:
     """Short figures for a progress bar."""
     text = engine.stats.rate_text()

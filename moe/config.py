@@ -30,8 +30,8 @@ class OffloadConfig:
     budget: str | None = None
     policy: Literal["lru", "lfu"] = "lfu"
     store: Literal["file", "mmap", "ram"] = "file"
-    direct: bool | None = None  # O_DIRECT; None decides by the size of the files
-    readers: int = 2
+    direct: bool | None = None  # O_DIRECT; None decides by the size of the files, and by `moe probe`
+    readers: int | None = None  # threads that read; None decides by `moe probe`, else 2
     check: Literal["first", "always", "never"] = "first"  # when a packed expert is compared with its checksum
     # What the next layer will want is read ahead: by transitions that the run shows, by the next layer's own router, or
     # learned: by regressions from the layer's input, of routing.lookahead or else fitted to the run. auto: where one
@@ -43,10 +43,11 @@ class OffloadConfig:
         if self.budget is not None:
             parse_budget(self.budget)
         _require(
-            0 <= self.readers <= _MOST_THREADS, f"offload.readers ({self.readers}) must lie in [0, {_MOST_THREADS}]"
+            self.readers is None or 0 <= self.readers <= _MOST_THREADS,
+            f"offload.readers ({self.readers}) must lie in [0, {_MOST_THREADS}]",
         )
         _require(
-            self.prefetch in ("auto", "off") or self.readers >= 1,
+            self.prefetch in ("auto", "off") or self.readers != 0,
             f"offload.prefetch={self.prefetch} needs a thread that reads while others compute; set offload.readers=2",
         )
 
@@ -191,6 +192,7 @@ class EngineConfig:
     # one launch for all of them, if all experts are in slots.
     kernel: KernelName = "auto"
     crossover_table: str = "~/.cache/moe/crossover.json"  # where `measured` keeps what this machine is best at
+    probe_file: str = "~/.cache/moe/probe.json"  # where `moe probe` keeps its figures, which automatic choices read
     threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
     max_context: int | None = None  # tokens; None: what the model allows
     trust_remote_code: bool = False  # whether Python code that a model's folder brings may run

@@ -148,6 +148,11 @@ class RamStore:
         self.blobs.clear()
 
 
+def page_cache_holds(index: ExpertIndex) -> bool:
+    """Whether all files of the experts fit half of the memory that is available now."""
+    return sum(path.stat().st_size for path in index.files()) <= available_memory() // 2
+
+
 class FileStore:
     """Positioned reads of the checkpoint's own files, buffered or past the page cache (O_DIRECT).
 
@@ -165,8 +170,7 @@ class FileStore:
         self.num_experts = [site.num_experts for site in index.sites]
         self._check = ReadCheck(index, check)
         files = index.files()
-        size = sum(path.stat().st_size for path in files)
-        self.direct = size > available_memory() // 2 if direct is None else direct
+        self.direct = not page_cache_holds(index) if direct is None else direct
         self._files: dict[Path, tuple[int, bool]] = {}  # descriptor, opened with O_DIRECT
         self._scratch = threading.local()
         try:

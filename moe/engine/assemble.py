@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.engine.choices import AutoChoice, choose_reads, probed, told_choices
 from moe.engine.device import find_device, free_memory
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
@@ -126,6 +127,7 @@ class Experts:
     slots: SlotExperts | None
     weights: tuple[ExpertWeights, ...]
     notes: tuple[str, ...] = ()
+    choices: tuple[AutoChoice, ...] = ()
 
     def close(self) -> None:
         if self.slots is not None:
@@ -269,16 +271,16 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         available_bytes=max(0, available - reserved_bytes) * 9 // 10,  # activations, buffers, the rest of the machine
     )
     foresight = Foresight(blueprint, model, config)
+    offload, choices = choose_reads(config.offload, blueprint, probed(config))
     with ExitStack() as undo:
-        store = _make_store(blueprint, config.offload, share)
+        store = _make_store(blueprint, offload, share)
         undo.callback(store.close)
-        offload = config.offload
         cache = ExpertCache(
             store,
             num_slots,
             own=num_own,
             policy=offload.policy,
-            num_readers=offload.readers,
+            num_readers=offload.readers or 0,
             device=read.device,
         )
         undo.callback(cache.close)
@@ -290,12 +292,15 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             kernel = "grouped"  # for the steps that no launch over all ranks takes
         table = Path(config.crossover_table).expanduser()
         kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
-        slots = SlotExperts(cache, kernels, dense.routing, foresight.lookahead(cache, is_alone=share is None))
+        lookahead, kind = foresight.lookahead(cache, is_alone=share is None)
+        slots = SlotExperts(cache, kernels, dense.routing, lookahead)
+        choices += told_choices(config, read.device, kind, kernel)
         if foresight.pregate is not None:
             slots.routing.stages.append(foresight.pregate)
         for layer, site in enumerate(blueprint.index.sites):
             model.get_submodule(site.module).compute = slots.layer(layer)
-        experts = Experts(slots, tuple(weights), tuple(kernel_notes(kernel, weights, model.dtype)))
+        notes = kernel_notes(kernel, weights, model.dtype)
+        experts = Experts(slots, tuple(weights), tuple(notes), tuple(choices))
         undo.pop_all()
     return experts
 

@@ -18,6 +18,7 @@ from moe.comm.groups import Groups
 from moe.comm.wire import Traffic
 from moe.config import EngineConfig
 from moe.engine.assemble import Loaded, Share, load, read_model
+from moe.engine.choices import AutoChoice
 from moe.engine.coherent import CoherentRunner
 from moe.engine.join import Decisions, Place, forget_host_copy, join, share_of, shareable_shape, stay_alone
 from moe.engine.limits import Limits
@@ -176,6 +177,11 @@ class Engine:
         """What moves tokens, in a coherent run."""
         mode = self.place.mode
         return mode.runner if isinstance(mode, Coherent) else None
+
+    @property
+    def choices(self) -> tuple[AutoChoice, ...]:
+        """What was chosen where no setting said it."""
+        return self.loaded.experts.choices
 
     @property
     def notes(self) -> list[str]:

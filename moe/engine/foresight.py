@@ -44,13 +44,12 @@ class Foresight:
             assert self.forecast is not None, "the config has refused a pre-gate without a file"
             self.pregate = Pregate(self.forecast, routers, width_of(told.pregate))
 
-    def lookahead(self, cache: ExpertCache, is_alone: bool) -> Lookahead | None:
-        """What reads ahead; None if nothing does."""
+    def lookahead(self, cache: ExpertCache, is_alone: bool) -> tuple[Lookahead | None, str | None]:
+        """What reads ahead, and its name; None if nothing does."""
         prefetch = self._config.offload.prefetch
         if prefetch == "auto":
             prefetch = self._what_may_pay() if is_alone and self._can_wait(cache) else "off"
-        guess = None if prefetch == "off" else self._guess(prefetch)
-        return None if guess is None else Lookahead(cache, guess, None)
+        return (None, None) if prefetch == "off" else (Lookahead(cache, self._guess(prefetch), None), prefetch)
 
     def _can_wait(self, cache: ExpertCache) -> bool:
         """Whether a layer waits for reads that others do meanwhile."""

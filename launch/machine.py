@@ -1,0 +1,68 @@
+"""`moe probe`: measures this machine, keeps the figures, shows them."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Table
+
+from moe.config import EngineConfig
+from moe.engine.choices import this_machine
+from moe.launch.console import out
+from moe.launch.measure import probe
+from moe.offload.budget import format_bytes
+from moe.placement.machine import Machine, load_machine, save_machine
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and stores, or shows what is stored with --show."""
+    file = Path(args.file or EngineConfig().probe_file).expanduser()
+    known = load_machine(file, this_machine())
+    if args.show:
+        if known is None:
+            raise ValueError(f"{file} knows nothing of this machine ({this_machine()}); run `moe probe`")
+    else:
+        if not args.folder.is_dir():
+            raise ValueError(f"{args.folder} is no folder; give one on the disk that models are read from")
+        known = probe(args.folder, known)
+        save_machine(file, known)
+    out.print(known.name, markup=False)
+    for table in tables(known):
+        out.print(table)
+    out.print(f"{file}, {known.when}", markup=False)
+    return 0
+
+
+def tables(machine: Machine) -> Iterator[Table]:
+    """All figures, for people."""
+    table = Table(title="weights read and multiplied, ns for each 1000, by rows", title_justify="left", box=None)
+    rows = sorted({r.rows for r in machine.rates})
+    for name in ("", "threads", *map(str, rows)):
+        table.add_column(name, justify="right")
+    for work, kind, threads in dict.fromkeys((r.work, r.format, r.threads) for r in machine.rates):
+        own = {r.rows: r for r in machine.rates if (r.work, r.format, r.threads) == (work, kind, threads)}
+        figures = (f"{own[n].seconds * 1e12:.0f}" if n in own else "" for n in rows)
+        table.add_row(f"{work} {kind}", str(threads), *figures)
+    yield table
+    over = machine.overhead
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for count, rate in machine.memory.items():
+        table.add_row(f"memory, {count} thread(s)", f"{format_bytes(rate)}/s")
+    table.add_row("keys and values", f"{format_bytes(machine.attention.kv_bytes_per_s)}/s")
+    table.add_row("attention of a prompt", f"{machine.attention.prompt_macs_per_s / 1e9:.1f} G multiplications/s")
+    table.add_row("a step, and each sequence", f"{over.step * 1e6:.0f} + {over.step_sequence * 1e6:.0f} µs")
+    table.add_row("a layer, and each sequence", f"{over.layer * 1e6:.0f} + {over.layer_sequence * 1e6:.1f} µs")
+    table.add_row("a layer with misses, and each", f"{over.miss * 1e6:.0f} + {over.wave * 1e6:.0f} µs")
+    for ranks, link in machine.exchange.items():
+        said = f"{link.layer * 1e6:.0f} µs a layer, {link.step * 1e6:.0f} a step"
+        table.add_row(f"{ranks} ranks", f"{said}, {format_bytes(link.bytes_per_s)}/s")
+    yield table
+    for disk, reads in machine.disks.items():
+        table = Table(title=f"random reads, {disk}, MiB/s", title_justify="left", box=None)
+        sizes = sorted({r.nbytes for r in reads})
+        for heading in ("", "at a time", *(format_bytes(n) for n in sizes)):
+            table.add_column(heading, justify="right")
+        for how, depth in dict.fromkeys((r.how, r.depth) for r in reads):
+            by_size = {r.nbytes: r.bytes_per_s for r in reads if (r.how, r.depth) == (how, depth)}
+            table.add_row(how, str(depth), *(f"{by_size[n] / (1 << 20):.0f}" if n in by_size else "" for n in sizes))
+        yield table

@@ -1,0 +1,190 @@
+"""What `moe probe` found of a machine: figures that automatic choices start from. Plain data.
+
+Kept in one JSON file for any number of machines, by name; reads from disks by the file system that a folder lies on.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from moe.placement.schema import Kinds, checked
+
+Work = Literal["expert", "dense"]
+# Past the page cache; through it when it holds nothing of the file; through it when it holds all.
+How = Literal["direct", "buffered", "cached"]
+
+
+class Rate(NamedTuple):
+    """Seconds for each weight of an expert (or of a dense layer), read and multiplied with `rows` rows."""
+
+    work: Work
+    format: str
+    threads: int
+    rows: int
+    seconds: float
+
+
+class Reads(NamedTuple):
+    """Bytes a second of random reads of `nbytes`, `depth` of them at a time."""
+
+    how: How
+    nbytes: int
+    depth: int
+    bytes_per_s: float
+
+
+class Attention(NamedTuple):
+    """kv_bytes_per_s: of keys and values that a decoding token reads. prompt_macs_per_s: q·k and p·v of a prompt."""
+
+    kv_bytes_per_s: float
+    prompt_macs_per_s: float
+
+
+class Overhead(NamedTuple):
+    """Seconds beyond weights and rows: of a step, and more for each sequence; of a layer, and more for each sequence.
+
+    miss: of a layer that has misses, wave: for each expert that arrives alone.
+    """
+
+    step: float
+    step_sequence: float
+    layer: float
+    layer_sequence: float
+    miss: float
+    wave: float
+
+
+class Exchange(NamedTuple):
+    """Between ranks of this machine: seconds of a layer's rounds for a few rows, of agreeing on a step; bytes a second.
+
+    step: the ranks step together, so that this is what waiting for each other adds.
+    """
+
+    layer: float
+    step: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """name: what the figures are valid for. memory: bytes a second that so many threads read. exchange: by ranks."""
+
+    name: str
+    when: str
+    cores: int
+    memory: Mapping[int, float]
+    rates: tuple[Rate, ...]
+    attention: Attention
+    overhead: Overhead
+    disks: Mapping[str, tuple[Reads, ...]] = field(default_factory=dict)
+    exchange: Mapping[int, Exchange] = field(default_factory=dict)
+
+    def seconds_per_weight(self, work: Work, kind: str, rows: float, threads: int) -> float:
+        """Between measured rows: on a straight line in both logarithms; beyond them: in proportion to the rows.
+
+        Raises ValueError for a format that was not measured.
+        """
+        found = [r for r in self.rates if (r.work, r.format) == (work, kind)]
+        if not found:
+            known = sorted({r.format for r in self.rates if r.work == work})
+            raise ValueError(f"no {work} in {kind} was measured on this machine; known: {', '.join(known)}")
+        measured = min({r.threads for r in found}, key=lambda n: (abs(n - threads), n))
+        points = sorted((r.rows, r.seconds) for r in found if r.threads == measured)
+        return _between(points, rows)
+
+    def read_bytes_per_s(self, disk: str, how: How, nbytes: int, depth: int) -> float | None:
+        """By the measured size and depth that are nearest, on logarithmic scales; None if this was not measured."""
+        rows = [r for r in self.disks.get(disk, ()) if r.how == how]
+        if not rows:
+            return None
+        nearest = min(rows, key=lambda r: (abs(math.log(r.nbytes / nbytes)), abs(math.log(r.depth / depth))))
+        return nearest.bytes_per_s
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON has it; `of` reads it."""
+        return asdict(self)
+
+    @staticmethod
+    def of(where: str, fields: Any) -> "Machine":
+        """Raises ValueError, naming the file and the field, for what `stored` did not write."""
+        known = checked(where, fields, _FIELDS)
+        try:
+            return Machine(
+                **{name: known[name] for name in ("name", "when", "cores")},
+                memory={int(threads): float(rate) for threads, rate in known["memory"].items()},
+                rates=tuple(Rate(*row) for row in known["rates"]),
+                attention=Attention(*known["attention"]),
+                overhead=Overhead(*known["overhead"]),
+                disks={disk: tuple(Reads(*row) for row in rows) for disk, rows in known["disks"].items()},
+                exchange={int(ranks): Exchange(*row) for ranks, row in known["exchange"].items()},
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{where}: {error}; delete it and run `moe probe` again") from None
+
+
+_FIELDS: Mapping[str, Kinds] = {
+    **dict.fromkeys(("name", "when"), (str,)),
+    "cores": (int,),
+    **dict.fromkeys(("memory", "disks", "exchange"), (dict,)),
+    **dict.fromkeys(("rates", "attention", "overhead"), (list, tuple)),
+}
+
+
+def load_machine(path: Path, name: str) -> Machine | None:
+    """What the file says of this machine; None if it says nothing. Raises ValueError for a damaged file."""
+    stored = _read(path)
+    return Machine.of(str(path), stored[name]) if name in stored else None
+
+
+def save_machine(path: Path, machine: Machine) -> None:
+    """In place of what was known of it; other machines stay. Whoever reads meanwhile sees the old file or the new."""
+    stored = {**_read(path), machine.name: machine.stored()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps(stored, indent=1) + "\n")
+    written.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; delete it and run `moe probe` again") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no machines; delete it and run `moe probe` again")
+    return stored
+
+
+def machine_name(cores: int, instructions: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What figures of the processor are valid for: its model, the cores that this process may use, the kernels' set."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else 'unknown processor'}, {cores} cores, {instructions}"
+
+
+def disk_of(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The file system that holds a folder, by source and type, such as "/dev/nvme0n1p2 ext4"."""
+    real, best = folder.resolve(), ("", "unknown")
+    for line in mounts.read_text().splitlines() if mounts.is_file() else ():
+        before, _, after = line.partition(" - ")
+        point, (kind, source) = before.split()[4], after.split()[:2]
+        if real.is_relative_to(point) and len(point) >= len(best[0]):
+            best = point, f"{source} {kind}"
+    return best[1]
+
+
+def _between(points: Iterable[tuple[float, float]], at: float) -> float:
+    known = list(points)
+    if at <= known[0][0]:
+        return known[0][1]
+    for (a, low), (b, high) in pairwise(known):
+        if at <= b:
+            part = math.log(at / a) / math.log(b / a)
+            return math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
+    return known[-1][1] * at / known[-1][0]

@@ -1,0 +1,116 @@
+"""The probe measures what is there; its figures choose how experts are read, and never what they say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe.config import EngineConfig, OffloadConfig
+from moe.engine.choices import choose_reads, this_machine
+from moe.launch import machine as command
+from moe.launch.cli import main
+from moe.launch.measure import dense_rates, expert_rates, measure_attention, measure_overhead, measure_reads
+from moe.llm import LLM
+from moe.models.blueprint import read_blueprint
+from moe.offload.stores import aligned_bytes
+from moe.params import SamplingParams
+from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads, disk_of, save_machine
+
+TINYMOE = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
+OVERHEAD = Overhead(*[1e-4] * 6)
+
+
+def figures(cached: float, direct: dict[int, float]) -> Machine:
+    reads = [Reads("cached", 1 << 18, 1, cached), Reads("cached", 1 << 18, 2, cached)]
+    reads += [Reads("direct", 1 << 18, depth, rate) for depth, rate in direct.items()]
+    return Machine(
+        name=this_machine(),
+        when="today",
+        cores=2,
+        memory={1: 1e10},
+        rates=(Rate("expert", "bfloat16", 1, 1, 1e-10),),
+        attention=Attention(1e9, 1e9),
+        overhead=OVERHEAD,
+        disks={disk_of(TINYMOE): tuple(reads)},
+    )
+
+
+def test_reads_are_measured_at_every_size_and_depth(tmp_path):
+    found = list(measure_reads(tmp_path, 8 << 20, (1 << 18, 1 << 20, 1 << 30), (1, 4)))
+    assert {(r.nbytes, r.depth) for r in found if r.how == "cached"} == {(1 << n, d) for n in (18, 20) for d in (1, 2)}
+    assert all(r.bytes_per_s > 0 for r in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kernels_are_measured_in_every_format():
+    slab = aligned_bytes(16 << 20).fill_(0x3C)
+    found = [*expert_rates(slab, torch.get_num_threads(), (64, 32)), *dense_rates(slab, 1, (32, 64))]
+    kinds = {(r.work, r.format) for r in found}
+    assert kinds == {("expert", f) for f in ("float32", "bfloat16", "int8", "int4")} | {
+        ("dense", f) for f in ("float32", "bfloat16")
+    }
+    assert all(0 < r.seconds < 1 for r in found)
+
+
+@pytest.mark.heavy
+def test_attention_and_what_is_left_without_weights():
+    assert min(measure_attention()) > 0
+    found = measure_overhead()
+    assert found.layer > 0
+    assert min(found) >= 0
+
+
+@pytest.mark.parametrize(
+    ("machine", "direct", "readers", "words"),
+    [
+        (None, False, 2, "was not probed"),
+        (figures(2e9, {1: 5e8, 2: 1e9, 4: 1.2e9, 8: 1.2e9}), False, 2, "1.9 GiB/s from there"),
+        (figures(1e9, {1: 5e8, 2: 1.4e9, 4: 2.2e9, 8: 2.3e9}), True, 4, "2.0 GiB/s with 4 at a time"),
+        (figures(1e9, {1: 2e9, 2: 2e9}), True, 2, "past it"),
+        (figures(1e9, {}), False, 2, "not possible"),
+    ],
+)
+def test_how_experts_are_read_follows_the_figures(machine, direct, readers, words):
+    blueprint = read_blueprint(TINYMOE)
+    offload, choices = choose_reads(OffloadConfig(), blueprint, machine)
+    assert (offload.direct, offload.readers) == (direct, readers)
+    assert words in " ".join(map(str, choices))
+    told = OffloadConfig(direct=not direct, readers=7)
+    assert choose_reads(told, blueprint, machine) == (told, [])
+
+
+def test_another_disk_is_not_this_one():
+    machine = replace(figures(1e9, {8: 9e9}), disks={"/dev/other": (Reads("direct", 1 << 18, 8, 9e9),)})
+    offload, choices = choose_reads(OffloadConfig(), read_blueprint(TINYMOE), machine)
+    assert (offload.direct, offload.readers) == (False, 2)
+    assert "was not probed" in str(choices[0])
+
+
+def test_figures_change_no_token_and_are_told(tmp_path):
+    answers = []
+    for number, machine in enumerate([None, figures(1e9, {1: 2e9, 2: 3e9, 4: 9e9})]):
+        file = tmp_path / f"{number}.json"
+        if machine is not None:
+            save_machine(file, machine)
+        config = EngineConfig(dtype="float32", threads=1, probe_file=str(file))
+        with LLM(TINYMOE, config, experts_in_memory=0.25) as llm:
+            answers.append(llm.generate("Once", SamplingParams(max_tokens=8), use_tqdm=False)[0].outputs[0].token_ids)
+            said = [str(choice) for choice in llm.engine.choices]
+    assert answers[0] == answers[1]
+    assert said[0].startswith("offload.direct is True: ")
+    assert said[1].startswith("offload.readers is 4: ")
+    assert {line.split()[0] for line in said} == {"offload.direct", "offload.readers", "offload.prefetch", "kernel"}
+
+
+def test_the_command_stores_and_shows(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(command, "probe", lambda folder, known: figures(1e9, {1: 2e9}))
+    file = str(tmp_path / "probe.json")
+    assert main(["probe", "--show", "--file", file]) == 2
+    assert "run `moe probe`" in capfd.readouterr().err
+    assert main(["probe", str(tmp_path), "--file", file]) == 0
+    assert main(["probe", "--show", "--file", file]) == 0
+    shown = capfd.readouterr().out
+    assert this_machine().split(",")[0] in shown
+    assert "expert bfloat16" in shown
+    assert main(["probe", str(tmp_path / "none"), "--file", file]) == 2
