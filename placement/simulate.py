@@ -75,8 +75,18 @@ class Simulation(NamedTuple):
     num_steps: int
 
 
-def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Workload | None = None) -> Simulation:
-    """Replay; sequences are dealt to home ranks in turn. Raises ValueError if trace, plan and topology do not match."""
+def simulate(
+    trace: RoutingTrace,
+    plan: Plan,
+    topology: Topology,
+    workload: Workload | None = None,
+    *,
+    home: NDArray[np.int64] | None = None,
+) -> Simulation:
+    """Replay. home: the rank of each token, [N]; None: sequences are dealt to ranks in turn.
+
+    Raises ValueError if trace, plan and topology do not match.
+    """
     work = workload or Workload()
     check_routes(trace)
     merge_models([trace.model, plan.model])
@@ -90,7 +100,8 @@ def simulate(trace: RoutingTrace, plan: Plan, topology: Topology, workload: Work
     ranks, layers = plan.num_ranks, trace.num_layers
     same_node = topology.same_node()
     sizes = WireFormat.needs(work.sizes or trace.sizes, "the trace")
-    home = np.repeat(np.arange(trace.num_sequences) % ranks, trace.sequence_lengths)
+    if home is None:
+        home = np.repeat(np.arange(trace.num_sequences) % ranks, trace.sequence_lengths)
     heaviest = heaviest_experts(trace) if work.wire.dispatcher == "coherent" else None
     begins = np.zeros(trace.num_tokens, bool)
     begins[trace.sequence_starts[:-1]] = True

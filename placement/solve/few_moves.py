@@ -18,7 +18,7 @@ from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import swap_changes
 
 NORM = 16  # of the ranks' loads: nearly the busiest, but the next busiest counts as well
-CANDIDATES = 6  # moves of a layer that are served, of each kind
+CANDIDATES = 3  # moves of a layer that are served, of each kind
 LEAST_GAIN = 1e-3  # of the layer's cost, for each expert that moves: less is noise of the window
 
 Hosted = NDArray[np.bool_]  # [E, G]: where copies are

@@ -1,0 +1,154 @@
+"""How fast a running job is balanced again after its traffic changes: recorded domains one after another on 8 ranks.
+
+DeepSeek-V2-Lite's recorded routing goes, step by step, through the loop of a running job (placement/loop.py); only the
+model is left out. A domain's tokens are one tape cut into as many streams as there are sequences at once, so that
+sequences are at different places. The first plan is solved on the first domain. The solver's answer is held back for
+the steps that its CPU time takes at --step-ms each. Baseline: the first plan for ever.
+
+Load: busiest rank's pairs over the mean, mean over layers, of all tokens of the domain from --within after the change
+on, under the plan that is in force there. What limits: few tokens say little of 64 experts, moved experts cost bytes.
+
+    python bench/bench_drift.py /path/to/traces [--replicas 0.125]
+"""
+
+import argparse
+import json
+import logging
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe.placement.importers import from_deepseek_esft_npz
+from moe.placement.loop import OnlineLoop
+from moe.placement.plan import Plan
+from moe.placement.solve.copies import solve_copies
+from moe.placement.solve.swaps import CopyOptions
+from moe.placement.topology import Topology
+from moe.placement.trace import RoutingTrace
+from moe.placement.turn import LoopOptions, Machine, Question, Turn, Window, take_turn
+from moe.placement.wire_format import WireFormat
+
+RANKS = 8
+DOMAINS = ("intent", "translation", "summary", "intent")
+
+
+class SolverLater:
+    """Answers after as many polls (steps) as its CPU time takes."""
+
+    def __init__(self, step_seconds: float) -> None:
+        self.step_seconds, self.left = step_seconds, 0
+        self.turn: Turn | None = None
+
+    def ask(self, question: Question) -> None:
+        self.turn = take_turn(question)
+        self.left = int(np.ceil(self.turn.seconds / self.step_seconds))
+
+    def poll(self) -> Turn | None:
+        self.left -= 1
+        if self.left > 0:
+            return None
+        turn, self.turn = self.turn, None
+        return turn
+
+    def close(self) -> None:
+        pass
+
+
+def stream(trace: RoutingTrace, batch: int) -> Window:
+    """The trace's tokens as `batch` sequences at once decode them, each at its own place; homes in turn."""
+    steps = trace.num_tokens // batch
+    order = (np.arange(steps)[:, None] + steps * np.arange(batch)).ravel()
+    return Window(trace.expert_ids[order], np.arange(len(order)) % RANKS)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    traces = {n: from_deepseek_esft_npz(args.traces / f"deepseek_v2_lite_{n}.npz") for n in set(DOMAINS)}
+    first = traces[DOMAINS[0]]
+    slots = int(first.num_experts * (1 + args.replicas)) // RANKS if args.replicas else None
+    start = solve_copies(first, RANKS, slots_per_rank=slots, options=CopyOptions(seconds=args.seconds))
+    sizes = first.sizes
+    assert sizes is not None
+    machine = Machine(sizes=sizes, wire=WireFormat(), topology=Topology.preset("h200x8"))
+    options = LoopOptions(bytes_per_step=args.bytes_per_step)
+    rates = machine.rates(first.top_k)
+    loop = OnlineLoop(start, machine, options, SolverLater(args.step_ms / 1e3))
+    rows, present, coming = [], start, []
+    for number, domain in enumerate(DOMAINS):
+        window = stream(traces[domain], args.batch)
+        turns, moved, most_bytes, last = len(loop.history), 0, 0, 0
+        begins: list[tuple[int, Plan]] = [(0, present)]
+        began = time.perf_counter()
+        for at in range(0, len(window.ids), args.batch):
+            if coming:
+                state = coming.pop(0)
+                came = int((state.hosted & ~present.hosted).sum())
+                moved, most_bytes, present, last = moved + came, max(most_bytes, came * sizes.expert_bytes), state, at
+                begins.append((at, state))
+            part = window.part(slice(at, at + args.batch))
+            for rank in range(RANKS):
+                ids = part.ids[part.home == rank]
+                loop.observe(ids, rank, len(ids), 0)
+            migration = loop.step()
+            coming += [] if migration is None else list(migration.states())
+        early = [plan for at, plan in begins if at <= args.within][-1]
+        later = window.part(slice(args.within, None))
+        taken = loop.history[turns:]
+        rows.append(
+            {
+                "change": domain if not number else f"{DOMAINS[number - 1]} -> {domain}",
+                "never": later.imbalance(start, rates),
+                "before": later.imbalance(begins[0][1], rates),
+                "loop": later.imbalance(early, rates),
+                "turns": len(taken),
+                "last_token": last,
+                "moved": moved / start.hosted.sum(),
+                "most_bytes_per_step": most_bytes,
+                "solve_s": [round(turn.seconds, 3) for turn, _, _ in taken],
+                "predicted": [[turn.before.imbalance, turn.after.imbalance] for turn, _, _ in taken],
+                "measured": [[before.imbalance, after and after.imbalance] for _, before, after in taken],
+                "wall_s": round(time.perf_counter() - began, 1),
+            }
+        )
+        print(_line(rows[-1]), flush=True)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    told = " ".join(
+        f"{p[0]:.2f} -> {p[1]:.2f} / {m[0]:.2f} -> {'?' if m[1] is None else format(m[1], '.2f')}"
+        for p, m in zip(row["predicted"], row["measured"], strict=True)
+    )
+    cells = [
+        row["change"], f"{row['never']:.3f}", f"{row['before']:.3f}", f"**{row['loop']:.3f}**", row["turns"],
+        row["last_token"], f"{row['moved']:.1%}", f"{row['most_bytes_per_step'] / 2**20:.0f}",
+        ", ".join(map(str, row["solve_s"])), told,
+    ]  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("traces", type=Path, help="folder with deepseek_v2_lite_*.npz")
+    parser.add_argument("--replicas", type=float, default=0.0)
+    parser.add_argument("--batch", type=int, default=32, help="sequences at once, on all ranks")
+    parser.add_argument("--bytes-per-step", type=int, default=1 << 30)
+    parser.add_argument("--step-ms", type=float, default=100.0, help="of a step, to tell how many a solve takes")
+    parser.add_argument("--within", type=int, default=1000, help="tokens after a change until the load is judged")
+    parser.add_argument("--seconds", type=float, default=30.0, help="limit on the first plan")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    command = " ".join(Path(word).name if index == 0 or "/" in word else word for index, word in enumerate(sys.argv))
+    print(f"`{command}` on {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}\n")
+    print(
+        "| traffic | load, first plan for ever | load, plan before | load, loop | turns | last state at token "
+        "| moved | MiB of the fullest step | solver, CPU s | predicted / measured load |\n|" + "---|" * 10
+    )
+    print("\n" + json.dumps({"bench": "drift", "replicas": args.replicas, "rows": run(args)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The loop of a running job: a window of routing, a trigger, a turn in the background, and what came of it.
+
+    routing of each step ─▶ window ─▶ trigger ─▶ solver (another process) ─▶ Turn ─▶ migration, one state a step
+                                                      measured over the next window ◀─┘ beside what was predicted
+
+No torch and no ranks here: whoever runs steps feeds it and applies what it hands out (moe/engine/online.py, and
+bench/bench_drift.py on recorded traces).
+"""
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe.placement.migrate import Migration
+from moe.placement.plan import Plan
+from moe.placement.turn import Figures, LoopOptions, Machine, Question, Turn, Window, take_turn
+
+log = logging.getLogger(__name__)
+
+CHECKS = 8  # looks at the window per window of tokens
+RESTS = 8  # windows after which a turn is tried again that moved nothing, though the load never was calm
+
+
+class Solver(Protocol):
+    """Takes turns while steps run; one at a time."""
+
+    def ask(self, question: Question) -> None: ...
+    def poll(self) -> Turn | None:
+        """The answer, once; None if it is not there yet. Raises RuntimeError if there will be none."""
+
+    def close(self) -> None: ...
+
+
+class SolverAtOnce:
+    """The slow twin of `SolverProcess`: answers where it is asked."""
+
+    def __init__(self) -> None:
+        self._turn: Turn | None = None
+
+    def ask(self, question: Question) -> None:
+        self._turn = take_turn(question)
+
+    def poll(self) -> Turn | None:
+        turn, self._turn = self._turn, None
+        return turn
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+class SolverProcess:
+    """Another process of low priority and one thread, started with the first question; it ends with this one."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="placement")
+        self._answer: Future[Turn] | None = None
+
+    def ask(self, question: Question) -> None:
+        self._answer = self._thread.submit(self._exchange, question)
+
+    def poll(self) -> Turn | None:
+        if self._answer is None or not self._answer.done():
+            return None
+        answer, self._answer = self._answer, None
+        try:
+            return answer.result()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise RuntimeError(f"the process that solves placements has ended ({error!r})") from error
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._process is not None and self._process.stdin and self._process.stdout:
+            self._process.stdout.close()
+            try:
+                self._process.stdin.close()
+            except BrokenPipeError:
+                return  # what it had not read yet is of no use
+
+    def _exchange(self, question: Question) -> Turn:
+        if self._process is None:
+            command = [sys.executable, "-m", "moe.placement.loop"]
+            one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **one_thread}
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        pickle.dump(question, self._process.stdin)
+        self._process.stdin.flush()
+        turn: Turn = pickle.load(self._process.stdout)
+        return turn
+
+
+def answer_questions() -> None:
+    """What the process of `SolverProcess` does, until its pipe is closed."""
+    os.nice(10)
+    while True:
+        try:
+            question: Question = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(take_turn(question), sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+class Recent:
+    """The latest `size` tokens; older ones are dropped. Parts of a step are kept as they came."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.num_tokens = size, 0
+        self._parts: deque[Window] = deque()
+
+    def add(self, part: Window) -> None:
+        part = part.part(slice(max(0, len(part.ids) - self.size), None))
+        self._parts.append(part)
+        self.num_tokens += len(part.ids)
+        while self.num_tokens - len(self._parts[0].ids) >= self.size:
+            self.num_tokens -= len(self._parts.popleft().ids)
+
+    def window(self) -> Window:
+        parts = list(self._parts)
+        whole = Window(np.concatenate([p.ids for p in parts]), np.concatenate([p.home for p in parts]))
+        return whole.part(slice(max(0, len(whole.ids) - self.size), None))
+
+
+class Trigger:
+    """Fires when the load has been too uneven for a whole window; after a turn in vain not before it was calm."""
+
+    def __init__(self, options: LoopOptions) -> None:
+        self.options = options
+        self._uneven = 0  # tokens for which it has been
+        self._rests = 0  # tokens until it may fire without having been calm
+
+    def fires(self, imbalance: float, tokens: int) -> bool:
+        """imbalance: of the present window; tokens: since the last call."""
+        self._uneven = self._uneven + tokens if imbalance > self.options.imbalance else 0
+        self._rests = 0 if imbalance < self.options.calm else max(0, self._rests - tokens)
+        return self._uneven >= self.options.window and not self._rests
+
+    def took(self, has_moved: bool) -> None:
+        """A turn was taken."""
+        self._uneven = 0
+        self._rests = 0 if has_moved else RESTS * self.options.window
+
+
+class Sums:
+    """What was counted since a moment."""
+
+    def __init__(self) -> None:
+        self.tokens, self.bytes, self.began = 0, 0, time.perf_counter()
+
+    def figures(self, imbalance: float, layers: int) -> Figures:
+        tokens = max(1, self.tokens)
+        return Figures(imbalance, self.bytes / tokens / layers, (time.perf_counter() - self.began) / tokens)
+
+
+class OnlineLoop:
+    """What decides, for all ranks. plan: where the run starts. Memory: `options.window` tokens of routing.
+
+    `observe` takes what was routed, `step` is called once between two steps and never waits. history: every turn, and
+    what was measured over a window before and one after it, None until then.
+    """
+
+    def __init__(self, plan: Plan, machine: Machine, options: LoopOptions, solver: Solver) -> None:
+        self.plan, self.machine, self.options, self.solver = plan, machine, options, solver
+        self.history: list[tuple[Turn, Figures, Figures | None]] = []
+        self._recent, self._trigger = Recent(options.window), Trigger(options)
+        self._sums, self._unseen = Sums(), 0
+        self._is_asked = self._is_measuring = self._is_over = False
+        self._moving = 0  # steps until the last state of a migration
+
+    def observe(self, ids: NDArray[np.int16], home: int, tokens: int, num_bytes: int) -> None:
+        """ids: [T, L, K], of some of the `tokens` that rank `home` computed; num_bytes: that it sent for them."""
+        self._recent.add(Window(ids, np.full(len(ids), home, np.int64)))
+        self._sums.tokens += tokens
+        self._sums.bytes += num_bytes
+        self._unseen += tokens
+
+    def step(self) -> Migration | None:
+        """A migration that all ranks begin now, one of its states a step; mostly None."""
+        if self._moving:
+            self._moving -= 1
+            if not self._moving:
+                self._sums = Sums()
+            return None
+        if self._is_over:
+            return None
+        if self._is_asked:
+            return self._answered()
+        if self._recent.num_tokens < self.options.window or self._unseen * CHECKS < self.options.window:
+            return None
+        window = self._recent.window()
+        imbalance = window.imbalance(self.plan, self.machine.rates(window.ids.shape[2]))
+        if self._is_measuring and self._sums.tokens >= self.options.window:
+            self._measured(imbalance, window.ids.shape[1])
+        fires = self._trigger.fires(imbalance, self._unseen)
+        self._unseen = 0
+        if fires:
+            self._before = self._sums.figures(imbalance, window.ids.shape[1])
+            self.solver.ask(Question(self.plan, window, self.machine, self.options))
+            self._is_asked = True
+        return None
+
+    def close(self) -> None:
+        self.solver.close()
+
+    def _answered(self) -> Migration | None:
+        try:
+            turn = self.solver.poll()
+        except RuntimeError as error:  # a run goes on without: its answers do not depend on it
+            log.warning("placement.online is off from here on, the present plan stays: %s", error)
+            self._is_over = True
+            return None
+        if turn is None:
+            return None
+        self._is_asked, self._unseen = False, 0
+        self._trigger.took(turn.migration is not None)
+        self.history.append((turn, self._before, None))
+        if turn.migration is None:
+            log.warning("placement: load %.3f, the plan stays: %s", self._before.imbalance, turn.reason)
+            return None
+        self.plan, self._moving = turn.migration.target, len(turn.migration.steps) + 1
+        self._is_measuring = True
+        log.warning(
+            "placement: moves %d of %d experts, %d bytes in %d steps; predicted %s -> %s (solved in %.2f s)",
+            turn.num_moved, self.plan.hosted.sum(), turn.migration.num_bytes, len(turn.migration.steps), turn.before,
+            turn.after, turn.seconds,
+        )  # fmt: skip
+        return turn.migration
+
+    def _measured(self, imbalance: float, layers: int) -> None:
+        self._is_measuring = False
+        after = self._sums.figures(imbalance, layers)
+        turn, before, _ = self.history[-1]
+        self.history[-1] = turn, before, after
+        log.warning("placement: predicted %s -> %s, measured %s -> %s", turn.before, turn.after, before, after)
+        self._sums = Sums()
+
+
+if __name__ == "__main__":
+    answer_questions()

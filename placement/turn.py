@@ -1,0 +1,195 @@
+"""One turn of re-balancing: from a window of routing and the present plan to few moves, judged before they are made.
+
+Moves are found on the older half of the window and judged by the simulator on the newer one: what only fits noise gains
+nothing there. If they pay, they are found again on the whole window, and scheduled under the byte budget per step.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe.placement.migrate import Migration, plan_migration, relabel
+from moe.placement.plan import Plan
+from moe.placement.simulate import Simulation, Workload, simulate
+from moe.placement.solve.few_moves import LayerWindow, Rates, few_moves
+from moe.placement.topology import Topology
+from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import ModelSizes, WireFormat
+
+LEAST_FALL = 0.05  # of the load over the mean, on the newer half
+STEP_TOKENS = 32  # of the steps in which a window is replayed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopOptions:
+    """When plans change and by how much.
+
+    window: tokens whose routing decides. imbalance: busiest rank's load over the mean which starts a turn once it has
+    been exceeded for a whole window; calm: below it the next may start after a turn that moved nothing. most_moved:
+    share of all copies that a turn may move. bytes_per_step: of experts that come, on all ranks together. payback:
+    tokens within which a migration must pay for itself. Raises ValueError for numbers that make no sense.
+    """
+
+    window: int = 512
+    imbalance: float = 1.25
+    calm: float = 1.15
+    most_moved: float = 0.15
+    bytes_per_step: int = 1 << 28
+    payback: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if self.window < 8 or self.payback < 1 or self.bytes_per_step < 1:
+            raise ValueError(
+                f"window ({self.window}) must be >= 8, bytes_per_step ({self.bytes_per_step}) and payback "
+                f"({self.payback}) >= 1"
+            )
+        if not 1.0 <= self.calm <= self.imbalance:
+            raise ValueError(f"calm ({self.calm}) must lie between 1 and imbalance ({self.imbalance})")
+        if not 0 < self.most_moved <= 1:
+            raise ValueError(f"most_moved ({self.most_moved}) must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What predictions are made of. pair_seconds: of one expert's work on one token; fast_slots: experts per rank in
+    fast memory, None = all."""
+
+    sizes: ModelSizes
+    wire: WireFormat
+    topology: Topology
+    pair_seconds: float = 2e-7
+    fast_slots: int | None = None
+
+    def rates(self, top_k: int) -> Rates:
+        topology, sizes = self.topology, self.sizes
+        link = topology.inter if topology.num_nodes > 1 else topology.intra
+        return Rates(
+            self.pair_seconds,
+            1 / link.bandwidth,
+            self.wire.row_bytes(sizes.hidden_size, sizes.element_bytes, top_k),
+            self.wire.result_bytes(sizes.hidden_size, sizes.element_bytes),
+            self.wire.is_exact,
+        )
+
+
+class Window(NamedTuple):
+    """Routing of tokens, oldest first: ids int16 [N, L, K], -1 = none; home: the rank of each, int64 [N]."""
+
+    ids: NDArray[np.int16]
+    home: NDArray[np.int64]
+
+    def layers(self, rates: Rates) -> list[LayerWindow]:
+        return [LayerWindow(self.ids[:, layer], self.home, rates) for layer in range(self.ids.shape[1])]
+
+    def part(self, rows: slice) -> "Window":
+        return Window(self.ids[rows], self.home[rows])
+
+    def imbalance(self, plan: Plan, rates: Rates) -> float:
+        """Busiest rank's pairs over the mean as the plan serves them, mean over layers."""
+        layers = zip(self.layers(rates), plan.hosted, strict=True)
+        return float(np.mean([one.cost(one.served(hosted), plan.num_ranks).imbalance for one, hosted in layers]))
+
+
+class Figures(NamedTuple):
+    """imbalance: busiest over mean load, over layers; bytes: per token and layer; seconds: per token."""
+
+    imbalance: float
+    bytes: float
+    seconds: float
+
+    @staticmethod
+    def of(found: Simulation, tokens: int) -> "Figures":
+        return Figures(found.imbalance, found.bytes, found.step_seconds * found.num_steps / tokens)
+
+    def __str__(self) -> str:
+        return f"load {self.imbalance:.3f}, {self.bytes:.0f} bytes/token/layer, {self.seconds * 1e6:.3g} us/token"
+
+
+class Question(NamedTuple):
+    """What a turn is about."""
+
+    present: Plan
+    window: Window
+    machine: Machine
+    options: LoopOptions
+
+
+class Turn(NamedTuple):
+    """What came of it. migration: None if the present plan stays, for `reason`. before, after: predicted on the newer
+    half of the window, for the present plan and for moves found on the older; seconds: CPU time that it took."""
+
+    migration: Migration | None
+    reason: str
+    before: Figures
+    after: Figures
+    seconds: float
+
+    @property
+    def num_moved(self) -> int:
+        """Copies that come to a rank."""
+        if self.migration is None:
+            return 0
+        return int((self.migration.target.hosted & ~self.migration.start.hosted).sum())
+
+
+def take_turn(question: Question) -> Turn:
+    """Looks for a better plan near the present one; seconds of CPU. Raises ValueError for a window of another shape."""
+    began = time.process_time()
+    present, window, machine, options = question
+    if window.ids.shape[1] != present.num_layers or len(window.ids) < 8:
+        raise ValueError(f"the window is {window.ids.shape} [N >= 8, L, K], the plan has {present.num_layers} layers")
+    rates = machine.rates(window.ids.shape[2])
+    most = int(options.most_moved * present.hosted.sum())
+    half = len(window.ids) // 2
+    older, newer = window.part(slice(0, half)), window.part(slice(half, None))
+
+    def near(part: Window) -> Plan:
+        hosted = few_moves(part.layers(rates), present.hosted, most)
+        return relabel(present, Plan.from_hosted(hosted, model=present.model, solver="few moves", sizes=present.sizes))
+
+    before = predict(newer, present, machine)
+    trial = near(older)
+    after = predict(newer, trial, machine)
+
+    def stays(reason: str) -> Turn:
+        return Turn(None, reason, before, after, time.process_time() - began)
+
+    if before.imbalance - after.imbalance < LEAST_FALL:
+        return stays(f"on tokens that they were not found on, the best moves take {before} to {after}")
+    try:
+        migration = plan_migration(
+            present,
+            near(window),
+            machine.topology,
+            expert_bytes=machine.sizes.expert_bytes,
+            bytes_per_step=options.bytes_per_step,
+            seconds_per_step=(before.seconds, after.seconds),
+            horizon_steps=options.payback,
+        )
+    except ValueError as error:  # it does not pay, or a swap does not fit the budget: the answer is no, and why
+        return stays(str(error))
+    if not migration.steps:
+        return stays("nothing near the present plan is better on the whole window")
+    return Turn(migration, "", before, after, time.process_time() - began)
+
+
+def predict(window: Window, plan: Plan, machine: Machine) -> Figures:
+    """What the simulator says of these tokens on the plan, misses of fast memory included."""
+    trace = RoutingTrace(
+        expert_ids=window.ids,
+        sequence_lengths=np.array([len(window.ids)], np.int32),
+        num_experts=plan.num_experts,
+        model=plan.model,
+        sizes=machine.sizes,
+    )
+    work = Workload(
+        batch=min(STEP_TOKENS, len(window.ids)),
+        steps="decode",
+        wire=machine.wire,
+        expert_token_seconds=machine.pair_seconds,
+        fast_slots=machine.fast_slots,
+    )
+    return Figures.of(simulate(trace, plan, machine.topology, work, home=window.home), len(window.ids))

@@ -1,0 +1,188 @@
+"""The loop that re-balances a running job, without ranks: window, trigger, few moves, turns."""
+
+import time
+
+import numpy as np
+import pytest
+
+from moe.placement.loop import OnlineLoop, Recent, SolverAtOnce, SolverProcess, Trigger
+from moe.placement.plan import Plan
+from moe.placement.solve.few_moves import LayerWindow, few_moves
+from moe.placement.topology import Topology
+from moe.placement.turn import LoopOptions, Machine, Question, Window, take_turn
+from moe.placement.wire_format import ModelSizes, WireFormat
+
+LAYERS, EXPERTS, RANKS, TOP_K = 3, 16, 4, 3
+SIZES = ModelSizes(hidden_size=64, dtype="bfloat16", expert_bytes=1000)
+MACHINE = Machine(sizes=SIZES, wire=WireFormat(), topology=Topology.preset("h200x4"))
+OPTIONS = LoopOptions(window=256, imbalance=1.25, calm=1.15, most_moved=0.25, bytes_per_step=4000)
+
+
+def routing(tokens: int, hot: int, seed: int) -> Window:
+    """Experts `hot`, `hot` + 1, ... are chosen most: contiguous ones, so that a contiguous plan is uneven."""
+    rng = np.random.default_rng(seed)
+    weight = np.roll(np.r_[np.full(4, 5.0), np.ones(EXPERTS - 4)], hot)
+    keys = rng.exponential(size=(tokens, LAYERS, EXPERTS)) / weight
+    return Window(np.argsort(keys, axis=2)[:, :, :TOP_K].astype(np.int16), rng.integers(0, RANKS, tokens))
+
+
+def even(tokens: int, seed: int) -> Window:
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((tokens, LAYERS, EXPERTS)), axis=2)[:, :, :TOP_K]
+    return Window(ids.astype(np.int16), rng.integers(0, RANKS, tokens))
+
+
+def replicated() -> Plan:
+    """Contiguous, with a copy of expert e + 4 in a fifth place of each rank."""
+    hosted = np.repeat(Plan.contiguous(LAYERS, EXPERTS, RANKS).hosted, 1, axis=0).copy()
+    for rank in range(RANKS):
+        hosted[:, (4 * rank + 4) % EXPERTS, rank] = True
+    return Plan.from_hosted(hosted)
+
+
+def run(loop: OnlineLoop, window: Window, per_step: int = 16) -> list[tuple[int, Plan]]:
+    """Feeds a window step by step; (tokens so far, plan) after each state of each migration."""
+    taken = []
+    for begin in range(0, len(window.ids), per_step):
+        part = window.part(slice(begin, begin + per_step))
+        for rank in range(RANKS):
+            ids = part.ids[part.home == rank]
+            loop.observe(ids, rank, len(ids), 0)
+        migration = loop.step()
+        if migration is not None:
+            taken += [(begin + per_step, state) for state in migration.states()]
+    return taken
+
+
+@pytest.mark.parametrize("present", [Plan.contiguous(LAYERS, EXPERTS, RANKS), replicated()], ids=["plain", "replicas"])
+@pytest.mark.parametrize("most", [0, 1, 5, 100])
+def test_few_moves_keep_counts_and_never_cost_more(present, most):
+    window = routing(300, 2, seed=most)
+    layers = window.layers(MACHINE.rates(TOP_K))
+    hosted = few_moves(layers, present.hosted, most)
+    assert (hosted & ~present.hosted).sum() <= most
+    assert (hosted.sum(axis=1) == present.hosted.sum(axis=1)).all()
+    assert hosted.any(axis=2).all()
+    for layer, old, new in zip(layers, present.hosted, hosted, strict=True):
+        costs = [layer.cost(layer.served(h), RANKS).seconds for h in (old, new)]
+        assert costs[1] <= costs[0]
+    if most == 100:
+        assert window.imbalance(Plan.from_hosted(hosted), MACHINE.rates(TOP_K)) < 1.1
+
+
+def test_what_a_layer_costs_is_what_the_serving_rule_serves():
+    """Against pairs counted one by one, with a token that has no expert."""
+    ids = np.array([[0, 5, -1], [4, 5, 6], [15, 1, 2], [-1, -1, -1]], np.int16)
+    home = np.array([0, 1, 2, 3])
+    layer = LayerWindow(ids, home, MACHINE.rates(TOP_K))
+    plan = Plan.contiguous(1, EXPERTS, RANKS)
+    cost = layer.cost(layer.served(plan.hosted[0]), RANKS)
+    rows, results = 1 + 0 + 2, 1 + 0 + 3  # to rank 1; none; to ranks 3 and 0
+    rates = MACHINE.rates(TOP_K)
+    assert cost.num_bytes == rows * rates.row + results * rates.result
+    assert cost.imbalance == 4 / (8 / RANKS)  # rank 1 serves 5, 4, 5, 6
+
+
+def test_recent_keeps_so_many_tokens():
+    recent, whole = Recent(50), routing(203, 0, seed=1)
+    for begin in range(0, 203, 7):
+        recent.add(whole.part(slice(begin, begin + 7)))
+        assert recent.num_tokens < 50 + 7
+    kept = recent.window()
+    assert (kept.ids == whole.ids[-50:]).all()
+    assert (kept.home == whole.home[-50:]).all()
+    recent.add(whole)
+    assert recent.num_tokens == 50
+
+
+def test_the_trigger_waits_a_window_and_rests_until_calm():
+    trigger = Trigger(LoopOptions(window=100, imbalance=1.3, calm=1.1))
+    assert [trigger.fires(1.4, 40) for _ in range(3)] == [False, False, True]
+    trigger.took(has_moved=False)
+    assert not any(trigger.fires(1.4, 40) for _ in range(10))
+    assert not trigger.fires(1.2, 40)
+    assert not any(trigger.fires(1.4, 40) for _ in range(3)), "1.2 is not calm"
+    assert not trigger.fires(1.05, 40)
+    assert [trigger.fires(1.4, 40) for _ in range(3)] == [False, False, True]
+    trigger.took(has_moved=True)
+    assert [trigger.fires(1.4, 60) for _ in range(2)] == [False, True]
+    trigger.took(has_moved=False)
+    assert any(trigger.fires(1.4, 100) for _ in range(9)), "it tries again, if seldom"
+
+
+@pytest.mark.parametrize("present", [Plan.contiguous(LAYERS, EXPERTS, RANKS), replicated()], ids=["plain", "replicas"])
+def test_a_turn_moves_what_pays_within_its_budgets(present):
+    turn = take_turn(Question(present, routing(256, 0, seed=2), MACHINE, OPTIONS))
+    assert turn.migration is not None, turn.reason
+    assert 0 < turn.num_moved <= 0.25 * present.hosted.sum()
+    assert turn.after.imbalance < turn.before.imbalance - 0.1
+    table = present.phy2log
+    for state in turn.migration.states():
+        came = (state.hosted & ~Plan(num_experts=EXPERTS, num_ranks=RANKS, phy2log=table).hosted).sum()
+        assert came * SIZES.expert_bytes <= OPTIONS.bytes_per_step
+        table = state.phy2log
+    assert (table == turn.migration.target.phy2log).all()
+
+
+def test_a_turn_stays_where_nothing_is_to_be_gained_or_it_never_pays():
+    present = Plan.contiguous(LAYERS, EXPERTS, RANKS)
+    turn = take_turn(Question(present, even(256, seed=3), MACHINE, OPTIONS))
+    assert turn.migration is None
+    assert "were not found on" in turn.reason
+    dear = Machine(sizes=ModelSizes(hidden_size=64, dtype="bfloat16", expert_bytes=10**12), wire=WireFormat(),
+                   topology=MACHINE.topology)  # fmt: skip
+    options = LoopOptions(window=256, bytes_per_step=10**15, payback=1000)
+    turn = take_turn(Question(present, routing(256, 0, seed=2), dear, options))
+    assert turn.migration is None
+    assert "never pays back" in turn.reason
+
+
+def test_experts_that_miss_fast_memory_are_in_the_prediction():
+    present, window = Plan.contiguous(LAYERS, EXPERTS, RANKS), routing(256, 0, seed=2)
+    few = Machine(sizes=SIZES, wire=WireFormat(), topology=MACHINE.topology, fast_slots=2)
+    assert (
+        take_turn(Question(present, window, few, OPTIONS)).before.seconds
+        > take_turn(Question(present, window, MACHINE, OPTIONS)).before.seconds
+    )
+
+
+def test_the_loop_moves_after_a_change_and_not_without_one():
+    start = Plan.contiguous(LAYERS, EXPERTS, RANKS)
+    options = LoopOptions(window=256, most_moved=0.5, bytes_per_step=4000)
+    loop = OnlineLoop(start, MACHINE, options, SolverAtOnce())
+    assert run(loop, even(2000, seed=4)) == []
+    assert loop.history == []
+    changed = routing(2000, 0, seed=5)
+    taken = run(loop, changed)
+    assert taken
+    assert len(loop.history) == 1
+    assert 256 <= taken[0][0] <= 640, "a whole window of the new traffic, and little more"
+    turn, before, after = loop.history[0]
+    rates = MACHINE.rates(TOP_K)
+    assert after is not None
+    assert after.imbalance < before.imbalance
+    assert changed.part(slice(1000, None)).imbalance(loop.plan, rates) < 1.15
+    assert abs(after.imbalance - turn.after.imbalance) < 0.1, "what was predicted is what was measured"
+
+
+def test_the_process_answers_as_the_thread_does_and_a_dead_one_is_told():
+    question = Question(Plan.contiguous(LAYERS, EXPERTS, RANKS), routing(256, 0, seed=2), MACHINE, OPTIONS)
+    solver = SolverProcess()
+    try:
+        solver.ask(question)
+        while (turn := solver.poll()) is None:
+            time.sleep(0.01)
+        expected = take_turn(question)
+        assert turn.migration is not None
+        assert turn.migration.steps == expected.migration.steps
+        assert (turn.before, turn.after) == (expected.before, expected.after)
+        solver._process.kill()
+        loop = OnlineLoop(question.present, MACHINE, OPTIONS, solver)
+        taken = run(loop, routing(600, 0, seed=5))
+        assert taken == []
+        while loop._is_asked and not loop._is_over:
+            loop.step()
+            time.sleep(0.01)
+        assert loop._is_over
+    finally:
+        solver.close()
