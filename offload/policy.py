@@ -105,7 +105,12 @@ class Belady:
 
 
 def simulate(policy: Policy, accesses: Sequence[Access], num_slots: int) -> int:
-    """Misses of `policy` over `accesses` with `num_slots` slots that are empty at first.
+    """Misses of `policy` over `accesses` with `num_slots` slots that are empty at first: the sum of `misses_of`."""
+    return sum(misses_of(policy, accesses, num_slots))
+
+
+def misses_of(policy: Policy, accesses: Sequence[Access], num_slots: int) -> list[int]:
+    """Misses of each access.
 
     Follows `ExpertCache` without reader threads: hits are in use while as many misses as fit beside them are read; what
     is left evicts any of these. With `Belady` it is the least number of misses that any policy can have, provided that
@@ -115,12 +120,13 @@ def simulate(policy: Policy, accesses: Sequence[Access], num_slots: int) -> int:
         raise ValueError(f"num_slots ({num_slots}) must be >= 1")
     num_keys = 1 + max((int(a.keys.max()) for a in accesses if len(a.keys)), default=0)
     is_resident, in_use = np.zeros(num_keys, bool), np.zeros(num_keys, bool)
-    num_resident = misses = 0
+    num_resident = 0
+    misses: list[int] = []
     for layer, keys in accesses:
         policy.used(layer, keys)
         hit = is_resident[keys]
         wanted = keys[~hit]
-        misses += len(wanted)
+        misses.append(len(wanted))
         busy = keys[hit]
         while len(wanted):
             in_use[busy] = True

@@ -1,0 +1,215 @@
+"""The planner against runs: eight configurations that were chosen before its model of cost was written.
+
+    python -m bench.bench_plan FOLDER --out bench/results/plan
+
+Probes the machine, then runs each configuration of bench/data/plan_configurations.json in a process of its own (models
+are made in FOLDER and kept), and predicts it from the probe's figures and the routing of the run alone. A round's
+seconds are CPU seconds of the stepping thread and what it waited for reads, so that other jobs disturb it less; for two
+ranks, by the clock. The fastest round counts. Binds: each row names the term.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.compare import _packed
+from bench.walk_model import LARGE, SMALL, prompts_of, write
+from moe.launch.measure import probe
+from moe.launch.plan import replay, sizes_of
+from moe.models.blueprint import read_blueprint
+from moe.offload.pack import pack
+from moe.offload.requantise import target_format
+from moe.placement.cost import Sizes, Terms, Use, Visits, decode_step
+from moe.placement.machine import Machine, disk_of
+from moe.placement.topology import Link, Topology
+from moe.placement.trace import RoutingTrace
+
+ROOT = Path(__file__).resolve().parent.parent
+CHOSEN = ROOT / "bench" / "data" / "plan_configurations.json"
+PROMPT, NEW, ROUNDS = 64, 24, 3
+
+
+def folder_of(work: Path, model: str, form: str) -> Path:
+    if model == "demo":
+        return ROOT / "examples" / "tinymoe"
+    folder = write(work / model, {"S": SMALL, "M": LARGE}[model])
+    if form == "packed":
+        return _packed(folder)
+    target = work / f"{model}-{form}"
+    if form == "int8" and not target.exists():
+        blueprint = read_blueprint(folder)
+        pack(blueprint.checkpoint, blueprint.index, target, experts=target_format("int8", None))
+    return folder if form == "original" else target
+
+
+def prompts(work: Path, model: str, num: int, seed: int) -> list[list[int]]:
+    if model != "demo":
+        return prompts_of(work / model, num, PROMPT, seed)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "tinymoe")
+    lines = [json.loads(line)["prompt"] for line in (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()]
+    texts = [" ".join(lines[(seed * num + i) * 4 % 200 :][:12]) for i in range(num)]
+    return [tokenizer(text)["input_ids"][:PROMPT] for text in texts]
+
+
+def worker(work: Path, one: dict[str, Any], trace: Path) -> None:
+    """One configuration, alone or as a rank; rank 0 prints its rounds."""
+    from moe.comm.membership import process_groups
+
+    if one["ranks"] == 1:
+        _rounds(work, one, trace, None)
+        return
+    with process_groups(timeout_s=300) as groups:
+        _rounds(work, one, trace, groups)
+
+
+def _rounds(work: Path, one: dict[str, Any], trace: Path, groups: Any) -> None:
+    from moe.config import EngineConfig
+    from moe.llm import LLM
+    from moe.params import SamplingParams
+
+    settings = ["threads=1", "batch.prefix_sharing=false", "batch.kv_tokens=4096", *one["set"]]
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True, temperature=0.0)
+    rank, ranks = (0, 1) if groups is None else (groups.rank, groups.world_size)
+    config = EngineConfig.load(None, settings)
+    rounds: list[float] = []
+    with LLM(folder_of(work, one["model"], one["form"]), config, groups=groups) as llm:
+        recorder = None
+        for number in range(2 * (ROUNDS + 1)):
+            if number == ROUNDS + 1:
+                recorder = llm.engine.record()
+            own = prompts(work, one["model"], one["sequences"], number % (ROUNDS + 1))[rank::ranks]
+            if ranks > 1:
+                before = llm.engine.stats.decode_seconds
+                llm.generate([{"prompt_token_ids": p} for p in own], params, use_tqdm=False)
+                rounds.append((llm.engine.stats.decode_seconds - before) / (NEW - 1))
+                continue
+            running = [llm.add(p, params).request for p in own]
+            steps: list[float] = []
+            while llm.engine.has_work:
+                is_decode = all(r.num_output for r in running)
+                stall, cpu = sum(s.stall_seconds for s in llm.engine.layer_stats()), time.thread_time()
+                llm.step()
+                spent = time.thread_time() - cpu + sum(s.stall_seconds for s in llm.engine.layer_stats()) - stall
+                steps += [spent] if is_decode else []
+            rounds.append(statistics.fmean(steps))
+        assert recorder is not None
+        if rank == 0:
+            recorder.trace().save(trace)
+            num_slots = 0 if llm.engine.experts is None else llm.engine.state().slots
+            reads = llm.engine.loaded.experts.slots.cache._readers.threads if llm.engine.experts else []
+            print(json.dumps({"rounds": rounds[1 : ROUNDS + 1], "slots": num_slots, "readers": len(reads)}))
+
+
+def measured(work: Path, one: dict[str, Any], trace: Path) -> dict[str, Any]:
+    command = [sys.executable]
+    if one["ranks"] > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={one['ranks']}"]
+    command += ["-m", "bench.bench_plan", str(work), "--worker", json.dumps(one), "--trace", str(trace)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1500:])
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def link_of(ranks: int, work: Path) -> Link:
+    file = work / "topology.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    subprocess.run([*command, "-m", "moe.launch.probe", str(file)], check=True, cwd=ROOT, capture_output=True)
+    return Topology.load(file).intra
+
+
+def predict(row: dict[str, Any], machine: Machine) -> Terms:
+    """From what a row of the results keeps: sizes, use, visits. The test recomputes every row by it."""
+    link = row["use"]["link"]
+    use = Use(**{**row["use"], "link": None if link is None else Link(*link)})
+    import numpy as np
+
+    kept = Visits(*(np.array(row["visits"][name]) for name in Visits._fields))
+    return decode_step(Sizes(**row["sizes"]), machine, use, kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of configurations, from 0")
+    parser.add_argument("--out", type=Path, help="without suffix; writes .json and .md")
+    args = parser.parse_args()
+    args.work = args.work.resolve()
+    if args.worker:
+        worker(args.work, json.loads(args.worker), args.trace)
+        return
+    chosen = json.loads(CHOSEN.read_text())
+    rows: list[dict[str, Any]] = []
+    machine: Machine | None = None
+    for number, one in enumerate(chosen["configurations"]):
+        if args.only and number not in args.only:
+            continue
+        folder = folder_of(args.work, one["model"], one["form"])
+        machine = machine or probe(args.work)
+        trace = args.work / "trace.npz"
+        try:
+            found = measured(args.work, one, trace)
+        except RuntimeError as error:
+            print(f"{one['name']}: {error}", flush=True)
+            continue
+        sizes = sizes_of(read_blueprint(folder))
+        if "dtype=float32" in one["set"]:
+            sizes = Sizes(**{**asdict(sizes), "dtype": "float32", "kv_bytes": 2 * sizes.kv_bytes})
+        use = Use(
+            sequences=one["sequences"],
+            context=PROMPT + NEW // 2,
+            slots=found["slots"] * one["ranks"],
+            readers=found["readers"] or 1,
+            disk=disk_of(args.work),
+            ranks=one["ranks"],
+            link=link_of(one["ranks"], args.work) if one["ranks"] > 1 else None,
+        )
+        visits = replay(RoutingTrace.load(trace), use)
+        kept = {name: getattr(visits, name)[:, -480:].tolist() for name in Visits._fields}
+        rate = one["sequences"] / min(found["rounds"])
+        row = {"name": one["name"], "sizes": asdict(sizes), "use": asdict(use), "visits": kept, "measured": rate}
+        terms = predict(row, machine)
+        row |= {"rounds": found["rounds"], "predicted": one["sequences"] / terms.total, "terms": terms._asdict()}
+        rows.append(row)
+        print(f"{one['name']}: {rate:.1f} measured, {row['predicted']:.1f} predicted; {terms}", flush=True)
+    if args.out and machine is not None:
+        body = {"machine": machine.stored(), "load": os.getloadavg(), "rows": rows}
+        args.out.with_suffix(".json").write_text(json.dumps(body) + "\n")
+        args.out.with_suffix(".md").write_text(table(rows, machine, chosen["bound"]))
+
+
+def table(rows: list[dict[str, Any]], machine: Machine, bound: float) -> str:
+    lines = [
+        "# The planner against runs\n",
+        "`python -m bench.bench_plan FOLDER --out bench/results/plan`\n",
+        f"{machine.name}, probed {machine.when}, load {os.getloadavg()[0]:.1f} from other jobs. {__doc__ or ''}".split(
+            "\n\n"
+        )[0],
+        "",
+        "| configuration | measured tokens/s | predicted | off | binds | terms, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        terms = Terms(**row["terms"])
+        off = row["predicted"] / row["measured"] - 1
+        parts = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in row["terms"].items() if value)
+        mark = "" if abs(off) <= bound else " **beyond the bound**"
+        figures = f"{row['measured']:.1f} | {row['predicted']:.1f} | {off:+.0%}{mark}"
+        lines.append(f"| {row['name']} | {figures} | {terms.binds} | {parts} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
