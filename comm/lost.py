@@ -23,11 +23,15 @@ def lost_peer(
     error: RuntimeError,
     ranks: Sequence[int],
     waited_for: Sequence[int] = (),
+    patience_s: float = _PATIENCE_S,
 ) -> LostPeer:
-    """The error of this rank, which was to do `what` with `ranks`. waited_for: those it still needed, () = all."""
+    """The error of this rank, which was to do `what` with `ranks`. waited_for: those it still needed, () = all.
+
+    patience_s: how much later than this rank another may see the loss.
+    """
     seconds, needed = time.monotonic() - started, [rank for rank in waited_for or ranks if rank != groups.rank]
     is_sudden = len(needed) == 1 and seconds < 0.5 * groups.timeout_s
-    lost = who_is_lost(groups, needed, 0.0 if is_sudden else _PATIENCE_S)
+    lost = who_is_lost(groups, needed, 0.0 if is_sudden else patience_s)
     who = f"rank {lost[0]}" if len(lost) == 1 else f"one of ranks {list(lost)}"
     return LostPeer(
         f"rank {groups.rank} of {groups.world_size}: lost {who} in {what} with ranks {list(ranks)} after "

@@ -18,7 +18,7 @@ from torch import Tensor
 from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.lost import in_collective
-from moe.kernels.fused import FusedExperts
+from moe.kernels.fused import FusedExperts, polls_within
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.tiles import TileConfig
 from moe.kernels.weights import ExpertWeights
@@ -94,13 +94,21 @@ class SymmetricDispatcher:
     """The fused path of one rank: what a `TokenDispatcher` and an experts function do, in one launch.
 
     Wins for few tokens (`kernels.crossover` measures where). Every rank must call `run` for every layer in the same
-    order, also with no tokens. Physical expert p lives on rank p // experts_per_rank.
+    order, also with no tokens. Physical expert p lives on rank p // experts_per_rank. timeout_s: about how long one
+    waits for a peer that is lost (`polls_within`).
     """
 
-    def __init__(self, shape: FusedShape, heap: SymmetricHeap, *, config: TileConfig | None = None) -> None:
+    def __init__(
+        self, shape: FusedShape, heap: SymmetricHeap, *, config: TileConfig | None = None, timeout_s: float = 30
+    ) -> None:
         self.heap = heap  # keeps the memory alive
         self.fused = FusedExperts(
-            shape, heap.bases, first_rank=heap.first_rank, num_ranks=heap.num_ranks, config=config
+            shape,
+            heap.bases,
+            first_rank=heap.first_rank,
+            num_ranks=heap.num_ranks,
+            config=config,
+            poll_limit=polls_within(timeout_s),
         )
 
     def run(

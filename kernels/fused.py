@@ -43,6 +43,14 @@ ERRORS = {
 }
 
 
+def polls_within(seconds: float) -> int:
+    """About as many polls of a peer as fit: a microsecond each on a GPU, some milliseconds in the interpreter.
+
+    Polls and not time, because a rank that gets no processor then does not give up on others that get none either.
+    """
+    return min(1 << 30, max(1, int(seconds * (1 << 8 if is_interpreted() else 1 << 20))))
+
+
 class FusedExperts:
     """One rank's side of the single launch (or all virtual ranks' sides): scratch, tickets and the epoch.
 
@@ -51,7 +59,8 @@ class FusedExperts:
     even with no tokens; no other kernel that waits for a peer may run beside it.
     first_rank, num_ranks: the ranks that this object plays; more than one for virtual ranks on one device.
     split: own rows as a wave of their own, so that matrix work hides the puts (None: when the experts are compute bound
-    anyway, since it reads the weights twice). poll_limit: polls of one wait before it ends in an error.
+    anyway, since it reads the weights twice). poll_limit: polls of one wait before it ends in an error
+    (None: `polls_within` 30 s).
     programs: of the launch, any number is right (None: two per multiprocessor). players: processes that share one
     launch of this rank, for tests of the protocol.
     """
@@ -78,7 +87,7 @@ class FusedExperts:
         self.capability = device_capability(device)
         self.config = config or pick_tiles(own_rows * shape.world_size, shape.dtype, self.capability)
         self.split = (own_rows >= 128 if split is None else split) and shape.world_size > 1
-        self.poll_limit = poll_limit or (1 << 18 if is_interpreted() else 1 << 25)
+        self.poll_limit = poll_limit or polls_within(30)
         self.programs = programs or (1 if is_interpreted() else programs_of(device))
         self.players = players
         self.lag = min(

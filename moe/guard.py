@@ -73,11 +73,6 @@ class Guard:
             pending, self._pending = self._pending, None
             self._previous(*pending)
 
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether a Ctrl-C waits for the next `check`."""
-        return self._pending is not None
-
     def _hold_interrupts(self) -> Any:
         """Returns the handler that was in place; None if nothing was changed."""
         if threading.current_thread() is not threading.main_thread() or self._depth:

@@ -109,7 +109,8 @@ class RankLaunch:
             try:
                 launch.check()
             except RuntimeError as error:
-                raise lost_peer(groups, what, started, error, groups.world_ranks) from error
+                patience_s = groups.timeout_s  # a limit of polls ends on one rank before it does on another
+                raise lost_peer(groups, what, started, error, groups.world_ranks, patience_s=patience_s) from error
 
     def use_measured(
         self, num_experts: int, table_file: Path, tokens: Sequence[int] = MEASURED_TOKENS, repeats: int = 20
@@ -176,4 +177,4 @@ class RankLaunch:
             heap = TorchSymmetricHeap(nbytes, groups.world, groups.device)
         else:
             heap = map_together(groups, lambda path: MappedHeap(Path(path), groups.rank, groups.world_size, nbytes))
-        return SymmetricDispatcher(shape, heap)
+        return SymmetricDispatcher(shape, heap, timeout_s=groups.timeout_s)

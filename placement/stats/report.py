@@ -3,10 +3,8 @@
 Nothing here is needed to solve or to run; it shows what the numbers mean.
 """
 
-import base64
 import html
 from collections.abc import Sequence
-from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,13 +208,6 @@ def write_page(path: str | PathLike[str], title: str, parts: Sequence[str]) -> N
 def save_png(path: str | PathLike[str], pictures: dict[str, Picture]) -> None:
     """Heatmaps side by side as PNG. Raises ModuleNotFoundError with the remedy if matplotlib is absent."""
     _figure(pictures).savefig(path, dpi=120)
-
-
-def png_html(pictures: dict[str, Picture]) -> str:
-    """The same picture as an inline image."""
-    buffer = BytesIO()
-    _figure(pictures).savefig(buffer, dpi=120, format="png")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def _figure(pictures: dict[str, Picture]) -> Any:

@@ -1,6 +1,9 @@
 """The single launch over ranks says what one process says; all ranks choose alike; what cannot be is refused."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe.comm.errors import CommError
+from moe.comm.errors import CommError, LostPeer
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name
@@ -75,6 +78,49 @@ def serve(folder: str, config: EngineConfig, table: str, only_rank: int | None) 
             if only_rank is not None:
                 own = PROMPTS if groups.rank == only_rank else []
             return tokens_of(llm, own), counted.calls, counted.empty, parallel.dispatcher.traffic.calls
+
+
+class Deserting:
+    """A launch whose rank is killed before its third step's layer 1."""
+
+    def __init__(self, launch):
+        self.launch, self.steps = launch, 0
+
+    def takes(self, layer, rows):
+        return self.launch.takes(layer, rows)
+
+    def run(self, layer, x, physical_ids, topk_weights):
+        self.steps += layer == 1
+        if self.steps == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.launch.run(layer, x, physical_ids, topk_weights)
+
+
+def serve_until_one_is_lost(folder: str, config: EngineConfig) -> tuple:
+    """What a survivor says, the fields of its error, and how long the answers took until then."""
+    started = time.monotonic()
+    try:
+        with process_groups(timeout_s=5) as groups:
+            llm = LLM(folder, config, groups=groups)
+            if groups.rank == 1:
+                llm.engine.parallel.launch = Deserting(llm.engine.parallel.launch)
+            started = time.monotonic()
+            tokens_of(llm, PROMPTS[groups.rank :: groups.world_size])
+    except LostPeer as error:
+        return str(error), error.peers, error.layer, time.monotonic() - started
+    return "nothing was lost", (), -1, 0.0
+
+
+@pytest.mark.heavy
+def test_a_lost_rank_is_named_with_the_layer(mixtral):
+    config = config_of("single_launch")
+    config = replace(config, parallel=replace(config.parallel, timeout_seconds=5))
+    results = spawn(3, serve_until_one_is_lost, str(mixtral), config, may_die=[1], time_limit_s=200)
+    for rank in (0, 2):
+        message, peers, layer, seconds = results[rank]
+        assert message.startswith(f"rank {rank} of 3: lost rank 1 in the single launch of layer 1 with"), message
+        assert (peers, layer) == ((1,), 1)
+        assert seconds < 60
 
 
 def write_replicated(path: Path) -> str:
