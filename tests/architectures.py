@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,8 +36,6 @@ VOCAB_SIZE = families.VOCAB_SIZE
 WRITTEN = ("dbrx", "jamba", "nllb_moe", "switch_transformers")
 _HAS_EXPERTS = re.compile(r"^@use_experts_implementation|^class \w*Experts\(|^class \w*TopKGating\(", re.MULTILINE)
 MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-# Their experts are another architecture's, which they hold by default.
-WRAPPERS = ("kimi_k25",)
 # Refused, and what the sentence says.
 REFUSED = {"diffusion_gemma": "generates by a method of its own"}
 
@@ -60,12 +59,23 @@ def architectures() -> dict[str, Architecture]:
         if mapping is None:
             continue
         is_found = model_type_to_module_name(model_type) in with_experts or names_experts(config_class)
-        if is_found or model_type in WRAPPERS:
+        if is_found or _wraps_experts(config_class, with_experts):
             model_class = mapping[config_class]
             found[model_type] = Architecture(
                 model_type, model_class[0] if isinstance(model_class, tuple) else model_class
             )
     return found
+
+
+def _wraps_experts(config_class: type[PreTrainedConfig], with_experts: set[str]) -> bool:
+    """Whether the language model that it holds by default is another architecture's, with experts."""
+    if "text_config" not in config_class.sub_configs:
+        return False
+    try:
+        text = config_class().get_text_config()
+    except StrictDataclassError:  # one that has no defaults of its own holds no other's
+        return False
+    return model_type_to_module_name(text.model_type) in with_experts or names_experts(text)
 
 
 def names_experts(config: PreTrainedConfig | type[PreTrainedConfig]) -> bool:

@@ -165,7 +165,7 @@ BAD_LINES = [
     (request("a", top_p=0), "top_p (0.0) must lie in (0, 1]"),
     (request("a", seed=2**80), "seed"),
     (request("a", seed=-1), "seed"),
-    (request("a", n=0), "n (0) must be >= 1"),
+    (request("a", n=0), "n (0) must lie in [1, 16384]"),
     (request("a", stop=5), "stop must be a string or a list of strings"),
     (request("a", stop=[5]), "stop must be a string or a list of strings"),
     (request("a", stop=[""]), "stop strings must not be empty"),
