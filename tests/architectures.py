@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,7 +35,7 @@ VOCAB_SIZE = families.VOCAB_SIZE
 # Those of tests/families.py that a class's own configuration made small does not reach.
 WRITTEN = ("dbrx", "jamba", "nllb_moe", "switch_transformers")
 _HAS_EXPERTS = re.compile(r"^@use_experts_implementation|^class \w*Experts\(|^class \w*TopKGating\(", re.MULTILINE)
-MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
 # Refused, and what the sentence says.
 REFUSED = {"diffusion_gemma": "generates by a method of its own"}
 
@@ -85,6 +85,7 @@ def names_experts(config: PreTrainedConfig | type[PreTrainedConfig]) -> bool:
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 36,
+    "audio_hidden_size": 36,
     "num_hidden_layers": 4,
     "num_layers": 2,
     "num_attention_heads": 6,
@@ -250,6 +251,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
         "head_dim": 8,
     },
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "qwen3_omni_moe_vision_encoder": _TOWER | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     "qwen3_omni_moe_audio_encoder": {
         "d_model": 24,
@@ -285,6 +287,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "share_expert_dim": 12,
         "num_sliding_attention_heads": 6,
     },
+    "radio": {"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 2, "video_temporal_patch_size": 2},
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 6, "head_dim": 6},
+    "nemotron3_diarization_audio": {"num_key_value_heads": 6, "head_dim": 6},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 0, "num_key_value_heads": 6, "head_dim": 6},
+    "nemotron_h_omni": {"vision_hidden_size": 24, "projector_hidden_size": 24},
     "step3p5_vision": {"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 3, "image_size": 28},
     "unlimited_ocr_text": {"num_key_value_heads": 6},  # its eager attention knows no groups of heads
     "zaya": {"num_experts_per_tok": 1},

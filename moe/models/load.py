@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from moe.models.blueprint import Blueprint, first_line
 from moe.models.dense_packed import pack_dense, packable
 from moe.models.families import slot_class
-from moe.models.towers import CODE_OF_MODELS, absent_class
+from moe.models.towers import CODE_OF_MODELS, absent_class, prune
 
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,6 +65,7 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
             f"{blueprint.folder}: {len(info['mismatched_keys'])} dense tensors have another shape than the config "
             f"asks for, first {key}: {list(on_disk)} on disk, {list(asked)} asked for"
         )
+    prune(model)
     pack_dense(model, kept)
     del dense
     _return_freed()

@@ -13,13 +13,15 @@ CODE_OF_MODELS = ("transformers.models.", "transformers_modules.")  # modules wh
 
 
 class Absent(nn.Module):
-    """In front of a module that text does not reach: keeps its attributes, drops its weights and children."""
+    """In front of a module that text does not reach: keeps its attributes and, until `prune`, hollow children.
+
+    The model that it stands in may reach into it while it is built.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with torch.device("meta"):
             super().__init__(*args, **kwargs)
         hollow(self)
-        self._is_hf_initialized = True
 
     def forward(self, *_: Any, **__: Any) -> Any:
         raise ValueError(f"{type(self).__name__} is for images, sound or video, this model is served for text only")
@@ -31,9 +33,16 @@ def absent_class(original: type[nn.Module]) -> type[nn.Module]:
 
 def hollow(module: nn.Module) -> None:
     """Makes of a module on the meta device what its absent class would be."""
-    module._parameters.clear()
-    module._buffers.clear()
-    module._modules.clear()
+    for one in module.modules():
+        one._parameters.clear()
+        one._buffers.clear()
+        setattr(one, "_is_hf_initialized", True)  # noqa: B010, nn.Module's types know no flags
+
+
+def prune(model: nn.Module) -> None:
+    """Drops what is left inside the absent modules of a model that is built."""
+    for module in [one for one in model.modules() if isinstance(one, Absent)]:
+        module._modules.clear()
 
 
 def is_patchable(cls: type[nn.Module]) -> bool:
