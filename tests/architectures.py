@@ -37,7 +37,7 @@ WRITTEN = ("dbrx", "jamba", "nllb_moe", "switch_transformers")
 _HAS_EXPERTS = re.compile(r"^@use_experts_implementation|^class \w*Experts\(|^class \w*TopKGating\(", re.MULTILINE)
 MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
 # Refused, and what the sentence says.
-REFUSED = {"diffusion_gemma": "generates by a method of its own"}
+REFUSED = dict.fromkeys(("diffusion_gemma", "qwen3_omni_moe"), "generates by a method of its own")
 
 
 class Architecture(NamedTuple):

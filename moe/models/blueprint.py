@@ -204,7 +204,8 @@ def read_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"{folder}: transformers cannot build {name} as config.json describes it: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
-    if not trust_remote_code and not isinstance(skeleton, GenerationMixin):
+    steps = type(skeleton).forward is not nn.Module.forward
+    if not steps or (not trust_remote_code and not isinstance(skeleton, GenerationMixin)):
         raise ValueError(f"{folder}: {name} generates by a method of its own, not one token after another: not served")
     return skeleton
 
