@@ -8,7 +8,7 @@ from struct import Struct
 
 log = logging.getLogger(__name__)
 
-ANNEAL = Struct("=8q5d3q")  # struct Problem of solve/anneal.c
+ANNEAL = Struct("=8q3d7q")  # struct Problem of solve/anneal.c
 SERVE = Struct("=5q5q")  # struct Serve of serve.c
 MOST_RANKS = 64
 MOST_TOP = 64

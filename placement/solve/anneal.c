@@ -1,6 +1,7 @@
 /* Simulated annealing of one layer's expert copies on what is served: ranks a token visits besides its home, pairs that
  * are served elsewhere at their price, and what the ranks serve above their caps when each expert of a token is shared by
- * the ranks that may serve it (the rule of placement/replicas.py, whose dealing is even only on average).
+ * the ranks that may serve it (the rule of placement/replicas.py, whose dealing is even only on average). Caps are kept
+ * over all tokens and within each fold of them: what holds in every part of the traffic holds in the next.
  *
  * State: a mask of ranks per expert. Moves: swap two copies between ranks, move a copy into an empty slot, or give one
  * copy's slot of a replicated expert to another expert. Only the tokens of the two experts are served again. The caller
@@ -17,11 +18,12 @@ typedef struct {
     int64_t tokens, top, experts, ranks, slots; /* slots: copies per rank */
     int64_t iterations, seed, home_first;
     double first, last;          /* temperatures, in rank visits */
-    double penalty;              /* visits that one token above the cap costs */
     double pair_cost;            /* visits that a pair served elsewhere costs */
-    double cap;                  /* tokens that a rank may serve */
+    int64_t folds;
+    const double *caps;          /* [1 + folds] pairs that a rank may serve, of all tokens and of each fold's */
+    const double *penalties;     /* [1 + folds] visits that one pair above the cap costs */
     const int16_t *ids;          /* [tokens, top], -1 = none */
-    const uint8_t *home;         /* [tokens] */
+    const uint8_t *home, *fold;  /* [tokens] */
     uint64_t *masks;             /* [experts], in and out */
 } Problem;
 
@@ -45,10 +47,11 @@ static Visits visits(const Problem *p, int64_t t) {
     return visits_of(p->masks, p->ids + t * p->top, p->top, p->home[t], p->ranks);
 }
 
-/* Adds `sign` times the pairs of token t to the ranks' loads, shared equally by those that may serve them; returns what
+/* Adds `sign` times the pairs of token t to the ranks' loads [1 + folds, ranks], shared equally by those that may serve them; returns what
  * the token costs: visits besides home, and the pairs served elsewhere at their price. */
 static double serve(const Problem *p, int64_t t, Visits v, double sign, double *load) {
     const int16_t *ids = p->ids + t * p->top;
+    double *of_fold = load + (1 + p->fold[t]) * p->ranks;
     int64_t home = p->home[t];
     double at_home = 0, pairs = 0;
     for (int64_t k = 0; k < p->top; k++) {
@@ -56,15 +59,23 @@ static double serve(const Problem *p, int64_t t, Visits v, double sign, double *
         uint64_t mask = options_of(p->masks[ids[k]], v.used, home, p->home_first);
         double share = 1.0 / count(mask);
         pairs += 1, at_home += mask >> home & 1 ? share : 0;
-        for (; mask; mask &= mask - 1) load[__builtin_ctzll(mask)] += sign * share;
+        for (; mask; mask &= mask - 1) {
+            int64_t g = __builtin_ctzll(mask);
+            load[g] += sign * share, of_fold[g] += sign * share;
+        }
     }
     return (double)(count(v.used) - 1 + v.lonely) + p->pair_cost * (pairs - at_home);
 }
 
+/* What load above the caps costs. */
 static double overload(const Problem *p, const double *load) {
-    double over = 0;
-    for (int64_t g = 0; g < p->ranks; g++) over += load[g] > p->cap ? load[g] - p->cap : 0;
-    return over;
+    double cost = 0;
+    for (int64_t f = 0; f <= p->folds; f++) {
+        double over = 0, cap = p->caps[f];
+        for (int64_t g = 0; g < p->ranks; g++, load++) over += *load > cap ? *load - cap : 0;
+        cost += p->penalties[f] * over;
+    }
+    return cost;
 }
 
 EXPORT int64_t moe_anneal_abi(void) { return (int64_t)sizeof(Problem); }
@@ -79,8 +90,10 @@ EXPORT double moe_anneal(const Problem *p) {
     double *worth = malloc((size_t)(n + 1) * 8), *trial_worth = malloc((size_t)(n + 1) * 8);
     uint64_t *best = malloc((size_t)(p->experts + 1) * 8);
     int32_t *slot = malloc((size_t)(p->ranks * p->slots + 1) * 4); /* expert in each slot, -1 empty */
+    size_t loads = (size_t)((1 + p->folds) * p->ranks) * 8;
+    double *load = calloc(1, loads), *trial = malloc(loads);
     double result = -1;
-    if (!begin || !where || !list || !touched || !stamp || !used || !fresh || !worth || !trial_worth || !best || !slot) goto done;
+    if (!begin || !where || !list || !touched || !stamp || !used || !fresh || !worth || !trial_worth || !best || !slot || !load || !trial) goto done;
 
     for (int64_t i = 0; i < pairs; i++)
         if (p->ids[i] >= 0) begin[p->ids[i] + 1]++;
@@ -95,12 +108,12 @@ EXPORT double moe_anneal(const Problem *p) {
 
     Random random = {(uint64_t)p->seed * 0x9E3779B97F4A7C15ull + 1, (uint64_t)p->seed ^ 0xD1B54A32D192ED03ull};
     for (int i = 0; i < 20; i++) next(&random);
-    double load[MAX_RANKS] = {0}, trial[MAX_RANKS], cost = 0;
+    double cost = 0;
     for (int64_t t = 0; t < n; t++) {
         used[t] = visits(p, t);
         cost += worth[t] = serve(p, t, used[t], 1, load);
     }
-    double over = overload(p, load), best_cost = cost + p->penalty * over;
+    double over = overload(p, load), best_cost = cost + over;
     memcpy(best, p->masks, (size_t)p->experts * 8);
     double temperature = p->first, cooling = pow(p->last / p->first, 1.0 / (double)(p->iterations ? p->iterations : 1));
 
@@ -131,7 +144,7 @@ EXPORT double moe_anneal(const Problem *p) {
             for (int64_t y = z < 0 ? 0 : begin[z]; z >= 0 && y < begin[z + 1]; y++)
                 if (stamp[list[y]] != step) stamp[list[y]] = step, touched[changed++] = list[y];
         }
-        memcpy(trial, load, sizeof trial);
+        memcpy(trial, load, loads);
         for (int64_t y = 0; y < changed; y++) serve(p, touched[y], used[touched[y]], -1, trial);
         p->masks[e] = new_e;
         if (f >= 0) p->masks[f] = new_f;
@@ -142,25 +155,25 @@ EXPORT double moe_anneal(const Problem *p) {
             trial_worth[y] = serve(p, t, fresh[y], 1, trial);
             delta += trial_worth[y] - worth[t];
         }
-        double new_over = overload(p, trial), change = delta + p->penalty * (new_over - over);
+        double new_over = overload(p, trial), change = delta + new_over - over;
         if (change > 0 && uniform(&random) >= exp(-change / temperature)) {
             p->masks[e] = mask_e;
             if (f >= 0) p->masks[f] = mask_f;
             continue;
         }
         for (int64_t y = 0; y < changed; y++) used[touched[y]] = fresh[y], worth[touched[y]] = trial_worth[y];
-        memcpy(load, trial, sizeof load);
+        memcpy(load, trial, loads);
         cost += delta, over = new_over;
         slot[i] = f;
         if (j >= 0) slot[j] = e;
-        if (cost + p->penalty * over < best_cost - 1e-6) {
-            best_cost = cost + p->penalty * over;
+        if (cost + over < best_cost - 1e-6) {
+            best_cost = cost + over;
             memcpy(best, p->masks, (size_t)p->experts * 8);
         }
     }
     memcpy(p->masks, best, (size_t)p->experts * 8);
     result = best_cost;
 done:
-    free(begin), free(where), free(list), free(touched), free(stamp), free(used), free(fresh), free(worth), free(trial_worth), free(best), free(slot);
+    free(begin), free(where), free(list), free(touched), free(stamp), free(used), free(fresh), free(worth), free(trial_worth), free(best), free(slot), free(load), free(trial);
     return result;
 }

@@ -16,10 +16,40 @@ from moe.placement.wire_format import ModelSizes, WireFormat
 SAMPLE = 1200  # tokens of the hot phase
 PER_ROUND = (1200, 300)  # moves tried per round: on the sample, then on all tokens
 TEMPERATURES = ((60.0, 6.0), (6.0, 1.0))  # rank visits
+SEVERITY = ((0.5, 0.5), (0.5, 1.0))  # of the penalties, first and last in each phase
 SHARES = (0.6, 1.0)  # of the time that is left, for each phase
 PIECES = 20  # of a phase; between them the clock is read
-PENALTY = 1.0  # rank visits that a token above the cap costs
-CAP = 1.01  # of the mean load
+PENALTY = 2.0  # rank visits that a pair above the cap costs
+CAP = 1.02  # of the mean load
+FOLDS = 8  # parts of the traffic that keep the cap, too: what is even in each of them is even in the next
+FOLD_CAP = 1.05  # of the cap, within a fold
+FOLD_PENALTY = 1.0
+
+
+class Caps(NamedTuple):
+    """What a rank may serve. fold: [N], the part of the traffic that a token is of.
+
+    caps: [1 + folds] pairs, of all tokens and of each fold's; penalties: [1 + folds], visits that a pair above costs.
+    """
+
+    fold: NDArray[np.uint8]
+    caps: NDArray[np.float64]
+    penalties: NDArray[np.float64]
+
+    def of(self, sample: NDArray[np.integer[Any]], expert_ids: NDArray[np.integer[Any]]) -> "Caps":
+        """For these tokens alone, at their share of the pairs. expert_ids: [N, K] of all."""
+        pairs, fold = (expert_ids >= 0).sum(axis=1), self.fold[sample]
+        parts = len(self.caps) - 1
+        have, all_of = (
+            np.bincount(f, weights=p, minlength=parts) for f, p in ((fold, pairs[sample]), (self.fold, pairs))
+        )
+        share = np.append(have.sum() / max(all_of.sum(), 1), have / np.maximum(all_of, 1))
+        return Caps(fold, self.caps * share, self.penalties)
+
+    @staticmethod
+    def one(tokens: int, cap: float, penalty: float = PENALTY) -> "Caps":
+        """A cap on all tokens, none within parts."""
+        return Caps(np.zeros(tokens, np.uint8), np.array([cap, cap]), np.array([penalty, 0.0]))
 
 
 class Price(NamedTuple):
@@ -48,19 +78,18 @@ def anneal(
     hosted: NDArray[np.bool_],
     *,
     slots: int,
-    cap: float,
-    penalty: float,
+    caps: Caps,
     iterations: int,
     temperatures: tuple[float, float],
     seed: int,
     price: Price = VISITS,
 ) -> tuple[NDArray[np.bool_], float]:
     """The best copies found from hosted [E, G], and their cost: visits besides home + price.pair x pairs served
-    elsewhere + penalty x load above the cap.
+    elsewhere + the penalties of load above the caps.
 
-    expert_ids: [N, K], -1 = none. home: [N]. slots: copies per rank. cap: tokens that a rank may serve. temperatures:
-    first and last, in visits. O(iterations N K / E). The start counts as found, so the cost never rises. Raises
-    ValueError for sizes that do not fit, RuntimeError without the helper.
+    expert_ids: [N, K], -1 = none. home: [N]. slots: copies per rank. temperatures: first and last, in visits.
+    O(iterations N K / E). The start counts as found, so the cost never rises. Raises ValueError for sizes that do not
+    fit, RuntimeError without the helper.
     """
     helper = load_helper()
     if helper is None:
@@ -77,10 +106,14 @@ def anneal(
     if ids.max(initial=-1) >= experts or at.max(initial=0) >= ranks:
         raise ValueError(f"expert {ids.max()} or home {at.max()} is out of range of {experts} experts, {ranks} ranks")
     masks = (hosted.astype(np.uint64) << np.arange(ranks, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
+    fold = np.ascontiguousarray(caps.fold, np.uint8)
+    limits, penalties = (np.ascontiguousarray(a, np.float64) for a in caps[1:])
+    if fold.shape != at.shape or limits.shape != penalties.shape or fold.max(initial=0) + 2 > len(limits):
+        raise ValueError(f"folds {fold.shape} up to {fold.max(initial=0)} need [N] and {limits.shape} caps, one more")
     problem = ANNEAL.pack(
-        *ids.shape, experts, ranks, slots, iterations, seed, price.home_first, *temperatures, penalty,
-        price.pair, cap,
-        ids.ctypes.data, at.ctypes.data, masks.ctypes.data,
+        *ids.shape, experts, ranks, slots, iterations, seed, price.home_first, *temperatures, price.pair,
+        len(limits) - 1,
+        *(a.ctypes.data for a in (limits, penalties, ids, at, fold, masks)),
     )  # fmt: skip
     cost = float(helper.moe_anneal(problem))
     if cost < 0:
@@ -93,12 +126,26 @@ def home_ranks(tokens: int, ranks: int, seed: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, ranks, tokens).astype(np.uint8)
 
 
-def search_replicas(
+def folds_of(sequence_lengths: NDArray[np.integer[Any]], folds: int = FOLDS) -> NDArray[np.uint8]:
+    """The part of the traffic of each token, [N]: about equal parts, cut between sequences."""
+    ends = np.cumsum(sequence_lengths)
+    middle = ends - sequence_lengths / 2
+    return np.repeat((middle * folds / max(int(ends[-1]), 1)).astype(np.uint8), sequence_lengths)
+
+
+def caps_of(expert_ids: NDArray[np.integer[Any]], fold: NDArray[np.uint8], cap: float) -> Caps:
+    """Up to `cap` pairs of all tokens and, FOLD_CAP wider, the fold's share of it within each. expert_ids: [N, K]."""
+    pairs = np.bincount(fold, weights=(expert_ids >= 0).sum(axis=1))
+    caps = np.append(cap, FOLD_CAP * cap * pairs / max(pairs.sum(), 1))
+    return Caps(fold, caps, np.append(PENALTY, np.full(len(pairs), FOLD_PENALTY)))
+
+
+def search_layer(
     expert_ids: NDArray[np.integer[Any]],
     start: NDArray[np.bool_],
     *,
     slots: int,
-    slack: float,
+    caps: Caps,
     rounds: int,
     seed: int,
     deadline: float,
@@ -106,32 +153,28 @@ def search_replicas(
 ) -> NDArray[np.bool_]:
     """Copies [E, G] for one layer: hot on a sample of tokens, then cooler on all; never worse than `start` on all.
 
-    expert_ids: [N, K]. slack: factor on the cap. The same seed and rounds give the same plan unless the deadline
+    expert_ids: [N, K]. caps: of all tokens. The same seed and rounds give the same plan unless the deadline
     (`time.perf_counter`) comes first; it is kept within one piece of a phase.
     """
     tokens, ranks = len(expert_ids), start.shape[1]
     home = home_ranks(tokens, ranks, seed)
     few = np.random.default_rng(seed).permutation(tokens)[:SAMPLE]
     hosted = start
-    for sample, moves, (first, last), part in zip((few, np.arange(tokens)), PER_ROUND, TEMPERATURES, SHARES):
+    for sample, moves, heat, severity, part in zip((few, np.arange(tokens)), PER_ROUND, TEMPERATURES, SEVERITY, SHARES):
         until = time.perf_counter() + part * (deadline - time.perf_counter())
-        ids, at = expert_ids[sample], home[sample]
-        cap = slack * CAP * float((ids >= 0).sum()) / ranks
+        ids, at, limits = expert_ids[sample], home[sample], caps.of(sample, expert_ids)
         pieces = min(PIECES, max(1, rounds))
-        steps = first * (last / first) ** (np.arange(pieces + 1) / pieces)
+        steps, severe = (a * (b / a) ** (np.arange(pieces + 1) / pieces) for a, b in (heat, severity))
         for piece in range(pieces):
             if time.perf_counter() >= until:
                 break
+            now = limits._replace(penalties=limits.penalties * severe[piece + 1])
             hosted, _ = anneal(
-                ids, at, hosted, slots=slots, cap=cap, penalty=PENALTY, iterations=moves * rounds // pieces,
+                ids, at, hosted, slots=slots, caps=now, iterations=moves * rounds // pieces,
                 temperatures=(float(steps[piece]), float(steps[piece + 1])), seed=seed + piece, price=price,
             )  # fmt: skip
-    cap = slack * CAP * float((expert_ids >= 0).sum()) / ranks
     costs = [
-        anneal(
-            expert_ids, home, h, slots=slots, cap=cap, penalty=PENALTY, iterations=0, temperatures=(1, 1), seed=0,
-            price=price,
-        )[1]
+        anneal(expert_ids, home, h, slots=slots, caps=caps, iterations=0, temperatures=(1, 1), seed=0, price=price)[1]
         for h in (hosted, start)
-    ]  # fmt: skip
+    ]
     return hosted if costs[0] < costs[1] else start

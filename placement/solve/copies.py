@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
-from moe.placement.solve.anneal import VISITS, Price, search_replicas
+from moe.placement.solve.anneal import CAP, VISITS, Price, caps_of, folds_of, search_layer
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Single, Touched
@@ -63,12 +63,15 @@ def solve_copies(
     passes = 2 if options.coherent else 1
     anneals = slots_per_rank is not None and not options.coherent and not options.node_weight
     anneals = anneals and num_ranks <= MOST_RANKS and load_helper() is not None
+    fold = folds_of(trace.sequence_lengths)
     try:
         for sweep, layer in product(range(passes), range(trace.num_layers)):
             done = (sweep * trace.num_layers + layer + 1) / (passes * trace.num_layers)
             if anneals:
-                hosted[layer] = search_replicas(
-                    trace.expert_ids[:, layer], reference.hosted[layer], slots=slots, slack=options.slack,
+                cap = options.slack * CAP * float(load[layer].sum()) / num_ranks
+                hosted[layer] = search_layer(
+                    trace.expert_ids[:, layer], reference.hosted[layer], slots=slots,
+                    caps=caps_of(trace.expert_ids[:, layer], fold, cap),
                     rounds=200 if options.rounds is None else options.rounds,
                     seed=options.seed * trace.num_layers + layer, deadline=began + options.seconds * done, price=price,
                 )  # fmt: skip

@@ -7,37 +7,26 @@ import pytest
 
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.importers import from_deepseek_esft_npz
-from moe.placement.replicas import choose_for_plan
-from moe.placement.solve.anneal import Price, anneal, home_ranks, search_replicas
+from moe.placement.plan import Plan
+from moe.placement.simulate import Workload, simulate
+from moe.placement.solve.anneal import Caps, Price, anneal, caps_of, folds_of, home_ranks, search_layer
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load
+from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import WireFormat
 from tests.placement.instances import topic_trace
+from tests.placement.scorer import score
 
 pytestmark = pytest.mark.skipif(load_helper() is None, reason="the compiled helper is absent")
 
 
-def score(held, plan, rotations=(0, 1)):
-    """(copies that leave home per token and layer, busiest / mean load) of what is served, homes by sequence."""
-    sequence = np.repeat(np.arange(held.num_sequences), held.sequence_lengths)
-    copies, load = [], []
-    for layer in range(held.num_layers):
-        for turn in rotations:
-            home = (sequence + turn) % plan.num_ranks
-            ids = held.expert_ids[:, layer]
-            rank = choose_for_plan(ids, home, plan, layer) // plan.physical_per_rank
-            copies.append(np.mean([len(set(row) - {at}) for row, at in zip(rank.tolist(), home.tolist())]))
-            busy = np.bincount(rank.ravel(), minlength=plan.num_ranks)
-            load.append(busy.max() / busy.mean())
-    return float(np.mean(copies)), float(np.mean(load))
-
-
-def cost(ids, home, hosted, cap, penalty, price=Price()):  # noqa: B008
+def cost(ids, home, hosted, caps, price=Price()):  # noqa: B008
     """The objective by its definition, for tokens of which no cover has a choice between equals."""
-    visits, load = 0, np.zeros(hosted.shape[1])
-    for row, at in zip(ids.tolist(), home.tolist()):
+    visits, load = 0, np.zeros((len(caps.caps), hosted.shape[1]))
+    for row, at, fold in zip(ids.tolist(), home.tolist(), caps.fold.tolist()):
         hosts = [set(np.flatnonzero(hosted[e])) for e in row if e >= 0]
         forced = {at}.union(*(h for h in hosts if len(h) == 1))
         extra = next(
@@ -52,8 +41,17 @@ def cost(ids, home, hosted, cap, penalty, price=Price()):  # noqa: B008
             able = {at} if price.home_first and at in h else h & used
             visits += price.pair * (1 - (at in able) / len(able))
             for rank in able:
-                load[rank] += 1 / len(able)
-    return visits, penalty * np.maximum(load - cap, 0).sum()
+                load[[0, 1 + fold], rank] += 1 / len(able)
+    return visits, (caps.penalties * np.maximum(load - caps.caps[:, None], 0).sum(axis=1)).sum()
+
+
+@pytest.mark.parametrize("combine", ["exact", "partial"])
+def test_the_scorer_and_the_simulator_count_the_same(combine):
+    trace = topic_trace(150, 2, 16, 3, seed=3)
+    plan = Plan.random(2, 16, 4, seed=1)
+    found = score(trace, plan, is_exact=combine == "exact", rotations=(0,))
+    told = simulate(trace, plan, Topology.uniform(1, 4), Workload(wire=WireFormat(combine=combine)))
+    assert found == pytest.approx((told.copies, told.imbalance, told.bytes))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,13 +61,15 @@ def test_the_cost_is_what_its_definition_says(seed):
     ids[rng.random(ids.shape) < 0.2] = -1
     hosted = np.arange(8)[:, None] % 4 == np.arange(4)
     home = home_ranks(30, 4, seed)
+    folds = Caps(rng.integers(0, 3, 30).astype(np.uint8), np.array([15.0, 5, 4, 6]), np.array([3.0, 1, 2, 0.5]))
+    caps = folds if seed % 2 else Caps.one(30, 15.0, 3.0)
     for iterations in (0, 500):  # without replicas a token's ranks are given
-        keep = {"slots": 2, "cap": 15.0, "penalty": 3.0, "temperatures": (5.0, 0.1), "seed": seed}
+        keep = {"slots": 2, "caps": caps, "temperatures": (5.0, 0.1), "seed": seed}
         hosted, found = anneal(ids, home, hosted, iterations=iterations, **keep)
-        assert found == pytest.approx(sum(cost(ids, home, hosted, 15.0, 3.0)))
+        assert found == pytest.approx(sum(cost(ids, home, hosted, caps)))
         bytes_price = Price(pair=0.9, home_first=True)
         _, of_bytes = anneal(ids, home, hosted, iterations=0, price=bytes_price, **keep)
-        assert of_bytes == pytest.approx(sum(cost(ids, home, hosted, 15.0, 3.0, bytes_price)))
+        assert of_bytes == pytest.approx(sum(cost(ids, home, hosted, caps, bytes_price)))
         assert (hosted.sum(axis=1) == 1).all()
         assert (hosted.sum(axis=0) == 2).all()
 
@@ -79,12 +79,11 @@ def test_the_best_of_a_small_layer_is_found():
     ids = np.argsort(rng.random((40, 6)) + (np.arange(6) % 2 == rng.integers(0, 2, (40, 1))), axis=1)[:, :2]
     home = home_ranks(40, 2, 0)
     options = [np.isin(np.arange(6), left)[:, None] == np.array([True, False]) for left in combinations(range(6), 3)]
-    best = min(sum(cost(ids, home, hosted, 40.0, 1.0)) for hosted in options)
-    hosted, found = anneal(
-        ids, home, options[0], slots=3, cap=40.0, penalty=1.0, iterations=3000, temperatures=(10.0, 0.1), seed=1
-    )
+    caps = Caps.one(40, 40.0, 1.0)
+    best = min(sum(cost(ids, home, hosted, caps)) for hosted in options)
+    hosted, found = anneal(ids, home, options[0], slots=3, caps=caps, iterations=3000, temperatures=(10.0, 0.1), seed=1)
     assert found == pytest.approx(best)
-    assert sum(cost(ids, home, hosted, 40.0, 1.0)) == pytest.approx(best)
+    assert sum(cost(ids, home, hosted, caps)) == pytest.approx(best)
 
 
 def test_experts_move_into_empty_places():
@@ -92,7 +91,7 @@ def test_experts_move_into_empty_places():
     ids = np.array([[0, 1, 2]] * 15 + [[3, -1, -1]] * 5)
     hosted = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
     out, _ = anneal(
-        ids, np.zeros(20), hosted, slots=3, cap=1e9, penalty=1.0, iterations=2000, temperatures=(5.0, 0.1), seed=0
+        ids, np.zeros(20), hosted, slots=3, caps=Caps.one(20, 1e9), iterations=2000, temperatures=(5.0, 0.1), seed=0
     )
     assert (out[:3] == out[0]).all()
 
@@ -110,19 +109,48 @@ def test_replicas_are_repeatable_valid_and_a_limit_is_kept():
 def test_a_start_that_is_best_is_kept():
     ids = np.array([[0, 1], [2, 3]] * 20)
     best = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
-    found = search_replicas(ids, best, slots=2, slack=1.0, rounds=5, seed=0, deadline=float("inf"))
+    caps = caps_of(ids, folds_of(np.full(8, 5)), 40.4)
+    found = search_layer(ids, best, slots=2, caps=caps, rounds=5, seed=0, deadline=float("inf"))
     assert (found == best).all()
+
+
+def test_folds_are_whole_sequences_and_their_caps_add_up():
+    lengths = np.array([7, 0, 30, 1, 12, 50, 9, 11, 40, 3])
+    fold = folds_of(lengths, 4)
+    assert [len(set(part)) for part in np.split(fold, np.cumsum(lengths)[:-1]) if len(part)] == [1] * 9
+    assert (np.diff(fold.astype(int)) >= 0).all()
+    assert np.bincount(fold, minlength=4).min() > 0
+    ids = np.random.default_rng(0).integers(-1, 6, (len(fold), 3))
+    caps = caps_of(ids, fold, 100.0)
+    assert caps.caps[1:].sum() == pytest.approx(105.0)
+    few = np.random.default_rng(1).permutation(len(fold))[:60]
+    sample = caps.of(few, ids)
+    assert sample.caps[0] == pytest.approx(100.0 * (ids[few] >= 0).sum() / (ids >= 0).sum())
+    in_fold = (ids[few] >= 0).sum(axis=1) @ (fold[few][:, None] == np.arange(4))
+    assert sample.caps[1:] == pytest.approx(105.0 * in_fold / (ids >= 0).sum())
+
+
+def test_what_is_even_over_all_is_evened_in_each_fold():
+    """Two halves with two experts each: two ranks are even over all whichever pairs, and in each in one way."""
+    ids = np.repeat([[0], [1], [2], [3]], 30, axis=0)
+    caps = caps_of(ids, folds_of(np.array([60, 60]), 2), 60.0)
+    start = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
+    found = search_layer(ids, start, slots=2, caps=caps, rounds=10, seed=0, deadline=float("inf"))
+    assert (found[0] != found[1]).all()
+    assert (found[2] != found[3]).all()
 
 
 def test_what_does_not_fit_is_refused():
     ids, home, hosted = np.array([[0, 1]]), np.array([0]), np.eye(2, dtype=bool)
-    keep = {"cap": 1.0, "penalty": 1.0, "iterations": 1, "temperatures": (1.0, 1.0), "seed": 0}
+    keep = {"caps": Caps.one(1, 1.0), "iterations": 1, "temperatures": (1.0, 1.0), "seed": 0}
     with pytest.raises(ValueError, match="out of range"):
         anneal(np.array([[0, 2]]), home, hosted, slots=1, **keep)
     with pytest.raises(ValueError, match="no copy"):
         anneal(ids, home, hosted & (np.arange(2) == 0), slots=1, **keep)
     with pytest.raises(ValueError, match="no copy"):
         anneal(ids, home, hosted | True, slots=1, **keep)
+    with pytest.raises(ValueError, match="caps"):
+        anneal(ids, home, hosted, slots=1, **keep | {"caps": Caps.one(2, 1.0)})
     with pytest.raises(ValueError, match="ranks"):
         anneal(ids, home, np.ones((2, MOST_RANKS + 1), bool), slots=2, **keep)
 
@@ -142,7 +170,7 @@ def test_recorded_routing_with_replicas(shared_data, domain, ranks, most):
     trace = from_deepseek_esft_npz(shared_data / "traces" / f"deepseek_v2_lite_{domain}.npz")
     layers = {"expert_ids": trace.expert_ids[:, ::5], "weights": None}
     fit, held = RoutingTrace(**{name: getattr(trace, name) for name in trace.__slots__} | layers).split(0.6)
-    copies, load = score(held, solve_copies(fit, ranks, slots_per_rank=72 // ranks))
+    copies, load, _ = score(held, solve_copies(fit, ranks, slots_per_rank=72 // ranks))
     assert copies <= most[0]
     assert load <= most[1]
     assert copies <= 0.85 * score(held, eplb_greedy(expert_load(fit), ranks, 72 // ranks))[0]

@@ -1,0 +1,93 @@
+"""Copies, load and bytes of plans on recorded routing, beside EPLB's greedy: fitted on 60 % of the sequences, judged on
+the rest by tests/placement/scorer.py, served by the engine's rule. Bound by CPU: annealing, one process.
+
+Run: python bench/bench_placement_frontier.py FOLDER [--rounds 25] [--layers 6]; FOLDER has the ESFT arrays.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.bench_placement import hardware
+from moe.placement.importers import from_deepseek_esft_npz
+from moe.placement.plan import Plan
+from moe.placement.solve.anneal import VISITS, Price
+from moe.placement.solve.baselines import eplb_greedy
+from moe.placement.solve.copies import solve_copies
+from moe.placement.solve.swaps import CopyOptions
+from moe.placement.stats.affinity import expert_load
+from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import WireFormat
+from tests.placement.scorer import score
+
+DOMAINS = ("translation", "summary", "intent")
+HEADER = (
+    "| domain, ranks, slots | plan | copies @ load, partial | bytes, partial | copies @ load, exact | bytes, exact | "
+    "CPU s |\n|---|---|---|---|---|---|---|"
+)
+
+
+def some_layers(trace: RoutingTrace, count: int) -> RoutingTrace:
+    """`count` layers, evenly spread."""
+    chosen = [n * trace.num_layers // count for n in range(count)]
+    weights = None if trace.weights is None else trace.weights[:, chosen]
+    return replace(trace, expert_ids=trace.expert_ids[:, chosen], weights=weights)
+
+
+def plans_of(fit: RoutingTrace, ranks: int, slots: int | None, rounds: int) -> dict[str, tuple[Plan, float]]:
+    """EPLB's greedy, ours for visits, and with replicas ours for bytes in exact mode; each with its CPU seconds."""
+    made = {"EPLB's greedy": (eplb_greedy(expert_load(fit), ranks, slots), 0.0)}
+    prices = {"ours": VISITS}
+    if slots is not None:
+        assert fit.sizes is not None
+        prices["ours, bytes"] = Price.of(WireFormat(), fit.sizes, fit.top_k)
+    for name, price in prices.items():
+        began = time.process_time()
+        plan = solve_copies(fit, ranks, slots_per_rank=slots, options=CopyOptions(rounds=rounds), price=price)
+        made[name] = (plan, time.process_time() - began)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--layers", type=int, default=6, help="of 26, evenly spread")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "placement_frontier")
+    args = parser.parse_args()
+    about = hardware()
+    lines = [f"command: python bench/bench_placement_frontier.py FOLDER --rounds {args.rounds} --layers {args.layers}"]
+    lines += ["", *(f"{key}: {value}" for key, value in about.items()), "", HEADER]
+    print("\n".join(lines), flush=True)
+    rows = []
+    for ranks in (8, 16, 4):
+        for domain in DOMAINS:
+            trace = from_deepseek_esft_npz(args.folder / f"deepseek_v2_lite_{domain}.npz")
+            fit, held = some_layers(trace, args.layers).split(0.6, seed=0)
+            for slots in (None, -(-72 // ranks)):
+                for name, (plan, seconds) in plans_of(fit, ranks, slots, args.rounds).items():
+                    partial, exact = score(held, plan), score(held, plan, is_exact=True)
+                    rows.append(
+                        {"domain": domain, "ranks": ranks, "slots": slots, "plan": name, "cpu_seconds": seconds}
+                        | {"partial": partial._asdict(), "exact": exact._asdict()}
+                    )
+                    cells = [f"{domain}, {ranks}, {slots or 'no replicas'}", name]
+                    for one in (partial, exact):
+                        cells += [f"{one.copies:.3f} @ {one.load:.3f}", f"{one.num_bytes:.0f}"]
+                    lines.append("| " + " | ".join([*cells, f"{seconds:.1f}"]) + " |")
+                    print(lines[-1], flush=True)
+                args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    document = {"hardware": about, "rounds": args.rounds, "layers": args.layers, "rows": rows}
+    args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What a plan costs on held-out tokens, counted token by token; no code of the solvers or of the simulator."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.placement.plan import Plan
+from moe.placement.replicas import ServingTable, choose_replicas
+from moe.placement.trace import RoutingTrace
+
+
+class Score(NamedTuple):
+    """Per token and layer: copies that leave home, bytes both ways; busiest / mean load, mean over layers."""
+
+    copies: float
+    load: float
+    num_bytes: float
+
+
+def score(held: RoutingTrace, plan: Plan, *, is_exact: bool = False, rotations: tuple[int, ...] = (0, 1)) -> Score:
+    """Served by the engine's rule, homes dealt by sequence in turn from each of `rotations` on.
+
+    is_exact: a result per pair comes home, else one per rank. Raises ValueError for tokens of unknown size.
+    """
+    sequence = np.repeat(np.arange(held.num_sequences), held.sequence_lengths)
+    if held.sizes is None:
+        raise ValueError("the trace does not say the model's sizes")
+    vector = held.sizes.hidden_size * held.sizes.element_bytes
+    copies, load, sent = [], [], []
+    for layer in range(held.num_layers):
+        table, ids = ServingTable.of(plan, layer), held.expert_ids[:, layer]
+        for turn in rotations:
+            home = (sequence + turn) % plan.num_ranks
+            rank = choose_replicas(ids, home, table, home_first=is_exact) // plan.physical_per_rank
+            away = [[r for r in row if r != at] for row, at in zip(rank.tolist(), home.tolist())]
+            rows, pairs = np.mean([len(set(row)) for row in away]), np.mean([len(row) for row in away])
+            words = ids.shape[1] * (1 if is_exact else 2)  # ids, and weights where a rank sums
+            sent.append(rows * (vector + 4 * words) + vector * (pairs if is_exact else rows))
+            copies.append(rows)
+            busy = np.bincount(rank.ravel(), minlength=plan.num_ranks)
+            load.append(busy.max() / busy.mean())
+    return Score(float(np.mean(copies)), float(np.mean(load)), float(np.mean(sent)))
