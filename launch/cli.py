@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch is loaded: threads that spin while another process has their core make a step 10 to 50 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    args = _parser().parse_args(arguments)
+    args = _parsed(sys.argv[1:] if arguments is None else arguments)
     return run_guarded(f"moe {args.command}", args, lambda: _function(args.run)(args))
 
 
@@ -75,6 +75,14 @@ def _function(name: str) -> Callable[[argparse.Namespace], int]:
     module, _, function = name.partition(":")
     found: Callable[[argparse.Namespace], int] = getattr(import_module(f"moe.launch.{module}"), function)
     return found
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    try:
+        return parser.parse_args(place_options.with_file(words))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,13 +1,35 @@
 """Arguments of `moe analyze`, `moe place`, `moe simulate` and `moe import-trace`; loads no solver."""
 
 import argparse
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import get_args
 
 from moe.placement.wire_format import CombineMode, DispatcherName, StepKind
 
-# `moe place @options.txt …`: one word a line. They are options of one command, not settings of a run.
-_FROM_FILE: Final[dict[str, Any]] = {"fromfile_prefix_chars": "@"}
+
+def with_file(words: Sequence[str]) -> list[str]:
+    """A command line in which `--config FILE` of `moe place` and `moe simulate` is what the TOML file says.
+
+    Its keys are the options' names; what the command line itself says comes after them, and so counts. Raises
+    ValueError for a file that is no such TOML.
+    """
+    at = next((at for at, word in enumerate(words) if word in ("place", "simulate")), None)
+    if at is None or not all(word.startswith("-") for word in words[:at]):
+        return [*words]
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    found, rest = finder.parse_known_args(words[at + 1 :])
+    if found.config is None:
+        return [*words]
+    try:
+        options = tomllib.loads(found.config.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{found.config} is not a valid TOML file: {error}") from None
+    if bad := [key for key, value in options.items() if not isinstance(value, str | int | float)]:
+        raise ValueError(f"{found.config}: {bad[0]} must be text or a number, as the option --{bad[0]} is")
+    return [*words[: at + 1]] + [f"--{key.replace('_', '-')}={value}" for key, value in options.items()] + rest
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,7 +42,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_pictures(parser)
     parser.set_defaults(run="place:run_analyze")
 
-    parser = subparsers.add_parser("place", help="decide where every expert lives", **_FROM_FILE)
+    parser = subparsers.add_parser("place", help="decide where every expert lives")
     parser.add_argument("trace", type=Path)
     _add_topology(parser)
     parser.add_argument("--out", type=Path, required=True, help="plan to write (.json)")
@@ -47,9 +69,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_pictures(parser)
     parser.set_defaults(run="place:run_place")
 
-    parser = subparsers.add_parser(
-        "simulate", help="predict bytes, load, misses and time of a plan on a trace", **_FROM_FILE
-    )
+    parser = subparsers.add_parser("simulate", help="predict bytes, load, misses and time of a plan on a trace")
     parser.add_argument("trace", type=Path)
     parser.add_argument("plan", type=Path)
     _add_topology(parser)
@@ -67,6 +87,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_topology(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="TOML file of these options; the command line's are over it")
     parser.add_argument("--topology", default="h200x8", help="JSON file or preset such as h200x8, 2xh200x4, laptopx4")
 
 

@@ -230,10 +230,25 @@ def test_interrupted(capfd, monkeypatch):
     assert "interrupted" in err
 
 
-def test_options_of_placing_may_stand_in_a_file(tmp_path):
-    from moe.launch.cli import _parser
+def test_options_of_placing_may_stand_in_a_file(tmp_path, capfd):
+    from moe.launch.cli import _parsed
 
-    (tmp_path / "options.txt").write_text("--topology\nlaptopx4\n--replicas\n0.125\n--out\nplan.json\n")
-    args = _parser().parse_args(["place", "trace.npz", f"@{tmp_path / 'options.txt'}", "--seed", "3"])
-    assert (args.topology, args.replicas, str(args.out), args.seed) == ("laptopx4", 0.125, "plan.json", 3)
-    assert _parser().parse_args(["generate", "m", "--prompt", "@home"]).prompt == ["@home"]
+    file = tmp_path / "place.toml"
+    file.write_text('topology = "laptopx4"\nreplicas = 0.125\nout = "plan.json"\nseed = 1\n')
+    for words in (["--config", file], [f"--config={file}"]):
+        args = _parsed(["--debug", "place", "trace.npz", *map(str, words), "--seed", "3"])
+        assert (args.topology, args.replicas, str(args.out), args.seed) == ("laptopx4", 0.125, "plan.json", 3)
+    assert str(_parsed(["generate", "m", "--prompt", "place", "--config", "x.toml"]).config) == "x.toml"
+    for text, sentence in (
+        ("seed = ", "not a valid TOML file"),
+        ("sed = 1", "unrecognized arguments: --sed=1"),
+        ("seed = [1]", "seed must be text or a number"),
+        ('objective = "all"', "invalid choice: 'all'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            main(["place", "trace.npz", "--out", "p", "--config", str(file)])
+        assert sentence in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["simulate", "t", "p", "--config", "absent.toml"])
+    assert "No such file" in capfd.readouterr().err
