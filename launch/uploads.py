@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.batch import BatchProgress, ResultFile, failed_line, json_of_line, result_line
-from moe.openai import BadRequest, custom_id_of, parse_batch_line
-from moe.outputs import Completion
+from moe.openai import Ask, BadRequest, custom_id_of, parse_batch_line
 from moe.service import Delta, QueueFull, Service
 
 _WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer
@@ -131,10 +130,16 @@ class Uploads:
             for batch in reversed(open_ones):
                 try:
                     self._work_off(batch)
-                except (ValueError, OSError) as error:
-                    errors = {"object": "list", "data": [{"code": "server_error", "message": str(error)}]}
-                    self._save(batch | {"status": "failed", "failed_at": int(time.time()), "errors": errors})
+                except Exception as error:  # of any kind: later batches must not wait for ever
+                    self._give_up(batch, str(error) or type(error).__name__)
             self._wake.wait(None if not self._is_closing else 0)
+
+    def _give_up(self, batch: dict[str, Any], sentence: str) -> None:
+        errors = {"object": "list", "data": [{"code": "server_error", "message": sentence}]}
+        try:
+            self._save(batch | {"status": "failed", "failed_at": _now(), "errors": errors})
+        except OSError:  # a full disk: it stays as it was stored, and the next look tries again
+            time.sleep(1.0)
 
     def _work_off(self, batch: dict[str, Any]) -> None:
         lines = self.content(batch["input_file_id"]).splitlines()
@@ -202,15 +207,14 @@ class _Run:
                 raise BadRequest(f"url must be the batch's endpoint {self.endpoint}, not {fields.get('url')!r}")
             ask = parse_batch_line(fields, llm.recommended, llm.tool_format)
             prompts = llm.tokens_of(ask)
-            answers: dict[int, Completion] = {}
+            ends: dict[int, Delta] = {}
 
             def deliver(delta: Delta) -> None:
                 if delta.completion is None:
                     return
-                answers[delta.sample] = delta.completion
-                if len(answers) == ask.params.n or delta.completion.error is not None:
-                    whole = [answers[i] for i in sorted(answers)]
-                    entry = result_line(number, name, ask, whole, len(prompts[0]), llm.name)
+                ends[delta.sample] = delta
+                if len(ends) == ask.params.n or delta.completion.error is not None:
+                    entry = _result(number, name, ask, [ends[i] for i in sorted(ends)], len(prompts[0]), llm.name)
                     self._finished.append(entry | {"_number": number})
                     self._changed.set()
 
@@ -235,6 +239,15 @@ class _Run:
     def cancel(self) -> None:
         for ticket in self._tickets.values():
             self.service.cancel(ticket)
+
+
+def _result(number: int, name: str, ask: Ask, ends: list[Delta], num_prompt: int, model: str) -> dict[str, Any]:
+    """Of a line whose samples have ended. ends: in their order."""
+    try:
+        answers = [end.completion for end in ends if end.completion is not None]
+        return result_line(number, name, ask, answers, num_prompt, model, ends[0].of_prompt)
+    except Exception as error:  # of any kind: readers of what the model wrote run here
+        return failed_line(number, name, "server_error", f"{type(error).__name__}: {error}")
 
 
 def _now() -> int:

@@ -159,9 +159,13 @@ class _Run:
             self.queueing.popleft()
 
     def _result(self, entry: _Entry) -> dict[str, Any]:
-        answers = [self.llm.completion(sample) for sample in entry.samples]
-        of_prompt = self.llm.prompt_logprobs(entry.samples[0])
-        return result_line(entry.line, entry.custom_id, entry.ask, answers, len(entry.tokens), self.llm.name, of_prompt)
+        try:
+            answers = [self.llm.completion(sample) for sample in entry.samples]
+            of_prompt = self.llm.prompt_logprobs(entry.samples[0])
+            name, num_prompt = self.llm.name, len(entry.tokens)
+            return result_line(entry.line, entry.custom_id, entry.ask, answers, num_prompt, name, of_prompt)
+        except Exception as error:  # of any kind: a tokenizer's own code, and readers of what the model wrote, run here
+            return failed_line(entry.line, entry.custom_id, "server_error", f"{type(error).__name__}: {error}")
 
 
 def json_of_line(line: bytes) -> Any:

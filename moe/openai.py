@@ -236,7 +236,8 @@ def _is_tool(tool: Any) -> bool:
     function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         return False
-    return isinstance(function.get("parameters"), dict | None)
+    parameters = function.get("parameters") or {}
+    return isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict | None)
 
 
 def _sampling(body: Mapping[str, Any], is_chat: bool, recommended: Mapping[str, Any]) -> dict[str, Any]:

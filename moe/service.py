@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
@@ -127,6 +128,13 @@ class Service:
                     self._step()
         except SystemExit:
             self.llm.abort(sample for ticket, _ in list(self._of.values()) for sample in ticket.samples)
+        except BaseException as error:  # a fault of ours: whoever waits is told, and `/health`
+            self.why_ill = f"the service stopped: {type(error).__name__}: {error}; start it again"
+            with suppress(Exception, SystemExit):
+                self._obey(wait=False)  # who was let in meanwhile
+            for ticket in {id(t): t for t in [*self._queueing, *(t for t, _ in self._of.values())]}.values():
+                self._fail(ticket, self.why_ill)
+            raise
 
     def _obey(self, wait: bool) -> None:
         try:
@@ -173,13 +181,18 @@ class Service:
                 self.stats.time_between_tokens.add(now - before)
             ticket.last_token[number] = now
         completion, of_prompt = None, None
+        try:
+            if event.finish is not None:
+                completion = self.llm.completion(event.generation)
+                of_prompt = self.llm.prompt_logprobs(event.generation)
+            logprobs = self.llm.last_logprobs(event.generation)
+        except Exception as error:  # of any kind: a tokenizer's own code runs here
+            self._fail(ticket, f"its tokens cannot become text: {error}")
+            return
         if event.finish is not None:
             del self._of[id(event.generation)]
-            completion = self.llm.completion(event.generation)
-            of_prompt = self.llm.prompt_logprobs(event.generation)
             ticket.num_finished += 1
         tokens = [] if event.token is None else [event.token]
-        logprobs = self.llm.last_logprobs(event.generation)
         self._deliver(ticket, Delta(number, event.text, tokens, logprobs, completion, of_prompt))
         if ticket.num_finished == ticket.num_samples and not ticket.is_over:
             self._end(ticket)

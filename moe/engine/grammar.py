@@ -8,6 +8,7 @@ microseconds to a few milliseconds for each token.
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -130,11 +131,10 @@ def _grammar(llguidance: Any, form: str, text: str) -> str:
         schema = '{"type": "object"}' if form == "json_object" else text
         return str(llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS))
     if form == "choice":
-        alternatives = " | ".join(json.dumps(one, ensure_ascii=False) for one in json.loads(text))
-        form, text = "lark", f"start: {alternatives}"
+        form, text = "regex", "|".join(map(re.escape, json.loads(text)))  # one word of the lexer, however many
     return str(llguidance.grammar_from(form, text))
 
 
 def first_line(text: str) -> str:
-    """Of a parser's message, without its drawing of the place."""
-    return " ".join(text.split("\n\n")[0].split())[:300]
+    """Of a parser's message, without its drawing of the place and its state."""
+    return " ".join(re.split(r"\n\n|<state>", text)[0].split())[:300]

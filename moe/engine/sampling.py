@@ -69,8 +69,17 @@ class Sampler:
         self._allowed: Tensor | None = None
 
     def is_complete(self, tokens: list[int]) -> bool:
-        """Whether the form of the answer leaves nothing to add to it. tokens: prompt and output."""
-        return self.form is not None and self.form.is_complete(tokens[self.num_prompt :])
+        """Whether the form of the answer leaves nothing to add to it. tokens: prompt and output.
+
+        A form that cannot tell is a fault, which `choose` says where the next token would be.
+        """
+        if self.form is None:
+            return False
+        try:
+            return self.form.is_complete(tokens[self.num_prompt :])
+        except Exception as error:  # of any kind: the others of the step must not end with it
+            self.fault = str(error) or type(error).__name__
+            return False
 
     def edits(self, tokens: list[int], vocabulary: int) -> Edits:
         """What this request's rules do to the logits after `tokens`, prompt and output so far."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
+from moe.batch import run_batch
 from moe.client import AsyncClient, Client, ServerError
 from moe.launch.cli import main
 from moe.launch.server import Limits, make_app
@@ -290,6 +292,77 @@ def test_files_and_batches_by_the_official_client(client, right):
         client.files.retrieve(file.id)
     with pytest.raises(openai.BadRequestError, match="there is no file"):
         client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+
+
+def test_a_batch_of_the_service_says_what_a_file_does(served, client, llm, tmp_path):
+    body = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0, "logprobs": 1, "prompt_logprobs": 1, "n": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    content = json.dumps(line).encode() + b"\n"
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    (said,) = client.files.content(finished(client, batch).output_file_id).text.splitlines()
+    idle(served)
+    (tmp_path / "in.jsonl").write_bytes(content)
+    with LLM(llm.engine.blueprint.folder, config("1.0")) as alone:
+        run_batch(alone, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    one, other = (json.loads(text)["response"]["body"] for text in (said, (tmp_path / "out.jsonl").read_text()))
+    assert [c.keys() for c in one["choices"]] == [c.keys() for c in other["choices"]]
+    assert one["choices"][0]["prompt_logprobs"] == other["choices"][0]["prompt_logprobs"] != None  # noqa: E711
+    assert [c["text"] for c in one["choices"]] == [c["text"] for c in other["choices"]]
+
+
+@pytest.mark.parametrize("where", ["moe.llm.LLM.completion", "moe.launch.uploads.result_line"])
+def test_what_fails_in_making_a_result_is_its_own(served, client, monkeypatch, where):
+    module, _, name = where.rpartition(".")
+    whole, calls = pkgutil.resolve_name(where), []
+
+    def fail_once(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise RecursionError("deep inside")
+        return whole(*given)
+
+    monkeypatch.setattr(pkgutil.resolve_name(module), name, fail_once)
+    file = client.files.create(file=("in.jsonl", batch_lines(6)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    batch = finished(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 4, 2)
+    assert "deep inside" in client.files.content(batch.error_file_id).text
+    idle(served)
+
+
+def test_a_batch_that_cannot_be_worked_off_is_failed_and_the_next_is_served(served, client, monkeypatch):
+    def fail(self, batch):
+        monkeypatch.undo()
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(Uploads, "_work_off", fail)
+    file = client.files.create(file=("in.jsonl", batch_lines(3)), purpose="batch")
+    first, second = (
+        client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        for _ in range(2)
+    )
+    assert {finished(client, first).status, finished(client, second).status} == {"failed", "completed"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_service_whose_thread_ends_says_so(folder, monkeypatch):
+    with LLM(folder, config("0.5")) as llm:
+        service, told = Service(llm), []
+        came = threading.Event()
+
+        def deliver(delta):
+            told.append(delta)
+            came.set()
+
+        monkeypatch.setattr(service, "_fill", lambda: 1 / 0)
+        service.submit([[1, 2]], SamplingParams(), deliver)
+        assert came.wait(60)
+        service._thread.join(60)
+        assert "ZeroDivisionError" in told[-1].completion.error
+        assert "ZeroDivisionError" in service.why_ill
+        assert service.stats.open == 0
+        service.close()
 
 
 def test_a_batch_is_cancelled(served, client):

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from moe.batch import run_batch
 from moe.config import EngineConfig, OffloadConfig
+from moe.engine.grammar import Constraint
 from moe.engine.sampling import Sampler
 from moe.guard import Guard, UnusableError
 from moe.llm import LLM
-from moe.params import SamplingParams
+from moe.params import SamplingParams, StructuredOutputsParams
 from tests.moe.moe_cases import TINYMOE, check_whole, config, greedy
 from tests.moe.test_memory import write_checkpoint
 
@@ -72,9 +73,12 @@ def test_generate_says_which_answer_failed(poisoned):
     check_whole(poisoned)
 
 
-@pytest.mark.parametrize("where", ["sampler", "text"])
+@pytest.mark.parametrize("where", ["sampler", "text", "form"])
 def test_any_exception_of_one_request_is_its_own(llm, monkeypatch, where):
-    right = llm.generate([[5, 6], [7, 8]], greedy(6))
+    params = greedy(6)
+    if where == "form":  # which binds nothing
+        params = dataclasses.replace(params, structured_outputs=StructuredOutputsParams(regex="(?s:.*)"))
+    right = llm.generate([[5, 6], [7, 8]], params)
     steps = []
 
     def fail_once(self, *arguments):
@@ -86,6 +90,9 @@ def test_any_exception_of_one_request_is_its_own(llm, monkeypatch, where):
     if where == "sampler":
         whole = Sampler.edits
         monkeypatch.setattr(Sampler, "edits", fail_once)
+    elif where == "form":
+        whole = Constraint.is_complete
+        monkeypatch.setattr(Constraint, "is_complete", fail_once)
     else:
         whole = type(llm.tokenizer).decode
         calls = []
@@ -97,13 +104,32 @@ def test_any_exception_of_one_request_is_its_own(llm, monkeypatch, where):
             return whole(self, ids, **options)
 
         monkeypatch.setattr(type(llm.tokenizer), "decode", decode)
-    outputs = [o.outputs[0] for o in llm.generate([[5, 6], [7, 8]], greedy(6))]
+    outputs = [o.outputs[0] for o in llm.generate([[5, 6], [7, 8]], params)]
     failed = [o for o in outputs if o.finish_reason == "error"]
     assert len(failed) == 1
     assert "deep inside" in failed[0].error
     for got, expected in zip(outputs, right):
         if got.error is None:
             assert got.token_ids == expected.outputs[0].token_ids
+    check_whole(llm)
+
+
+def test_what_fails_in_making_a_result_is_its_lines_own(llm, tmp_path, monkeypatch):
+    whole, calls = LLM.completion, []
+
+    def completion(self, generation):
+        calls.append(generation)
+        if len(calls) == 2:
+            raise RecursionError("deep inside")
+        return whole(self, generation)
+
+    monkeypatch.setattr(LLM, "completion", completion)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line(f"r{i}", [1, 2, 3 + i])) + "\n" for i in range(6)))
+    run_batch(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    results = [json.loads(one) for one in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(results) == 6
+    (failed,) = (r["error"] for r in results if r["error"])
+    assert "deep inside" in failed["message"]
     check_whole(llm)
 
 

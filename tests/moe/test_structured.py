@@ -180,6 +180,27 @@ def test_forms_that_cannot_be_asked_for(llm, form, sentence):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("choice", [" a\n\t\x00", "\\/#&~-", "a|(b)[c]{2}.*^$", "häufig 😀", "'\"<x>@%\u2028"])
+def test_a_choice_is_taken_character_for_character(llm, choice):
+    form = StructuredOutputsParams(choice=[choice])
+    (answer,) = llm.generate(PROMPT, SamplingParams(max_tokens=None, structured_outputs=form))[0].outputs
+    assert (answer.text, answer.finish_reason) == (choice, "stop")
+
+
+def test_thousands_of_choices(llm):
+    choices = [f"label {n}" for n in range(3000)]
+    params = SamplingParams(max_tokens=None, structured_outputs=StructuredOutputsParams(choice=choices))
+    assert llm.generate(PROMPT, params)[0].outputs[0].text in choices
+
+
+def test_a_form_that_can_never_be_ends_its_own_request(llm):
+    never = SamplingParams(structured_outputs=StructuredOutputsParams(grammar="root ::= root"))
+    bad, good = (o.outputs[0] for o in llm.generate([PROMPT] * 2, [never, SamplingParams(max_tokens=5)]))
+    assert (bad.finish_reason, good.finish_reason) == ("error", "length")
+    assert bad.error.startswith("structured_outputs: ")
+    assert "<state>" not in bad.error
+
+
 def test_names_of_offline_scripts():
     form = GuidedDecodingParams(choice=["a", "b"])
     assert SamplingParams(guided_decoding=form).structured_outputs == form == StructuredOutputsParams(choice=("a", "b"))
