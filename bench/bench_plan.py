@@ -187,27 +187,35 @@ def main() -> None:
     if args.out and machine is not None:
         body = {"machine": machine.stored(), "load": os.getloadavg(), "rows": rows}
         args.out.with_suffix(".json").write_text(json.dumps(body) + "\n")
-        args.out.with_suffix(".md").write_text(table(rows, machine, chosen["bound"]))
+        args.out.with_suffix(".md").write_text(table(body, chosen))
 
 
-def table(rows: list[dict[str, Any]], machine: Machine, bound: float) -> str:
+def table(body: dict[str, Any], chosen: dict[str, Any]) -> str:
+    """Every chosen configuration, those that did not run included."""
+    machine, rows = body["machine"], {row["name"]: row for row in body["rows"]}
     lines = [
-        "# The planner against runs\n",
-        "`python -m bench.bench_plan FOLDER --out bench/results/plan`\n",
-        f"{machine.name}, probed {machine.when}, load {os.getloadavg()[0]:.1f} from other jobs. {__doc__ or ''}".split(
-            "\n\n"
-        )[0],
+        "# The planner against runs",
         "",
-        "| configuration | measured tokens/s | predicted | off | binds | terms, ms |",
+        "`python -m bench.bench_plan FOLDER --out bench/results/plan`",
+        "",
+        f"{machine['name']}, probed {machine['when']}; a shared machine, load {body['load'][0]:.1f}. {chosen['said']}",
+        "A round's seconds are CPU seconds of the stepping thread and what it waited for reads.",
+        "",
+        "| configuration | measured tokens/s (rounds) | predicted | off | binds | terms of a step, ms |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        terms = Terms(**row["terms"])
+    for name in (one["name"] for one in chosen["configurations"]):
+        if name not in rows:
+            lines.append(f"| {name} | not run | | | | |")
+            continue
+        row = rows[name]
+        terms, sequences = Terms(**row["terms"]), row["use"]["sequences"]
         off = row["predicted"] / row["measured"] - 1
-        parts = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in row["terms"].items() if value)
-        mark = "" if abs(off) <= bound else " **beyond the bound**"
-        figures = f"{row['measured']:.1f} | {row['predicted']:.1f} | {off:+.0%}{mark}"
-        lines.append(f"| {row['name']} | {figures} | {terms.binds} | {parts} |")
+        parts = ", ".join(f"{term} {1e3 * value:.2f}" for term, value in row["terms"].items() if value)
+        mark = "" if abs(off) <= chosen["bound"] else ", beyond the bound"
+        spread = f"{sequences / max(row['rounds']):.1f} to {sequences / min(row['rounds']):.1f}"
+        figures = f"{row['measured']:.1f} ({spread}) | {row['predicted']:.1f} | {off:+.0%}{mark}"
+        lines.append(f"| {name} | {figures} | {terms.binds} | {parts} |")
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from moe.config import EngineConfig
 from moe.launch.console import err
 from moe.launch.options import engine_config
+from moe.launch.report import print_choices
 from moe.llm import LLM
 
 
@@ -30,6 +31,8 @@ def serve(args: argparse.Namespace) -> int:
         err.print(config.describe(), style="dim", markup=False)
     limits = Limits(body_bytes=args.max_body, seconds=args.max_seconds, drain_seconds=args.drain_seconds)
     with tempfile.TemporaryDirectory() as temporary, loaded(args, config) as llm:
+        if args.show_config and args.hosts is None:
+            print_choices(llm.engine)
         for note in llm.notes:
             err.print(f"note: {note}", style="yellow", markup=False)
         if args.state is None:
