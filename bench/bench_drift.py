@@ -24,12 +24,13 @@ import numpy as np
 
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.loop import OnlineLoop
+from moe.placement.loop_options import LoopOptions
 from moe.placement.plan import Plan
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
-from moe.placement.turn import LoopOptions, Machine, Question, Turn, Window, take_turn
+from moe.placement.turn import Machine, Question, Turn, Window, take_turn
 from moe.placement.wire_format import WireFormat
 
 RANKS = 8

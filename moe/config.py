@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from moe.comm.defaults import EAGER_BYTES
 from moe.kernels.names import KernelName
 from moe.offload.budget import parse_budget
+from moe.placement.loop_options import LoopOptions
 from moe.placement.wire_format import CombineMode, DispatcherName
 
 Prefetch = Literal["auto", "off", "transition", "router", "learned"]
@@ -139,6 +140,37 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlacementConfig:
+    """Whether ranks re-balance themselves while they run (docs/placement.md), and how; as `LoopOptions` has it."""
+
+    _group: ClassVar[str] = "placement."
+    online: bool = False
+    window: int = 512  # tokens, of all ranks, whose routing decides
+    imbalance: float = 1.25  # busiest rank's load over the mean that starts a turn, after a whole window of it
+    calm: float = 1.15  # below it another turn may start after one that moved nothing
+    most_moved: float = 0.15  # share of the experts' copies that a turn may move
+    bytes_per_step: int = 1 << 28  # of experts that come to ranks, all together, between two steps
+    payback: int = 1_000_000  # tokens within which a migration must pay for itself
+
+    def __post_init__(self) -> None:
+        _parse_fields(self)
+        try:
+            self.options()
+        except ValueError as error:
+            raise ValueError(f"placement: {error}") from None
+
+    def options(self) -> LoopOptions:
+        return LoopOptions(
+            window=self.window,
+            imbalance=self.imbalance,
+            calm=self.calm,
+            most_moved=self.most_moved,
+            bytes_per_step=self.bytes_per_step,
+            payback=self.payback,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
     """What each host of a Ray cluster asks for, and when one is given up. Limits in seconds."""
 
@@ -200,6 +232,7 @@ class EngineConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:

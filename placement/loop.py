@@ -20,9 +20,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.placement.loop_options import LoopOptions
 from moe.placement.migrate import Migration
 from moe.placement.plan import Plan
-from moe.placement.turn import Figures, LoopOptions, Machine, Question, Turn, Window, take_turn
+from moe.placement.turn import Figures, Machine, Question, Turn, Window, take_turn
 
 log = logging.getLogger(__name__)
 

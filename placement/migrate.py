@@ -4,7 +4,7 @@ A step is a set of slot writes that are applied together between two batches. Be
 rank, so the model can always run; read backwards the same steps undo the migration.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,17 +42,22 @@ class Migration:
     steps_to_pay: float
 
     def states(self) -> Iterator[Plan]:
-        """The plan after each step; constructing a `Plan` checks that it is valid."""
-        table = self.start.phy2log.copy()
-        for step in self.steps:
-            for write in step:
-                assert table[write.layer, write.physical] == write.old, (write, table[write.layer, write.physical])
-                table[write.layer, write.physical] = write.new
-            yield Plan(num_experts=self.start.num_experts, num_ranks=self.start.num_ranks, phy2log=table)
+        """As `states_of`."""
+        return states_of(self.start, self.steps)
 
     def reversed_steps(self) -> tuple[tuple[Write, ...], ...]:
         """The steps that lead back."""
         return tuple(tuple(Write(w.layer, w.physical, w.new, w.old) for w in reversed(s)) for s in reversed(self.steps))
+
+
+def states_of(start: Plan, steps: Iterable[Iterable[Write]]) -> Iterator[Plan]:
+    """The plan after each step; constructing a `Plan` checks that it is valid."""
+    table = start.phy2log.copy()
+    for step in steps:
+        for write in step:
+            assert table[write.layer, write.physical] == write.old, (write, table[write.layer, write.physical])
+            table[write.layer, write.physical] = write.new
+        yield Plan(num_experts=start.num_experts, num_ranks=start.num_ranks, phy2log=table)
 
 
 def relabel(present: Plan, target: Plan, *, nodes: tuple[int, ...] | None = None, per_layer: bool = False) -> Plan:

@@ -48,6 +48,7 @@ from moe.offload.cache import ExpertCache
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore
 from moe.placement.plan import Plan
+from moe.placement.wire_format import ModelSizes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -149,6 +150,16 @@ class Loaded:
     def notes(self) -> list[str]:
         """What a user should know about how the model is served."""
         return [*self.read.notes, *self.dense.notes, *self.experts.notes]
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What makes bytes of tokens and experts. Of a model that has experts in slots."""
+        index = self.read.blueprint.index
+        return ModelSizes(
+            hidden_size=index.sites[0].hidden_size,
+            dtype=str(self.dense.model.dtype).removeprefix("torch."),
+            expert_bytes=max(layout.nbytes for layout in index.layouts),
+        )
 
     def close(self) -> None:
         self.experts.close()

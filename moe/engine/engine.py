@@ -35,7 +35,6 @@ from moe.offload.layer_stats import LayerStats
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
-from moe.placement.wire_format import ModelSizes
 
 
 class Engine:
@@ -93,6 +92,7 @@ class Engine:
         CommError when a peer is lost; then it is alone, and may join again.
         """
         open_requests, before = self.place.mode.open_requests(), self.place.mode.scheduler
+        self.place.mode.close()
         self.place = stay_alone(self.loaded)
         try:
             if groups is not None:
@@ -246,13 +246,8 @@ class Engine:
             raise ValueError("requests are running; record from their start")
         self.scheduler.pool.sharing = False
         num_experts = max(site.num_experts for site in self.blueprint.index.sites)
-        sizes = ModelSizes(
-            hidden_size=self.blueprint.index.sites[0].hidden_size,
-            dtype=str(self.loaded.dense.model.dtype).removeprefix("torch."),
-            expert_bytes=max(layout.nbytes for layout in self.blueprint.index.layouts),
-        )
         name = self.blueprint.folder.name
-        recorder = TraceRecorder(len(self.blueprint.index.sites), num_experts, name, sizes)
+        recorder = TraceRecorder(len(self.blueprint.index.sites), num_experts, name, self.loaded.sizes)
         self.experts.routing.observers.append(recorder.forwards)
         return recorder
 
@@ -298,6 +293,7 @@ class Engine:
         return None
 
     def close(self) -> None:
+        self.place.mode.close()
         self.loaded.close()
 
     def _take_first_place(self, groups: Groups | None, share: Share | None) -> None:

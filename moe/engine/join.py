@@ -6,7 +6,7 @@ control, gathers, launch. What stays are the model, the slots and, where tokens 
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_no
 from moe.engine.device import free_memory
 from moe.engine.mirror import RequestMirror
 from moe.engine.modes import Alone, Coherent, Ranks, StepMode
+from moe.engine.online import OnlinePlacement
 from moe.engine.runner import PackedRunner, make_paged_kv
 from moe.engine.scheduler import Scheduler
 from moe.layer.experts import chosen_kernel
@@ -31,6 +32,8 @@ from moe.models.kv import BlockPool
 from moe.offload.budget import resolve_slots, slots_within
 from moe.offload.shared import SharedStore
 from moe.placement.plan import Plan
+from moe.placement.topology import Topology
+from moe.placement.turn import Machine
 from moe.placement.wire_format import DispatcherName, WireFormat
 
 
@@ -99,8 +102,7 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
     slots, parallel_config = loaded.experts.slots, loaded.read.config.parallel
     assert slots is not None, "shareable_shape has refused a model without experts"
     is_hierarchical = parallel_config.dispatcher == "hierarchical"
-    home: DispatcherName = "hierarchical" if is_hierarchical else "all_to_all"
-    wire = WireFormat(dispatcher=home, combine=parallel_config.combine)
+    wire = WireFormat(dispatcher=_home(parallel_config), combine=parallel_config.combine)
     parallel = ExpertParallel(groups, plan, wire, parallel_config.broadcast_tokens)
     control = Control(groups)
     notes = []
@@ -118,6 +120,11 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
         place = Place(mode, parallel, decisions, tuple(notes))
         undo.pop_all()
     return place
+
+
+def _home(config: ParallelConfig) -> DispatcherName:
+    """Where tokens go home again."""
+    return "hierarchical" if config.dispatcher == "hierarchical" else "all_to_all"
 
 
 def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
@@ -169,6 +176,8 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
         reason = f"offload.prefetch={config.offload.prefetch} is set, which follows tokens that stay on their rank"
     if config.batch.pool is not None:
         reason = f"batch.pool={config.batch.pool} is set, which follows the routing of a rank's own requests"
+    if config.placement.online:
+        reason = "placement.online is set, which follows tokens that go home again"
     if config.routing.pregate != "off":
         reason = (
             f"routing.pregate={config.routing.pregate} is set, which needs what the layer before saw of every token"
@@ -207,7 +216,30 @@ def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, deci
         shapes=loaded.dense.tried.dispatch_shapes,
         hidden_size=loaded.read.blueprint.index.sites[0].hidden_size,
         dtype=loaded.dense.model.dtype,
+        online=_online(loaded, parallel, control),
     )
+
+
+def _online(loaded: Loaded, parallel: ExpertParallel, control: Control) -> OnlinePlacement | None:
+    """What re-balances the ranks while they run, where the config asks for it."""
+    config, slots = loaded.read.config, loaded.experts.slots
+    if not config.placement.online or parallel.groups.world_size == 1:
+        return None
+    assert slots is not None
+    nodes, is_cpu = parallel.groups.nodes, loaded.read.device.type == "cpu"
+    like = Topology.preset("laptopx1" if is_cpu else "h200x1")
+    topology = replace(like, node_of_rank=nodes, fast_bytes=None, host_bytes=None, name="run")
+    sizes = loaded.sizes
+    few = slots.cache.num_slots < sum(len(own) for own in parallel.hosted)
+    machine = Machine(
+        sizes=sizes,
+        wire=WireFormat(dispatcher=_home(config.parallel), combine=config.parallel.combine),
+        topology=topology,
+        # On a CPU an expert's work on a few tokens is the reading of its weights, at about 40 GB/s.
+        pair_seconds=sizes.expert_bytes / 40e9 if is_cpu else 2e-7,
+        fast_slots=slots.cache.num_slots if few else None,
+    )
+    return OnlinePlacement(control, parallel, slots.routing, machine, config.placement.options())
 
 
 def _coherent_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, decisions: Decisions) -> StepMode:

@@ -14,6 +14,7 @@ from moe.comm.control import Control
 from moe.comm.wire import Traffic
 from moe.engine.coherent import CoherentRunner
 from moe.engine.mirror import RequestMirror
+from moe.engine.online import OnlinePlacement
 from moe.engine.requests import Chunk, Request
 from moe.engine.runner import Runner
 from moe.engine.sampling import Choice, choose
@@ -61,6 +62,9 @@ class StepMode(Protocol):
 
     def open_requests(self) -> list[Request]:
         """Those of this rank that are not finished, oldest first."""
+
+    def close(self) -> None:
+        """Leaves the ranks. No effect the second time."""
 
 
 class Alone:
@@ -111,11 +115,15 @@ class Alone:
     def open_requests(self) -> list[Request]:
         return [*self.scheduler.running, *self.scheduler.waiting]
 
+    def close(self) -> None:
+        """Holds nothing."""
+
 
 class Ranks(Alone):
     """Each rank has requests of its own; a rank with fewer forwards joins those of the others with T = 0.
 
-    shapes: (rows per token, K of a row) by layer, as `SlotExperts.join` takes them.
+    shapes: (rows per token, K of a row) by layer, as `SlotExperts.join` takes them. online: what changes the plan while
+    it runs.
     """
 
     def __init__(
@@ -129,8 +137,10 @@ class Ranks(Alone):
         shapes: Sequence[tuple[int, int]],
         hidden_size: int,
         dtype: torch.dtype,
+        online: OnlinePlacement | None = None,
     ) -> None:
         super().__init__(scheduler, runner)
+        self.online = online
         self._control, self.parallel, self.experts = control, parallel, experts
         self._joined_with = hidden_size, dtype, list(shapes)
 
@@ -155,6 +165,10 @@ class Ranks(Alone):
         self._agree(self.runner.num_forwards(chunks), sum(c.end - c.start for c in chunks))
         return chunks
 
+    def close(self) -> None:
+        if self.online is not None:
+            self.online.close()
+
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         logits = super().forward(chunks)
@@ -164,6 +178,8 @@ class Ranks(Alone):
 
     def _agree(self, forwards: int, tokens: int) -> None:
         agreement = self.control.agree(forwards, tokens)
+        if self.online is not None:
+            self.online.step()
         self.parallel.begin_step(agreement.tokens if agreement.most_forwards <= 1 else None)
 
 
@@ -207,6 +223,9 @@ class Coherent:
 
     def open_requests(self) -> list[Request]:
         return self.mirror.own()
+
+    def close(self) -> None:
+        """Holds nothing."""
 
     def _agree(self, forwards: int) -> None:
         self.control.agree(forwards, 0)

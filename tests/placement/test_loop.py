@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from moe.placement.loop import OnlineLoop, Recent, SolverAtOnce, SolverProcess, Trigger
+from moe.placement.loop_options import LoopOptions
 from moe.placement.plan import Plan
 from moe.placement.solve.few_moves import LayerWindow, few_moves
 from moe.placement.topology import Topology
-from moe.placement.turn import LoopOptions, Machine, Question, Window, take_turn
+from moe.placement.turn import Machine, Question, Window, take_turn
 from moe.placement.wire_format import ModelSizes, WireFormat
 
 LAYERS, EXPERTS, RANKS, TOP_K = 3, 16, 4, 3
