@@ -1,0 +1,89 @@
+"""`placement.online` on real ranks: experts move while requests run, and nothing of the answers changes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe.comm.membership import process_groups
+from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig, PlacementConfig
+from moe.llm import LLM
+from moe.params import SamplingParams
+from moe.placement.plan import Plan
+from tests.distributed import spawn
+from tests.families import VOCAB_SIZE, tiny_checkpoint
+
+PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
+EAGER = PlacementConfig(online=True, window=32, imbalance=1.0, calm=1.0, most_moved=0.5, bytes_per_step=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def deepseek_v3(tmp_path_factory) -> Path:
+    return tiny_checkpoint("deepseek_v3", tmp_path_factory.mktemp("deepseek_v3"))
+
+
+def prompts_of(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(count)
+    return [rng.integers(0, VOCAB_SIZE, 1 + 5 * n % 23).tolist() for n in range(count)]
+
+
+def config_of(placement: PlacementConfig, plan: str | None = None, budget: str = "1.0") -> EngineConfig:
+    return EngineConfig(
+        dtype="float32",
+        offload=OffloadConfig(budget=budget),
+        batch=BatchConfig(max_tokens=48, max_sequences=3, kv_tokens=1024),
+        parallel=ParallelConfig(plan=plan, timeout_seconds=120),
+        placement=placement,
+    )
+
+
+def uneven_plan(folder: Path, path: Path, num_ranks: int) -> None:
+    """Every layer's most used experts on rank 0, by what the model chooses for these prompts."""
+    with LLM(folder, config_of(PlacementConfig())) as llm:
+        recorder = llm.engine.record()
+        llm.generate(prompts_of(9), PARAMS)
+        ids = recorder.trace().expert_ids
+    assignment = np.empty((ids.shape[1], 8), np.int64)
+    for layer in range(ids.shape[1]):
+        order = np.argsort(-np.bincount(ids[:, layer].ravel(), minlength=8), kind="stable")
+        assignment[layer, order] = np.arange(8) * num_ranks // 8
+    Plan.from_assignment(assignment, num_ranks).save(path)
+
+
+def serve(folder: str, plan: str, placement: PlacementConfig, budget: str) -> tuple[list, bool, list, bool]:
+    """This rank's answers; whether its plan changed; load before and after each turn that moved; ended whole."""
+    with process_groups(timeout_s=120) as groups:
+        with LLM(folder, config_of(placement, plan, budget), groups=groups) as llm:
+            own = prompts_of(9)[groups.rank :: groups.world_size]
+            answers = [o.outputs[0].token_ids for o in llm.generate(own, PARAMS)]
+            parallel, online = llm.engine.parallel, llm.engine.place.mode.online
+            moved = [] if online is None or online.loop is None else online.loop.history
+            turns = [(t.before.imbalance, t.after.imbalance) for t, _, _ in moved if t.migration is not None]
+            changed = bool((parallel.plan.hosted != Plan.load(plan).hosted).any())
+            return answers, changed, turns, llm.engine.why_not_whole() is None
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [(2, "1.0"), pytest.param(3, "2", marks=pytest.mark.heavy)])
+def test_experts_move_by_themselves_and_no_token_changes(deepseek_v3, tmp_path, ranks, budget):
+    with LLM(deepseek_v3, config_of(PlacementConfig())) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(prompts_of(9), PARAMS)]
+    uneven_plan(deepseek_v3, tmp_path / "uneven.json", ranks)
+    told = spawn(ranks, serve, str(deepseek_v3), str(tmp_path / "uneven.json"), EAGER, budget, time_limit_s=400)
+    assert [answers for answers, *_ in told] == [expected[rank::ranks] for rank in range(ranks)]
+    assert all(changed for _, changed, _, _ in told), "all ranks took on another plan"
+    assert all(before > after for before, after in told[0][2])
+    assert told[0][2]
+    assert all(whole for *_, whole in told)
+
+
+def test_an_even_run_moves_nothing(deepseek_v3, tmp_path):
+    Plan.contiguous(2, 8, 2).save(tmp_path / "even.json")
+    calm = PlacementConfig(online=True, window=32, imbalance=1.9, calm=1.5)
+    told = spawn(2, serve, str(deepseek_v3), str(tmp_path / "even.json"), calm, "1.0", time_limit_s=400)
+    assert not any(changed for _, changed, _, _ in told)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match=r"placement: calm \(1.5\) must lie between 1 and imbalance"):
+        EngineConfig.load(settings=["placement.calm=1.5"])
+    assert EngineConfig.load(settings=["placement.online=true"]).placement.options().window == 512
