@@ -7,6 +7,7 @@ add_request ─▶ Scheduler ─▶ chunks ─▶ Runner ─▶ logits ─▶ Sa
 
 import time
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -297,14 +298,13 @@ class Engine:
         self.loaded.close()
 
     def _take_first_place(self, groups: Groups | None, share: Share | None) -> None:
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.loaded.close)
             self.place = stay_alone(self.loaded)
             if groups is not None and share is not None:
                 forget_host_copy(self.loaded, groups)
                 self.join(groups, share.plan)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def _keep(self, chunks: Seq[Chunk], logits: Tensor) -> None:
         """Before anything of the step is accepted."""
