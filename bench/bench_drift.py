@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     sizes = first.sizes
     assert sizes is not None
     machine = Machine(sizes=sizes, wire=WireFormat(), topology=Topology.preset("h200x8"))
-    options = LoopOptions(bytes_per_step=args.bytes_per_step)
+    options = LoopOptions(window=args.window, bytes_per_step=args.bytes_per_step)
     rates = machine.rates(first.top_k)
     loop = OnlineLoop(start, machine, options, SolverLater(args.step_ms / 1e3))
     rows, present, coming = [], start, []
@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "never": later.imbalance(start, rates),
                 "before": later.imbalance(begins[0][1], rates),
                 "loop": later.imbalance(early, rates),
+                "settled": later.imbalance(present, rates),
                 "turns": len(taken),
                 "last_token": last,
                 "moved": moved / start.hosted.sum(),
@@ -124,7 +125,8 @@ def _line(row: dict[str, Any]) -> str:
         for p, m in zip(row["predicted"], row["measured"], strict=True)
     )
     cells = [
-        row["change"], f"{row['never']:.3f}", f"{row['before']:.3f}", f"**{row['loop']:.3f}**", row["turns"],
+        row["change"], f"{row['never']:.3f}", f"{row['before']:.3f}", f"**{row['loop']:.3f}**",
+        f"{row['settled']:.3f}", row["turns"],
         row["last_token"], f"{row['moved']:.1%}", f"{row['most_bytes_per_step'] / 2**20:.0f}",
         ", ".join(map(str, row["solve_s"])), told,
     ]  # fmt: skip
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=float, default=0.0)
     parser.add_argument("--batch", type=int, default=32, help="sequences at once, on all ranks")
     parser.add_argument("--bytes-per-step", type=int, default=1 << 30)
+    parser.add_argument("--window", type=int, default=LoopOptions().window, help="tokens, as placement.window")
     parser.add_argument("--step-ms", type=float, default=100.0, help="of a step, to tell how many a solve takes")
     parser.add_argument("--within", type=int, default=1000, help="tokens after a change until the load is judged")
     parser.add_argument("--seconds", type=float, default=30.0, help="limit on the first plan")
@@ -145,8 +148,8 @@ def main() -> None:
     command = " ".join(Path(word).name if index == 0 or "/" in word else word for index, word in enumerate(sys.argv))
     print(f"`{command}` on {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}\n")
     print(
-        "| traffic | load, first plan for ever | load, plan before | load, loop | turns | last state at token "
-        "| moved | MiB of the fullest step | solver, CPU s | predicted / measured load |\n|" + "---|" * 10
+        "| traffic | load, first plan for ever | load, plan before | load, loop | at its end | turns | last state at token "
+        "| moved | MiB of the fullest step | solver, CPU s | predicted / measured load |\n|" + "---|" * 11
     )
     print("\n" + json.dumps({"bench": "drift", "replicas": args.replicas, "rows": run(args)}))
 

@@ -146,8 +146,8 @@ class PlacementConfig:
     _group: ClassVar[str] = "placement."
     online: bool = False
     window: int = 512  # tokens, of all ranks, whose routing decides
-    imbalance: float = 1.25  # busiest rank's load over the mean that starts a turn, after a whole window of it
-    calm: float = 1.15  # below it another turn may start after one that moved nothing
+    imbalance: float = 1.2  # busiest rank's load over the mean that starts a turn, after three quarters of a window
+    calm: float = 1.12  # below it another turn may start after one that moved nothing
     most_moved: float = 0.15  # share of the experts' copies that a turn may move
     bytes_per_step: int = 1 << 28  # of experts that come to ranks, all together, between two steps
     payback: int = 1_000_000  # tokens within which a migration must pay for itself

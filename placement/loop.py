@@ -28,6 +28,7 @@ from moe.placement.turn import Figures, Machine, Question, Turn, Window, take_tu
 log = logging.getLogger(__name__)
 
 CHECKS = 8  # looks at the window per window of tokens
+PATIENCE = 0.75  # of a window, for which the load must have been uneven: the older tokens of it were there before
 RESTS = 8  # windows after which a turn is tried again that moved nothing, though the load never was calm
 
 
@@ -138,7 +139,7 @@ class Recent:
 
 
 class Trigger:
-    """Fires when the load has been too uneven for a whole window; after a turn in vain not before it was calm."""
+    """Fires when the load has been too uneven for `PATIENCE`; after a turn in vain not before it was calm."""
 
     def __init__(self, options: LoopOptions) -> None:
         self.options = options
@@ -149,7 +150,7 @@ class Trigger:
         """imbalance: of the present window; tokens: since the last call."""
         self._uneven = self._uneven + tokens if imbalance > self.options.imbalance else 0
         self._rests = 0 if imbalance < self.options.calm else max(0, self._rests - tokens)
-        return self._uneven >= self.options.window and not self._rests
+        return self._uneven >= PATIENCE * self.options.window and not self._rests
 
     def took(self, has_moved: bool) -> None:
         """A turn was taken."""

@@ -18,7 +18,7 @@ from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import swap_changes
 
 NORM = 16  # of the ranks' loads: nearly the busiest, but the next busiest counts as well
-CANDIDATES = 3  # moves of a layer that are served, of each kind
+CANDIDATES = 2  # moves of a layer that are served, of each kind
 LEAST_GAIN = 1e-3  # of the layer's cost, for each expert that moves: less is noise of the window
 
 Hosted = NDArray[np.bool_]  # [E, G]: where copies are
@@ -79,11 +79,13 @@ class LayerWindow:
 
 
 class Found(NamedTuple):
-    """A move of one layer: seconds it saves, copies that come, the placement after it."""
+    """A move of one layer: seconds it saves, copies that come, the placement after it and who then serves what."""
 
     gain: float
     size: int
     hosted: Hosted
+    served: Ints
+    cost: Cost
 
 
 def few_moves(windows: list[LayerWindow], hosted: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
@@ -105,7 +107,7 @@ def few_moves(windows: list[LayerWindow], hosted: NDArray[np.bool_], most: int) 
         _, number, found = heapq.heappop(queue)
         if found.size <= most:
             most -= found.size
-            layers[number].take(found.hosted)
+            layers[number].take(found.hosted, found.served, found.cost)
             offer(number)
     return np.stack([layer.hosted for layer in layers])
 
@@ -119,12 +121,11 @@ def smooth_max(busy: NDArray[np.number]) -> Floats:
 class _Layer:
     def __init__(self, window: LayerWindow, hosted: Hosted) -> None:
         self.window = window
-        self.take(hosted)
+        served = window.served(hosted)
+        self.take(hosted, served, window.cost(served, hosted.shape[1]))
 
-    def take(self, hosted: Hosted) -> None:
-        self.hosted = hosted
-        self.served = self.window.served(hosted)
-        self.now = self.window.cost(self.served, hosted.shape[1])
+    def take(self, hosted: Hosted, served: Ints, cost: Cost) -> None:
+        self.hosted, self.served, self.now = hosted, served, cost
 
     def best(self) -> Found | None:
         """The move with the greatest gain per copy, None if none gains enough."""
@@ -132,8 +133,11 @@ class _Layer:
         pairs = np.zeros((experts, ranks + 1), np.int64)
         np.add.at(pairs, (self.window.ids[self.window.is_pair], self.served[self.window.is_pair]), 1)
         trials = [(2, hosted) for hosted in self._swaps()] + [(1, hosted) for hosted in self._overwrites(pairs[:, :-1])]
-        costs = [self.window.cost(self.window.served(hosted), ranks).seconds for _, hosted in trials]
-        found = [Found(self.now.seconds - cost, *trial) for cost, trial in zip(costs, trials)]
+        found = []
+        for size, hosted in trials:
+            served = self.window.served(hosted)
+            cost = self.window.cost(served, ranks)
+            found.append(Found(self.now.seconds - cost.seconds, size, hosted, served, cost))
         able = [one for one in found if one.gain >= LEAST_GAIN * self.now.seconds * one.size]
         return max(able, key=lambda one: one.gain / one.size, default=None)
 

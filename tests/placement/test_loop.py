@@ -96,15 +96,15 @@ def test_recent_keeps_so_many_tokens():
     assert recent.num_tokens == 50
 
 
-def test_the_trigger_waits_a_window_and_rests_until_calm():
+def test_the_trigger_is_patient_and_rests_until_calm():
     trigger = Trigger(LoopOptions(window=100, imbalance=1.3, calm=1.1))
-    assert [trigger.fires(1.4, 40) for _ in range(3)] == [False, False, True]
+    assert [trigger.fires(1.4, 30) for _ in range(3)] == [False, False, True]
     trigger.took(has_moved=False)
     assert not any(trigger.fires(1.4, 40) for _ in range(10))
     assert not trigger.fires(1.2, 40)
     assert not any(trigger.fires(1.4, 40) for _ in range(3)), "1.2 is not calm"
     assert not trigger.fires(1.05, 40)
-    assert [trigger.fires(1.4, 40) for _ in range(3)] == [False, False, True]
+    assert [trigger.fires(1.4, 30) for _ in range(3)] == [False, False, True]
     trigger.took(has_moved=True)
     assert [trigger.fires(1.4, 60) for _ in range(2)] == [False, True]
     trigger.took(has_moved=False)
