@@ -148,8 +148,10 @@ def main() -> None:
     command = " ".join(Path(word).name if index == 0 or "/" in word else word for index, word in enumerate(sys.argv))
     print(f"`{command}` on {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}\n")
     print(
-        "| traffic | load, first plan for ever | load, plan before | load, loop | at its end | turns | last state at token "
-        "| moved | MiB of the fullest step | solver, CPU s | predicted / measured load |\n|" + "---|" * 11
+        "| traffic | load, first plan for ever | load, plan before | load, loop | at its end | turns "
+        "| last state at token | moved | MiB of the fullest step | solver, CPU s | predicted / measured load |\n|"
+        + "---|"
+        * 11
     )
     print("\n" + json.dumps({"bench": "drift", "replicas": args.replicas, "rows": run(args)}))
 
