@@ -116,6 +116,7 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
         slots.use_ranks(parallel)
         notes += _fill_slots(loaded, parallel)
         mode = (_coherent_mode if decisions.is_coherent else _ranks_mode)(loaded, parallel, control, decisions)
+        undo.callback(mode.close)
         notes += _offer_single_launch(loaded, parallel, control, decisions)
         place = Place(mode, parallel, decisions, tuple(notes))
         undo.pop_all()
