@@ -22,6 +22,7 @@ from moe.launch.options import (
     add_sampling_options,
     add_serve_options,
     add_trust_option,
+    check_outputs,
 )
 
 
@@ -31,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = _parsed(sys.argv[1:] if arguments is None else arguments)
-    return run_guarded(f"moe {args.command}", args, lambda: _function(args.run)(args))
+
+    def run() -> int:
+        check_outputs(args)
+        return _function(args.run)(args)
+
+    return run_guarded(f"moe {args.command}", args, run)
 
 
 def run_guarded(name: str, args: argparse.Namespace, run: Callable[[], int], is_first: bool = True) -> int:
@@ -66,8 +72,9 @@ def _is_users(error: Exception) -> bool:
     """Whether a setting, a file, the machine or another rank can cause it."""
     ours = {"CommError", "MissingPeers", "LostPeer", "UnusableError", "OutOfMemoryError"}
     names = {cls.__name__ for cls in type(error).__mro__}
+    says_disk = "SafetensorError" in names and "I/O error" in str(error)
     says_memory = isinstance(error, RuntimeError) and "memory" in str(error)
-    return isinstance(error, (ValueError, OSError, MemoryError)) or bool(names & ours) or says_memory
+    return isinstance(error, (ValueError, OSError, MemoryError)) or bool(names & ours) or says_memory or says_disk
 
 
 def _function(name: str) -> Callable[[argparse.Namespace], int]:

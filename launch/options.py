@@ -1,6 +1,7 @@
 """Arguments that several commands share, and what they mean; loads neither torch nor a solver."""
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,18 @@ def sampling_params(args: argparse.Namespace, recommended: Mapping[str, Any]) ->
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return SamplingParams(**{**recommended, **given}, stop=tuple(args.stop))
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises ValueError for a file that could not be written, before hours are spent on what it should hold."""
+    names = ["output", "html", "png", "record", "trace" if args.command == "trace" else "out"]
+    for path in (getattr(args, name, None) for name in names):
+        if path is None or args.command == "pack":  # whose folder is made with those above it
+            continue
+        folder = path.parent
+        if not folder.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {folder}; make it, or give another name")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file to write")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise ValueError(f"{path} cannot be written: permission is missing, or its disk is read-only")

@@ -10,6 +10,7 @@ cannot be served gets an error of its own and the others are served. One process
 import fcntl
 import json
 import os
+import stat
 import time
 from collections import deque
 from collections.abc import Callable
@@ -281,6 +282,9 @@ class ResultFile:
 
     def __enter__(self) -> "ResultFile":
         self._file = self.path.open("a+b", buffering=0)
+        if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):  # /dev/full is read for ever
+            self._file.close()
+            raise ValueError(f"{self.path} is no regular file: what is finished is read from it again; name a file")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when the file is closed, or we end
         except BlockingIOError:

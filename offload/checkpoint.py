@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.offload.recognise import LFS_POINTER, why_no_weights, why_not_a_folder
+from moe.offload.recognise import check_files, why_no_weights, why_not_a_folder
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -119,6 +119,7 @@ def _shard_names(folder: Path) -> tuple[list[Any], str]:
     """File names of the shards, and what lists them (for messages)."""
     if not folder.is_dir():
         raise ValueError(why_not_a_folder(folder))
+    check_files(folder)
     if (folder / "model.safetensors.index.json").is_file():
         index = folder / "model.safetensors.index.json"
         weight_map = _read_json(index).get("weight_map")
@@ -134,11 +135,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Raises ValueError if the header or the file's size is not right."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise ValueError(f"{path} is a git-lfs pointer, not the file; run `git lfs pull` in its folder")
-        file.seek(8)
-        length = int.from_bytes(start[:8], "little")
+        length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(
                 f"{path} is not a whole safetensors file: its first 8 bytes ask for a header of {length} bytes, "

@@ -80,7 +80,7 @@ def pack(
         raise OSError(
             errno.ENOSPC,
             f"packing needs {format_bytes(total)}, {format_bytes(free)} are free; nothing was written",
-            out,
+            str(out),
         )
     with _only_writer(out):
         files = FileStore(index)

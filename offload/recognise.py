@@ -5,7 +5,21 @@ import re
 from pathlib import Path
 
 _PICKLES = {".bin", ".pt", ".pth"}
+_OF_A_MODEL = {".json", ".safetensors", ".model"}
 LFS_POINTER = b"version https://git-lfs"
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError for a file of a model that is a link to nothing, or a git-lfs pointer. Reads small files."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _OF_A_MODEL:
+            continue
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to {path.readlink()}, which is not there; download the model again")
+        if path.is_file() and path.stat().st_size < 1024:
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise ValueError(f"{path} is a git-lfs pointer, not the file; run `git lfs pull` in its folder")
 
 
 def why_not_a_folder(path: Path) -> str:

@@ -1,7 +1,10 @@
 """What a user can get wrong: each ends with one clear sentence on standard error and exit status 2."""
 
+import argparse
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from moe.launch.cli import main
+from moe.batch import BatchProgress, ResultFile
+from moe.launch.cli import _parser, main
+from moe.launch.options import check_outputs
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.models.load import load_dense
@@ -315,6 +320,35 @@ def test_files_of_the_other_commands(capfd, tmp_path, folder):
             assert word in sentence, sentence
     assert text.read_text() == "A prompt\n"
     assert not trace.exists()
+
+
+def written_files():
+    """Every option and argument of a command that names a file to write, by its help."""
+    found = []
+    for name, parser in _parser()._subparsers._group_actions[0].choices.items():
+        for action in parser._actions:
+            says = f"{action.help} {action.dest}"
+            if action.type is Path and name != "pack" and re.search(r"\bwrit|\bout(put)?\b|append|^\.npz", says):
+                found.append((name, action.dest))
+    return found
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(capfd, tmp_path):
+    found = written_files()
+    assert {name for name, _ in found} >= {"batch", "serve", "trace", "report", "analyze", "place", "fit-lookahead"}
+    (tmp_path / "folder").mkdir()
+    for command, dest in found:
+        for path, words in ((tmp_path / "no" / "x", "there is no folder"), (tmp_path / "folder", "is a folder")):
+            with pytest.raises(ValueError, match=words):
+                check_outputs(argparse.Namespace(command=command, **{dest: path}))
+    arguments = ["fit-lookahead", TINYMOE, tmp_path / "none.txt", "-o", tmp_path / "no" / "x.safetensors"]
+    assert "there is no folder" in refused(capfd, *arguments)
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/null"])
+def test_results_are_kept_in_a_regular_file(device):
+    with pytest.raises(ValueError, match="is no regular file"), ResultFile(Path(device), BatchProgress(0)):
+        pass
 
 
 def test_broken_tokenizer(capfd, tmp_path):

@@ -1,11 +1,13 @@
 """Paths that are no checkpoint are recognised, and the sentence says what to do."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from moe.offload.checkpoint import Checkpoint
+from tests.moe.moe_cases import TINYMOE
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 CASES = {
@@ -31,6 +33,20 @@ def test_folders(case, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "tokenizer.model"])
+def test_any_file_of_a_model_that_is_not_there_is_named(name, tmp_path):
+    """A cache whose blobs were deleted, and a clone without its large files."""
+    folder = shutil.copytree(TINYMOE, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../blobs/none")
+    with pytest.raises(ValueError, match=rf"{name} is a link to ../blobs/none, which is not there"):
+        Checkpoint.open(folder)
+    (folder / name).unlink()
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer"):
+        Checkpoint.open(folder)
 
 
 def test_paths(tmp_path, monkeypatch):
