@@ -53,9 +53,6 @@ def tables(machine: Machine) -> Iterator[Table]:
     table.add_row("a step, and each sequence", f"{over.step * 1e6:.0f} + {over.step_sequence * 1e6:.0f} µs")
     table.add_row("a layer, and each sequence", f"{over.layer * 1e6:.0f} + {over.layer_sequence * 1e6:.1f} µs")
     table.add_row("a layer with misses, and each", f"{over.miss * 1e6:.0f} + {over.wave * 1e6:.0f} µs")
-    for ranks, link in machine.exchange.items():
-        said = f"{link.layer * 1e6:.0f} µs a layer, {link.step * 1e6:.0f} a step"
-        table.add_row(f"{ranks} ranks", f"{said}, {format_bytes(link.bytes_per_s)}/s")
     yield table
     for disk, reads in machine.disks.items():
         table = Table(title=f"random reads, {disk}, MiB/s", title_justify="left", box=None)

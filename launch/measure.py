@@ -94,7 +94,7 @@ def probe(folder: Path, known: Machine | None = None) -> Machine:
     )
     if known is None:
         return machine
-    return replace(machine, disks={**known.disks, **disks}, exchange=known.exchange)
+    return replace(machine, disks={**known.disks, **disks})
 
 
 def _say(what: str) -> None:

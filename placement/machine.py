@@ -58,20 +58,9 @@ class Overhead(NamedTuple):
     wave: float
 
 
-class Exchange(NamedTuple):
-    """Between ranks of this machine: seconds of a layer's rounds for a few rows, of agreeing on a step; bytes a second.
-
-    step: the ranks step together, so that this is what waiting for each other adds.
-    """
-
-    layer: float
-    step: float
-    bytes_per_s: float
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """name: what the figures are valid for. memory: bytes a second that so many threads read. exchange: by ranks."""
+    """name: what the figures are valid for. memory: bytes a second that so many threads read."""
 
     name: str
     when: str
@@ -81,7 +70,6 @@ class Machine:
     attention: Attention
     overhead: Overhead
     disks: Mapping[str, tuple[Reads, ...]] = field(default_factory=dict)
-    exchange: Mapping[int, Exchange] = field(default_factory=dict)
 
     def seconds_per_weight(self, work: Work, kind: str, rows: float, threads: int) -> float:
         """Between measured rows: on a straight line in both logarithms; beyond them: in proportion to the rows.
@@ -120,7 +108,6 @@ class Machine:
                 attention=Attention(*known["attention"]),
                 overhead=Overhead(*known["overhead"]),
                 disks={disk: tuple(Reads(*row) for row in rows) for disk, rows in known["disks"].items()},
-                exchange={int(ranks): Exchange(*row) for ranks, row in known["exchange"].items()},
             )
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{where}: {error}; delete it and run `moe probe` again") from None
@@ -129,7 +116,7 @@ class Machine:
 _FIELDS: Mapping[str, Kinds] = {
     **dict.fromkeys(("name", "when"), (str,)),
     "cores": (int,),
-    **dict.fromkeys(("memory", "disks", "exchange"), (dict,)),
+    **dict.fromkeys(("memory", "disks"), (dict,)),
     **dict.fromkeys(("rates", "attention", "overhead"), (list, tuple)),
 }
 
