@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from moe.launch.turn import run_turn
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.migrate import plan_migration, relabel
 from moe.placement.plan import Plan, check_capacity, merge_models
@@ -102,6 +103,8 @@ def run_analyze(args: argparse.Namespace) -> int:
 def run_place(args: argparse.Namespace) -> int:
     """Solve on the fitted part, judge on the rest beside baselines, write the plan."""
     trace, topology = stated(read_trace(args.trace), args.sizes, args.trace), read_topology(args.topology)
+    if args.window is not None:
+        return run_turn(trace, WireFormat.needs(trace.sizes, str(args.trace)), topology, args)
     if args.objective == "bytes" or args.present:
         WireFormat.needs(trace.sizes, str(args.trace))
     if args.objective == "auto":

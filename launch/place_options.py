@@ -64,6 +64,10 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--rounds", type=int, default=200, help="perturbations per layer; the same give the same plan")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--present", type=Path, help="running plan: rename ranks to move little, report the migration")
+    parser.add_argument(
+        "--window", type=int, metavar="TOKENS", help="one turn of placement.online on the trace's last tokens: few "
+        "moves from --present, if they pay",
+    )  # fmt: skip
     parser.add_argument("--bytes-per-step", type=int, default=1 << 28, help="migration budget between two steps")
     _add_workload(parser)
     _add_pictures(parser)

@@ -339,3 +339,34 @@ def test_without_sizes_a_plan_follows_copies_and_nothing_is_said_of_bytes(tmp_pa
         run("place", tmp_path / "t.npz", "--out", tmp_path / "q.json", *options, "--present", tmp_path / "p.json")
     with pytest.raises(ValueError, match=unknown):
         run("simulate", tmp_path / "t.npz", tmp_path / "p.json", "--topology", "laptopx2")
+
+
+def test_one_turn_of_the_loop_by_hand(tmp_path, capsys):
+    """Tokens that all take two experts of rank 0: one of them goes elsewhere; even ones: the plan stays as it is."""
+    rng = np.random.default_rng(3)
+    even = np.stack([rng.permuted(np.tile(np.arange(16), (400, 1)), axis=1)[:, :2] for _ in range(2)], axis=1)
+    skewed = np.where(rng.random((400, 2, 1)) < 0.8, np.array([0, 1]), even)
+    lengths = np.full(20, 20, np.int32)
+    sizes = ModelSizes(hidden_size=64, dtype="bfloat16", expert_bytes=1000)
+    Plan.contiguous(2, 16, 4).save(tmp_path / "old.json")
+    options = ["--topology", "laptopx4", "--present", tmp_path / "old.json", "--out", tmp_path / "new.json"]
+    for name, ids in (("even", even), ("skewed", skewed)):
+        RoutingTrace(
+            expert_ids=ids.astype(np.int16), sequence_lengths=lengths, num_experts=16, model="m", sizes=sizes
+        ).save(tmp_path / f"{name}.npz")
+        assert run("place", tmp_path / f"{name}.npz", "--window", 256, *options) == 0
+        printed, new = capsys.readouterr().out, Plan.load(tmp_path / "new.json")
+        moved = (new.hosted & ~Plan.contiguous(2, 16, 4).hosted).sum()
+        if name == "even":
+            assert "the present plan stays: on tokens that they were not found on" in printed
+            assert moved == 0
+        else:
+            assert "copies move" in printed
+            assert 0 < moved <= 0.15 * new.hosted.sum()
+            assert (new.hosted.sum(axis=2) == 1).all()
+    with pytest.raises(ValueError, match="name it with --present PLAN"):
+        run("place", tmp_path / "even.npz", "--window", 256, *options[:2], *options[4:])
+    with pytest.raises(ValueError, match="leave out --objective"):
+        run("place", tmp_path / "even.npz", "--window", 256, "--replicas", 0.5, *options)
+    with pytest.raises(ValueError, match=r"window \(4\) must be >= 8"):
+        run("place", tmp_path / "even.npz", "--window", 4, *options)
