@@ -1,7 +1,7 @@
 """What the commands do; `cli.py` reads their arguments and loads this file when one runs."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.table import Table
@@ -29,6 +29,7 @@ from moe.offload.pack import pack as pack_experts
 from moe.offload.requantise import sizes, target_format
 from moe.offload.segments import ExpertIndex
 from moe.params import SamplingParams
+from moe.prompts import Prompt
 from moe.verify import verify
 
 
@@ -120,9 +121,14 @@ def generate(args: argparse.Namespace) -> int:
                 out.print(answer.prompt, end="", style="bold", markup=False)
                 _write(answer.outputs[0].text + "\n")
         print_report(llm.engine, err, args.per_layer)
-    if args.verify:
-        err.print(str(verify(args.model, config, args.prompt, params)), markup=False)
-    return 0
+    return _verified(args, config, args.prompt, params) if args.verify else 0
+
+
+def _verified(args: argparse.Namespace, config: EngineConfig, prompts: Sequence[Prompt], params: SamplingParams) -> int:
+    """Exit status: 1 if a token differs."""
+    result = verify(args.model, config, prompts, params)
+    err.print(str(result), markup=False)
+    return 0 if result.num_equal == result.num_tokens else 1
 
 
 def _write(text: str) -> None:
@@ -141,7 +147,7 @@ def batch(args: argparse.Namespace) -> int:
     if args.verify and not prompts:
         err.print("nothing to verify: no line of the input can be served")
     elif args.verify:
-        err.print(str(verify(args.model, config, prompts, SamplingParams(max_tokens=32))), markup=False)
+        return _verified(args, config, prompts, SamplingParams(max_tokens=32))
     return 0
 
 

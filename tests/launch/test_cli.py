@@ -129,6 +129,19 @@ def test_generate_with_everything(capfd, llm):
     assert [row[0] for row in layers] == list("012345")
 
 
+def test_a_token_that_differs_fails_a_verification(capfd, tmp_path, monkeypatch):
+    from moe import verify
+
+    right = verify.compare
+    monkeypatch.setattr(verify, "compare", lambda a, b: dataclasses.replace(right(a, b), num_equal=1))
+    (tmp_path / "in.jsonl").write_text((ROOT / "examples" / "batch.jsonl").read_text().splitlines()[0])
+    for command in (["generate", TINYMOE, "--prompt", "A"], ["batch", TINYMOE, tmp_path / "in.jsonl", tmp_path / "o"]):
+        more = ["--verify", 1] if command[0] == "batch" else ["--verify", "--max-tokens", 3]
+        status, _, err = run(capfd, *command, *more, *FP32)
+        assert status == 1
+        assert "1 of " in err
+
+
 def test_answers_are_printed_character_for_character(capfd, llm, monkeypatch):
     odd = "\ta :cat: [red]x[/red]\x0b\x1b :smile:\u2028end"
     monkeypatch.setattr(LLM, "stream", lambda *_: iter([odd[:5], odd[5:]]))
