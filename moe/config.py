@@ -140,34 +140,18 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlacementConfig:
-    """Whether ranks re-balance themselves while they run (docs/placement.md), and how; as `LoopOptions` has it."""
+class PlacementConfig(LoopOptions):
+    """Whether ranks re-balance themselves while they run (docs/placement.md), and how."""
 
     _group: ClassVar[str] = "placement."
     online: bool = False
-    window: int = 512  # tokens, of all ranks, whose routing decides
-    imbalance: float = 1.2  # busiest rank's load over the mean that starts a turn, after three quarters of a window
-    calm: float = 1.12  # below it another turn may start after one that moved nothing
-    most_moved: float = 0.15  # share of the experts' copies that a turn may move
-    bytes_per_step: int = 1 << 28  # of experts that come to ranks, all together, between two steps
-    payback: int = 1_000_000  # tokens within which a migration must pay for itself
 
     def __post_init__(self) -> None:
         _parse_fields(self)
         try:
-            self.options()
+            LoopOptions.__post_init__(self)
         except ValueError as error:
             raise ValueError(f"placement: {error}") from None
-
-    def options(self) -> LoopOptions:
-        return LoopOptions(
-            window=self.window,
-            imbalance=self.imbalance,
-            calm=self.calm,
-            most_moved=self.most_moved,
-            bytes_per_step=self.bytes_per_step,
-            payback=self.payback,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

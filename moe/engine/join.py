@@ -240,7 +240,7 @@ def _online(loaded: Loaded, parallel: ExpertParallel, control: Control) -> Onlin
         pair_seconds=sizes.expert_bytes / 40e9 if is_cpu else 2e-7,
         fast_slots=slots.cache.num_slots if few else None,
     )
-    return OnlinePlacement(control, parallel, slots.routing, machine, config.placement.options())
+    return OnlinePlacement(control, parallel, slots.routing, machine, config.placement)
 
 
 def _coherent_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, decisions: Decisions) -> StepMode:

@@ -86,4 +86,4 @@ def test_an_even_run_moves_nothing(deepseek_v3, tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match=r"placement: calm \(1.5\) must lie between 1 and imbalance"):
         EngineConfig.load(settings=["placement.calm=1.5"])
-    assert EngineConfig.load(settings=["placement.online=true"]).placement.options().window == 512
+    assert EngineConfig.load(settings=["placement.online=true"]).placement.window == 512
