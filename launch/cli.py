@@ -23,6 +23,7 @@ from moe.launch.options import (
     add_serve_options,
     add_trust_option,
     check_outputs,
+    named_path,
 )
 
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="architecture, bytes, smallest and recommended budgets; reads no weights")
-    info.add_argument("model", type=Path)
+    info.add_argument("model", type=named_path)
     add_trust_option(info)
     info.add_argument("--check", action="store_true", help="read everything and say what is damaged")
     info.set_defaults(run="commands:info")
@@ -133,8 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     top.set_defaults(run="live:top")
 
     report = commands.add_parser("report", help="a recorded run as one HTML file")
-    report.add_argument("run_file", metavar="RUN", type=Path, help="what serve or batch wrote with --record")
-    report.add_argument("-o", "--out", type=Path, help="the page (default: RUN.html)")
+    report.add_argument("run_file", metavar="RUN", type=named_path, help="what serve or batch wrote with --record")
+    report.add_argument("-o", "--out", type=named_path, help="the page (default: RUN.html)")
     report.set_defaults(run="recording:report")
 
     ray = commands.add_parser("ray", help="what the controller of a Ray cluster does; more hosts or fewer")
@@ -151,24 +152,24 @@ def _parser() -> argparse.ArgumentParser:
 
     trace = commands.add_parser("trace", help="record the routing of prompts, and of greedy answers to them")
     add_engine_options(trace)
-    trace.add_argument("prompts", type=Path, help='JSON lines with a "prompt" each, or plain text lines')
-    trace.add_argument("trace", type=Path, help=".npz or .safetensors")
+    trace.add_argument("prompts", type=named_path, help='JSON lines with a "prompt" each, or plain text lines')
+    trace.add_argument("trace", type=named_path, help=".npz or .safetensors")
     trace.add_argument("--max-tokens", type=int, default=32, help="of each answer")
     trace.add_argument("--limit", type=int, help="prompts to use")
     trace.set_defaults(run="commands:trace")
 
     pack = commands.add_parser("pack", help="write each expert as one aligned blob: faster reads")
-    pack.add_argument("model", type=Path)
+    pack.add_argument("model", type=named_path)
     add_trust_option(pack)
-    pack.add_argument("out", type=Path)
+    pack.add_argument("out", type=named_path)
     pack.add_argument(
-        "--config", type=Path, metavar="FOLDER", help="of a .gguf: config.json and tokenizer of its model"
+        "--config", type=named_path, metavar="FOLDER", help="of a .gguf: config.json and tokenizer of its model"
     )
     pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4 or fp8: lossy")
     pack.add_argument("--group", type=int, help="columns that share a scale, of int8 (a whole row) and int4 (32)")
     pack.add_argument(
         "--calibrate",
-        type=Path,
+        type=named_path,
         nargs="+",
         metavar="TEXT",
         help="round so that answers to these texts change least (int8, int4, mxfp4), not to the nearest",
@@ -182,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="the small model of this repository with a quarter of its experts in memory"
     )
-    demo.add_argument("--model", type=Path, default=Path("examples/tinymoe"))
+    demo.add_argument("--model", type=named_path, default=Path("examples/tinymoe"))
     demo.set_defaults(run="commands:demo")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -112,6 +112,7 @@ def generate(args: argparse.Namespace) -> int:
     with loaded(args, config) as llm:
         params = sampling_params(args, llm.recommended)
         if len(args.prompt) == 1 and not args.no_stream:
+            llm.check_request(llm.encode(args.prompt[0]), params)  # before anything is printed
             out.print(args.prompt[0], end="", style="bold", markup=False)
             for piece in llm.stream(args.prompt[0], params):
                 _write(piece)

@@ -10,10 +10,17 @@ from moe.config import EngineConfig
 from moe.params import SamplingParams
 
 
+def named_path(text: str) -> Path:
+    """Of an argument: `Path("")` would be the folder that we happen to be in."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a file or a folder ('.' is the present one)")
+    return Path(text)
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint, original or packed")
+    parser.add_argument("model", type=named_path, help="folder of a Hugging Face checkpoint, original or packed")
     parser.add_argument("--experts-in-memory", metavar="BUDGET", help="0.25 (fraction), 64 (experts) or 6GiB")
-    parser.add_argument("--config", type=Path, help="TOML file of settings")
+    parser.add_argument("--config", type=named_path, help="TOML file of settings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, over the file's")
     parser.add_argument("--show-config", action="store_true", help="print every setting of the run")
     parser.add_argument("--per-layer", action="store_true", help="print hits, bytes and stalls of every layer")
@@ -28,8 +35,10 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
 def add_batch_options(parser: argparse.ArgumentParser) -> None:
     """Of a batch file, alone or over ranks."""
     add_engine_options(parser)
-    parser.add_argument("input", type=Path, help="JSON lines, one request each, in OpenAI's batch format")
-    parser.add_argument("output", type=Path, help="one result a line is appended; what is there is not done again")
+    parser.add_argument("input", type=named_path, help="JSON lines, one request each, in OpenAI's batch format")
+    parser.add_argument(
+        "output", type=named_path, help="one result a line is appended; what is there is not done again"
+    )
     parser.add_argument("--plan", help="placement of `moe place` (parallel.plan); without one, contiguous blocks")
 
 
@@ -44,7 +53,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write what happens, for `moe report FILE`")
+    parser.add_argument("--record", type=named_path, metavar="FILE", help="write what happens, for `moe report FILE`")
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +61,8 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--hosts", type=int, help="that many actors of a Ray cluster serve, and any may be lost")
     add_cluster_options(parser)
-    parser.add_argument("--state", type=Path, help="folder of files and batches, which a restart goes on with")
-    parser.add_argument("--api-key-file", type=Path, help="callers must send its content as a bearer token")
+    parser.add_argument("--state", type=named_path, help="folder of files and batches, which a restart goes on with")
+    parser.add_argument("--api-key-file", type=named_path, help="callers must send its content as a bearer token")
     parser.add_argument("--api-key-env", metavar="NAME", help="the same from this environment variable")
     add_record_option(parser)
     parser.add_argument("--max-open", type=int, default=256, help="requests at a time; more are told to come back")

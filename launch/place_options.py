@@ -3,9 +3,9 @@
 import argparse
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
+from moe.launch.options import named_path
 from moe.placement.wire_format import CombineMode, DispatcherName, StepKind
 
 
@@ -19,7 +19,7 @@ def with_file(words: Sequence[str]) -> list[str]:
     if at is None or not all(word.startswith("-") for word in words[:at]):
         return [*words]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
+    finder.add_argument("--config", type=named_path)
     found, rest = finder.parse_known_args(words[at + 1 :])
     if found.config is None:
         return [*words]
@@ -35,17 +35,19 @@ def with_file(words: Sequence[str]) -> list[str]:
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `analyze`, `place`, `simulate` and `import-trace`; each names what `run`s it."""
     parser = subparsers.add_parser("analyze", help="does this model suit offloading, and how much affinity is there")
-    parser.add_argument("trace", type=Path, metavar="TRACE|MODEL", help="routing trace, or a model's folder")
-    parser.add_argument("--prompts", type=Path, help="of a model: prompts whose routing is recorded first")
-    parser.add_argument("--against", type=Path, nargs="*", default=[], help="other traces: how far the load shifts")
+    parser.add_argument("trace", type=named_path, metavar="TRACE|MODEL", help="routing trace, or a model's folder")
+    parser.add_argument("--prompts", type=named_path, help="of a model: prompts whose routing is recorded first")
+    parser.add_argument(
+        "--against", type=named_path, nargs="*", default=[], help="other traces: how far the load shifts"
+    )
     parser.add_argument("--segment", type=int, default=16, help="m of SRP and SCH, tokens (default 16)")
     _add_pictures(parser)
     parser.set_defaults(run="place:run_analyze")
 
     parser = subparsers.add_parser("place", help="decide where every expert lives")
-    parser.add_argument("trace", type=Path)
+    parser.add_argument("trace", type=named_path)
     _add_topology(parser)
-    parser.add_argument("--out", type=Path, required=True, help="plan to write (.json)")
+    parser.add_argument("--out", type=named_path, required=True, help="plan to write (.json)")
     parser.add_argument(
         "--objective", choices=("auto", "bytes", "copies", "coherent", "transitions", "exflow"), default="auto",
         help="bytes: what --dispatcher and --combine send, attention at home; copies: ranks a token touches, the same "
@@ -63,7 +65,9 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--seconds", type=float, default=30.0, help="limit on solver and bound together (default 30)")
     parser.add_argument("--rounds", type=int, default=200, help="perturbations per layer; the same give the same plan")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--present", type=Path, help="running plan: rename ranks to move little, report the migration")
+    parser.add_argument(
+        "--present", type=named_path, help="running plan: rename ranks to move little, report the migration"
+    )
     parser.add_argument(
         "--window", type=int, metavar="TOKENS", help="one turn of placement.online on the trace's last tokens: few "
         "moves from --present, if they pay",
@@ -74,24 +78,24 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(run="place:run_place")
 
     parser = subparsers.add_parser("simulate", help="predict bytes, load, misses and time of a plan on a trace")
-    parser.add_argument("trace", type=Path)
-    parser.add_argument("plan", type=Path)
+    parser.add_argument("trace", type=named_path)
+    parser.add_argument("plan", type=named_path)
     _add_topology(parser)
     _add_workload(parser)
     _add_pictures(parser)
     parser.set_defaults(run="place:run_simulate")
 
     parser = subparsers.add_parser("import-trace", help="read the routing that vLLM, SGLang or ESFT recorded")
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("files", type=named_path, nargs="+")
     parser.add_argument("--from", dest="source", choices=("vllm", "sglang", "esft"), required=True)
     parser.add_argument("--experts", type=int, help="experts of a layer; needed for vllm and sglang")
     parser.add_argument("--model", default="", help="name of the model that was recorded")
-    parser.add_argument("--out", "-o", type=Path, required=True, help="trace to write (.npz or .safetensors)")
+    parser.add_argument("--out", "-o", type=named_path, required=True, help="trace to write (.npz or .safetensors)")
     parser.set_defaults(run="import_trace:run")
 
 
 def _add_topology(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, help="TOML file of these options; the command line's are over it")
+    parser.add_argument("--config", type=named_path, help="TOML file of these options; the command line's are over it")
     parser.add_argument("--topology", default="h200x8", help="JSON file or preset such as h200x8, 2xh200x4, laptopx4")
 
 
@@ -112,5 +116,5 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--html", type=Path, help="write a self-contained page with pictures")
-    parser.add_argument("--png", type=Path, help="write pictures as PNG (needs matplotlib)")
+    parser.add_argument("--html", type=named_path, help="write a self-contained page with pictures")
+    parser.add_argument("--png", type=named_path, help="write pictures as PNG (needs matplotlib)")

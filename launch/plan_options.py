@@ -3,21 +3,25 @@
 import argparse
 from pathlib import Path
 
-from moe.launch.options import add_trust_option
+from moe.launch.options import add_trust_option, named_path
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `probe` and `plan`; each names what `run`s it."""
     probe = subparsers.add_parser("probe", help="measure this machine for some seconds: automatic choices start there")
     probe.add_argument(
-        "folder", type=Path, nargs="?", default=Path(), help="on the disk that models are read from (default: here)"
+        "folder",
+        type=named_path,
+        nargs="?",
+        default=Path(),
+        help="on the disk that models are read from (default: here)",
     )
     probe.add_argument("--show", action="store_true", help="print what is known, measure nothing")
     probe.add_argument("--file", help="where figures are kept (default: the setting probe_file)")
     probe.set_defaults(run="machine:run")
 
     plan = subparsers.add_parser("plan", help="what a model would do here, or with other memory, disk or ranks")
-    plan.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint, original or packed")
+    plan.add_argument("model", type=named_path, help="folder of a Hugging Face checkpoint, original or packed")
     plan.add_argument("--ram", help="for the whole model, such as 16GiB (default: what is free here)")
     plan.add_argument("--slots", type=float, help="share of the experts in memory, in place of --ram")
     plan.add_argument("--nvme", metavar="BYTES/s", help="of reads, such as 3GB, in place of what the probe measured")
@@ -27,7 +31,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     plan.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     plan.add_argument("--new", type=int, default=64, help="tokens of an answer")
     plan.add_argument("--threads", type=int, default=1, help="of a rank")
-    plan.add_argument("--trace", type=Path, help="routing of this model (moe trace): which experts are in slots")
+    plan.add_argument("--trace", type=named_path, help="routing of this model (moe trace): which experts are in slots")
     plan.add_argument("--against", type=float, metavar="TOKENS/s", help="measured: how far off was the first line")
     plan.add_argument("--probe-file", help="figures of `moe probe` (default: the setting probe_file)")
     add_trust_option(plan)

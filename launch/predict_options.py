@@ -1,16 +1,15 @@
 """What `moe fit-lookahead` and `moe evaluate` take."""
 
 import argparse
-from pathlib import Path
 
-from moe.launch.options import add_engine_options
+from moe.launch.options import add_engine_options, named_path
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     fit = subparsers.add_parser("fit-lookahead", help="learn from texts what routes the layers ahead will take")
     add_engine_options(fit)
-    fit.add_argument("texts", type=Path, nargs="+", help="text files, all of them like what will be served")
-    fit.add_argument("-o", "--out", type=Path, required=True, help="file to write (.safetensors)")
+    fit.add_argument("texts", type=named_path, nargs="+", help="text files, all of them like what will be served")
+    fit.add_argument("-o", "--out", type=named_path, required=True, help="file to write (.safetensors)")
     fit.add_argument("--distances", type=int, default=3, help="how many layers ahead (default 3)")
     fit.add_argument("--ridge", type=float, default=10.0, help="weight of the penalty (default 10)")
     _add_window_options(fit)
@@ -18,9 +17,9 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
     evaluate = subparsers.add_parser("evaluate", help="loss, agreement and KL of a run beside the exact one")
     add_engine_options(evaluate)
-    evaluate.add_argument("texts", type=Path, nargs="+", help="text files that nothing was fitted to")
+    evaluate.add_argument("texts", type=named_path, nargs="+", help="text files that nothing was fitted to")
     evaluate.add_argument(
-        "--against", type=Path, metavar="MODEL", help="what the model was rounded from, as the exact run"
+        "--against", type=named_path, metavar="MODEL", help="what the model was rounded from, as the exact run"
     )
     _add_window_options(evaluate)
     evaluate.set_defaults(run="predict:evaluate")

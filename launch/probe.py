@@ -9,7 +9,6 @@ are fitted to the shortest times. Nodes are told apart by LOCAL_WORLD_SIZE, or -
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.lost import in_collective
 from moe.comm.membership import process_groups
 from moe.launch.console import err, out
+from moe.launch.options import named_path
 from moe.offload.budget import format_bytes
 from moe.placement.topology import Link, Topology, probe_link
 
@@ -27,7 +27,7 @@ SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moe.launch.probe", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("topology", type=Path, help="JSON file to write")
+    parser.add_argument("topology", type=named_path, help="JSON file to write")
     parser.add_argument("--ranks-per-node", type=int)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(arguments)

@@ -14,11 +14,9 @@ from moe.llm import LLM
 
 def serve(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
         from moe.launch.live import live_state
         from moe.launch.recording import recording
-        from moe.launch.server import Limits, make_app
+        from moe.launch.server import Limits, make_app, make_server, serve_until_told
         from moe.launch.uploads import Uploads
         from moe.service import Service
     except ImportError as error:
@@ -40,9 +38,10 @@ def serve(args: argparse.Namespace) -> int:
         service = Service(llm, args.max_open)
         uploads = Uploads(service, args.state or Path(temporary))
         app = make_app(service, uploads, limits, key)
+        server = make_server(app, limits, args.host, args.port)
         err.print(f"{llm.name} is served at http://{args.host}:{args.port} (the live page, and /v1 beside it)")
         with recording(args.record, lambda: live_state(llm, service)):
-            uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+            serve_until_told(server)
     return 0
 
 

@@ -8,12 +8,14 @@ import asyncio
 import hmac
 import json
 import secrets
+import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -105,6 +107,25 @@ def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | 
 
     add_file_routes(app, uploads)
     return app
+
+
+def make_server(app: FastAPI, limits: Limits, host: str, port: int) -> uvicorn.Server:
+    """port 0: any that is free. Told to end, it takes no more calls, and cuts off what `drain_seconds` do not finish:
+    a caller that reads no more would keep it for ever."""
+    settings: dict[str, Any] = {"log_level": "warning", "access_log": False}
+    settings["timeout_graceful_shutdown"] = limits.drain_seconds
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, **settings))
+
+
+def serve_until_told(server: uvicorn.Server) -> None:
+    """Until SIGTERM or Ctrl-C, on the main thread. Returns: uvicorn raises the signal again when it has ended, which
+    would end the process before the model, its hosts and a recording are closed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with suppress(KeyboardInterrupt):
+            server.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Border:

@@ -13,8 +13,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from moe.batch import BatchProgress, ResultFile, failed_line, json_of_line, result_line
-from moe.openai import Ask, BadRequest, custom_id_of, parse_batch_line
+from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, json_of_line, result_line
+from moe.openai import Ask, BadRequest, custom_id_of, lines_of, parse_batch_line
 from moe.service import Delta, QueueFull, Service
 
 _WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer
@@ -142,14 +142,14 @@ class Uploads:
             time.sleep(1.0)
 
     def _work_off(self, batch: dict[str, Any]) -> None:
-        lines = self.content(batch["input_file_id"]).splitlines()
+        lines = lines_of(self.content(batch["input_file_id"]), "the file")
         progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
         path = self.folder / "batches" / f"{batch['id']}.jsonl"
         with ResultFile(path, progress) as results:
             done = results.finished_lines(lines)
             progress.finished = progress.resumed = len(done)
             todo = deque((n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done)
-            run = _Run(self.service, results, batch["endpoint"])
+            run = _Run(self.service, results, batch["endpoint"], NamesOfLines(lines))
             while (todo or run.num_open) and not self._is_closing:
                 with self._lock:
                     stored = self.batch(batch["id"]) or batch
@@ -186,8 +186,8 @@ class Uploads:
 class _Run:
     """The lines of a batch that are on their way. Results are written by the thread that waits."""
 
-    def __init__(self, service: Service, results: ResultFile, endpoint: str) -> None:
-        self.service, self.results, self.endpoint = service, results, endpoint
+    def __init__(self, service: Service, results: ResultFile, endpoint: str, names: NamesOfLines) -> None:
+        self.service, self.results, self.endpoint, self.names = service, results, endpoint, names
         self._finished: deque[dict[str, Any]] = deque()
         self._changed = threading.Event()
         self._tickets: dict[int, Any] = {}
@@ -203,6 +203,7 @@ class _Run:
         try:
             fields = json_of_line(line)
             custom_id = name = custom_id_of(fields)
+            self.names.check(name, number)
             if fields.get("url") != self.endpoint:
                 raise BadRequest(f"url must be the batch's endpoint {self.endpoint}, not {fields.get('url')!r}")
             ask = parse_batch_line(fields, llm.recommended, llm.tool_format)

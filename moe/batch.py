@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from moe.answers import response_body
 from moe.comm.control import Control
 from moe.llm import LLM, Generation
-from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, parse_batch_line
+from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, lines_of, parse_batch_line
 from moe.outputs import Completion
 
 _START = b'{"id": "line-'  # of every result
@@ -54,10 +54,10 @@ def run_batch(
 ) -> BatchProgress:
     """Serves every line of `source` that `target` does not have yet, and appends the results to `target`.
 
-    Raises ValueError if `target` is the output of another file or another process writes it, OSError if it cannot be
-    written (a full disk): what was finished stays, and the same call goes on from there.
+    Raises ValueError if `source` is no UTF-8, `target` is the output of another file or another process writes it;
+    OSError if it cannot be written (a full disk): what was finished stays, and the same call goes on from there.
     """
-    lines = Path(source).read_bytes().splitlines()
+    lines = lines_of(Path(source).read_bytes(), str(source))
     control = llm.engine.control
     rank, world_size = (0, 1) if control is None else (control.groups.rank, control.groups.world_size)
     progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
@@ -67,7 +67,7 @@ def run_batch(
         finished = set(done) if control is None else control.numbers_of_first(list(done))
         progress.resumed = progress.finished = len(finished)
         todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in finished]
-        run = _Run(llm, _NamesOfLines(lines), results, deque(todo[rank::world_size]))
+        run = _Run(llm, NamesOfLines(lines), results, deque(todo[rank::world_size]))
         with llm.guard as guard:
             llm.engine.start()
             try:
@@ -86,7 +86,7 @@ def run_batch(
 def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
     """The prompts, as token ids, of the first `limit` lines of `source` that can be served."""
     prompts: list[list[int]] = []
-    for number, line in enumerate(Path(source).read_bytes().splitlines(), 1):
+    for number, line in enumerate(lines_of(Path(source).read_bytes(), str(source)), 1):
         if len(prompts) == limit:
             break
         try:
@@ -102,7 +102,7 @@ class _Run:
     """The lines of one rank, from the file to the results."""
 
     def __init__(
-        self, llm: LLM, names: "_NamesOfLines", results: "ResultFile | _Remote", todo: deque[tuple[int, bytes]]
+        self, llm: LLM, names: "NamesOfLines", results: "ResultFile | _Remote", todo: deque[tuple[int, bytes]]
     ) -> None:
         self.llm, self.names, self.results, self.todo = llm, names, results, todo
         self.queueing: deque[_Entry] = deque()  # entries with samples that are not queued yet
@@ -135,8 +135,7 @@ class _Run:
         try:
             fields = json_of_line(line)
             custom_id = custom_id_of(fields)
-            if (earlier := self.names.first_line_of(custom_id)) < number:
-                raise BadRequest(f"custom_id {custom_id!r} was used by line {earlier}")
+            self.names.check(custom_id, number)
             entry = _read_line(self.llm, number, fields)
             self.llm.check_request(entry.tokens, entry.ask.params)
         except ValueError as error:
@@ -234,24 +233,29 @@ def _check_same_file(lines: list[bytes], done: dict[int, str | None], target: Pa
             )
 
 
-class _NamesOfLines:
-    """Which line used a custom_id first; the same on every rank and after a restart. Parsed when first asked."""
+class NamesOfLines:
+    """Which line used a custom_id first: later ones are refused. The same on every rank and after a restart.
+
+    Parsed when first asked.
+    """
 
     def __init__(self, lines: list[bytes]) -> None:
         self._lines = lines
         self._first: dict[str, int] | None = None
 
-    def first_line_of(self, custom_id: str) -> int:
+    def check(self, custom_id: str, number: int) -> None:
+        """Raises BadRequest if line `number` is not the first of this name."""
         if self._first is None:
             self._first = {}
-            for number, line in enumerate(self._lines, 1):
+            for place, line in enumerate(self._lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    self._first.setdefault(custom_id_of(json_of_line(line)), number)
+                    self._first.setdefault(custom_id_of(json_of_line(line)), place)
                 except BadRequest:  # that line says so itself
                     continue
-        return self._first[custom_id]
+        if (earlier := self._first[custom_id]) < number:
+            raise BadRequest(f"custom_id {custom_id!r} was used by line {earlier}")
 
 
 class _Remote:

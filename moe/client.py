@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from moe.openai import CHAT, COMPLETIONS
+from moe.openai import CHAT, COMPLETIONS, lines_of
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
 
@@ -96,9 +96,10 @@ class Client:
         """Sends every line of a batch file that `target` has no result for, and appends the results.
 
         Returns how many lines failed. on_progress(finished, total) is called after each. Raises ValueError if `target`
-        is the output of another file, ServerError if the server cannot be reached: what is finished stays.
+        is the output of another file or `source` is no UTF-8, ServerError if the server cannot be reached: what is
+        finished stays.
         """
-        lines = Path(source).read_bytes().splitlines()
+        lines = lines_of(Path(source).read_bytes(), str(source))
         done, failed = _finished(Path(target), lines)
         todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done]
         total, finished = len(done) + len(todo), len(done)

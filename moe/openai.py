@@ -3,6 +3,7 @@
 What a request asks for and cannot have is refused by its name; what is there and asks for nothing is accepted.
 """
 
+import codecs
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -335,6 +336,13 @@ def _template(body: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRequest("chat_template_kwargs must be an object", "chat_template_kwargs")
     effort = body.get("reasoning_effort")
     return ({} if effort is None else {"reasoning_effort": effort}) | given
+
+
+def lines_of(content: bytes, name: str) -> list[bytes]:
+    """Of a batch file. Raises ValueError for one that is not UTF-8, which would be split within its characters."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
+        raise ValueError(f"{name} is UTF-16 or UTF-32; UTF-8 is wanted: `iconv -f UTF-16 -t UTF-8` makes it so")
+    return content.removeprefix(codecs.BOM_UTF8).splitlines()
 
 
 def custom_id_of(fields: Any) -> str:

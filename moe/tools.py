@@ -7,11 +7,24 @@ template shows none of them is refused tools by name. Text that only looks like 
 import json
 import re
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "parameters", …}}
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _finite(word: str) -> float:
+    return min(max(float(word), -sys.float_info.max), sys.float_info.max)  # 1e999 is JSON, its infinity is not
+
+
+# As JSON is, not as Python reads and writes it.
+_STRICT: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite}
 
 
 class Call(NamedTuple):
@@ -272,7 +285,7 @@ class ListReader:
         found = []
         while start := re.match(r"\s*[\[,]\s*(?=\{)", self._text):
             try:
-                one, end = json.JSONDecoder().raw_decode(self._text, start.end())
+                one, end = json.JSONDecoder(**_STRICT).raw_decode(self._text, start.end())
             except ValueError:
                 break
             self._text = self._text[end:]
@@ -331,13 +344,13 @@ def _calls_of(listed: Sequence[Any]) -> list[Call] | None:
             arguments = _json(arguments)
         if not (isinstance(one.get("name"), str) and one["name"] and isinstance(arguments, Mapping)):
             return None
-        calls.append(Call(one["name"], json.dumps(arguments, ensure_ascii=False)))
+        calls.append(Call(one["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False)))
     return calls
 
 
 def _json(text: str) -> Any:
-    """None if it is not JSON."""
+    """None if it is not JSON, which has no NaN and no infinity, whatever Python reads and writes."""
     try:
-        return json.loads(text)
+        return json.loads(text, **_STRICT)
     except (ValueError, RecursionError):
         return None

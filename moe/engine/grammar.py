@@ -3,15 +3,16 @@
 Nothing else of sampling changes: the mask is what `allowed_token_ids` is, by the state of the text. A request's state
 is a function of its tokens alone, so that any rank, or the same one after a loss, has the same.
 
-Needs the extra `grammar`. Compiling a schema takes milliseconds and is done once for equal ones; a mask takes tens of
-microseconds to a few milliseconds for each token.
+Needs the extra `grammar`. Compiling a schema takes milliseconds and is done once for equal ones, its first mask with
+it, in the thread of whoever asks; a mask takes tens of microseconds to a few milliseconds for each token, in the step.
+It is as long as the longest text that the form spells out, which is therefore bounded.
 """
 
 import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from moe.params import StructuredOutputsParams
 
 # As much white space between two words of JSON as a generous indentation takes, and no endless rows of it.
 _JSON_OPTIONS = {"whitespace_pattern": r"[ \t\n\r]{1,32}"}
+_SAID_OF_IT = ("title", "description", "$comment", "examples")  # of a schema: bind nothing
 _KEPT = 64  # compiled forms
+_LONGEST = 10_000  # characters that a form may spell out in a row: some 3 ms a mask, which others of the step wait for
 
 
 class Constraint:
@@ -57,7 +60,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"structured_outputs: {first_line(self._matcher.get_error())}")
+            raise ValueError(f"structured_outputs: {_why(self._matcher)}")
 
 
 class Grammars:
@@ -104,12 +107,19 @@ class Grammars:
         tokenizer = _read_tokenizer(self._folder, self.vocabulary, self._eos_ids, self._trusts)
         form, text = wanted.form
         try:
+            if (longest := max(map(len, _spelled_out(form, text)), default=0)) > _LONGEST:
+                raise ValueError(
+                    f"spells out {longest} characters in a row, at most {_LONGEST}: every step waits for it"
+                )
             grammar = _grammar(llguidance, form, text)
             matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         except ValueError as error:
             raise ValueError(f"structured_outputs.{form}: {first_line(str(error))}") from None
         if matcher.is_error():
             raise ValueError(f"structured_outputs.{form} is not supported: {first_line(matcher.get_error())}")
+        matcher.compute_bitmask()  # the slowest one, here and not in a step; copies have it
+        if matcher.is_error():
+            raise ValueError(f"structured_outputs.{form}: {_why(matcher)}")
         return matcher
 
 
@@ -133,6 +143,33 @@ def _grammar(llguidance: Any, form: str, text: str) -> str:
     if form == "choice":
         form, text = "regex", "|".join(map(re.escape, json.loads(text)))  # one word of the lexer, however many
     return str(llguidance.grammar_from(form, text))
+
+
+def _spelled_out(form: str, text: str) -> Iterable[str]:
+    """What may be one word of the lexer: its states are as long as what is left of a word."""
+    if form == "choice":
+        return list(json.loads(text))
+    if form in ("regex", "grammar"):
+        return re.split(r"[|\n]", text)
+    return [] if form == "json_object" else _texts_of(json.loads(text))
+
+
+def _texts_of(schema: Any) -> Iterator[str]:
+    """Names and texts, wherever they stand."""
+    if isinstance(schema, str):
+        yield schema
+    elif isinstance(schema, (list, dict)):
+        yield from (schema if isinstance(schema, dict) else ())
+        for one in schema if isinstance(schema, list) else [schema[key] for key in schema if key not in _SAID_OF_IT]:
+            yield from _texts_of(one)
+
+
+def _why(matcher: Any) -> str:
+    """One sentence on a matcher that cannot go on."""
+    error = str(matcher.get_error())
+    if error.startswith("NoExtensionBias"):
+        return "no token of the vocabulary can follow: no answer has this form"
+    return first_line(error)
 
 
 def first_line(text: str) -> str:

@@ -46,9 +46,7 @@ class FaultyStore:
 
 def serve(pipe, max_open: int, folder: str) -> None:
     """The server process. Says its port, then obeys: "check" answers what is wrong, "fail" makes reads fail."""
-    import uvicorn
-
-    from moe.launch.server import Limits, make_app
+    from moe.launch.server import Limits, make_app, make_server
     from moe.launch.uploads import Uploads
     from moe.llm import LLM
     from moe.service import Service
@@ -63,8 +61,8 @@ def serve(pipe, max_open: int, folder: str) -> None:
         cache = llm.engine.experts.cache
         cache.store = store = FaultyStore(cache.store)
         service = Service(llm, max_open)
-        app = make_app(service, Uploads(service, Path(folder)), Limits(drain_seconds=2))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
+        limits = Limits(drain_seconds=2)
+        server = make_server(make_app(service, Uploads(service, Path(folder)), limits), limits, "127.0.0.1", 0)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:

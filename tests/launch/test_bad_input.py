@@ -14,7 +14,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from moe.batch import BatchProgress, ResultFile
 from moe.launch.cli import _parser, main
-from moe.launch.options import check_outputs
+from moe.launch.options import check_outputs, named_path
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.models.load import load_dense
@@ -296,6 +296,8 @@ def test_files_of_the_other_commands(capfd, tmp_path, folder):
     bad.write_text('{"prompt": "a"}\n{"prompt": \n')
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9\n")
+    wide = tmp_path / "wide.jsonl"
+    wide.write_bytes('{"custom_id": "Ċ"}\n'.encode("utf-16-le"))
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     trace = tmp_path / "trace.npz"
@@ -312,6 +314,7 @@ def test_files_of_the_other_commands(capfd, tmp_path, folder):
         (["batch", TINYMOE, bad, tmp_path], [tmp_path.name]),
         (["batch", TINYMOE, bad, text], ["is no result of this program"]),
         (["pack", TINYMOE, tmp_path], ["exists already"]),
+        (["batch", TINYMOE, wide, tmp_path / "out.jsonl"], ["wide.jsonl is UTF-16 or UTF-32; UTF-8 is wanted"]),
         (["info", tmp_path], ["has neither model.safetensors nor"]),
     ]
     for arguments, words in cases:
@@ -328,7 +331,7 @@ def written_files():
     for name, parser in _parser()._subparsers._group_actions[0].choices.items():
         for action in parser._actions:
             says = f"{action.help} {action.dest}"
-            if action.type is Path and name != "pack" and re.search(r"\bwrit|\bout(put)?\b|append|^\.npz", says):
+            if action.type is named_path and name != "pack" and re.search(r"\bwrit|\bout(put)?\b|append|^\.npz", says):
                 found.append((name, action.dest))
     return found
 
@@ -349,6 +352,24 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(ca
 def test_results_are_kept_in_a_regular_file(device):
     with pytest.raises(ValueError, match="is no regular file"), ResultFile(Path(device), BatchProgress(0)):
         pass
+
+
+def test_a_path_that_is_empty_is_not_the_present_folder(capsys):
+    """Of every command: `Path("")` is "."."""
+    for name, parser in _parser()._subparsers._group_actions[0].choices.items():
+        for action in parser._actions:
+            assert action.type is not Path, (name, action.dest)
+    for arguments in (["info", ""], ["batch", str(TINYMOE), "", "out"], ["place", "a", "--out", ""]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "it is empty; name a file or a folder" in capsys.readouterr().err
+
+
+def test_without_a_tokenizer_nothing_is_printed_before_the_error(capfd, original):
+    assert main(["generate", str(original), *PROMPT]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "has no tokenizer; give token ids" in said.err
 
 
 def test_broken_tokenizer(capfd, tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import pkgutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,6 @@ import httpx
 import jsonschema
 import openai
 import pytest
-import uvicorn
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from moe.batch import run_batch
 from moe.client import AsyncClient, Client, ServerError
 from moe.launch.cli import main
-from moe.launch.server import Limits, make_app
+from moe.launch.server import Limits, make_app, make_server
 from moe.launch.uploads import Uploads
 from moe.llm import LLM
 from moe.params import SamplingParams
@@ -46,7 +46,7 @@ def llm(folder):
 
 
 def run_server(service, uploads, limits, api_key=None):
-    server = uvicorn.Server(uvicorn.Config(make_app(service, uploads, limits, api_key), port=0, log_level="error"))
+    server = make_server(make_app(service, uploads, limits, api_key), limits, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -294,6 +294,21 @@ def test_files_and_batches_by_the_official_client(client, right):
         client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
 
 
+def test_a_name_that_is_used_twice_and_a_file_that_is_no_utf8(served, client):
+    """As batch files have it: the second line of the name is refused; what is split at wrong bytes is not begun."""
+    lines = batch_lines(4).replace(b'"r3"', b'"r2"')
+    failed = {}
+    for name, content in {"twice": lines, "utf16": lines.decode().encode("utf-16")}.items():
+        file = client.files.create(file=("in.jsonl", content), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        failed[name] = finished(client, batch)
+    assert (failed["twice"].request_counts.completed, failed["twice"].request_counts.failed) == (2, 2)
+    assert "custom_id 'r2' was used by line 3" in client.files.content(failed["twice"].error_file_id).text
+    assert failed["utf16"].status == "failed"
+    assert "UTF-8 is wanted" in failed["utf16"].errors.data[0].message
+    idle(served)
+
+
 def test_a_batch_of_the_service_says_what_a_file_does(served, client, llm, tmp_path):
     body = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0, "logprobs": 1, "prompt_logprobs": 1, "n": 2}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
@@ -431,6 +446,7 @@ def test_api_key(served):
 def test_the_command_drains_and_a_restart_goes_on_with_its_batches(folder, tmp_path, right):
     def start(port):
         arguments = ["serve", folder, "--port", port, "--state", tmp_path / "state", "--set", "dtype=float32"]
+        arguments += ["--drain-seconds", "1", "--record", tmp_path / "run"]
         process = subprocess.Popen(
             [sys.executable, "-m", "moe", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
@@ -456,7 +472,9 @@ def test_the_command_drains_and_a_restart_goes_on_with_its_batches(folder, tmp_p
     count = 200
     file = client.files.create(file=("in.jsonl", batch_lines(count)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    deadline = time.monotonic() + 400
     while client.batches.retrieve(batch.id).request_counts.completed == 0:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     end(process, signal.SIGKILL)
     process, client = start(port)
@@ -466,5 +484,13 @@ def test_the_command_drains_and_a_restart_goes_on_with_its_batches(folder, tmp_p
         assert sorted(r["custom_id"] for r in results) == sorted(f"r{i}" for i in range(count) if i != 1)
         answer = client.completions.create(model="m", prompt=PROMPT, max_tokens=12, temperature=0)
         assert answer.choices[0].text == right.text
+        endless = {"prompt": PROMPT, "max_tokens": 900, "n": 100, "ignore_eos": True, "stream": True, "temperature": 1}
+        content = json.dumps(endless).encode()
+        stalled = socket.create_connection(("127.0.0.1", port))  # reads nothing, and keeps the line
+        stalled.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(content))
+        stalled.sendall(content)
+        assert stalled.recv(1, socket.MSG_PEEK)
     finally:
-        assert end(process, signal.SIGTERM) in (0, -signal.SIGTERM)
+        status = end(process, signal.SIGTERM)
+    stalled.close()
+    assert status == 0  # of its own accord: all was closed

@@ -172,6 +172,8 @@ def test_a_form_is_compiled_once_and_seldom_used_ones_are_dropped():
         ({"regex": "(a"}, "structured_outputs.regex is not supported: .*unclosed"),
         ({"grammar": "start: nobody"}, "structured_outputs.grammar is not supported"),
         ({"regex": "(?=a)b"}, "structured_outputs.regex is not supported"),
+        ({"regex": r"[^\s\S]"}, "structured_outputs.regex: no token of the vocabulary can follow: no answer has"),
+        ({"grammar": "root ::= root"}, "structured_outputs.grammar: no token of the vocabulary can follow"),
     ],
 )
 def test_forms_that_cannot_be_asked_for(llm, form, sentence):
@@ -193,12 +195,33 @@ def test_thousands_of_choices(llm):
     assert llm.generate(PROMPT, params)[0].outputs[0].text in choices
 
 
-def test_a_form_that_can_never_be_ends_its_own_request(llm):
-    never = SamplingParams(structured_outputs=StructuredOutputsParams(grammar="root ::= root"))
+def test_a_form_that_comes_to_a_dead_end_ends_its_own_request(llm):
+    never = SamplingParams(structured_outputs=StructuredOutputsParams(grammar='start: "a" no\nno: /[^\\s\\S]/'))
     bad, good = (o.outputs[0] for o in llm.generate([PROMPT] * 2, [never, SamplingParams(max_tokens=5)]))
     assert (bad.finish_reason, good.finish_reason) == ("error", "length")
-    assert bad.error.startswith("structured_outputs: ")
-    assert "<state>" not in bad.error
+    assert bad.error == "structured_outputs: no token of the vocabulary can follow: no answer has this form"
+
+
+LONG = "abcdefgh" * 2000
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"choice": ["a", LONG]},
+        {"regex": f"a|{LONG}"},
+        {"grammar": f'start: "{LONG}"'},
+        {"json": {"properties": {"a": {"enum": [1, LONG]}}}},
+        {"json": {"properties": {LONG: {}}}},
+    ],
+    ids=["choice", "regex", "grammar", "value", "name"],
+)
+def test_what_a_form_spells_out_is_bounded(llm, form):
+    """The lexer's states are as long as what is left of a word, and every step would wait for that."""
+    with pytest.raises(ValueError, match=r"spells out 1600\d characters in a row, at most 10000"):
+        llm.check_request([1], SamplingParams(structured_outputs=StructuredOutputsParams(**form)))
+    told = {"type": "object", "description": LONG, "properties": {"a": {"title": LONG, "type": "integer"}}}
+    llm.check_request([1], SamplingParams(structured_outputs=StructuredOutputsParams(json=told)))
 
 
 def test_names_of_offline_scripts():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -144,7 +145,11 @@ def streamed(asked, pieces, finish="stop"):
             assert (one.id is None) == bool(call[0])
             call[0] += one.function.name or ""
             call[1] += one.function.arguments
-    return content, [(name, json.loads(arguments)) for _, (name, arguments) in sorted(calls.items())], finished
+    return (
+        content,
+        [(name, json.loads(arguments, parse_constant=pytest.fail)) for _, (name, arguments) in sorted(calls.items())],
+        finished,
+    )
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), SAID)
@@ -153,6 +158,22 @@ def test_pieces_say_what_the_whole_says(name, text, content, calls, seed):
     cuts = sorted(random.Random(seed).choices(range(len(text) + 1), k=seed * 9))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])] if seed < 5 else [*text, ""]
     assert streamed(ask(form=BY_NAME[name]), pieces) == (content, calls, "tool_calls" if calls else "stop")
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_arguments_that_are_no_json_are_no_call(word):
+    """Python reads and writes them; a client's parser would not."""
+    text = f'<tool_call>{{"name": "weather", "arguments": {{"days": {word}}}}}</tool_call>'
+    assert streamed(ask(), list(text)) == (text, [], "stop")
+    coder = f"<tool_call><function=weather><parameter=days>{word}</parameter></function></tool_call>"
+    assert streamed(ask(form=BY_NAME["Qwen3-Coder"]), [coder])[1] == [("weather", {"days": word})]
+
+
+def test_a_number_that_is_too_large_is_the_largest():
+    said = '{"name": "weather", "arguments": {"days": [1e999, -1e999, 2.5]}}'
+    largest = ("weather", {"days": [sys.float_info.max, -sys.float_info.max, 2.5]})
+    assert streamed(ask(), [f"<tool_call>{said}</tool_call>"])[1] == [largest]
+    assert streamed(ask(tool_choice="required"), [f"[{said}]"])[1] == [largest]
 
 
 def test_text_is_not_held_back_longer_than_it_must_be():
