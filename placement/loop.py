@@ -15,6 +15,8 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -158,6 +160,12 @@ class Trigger:
         self._rests = 0 if has_moved else RESTS * self.options.window
 
 
+def _received(migration: Migration) -> list[int]:
+    """Copies that come to a rank in each step."""
+    plans = [migration.start, *migration.states()]
+    return [int((new.hosted & ~old.hosted).sum()) for old, new in pairwise(plans)]
+
+
 class Sums:
     """What was counted since a moment."""
 
@@ -169,19 +177,45 @@ class Sums:
         return Figures(imbalance, self.bytes / tokens / layers, (time.perf_counter() - self.began) / tokens)
 
 
+@dataclass(slots=True)
+class PlacementStats:
+    """What a loop has done (moe/metrics.py reads it). Loads are the busiest rank's over the mean."""
+
+    placement_turns: int = field(default=0, metadata={"help": "Searches for a better placement of experts on ranks"})
+    moved_experts: int = field(default=0, metadata={"help": "Copies of experts that were moved to another rank"})
+    moved_bytes: int = field(default=0, metadata={"help": "Of the experts that were moved", "unit": "bytes"})
+    placement_load: float = field(
+        default=0.0, metadata={"help": "Busiest rank's load over the mean in the latest window", "kind": "gauge"}
+    )
+    predicted_load: float = field(
+        default=0.0, metadata={"help": "The load that was predicted for the last moves", "kind": "gauge"}
+    )
+    measured_load: float = field(
+        default=0.0, metadata={"help": "The load in the window after the last moves", "kind": "gauge"}
+    )
+
+    def after(self, before: "PlacementStats") -> "PlacementStats":
+        """With the counts of an earlier loop of the same run; gauges are this one's."""
+        counts = ("placement_turns", "moved_experts", "moved_bytes")
+        return replace(self, **{name: getattr(before, name) + getattr(self, name) for name in counts})
+
+
 class OnlineLoop:
     """What decides, for all ranks. plan: where the run starts. Memory: `options.window` tokens of routing.
 
     `observe` takes what was routed, `step` is called once between two steps and never waits. history: every turn, and
-    what was measured over a window before and one after it, None until then.
+    what was measured over a window before and one after it, None until then; notes: the same in words.
     """
 
     def __init__(self, plan: Plan, machine: Machine, options: LoopOptions, solver: Solver) -> None:
         self.plan, self.machine, self.options, self.solver = plan, machine, options, solver
         self.history: list[tuple[Turn, Figures, Figures | None]] = []
+        self.notes: list[str] = []
+        self.stats = PlacementStats()
         self._recent, self._trigger = Recent(options.window), Trigger(options)
         self._sums, self._unseen = Sums(), 0
-        self._is_asked = self._is_measuring = self._is_over = False
+        self._is_asked = self._is_over = False
+        self._measuring: int | None = None  # place in the history of the turn that moved last
         self._moving = 0  # steps until the last state of a migration
 
     def observe(self, ids: NDArray[np.int16], home: int, tokens: int, num_bytes: int) -> None:
@@ -206,8 +240,9 @@ class OnlineLoop:
             return None
         window = self._recent.window()
         imbalance = window.imbalance(self.plan, self.machine.rates(window.ids.shape[2]))
-        if self._is_measuring and self._sums.tokens >= self.options.window:
-            self._measured(imbalance, window.ids.shape[1])
+        self.stats.placement_load = imbalance
+        if self._measuring is not None and self._sums.tokens >= self.options.window:
+            self._measured(self._measuring, imbalance, window.ids.shape[1])
         fires = self._trigger.fires(imbalance, self._unseen)
         self._unseen = 0
         if fires:
@@ -223,7 +258,7 @@ class OnlineLoop:
         try:
             turn = self.solver.poll()
         except RuntimeError as error:  # a run goes on without: its answers do not depend on it
-            log.warning("placement.online is off from here on, the present plan stays: %s", error)
+            self._note(f"placement.online is off from here on, the present plan stays: {error}")
             self._is_over = True
             return None
         if turn is None:
@@ -231,25 +266,36 @@ class OnlineLoop:
         self._is_asked, self._unseen = False, 0
         self._trigger.took(turn.migration is not None)
         self.history.append((turn, self._before, None))
-        if turn.migration is None:
-            log.warning("placement: load %.3f, the plan stays: %s", self._before.imbalance, turn.reason)
+        self.stats.placement_turns += 1
+        migration = turn.migration
+        most = max(_received(migration)) * self.machine.sizes.expert_bytes if migration is not None else 0
+        assert most <= self.options.bytes_per_step, (most, self.options.bytes_per_step)
+        if migration is None:
+            self._note(f"load {self._before.imbalance:.3f}, the plan stays: {turn.reason}")
             return None
-        self.plan, self._moving = turn.migration.target, len(turn.migration.steps) + 1
-        self._is_measuring = True
-        log.warning(
-            "placement: moves %d of %d experts, %d bytes in %d steps; predicted %s -> %s (solved in %.2f s)",
-            turn.num_moved, self.plan.hosted.sum(), turn.migration.num_bytes, len(turn.migration.steps), turn.before,
-            turn.after, turn.seconds,
-        )  # fmt: skip
-        return turn.migration
+        self.plan, self._moving = migration.target, len(migration.steps) + 1
+        self._measuring = len(self.history) - 1
+        self.stats.moved_experts += turn.num_moved
+        self.stats.moved_bytes += migration.num_bytes
+        self.stats.predicted_load = turn.after.imbalance
+        self._note(
+            f"moves {turn.num_moved} of {self.plan.hosted.sum()} experts, {migration.num_bytes} bytes in "
+            f"{len(migration.steps)} steps; predicted {turn.before} -> {turn.after} (solved in {turn.seconds:.2f} s)"
+        )
+        return migration
 
-    def _measured(self, imbalance: float, layers: int) -> None:
-        self._is_measuring = False
+    def _measured(self, place: int, imbalance: float, layers: int) -> None:
+        self._measuring = None
         after = self._sums.figures(imbalance, layers)
-        turn, before, _ = self.history[-1]
-        self.history[-1] = turn, before, after
-        log.warning("placement: predicted %s -> %s, measured %s -> %s", turn.before, turn.after, before, after)
+        turn, before, _ = self.history[place]
+        self.history[place] = turn, before, after
+        self.stats.measured_load = after.imbalance
+        self._note(f"predicted {turn.before} -> {turn.after}, measured {before} -> {after}")
         self._sums = Sums()
+
+    def _note(self, words: str) -> None:
+        self.notes.append(words)
+        log.warning("placement: %s", words)
 
 
 if __name__ == "__main__":

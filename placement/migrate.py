@@ -57,7 +57,7 @@ def states_of(start: Plan, steps: Iterable[Iterable[Write]]) -> Iterator[Plan]:
         for write in step:
             assert table[write.layer, write.physical] == write.old, (write, table[write.layer, write.physical])
             table[write.layer, write.physical] = write.new
-        yield Plan(num_experts=start.num_experts, num_ranks=start.num_ranks, phy2log=table)
+        yield start.with_result(phy2log=table, solver="moved", value=None, bound=None, seconds=None)
 
 
 def relabel(present: Plan, target: Plan, *, nodes: tuple[int, ...] | None = None, per_layer: bool = False) -> Plan:

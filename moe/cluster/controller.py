@@ -93,7 +93,8 @@ class ClusterEngine(Front):
 
     def metric_sources(self) -> list[tuple[Any, dict[str, str]]]:
         """The records that count, for `moe/metrics.py`."""
-        return [(self.stats, {}), (self.crew.counted(), {})]
+        counts = self.crew.counted()
+        return [(self.stats, {}), (counts, {}), (counts.placement, {})]
 
     def close(self) -> None:
         """Ends the hosts, and Ray where it was started here. No effect the second time."""

@@ -17,8 +17,8 @@ from torch._C._distributed_c10d import TCPStore
 from moe.cluster.fleet import Fleet, Host
 from moe.cluster.ledger import Ledger
 from moe.cluster.lines import Lines
-from moe.cluster.messages import Ended, Said, Serve, Where
-from moe.cluster.plans import Hosted, first_plan, plan_for
+from moe.cluster.messages import Collected, Ended, Serve, Where
+from moe.cluster.plans import Placements
 from moe.cluster.policy import ClusterError, FailurePolicy, State, first_sentence
 from moe.cluster.stats import ClusterStats, ClusterStatus, HostStatus, Noted
 from moe.config import EngineConfig
@@ -41,7 +41,7 @@ class Crew:
         self.config, self.ledger, self.target = config, ledger, num_hosts
         self.policy = FailurePolicy(config.cluster)
         self.state, self.generation = State.STARTING, 0
-        self.plan: Plan | None = None
+        self.placements = Placements(config.parallel.plan)
         self.counts = ClusterStats()
         self.noted: list[Noted] = []
         here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -55,7 +55,6 @@ class Crew:
         self.loading: dict[Any, Host] = {}
         self._serving: dict[Any, Host] = {}
         self._collecting: dict[Any, Host] = {}
-        self._held: dict[int, Hosted] = {}  # by host: what the last plan gave it
         self._limits: Limits | None = None
         try:
             self._start(num_hosts + config.cluster.spares)
@@ -69,6 +68,11 @@ class Crew:
     def limits(self) -> Limits:
         assert self._limits is not None, "set by the first hosts"
         return self._limits
+
+    @property
+    def plan(self) -> Plan | None:
+        """Of the generation that serves, or served last, as it is now."""
+        return self.placements.plan
 
     def scale(self, num_hosts: int) -> None:
         """From some step on `num_hosts` serve: more are started, or the last ones leave in order."""
@@ -131,6 +135,7 @@ class Crew:
         counts = self.counts
         counts.hosts, counts.generations = len(self.alive), self.generation
         counts.queued_requests, counts.open_requests = self.ledger.num_queued, len(self.ledger)
+        counts.placement = self.placements.stats
         return counts
 
     def status(self, model: str) -> ClusterStatus:
@@ -169,10 +174,20 @@ class Crew:
             silent_s=silent,
         )
 
-    def _hear(self, host: Host, first: int, said: Sequence[Said]) -> None:
-        """What a host said from number `first` on, some of it maybe known."""
-        self.ledger.hear(host.number, said[max(0, host.seen - first) :])
-        host.seen = max(host.seen, first + len(said))
+    def _ask(self, host: Host, wait_s: float) -> Any:
+        """For what it has to say that is not known yet."""
+        return host.actor.collect.remote(host.seen, wait_s, host.placed)
+
+    def _hear(self, host: Host, words: Collected) -> None:
+        """What a host said, some of it maybe known."""
+        self.ledger.hear(host.number, words.said[max(0, host.seen - words.first) :])
+        host.seen = max(host.seen, words.first + len(words.said))
+        placed = words.placed
+        if placed is not None and placed.number > host.placed:
+            host.placed = placed.number
+            if placed.generation == self.generation:
+                for note in self.placements.moved(placed):
+                    self._note(f"placement: {note}", [host], {})
 
     def _start(self, count: int) -> None:
         hosts = self.fleet.start(count, self.target) if count else []
@@ -209,28 +224,25 @@ class Crew:
         self.generation += 1
         infos = [host.info for host in hosts if host.info is not None]
         nodes = tuple(info.node for info in infos)
-        held, shape = [self._held.get(host.number) for host in hosts], infos[0].shape
-        plan = plan_for(held, shape) if self._held else first_plan(self.config.parallel.plan, shape, nodes)
-        self.plan = plan
-        self._held = {host.number: plan.hosted[:, :, rank] for rank, host in enumerate(hosts)}
+        plan = self.placements.form([host.number for host in hosts], infos[0].shape, nodes)
         self._limits = min((info.limits for info in infos), key=lambda limits: limits.num_blocks)
         self.alive = hosts
         for rank, host in enumerate(hosts):
             order = Serve(self.generation, nodes, rank, plan)
             self._serving[host.actor.serve.remote(order)] = host
             if host not in self._collecting.values():
-                self._collecting[host.actor.collect.remote(host.seen, _POLL_S)] = host
+                self._collecting[self._ask(host, _POLL_S)] = host
         self.state = State.SERVING
         self._note("serves", hosts, seconds)
 
     def _collected(self, reference: Any) -> None:
         host = self._collecting.pop(reference)
         try:
-            self._hear(host, *ray.get(reference))
+            self._hear(host, ray.get(reference))
         except ray.exceptions.RayError:
             return  # its line says so too, or its `serve`
         if host in self.alive:
-            self._collecting[host.actor.collect.remote(host.seen, _POLL_S)] = host
+            self._collecting[self._ask(host, _POLL_S)] = host
 
     def _loaded(self, reference: Any) -> None:
         host = self.loading.pop(reference)
@@ -321,6 +333,7 @@ class Crew:
                     self._note(f"ended: {first_sentence(error)}", [host], {})
                     continue
                 left.append(host)
+                self.placements.left(host.number, self.alive.index(host), ended.plan)
                 self._note(f"left: {ended.lost or 'in order'}", [host], ended.seconds)
             for reference, host in list(self._serving.items()):
                 if self._is_closed(host):
@@ -339,7 +352,7 @@ class Crew:
 
     def _last_words(self, host: Host) -> None:
         try:
-            self._hear(host, *ray.get(host.actor.collect.remote(host.seen, 0.0), timeout=self.config.cluster.leave_s))
+            self._hear(host, ray.get(self._ask(host, 0.0), timeout=self.config.cluster.leave_s))
         except ray.exceptions.RayError as error:
             self._note(f"its last words are lost: {first_sentence(error)}", [host], {})
 

@@ -7,11 +7,12 @@ that will not answer. The class needs no Ray; `actor_class` makes it an actor.
 
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 from moe.cluster.desk import Desk
 from moe.cluster.lines import Lifeline
-from moe.cluster.messages import Dealt, Ended, HostInfo, Said, Serve, Where
+from moe.cluster.messages import Collected, Dealt, Ended, HostInfo, Placed, Serve, Where
 from moe.comm.errors import CommError
 from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, interrupt, join_groups, leave_groups
@@ -38,6 +39,7 @@ class ExpertHost:
         self.lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self.desk = Desk()
         self._leaves = -1  # the generation that is to end
+        self._placed: Placed | None = None
         self._groups: Groups | None = None
         self._load_seconds = time.perf_counter() - started
 
@@ -65,9 +67,11 @@ class ExpertHost:
     def cancel(self, ids: list[int]) -> None:
         self.desk.cancel(ids)
 
-    def collect(self, after: int, wait_s: float) -> tuple[int, list[Said]]:
-        """As `Desk.collect`."""
-        return self.desk.collect(after, wait_s)
+    def collect(self, after: int, wait_s: float, placed: int) -> Collected:
+        """As `Desk.collect`. placed: the number of the last `Placed` that has come."""
+        first, said = self.desk.collect(after, wait_s)
+        now = self._placed
+        return Collected(first, said, None if now is None or now.number == placed else now)
 
     def leave(self, generation: int) -> None:
         """All ranks end this generation after the step that they are in."""
@@ -84,7 +88,13 @@ class ExpertHost:
         """Steps until the generation ends. Requests that are not finished then stay, with their KV where it can."""
         seconds: dict[str, float] = {}
         groups: Groups | None = None
+        has_joined = False
         started = time.perf_counter()
+
+        def ended(lost: str | None) -> Ended:
+            parallel = self.engine.parallel if has_joined else None
+            return Ended(order.generation, lost, seconds, None if parallel is None else parallel.plan)
+
         try:
             groups = self._groups = join_groups(
                 self.store,
@@ -97,14 +107,15 @@ class ExpertHost:
             )
             seconds["meet"] = time.perf_counter() - started
             self.engine.join(groups, order.plan)
+            has_joined = True
             seconds["join"] = time.perf_counter() - started - seconds["meet"]
             self._run(order.generation, seconds)
             leave_groups(groups)
-            return Ended(order.generation, None, seconds)
+            return ended(None)
         except CommError as error:
             if groups is not None:
                 leave_groups(groups, wait=False)
-            return Ended(order.generation, str(error), seconds)
+            return ended(str(error))
         finally:
             self._groups = None
 
@@ -118,11 +129,23 @@ class ExpertHost:
             if self._leaves == generation:
                 control.leave()
             self.desk.stepped(engine.step())
+            self._look_at_placement(generation)
             self.lifeline.steps += 1
             self.lifeline.free_blocks = engine.scheduler.pool.num_available
             seconds.setdefault("first step", time.perf_counter() - started)
             if not engine.has_work:
                 self.desk.wait(_IDLE_S, lambda: self._leaves == generation)
+
+    def _look_at_placement(self, generation: int) -> None:
+        """Says what is new of the plan and of the loop that changes it, on rank 0."""
+        online, parallel, before = self.engine.online, self.engine.parallel, self._placed
+        if online is None or online.loop is None or parallel is None:
+            return
+        is_known = before is not None and before.generation == generation and before.plan is parallel.plan
+        if is_known and before is not None and len(before.notes) == len(online.loop.notes):
+            return
+        number = 1 if before is None else before.number + 1
+        self._placed = Placed(generation, number, parallel.plan, replace(online.stats), tuple(online.loop.notes))
 
 
 class NodeKeeper:

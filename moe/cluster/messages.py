@@ -8,6 +8,7 @@ from moe.engine.sampling import Logprobs
 from moe.engine.stats import State
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
+from moe.placement.loop import PlacementStats
 from moe.placement.plan import Plan
 
 
@@ -53,11 +54,36 @@ class Serve:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Why a host serves a generation no more: all agreed to stop, or a peer was lost. seconds: what starting took."""
+    """Why a host serves a generation no more: all agreed to stop, or a peer was lost. seconds: what starting took;
+    plan: that it served last, which may have moved since `Serve`, None if it never began."""
 
     generation: int
     lost: str | None
     seconds: dict[str, float]
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Rank 0 of a generation that re-balances: the plan it serves, and what its loop has done and said so far.
+
+    number: grows with every change of one of them.
+    """
+
+    generation: int
+    number: int
+    plan: Plan
+    stats: PlacementStats
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a host has to say: words from number `first` on, and its placement, None if that is known already."""
+
+    first: int
+    said: list[Said]
+    placed: Placed | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,15 @@
-"""A plan for those who are there: each keeps the experts it has, and those without a home go to whoever has fewest."""
+"""Who has which experts: a plan for those who are there, and what became of it while they served.
+
+Each keeps the experts it has, and those without a home go to whoever has fewest.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.cluster.messages import Placed
+from moe.placement.loop import PlacementStats
 from moe.placement.plan import Plan
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
@@ -14,6 +19,37 @@ from moe.placement.trace import RoutingTrace
 _SECONDS, _ROUNDS = 10.0, 100  # what solving may take before the first generation
 
 Hosted = NDArray[np.bool_]  # [L, E]: what one host has
+
+
+class Placements:
+    """Of one generation after another. plan: that is served now; stats: of the loops that moved experts, of all
+    generations."""
+
+    def __init__(self, file: str | None) -> None:
+        self.file = file
+        self.plan: Plan | None = None
+        self.stats = self._before = PlacementStats()
+        self._held: dict[int, Hosted] = {}  # by host: what it has
+        self._placed: Placed | None = None
+
+    def form(self, hosts: Sequence[int], shape: tuple[int, int], nodes: Sequence[str]) -> Plan:
+        """For the next generation: numbers of its hosts and their nodes, by rank. Raises ValueError as `first_plan`."""
+        held = [self._held.get(number) for number in hosts]
+        self.plan = plan = plan_for(held, shape) if self._held else first_plan(self.file, shape, nodes)
+        self._held = {number: plan.hosted[:, :, rank] for rank, number in enumerate(hosts)}
+        self._before, self._placed = self.stats, None
+        return plan
+
+    def left(self, host: int, rank: int, plan: Plan | None) -> None:
+        """A host that was `rank` ended a generation with this plan; None: it never began."""
+        if plan is not None:
+            self._held[host] = plan.hosted[:, :, rank]
+
+    def moved(self, placed: Placed) -> Sequence[str]:
+        """Rank 0 of the generation that serves says this. Returns what had not been said before."""
+        known = () if self._placed is None else self._placed.notes
+        self._placed, self.plan, self.stats = placed, placed.plan, placed.stats.after(self._before)
+        return placed.notes[len(known) :]
 
 
 def plan_for(held: Sequence[Hosted | None], shape: tuple[int, int]) -> Plan:

@@ -126,7 +126,8 @@ class RemoteEngine(Front):
 
     def metric_sources(self) -> list[tuple[Any, dict[str, str]]]:
         """The records that count, for `moe/metrics.py`."""
-        return [(self.stats, {}), (self._look()[1], {})]
+        counts = self._look()[1]
+        return [(self.stats, {}), (counts, {}), (counts.placement, {})]
 
     def close(self) -> None:
         """Ends the controller and its hosts, if no other server has taken them over, and Ray where it was started

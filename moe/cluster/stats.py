@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from moe.engine.stats import State
 from moe.histogram import Histogram
+from moe.placement.loop import PlacementStats
 from moe.placement.plan import Plan
 
 
@@ -26,6 +27,7 @@ class ClusterStats:
     hosts: int = field(default=0, metadata={"help": "Hosts that serve", "kind": "gauge"})
     queued_requests: int = field(default=0, metadata={"help": "Requests that no host has yet", "kind": "gauge"})
     open_requests: int = field(default=0, metadata={"help": "Requests that are not finished", "kind": "gauge"})
+    placement: PlacementStats = field(default_factory=PlacementStats)  # a record of its own for moe/metrics.py
 
 
 class Noted(NamedTuple):

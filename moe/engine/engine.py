@@ -23,7 +23,8 @@ from moe.engine.choices import AutoChoice
 from moe.engine.coherent import CoherentRunner
 from moe.engine.join import Decisions, Place, forget_host_copy, join, share_of, shareable_shape, stay_alone
 from moe.engine.limits import Limits
-from moe.engine.modes import Coherent
+from moe.engine.modes import Coherent, Ranks
+from moe.engine.online import OnlinePlacement
 from moe.engine.recorder import TraceRecorder
 from moe.engine.requests import Chunk, Request
 from moe.engine.sampling import Choice
@@ -180,6 +181,12 @@ class Engine:
         return mode.runner if isinstance(mode, Coherent) else None
 
     @property
+    def online(self) -> OnlinePlacement | None:
+        """What changes the plan while the ranks run."""
+        mode = self.place.mode
+        return mode.online if isinstance(mode, Ranks) else None
+
+    @property
     def choices(self) -> tuple[AutoChoice, ...]:
         """What was chosen where no setting said it."""
         return self.loaded.experts.choices
@@ -278,7 +285,8 @@ class Engine:
         """The records that count, and what tells them apart, for `moe/metrics.py`."""
         layers = [(stats, {"layer": str(layer)}) for layer, stats in enumerate(self.layer_stats())]
         traffic = [(one, {"part": str(part), "carries": one.carries}) for part, one in enumerate(self.traffic)]
-        return [(self.stats, {}), (self.state(), {}), *layers, *traffic]
+        moved = [] if self.online is None else [(self.online.stats, dict[str, str]())]
+        return [(self.stats, {}), (self.state(), {}), *moved, *layers, *traffic]
 
     def layer_stats(self) -> list[LayerStats]:
         return [] if self.experts is None else self.experts.cache.stats

@@ -180,7 +180,8 @@ class Ranks(Alone):
         agreement = self.control.agree(forwards, tokens)
         if self.online is not None:
             self.online.step()
-        self.parallel.begin_step(agreement.tokens if agreement.most_forwards <= 1 else None)
+        if self.parallel.begin_step(agreement.tokens if agreement.most_forwards <= 1 else None):
+            self.experts.fetch_share()
 
 
 class Coherent:

@@ -17,7 +17,7 @@ import numpy as np
 from moe.comm.control import Control
 from moe.layer.parallel import ExpertParallel
 from moe.layer.routing import RoutedLayer, RoutingSeam, StepContext, WholeForwards
-from moe.placement.loop import CHECKS, OnlineLoop, Recent, SolverProcess
+from moe.placement.loop import CHECKS, OnlineLoop, PlacementStats, Recent, SolverProcess
 from moe.placement.loop_options import LoopOptions
 from moe.placement.migrate import Write, states_of
 from moe.placement.turn import Machine, Window
@@ -26,6 +26,7 @@ from moe.placement.turn import Machine, Window
 class OnlinePlacement:
     """One rank's side; owns its place among the observers of routing, and on rank 0 the process that solves.
 
+    stats: of all ranks, on rank 0; elsewhere nothing is counted.
     Two host syncs a layer on an accelerator (`WholeForwards`).
     """
 
@@ -37,6 +38,7 @@ class OnlinePlacement:
         self.loop: OnlineLoop | None = None
         if control.groups.rank == 0:
             self.loop = OnlineLoop(parallel.plan, machine, options, SolverProcess())
+        self.stats = PlacementStats() if self.loop is None else self.loop.stats
         self.forwards = WholeForwards(parallel.plan.num_layers, self._routed)
         routing.observers.append(self.forwards)
         self._begin()

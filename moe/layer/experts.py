@@ -123,6 +123,18 @@ class SlotExperts:
         pinned = None if self.cache.map.num_lacking(own) else self.cache.pin(own)
         self.runner = self.waves if pinned is None else Resident(pinned, self.kernels)
 
+    def fetch_share(self) -> None:
+        """Reads what the plan has newly given to this rank, where all of its experts fit: a migration's bytes are then
+        read in the steps that it gave them. Where they do not fit, a token that needs one has it read, as any other.
+
+        Raises OSError if one cannot be read.
+        """
+        assert self.parallel is not None
+        if self.cache.num_slots >= sum(map(len, self.parallel.hosted)):
+            self.cache.unpin()
+            self.cache.preload(self.parallel.hosted)
+            self.settle()
+
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
         """`compute(x [T, H], topk_ids [T, K], topk_weights [T, K], scale_input) -> [T, H]` of one layer."""
 

@@ -106,11 +106,14 @@ class ExpertParallel:
         steps with the same plans; requests go on running."""
         self._coming.extend(states)
 
-    def begin_step(self, tokens: tuple[int, ...] | None) -> None:
-        """Takes on the next plan of a migration. tokens: of every rank, if all run one forward; else None."""
+    def begin_step(self, tokens: tuple[int, ...] | None) -> bool:
+        """Takes on the next plan of a migration; whether there was one. tokens: of every rank, if all run one forward;
+        else None."""
         self.tokens = tokens
-        if self._coming:
-            self.use(self._coming.popleft())
+        if not self._coming:
+            return False
+        self.use(self._coming.popleft())
+        return True
 
     def share_elsewhere(self) -> float:
         """The share of experts that a rank does not hold, over all ranks and layers."""

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,19 +13,23 @@ from functools import partial
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
 from moe.batch import run_batch
 from moe.engine.requests import Request
 from moe.launch.cli import _parser, main
+from moe.launch.live import live_state
 from moe.launch.options import engine_config
 from moe.launch.ray_data import Answers
 from moe.launch.serve import loaded
 from moe.launch.server import Limits
 from moe.launch.uploads import Uploads
 from moe.llm import LLM
+from moe.metrics import exposition
 from moe.params import SamplingParams
+from moe.placement.plan import Plan
 from moe.service import Service
 from tests.launch.test_server import run_server
 from tests.moe import chaos_cluster
@@ -160,6 +165,45 @@ def test_a_cancelled_request_is_said_no_more_of(cluster, expected):
     said = len(request.tokens)
     assert serve(cluster) == expected
     assert (len(request.tokens), request.finish_reason) == (said, "abort")
+
+
+def test_experts_move_while_hosts_serve_and_a_loss_starts_from_where_they_are(nodes, expected, tmp_path):
+    """All of the experts that these prompts use most on one host; they move, then the other host is killed."""
+    with LLM(DEMO, config_of()) as alone:
+        recorder = alone.engine.record()
+        alone.generate(PROMPTS, PARAMS, use_tqdm=False)
+        ids = recorder.trace().expert_ids
+    order = [np.argsort(-np.bincount(layer.ravel(), minlength=16), kind="stable") for layer in ids.swapaxes(0, 1)]
+    assignment = np.stack([np.argsort(one) // 8 for one in order])
+    Plan.from_assignment(assignment, 2).save(tmp_path / "uneven.json")
+    settings = ["placement.online=true", "placement.window=64", "placement.imbalance=1.3", "placement.most_moved=0.5"]
+    settings += ["cluster.spares=1", f"parallel.plan={tmp_path / 'uneven.json'}"]
+    with LLM(DEMO, config_of(*settings), hosts=2) as llm:
+        engine = llm.engine
+        assert serve(engine) == expected
+        until(engine, lambda: any("placement: moves" in note.what for note in engine.noted))
+        until(engine, lambda: engine.plan is not None and engine.plan.solver == "moved")
+        until(engine, lambda: len(engine.crew.spare) == 1)
+        assert (engine.plan.assignment != assignment).any()
+        assert engine.crew.counted().placement.moved_experts == (engine.plan.assignment != assignment).sum()
+        formed: list[Any] = []
+
+        def kill_one() -> None:
+            formed.append(engine.plan)
+            os.kill(pids(engine)[1], signal.SIGKILL)
+            generation = engine.crew.generation
+            until(engine, lambda: engine.crew.generation > generation)
+            formed.append(engine.plan)
+
+        assert serve(engine, 60, kill_one) == expected
+        before, after = formed
+        assert after.solver == "kept"
+        assert (after.hosted == before.hosted).all(), "who was left kept what it had, the spare took the rest"
+        assert live_state(llm)["plan"] == (engine.plan.log2phy[:, :, 0] // engine.plan.physical_per_rank).tolist()
+        assert any("placement: moves" in event["what"] for event in live_state(llm)["events"])
+        moved = re.search(r"^moe_moved_experts_total (\d+)", exposition(engine.metric_sources()), re.M)
+        assert int(moved[1]) >= (before.assignment != assignment).sum()
+        assert [host.experts for host in engine.status().hosts if host.what == "serves"] == [48, 48]
 
 
 def test_a_driver_that_is_killed_is_followed_by_another(llm, lines, nodes, tmp_path):

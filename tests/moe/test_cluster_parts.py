@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,14 +18,15 @@ from hypothesis import strategies as st
 from moe.cluster.desk import Desk
 from moe.cluster.ledger import Ledger
 from moe.cluster.lines import Lifeline, Lines
-from moe.cluster.messages import Dealt, Said
-from moe.cluster.plans import first_plan, plan_for
+from moe.cluster.messages import Dealt, Placed, Said
+from moe.cluster.plans import Placements, first_plan, plan_for
 from moe.cluster.policy import FailurePolicy
 from moe.config import ClusterConfig, EngineConfig
 from moe.engine.requests import Request
 from moe.launch import ray_cluster
 from moe.launch.ray_data import Answers
 from moe.params import SamplingParams
+from moe.placement.loop import PlacementStats
 from moe.placement.plan import Plan
 from moe.placement.trace import RoutingTrace
 from tests.distributed import MULTIPROCESSING
@@ -55,6 +57,33 @@ def test_a_lost_ranks_experts_go_to_those_that_are_left():
     after = plan_for([before.hosted[:, :, 0], before.hosted[:, :, 2]], (2, 9))
     for old, new in ((0, 0), (2, 1)):
         assert (after.hosted[:, :, new] | ~before.hosted[:, :, old]).all()
+
+
+def test_what_moved_is_what_the_next_generation_starts_from():
+    """Three hosts, a plan that moves; host 8 is lost in the middle of the last move, when only some had taken it on."""
+    places, shape = Placements(None), (2, 6)
+    start = places.form([7, 8, 9], shape, ["a", "a", "b"])
+    states = []
+    hosted = start.hosted.copy()
+    for expert, rank, to in ((0, 0, 2), (5, 2, 0)):
+        hosted[:, expert, rank], hosted[:, expert, to] = False, True
+        states.append(Plan.from_hosted(hosted))
+    told = Placed(1, 1, states[0], PlacementStats(placement_turns=1, moved_experts=2), ("moves 2",))
+    assert list(places.moved(told)) == ["moves 2"]
+    assert (places.plan.hosted == states[0].hosted).all()
+    again = replace(told, number=2, plan=states[1], notes=("moves 2", "moves 4"), stats=PlacementStats(2, 4))
+    assert list(places.moved(again)) == ["moves 4"]
+    places.left(7, 0, states[1])
+    places.left(9, 2, states[0])
+    after = places.form([7, 9], shape, ["a", "b"]).hosted
+    assert after[:, 5, 0].all(), "host 7 had taken expert 5 on"
+    assert after[:, 0, 1].all(), "host 9 has expert 0 since the first move"
+    assert not after[:, 0, 0].any(), "which the plan of the start gave host 7"
+    assert places.stats == again.stats
+    places.moved(Placed(2, 3, Plan.from_hosted(after), PlacementStats(1, 1, placement_load=1.5), ("moves 1",)))
+    assert places.stats == PlacementStats(3, 5, placement_load=1.5)
+    places.left(7, 0, None)  # it never began: what it has is what the plan gave it
+    assert (places.form([7], shape, ["a"]).hosted[:, :, 0]).all()
 
 
 def test_a_trace_is_solved_for_the_nodes_that_came(tmp_path):

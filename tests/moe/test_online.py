@@ -1,6 +1,7 @@
 """`placement.online` on real ranks: experts move while requests run, and nothing of the answers changes."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -8,13 +9,14 @@ import pytest
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig, PlacementConfig
 from moe.llm import LLM
+from moe.metrics import totals
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.families import VOCAB_SIZE, tiny_checkpoint
 
 PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
-EAGER = PlacementConfig(online=True, window=32, imbalance=1.0, calm=1.0, most_moved=0.5, bytes_per_step=1 << 20)
+EAGER = PlacementConfig(online=True, window=32, imbalance=1.0, calm=1.0, most_moved=0.5, bytes_per_step=3 << 13)
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +52,38 @@ def uneven_plan(folder: Path, path: Path, num_ranks: int) -> None:
     Plan.from_assignment(assignment, num_ranks).save(path)
 
 
-def serve(folder: str, plan: str, placement: PlacementConfig, budget: str) -> tuple[list, bool, list, bool]:
-    """This rank's answers; whether its plan changed; load before and after each turn that moved; ended whole."""
+class Told(NamedTuple):
+    """turns: load before and after each that moved; read: experts that came into slots, by step."""
+
+    answers: list[list[int]]
+    has_changed: bool
+    turns: list[tuple[float, float]]
+    is_whole: bool
+    read: list[int]
+    metrics: dict[str, float]
+
+
+def serve(folder: str, plan: str, placement: PlacementConfig, budget: str) -> Told:
+    """What this rank says of its share."""
     with process_groups(timeout_s=120) as groups:
         with LLM(folder, config_of(placement, plan, budget), groups=groups) as llm:
-            own = prompts_of(9)[groups.rank :: groups.world_size]
-            answers = [o.outputs[0].token_ids for o in llm.generate(own, PARAMS)]
-            parallel, online = llm.engine.parallel, llm.engine.place.mode.online
-            moved = [] if online is None or online.loop is None else online.loop.history
-            turns = [(t.before.imbalance, t.after.imbalance) for t, _, _ in moved if t.migration is not None]
-            changed = bool((parallel.plan.hosted != Plan.load(plan).hosted).any())
-            return answers, changed, turns, llm.engine.why_not_whole() is None
+            own, engine = prompts_of(9)[groups.rank :: groups.world_size], llm.engine
+            asked = [llm.add(prompt, PARAMS) for prompt in own]
+            engine.start()
+            fills = [engine.experts.cache.map.num_fills]
+            while engine.has_work:
+                llm.step()
+                fills.append(engine.experts.cache.map.num_fills)
+            history = [] if engine.online is None or engine.online.loop is None else engine.online.loop.history
+            turns = [(t.before.imbalance, t.after.imbalance) for t, _, _ in history if t.migration is not None]
+            return Told(
+                [one.token_ids for one in asked],
+                bool((engine.parallel.plan.hosted != Plan.load(plan).hosted).any()),
+                turns,
+                engine.why_not_whole() is None,
+                np.diff(fills).tolist(),
+                {metric.name: value for metric, value in totals(engine.metric_sources()).items()},
+            )
 
 
 @pytest.mark.parametrize(("ranks", "budget"), [(2, "1.0"), pytest.param(3, "2", marks=pytest.mark.heavy)])
@@ -69,18 +92,25 @@ def test_experts_move_by_themselves_and_no_token_changes(deepseek_v3, tmp_path, 
         expected = [o.outputs[0].token_ids for o in llm.generate(prompts_of(9), PARAMS)]
     uneven_plan(deepseek_v3, tmp_path / "uneven.json", ranks)
     told = spawn(ranks, serve, str(deepseek_v3), str(tmp_path / "uneven.json"), EAGER, budget, time_limit_s=400)
-    assert [answers for answers, *_ in told] == [expected[rank::ranks] for rank in range(ranks)]
-    assert all(changed for _, changed, _, _ in told), "all ranks took on another plan"
-    assert all(before > after for before, after in told[0][2])
-    assert told[0][2]
-    assert all(whole for *_, whole in told)
+    assert [one.answers for one in told] == [expected[rank::ranks] for rank in range(ranks)]
+    assert all(one.has_changed for one in told), "all ranks took on another plan"
+    assert all(before > after for before, after in told[0].turns)
+    assert told[0].turns
+    assert all(one.is_whole for one in told)
+    assert told[0].metrics["moved_experts"] > 0
+    assert told[0].metrics["placement_turns"] >= len(told[0].turns)
+    if budget == "1.0":  # all experts are in slots: what comes later is what moves
+        moved = np.sum([one.read for one in told], axis=0)
+        assert moved.sum() == told[0].metrics["moved_experts"]
+        expert_bytes = told[0].metrics["moved_bytes"] / told[0].metrics["moved_experts"]
+        assert moved.max() * expert_bytes <= EAGER.bytes_per_step < 4 * expert_bytes, "and the budget binds"
 
 
 def test_an_even_run_moves_nothing(deepseek_v3, tmp_path):
     Plan.contiguous(2, 8, 2).save(tmp_path / "even.json")
     calm = PlacementConfig(online=True, window=32, imbalance=1.9, calm=1.5)
     told = spawn(2, serve, str(deepseek_v3), str(tmp_path / "even.json"), calm, "1.0", time_limit_s=400)
-    assert not any(changed for _, changed, _, _ in told)
+    assert not any(one.has_changed for one in told)
 
 
 def test_settings_are_checked():

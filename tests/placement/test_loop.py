@@ -166,6 +166,29 @@ def test_the_loop_moves_after_a_change_and_not_without_one():
     assert abs(after.imbalance - turn.after.imbalance) < 0.1, "what was predicted is what was measured"
 
 
+def test_what_is_measured_is_of_the_turn_that_moved():
+    """Another turn, in vain, ends before the window after the moves is full."""
+
+    class MovesOnce(SolverAtOnce):
+        def ask(self, question: Question) -> None:
+            super().ask(question)
+            if self.asked:
+                self._turn = self._turn._replace(migration=None, reason="in vain")
+            self.asked = True
+
+        asked = False
+
+    options = LoopOptions(window=256, imbalance=1.0, calm=1.0, most_moved=0.5, bytes_per_step=10**6)
+    loop = OnlineLoop(Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE, options, MovesOnce())
+    assert run(loop, routing(900, 0, seed=5))
+    (moved, _, after), (vain, _, nothing) = loop.history
+    assert (moved.migration is not None, vain.reason) == (True, "in vain")
+    assert after is not None
+    assert nothing is None
+    assert loop.stats.measured_load == after.imbalance
+    assert loop.stats.moved_experts == moved.num_moved
+
+
 def test_the_process_answers_as_the_thread_does_and_a_dead_one_is_told():
     question = Question(Plan.contiguous(LAYERS, EXPERTS, RANKS), routing(256, 0, seed=2), MACHINE, OPTIONS)
     solver = SolverProcess()
