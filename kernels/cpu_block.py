@@ -72,6 +72,12 @@ class Step(NamedTuple):
     blocks: Tensor
     block_size: int
 
+    def only(self, which: Tensor) -> "Step":
+        """Of a step of one token a sequence, these sequences: int64 [N]."""
+        first = torch.arange(len(which) + 1)
+        of_each = self.cos[which], self.sin[which], first, self.lengths[which], self.blocks[which]
+        return Step(*of_each, self.block_size)
+
 
 class BlockResult(NamedTuple):
     """x: [T, H] for the experts; ids: int64 [T, K] and weights [T, K] of the router, None where there is none."""

@@ -9,13 +9,17 @@ their keys and values go to all ranks. A step of single tokens moves them instea
                                       └─▶ its K/V to all ranks, behind everything: the next step waits for it
     ─▶ logits and sampling where it ended ─▶ the new tokens to all ranks
 
-What travels is the residual stream: norms and shared experts run where it arrives. Exact for any top-k. It pays where
+What travels is the residual stream: norms and shared experts run where it arrives. Where layers run by compiled blocks
+(moe/models/layer_plan.py) they do so here, with the same bits for a token as in any other run, so that it chooses the
+experts that a trace has. Exact for any top-k. It pays where
 `2·d_kv·(G - 1) < d·p`, or where a saved round costs more than those bytes (`why_coherent`).
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +33,7 @@ from moe.engine.coherent_choice import SHARED_EXPERTS
 from moe.engine.requests import Chunk, step_of
 from moe.engine.runner import PackedRunner
 from moe.engine.sampling import Choice, Logprobs, choose
+from moe.kernels.cpu_block import BlockResult, Step
 from moe.layer.experts import SlotExperts
 from moe.layer.routing import Routing, StepContext
 from moe.models.attention import MaskRule, StepLayout
@@ -144,7 +149,7 @@ class CoherentRunner:
             shapes = [(1, self._top_k)] * len(self.experts.kernels)
             self.experts.join(self._base.embed_tokens.weight.shape[1], self.model.dtype, shapes)
             logits = torch.empty(0, self.model.config.vocab_size)
-        at = self._written(self.kv.layers[0].step if own else None)
+        at = self._rows([self.kv.rows(c.request.blocks, c.end)[c.start :] for c in (chunks[i] for i in own)])
         self._here = [i for i in own if chunks[i].samples]
         rows = [part for layer in self.kv.layers for part in (layer.keys[at], layer.values[at])]
         got = self.gather.rows([at.to(torch.int32), *rows], tokens, Task("keys and values of prompts")).wait()
@@ -161,6 +166,7 @@ class CoherentRunner:
         device, places = self.kv.device, [c.request.place for c in chunks]
         starts = [c.start for c in chunks]
         rows = [self.kv.rows(c.request.blocks, c.end) for c in chunks]
+        whole = self._step_of_blocks(chunks)
         positions = torch.tensor([starts], device=device)
         rotary = self._base.rotary_emb(self._base.embed_tokens.weight[:1, None], positions)
         here = [i for i, place in enumerate(places) if place == self.groups.rank]
@@ -172,18 +178,34 @@ class CoherentRunner:
         )
         for index, layer in enumerate(self._base.layers):
             self._arrive(index)
-            layout = None
-            if here:
+            columns, done = torch.tensor(here, dtype=torch.int64, device=device), None
+            if here and whole is not None:
+                h, done = self._by_block(index, h, whole.only(columns))
+            elif here:
                 layout = self.kv.layout([rows[i] for i in here], [starts[i] for i in here])
-                h = self._attend(index, layer, h, torch.tensor(here, device=device), layout, positions, rotary)
-            self._spread(index, layout, counts)
+                h = self._attend(index, layer, h, columns, layout, positions, rotary)
+            self._spread(index, self._rows([rows[i][starts[i] :] for i in here]), counts)
             if self._sites[index] is not None:
-                h, here, counts = self._move(index, layer, h, step.only(here), here, counts)
+                h, here, counts = self._move(index, layer, h, done, step.only(here), here, counts)
             elif here:
                 h = h + layer.mlp(layer.post_attention_layernorm(h))
         self._here, self._counts = here, list(counts)
         logits: Tensor = self.model.lm_head(self._base.norm(h)).float()
         return logits
+
+    def _step_of_blocks(self, chunks: Sequence[Chunk]) -> Step | None:
+        """What compiled blocks must know of the step; None where layers run by modules."""
+        if self.packed.plan is None:
+            return None
+        starts, ends = [c.start for c in chunks], [c.end for c in chunks]
+        return self.packed.plan.step([c.request.blocks for c in chunks], starts, ends)
+
+    def _by_block(self, index: int, h: Tensor, step: Step) -> tuple[Tensor, BlockResult]:
+        """h: [T, H] after attention, and what goes to the layer's mlp; routed, if the block's router is the layer's."""
+        plan = self.packed.plan
+        assert plan is not None
+        done = plan.blocks[index](h, None, step, plan.work(len(h)))
+        return h, done if plan.layers[index].is_routed else done._replace(ids=None, weights=None)
 
     def _attend(
         self, index: int, layer: Any, h: Tensor, here: Tensor, layout: StepLayout, positions: Tensor, rotary: Any
@@ -203,17 +225,15 @@ class CoherentRunner:
         attended: Tensor = h + x[0]
         return attended
 
-    def _spread(self, index: int, layout: StepLayout | None, counts: Sequence[int]) -> None:
-        """This layer's new keys and values set out for all ranks; the next step waits for them."""
+    def _spread(self, index: int, at: Tensor, counts: Sequence[int]) -> None:
+        """This layer's new keys and values, in the rows `at`, set out for all ranks; the next step waits for them."""
         kv = self.kv.layers[index]
-        at = self._written(layout)
         new = [at.to(torch.int32), kv.keys[at], kv.values[at]]
         self._coming[index] = self.gather.rows(new, counts, Task("keys and values", index))
 
-    def _written(self, layout: StepLayout | None) -> Tensor:
-        """Rows of the pool that a step writes here, int64; None: it has nothing here."""
-        at = slice(0) if layout is None else layout.write_at
-        return torch.arange(at.start or 0, at.stop, device=self.kv.device) if isinstance(at, slice) else at
+    def _rows(self, of_each: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+        """Rows of the pool of all sequences, int64 on the device; of none there are none."""
+        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *of_each])).to(self.kv.device)
 
     def _arrive(self, index: int) -> None:
         """What the last step spread is in this rank's pool from here on."""
@@ -224,16 +244,29 @@ class CoherentRunner:
             kv.keys[at.long()], kv.values[at.long()] = keys, values
 
     def _move(
-        self, index: int, layer: Any, h: Tensor, step: StepContext, here: list[int], counts: Sequence[int]
+        self,
+        index: int,
+        layer: Any,
+        h: Tensor,
+        done: BlockResult | None,
+        step: StepContext,
+        here: list[int],
+        counts: Sequence[int],
     ) -> tuple[Tensor, list[int], Sequence[int]]:
-        """The layer's mlp: h [T, H] of step's tokens, which are `here`, in; of those that live here afterwards out."""
+        """The layer's mlp: h [T, H] of step's tokens, which are `here`, in; of those that live here afterwards out.
+
+        done: what a compiled block has computed of it, normed rows and, maybe, their routing.
+        """
         site, norm, device = self._sites[index], layer.post_attention_layernorm, h.device
         assert site is not None
         x, weights = h, torch.zeros(0, self._top_k, device=device)
         ids = weights.long()
         if here:
-            x = norm(h)
-            _, weights, ids = layer.mlp.gate(x)
+            x = norm(h) if done is None else done.x
+            if done is not None and done.ids is not None and done.weights is not None:
+                ids, weights = done.ids, done.weights
+            else:
+                _, weights, ids = layer.mlp.gate(x)
         _, ids, weights, _ = self.experts.routing.through(x, Routing(site, ids, weights), step)
         physical = self.parallel.physical(site, ids.long())
         who = torch.tensor(here, dtype=torch.int32, device=device)[:, None]

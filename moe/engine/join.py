@@ -253,7 +253,9 @@ def _coherent_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, d
     kv = make_paged_kv(dense.model, pool)
     kv.prepare(dense.tried.kv)
     sites = [site.module for site in loaded.read.blueprint.index.sites]
-    runner = CoherentRunner(PackedRunner(dense.model, kv, dense.routing), slots, sites)
+    packed = loaded.memory.runner
+    assert isinstance(packed, PackedRunner), "why_not_coherent has refused others"
+    runner = CoherentRunner(packed.over(kv), slots, sites)
     return Coherent(Scheduler(batch, pool), runner, control, RequestMirror(control, loaded.grammars))
 
 

@@ -34,6 +34,11 @@ class PackedRunner:
     def __init__(self, model: Any, kv: PagedKV, routing: RoutingSeam, plan: LayerPlan | None = None) -> None:
         self.model, self.kv, self.routing, self.plan = model, kv, routing, plan
 
+    def over(self, kv: PagedKV) -> "PackedRunner":
+        """The same over another cache, whose pools are there."""
+        plan = None if self.plan is None else LayerPlan(self.model, self.plan.layers, kv)
+        return PackedRunner(self.model, kv, self.routing, plan)
+
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
         self.routing.begin(step_of(chunks))

@@ -44,9 +44,14 @@ class PlannedLayer(NamedTuple):
     mlp: Any
     router: Any  # the module that the block computes; another in its place is called instead
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether the block's routing is the router's: nobody has put another in its place."""
+        return self.experts is not None and self.mlp.gate is self.router
+
     def after(self, x: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
         """What the layer adds to x [T, H], by the block's routing where that is the router's."""
-        if self.experts is None or self.mlp.gate is not self.router:
+        if not self.is_routed:
             return self.mlp(x[None])[0]  # type: ignore[no-any-return]
         return self.experts.compute(x, ids, weights, False)  # type: ignore[no-any-return]
 
@@ -82,8 +87,8 @@ class LayerPlan:
         tokens: of all sequences, one after another. Returns the logits of those that `rows` [N] names, fp32 [N, V].
         """
         h = self.base.embed_tokens(torch.tensor(tokens))  # [T, H]
-        step = self._step(h, blocks, starts, ends)
-        work = torch.empty(max(block.work_bytes(len(h)) for block in self.blocks), dtype=torch.uint8)
+        step = self.step(blocks, starts, ends)
+        work = self.work(len(h))
         add: Tensor | None = None
         for layer, block in zip(self.layers, self.blocks):
             x, ids, weights = block(h, add, step, work)
@@ -104,8 +109,8 @@ class LayerPlan:
     ) -> None:
         """Raises Unplanned unless every block gives what its layer gave in this step, and so do both ends."""
         embedded = self.base.embed_tokens(tokens)
-        step = self._step(embedded, blocks, starts, ends)
-        work = torch.empty(max(block.work_bytes(len(embedded)) for block in self.blocks), dtype=torch.uint8)
+        step = self.step(blocks, starts, ends)
+        work = self.work(len(embedded))
         self._agree("the embedding", embedded, said[0].given)
         for number, (block, one) in enumerate(zip(self.blocks, said)):
             h = one.given.clone()
@@ -122,14 +127,19 @@ class LayerPlan:
         if not error <= _BOUND[self.blocks[0].dtype]:
             raise Unplanned(f"{what} differs from transformers' by {error:.1e}")
 
-    def _step(self, h: Tensor, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> Step:
+    def work(self, tokens: int) -> Tensor:
+        """Scratch memory for the blocks of a step of so many tokens."""
+        return torch.empty(max(block.work_bytes(tokens) for block in self.blocks), dtype=torch.uint8)
+
+    def step(self, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> Step:
+        """What all layers' blocks must know of the tokens [start, end) of each sequence."""
         size = self.kv.pool.block_size
         counts = [-(-end // size) for end in ends]
         tables = np.zeros((len(ends), max(counts)), np.int32)
         for row, own, count in zip(tables, blocks, counts):
             row[:count] = own[:count]
         positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends)])
-        cos, sin = self.base.rotary_emb(h[None], torch.from_numpy(positions)[None])
+        cos, sin = self.base.rotary_emb(self.base.embed_tokens.weight[:1, None], torch.from_numpy(positions)[None])
         first = torch.tensor([0, *accumulate(end - start for start, end in zip(starts, ends))])
         return Step(cos[0].contiguous(), sin[0].contiguous(), first, torch.tensor(ends), torch.from_numpy(tables), size)
 

@@ -17,10 +17,8 @@ from moe.placement.topology import Topology
 PROMPTS = ["Once upon a time there was a", "The dog ran", "Lily and Tom went to the park", "One day", "He said, I am"]
 BODY = {"max_tokens": 5, "temperature": 0}
 NUM_RANKS = 4
-MODES = [(d, c, "auto") for d in ("all_to_all", "hierarchical") for c in ("exact", "partial")]
-# A coherent run's layers are torch's, a recorder's are compiled: in bf16 they round apart, now and then another expert
-# is chosen, and other bytes are sent. In float32 both choose the same.
-MODES += [("coherent", c, "float32") for c in ("exact", "partial")]
+DISPATCHERS = ("all_to_all", "hierarchical", "coherent")
+MODES = [(d, c, t) for d in DISPATCHERS for c in ("exact", "partial") for t in ("auto", "float32")]  # auto: bf16
 
 
 def command(*words: object) -> str:
