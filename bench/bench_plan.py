@@ -2,10 +2,11 @@
 
     python -m bench.bench_plan FOLDER --out bench/results/plan
 
-Probes the machine, then runs each configuration of bench/data/plan_configurations.json in a process of its own (models
-are made in FOLDER and kept), and predicts it from the probe's figures and the routing of the run alone. A round's
-seconds are CPU seconds of the stepping thread and what it waited for reads, so that other jobs disturb it less; for two
-ranks, by the clock. The fastest round counts. Binds: each row names the term.
+Runs each configuration of bench/data/plan_configurations.json in a process of its own (models are made in FOLDER and
+kept), probes the machine before, between and after them, and predicts from the median of these figures and the routing
+of the run alone. A round's seconds are CPU seconds of the stepping thread and what it waited for reads, so that other
+jobs disturb it less; for two ranks, by the clock. The fastest round counts, and it is the one that is predicted. Binds:
+each row names the term.
 """
 
 import argparse
@@ -15,9 +16,13 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bench.compare import _packed
 from bench.walk_model import LARGE, SMALL, prompts_of, write
@@ -28,8 +33,7 @@ from moe.offload.pack import pack
 from moe.offload.requantise import target_format
 from moe.placement.cost import Sizes, Terms, Use, Visits, decode_step
 from moe.placement.machine import Machine, disk_of
-from moe.placement.topology import Link, Topology
-from moe.placement.trace import RoutingTrace
+from moe.placement.trace import DECODE, PREFILL, RoutingTrace
 
 ROOT = Path(__file__).resolve().parent.parent
 CHOSEN = ROOT / "bench" / "data" / "plan_configurations.json"
@@ -82,10 +86,10 @@ def _rounds(work: Path, one: dict[str, Any], trace: Path, groups: Any) -> None:
     config = EngineConfig.load(None, settings)
     rounds: list[float] = []
     with LLM(folder_of(work, one["model"], one["form"]), config, groups=groups) as llm:
-        recorder = None
+        recorder, ahead = None, 0.0
         for number in range(2 * (ROUNDS + 1)):
             if number == ROUNDS + 1:
-                recorder = llm.engine.record()
+                recorder, ahead = llm.engine.record(), _share_ahead(llm.engine)
             own = prompts(work, one["model"], one["sequences"], number % (ROUNDS + 1))[rank::ranks]
             if ranks > 1:
                 before = llm.engine.stats.decode_seconds
@@ -106,7 +110,16 @@ def _rounds(work: Path, one: dict[str, Any], trace: Path, groups: Any) -> None:
             recorder.trace().save(trace)
             num_slots = 0 if llm.engine.experts is None else llm.engine.state().slots
             reads = llm.engine.loaded.experts.slots.cache._readers.threads if llm.engine.experts else []
-            print(json.dumps({"rounds": rounds[1 : ROUNDS + 1], "slots": num_slots, "readers": len(reads)}))
+            said = {"rounds": rounds[1 : ROUNDS + 1], "slots": num_slots, "readers": len(reads), "ahead": ahead}
+            print(json.dumps(said))
+
+
+def _share_ahead(engine: Any) -> float:
+    """Of the steps so far, those that read ahead: every other turn until the verdict."""
+    lookahead = None if engine.experts is None else engine.experts.lookahead
+    if lookahead is None or lookahead.prefetcher.is_stopped:
+        return 0.0
+    return 1.0 if lookahead.prefetcher.verdict else 0.5
 
 
 def measured(work: Path, one: dict[str, Any], trace: Path) -> dict[str, Any]:
@@ -114,28 +127,62 @@ def measured(work: Path, one: dict[str, Any], trace: Path) -> dict[str, Any]:
     if one["ranks"] > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={one['ranks']}"]
     command += ["-m", "bench.bench_plan", str(work), "--worker", json.dumps(one), "--trace", str(trace)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-1500:])
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
 
-def link_of(ranks: int, work: Path) -> Link:
-    file = work / "topology.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    subprocess.run([*command, "-m", "moe.launch.probe", str(file)], check=True, cwd=ROOT, capture_output=True)
-    return Topology.load(file).intra
+def steps_of_rounds(trace: RoutingTrace, sequences: int) -> list[tuple[int, Any]]:
+    """As they were run: in every round the prompts at once, then a token of each sequence."""
+    starts = trace.sequence_starts
+    assert trace.phase is not None
+    steps: list[tuple[int, Any]] = []
+    for first in range(0, len(starts) - 1, sequences):
+        own = [np.arange(a, b) for a, b in pairwise(starts[first : first + sequences + 1])]
+        steps.append((PREFILL, np.concatenate([one[trace.phase[one] == PREFILL] for one in own])))
+        answers = [one[trace.phase[one] == DECODE] for one in own]
+        steps += [(DECODE, np.array(tokens)) for tokens in zip(*answers, strict=True)]
+    return steps
+
+
+def visits_of(trace: RoutingTrace, use: Use, number: int) -> Visits:
+    """Of one round of the run."""
+    own = use.sequences if use.ranks == 1 else use.sequences // use.ranks
+    steps = steps_of_rounds(trace, own)
+    all_visits = replay(trace, use, steps)
+    per = (NEW - 1) * trace.num_layers
+    assert all_visits.distinct.shape[1] == (ROUNDS + 1) * per, all_visits.distinct.shape
+    return Visits(*(one[:, number * per : (number + 1) * per] for one in all_visits))
+
+
+def kept(visits: Visits) -> dict[str, Any]:
+    """Different visits, and how often each came: no more is needed to predict."""
+    rows, counts = np.unique(np.concatenate(visits), axis=1, return_counts=True)
+    return {"times": counts.tolist(), **dict(zip(Visits._fields, (x.tolist() for x in np.split(rows, 4))))}
+
+
+def median_machine(probes: Sequence[Machine]) -> Machine:
+    """Figure by figure, of probes of one machine."""
+
+    def middle(values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, dict):
+            return {key: middle([v[key] for v in values]) for key in first}
+        if isinstance(first, (list, tuple)):
+            return [middle(each) for each in zip(*values, strict=True)]
+        return statistics.median(values) if isinstance(first, float) else first
+
+    return Machine.of("the median of probes", json.loads(json.dumps(middle([m.stored() for m in probes]))))
 
 
 def predict(row: dict[str, Any], machine: Machine) -> Terms:
     """From what a row of the results keeps: sizes, use, visits. The test recomputes every row by it."""
-    link = row["use"]["link"]
-    use = Use(**{**row["use"], "link": None if link is None else Link(*link)})
-    import numpy as np
-
-    kept = Visits(*(np.array(row["visits"][name]) for name in Visits._fields))
-    return decode_step(Sizes(**row["sizes"]), machine, use, kept)
+    times = row["visits"]["times"]
+    visits = Visits(*(np.repeat(np.array(row["visits"][name]), times, axis=1) for name in Visits._fields))
+    return decode_step(Sizes(**row["sizes"]), machine, Use(**row["use"]), visits)
 
 
 def main() -> None:
@@ -152,42 +199,64 @@ def main() -> None:
         return
     chosen = json.loads(CHOSEN.read_text())
     rows: list[dict[str, Any]] = []
-    machine: Machine | None = None
+    probes: list[Machine] = []
     for number, one in enumerate(chosen["configurations"]):
         if args.only and number not in args.only:
             continue
         folder = folder_of(args.work, one["model"], one["form"])
-        machine = machine or probe(args.work)
-        trace = args.work / "trace.npz"
+        if len(rows) in (0, 3, 6):
+            probes.append(probe(args.work))
         try:
-            found = measured(args.work, one, trace)
+            rows.append(row_of(args.work, one, folder))
         except RuntimeError as error:
             print(f"{one['name']}: {error}", flush=True)
             continue
-        sizes = sizes_of(read_blueprint(folder))
-        if "dtype=float32" in one["set"]:
-            sizes = Sizes(**{**asdict(sizes), "dtype": "float32", "kv_bytes": 2 * sizes.kv_bytes})
-        use = Use(
-            sequences=one["sequences"],
-            context=PROMPT + NEW // 2,
-            slots=found["slots"] * one["ranks"],
-            readers=found["readers"] or 1,
-            disk=disk_of(args.work),
-            ranks=one["ranks"],
-            link=link_of(one["ranks"], args.work) if one["ranks"] > 1 else None,
-        )
-        visits = replay(RoutingTrace.load(trace), use)
-        kept = {name: getattr(visits, name)[:, -480:].tolist() for name in Visits._fields}
-        rate = one["sequences"] / min(found["rounds"])
-        row = {"name": one["name"], "sizes": asdict(sizes), "use": asdict(use), "visits": kept, "measured": rate}
+        print(f"{one['name']}: {rows[-1]['measured']:.1f} measured", flush=True)
+    machine = median_machine([*probes, probe(args.work)])
+    for row in rows:
         terms = predict(row, machine)
-        row |= {"rounds": found["rounds"], "predicted": one["sequences"] / terms.total, "terms": terms._asdict()}
-        rows.append(row)
-        print(f"{one['name']}: {rate:.1f} measured, {row['predicted']:.1f} predicted; {terms}", flush=True)
-    if args.out and machine is not None:
-        body = {"machine": machine.stored(), "load": os.getloadavg(), "rows": rows}
-        args.out.with_suffix(".json").write_text(json.dumps(body) + "\n")
+        row |= {"predicted": row["use"]["sequences"] / terms.total, "terms": terms._asdict()}
+    body = {"machine": machine.stored(), "probes": len(probes) + 1, "load": os.getloadavg(), "rows": rows}
+    print(table(body, chosen))
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps(_rounded(body)) + "\n")
         args.out.with_suffix(".md").write_text(table(body, chosen))
+
+
+def row_of(work: Path, one: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Runs a configuration. Raises RuntimeError if its process fails."""
+    trace = work / "trace.npz"
+    found = measured(work, one, trace)
+    sizes = sizes_of(read_blueprint(folder))
+    if "dtype=float32" in one["set"]:
+        sizes = replace(sizes, dtype="float32", kv_bytes=2 * sizes.kv_bytes)
+    use = Use(
+        sequences=one["sequences"],
+        context=PROMPT + NEW // 2,
+        slots=found["slots"] * one["ranks"],
+        readers=found["readers"] or 1,
+        disk=disk_of(work),
+        ranks=one["ranks"],
+        ahead=found["ahead"],
+    )
+    best = min(range(ROUNDS), key=lambda n: found["rounds"][n])
+    return {
+        "name": one["name"],
+        "sizes": asdict(sizes),
+        "use": asdict(use),
+        "visits": kept(visits_of(RoutingTrace.load(trace), use, best + 1)),
+        "rounds": found["rounds"],
+        "measured": one["sequences"] / found["rounds"][best],
+    }
+
+
+def _rounded(body: Any) -> Any:
+    """Six digits of every figure are more than any is worth."""
+    if isinstance(body, dict):
+        return {key: _rounded(value) for key, value in body.items()}
+    if isinstance(body, (list, tuple)):
+        return [_rounded(value) for value in body]
+    return float(f"{body:.6g}") if isinstance(body, float) else body
 
 
 def table(body: dict[str, Any], chosen: dict[str, Any]) -> str:
@@ -198,8 +267,9 @@ def table(body: dict[str, Any], chosen: dict[str, Any]) -> str:
         "",
         "`python -m bench.bench_plan FOLDER --out bench/results/plan`",
         "",
-        f"{machine['name']}, probed {machine['when']}; a shared machine, load {body['load'][0]:.1f}. {chosen['said']}",
-        "A round's seconds are CPU seconds of the stepping thread and what it waited for reads.",
+        f"{machine['name']}, {body['probes']} probes until {machine['when']}, medians; a shared machine, load "
+        f"{body['load'][0]:.1f}, others at low priority. {chosen['said']}",
+        "A round's seconds: CPU seconds of the stepping thread and its waits for reads; for two ranks, the clock's.",
         "",
         "| configuration | measured tokens/s (rounds) | predicted | off | binds | terms of a step, ms |",
         "|---|---|---|---|---|---|",

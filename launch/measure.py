@@ -1,7 +1,8 @@
 """Some seconds of measuring this machine, for automatic choices.
 
 What is timed are the parts that a run is made of: the compiled kernels by rows and format, attention, random reads of
-the sizes that experts have, and what is left of a step whose weights weigh nothing. No model of the user's is run.
+the sizes that experts have while a thread computes, what is left of a step whose weights weigh nothing
+(measure_step.py), and what ranks of this machine tell each other (measure_ranks.py). No model of the user's is run.
 One thread's work is timed in CPU seconds and all else by the clock, medians, so that other jobs disturb it less.
 """
 
@@ -9,8 +10,9 @@ import datetime
 import os
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,32 +21,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from moe.config import BatchConfig, EngineConfig
 from moe.engine.choices import this_machine
 from moe.kernels.cpu import CpuExperts, instruction_sets
-from moe.kernels.cpu_block import Block, CpuBlock, Linear, Step
 from moe.kernels.weights import Activation
 from moe.launch.console import err
-from moe.layer.runners import Waves
-from moe.llm import LLM
+from moe.launch.measure_ranks import measure_exchange
+from moe.launch.measure_step import measure_attention, measure_overhead, median_seconds
 from moe.models.dense_cpu import CompiledLinear
-from moe.offload.cache import ExpertCache
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ALIGNMENT, ExpertLayout, ExpertSite
 from moe.offload.requantise import target_format
 from moe.offload.stores import aligned_bytes
-from moe.params import SamplingParams
-from moe.placement.machine import (
-    Attention,
-    How,
-    Machine,
-    Overhead,
-    Rate,
-    Reads,
-    disk_of,
-)
+from moe.placement.machine import Exchange, How, Machine, Rate, Reads, disk_of
 
 HIDDEN, WIDTH = 1024, 768  # of the expert that is timed
 SLAB_BYTES = 512 << 20  # more than caches hold
@@ -56,7 +45,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def probe(folder: Path, known: Machine | None = None) -> Machine:
-    """All figures of one process. known: what was measured before; other disks and the links of ranks stay.
+    """All figures of this machine. known: what was measured before; other disks stay.
 
     Takes half a GiB of memory, and for the time of reading a quarter of a GiB in `folder`. Raises ValueError without
     the compiled kernels.
@@ -72,16 +61,23 @@ def probe(folder: Path, known: Machine | None = None) -> Machine:
             torch.set_num_threads(threads)
             _say(f"kernels with {threads} thread(s)")
             rates += [*expert_rates(slab, threads), *dense_rates(slab, threads)]
-        memory = {threads: memory_bytes_per_s(slab, threads) for threads in sorted({1, min(2, cores), cores})}
         torch.set_num_threads(1)
+        memory = {threads: memory_bytes_per_s(slab, threads) for threads in sorted({1, min(2, cores), cores})}
         _say("attention")
         attention = measure_attention()
         _say("what a step costs without weights")
-        overhead = measure_overhead()
+        overhead = measure_overhead(slab)
+        copy = copy_bytes_per_s(slab)
+        _say(f"reads in {folder}")
+        with computing(slab):
+            disks = {disk_of(folder): tuple(measure_reads(folder))}
     finally:
         torch.set_num_threads(before)
-    _say(f"reads in {folder}")
-    disks = {disk_of(folder): tuple(measure_reads(folder))}
+    del slab
+    exchange: tuple[Exchange, ...] = ()
+    if cores > 1:
+        _say("two ranks of this machine")
+        exchange = (measure_exchange(2),)
     machine = Machine(
         name=this_machine(),
         when=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -90,6 +86,8 @@ def probe(folder: Path, known: Machine | None = None) -> Machine:
         rates=tuple(rates),
         attention=attention,
         overhead=overhead,
+        copy_bytes_per_s=copy,
+        exchange=exchange,
         disks=disks,
     )
     if known is None:
@@ -101,27 +99,43 @@ def _say(what: str) -> None:
     err.print(f"measuring {what} …", style="dim", markup=False)
 
 
-def median_seconds(work: Callable[[int], object], threads: int, repeats: int = 7) -> float:
-    """Of `work(0)`, `work(1)`, … after one call that warms up; CPU seconds of this thread where it is the only one."""
-    return statistics.median(_times(work, threads, repeats))
-
-
-def _times(work: Callable[[int], object], threads: int, repeats: int) -> list[float]:
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    work(repeats)
-    times = []
-    for number in range(repeats):
-        start = clock()
-        work(number)
-        times.append(clock() - start)
-    return times
-
-
 def memory_bytes_per_s(slab: Tensor, threads: int) -> float:
-    torch.set_num_threads(threads)
-    numbers = slab.view(torch.float32).view(-1, 8192)
+    """What so many threads read together, each its own part, in CPU seconds of each."""
+    parts = slab.view(torch.float32).view(threads, -1, 8192)
     vector = torch.ones(8192)
-    return slab.nbytes / median_seconds(lambda _: numbers @ vector, threads, 5)
+    start = threading.Barrier(threads)
+
+    def seconds(part: Tensor) -> float:
+        start.wait()
+        return median_seconds(lambda _: part @ vector, 1, 5)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(slab.nbytes / threads / each for each in pool.map(seconds, parts))
+
+
+def copy_bytes_per_s(slab: Tensor) -> float:
+    """Of one thread, from memory to memory."""
+    half = len(slab) // 2
+    return half / median_seconds(lambda _: slab[:half].copy_(slab[half:]), 1, 5)
+
+
+@contextmanager
+def computing(slab: Tensor) -> Iterator[None]:
+    """Inside, another thread reads weights as a run does, so that what is timed shares memory and cores with it."""
+    stop = threading.Event()
+    numbers, vector = slab[: 64 << 20].view(torch.float32).view(-1, 8192), torch.ones(8192)
+
+    def work() -> None:
+        while not stop.is_set():
+            numbers @ vector
+
+    thread = threading.Thread(target=work, name="probe-compute", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def expert_rates(slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, WIDTH)) -> Iterator[Rate]:
@@ -167,154 +181,6 @@ def _linear(weight: Tensor) -> CompiledLinear:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return CompiledLinear(layer)
-
-
-def measure_attention() -> Attention:
-    """Of the compiled block in bfloat16, 16 heads of 64 over 4: what is left when the same rows see fewer keys."""
-    heads, kv_heads, dim, long, prompt, size = 16, 4, 64, 2048, 256, 16
-    block = _block(heads, kv_heads, dim)
-    pool = [torch.zeros(long, kv_heads, dim, dtype=torch.bfloat16) for _ in range(2)]
-    compiled = CpuBlock(block, *pool)
-
-    def seconds(begin: int, end: int) -> float:
-        """Of the tokens [begin, end) of one sequence."""
-        tokens, most = end - begin, -(-end // size)
-        step = Step(
-            torch.ones(tokens, dim, dtype=torch.bfloat16),
-            torch.zeros(tokens, dim, dtype=torch.bfloat16),
-            torch.tensor([0, tokens]),
-            torch.tensor([end]),
-            torch.arange(most, dtype=torch.int32)[None],
-            size,
-        )
-        h = torch.ones(tokens, heads * dim, dtype=torch.bfloat16)
-        work = torch.empty(compiled.work_bytes(tokens), dtype=torch.uint8)
-        return min(_times(lambda _: compiled(h, None, step, work), 1, 15))  # other work only adds
-
-    far = seconds(long - 1, long) - seconds(size - 1, size)
-    whole = seconds(0, 2 * prompt) - 2 * seconds(0, prompt)  # rows cancel, pairs do not
-    if min(far, whole) <= 0:
-        raise ValueError("attention takes no longer with more keys, this machine is too busy to tell; try again later")
-    return Attention((long - size) * 2 * kv_heads * dim * 2 / far, 2 * prompt**2 * heads * dim / whole)
-
-
-def _block(heads: int, kv_heads: int, dim: int) -> Block:
-    hidden = heads * dim
-
-    def linear(rows: int, columns: int) -> Linear:
-        return Linear(torch.full((rows, columns), 0.01, dtype=torch.bfloat16), None)
-
-    return Block(
-        q=linear(heads * dim, hidden),
-        k=linear(kv_heads * dim, hidden),
-        v=linear(kv_heads * dim, hidden),
-        o=linear(hidden, heads * dim),
-        norm=torch.ones(hidden, dtype=torch.bfloat16),
-        next_norm=torch.ones(hidden, dtype=torch.bfloat16),
-        q_norm=None,
-        k_norm=None,
-        sinks=None,
-        router=None,
-        heads=heads,
-        kv_heads=kv_heads,
-        dim=dim,
-        rotary=dim,
-        window=0,
-        top_k=0,
-        normalize=False,
-        round_weights=False,
-        eps=1e-6,
-        head_eps=0.0,
-        scale=dim**-0.5,
-    )
-
-
-def measure_overhead() -> Overhead:
-    """From steps of toy models of 2 and 10 layers, at 1 and 8 sequences, and from misses that read nothing."""
-    steps = {(layers, batch): _toy_step(layers, batch) for layers in (2, 10) for batch in (1, 8)}
-    layer = {batch: (steps[10, batch] - steps[2, batch]) / 8 for batch in (1, 8)}
-    rest = {batch: steps[2, batch] - 2 * layer[batch] for batch in (1, 8)}
-    per_layer, per_step = max(0.0, (layer[8] - layer[1]) / 7), max(0.0, (rest[8] - rest[1]) / 7)
-    waits = _miss_seconds()
-    wave = max(0.0, (waits[3] - waits[1]) / 2)
-    return Overhead(
-        step=max(0.0, rest[1] - per_step),
-        step_sequence=per_step,
-        layer=max(0.0, layer[1] - per_layer),
-        layer_sequence=per_layer,
-        miss=max(0.0, waits[1] - waits[0] - wave),
-        wave=wave,
-    )
-
-
-def _toy_step(layers: int, batch: int) -> float:
-    """CPU seconds of a decoding step of a model whose weights fit the processor's nearest cache."""
-    config = Qwen3MoeConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=256,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
-        settings = EngineConfig(threads=1, batch=BatchConfig(prefix_sharing=False))
-        with LLM(folder, settings, experts_in_memory=1.0) as llm:
-            params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
-            for number in range(batch):
-                llm.add([number + 1, 7], params)
-            times = []
-            while llm.engine.has_work:
-                start = time.thread_time()
-                llm.step()
-                times.append(time.thread_time() - start)
-    return statistics.median(times[4:-1])
-
-
-class NullStore:
-    """Experts that cost nothing to read: what is timed over it is handing reads over and back."""
-
-    def __init__(self, layout: ExpertLayout, num_experts: int) -> None:
-        self.layouts, self.num_experts = [layout], [num_experts]
-
-    def read_into(self, layer: int, expert: int, out: Tensor) -> int:
-        return len(out)
-
-    def close(self) -> None:
-        """There is nothing."""
-
-
-def _miss_seconds() -> dict[int, float]:
-    """Seconds of a layer of four experts by how many of them have to be read; the least of many, by the clock."""
-    site = ExpertSite(module="probe", num_experts=16, hidden_size=64, intermediate_size=704)  # above the inline limit
-    layout = ExpertLayout.of(site, MatrixFormat(torch.float32))
-    cache = ExpertCache(NullStore(layout, 16), 8, num_readers=2)
-    try:
-        kernel = CpuExperts(layout.weights(cache.views(0), Activation()))
-        waves = Waves(cache, [kernel], lambda: None)
-        x, weights = torch.zeros(1, 64), torch.full((1, 4), 0.25)
-        found = {}
-        for misses in (0, 1, 3):
-            times = []
-            for _ in range(60):
-                there = np.flatnonzero(cache.map.of_layer[0] >= 0).tolist()
-                absent = [e for e in range(16) if e not in there]
-                ids = torch.tensor([[*there[: 4 - misses], *absent[: misses if there else 4]][:4]])
-                start = time.perf_counter()
-                waves.run(0, x, ids, weights)
-                times.append(time.perf_counter() - start)
-            found[misses] = min(times[4:])
-        return found
-    finally:
-        cache.close()
 
 
 def measure_reads(

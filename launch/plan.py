@@ -5,7 +5,7 @@ which no cache can win anything on. Every line names the term that binds.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +16,13 @@ from moe.engine.choices import choose_reads, probed
 from moe.launch.console import out
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.offload.budget import format_bytes, parse_budget, slots_within
+from moe.offload.layout import ALIGNMENT
 from moe.offload.memory import available_memory
 from moe.offload.policy import Access, Lfu, misses_of
+from moe.offload.predictor import Transitions
+from moe.offload.prefetch import LEAST_EXPECTED
+from moe.offload.segments import ExpertIndex
+from moe.offload.stores import runs_of
 from moe.placement.cost import Sizes, Terms, Use, Visits, decode_step, prefill_step
 from moe.placement.machine import Machine, Reads, disk_of
 from moe.placement.steps import Ints, steps_of
@@ -56,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
             disk=disk,
             ranks=ranks if is_shared else 1,
             link=_link(args.link),
+            ahead=float(ranks == 1 and offload.prefetch != "off"),
         )
-        step = decode_step(sizes, machine, use, replay(trace, use))
+        step = decode_step(sizes, machine, use, settled(replay(trace, use)))
         first = prefill_step(sizes, machine, replace(use, ranks=1), args.prompt)
         rates.append(args.sequences / step.total)
         held = slots // use.ranks * sizes.expert_bytes
@@ -74,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(table)
     routing = "even routing is assumed, which no cache wins on (--trace tells)" if args.trace is None else args.trace
     out.print(f"experts in slots: {routing}; figures of {machine.name}, {machine.when}", markup=False)
-    out.print("reading ahead is not counted: it can hide part of the waiting", markup=False)
+    out.print("reading ahead hides what the routing itself foresees of waiting, one layer before", markup=False)
     if args.against is not None:
         out.print(f"measured {args.against:.1f} tokens/s: {rates[0] / args.against - 1:+.0%} off", markup=False)
     return 0
@@ -105,6 +111,7 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     format_ = layout.gate_up_format
+    reads, copied = _reads_of(index)
     return Sizes(
         num_layers=len(index.sites),
         num_experts=site.num_experts,
@@ -118,7 +125,18 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
         expert_bytes=layout.nbytes,
         expert_format=format_.code or str(format_.dtype).removeprefix("torch."),
         kv_bytes=2 * text.num_hidden_layers * kv_heads * dim * blueprint.dtype.itemsize,
+        reads=reads,
+        copied_bytes=copied,
     )
+
+
+def _reads_of(index: ExpertIndex) -> tuple[int, int]:
+    """Of an expert: the reads that bring it past the page cache, and the bytes that are copied on the way."""
+    runs = runs_of(index.segments(0, 0))
+    conversions = index.conversions(0, 0)
+    moved = sum(run.nbytes for run in runs if len(run.segments) > 1 or run.segments[0].size or run.offset % ALIGNMENT)
+    made = sum(info.nbytes for one in conversions for info in one.tensors)
+    return max(1, len(runs) + sum(len(one.tensors) for one in conversions)), moved + made
 
 
 def even_routing(sizes: Sizes, sequences: int) -> RoutingTrace:
@@ -129,23 +147,56 @@ def even_routing(sizes: Sizes, sequences: int) -> RoutingTrace:
     return RoutingTrace(expert_ids=ids, sequence_lengths=lengths, num_experts=sizes.num_experts, model="even routing")
 
 
-def replay(trace: RoutingTrace, use: Use) -> Visits:
-    """The second half of the decoding steps, when slots are full. Experts lie on ranks in contiguous blocks."""
+Steps = Sequence[tuple[int, Ints]]
+
+
+def replay(trace: RoutingTrace, use: Use, steps: Steps | None = None) -> Visits:
+    """What ranks ask for in every layer of the decoding steps, in order. Experts lie on ranks in contiguous blocks.
+
+    Misses are those of the engine's policy from empty slots on; foreseen is what the transitions of the routing itself
+    tell one layer ahead, which the next layer's router does at least as well. steps: (phase, tokens); None: `steps_of`.
+    """
     experts, layers = trace.num_experts, trace.num_layers
-    steps = list(steps_of(trace, use.sequences))
+    steps = list(steps_of(trace, use.sequences)) if steps is None else steps
     by_rank = [list(_visits(trace, steps, rank, use.ranks)) for rank in range(use.ranks)]
-    phases = np.repeat([phase == DECODE for phase, _ in steps], layers)
-    counted = np.flatnonzero(phases)[phases.sum() // 2 :]
+    counted = np.flatnonzero(np.repeat([phase == DECODE for phase, _ in steps], layers))
     slots = max(1, use.slots // use.ranks)
-    misses = [misses_of(Lfu([experts] * layers), [a for a, _ in own], slots) for own in by_rank]
+    absent = [[0] * len(own) for own in by_rank]
+    if use.slots < layers * experts:  # else all are read at the start
+        absent = [misses_of(Lfu([experts] * layers), [a for a, _ in own], slots) for own in by_rank]
+    told = _foreseen(trace, steps) if use.ahead and use.slots < layers * experts else None
+    foreseen = np.zeros((use.ranks, len(counted)), np.int64)
+    if told is not None:
+        for rank, own in enumerate(by_rank):
+            shares = [np.isin(a.keys, keys).mean() if len(a.keys) else 0.0 for (a, _), keys in zip(own, told)]
+            foreseen[rank] = np.rint(np.array(shares) * absent[rank])[counted]
     return Visits(
         np.array([[len(a.keys) for a, _ in own] for own in by_rank])[:, counted],
-        np.array(misses)[:, counted],
+        np.array(absent)[:, counted],
         np.array([[pairs for _, pairs in own] for own in by_rank])[:, counted],
+        foreseen,
     )
 
 
-def _visits(trace: RoutingTrace, steps: list[tuple[int, Ints]], rank: int, ranks: int) -> Iterator[tuple[Access, int]]:
+def settled(visits: Visits) -> Visits:
+    """The second half, when slots are full."""
+    return Visits(*(one[:, one.shape[1] // 2 :] for one in visits))
+
+
+def _foreseen(trace: RoutingTrace, steps: Steps) -> list[Ints]:
+    """The keys that every layer of every step was expected to ask for."""
+    guess = Transitions([trace.num_experts] * trace.num_layers, trace.top_k)
+    told = []
+    for _, tokens in steps:
+        coming = np.empty(0, np.int64)
+        for layer in range(trace.num_layers):
+            told.append(coming + layer * trace.num_experts)
+            expected = guess.expected(layer, trace.expert_ids[tokens, layer].astype(np.int64))
+            coming = coming[:0] if expected is None else np.flatnonzero(expected >= LEAST_EXPECTED)
+    return told
+
+
+def _visits(trace: RoutingTrace, steps: Steps, rank: int, ranks: int) -> Iterator[tuple[Access, int]]:
     for _, tokens in steps:
         for layer in range(trace.num_layers):
             ids = trace.expert_ids[tokens, layer].astype(np.int64).ravel()

@@ -47,20 +47,35 @@ class Attention(NamedTuple):
 class Overhead(NamedTuple):
     """Seconds beyond weights and rows: of a step, and more for each sequence; of a layer, and more for each sequence.
 
-    miss: of a layer that has misses, wave: for each expert that arrives alone.
+    waves: of a layer whose experts come and go, though all it asks for are there. miss: of a layer that has misses, and
+    more for each of its rows; wave: for each further expert that arrives alone, and more for each of its rows.
     """
 
     step: float
     step_sequence: float
     layer: float
     layer_sequence: float
+    waves: float
     miss: float
+    miss_row: float
     wave: float
+    wave_row: float
+
+
+class Exchange(NamedTuple):
+    """Seconds beyond one process, on ranks of this machine: of a step; of a layer, for each sequence of a rank, and for
+    each byte that a rank sends away or gets back."""
+
+    ranks: int
+    step: float
+    layer: float
+    layer_sequence: float
+    byte: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """name: what the figures are valid for. memory: bytes a second that so many threads read."""
+    """name: what the figures are valid for. memory: bytes a second that so many threads read together."""
 
     name: str
     when: str
@@ -69,6 +84,8 @@ class Machine:
     rates: tuple[Rate, ...]
     attention: Attention
     overhead: Overhead
+    copy_bytes_per_s: float  # of one thread
+    exchange: tuple[Exchange, ...] = ()
     disks: Mapping[str, tuple[Reads, ...]] = field(default_factory=dict)
 
     def seconds_per_weight(self, work: Work, kind: str, rows: float, threads: int) -> float:
@@ -84,13 +101,18 @@ class Machine:
         points = sorted((r.rows, r.seconds) for r in found if r.threads == measured)
         return _between(points, rows)
 
+    def memory_bytes_per_s(self, threads: int) -> float:
+        """Of so many threads together: no more than those that were measured get."""
+        return self.memory[min(self.memory, key=lambda n: (abs(n - threads), n))]
+
     def read_bytes_per_s(self, disk: str, how: How, nbytes: int, depth: int) -> float | None:
-        """By the measured size and depth that are nearest, on logarithmic scales; None if this was not measured."""
+        """At the measured depth that is nearest, between the measured sizes; None if this was not measured."""
         rows = [r for r in self.disks.get(disk, ()) if r.how == how]
         if not rows:
             return None
-        nearest = min(rows, key=lambda r: (abs(math.log(r.nbytes / nbytes)), abs(math.log(r.depth / depth))))
-        return nearest.bytes_per_s
+        nearest = min({r.depth for r in rows}, key=lambda n: (abs(math.log(n / depth)), n))
+        points = sorted((r.nbytes, r.nbytes / r.bytes_per_s) for r in rows if r.depth == nearest)
+        return nbytes / (_between(points, nbytes) if nbytes > points[0][0] else points[0][1] * nbytes / points[0][0])
 
     def stored(self) -> dict[str, Any]:
         """As JSON has it; `of` reads it."""
@@ -102,11 +124,12 @@ class Machine:
         known = checked(where, fields, _FIELDS)
         try:
             return Machine(
-                **{name: known[name] for name in ("name", "when", "cores")},
+                **{name: known[name] for name in ("name", "when", "cores", "copy_bytes_per_s")},
                 memory={int(threads): float(rate) for threads, rate in known["memory"].items()},
                 rates=tuple(Rate(*row) for row in known["rates"]),
                 attention=Attention(*known["attention"]),
                 overhead=Overhead(*known["overhead"]),
+                exchange=tuple(Exchange(*row) for row in known["exchange"]),
                 disks={disk: tuple(Reads(*row) for row in rows) for disk, rows in known["disks"].items()},
             )
         except (TypeError, ValueError, AttributeError) as error:
@@ -116,8 +139,9 @@ class Machine:
 _FIELDS: Mapping[str, Kinds] = {
     **dict.fromkeys(("name", "when"), (str,)),
     "cores": (int,),
+    "copy_bytes_per_s": (float, int),
     **dict.fromkeys(("memory", "disks"), (dict,)),
-    **dict.fromkeys(("rates", "attention", "overhead"), (list, tuple)),
+    **dict.fromkeys(("rates", "attention", "overhead", "exchange"), (list, tuple)),
 }
 
 

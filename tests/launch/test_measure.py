@@ -1,5 +1,6 @@
 """The probe measures what is there; its figures choose how experts are read, and never what they say."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from moe.config import EngineConfig, OffloadConfig
 from moe.engine.choices import choose_reads, this_machine
 from moe.launch import machine as command
 from moe.launch.cli import main
-from moe.launch.measure import dense_rates, expert_rates, measure_attention, measure_overhead, measure_reads
+from moe.launch.measure import (
+    computing,
+    copy_bytes_per_s,
+    dense_rates,
+    expert_rates,
+    measure_reads,
+    memory_bytes_per_s,
+)
+from moe.launch.measure_ranks import NARROW, WIDE, exchange_of, measure_exchange
+from moe.launch.measure_step import TOY_TOP_K, measure_attention, measure_overhead
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.stores import aligned_bytes
@@ -18,7 +28,7 @@ from moe.params import SamplingParams
 from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads, disk_of, save_machine
 
 TINYMOE = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
-OVERHEAD = Overhead(*[1e-4] * 6)
+OVERHEAD = Overhead(*[1e-4] * 9)
 
 
 def figures(cached: float, direct: dict[int, float]) -> Machine:
@@ -32,6 +42,7 @@ def figures(cached: float, direct: dict[int, float]) -> Machine:
         rates=(Rate("expert", "bfloat16", 1, 1, 1e-10),),
         attention=Attention(1e9, 1e9),
         overhead=OVERHEAD,
+        copy_bytes_per_s=1e9,
         disks={disk_of(TINYMOE): tuple(reads)},
     )
 
@@ -56,9 +67,40 @@ def test_kernels_are_measured_in_every_format():
 @pytest.mark.heavy
 def test_attention_and_what_is_left_without_weights():
     assert min(measure_attention()) > 0
-    found = measure_overhead()
+    found = measure_overhead(aligned_bytes(64 << 20).fill_(1))
+    assert min(found.layer, found.step, found.miss) > 0
+    assert min(found) >= 0
+
+
+@pytest.mark.heavy
+def test_two_ranks_cost_more_than_one():
+    found = measure_exchange(2)
+    assert found.ranks == 2
     assert found.layer > 0
     assert min(found) >= 0
+
+
+def test_an_exchange_is_told_apart_by_layers_sequences_and_bytes():
+    extra = {
+        (layers, batch, width): 0.5 + layers * (0.1 + batch * (0.02 + width * 1e-6))
+        for layers in (2, 10)
+        for batch in (1, 8)
+        for width in (NARROW, WIDE)
+    }
+    found = exchange_of(extra, 2)
+    assert found.step == pytest.approx(0.5)
+    assert found.layer == pytest.approx(0.1)
+    assert found.layer_sequence == pytest.approx(0.02 + NARROW * 1e-6)
+    assert found.byte == pytest.approx(1e-6 / (2 * TOY_TOP_K * 2 / 2))  # a sequence's pairs, half away, out and back
+
+
+def test_memory_of_threads_is_added_up():
+    slab = aligned_bytes(8 << 20).fill_(1)
+    assert memory_bytes_per_s(slab, 2) > 0
+    assert copy_bytes_per_s(slab) > 0
+    with computing(aligned_bytes(64 << 20)):
+        assert any(thread.name == "probe-compute" for thread in threading.enumerate())
+    assert not any(thread.name == "probe-compute" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(

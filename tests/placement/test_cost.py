@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe.placement.cost import Sizes, Use, Visits, decode_step, prefill_step
-from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads
+from moe.placement.machine import Attention, Exchange, Machine, Overhead, Rate, Reads
 from moe.placement.topology import Link
 
 SIZES = Sizes(
@@ -30,14 +30,15 @@ MACHINE = Machine(
     memory={1: 1.0},
     rates=(Rate("dense", "bfloat16", 1, 1, 1e-3), Rate("expert", "int8", 1, 1, 1e-2)),
     attention=Attention(100.0, 1000.0),
-    overhead=Overhead(step=1.0, step_sequence=0.5, layer=0.1, layer_sequence=0.01, miss=0.2, wave=0.3),
+    overhead=Overhead(1.0, 0.5, 0.1, 0.01, waves=0.05, miss=0.2, miss_row=0.0, wave=0.3, wave_row=0.0),
+    copy_bytes_per_s=250.0,
     disks={"d": (Reads("direct", 1000, 1, 500.0), Reads("direct", 1000, 2, 1000.0))},
 )
 USE = Use(sequences=1, context=4, slots=16, disk="d")
 
 
-def visits(distinct, misses, pairs):
-    return Visits(*(np.array([one]) for one in (distinct, misses, pairs)))
+def visits(distinct, misses, pairs, foreseen=(0, 0)):
+    return Visits(*(np.array([one]) for one in (distinct, misses, pairs, foreseen)))
 
 
 def test_all_resident():
@@ -70,12 +71,52 @@ def test_more_rows_cost_more_only_beyond_the_measured_ones():
 
 def test_the_slowest_rank_counts_and_rows_travel():
     use = replace(USE, sequences=2, ranks=2, link=Link(100.0, 0.5))
-    both = Visits(np.array([[1, 3], [3, 1]]), np.zeros((2, 2), int), np.array([[1, 3], [3, 1]]))
+    none = np.zeros((2, 2), int)
+    both = Visits(np.array([[1, 3], [3, 1]]), none, np.array([[1, 3], [3, 1]]), none)
     step = decode_step(SIZES, MACHINE, use, both)
     assert step.experts == pytest.approx(2 * 3.0)
     assert step.exchange == pytest.approx(2 * 2 * (0.5 + 1 * 2 * 0.5 * 20 / 100))
     with pytest.raises(ValueError, match="2 ranks need a link"):
         decode_step(SIZES, MACHINE, replace(use, link=None), both)
+
+
+def test_ranks_of_one_machine_share_cores_and_memory():
+    none = np.zeros((2, 2), int)
+    both = Visits(np.array([[1, 3], [3, 1]]), none, np.array([[1, 3], [3, 1]]), none)
+    use = replace(USE, sequences=2, ranks=2)
+    machine = replace(MACHINE, cores=2, memory={1: 1e6, 2: 1e6}, exchange=(Exchange(2, 5.0, 0.25, 0.25, 0.01),))
+    step = decode_step(SIZES, machine, use, both)
+    assert step.exchange == pytest.approx(5 + 2 * (0.5 + 2 * 20 * 0.01))
+    assert step.experts == pytest.approx(6.0)
+    one_core = decode_step(SIZES, replace(machine, cores=1), use, both)
+    assert one_core == pytest.approx([2 * term for term in step])
+    slow = decode_step(SIZES, replace(machine, memory={2: 500.0}), use, both)  # 10 bytes a weight, 250 of them a second
+    assert slow.experts == pytest.approx(2 * 3 * 100 * 10 / 250)
+    more = decode_step(SIZES, machine, replace(use, sequences=4, ranks=4), Visits(*(np.repeat(x, 2, 0) for x in both)))
+    assert more.exchange == pytest.approx(2 * 3 * (5 + 2 * 0.5) + 2 * 2 * 2 * 30 * 0.01)  # 3 peers, 4 ranks on 2 cores
+    far = decode_step(SIZES, machine, replace(use, link=Link(100.0, 0.5)), both)
+    assert far.exchange == pytest.approx(5 + 2 * 0.5 + 2 * 2 * (0.5 + 0.2))
+
+
+def test_foreseen_reads_hide_only_in_the_time_that_the_layer_before_leaves():
+    use, asked = replace(USE, slots=8, ahead=1.0), ([2, 2], [2, 2], [2, 2])
+    plain, none = (decode_step(SIZES, MACHINE, one, visits(*asked)).waiting for one in (replace(use, ahead=0.0), use))
+    assert plain == none == pytest.approx(2 * (2 - 1))
+    # 2.36 s of the layer's own and 2 s of experts, in which its 2 reads take 2 s: 1.18 reads of 2 s fit before the next
+    told = decode_step(SIZES, MACHINE, use, visits(*asked, foreseen=(2, 2))).waiting
+    assert told == pytest.approx(2 * (0.82 * 2 - 1))
+    half = decode_step(SIZES, MACHINE, replace(use, ahead=0.5), visits(*asked, foreseen=(2, 2))).waiting
+    assert half == pytest.approx((plain + told) / 2)
+
+
+def test_copies_and_more_reads_take_longer():
+    asked = visits([2, 2], [1, 0], [2, 2])
+    copied = decode_step(replace(SIZES, copied_bytes=1000), MACHINE, replace(USE, slots=8), asked)
+    assert copied.waiting == pytest.approx((2 + 1000 / 250 - 1) / 2 * 2)
+    assert copied.overhead == pytest.approx(1.72 + 0.2 + 2 * 0.05)
+    small = replace(MACHINE, disks={"d": (*MACHINE.disks["d"], Reads("direct", 100, 1, 50.0))})
+    parts = decode_step(replace(SIZES, reads=10), small, USE, asked)
+    assert parts.waiting == pytest.approx((20 - 1) / 2 * 2)
 
 
 def test_what_was_not_measured_is_said():

@@ -6,6 +6,7 @@ import pytest
 
 from moe.placement.machine import (
     Attention,
+    Exchange,
     Machine,
     Overhead,
     Rate,
@@ -26,7 +27,9 @@ def machine(name="one", **fields):
         memory={1: 1e10, 2: 1.5e10},
         rates=rates,
         attention=Attention(1e9, 2e9),
-        overhead=Overhead(1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
+        overhead=Overhead(*map(float, range(1, 10))),
+        copy_bytes_per_s=1e9,
+        exchange=(Exchange(2, 1.0, 2.0, 3.0, 4.0),),
         **{"disks": {"/dev/a ext4": (Reads("direct", 1 << 20, 2, 5e8), Reads("direct", 1 << 22, 1, 9e8))}, **fields},
     )
 
@@ -74,10 +77,14 @@ def test_rows_between_measured_ones():
         one.seconds_per_weight("expert", "int3", 1, 1)
 
 
-def test_reads_by_the_nearest_size():
-    one, disk = machine(), "/dev/a ext4"
-    assert one.read_bytes_per_s(disk, "direct", 3 << 20, 8) == 9e8
-    assert one.read_bytes_per_s(disk, "direct", 1 << 10, 1) == 5e8
+def test_reads_between_measured_sizes_at_the_nearest_depth():
+    disk = "/dev/a ext4"
+    reads = (Reads("direct", 1 << 20, 2, 5e8), Reads("direct", 1 << 20, 1, 1e9), Reads("direct", 1 << 22, 1, 4e9))
+    one = machine(disks={disk: reads})
+    assert one.read_bytes_per_s(disk, "direct", 3 << 20, 8) == pytest.approx(5e8)
+    assert one.read_bytes_per_s(disk, "direct", 1 << 10, 1) == pytest.approx(1e9)
+    assert one.read_bytes_per_s(disk, "direct", 1 << 21, 1) == pytest.approx(2e9)  # 1 MiB takes as long as 4 MiB
+    assert one.read_bytes_per_s(disk, "direct", 1 << 23, 1) == pytest.approx(4e9)
     assert one.read_bytes_per_s(disk, "cached", 1 << 20, 1) is None
     assert one.read_bytes_per_s("/dev/b", "direct", 1 << 20, 1) is None
 
