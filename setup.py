@@ -49,9 +49,9 @@ setup(
         ),
         Extension(
             "moe.placement._placement",
-            ["placement/solve/anneal.c", "placement/serve.c"],
+            ["placement/solve/anneal.c", "placement/solve/assign.c", "placement/serve.c"],
             extra_compile_args=COMMON,
-            depends=["placement/cover.h"],
+            depends=["placement/cover.h", "placement/solve/random.h"],
             libraries=["m"],
             optional=True,
         ),

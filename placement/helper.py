@@ -1,4 +1,4 @@
-"""The compiled helper of this folder, `serve.c` and `solve/anneal.c`: built at installation, loaded with ctypes."""
+"""The compiled helper of this folder (`serve.c`, `solve/*.c`): built at installation, loaded with ctypes."""
 
 import ctypes
 import logging
@@ -9,6 +9,7 @@ from struct import Struct
 log = logging.getLogger(__name__)
 
 ANNEAL = Struct("=8q3d7q")  # struct Problem of solve/anneal.c
+ASSIGN = Struct("=9q3d8q")  # struct Assign of solve/assign.c
 SERVE = Struct("=5q5q")  # struct Serve of serve.c
 MOST_RANKS = 64
 MOST_TOP = 64
@@ -23,11 +24,16 @@ def load_helper() -> ctypes.CDLL | None:
         if not files:
             raise OSError(f"no _placement*.so in {folder}; it is compiled at installation, which needs gcc or clang")
         helper = ctypes.CDLL(str(files[0]))
-        if (helper.moe_anneal_abi(), helper.moe_serve_abi()) != (ANNEAL.size, SERVE.size):
+        try:
+            sizes = helper.moe_anneal_abi(), helper.moe_assign_abi(), helper.moe_serve_abi()
+        except AttributeError:
+            sizes = 0, 0, 0
+        if sizes != (ANNEAL.size, ASSIGN.size, SERVE.size):
             raise OSError(f"{files[0].name} was compiled from other sources; reinstall")
     except OSError as error:
-        log.warning("replicas are searched and served in numpy, slower and with less gain: %s", error)
+        log.warning("experts are placed and served in numpy, slower and with less gain: %s", error)
         return None
+    helper.moe_assign.argtypes, helper.moe_assign.restype = [ctypes.c_char_p], ctypes.c_double
     helper.moe_anneal.argtypes, helper.moe_anneal.restype = [ctypes.c_char_p], ctypes.c_double
     helper.moe_serve.argtypes, helper.moe_serve.restype = [ctypes.c_char_p], ctypes.c_int64
     return helper

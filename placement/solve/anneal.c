@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "../cover.h"
+#include "random.h"
 
 typedef struct {
     int64_t tokens, top, experts, ranks, slots; /* slots: copies per rank */
@@ -27,20 +28,6 @@ typedef struct {
     uint64_t *masks;             /* [experts], in and out */
 } Problem;
 
-typedef struct {
-    uint64_t a, b;
-} Random;
-
-static uint64_t next(Random *r) { /* xorshift128+ */
-    uint64_t x = r->a, y = r->b;
-    r->a = y;
-    x ^= x << 23;
-    r->b = x ^ y ^ (x >> 17) ^ (y >> 26);
-    return r->b + y;
-}
-
-static int64_t below(Random *r, int64_t n) { return (int64_t)(((next(r) >> 32) * (uint64_t)n) >> 32); }
-static double uniform(Random *r) { return (double)(next(r) >> 11) * (1.0 / 9007199254740992.0); }
 static int count(uint64_t x) { return __builtin_popcountll(x); }
 
 static Visits visits(const Problem *p, int64_t t) {
@@ -106,8 +93,7 @@ EXPORT double moe_anneal(const Problem *p) {
         for (int64_t e = 0, i = 0; e < p->experts; e++)
             if (p->masks[e] >> g & 1) slot[g * p->slots + i++] = (int32_t)e;
 
-    Random random = {(uint64_t)p->seed * 0x9E3779B97F4A7C15ull + 1, (uint64_t)p->seed ^ 0xD1B54A32D192ED03ull};
-    for (int i = 0; i < 20; i++) next(&random);
+    Random random = seeded((uint64_t)p->seed);
     double cost = 0;
     for (int64_t t = 0; t < n; t++) {
         used[t] = visits(p, t);

@@ -1,15 +1,17 @@
 """Placement for what the dispatcher really sends: one copy per token and destination rank, not per expert.
 
 A token's experts in one layer are a hyperedge; it costs as many copies as it touches ranks. Layers are independent
-when attention stays at home, and coupled through the home rank when it moves with the token (coherent decode). The
-search swaps experts: the change of all E^2 swaps is exact and comes from two matrix products, so a step is a table
-look-up; replicas are added where a token comes anyway. The busiest rank's load is kept under a cap.
+when attention stays at home, and coupled through the home rank when it moves with the token (coherent decode).
+Experts and copies are annealed by compiled code (`assign.py`, `anneal.py`). Where that is absent or does not reach,
+the search swaps experts: the change of all E^2 swaps is exact and comes from two matrix products; replicas are added
+where a token comes anyway. The busiest rank's load is kept under a cap.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
 from moe.placement.solve.anneal import CAP, VISITS, Price, caps_of, folds_of, search_layer
+from moe.placement.solve.assign import SKETCH, SKETCH_PART, Layer, Limits, search_assignment
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Single, Touched
@@ -37,71 +40,108 @@ def solve_copies(
 ) -> Plan:
     """Place experts so that tokens touch few ranks, at a load no worse than the EPLB-style greedy at equal memory.
 
-    Without replicas a rank holds ceil(E / G) experts at most; one may move into an empty place.
+    Without replicas a rank holds ceil(E / G) experts at most; one may move into an empty place. A short search comes
+    to every layer before the long one does.
 
     slots_per_rank: copies per rank and layer; None = ceil(E / G) without replicas. price: of annealed replicas; without
     replicas bytes are visits times a price and a constant, so that it changes nothing. progress: called with the share
-    that is done. Costs O(N E^2) per improving swap. Interrupted (Ctrl-C), it returns the best plan so far: the greedy's
-    layers where it did not come.
+    that is done. Interrupted (Ctrl-C), it returns the best plan so far: the greedy's layers
+    where it did not come.
     """
     options = options or CopyOptions()
     check_routes(trace)
-    experts = trace.num_experts
-    slots = -(-experts // num_ranks) if slots_per_rank is None else slots_per_rank
-    check_capacity(experts, num_ranks, slots)
+    slots = -(-trace.num_experts // num_ranks) if slots_per_rank is None else slots_per_rank
+    check_capacity(trace.num_experts, num_ranks, slots)
     began = time.perf_counter()
-    load = expert_load(trace)
-    reference = eplb_greedy(load, num_ranks, slots_per_rank)
-    caps = options.slack * busiest_load(reference.hosted, load)
-    # the reference without replicas is both a start and, for the unreplicated phase, its own cap
-    single = reference if slots_per_rank is None else eplb_greedy(load, num_ranks)
-    single_caps = options.slack * busiest_load(single.hosted, load)
-    rows = single.assignment.copy()
-    rng = np.random.default_rng(options.seed)
-    homes = heaviest_experts(trace) if options.coherent else None
-    hosted = reference.hosted.copy()
-    passes = 2 if options.coherent else 1
-    anneals = slots_per_rank is not None and not options.coherent and not options.node_weight
-    anneals = anneals and num_ranks <= MOST_RANKS and load_helper() is not None
-    fold = folds_of(trace.sequence_lengths)
+    layers = _Layers(trace, num_ranks, slots_per_rank, options, price)
     try:
-        for sweep, layer in product(range(passes), range(trace.num_layers)):
-            done = (sweep * trace.num_layers + layer + 1) / (passes * trace.num_layers)
-            if anneals:
-                cap = options.slack * CAP * float(load[layer].sum()) / num_ranks
-                hosted[layer] = search_layer(
-                    trace.expert_ids[:, layer], reference.hosted[layer], slots=slots,
-                    caps=caps_of(trace.expert_ids[:, layer], fold, cap),
-                    rounds=200 if options.rounds is None else options.rounds,
-                    seed=options.seed * trace.num_layers + layer, deadline=began + options.seconds * done, price=price,
-                )  # fmt: skip
+        for sweep, (part, first, last) in enumerate(layers.sweeps()):
+            for layer in range(trace.num_layers):
+                done = first + (last - first) * (layer + 1) / trace.num_layers
+                layers.search(layer, sweep, part, began + options.seconds * done)
                 progress(done)
-                continue
-            layer_hits = k_hot(trace.expert_ids[:, layer], experts)
-            pins = None
-            if homes is not None and layer > 0:
-                pins = _pins(homes[:, layer - 1], rows[layer - 1], num_ranks)
-            has_replicas = slots_per_rank is not None and sweep == passes - 1
-            now, until = time.perf_counter(), began + options.seconds * done
-            places, start = _with_empty_places(Touched(layer_hits, pins), rows[layer], num_ranks)
-            loads = np.pad(load[layer], (0, len(start) - experts))
-            search = LayerSearch(places, loads, single_caps[layer], num_ranks, options)
-            rows[layer] = search.run(start, rng, now + 0.3 * (until - now) if has_replicas else until)[:experts]
-            if has_replicas:
-                search = LayerSearch(Touched(layer_hits, pins), load[layer], single_caps[layer], num_ranks, options)
-                replicas = ReplicaSearch(search, slots, float(caps[layer]))
-                served = replicas.served(reference.hosted[layer])  # our choice shares the greedy's copies unequally
-                replicas.cap = max(replicas.cap, options.slack * float(served.max()))
-                hosted[layer] = replicas.run(rows[layer], rng, until)
-            else:
-                hosted[layer] = rows[layer][:, None] == np.arange(num_ranks)
-            progress(done)
     except KeyboardInterrupt:
         log.warning("interrupted: this is the best plan so far")
     return Plan.from_hosted(
-        hosted, model=trace.model, solver="copies", objective="ranks touched / token / layer",
-        value=float(np.mean(ranks_touched(trace, hosted))), seconds=time.perf_counter() - began,
+        layers.hosted, model=trace.model, solver="copies", objective="ranks touched / token / layer",
+        value=float(np.mean(ranks_touched(trace, layers.hosted))), seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+class _Layers:
+    """The layers' plans so far, [L, E, G], and how one of them is searched."""
+
+    def __init__(self, trace: RoutingTrace, ranks: int, slots: int | None, options: CopyOptions, price: Price) -> None:
+        self.trace, self.ranks, self.slots, self.options, self.price = trace, ranks, slots, options, price
+        self.load = expert_load(trace)
+        self.reference = eplb_greedy(self.load, ranks, slots)
+        self.single = self.reference if slots is None else eplb_greedy(self.load, ranks)  # its cap without replicas
+        self.rows, self.hosted = self.single.assignment.copy(), self.reference.hosted.copy()
+        self.homes = heaviest_experts(trace) if options.coherent else None
+        self.rng = np.random.default_rng(options.seed)
+        self.compiled = load_helper() is not None
+        self.anneals = slots is not None and not options.coherent and not options.node_weight
+        self.anneals = self.anneals and ranks <= MOST_RANKS and self.compiled
+        self.fold = folds_of(trace.sequence_lengths)
+
+    def sweeps(self) -> list[tuple[float, float, float]]:
+        """(part of the rounds, where in the time it begins, where it ends): a first plan of every layer comes early."""
+        whole = 2 if self.options.coherent else 1
+        sketch = SKETCH_PART if self.compiled else 0.0
+        bounds = np.linspace(sketch, 1.0, whole + 1)
+        full = [(1.0, float(a), float(b)) for a, b in pairwise(bounds)]
+        return [(sketch, 0.0, sketch), *full] if sketch else full
+
+    def search(self, layer: int, sweep: int, part: float, until: float) -> None:
+        ids = self.trace.expert_ids[:, layer]
+        seed = (self.options.seed * len(self.sweeps()) + sweep) * self.trace.num_layers + layer
+        if self.anneals:
+            assert self.slots is not None
+            cap = self.options.slack * CAP * float(self.load[layer].sum()) / self.ranks
+            rounds = 200 if self.options.rounds is None else self.options.rounds
+            self.hosted[layer] = search_layer(
+                ids, self.hosted[layer], slots=self.slots, caps=caps_of(ids, self.fold, cap),
+                rounds=math.ceil(rounds * part), seed=seed, deadline=until, price=self.price,
+            )  # fmt: skip
+            return
+        pin = None
+        if self.homes is not None and layer > 0:
+            pin = np.append(self.rows[layer - 1], -1)[self.homes[:, layer - 1]]  # -1: no expert, no rank
+        last = sweep == len(self.sweeps()) - 1
+        has_replicas = self.slots is not None and last
+        now = time.perf_counter()
+        middle = now + 0.3 * (until - now) if has_replicas else until
+        if self.compiled:
+            limits = Limits.of(ids, self.single.assignment[layer], self.ranks, self.options.slack)
+            todo = Layer(ids, pin, limits)
+            rounds = 200 if self.options.rounds is None else self.options.rounds
+            self.rows[layer] = search_assignment(
+                todo.sample(SKETCH, seed) if part < 1 else todo, self.rows[layer], self.ranks, rounds=rounds * part,
+                seed=seed, deadline=middle, options=self.options,
+            )  # fmt: skip
+        if has_replicas or not self.compiled:
+            self._swap(layer, pin, middle, until, has_replicas)
+        if not has_replicas:
+            self.hosted[layer] = self.rows[layer][:, None] == np.arange(self.ranks)
+
+    def _swap(self, layer: int, pin: Ints | None, middle: float, until: float, has_replicas: bool) -> None:
+        """The search in numpy, twin of the compiled one; replicas where annealing knows no homes."""
+        hits = k_hot(self.trace.expert_ids[:, layer], self.trace.num_experts)
+        pins = None if pin is None else (pin[:, None] == np.arange(self.ranks)).astype(np.float32)
+        cap = self.options.slack * float(busiest_load(self.single.hosted, self.load)[layer])
+        if not self.compiled:
+            places, start = _with_empty_places(Touched(hits, pins), self.rows[layer], self.ranks)
+            loads = np.pad(self.load[layer], (0, len(start) - len(self.load[layer])))
+            search = LayerSearch(places, loads, cap, self.ranks, self.options)
+            self.rows[layer] = search.run(start, self.rng, middle)[: len(self.load[layer])]
+        if has_replicas:
+            assert self.slots is not None
+            search = LayerSearch(Touched(hits, pins), self.load[layer], cap, self.ranks, self.options)
+            most = self.options.slack * float(busiest_load(self.reference.hosted, self.load)[layer])
+            replicas = ReplicaSearch(search, self.slots, most)
+            served = replicas.served(self.reference.hosted[layer])  # our choice shares the greedy's copies unequally
+            replicas.cap = max(replicas.cap, self.options.slack * float(served.max()))
+            self.hosted[layer] = replicas.run(self.rows[layer], self.rng, until)
 
 
 def busiest_load(hosted: NDArray[np.bool_], load: Floats) -> Floats:
@@ -119,6 +159,12 @@ def k_hot(expert_ids: NDArray[np.int16], num_experts: int) -> Single:
 def ranks_touched(trace: RoutingTrace, hosted: NDArray[np.bool_]) -> Floats:
     """Mean ranks that a token must visit per layer, [L]; with replicas by greedy cover, most needed rank first."""
     out = np.zeros(trace.num_layers)
+    if hosted.shape[2] <= MOST_RANKS and (hosted.sum(axis=2) == 1).all():
+        masks = np.uint64(1) << hosted.argmax(axis=2).astype(np.uint64)
+        for layer in range(trace.num_layers):
+            visited = np.bitwise_or.reduce(np.append(masks[layer], np.uint64(0))[trace.expert_ids[:, layer]], axis=1)
+            out[layer] = np.bitwise_count(visited).mean()
+        return out
     for layer in range(trace.num_layers):
         hits = k_hot(trace.expert_ids[:, layer], trace.num_experts)
         out[layer] = greedy_cover(hits, hosted[layer]).sum(axis=1).mean()
@@ -280,10 +326,3 @@ def _with_empty_places(touched: Touched, ranks: Ints, num_ranks: int) -> tuple[T
     free = -(-len(ranks) // num_ranks) - np.bincount(ranks, minlength=num_ranks)
     hits = np.pad(touched.hits, ((0, 0), (0, int(free.sum()))))
     return touched._replace(hits=hits), np.concatenate([ranks, np.repeat(np.arange(num_ranks), free)])
-
-
-def _pins(heaviest: Ints, ranks: Ints, num_ranks: int) -> Single:
-    pins = np.zeros((len(heaviest), num_ranks), np.float32)
-    known = heaviest >= 0
-    pins[np.flatnonzero(known), ranks[heaviest[known]]] = 1
-    return pins

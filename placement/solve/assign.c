@@ -1,0 +1,184 @@
+/* Simulated annealing of one layer's experts, one copy each: ranks (and nodes) that tokens touch, and pairs above caps.
+ *
+ * A rank keeps two sets of tokens as bits: those that touch it, and those that touch it for two reasons or more. What a
+ * swap of two experts changes is then counted from four sets, whatever the number of experts on a rank: O(tokens / 64).
+ * Counts are integers and sums are taken in a fixed order: the same seed gives the same places on every machine with
+ * IEEE doubles. The caller (assign.py) checks sizes and indices.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../cover.h"
+#include "random.h"
+
+#define LANES 8
+
+typedef struct {
+    int64_t tokens, top, items, ranks, places; /* items = ranks * places: experts, and empty places after them */
+    int64_t nodes, lanes;                      /* lanes: columns of loads, a multiple of LANES */
+    int64_t iterations, seed;
+    double first, last, node_weight; /* temperatures, in rank visits */
+    const double *caps, *penalties;  /* [lanes] */
+    const double *loads;             /* [items, lanes] */
+    const int16_t *ids;              /* [tokens, top], -1 = none */
+    const int32_t *pin;              /* [tokens] rank that is touched anyway, -1 = none */
+    const int32_t *node;             /* [ranks] */
+    int32_t *now, *best;             /* [ranks, places] items; both in and out */
+} Assign;
+
+typedef struct {
+    uint64_t *once, *twice; /* [groups, words] */
+    const uint64_t *pins;   /* [groups, words] */
+} Sets;
+
+typedef int64_t (*Change)(const uint64_t *, const uint64_t *, const uint64_t *, const uint64_t *, int64_t);
+
+/* How many more tokens touch a group once item `out` leaves and `in` comes. */
+static inline __attribute__((always_inline)) int64_t
+change_of(const uint64_t *once, const uint64_t *twice, const uint64_t *out, const uint64_t *in, int64_t words) {
+    int64_t come = 0, go = 0;
+    for (int64_t i = 0; i < words; i++) {
+        uint64_t sole = out[i] & ~twice[i];
+        come += __builtin_popcountll(in[i] & (~once[i] | sole));
+        go += __builtin_popcountll(sole);
+    }
+    return come - go;
+}
+
+#define CHANGE(name, target)                                                                                       \
+    target static int64_t name(                                                                                    \
+        const uint64_t *once, const uint64_t *twice, const uint64_t *out, const uint64_t *in, int64_t words        \
+    ) {                                                                                                            \
+        return change_of(once, twice, out, in, words);                                                             \
+    }
+CHANGE(change_plain, )
+#if defined(__x86_64__) && defined(__GNUC__)
+CHANGE(change_popcnt, __attribute__((target("popcnt"))))
+CHANGE(change_avx512, __attribute__((target("avx512f,avx512vpopcntdq"))))
+#endif
+
+static Change fastest(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx512vpopcntdq")) return change_avx512;
+    if (__builtin_cpu_supports("popcnt")) return change_popcnt;
+#endif
+    return change_plain;
+}
+
+/* What a rank's loads above the caps cost. */
+static double overload(const Assign *p, const double *load) {
+    double sum[LANES] = {0}, total = 0;
+    for (int64_t f = 0; f < p->lanes; f += LANES)
+        for (int64_t i = 0; i < LANES; i++) {
+            double over = load[f + i] - p->caps[f + i];
+            sum[i] += (over > 0 ? over : 0) * p->penalties[f + i];
+        }
+    for (int64_t i = 0; i < LANES; i++) total += sum[i];
+    return total;
+}
+
+/* The sets of a group anew: what `from` to `to` of `place` holds. Adds to what was there if `more`. */
+static void gather(const Assign *p, const uint64_t *bits, Sets s, int64_t group, int64_t rank, int64_t words, int more) {
+    uint64_t *once = s.once + group * words, *twice = s.twice + group * words;
+    if (!more) memcpy(once, s.pins + group * words, (size_t)words * 8), memset(twice, 0, (size_t)words * 8);
+    for (int64_t k = 0; k < p->places; k++) {
+        const uint64_t *b = bits + p->now[rank * p->places + k] * words;
+        for (int64_t i = 0; i < words; i++) twice[i] |= once[i] & b[i], once[i] |= b[i];
+    }
+}
+
+static void gather_node(const Assign *p, const uint64_t *bits, Sets s, int64_t node, int64_t words) {
+    int more = 0;
+    for (int64_t g = 0; g < p->ranks; g++)
+        if (p->node[g] == node) gather(p, bits, s, node, g, words, more), more = 1;
+}
+
+static int64_t members(const uint64_t *set, int64_t words) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < words; i++) n += __builtin_popcountll(set[i]);
+    return n;
+}
+
+/* Sets, loads and cost of `now`. */
+static double whole(const Assign *p, const uint64_t *bits, Sets rank, Sets node, int64_t words, double *load, double *of) {
+    double cost = 0;
+    memset(load, 0, (size_t)(p->ranks * p->lanes) * 8);
+    for (int64_t g = 0; g < p->ranks; g++) {
+        gather(p, bits, rank, g, g, words, 0);
+        for (int64_t k = 0; k < p->places; k++)
+            for (int64_t f = 0; f < p->lanes; f++)
+                load[g * p->lanes + f] += p->loads[p->now[g * p->places + k] * p->lanes + f];
+        cost += (of[g] = overload(p, load + g * p->lanes)) + (double)members(rank.once + g * words, words);
+    }
+    for (int64_t n = 0; n < p->nodes; n++) {
+        gather_node(p, bits, node, n, words);
+        cost += p->node_weight * (double)members(node.once + n * words, words);
+    }
+    return cost;
+}
+
+EXPORT int64_t moe_assign_abi(void) { return (int64_t)sizeof(Assign); }
+
+/* `now` after the iterations and `best` as the best of all seen, itself among them; its cost, or -1: memory is short. */
+EXPORT double moe_assign(const Assign *p) {
+    int64_t words = (p->tokens + 63) / 64, groups = p->ranks + p->nodes, size = p->ranks * p->places;
+    uint64_t *bits = calloc((size_t)(p->items * words + 1), 8), *sets = malloc((size_t)(2 * groups * words + 1) * 8);
+    uint64_t *pins = calloc((size_t)(groups * words + 1), 8);
+    double *load = malloc((size_t)(p->ranks * p->lanes) * 8), *trial = malloc((size_t)(2 * p->lanes) * 8);
+    double *of = malloc((size_t)p->ranks * 8), result = -1;
+    int32_t *kept = malloc((size_t)size * 4);
+    if (!bits || !sets || !pins || !load || !trial || !of || !kept) goto done;
+    Sets rank = {sets, sets + groups * words, pins};
+    Sets node = {rank.once + p->ranks * words, rank.twice + p->ranks * words, pins + p->ranks * words};
+    for (int64_t t = 0; t < p->tokens; t++) {
+        uint64_t bit = 1ull << t % 64;
+        for (int64_t k = 0; k < p->top; k++)
+            if (p->ids[t * p->top + k] >= 0) bits[p->ids[t * p->top + k] * words + t / 64] |= bit;
+        if (p->pin[t] < 0) continue;
+        pins[p->pin[t] * words + t / 64] |= bit;
+        if (p->nodes) pins[(p->ranks + p->node[p->pin[t]]) * words + t / 64] |= bit;
+    }
+    Change change = fastest();
+    memcpy(kept, p->now, (size_t)size * 4);
+    memcpy(p->now, p->best, (size_t)size * 4);
+    double best_cost = whole(p, bits, rank, node, words, load, of);
+    memcpy(p->now, kept, (size_t)size * 4);
+    double cost = whole(p, bits, rank, node, words, load, of);
+    Random random = seeded((uint64_t)p->seed);
+    double temperature = p->first, cooling = pow(p->last / p->first, 1.0 / (double)(p->iterations ? p->iterations : 1));
+    for (int64_t step = 0; step < p->iterations && p->ranks > 1; step++, temperature *= cooling) {
+        if (cost < best_cost - 1e-6) best_cost = cost, memcpy(p->best, p->now, (size_t)size * 4);
+        int64_t a = below(&random, p->ranks), b = below(&random, p->ranks - 1);
+        b += b >= a;
+        int64_t i = a * p->places + below(&random, p->places), j = b * p->places + below(&random, p->places);
+        int32_t e = p->now[i], f = p->now[j];
+        double most = -temperature * log(uniform(&random) + 1e-300), *la = trial, *lb = trial + p->lanes;
+        for (int64_t k = 0; k < p->lanes; k++) {
+            double more = p->loads[f * p->lanes + k] - p->loads[e * p->lanes + k];
+            la[k] = load[a * p->lanes + k] + more, lb[k] = load[b * p->lanes + k] - more;
+        }
+        double over_a = overload(p, la), over_b = overload(p, lb), delta = over_a + over_b - of[a] - of[b];
+        const uint64_t *out = bits + e * words, *in = bits + f * words;
+        delta += (double)change(rank.once + a * words, rank.twice + a * words, out, in, words);
+        delta += (double)change(rank.once + b * words, rank.twice + b * words, in, out, words);
+        int64_t na = p->nodes ? p->node[a] : 0, nb = p->nodes ? p->node[b] : 0;
+        if (na != nb) {
+            int64_t more = change(node.once + na * words, node.twice + na * words, out, in, words);
+            more += change(node.once + nb * words, node.twice + nb * words, in, out, words);
+            delta += p->node_weight * (double)more;
+        }
+        if (delta > most) continue;
+        p->now[i] = f, p->now[j] = e;
+        gather(p, bits, rank, a, a, words, 0), gather(p, bits, rank, b, b, words, 0);
+        if (na != nb) gather_node(p, bits, node, na, words), gather_node(p, bits, node, nb, words);
+        memcpy(load + a * p->lanes, la, (size_t)p->lanes * 8), memcpy(load + b * p->lanes, lb, (size_t)p->lanes * 8);
+        of[a] = over_a, of[b] = over_b, cost += delta;
+    }
+    if (cost < best_cost - 1e-6) best_cost = cost, memcpy(p->best, p->now, (size_t)size * 4);
+    result = best_cost;
+done:
+    free(bits), free(sets), free(pins), free(load), free(trial), free(of), free(kept);
+    return result;
+}
