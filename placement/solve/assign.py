@@ -116,9 +116,10 @@ def anneal_assignment(
     wide[:experts, : len(caps)] = loads
     all_caps, all_prices = (np.pad(a, (0, lanes - len(caps))) for a in (caps, prices))
     state = [_places(ranks, num_ranks, places) for ranks in (now, best)]
+    arrays: list[NDArray[Any]] = [all_caps, all_prices, wide, ids, pin, node, *state]
     call = ASSIGN.pack(
         tokens, top, num_ranks * places, num_ranks, places, nodes, lanes, iterations, seed, *temperatures,
-        options.node_weight, *(a.ctypes.data for a in (all_caps, all_prices, wide, ids, pin, node, *state)),
+        options.node_weight, *(a.ctypes.data for a in arrays),
     )  # fmt: skip
     cost = float(helper.moe_assign(call))
     if cost < 0:
