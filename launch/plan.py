@@ -16,13 +16,11 @@ from moe.engine.choices import choose_reads, probed
 from moe.launch.console import out
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.offload.budget import format_bytes, parse_budget, slots_within
-from moe.offload.layout import ALIGNMENT
 from moe.offload.memory import available_memory
 from moe.offload.policy import Access, Lfu, misses_of
 from moe.offload.predictor import Transitions
 from moe.offload.prefetch import LEAST_EXPECTED
-from moe.offload.segments import ExpertIndex
-from moe.offload.stores import runs_of
+from moe.offload.stores import reads_of
 from moe.placement.cost import Sizes, Terms, Use, Visits, decode_step, prefill_step
 from moe.placement.machine import Machine, Reads, disk_of
 from moe.placement.steps import Ints, steps_of
@@ -111,7 +109,7 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     format_ = layout.gate_up_format
-    reads, copied = _reads_of(index)
+    reads = reads_of(index, direct=True)
     return Sizes(
         num_layers=len(index.sites),
         num_experts=site.num_experts,
@@ -125,18 +123,9 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
         expert_bytes=layout.nbytes,
         expert_format=format_.code or str(format_.dtype).removeprefix("torch."),
         kv_bytes=2 * text.num_hidden_layers * kv_heads * dim * blueprint.dtype.itemsize,
-        reads=reads,
-        copied_bytes=copied,
+        reads=reads.number,
+        copied_bytes=reads.copied_bytes,
     )
-
-
-def _reads_of(index: ExpertIndex) -> tuple[int, int]:
-    """Of an expert: the reads that bring it past the page cache, and the bytes that are copied on the way."""
-    runs = runs_of(index.segments(0, 0))
-    conversions = index.conversions(0, 0)
-    moved = sum(run.nbytes for run in runs if len(run.segments) > 1 or run.segments[0].size or run.offset % ALIGNMENT)
-    made = sum(info.nbytes for one in conversions for info in one.tensors)
-    return max(1, len(runs) + sum(len(one.tensors) for one in conversions)), moved + made
 
 
 def even_routing(sizes: Sizes, sequences: int) -> RoutingTrace:

@@ -71,6 +71,34 @@ def runs_of(segments: Sequence[Segment]) -> list[Run]:
     return runs
 
 
+class ReadsOfExpert(NamedTuple):
+    """What brings one expert: how many reads, and the bytes that are copied because no read can put them in place."""
+
+    number: int
+    copied_bytes: int
+
+
+def reads_of(index: ExpertIndex, *, direct: bool) -> ReadsOfExpert:
+    """Of the first expert, by `FileStore`."""
+    runs = runs_of(index.segments(0, 0))
+    made = [info for conversion in index.conversions(0, 0) for info in conversion.tensors]
+    moved = sum(run.nbytes for run in runs if not (_goes_straight(run) if direct else _is_plain(run)))
+    return ReadsOfExpert(max(1, len(runs) + len(made)), moved + sum(info.nbytes for info in made))
+
+
+def _is_plain(run: Run) -> bool:
+    return all(segment.size is None for segment in run.segments)
+
+
+def _goes_straight(run: Run) -> bool:
+    """Whether O_DIRECT can put it into a blob that begins on a page."""
+    return len(run.segments) == 1 and _is_plain(run) and not _misalignment(run)
+
+
+def _misalignment(run: Run) -> int:
+    return (run.offset | run.nbytes | run.segments[0].blob_offset) % ALIGNMENT
+
+
 def _place(segment: Segment, source: Tensor, out: Tensor) -> None:
     """Copies one segment's bytes to its place in the blob. source: uint8 [segment.nbytes], aligned for its dtype."""
     target = out[segment.blob_offset : segment.blob_offset + segment.nbytes]
@@ -195,7 +223,7 @@ class FileStore:
         total = 0
         for run in runs_of(self.index.segments(layer, expert)):
             file, direct = self._files[run.path]
-            if not direct and all(segment.size is None for segment in run.segments):
+            if not direct and _is_plain(run):
                 memory = out.numpy().data
                 parts = [memory[s.blob_offset : s.blob_offset + s.nbytes] for s in run.segments]
                 self._read(run, file, parts, run.offset, run.nbytes)
@@ -254,6 +282,4 @@ class FileStore:
 
 def _is_aligned(run: Run, out: Tensor) -> bool:
     """Whether the run is one plain segment that O_DIRECT can put where it belongs."""
-    (first, *others) = run.segments
-    place = out.data_ptr() + first.blob_offset
-    return not others and first.size is None and not (run.offset | run.nbytes | place) % ALIGNMENT
+    return _goes_straight(run) and not out.data_ptr() % ALIGNMENT

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.choices import AutoChoice, choose_reads, probed, told_choices
+from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, probed, told_choices, why_not_ahead
 from moe.engine.device import find_device, free_memory
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
+from moe.engine.notes import lossy_modes, notes_on
 from moe.engine.runner import (
     PackedRunner,
     Runner,
@@ -29,6 +30,7 @@ from moe.engine.runner import (
     paged_runner,
     planned_runner,
     run_a_token,
+    why_threads_count,
 )
 from moe.engine.scheduler import Scheduler
 from moe.engine.turns import Turns
@@ -39,7 +41,6 @@ from moe.layer.routing import RoutingSeam
 from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.dense_cpu import compile_dense
-from moe.models.families import why_resident
 from moe.models.kv import BlockPool
 from moe.models.load import load_dense
 from moe.models.neighbours import why_not_packed
@@ -145,6 +146,12 @@ class Loaded:
     memory: Memory
     experts: Experts
     grammars: Grammars
+    threads: AutoChoice | None = None
+
+    @property
+    def choices(self) -> tuple[AutoChoice, ...]:
+        """What was chosen where no setting said it."""
+        return self.experts.choices if self.threads is None else (self.threads, *self.experts.choices)
 
     @property
     def notes(self) -> list[str]:
@@ -172,6 +179,7 @@ def load(read: Read, share: Share | None = None) -> Loaded:
     """
     dense = load_model(read, tries_experts=share is not None)
     memory = make_memory(read, dense)
+    threads = _settle_threads(read, memory.runner, is_alone=share is None)
     to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
     with ExitStack() as undo:
         experts = make_experts(read, dense, to_come, share)
@@ -180,9 +188,20 @@ def load(read: Read, share: Share | None = None) -> Loaded:
             memory.scheduler.turns.watch(experts.slots)
         trusts = read.config.trust_remote_code
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
-        loaded = Loaded(read, dense, memory, experts, grammars)
+        loaded = Loaded(read, dense, memory, experts, grammars, threads)
         undo.pop_all()
     return loaded
+
+
+def _settle_threads(read: Read, runner: Runner, is_alone: bool) -> AutoChoice | None:
+    """Takes what the figures choose. None on a GPU, or where a setting says it."""
+    if read.device.type != "cpu":
+        return None
+    why_not = why_threads_count(runner) if is_alone else "ranks share the cores"
+    chosen = choose_threads(read.config, probed(read.config), why_not)
+    if chosen is not None:
+        torch.set_num_threads(chosen.value)
+    return chosen
 
 
 def read_model(folder: str | Path, config: EngineConfig) -> Read:
@@ -282,7 +301,9 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         available_bytes=max(0, available - reserved_bytes) * 9 // 10,  # activations, buffers, the rest of the machine
     )
     foresight = Foresight(blueprint, model, config)
-    offload, choices = choose_reads(config.offload, blueprint, probed(config))
+    machine = probed(config)
+    offload, choices = choose_reads(config.offload, blueprint, machine)
+    hidden = why_not_ahead(blueprint, machine, offload)
     with ExitStack() as undo:
         store = _make_store(blueprint, offload, share)
         undo.callback(store.close)
@@ -303,14 +324,15 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             kernel = "grouped"  # for the steps that no launch over all ranks takes
         table = Path(config.crossover_table).expanduser()
         kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
-        lookahead, kind = foresight.lookahead(cache, is_alone=share is None)
+        lookahead, kind = foresight.lookahead(cache, may_pay=share is None and hidden is None)
         slots = SlotExperts(cache, kernels, dense.routing, lookahead)
-        choices += told_choices(config, read.device, kind, kernel)
+        choices += told_choices(config, read.device, kind, kernel, hidden)
         if foresight.pregate is not None:
             slots.routing.stages.append(foresight.pregate)
         for layer, site in enumerate(blueprint.index.sites):
             model.get_submodule(site.module).compute = slots.layer(layer)
-        notes = kernel_notes(kernel, weights, model.dtype)
+        offer = pack_offer(blueprint, machine, offload) if cache.can_evict else []
+        notes = [*kernel_notes(kernel, weights, model.dtype), *offer]
         experts = Experts(slots, tuple(weights), tuple(notes), tuple(choices))
         undo.pop_all()
     return experts
@@ -320,30 +342,6 @@ def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeigh
     """Every layer's weights as kernels take them: views of all slots."""
     layers = zip(blueprint.experts, blueprint.index.layouts, strict=True)
     return [layout.weights(cache.views(n), found.activation) for n, (found, layout) in enumerate(layers)]
-
-
-def lossy_modes(config: EngineConfig) -> list[str]:
-    """What this run was told to do that changes what the model says."""
-    if config.routing.pregate == "off":
-        return []
-    return [f"routing.pregate={config.routing.pregate} changes what the model says; `moe evaluate` measures how much"]
-
-
-def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
-    """What a user should know about how this model is served."""
-    text = blueprint.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
-    note = blueprint.format_note(dense)
-    formats = [] if note is None else [note]
-    if blueprint.experts:
-        return formats
-    if declared > 1:
-        return formats + [
-            f"{blueprint.config.model_type} keeps its {declared} experts in modules that cannot be served from slots "
-            f"({why_resident(blueprint.skeleton)}): the whole model is in memory"
-        ]
-    return formats + ["this model is dense: it has no experts, the whole model is in memory"]
 
 
 def try_a_token(model: Any, blueprint: Blueprint, is_packed: bool, is_parallel: bool) -> TriedToken:

@@ -1,14 +1,14 @@
 """What a run chose by itself where no setting said it, and why; `--show-config` prints it.
 
 Figures come from `moe probe`; without them defaults stand, and the reason says so. A figure chooses only between ways
-whose bits are equal: how experts are read. Threads, kernels and dense layers stay as they are told, for another choice
-could round sums otherwise on another day.
+whose bits are equal: how experts are read and whether ahead, and threads where every sum is made by compiled kernels,
+whose bits do not depend on them. Other kernels and codes in registers would round sums otherwise on another day.
 """
 
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,17 +16,18 @@ from moe.config import EngineConfig, OffloadConfig
 from moe.kernels.cpu import instruction_sets
 from moe.models.blueprint import Blueprint
 from moe.offload.budget import format_bytes
-from moe.offload.stores import page_cache_holds
+from moe.offload.stores import page_cache_holds, reads_of
 from moe.placement.machine import How, Machine, disk_of, load_machine, machine_name
 
 DEFAULT_READERS = 2
 _DEPTHS = (1, 2, 4, 8)
 _ENOUGH = 0.9  # of the best rate: more threads for the rest only wait
+_PAYS = 1.2  # times as fast: less is not worth a copy of the experts
 
 
 class AutoChoice(NamedTuple):
     setting: str
-    value: object
+    value: Any
     reason: str
 
     def __str__(self) -> str:
@@ -102,20 +103,97 @@ def _unprobed(disk: str) -> str:
     return f"{disk} was not probed (`moe probe FOLDER` measures it)"
 
 
-def told_choices(config: EngineConfig, device: torch.device, prefetch: str | None, kernel: str) -> list[AutoChoice]:
-    """What no figure chooses, with the reason. prefetch: what reads ahead, None if nothing does."""
+class ReadTime(NamedTuple):
+    """Seconds of one expert that is read alone: as its files are, and if they were packed."""
+
+    stored: float
+    packed: float
+
+
+def read_time(blueprint: Blueprint, machine: Machine | None, offload: OffloadConfig) -> ReadTime | None:
+    """None where nothing is known of it. offload: with nothing open."""
+    if machine is None or offload.store != "file" or not blueprint.index.sites:
+        return None
+    how: How = "direct" if offload.direct else "cached"
+    nbytes = max(layout.nbytes for layout in blueprint.index.layouts)
+    reads = reads_of(blueprint.index, direct=bool(offload.direct))
+    disk = disk_of(blueprint.folder)
+    rates = [_rate(machine, disk, how, size, 1) for size in (nbytes // reads.number, nbytes)]
+    if not all(rates):
+        return None
+    stored, packed = (nbytes / rate for rate in rates if rate)
+    return ReadTime(stored + reads.copied_bytes / machine.copy_bytes_per_s, packed)
+
+
+def compute_time(blueprint: Blueprint, machine: Machine, threads: int) -> float | None:
+    """Seconds of one expert and one row; None for a format that was not measured."""
+    site, layout = blueprint.index.sites[0], blueprint.index.layouts[0]
+    format_ = layout.gate_up_format
+    weights = (site.parts + 1) * site.hidden_size * site.intermediate_size
+    kind = format_.code or str(format_.dtype).removeprefix("torch.")
+    if kind not in {rate.format for rate in machine.rates if rate.work == "expert"}:
+        return None
+    return weights * machine.seconds_per_weight("expert", kind, 1, threads)
+
+
+def why_not_ahead(blueprint: Blueprint, machine: Machine | None, offload: OffloadConfig) -> str | None:
+    """A sentence where reads hide behind the rest of their own layer; None where some wait, or nothing is known."""
+    read = read_time(blueprint, machine, offload)
+    compute = None if read is None or machine is None else compute_time(blueprint, machine, torch.get_num_threads())
+    if read is None or compute is None:
+        return None
+    others = (blueprint.top_k - 1) * compute
+    if read.stored > others:
+        return None
+    return f"an expert is read in {_ms(read.stored)}, its layer's others take {_ms(others)}: a miss waits for nothing"
+
+
+def pack_offer(blueprint: Blueprint, machine: Machine | None, offload: OffloadConfig) -> list[str]:
+    """One line where packing makes reads enough faster by the figures, or nothing."""
+    read = None if blueprint.index.is_packed else read_time(blueprint, machine, offload)
+    if read is None or read.stored < _PAYS * read.packed:
+        return []
+    times = f"{_ms(read.packed)} instead of {_ms(read.stored)}"
+    return [f"`moe pack {blueprint.folder} OUT` would pay: an expert is then read in {times}, by `moe probe`"]
+
+
+def choose_threads(config: EngineConfig, machine: Machine | None, why_not: str | None) -> AutoChoice | None:
+    """Of torch and the compiled kernels, where no setting says them. why_not: no figure may choose, and the reason."""
+    if config.threads is not None:
+        return None
+    default = f"torch's own, {torch.get_num_threads()}"
+    if os.environ.get("OMP_NUM_THREADS"):
+        return AutoChoice("threads", torch.get_num_threads(), "as OMP_NUM_THREADS says")
+    if why_not is not None or machine is None:
+        reason = why_not or "this machine was not probed (`moe probe` measures it)"
+        return AutoChoice("threads", torch.get_num_threads(), f"{default}: {reason}")
+    rates = {r.threads: r.seconds for r in machine.rates if (r.work, r.format, r.rows) == ("dense", "bfloat16", 1)}
+    if not rates:
+        return AutoChoice("threads", torch.get_num_threads(), f"{default}: no dense layer of bfloat16 was measured")
+    best = min(rates.values())
+    threads = min(n for n, seconds in rates.items() if seconds <= best / _ENOUGH)
+    each = ", ".join(f"{1e-9 / seconds:.1f} with {n}" for n, seconds in sorted(rates.items()))
+    return AutoChoice("threads", threads, f"the fewest near the best: {each}, G weights/s at one row")
+
+
+def told_choices(
+    config: EngineConfig, device: torch.device, prefetch: str | None, kernel: str, hidden: str | None = None
+) -> list[AutoChoice]:
+    """What else was left open. prefetch: what reads ahead, None if nothing does. hidden: why no read waits."""
     chosen = []
-    if config.threads is None and device.type == "cpu":
-        threads = torch.get_num_threads()
-        chosen.append(AutoChoice("threads", threads, "torch's own: one a core, or OMP_NUM_THREADS"))
     if config.offload.prefetch == "auto":
         reason = "one process reads large experts, and it ends itself where it does not pay"
         if prefetch is None:
-            reason = "all experts are in memory, or reads are small or shared by ranks, or no router can be asked"
+            reason = hidden or "all experts are in memory, or reads are small or shared by ranks, or no router is plain"
         chosen.append(AutoChoice("offload.prefetch", prefetch or "off", reason))
     if config.kernel == "auto":
-        reason = "compiled for this processor; the same bits at any number of rows and threads"
+        reason = "compiled for this processor, the one path of these bits at any number of rows and threads"
         if device.type != "cpu":
             reason = f"by number of tokens, as timed on this GPU ({config.crossover_table}); both sum in one order"
         chosen.append(AutoChoice("kernel", kernel, reason))
-    return chosen
+    reason = "as set: decoding at load and in registers round otherwise, so no figure chooses"
+    return [*chosen, AutoChoice("dense", config.dense, reason)]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2g} ms"

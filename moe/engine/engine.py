@@ -189,7 +189,7 @@ class Engine:
     @property
     def choices(self) -> tuple[AutoChoice, ...]:
         """What was chosen where no setting said it."""
-        return self.loaded.experts.choices
+        return self.loaded.choices
 
     @property
     def notes(self) -> list[str]:

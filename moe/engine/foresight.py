@@ -44,11 +44,11 @@ class Foresight:
             assert self.forecast is not None, "the config has refused a pre-gate without a file"
             self.pregate = Pregate(self.forecast, routers, width_of(told.pregate))
 
-    def lookahead(self, cache: ExpertCache, is_alone: bool) -> tuple[Lookahead | None, str | None]:
-        """What reads ahead, and its name; None if nothing does."""
+    def lookahead(self, cache: ExpertCache, may_pay: bool) -> tuple[Lookahead | None, str | None]:
+        """What reads ahead, and its name; None if nothing does. may_pay: asked only where it is left open."""
         prefetch = self._config.offload.prefetch
         if prefetch == "auto":
-            prefetch = self._what_may_pay() if is_alone and self._can_wait(cache) else "off"
+            prefetch = self._what_may_pay() if may_pay and self._can_wait(cache) else "off"
         return (None, None) if prefetch == "off" else (Lookahead(cache, self._guess(prefetch), None), prefetch)
 
     def _can_wait(self, cache: ExpertCache) -> bool:

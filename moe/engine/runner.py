@@ -107,6 +107,21 @@ def paged_runner(
     return PackedRunner(model, kv, routing)
 
 
+def why_threads_count(runner: Runner) -> str | None:
+    """Why the number of threads can change a bit of what this runner computes; None where it cannot.
+
+    Compiled kernels sum every row in one order whatever their threads; torch does not.
+    """
+    plan = runner.plan if isinstance(runner, PackedRunner) else None
+    if plan is None:
+        return "layers run by transformers' modules, whose sums depend on it"
+    if plan.blocks[0].dtype == torch.float32:
+        return "torch multiplies many rows of fp32, and its sums depend on it"
+    if any(layer.router is None for layer in plan.layers):
+        return "a layer's router or MLP is torch's, whose sums depend on it"
+    return None
+
+
 class SequentialRunner:
     """Each request by itself, with the cache that transformers makes for this architecture.
 

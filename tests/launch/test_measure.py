@@ -142,7 +142,8 @@ def test_figures_change_no_token_and_are_told(tmp_path):
     assert answers[0] == answers[1]
     assert said[0].startswith("offload.direct is True: ")
     assert said[1].startswith("offload.readers is 4: ")
-    assert {line.split()[0] for line in said} == {"offload.direct", "offload.readers", "offload.prefetch", "kernel"}
+    names = {"offload.direct", "offload.readers", "offload.prefetch", "kernel", "dense"}
+    assert {line.split()[0] for line in said} == names
 
 
 def test_the_command_stores_and_shows(tmp_path, capfd, monkeypatch):
