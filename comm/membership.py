@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
+from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from moe.comm.defaults import EAGER_BYTES
@@ -33,6 +33,8 @@ from moe.comm.groups import Groups, ranks_by_node
 from moe.comm.lost import in_collective
 from moe.comm.mailbox import Mailbox
 
+# Public from torch 2.14 on, where the private name warns.
+_set_timeout = getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)
 _NEVER_SENT = 7  # a tag: what `interrupt` waits for
 
 
@@ -261,7 +263,7 @@ def _groups_of(nodes: tuple[int, ...], rank: int, start: Start, device: torch.de
     side = dist.new_group(list(everyone), timeout=timedelta(seconds=start.meet_s))
     distinct = {id(group): group for group in (world, local, cross, side) if group is not None}.values()
     for group in distinct:
-        _set_pg_timeout(timedelta(seconds=start.timeout_s), group)
+        _set_timeout(timedelta(seconds=start.timeout_s), group)
     mailboxes: dict[ProcessGroup, Mailbox] = {}
     if eager_bytes and device.type == "cpu":
         mailboxes = {group: Mailbox(group, eager_bytes, start.timeout_s) for group in distinct if group is not side}

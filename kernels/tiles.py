@@ -6,6 +6,7 @@ to the kernel.
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,19 +47,23 @@ def pick_tiles(rows_per_expert: float, dtype: torch.dtype, capability: int, *, t
 
 
 def tiles_for(config: TileConfig, weights: ExpertWeights, dtype: torch.dtype) -> TileConfig:
-    """`config` as the formats of `weights` need it: k steps inside a block of scales, registers left to decode."""
+    """`config` as the formats of `weights` need it: k steps inside a block of scales, registers left to decode.
+
+    A pipeline is no longer than the loop: ahead of time, its stages beyond that spill (sm_90, triton 3.8).
+    """
     parts = parts_of(weights)
     readings = {part.reading(dtype) for part in parts}
     if "wide" in readings:  # three tiles of each: ahead of time, more spills on sm_100 and does not fit gfx942
         n1, n2, k = (min(size, most) for size, most in zip(config[1:4], (64, 64, 32)))
         config = config._replace(block_n1=n1, block_n2=n2, block_k=k)
-    if config.block_m >= 128 and is_decoded(weights, dtype):  # ahead of time: else spills in the loop
+    if config.block_m >= 64 and is_decoded(weights, dtype):  # ahead of time: else spills in the loop
         config = config._replace(block_n1=min(config.block_n1, 64), block_n2=min(config.block_n2, 64))
     block_k = config.block_k
     for part in parts:
         while part.coding is not None and part.reading(dtype) == "blocks" and part.coding.block[1] % block_k:
             block_k //= 2
-    return config._replace(block_k=block_k)
+    steps = max(math.ceil(part.columns / block_k) for part in parts)
+    return config._replace(block_k=block_k, num_stages=min(config.num_stages, steps))
 
 
 def is_decoded(weights: ExpertWeights, dtype: torch.dtype) -> bool:

@@ -1,5 +1,7 @@
 """Every kernel with the arguments that it is compiled for, written by hand for chips of all makers."""
 
+import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from moe.kernels.tiles import TileConfig, is_decoded, matrices, pick_tiles, tile
 from moe.kernels.weights import Activation, ExpertWeights
 
 STORED = ("fp8", "int8", "int4", "mxfp4", "nf4")  # between them every way in which kernels read a matrix
+_MAP_NORESERVE = 0x4000  # Linux; the module has no name for it
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -137,7 +140,7 @@ def weights_stored(
 ) -> ExpertWeights:
     """Experts of no values, as the formats are published: FP8 of DeepSeek-V3, int8, GPTQ's int4, gpt-oss, NF4."""
     if stored == "bf16":
-        first, second = (torch.empty(slots, n, k, dtype=dtype) for n, k in ((2 * inter, hidden), (hidden, inter)))
+        first, second = (_unbacked((slots, n, k), dtype) for n, k in ((2 * inter, hidden), (hidden, inter)))
         return ExpertWeights(first, second, None, None, Activation())
     formats: dict[str, tuple[CodeName, tuple[int, int], torch.dtype]] = {
         "fp8": ("e4m3", (128, 128), torch.float32),
@@ -152,7 +155,7 @@ def weights_stored(
     codes, codings = [], []
     for parts, rows, columns in ((2, inter, hidden), (1, hidden, inter)):
         grid = (slots, parts, -(-rows // block[0]), -(-columns // block[1]))
-        codes.append(torch.empty(slots, parts * rows, bytes_per_row(code, columns), dtype=CODE_DTYPES[code]))
+        codes.append(_unbacked((slots, parts * rows, bytes_per_row(code, columns)), CODE_DTYPES[code]))
         codings.append(
             Coding(
                 code,
@@ -164,6 +167,13 @@ def weights_stored(
             )
         )
     return ExpertWeights(codes[0], codes[1], None, None, Activation(), codings[0], codings[1])
+
+
+def _unbacked(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of any size that nobody reads: addresses only, which the kernel does not count against its memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _argument(name: str, matrix: Matrix) -> tuple[Matrix, dict[tuple[str, int], Any]]:
