@@ -30,8 +30,8 @@ lock: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/+cpu$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
-# What the engine launches, compiled by its own host code through a driver that launches nothing: the oldest triton, that of the
-# newest torch, and the newest.
+# What the engine launches, compiled by its own host code through a driver that launches nothing: the oldest triton, that of
+# the newest torch, and the newest.
 test-aot-all: install
 	for version in 3.6.0 3.8.0 3.9.0; do \
 	  test -d .venv-triton-$$version || \

@@ -147,9 +147,9 @@ def argument(part: Part, dtype: torch.dtype, *, tma_box: tuple[int, int] | None,
 
 @device_function
 def tile_pointers(m, slot, cols, BLOCK_K: tl.constexpr):
-    """Of the first tile: [BLOCK_K, BLOCK_N], of nibbles [BLOCK_N, BLOCK_K / 2]; None by TMA."""
+    """Of the first tile: [BLOCK_K, BLOCK_N], of nibbles [BLOCK_N, BLOCK_K / 2]; nothing by TMA."""
     if m.TMA:
-        return None
+        return 0  # triton 3.6 returns no None from a function
     else:
         rows = m.codes + slot.to(tl.int64) * m.stride_slot + cols.to(tl.int64) * m.stride_row
         if m.NIBBLES:
@@ -169,17 +169,17 @@ def multiply(
         a, b = same_dtype(x, codes)
         return dot(a, b, acc)
     elif m.READ == "row":
-        zero = _in_block(m, m.zero, m.stride_zero, slot, cols, 0, cols < N)
+        zero = _zero(m, slot, cols, 0, cols < N)
         return dot(x, cast(_values(m, codes, zero, slot), x.dtype), acc)
     elif m.READ == "blocks":
         group = k0 // m.SCALE_K
-        zero = _in_block(m, m.zero, m.stride_zero, slot, cols, group, cols < N)
+        zero = _zero(m, slot, cols, group, cols < N)
         scale = _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols, group, cols < N))
         part = dot(x, cast(_values(m, codes, zero, slot), x.dtype), tl.zeros_like(acc))
         return acc + part * scale
     elif m.READ == "exact":
         scale = _scales_of_tile(m, slot, cols, k0, N, K, BLOCK_N, BLOCK_K)
-        return dot(x, cast(_values(m, codes, None, slot) * scale, x.dtype), acc)
+        return dot(x, cast(_values(m, codes, 0, slot) * scale, x.dtype), acc)
     else:
         ks = k0 + tl.arange(0, BLOCK_K)
         if m.group_of is None:
@@ -187,7 +187,7 @@ def multiply(
         else:
             group = tl.load(m.group_of + slot.to(tl.int64) * m.stride_group + ks, mask=ks < K, other=0)
         there = (ks < K)[:, None] & (cols < N)[None, :]
-        zero = _in_block(m, m.zero, m.stride_zero, slot, cols[None, :], group[:, None], there)
+        zero = _zero(m, slot, cols[None, :], group[:, None], there)
         scale = _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols[None, :], group[:, None], there))
         if m.factor is not None:
             scale = scale * tl.load(m.factor + slot.to(tl.int64) * m.stride_factor)
@@ -246,7 +246,7 @@ def _values(m, codes, zero, slot):
         value = tl.load(m.table + slot.to(tl.int64) * m.stride_table + codes.to(tl.int32))
     else:
         value = codes.to(tl.float32)
-    if zero is not None:
+    if m.zero is not None:
         value = value - zero.to(tl.float32)
     return value
 
@@ -262,10 +262,16 @@ def _e4m3(bits):
 @device_function
 def _in_block(m, values, stride, slot, cols, group, mask):
     # Entries of a grid [S, rows of blocks, GROUPS], one for each of `cols` and `group` as they broadcast
-    if values is None:
-        return None
+    return tl.load(values + slot.to(tl.int64) * stride + cols // m.SCALE_N * m.GROUPS + group, mask=mask, other=0)
+
+
+@device_function
+def _zero(m, slot, cols, group, mask):
+    # Zero points, 0 without: triton 3.6 returns no None from a function
+    if m.zero is None:
+        return 0
     else:
-        return tl.load(values + slot.to(tl.int64) * stride + cols // m.SCALE_N * m.GROUPS + group, mask=mask, other=0)
+        return _in_block(m, m.zero, m.stride_zero, slot, cols, group, mask)
 
 
 @device_function

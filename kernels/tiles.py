@@ -49,7 +49,8 @@ def pick_tiles(rows_per_expert: float, dtype: torch.dtype, capability: int, *, t
 def tiles_for(config: TileConfig, weights: ExpertWeights, dtype: torch.dtype) -> TileConfig:
     """`config` as the formats of `weights` need it: k steps inside a block of scales, registers left to decode.
 
-    A pipeline is no longer than the loop: ahead of time, its stages beyond that spill (sm_90, triton 3.8).
+    A pipeline is no longer than the loop, and a loop that short has eight warps to hold its tiles: ahead of time, other
+    choices spill in it with some triton (sm_90, 3.6 to 3.9).
     """
     parts = parts_of(weights)
     readings = {part.reading(dtype) for part in parts}
@@ -63,7 +64,9 @@ def tiles_for(config: TileConfig, weights: ExpertWeights, dtype: torch.dtype) ->
         while part.coding is not None and part.reading(dtype) == "blocks" and part.coding.block[1] % block_k:
             block_k //= 2
     steps = max(math.ceil(part.columns / block_k) for part in parts)
-    return config._replace(block_k=block_k, num_stages=min(config.num_stages, steps))
+    if steps < config.num_stages:
+        config = config._replace(num_stages=steps, num_warps=8)
+    return config._replace(block_k=block_k)
 
 
 def is_decoded(weights: ExpertWeights, dtype: torch.dtype) -> bool:

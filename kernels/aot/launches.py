@@ -41,6 +41,7 @@ class Shape:
 GPT_OSS = Activation(kind="gpt_oss", interleaved=True, alpha=1.702, limit=7.0)
 SHAPES = (
     Shape("tiny", 40, 8, 2, 256, 128),
+    Shape("tinier", 40, 8, 2, 64, 32),
     Shape("Qwen3-30B-A3B", 6144, 128, 8, 2048, 768),
     Shape("Qwen3-30B-A3B, one layer", 128, 128, 8, 2048, 768),
     Shape("Qwen3-30B-A3B, 8 slots", 8, 128, 8, 2048, 768),
