@@ -6,9 +6,11 @@ The second node has a label and says that it has GPUs; hosts compute on the CPU 
 import os
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from moe.config import EngineConfig
 
 # Other clusters of the machine are nobody's business; Ray reads it when it is imported.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {"RAY_worker_niceness": "0"}  # Ray starts actors at 15: whatever else runs would come first
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "tinymoe"
@@ -37,17 +40,24 @@ def two_nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = f"/tmp/moe-{secrets.token_hex(3)}"  # a path of sockets must be short
-    common = {"object_store_memory": 80 << 20, "temp_dir": folder}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False, **common})
+    common = {"object_store_memory": 80 << 20}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # Jobs are submitted to the dashboard, which is of `ray[default]`.
+    dashboard = {"include_dashboard": find_spec("aiohttp") is not None, "dashboard_port": port}
+    head = {"num_cpus": 4, "temp_dir": folder, **dashboard, **common}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
+        # A folder of its own, as on a machine of its own: a node deletes the working folders of jobs that it has not.
         name, _, value = LABEL.partition("=")
-        cluster.add_node(num_cpus=4, num_gpus=4, labels={name: value}, **common)
+        cluster.add_node(num_cpus=4, num_gpus=4, labels={name: value}, temp_dir=f"{folder}b", **common)
         ray.init(address=cluster.address, log_to_driver=False)
         yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        for one in (folder, f"{folder}b"):
+            shutil.rmtree(one, ignore_errors=True)
 
 
 def until(engine: Any, condition: Callable[[], bool], limit_s: float = 240) -> None:

@@ -227,6 +227,25 @@ def test_a_driver_that_is_killed_is_followed_by_another(llm, lines, nodes, tmp_p
     assert {name: one[1] for name, one in chaos_cluster.answers(target).items()} == {n: r[1] for n, r in right.items()}
 
 
+def test_a_job_that_is_submitted(nodes, lines, tmp_path):
+    """By Ray's own command to the job server, which runs it in a folder of its own on the cluster."""
+    pytest.importorskip("aiohttp", reason="the job server is of ray[default]")
+    folder, _, right = lines
+    (tmp_path / "job").mkdir()
+    shutil.copyfile(folder / "in.jsonl", tmp_path / "job" / "in.jsonl")
+    target = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", tmp_path / "job", "--"]
+    command += [sys.executable, "-m", "moe.launch.ray_cluster", DEMO, "in.jsonl", target, "--hosts", "1"]
+    command += [f"--set={one}" for one in SETTINGS]
+    environment = os.environ | {"RAY_ADDRESS": f"http://{nodes.webui_url}", "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-3000:]
+    assert "40 of 40 lines are in" in said.stdout
+    assert chaos_cluster.answers(target) == right
+
+
 def test_gpus_labels_and_too_little_memory_left(nodes, lines, tmp_path):
     """Declared GPUs, computed on the CPU, on the one node with the label; then a host is lost and not replaced."""
     folder, _, right = lines

@@ -1,0 +1,109 @@
+"""Hosts without Ray: four, then three, then two of them serve one generation each, and say what one process says.
+
+What actors carry is called here; the same hosts under Ray, and what happens to them there: test_cluster.py.
+"""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from moe.cluster.host import ExpertHost
+from moe.cluster.lines import Lines
+from moe.cluster.messages import Dealt, Serve, Where
+from moe.cluster.plans import plan_for
+from moe.comm.membership import connect
+from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
+from moe.llm import LLM
+from moe.params import SamplingParams
+from moe.placement.plan import Plan
+from tests.distributed import spawn
+from tests.families import tiny_checkpoint
+from tests.moe.test_parallel import DEMO, prompts_of
+
+HOSTS = (4, 3, 2)
+SHAPES = {"demo": (6, 16), "deepseek_v3": (2, 8)}
+DISPATCHERS = ("all_to_all", "hierarchical", "coherent")
+
+
+def config_of(budget: str, dispatcher: str) -> EngineConfig:
+    return EngineConfig(
+        dtype="float32",
+        threads=1,
+        offload=OffloadConfig(budget=budget),
+        batch=BatchConfig(max_tokens=48, max_sequences=3, kv_tokens=1024),
+        parallel=ParallelConfig(dispatcher=dispatcher, timeout_seconds=60),
+    )
+
+
+def params_of(number: int) -> SamplingParams:
+    return SamplingParams(max_tokens=8 + number, ignore_eos=True, temperature=0.8 * (number % 2), seed=number)
+
+
+def serve_in_turn(folder: str, shape, line_port: int, budget: str, dispatcher: str, prompts) -> list[dict]:
+    """One host. Returns what it said in each generation that it was in, by the number of the prompt."""
+    rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    where = Where("127.0.0.1", port, line_port, "word", f"{dispatcher}-{budget}")
+    host = ExpertHost(folder, config_of(budget, dispatcher), rank, (rank, HOSTS[0]), where)
+    store, plan, answers = connect("127.0.0.1", port), Plan.contiguous(*shape, HOSTS[0]), []
+    for generation, num_hosts in enumerate(HOSTS, 1):
+        if rank >= num_hosts:
+            break
+        if num_hosts < HOSTS[0]:
+            plan = plan_for([plan.hosted[:, :, other] for other in range(num_hosts)], shape)
+        own = range(rank, len(prompts), num_hosts)
+        first = 100 * generation
+        host.submit([Dealt(first + n, prompts[n], len(prompts[n]), params_of(n)) for n in own])
+        said: dict[int, list[int]] = {n: [] for n in own}
+
+        def listen(generation=generation, num_hosts=num_hosts, first=first, said=said) -> None:
+            open_ones, seen = set(said), 0
+            while open_ones:
+                start, words = host.collect(seen, 0.5)
+                for word in words:
+                    assert word.error is None, word
+                    said[word.id - first] += [word.token]
+                    open_ones -= {word.id - first} if word.finish else set()
+                seen = start + len(words)
+            store.set(f"done-{generation}-{rank}", "")
+            store.wait([f"done-{generation}-{other}" for other in range(num_hosts)])
+            host.leave(generation)
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        nodes = ("a", "a", "b", "b")[:num_hosts]
+        ended = host.serve(Serve(generation, nodes, rank, plan))
+        listener.join()
+        assert ended.lost is None, ended
+        answers.append(said)
+        host.desk = type(host.desk)()
+    host.engine.experts.cache.check()
+    pool = host.engine.scheduler.pool
+    assert pool.num_available == pool.num_blocks
+    return answers
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    return {"demo": DEMO, "deepseek_v3": tiny_checkpoint("deepseek_v3", tmp_path_factory.mktemp("deepseek_v3"))}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("budget", ["1.0", "0.25", "3"])
+@pytest.mark.parametrize("dispatcher", DISPATCHERS)
+@pytest.mark.parametrize("model", SHAPES)
+def test_four_three_and_two_hosts_say_what_one_process_says(folders, model, dispatcher, budget):
+    folder, prompts = folders[model], prompts_of(1)
+    with LLM(folder, config_of("1.0", "all_to_all")) as llm:
+        outputs = llm.generate(prompts, [params_of(n) for n in range(len(prompts))], use_tqdm=False)
+        right = {n: output.outputs[0].token_ids for n, output in enumerate(outputs)}
+    lines = Lines("127.0.0.1", "word")
+    try:
+        arguments = (str(folder), SHAPES[model], lines.port, budget, dispatcher, prompts)
+        by_rank = spawn(HOSTS[0], serve_in_turn, *arguments, time_limit_s=200)
+    finally:
+        lines.close()
+    for turn, num_hosts in enumerate(HOSTS):
+        said = {n: tokens for answers in by_rank[:num_hosts] for n, tokens in answers[turn].items()}
+        assert said == right, num_hosts
