@@ -27,7 +27,7 @@ import numpy as np
 from bench.compare import _packed
 from bench.walk_model import LARGE, SMALL, prompts_of, write
 from moe.launch.measure import probe
-from moe.launch.plan import replay, sizes_of
+from moe.launch.plan_inputs import replay, sizes_of
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
 from moe.offload.requantise import target_format
@@ -152,7 +152,7 @@ def visits_of(trace: RoutingTrace, use: Use, number: int) -> Visits:
     """Of one round of the run."""
     own = use.sequences if use.ranks == 1 else use.sequences // use.ranks
     steps = steps_of_rounds(trace, own)
-    all_visits = replay(trace, use, steps)
+    all_visits, _ = replay(trace, use, steps)
     per = (NEW - 1) * trace.num_layers
     assert all_visits.distinct.shape[1] == (ROUNDS + 1) * per, all_visits.distinct.shape
     return Visits(*(one[:, number * per : (number + 1) * per] for one in all_visits))

@@ -14,6 +14,7 @@ from moe.launch.demo import run_demo
 from moe.launch.jobs import serve_file
 from moe.launch.live import live_state
 from moe.launch.options import engine_config, sampling_params
+from moe.launch.plan_check import checked_state
 from moe.launch.prompts import read_prompts
 from moe.launch.recording import recording
 from moe.launch.report import batch_progress, print_choices, print_report, print_rounding
@@ -141,7 +142,7 @@ def _write(text: str) -> None:
 def batch(args: argparse.Namespace) -> int:
     config = engine_config(args)
     with loaded(args, config) as llm:
-        with recording(args.record, lambda: live_state(llm)):
+        with recording(args.record, lambda: {**live_state(llm), **checked_state(llm.engine)}):
             serve_file(llm, args.input, args.output)
         print_report(llm.engine, err, args.per_layer)
         prompts = first_requests(llm, args.input, args.verify)

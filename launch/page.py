@@ -154,6 +154,8 @@ function draw() {
     ["between tokens, 99\\u00a0%", now.token_p99 === null ? "–" : "≤ " + (1000 * now.token_p99).toFixed(0) + " ms"]];
   if (now.experts) figures.push(["experts in slots", now.slots + " of " + now.experts],
     ["found in a slot", all ? (100 * share[0] / all).toFixed(1) + " %" : "–"], ["read", bytes(p.read) + "/s"]);
+  if (now.planned_rate) figures.push(["decoding, tokens/s", now.decode_rate.toFixed(1)],
+    ["planned (" + now.planned_binds + " binds)", now.planned_rate.toFixed(1)]);
   const since = recorded ? ", recorded " + new Date(1000 * points[0].time).toLocaleString() : "";
   $("model").textContent = now.model + since;
   $("ill").textContent = now.ill || "";

@@ -48,6 +48,14 @@ def report(args: argparse.Namespace) -> int:
     target = args.out or args.run_file.with_suffix(".html")
     target.write_text(recorded_page(states))
     out.print(f"{target}: {len(states)} states over {states[-1]['time'] - states[0]['time']:.0f} s", markup=False)
+    last = states[-1]
+    if "planned_rate" in last:
+        planned, rate = last["planned_rate"], last["decode_rate"]
+        out.print(
+            f"decoding: {rate:.1f} tokens/s, planned {planned:.1f} ({last['planned_binds']} binds), "
+            f"{planned / rate - 1:+.0%} off",
+            markup=False,
+        )
     return 0
 
 

@@ -13,6 +13,7 @@ from moe.comm.groups import Groups
 from moe.comm.lost import in_collective
 from moe.engine.engine import Engine
 from moe.launch.console import err
+from moe.launch.plan_check import checked
 from moe.metrics import Metric, changed, shown, title, totals
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.segments import ExpertIndex
@@ -29,6 +30,8 @@ def print_report(engine: Engine, console: Console, per_layer: bool = False) -> N
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("prefill", f"{steps.prefill_tokens} tokens, {steps.prefill_rate:.1f} tokens/s")
     table.add_row("decode", f"{steps.decode_tokens} tokens, {steps.decode_rate:.1f} tokens/s")
+    if (plan := checked(engine)) is not None:
+        table.add_row("planned decode", str(plan))
     table.add_row("time to first token", f"at most {steps.time_to_first_token.quantile(0.5) * 1000:.0f} ms (median)")
     if state.slots:
         table.add_row(
@@ -43,7 +46,7 @@ def print_report(engine: Engine, console: Console, per_layer: bool = False) -> N
         f"peak {shown(state.peak_rss_bytes, 'bytes')} resident, dense weights {shown(state.dense_bytes, 'bytes')}",
     )
     sums = {m: v for m, v in totals(engine.metric_sources()).items() if m.kind == "counter"}
-    said = {"prefill_tokens", "decode_tokens", "pure_decode_tokens"}
+    said = {"prefill_tokens", "decode_tokens", "pure_decode_tokens", "pure_decode_steps"}
     for metric in changed([sums]):
         if metric.name not in said:
             table.add_row(title(metric), shown(sums[metric], metric.unit))

@@ -15,6 +15,7 @@ from moe.llm import LLM
 def serve(args: argparse.Namespace) -> int:
     try:
         from moe.launch.live import live_state
+        from moe.launch.plan_check import checked_state
         from moe.launch.recording import recording
         from moe.launch.server import Limits, make_app, make_server, serve_until_told
         from moe.launch.uploads import Uploads
@@ -40,7 +41,7 @@ def serve(args: argparse.Namespace) -> int:
         app = make_app(service, uploads, limits, key)
         server = make_server(app, limits, args.host, args.port)
         err.print(f"{llm.name} is served at http://{args.host}:{args.port} (the live page, and /v1 beside it)")
-        with recording(args.record, lambda: live_state(llm, service)):
+        with recording(args.record, lambda: {**live_state(llm, service), **checked_state(llm.engine)}):
             serve_until_told(server)
     return 0
 

@@ -53,7 +53,8 @@ class Sizes:
 class Use:
     """How it is served. sequences, slots: of all ranks together; context: tokens of a sequence so far.
 
-    link: between ranks, None where all are on this machine. ahead: share of the steps in which is read ahead.
+    link: between ranks, None where all are on this machine. beside: replicas on this machine, this one included. ahead: share of the steps in which is read ahead.
+    away: share of the pairs whose expert is on another rank than their token, None: all ranks are as likely.
     """
 
     sequences: int
@@ -65,12 +66,14 @@ class Use:
     disk: str = ""
     ranks: int = 1
     link: Link | None = None
+    beside: int = 1
     ahead: float = 0.0
+    away: float | None = None
 
     @property
     def local_ranks(self) -> int:
-        """Of one machine."""
-        return self.ranks if self.link is None else 1
+        """Processes of one machine that compute at the same time."""
+        return self.ranks * self.beside if self.link is None else 1
 
 
 class Visits(NamedTuple):
@@ -230,7 +233,8 @@ def _exchange(sizes: Sizes, machine: Machine, use: Use, tokens: int) -> float:
     """Out a row for each token and rank that has one of its experts, back a row for each pair, from other ranks."""
     if use.ranks == 1:
         return 0.0
-    away = tokens * sizes.top_k * (use.ranks - 1) / use.ranks  # pairs; rows out are at most as many
+    share = (use.ranks - 1) / use.ranks if use.away is None else use.away
+    away = tokens * sizes.top_k * share  # pairs; rows out are at most as many
     nbytes = away * sizes.hidden_size * WIDTHS.get(sizes.dtype, 2)
     found = min(machine.exchange, key=lambda e: abs(e.ranks - use.ranks), default=None)
     if found is None and use.link is None:

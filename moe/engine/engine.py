@@ -364,6 +364,7 @@ class Engine:
             self.stats.prefill_seconds += seconds
         else:
             self.stats.pure_decode_tokens += len(own)
+            self.stats.pure_decode_steps += 1
             self.stats.decode_seconds += seconds
 
 

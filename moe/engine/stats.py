@@ -16,6 +16,7 @@ class StepStats:
     pure_decode_tokens: int = field(
         default=0, metadata={"help": "Of the steps that decode_seconds counts", "unit": "tokens"}
     )
+    pure_decode_steps: int = field(default=0, metadata={"help": "Steps that decode_seconds counts"})
     decode_seconds: float = field(default=0.0, metadata={"help": "Of steps without prompt tokens", "unit": "seconds"})
     shared_tokens: int = field(default=0, metadata={"help": "Prompt tokens saved by shared prefixes", "unit": "tokens"})
     preemptions: int = field(default=0, metadata={"help": "Requests put back to wait for blocks"})

@@ -1,16 +1,21 @@
 """`moe plan` in words: what a model would do, from stored figures, here or with another disk, memory or link."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from moe.engine.choices import this_machine
+from moe.config import EngineConfig
+from moe.engine.choices import probed, this_machine
+from moe.launch import measure
 from moe.launch.cli import main
-from moe.launch.plan import even_routing, replay, settled, sizes_of
+from moe.launch.plan_inputs import even_routing, replay, settled, sizes_of
 from moe.models.blueprint import read_blueprint
 from moe.offload.policy import Access, Lfu, misses_of, simulate
 from moe.placement.cost import Use
 from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads, disk_of, save_machine
+from moe.placement.plan import Plan
 
 TINYMOE = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 
@@ -51,7 +56,18 @@ def test_a_slower_disk_makes_reads_bind(capfd, probe_file):
 
 def test_more_ranks_or_replicas(capfd, probe_file):
     status, out, _ = plan(
-        capfd, "--probe-file", probe_file, "--ram", "1GiB", "--ranks", 1, 2, "--sequences", 4, "--link", "1GB,1e-4"
+        capfd,
+        "--probe-file",
+        probe_file,
+        "--ram",
+        "1GiB",
+        "--ranks",
+        1,
+        2,
+        "--workload",
+        "4x64+64",
+        "--link",
+        "1GB,1e-4",
     )
     assert status == 0
     assert "exchange" in out
@@ -64,6 +80,12 @@ def test_more_ranks_or_replicas(capfd, probe_file):
         (("--slots", "2"), "a share of the experts"),
         (("--ram", "1MB"), "hold no expert"),
         (("--ram", "many"), "not understood"),
+        (("--workload", "8x64"), "must be SEQUENCESxPROMPT+NEW"),
+        (("--workload", "0x64+1"), "must be SEQUENCESxPROMPT+NEW"),
+        (("--gpus", "4xa100"), "published figures, such as 4xh200"),
+        (("--gpus", "0xh200"), "published figures, such as 4xh200"),
+        (("--slots", "1", "--against", "fast.jsonl"), "fast.jsonl"),
+        (("--slots", "1", "--against", "0"), "above 0"),
         (("--ranks", "2", "--slots", "1"), "2 ranks need a link"),
         (("--link", "fast"), "must be BYTES/s,SECONDS"),
     ],
@@ -80,18 +102,68 @@ def test_without_figures_it_says_what_to_do(capfd, tmp_path):
     assert "run `moe probe" in err
 
 
+def test_gpus_by_published_figures(capfd, tmp_path):
+    status, out, _ = plan(capfd, "--probe-file", tmp_path / "none.json", "--gpus", "2xh200", "--workload", "8x64+64")
+    assert status == 0
+    text = " ".join(out.split())
+    for words in ("2, each a", "96 of 96", "NVIDIA H200, published", "no run will be faster", "host memory"):
+        assert words in text, out
+    _, short, _ = plan(capfd, "--gpus", "h200", "--slots", "0.1", "--ram", "1MB")
+    assert "on disk" in " ".join(short.split())
+
+
+def test_a_plan_of_moe_place_says_where_experts_are(capfd, tmp_path, probe_file):
+    here = ("--probe-file", probe_file, "--slots", 1, "--link", "1MB,1e-4", "--workload", "4x64+64")
+    blocks, replicated = Plan.contiguous(6, 16, 2), tmp_path / "all.json"
+    blocks.save(tmp_path / "blocks.json")
+    everywhere = np.tile(np.arange(16, dtype=np.int16), (6, 2))
+    Plan(phy2log=everywhere, num_experts=16, num_ranks=2).save(replicated)
+    _, plain, _ = plan(capfd, *here, "--ranks", 2)
+    _, same, _ = plan(capfd, *here, "--plan", tmp_path / "blocks.json")
+    assert plain.splitlines()[:-3] == same.splitlines()[:-3]
+    _, none_travels, _ = plan(capfd, *here, "--plan", replicated)
+    assert "exchange 1.2 ms" in " ".join(none_travels.split())  # two rounds of 0.1 ms a layer, no byte
+    assert "exchange 1.2 ms" not in " ".join(plain.split())
+    status, _, err = plan(capfd, *here, "--ranks", 3, "--plan", replicated)
+    assert status == 2
+    assert "on 2 ranks" in err
+
+
+def test_here_measures_what_is_not_known(capfd, tmp_path, monkeypatch, probe_file):
+    known = probed(EngineConfig(probe_file=probe_file))
+    monkeypatch.setattr(measure, "probe", lambda folder, machine: known)
+    file = tmp_path / "new.json"
+    assert plan(capfd, "--probe-file", file, "--slots", 1, "--here")[0] == 0
+    monkeypatch.setattr(measure, "probe", None)
+    assert plan(capfd, "--probe-file", file, "--slots", 1, "--here")[0] == 0
+
+
+def test_a_run_says_how_far_off_the_plan_was(capfd, tmp_path, probe_file):
+    line = {"custom_id": "1", "body": {"prompt": "Once upon", "max_tokens": 6}}
+    (tmp_path / "in.jsonl").write_text(json.dumps({"method": "POST", "url": "/v1/completions", **line}) + "\n")
+    words = ["batch", TINYMOE, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--record", tmp_path / "run.jsonl"]
+    settings = ["--set", f"probe_file={probe_file}", "--set", "threads=1", "--experts-in-memory", "0.5"]
+    assert main([*map(str, words), *settings]) == 0
+    assert "planned decode" in capfd.readouterr().err
+    assert main(["report", str(tmp_path / "run.jsonl")]) == 0
+    assert "tokens/s, planned" in capfd.readouterr().out
+    status, out, _ = plan(capfd, "--probe-file", probe_file, "--slots", 0.5, "--against", tmp_path / "run.jsonl")
+    assert status == 0
+    assert "% off" in out
+
+
 def test_sizes_and_replay():
     sizes = sizes_of(read_blueprint(TINYMOE))
     assert (sizes.num_layers, sizes.num_experts, sizes.top_k) == (6, 16, 2)
     assert sizes.expert_weights == 3 * 192 * 128
     trace = even_routing(sizes, 3)
     for ranks in (1, 2):
-        found = settled(replay(trace, Use(sequences=3, context=1, slots=24, ranks=ranks)))
+        found = settled(replay(trace, Use(sequences=3, context=1, slots=24, ranks=ranks))[0])
         assert found.distinct.shape == (ranks, 64 * 6)
         assert found.pairs.sum() == 64 * 3 * 6 * 2
         assert (found.misses <= found.distinct).all()
         assert found.misses.sum() > 0
-    assert not replay(trace, Use(sequences=3, context=1, slots=96)).misses.any()
+    assert not replay(trace, Use(sequences=3, context=1, slots=96))[0].misses.any()
 
 
 def test_misses_of_each_access_add_up():

@@ -94,6 +94,10 @@ def test_ranks_of_one_machine_share_cores_and_memory():
     assert slow.experts == pytest.approx(2 * 3 * 100 * 10 / 250)
     more = decode_step(SIZES, machine, replace(use, sequences=4, ranks=4), Visits(*(np.repeat(x, 2, 0) for x in both)))
     assert more.exchange == pytest.approx(2 * 3 * (5 + 2 * 0.5) + 2 * 2 * 2 * 30 * 0.01)  # 3 peers, 4 ranks on 2 cores
+    replica = decode_step(SIZES, replace(machine, cores=1), replace(USE, beside=2), visits([2, 2], [0, 0], [2, 2]))
+    assert replica == pytest.approx(
+        [2 * term for term in decode_step(SIZES, machine, USE, visits([2, 2], [0, 0], [2, 2]))]
+    )
     far = decode_step(SIZES, machine, replace(use, link=Link(100.0, 0.5)), both)
     assert far.exchange == pytest.approx(5 + 2 * 0.5 + 2 * 2 * (0.5 + 0.2))
 

@@ -1,0 +1,40 @@
+"""Published figures of GPUs are those of the table beside the benches, and plan as a probe's would."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from moe.placement.gpus import MIXTRAL, MIXTRAL_US, QWEN3_US, gpus_of, published, rates_of
+
+TABLE = Path(__file__).resolve().parents[2] / "bench" / "data" / "h200_fused_moe.csv"
+
+
+def rows(layer):
+    lines = [line for line in TABLE.read_text().splitlines() if not line.startswith("#")]
+    found = [r for r in csv.DictReader(lines) if (r["layer"], r["distribution"]) == (layer, "balanced")]
+    return {int(r["tokens"]): float(r["us"]) for r in found}
+
+
+def test_figures_are_the_tables():
+    assert tuple((tokens, rows("Mixtral-8x7B")[tokens]) for tokens, _ in MIXTRAL_US) == MIXTRAL_US
+    assert tuple((tokens, rows("Qwen3-30B-A3B")[tokens]) for tokens, _ in QWEN3_US) == QWEN3_US
+
+
+def test_a_layer_costs_what_was_published_at_other_numbers_of_tokens_too():
+    machine, table = published("h200"), rows("Mixtral-8x7B")
+    for tokens in (1, 16, 64, 1024, 8192):
+        distinct = min(MIXTRAL[0], tokens * MIXTRAL[1])
+        each = machine.seconds_per_weight("expert", "bfloat16", tokens * MIXTRAL[1] / distinct, 1)
+        assert distinct * MIXTRAL[2] * each * 1e6 == pytest.approx(table[tokens], rel=0.2), tokens
+
+
+def test_balanced_experts_fill_one_after_another():
+    assert rates_of([(1, 8.0), (8, 32.0)], (8, 2, 100)) == [(1, 4e-8), (2, 4e-8)]
+
+
+def test_kinds():
+    assert (gpus_of("h200"), gpus_of("4xh200")) == ((1, "h200"), (4, "h200"))
+    for wrong in ("", "x", "4x", "xh200", "-1xh200", "2xa100"):
+        with pytest.raises(ValueError, match="published figures"):
+            gpus_of(wrong)
