@@ -53,8 +53,9 @@ class Sizes:
 class Use:
     """How it is served. sequences, slots: of all ranks together; context: tokens of a sequence so far.
 
-    link: between ranks, None where all are on this machine. beside: replicas on this machine, this one included. ahead: share of the steps in which is read ahead.
-    away: share of the pairs whose expert is on another rank than their token, None: all ranks are as likely.
+    link: between ranks, None where all are on this machine. beside: replicas on this machine, this one included.
+    ahead: share of the steps in which is read ahead. away: share of the pairs whose expert is on another rank than
+    their token, None: all ranks are as likely.
     """
 
     sequences: int
