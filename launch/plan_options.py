@@ -32,7 +32,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     plan.add_argument(
         "--workload", default="1x64+64", metavar="NxPROMPT+NEW", help="sequences at a time, tokens of each: 8x512+128"
     )
-    plan.add_argument("--plan", type=Path, help="placement of `moe place`; without one, contiguous blocks")
+    plan.add_argument("--plan", type=named_path, help="placement of `moe place`; without one, contiguous blocks")
     plan.add_argument("--threads", type=int, default=1, help="of a rank")
     plan.add_argument("--trace", type=named_path, help="routing of this model (moe trace): which experts are in slots")
     plan.add_argument(
