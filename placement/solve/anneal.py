@@ -20,10 +20,10 @@ SEVERITY = ((0.5, 0.5), (0.5, 1.0))  # of the penalties, first and last in each 
 SHARES = (0.6, 1.0)  # of the time that is left, for each phase
 PIECES = 20  # of a phase; between them the clock is read
 PENALTY = 2.0  # rank visits that a pair above the cap costs
-CAP = 1.02  # of the mean load
-FOLDS = 8  # parts of the traffic that keep the cap, too: what is even in each of them is even in the next
-FOLD_CAP = 1.05  # of the cap, within a fold
-FOLD_PENALTY = 1.0
+CAP = 1.05  # of the mean load, where each visited copy of an expert serves the same share; dealing levels the rest
+FOLDS = 16  # parts of the traffic that keep the cap, too: what is even in each of them is even in the next
+FOLD_CAP = 1.0  # of the cap, within a fold
+FOLD_PENALTY = 0.4
 
 
 class Caps(NamedTuple):
@@ -134,7 +134,7 @@ def folds_of(sequence_lengths: NDArray[np.integer[Any]], folds: int = FOLDS) -> 
 
 
 def caps_of(expert_ids: NDArray[np.integer[Any]], fold: NDArray[np.uint8], cap: float) -> Caps:
-    """Up to `cap` pairs of all tokens and, FOLD_CAP wider, the fold's share of it within each. expert_ids: [N, K]."""
+    """Up to `cap` pairs of all tokens and FOLD_CAP of the fold's share of it within each. expert_ids: [N, K]."""
     pairs = np.bincount(fold, weights=(expert_ids >= 0).sum(axis=1))
     caps = np.append(cap, FOLD_CAP * cap * pairs / max(pairs.sum(), 1))
     return Caps(fold, caps, np.append(PENALTY, np.full(len(pairs), FOLD_PENALTY)))
