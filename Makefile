@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each: more threads than cores make small matrices many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-heavy test-newest test-aot-all lock lint install clean
+.PHONY: demo bench-quick test test-heavy test-newest test-aot-all lock lint install clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,10 @@ test-aot-all: install
 
 demo: install
 	$(BIN)/moe demo
+
+# Under three minutes; what moved beyond noise since the last committed results.
+bench-quick: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quick
 
 lint: install
 	$(BIN)/ruff check .
