@@ -34,7 +34,7 @@ from moe.placement.turn import Machine, Question, Turn, Window, take_turn
 from moe.placement.wire_format import WireFormat
 
 RANKS = 8
-DOMAINS = ("intent", "translation", "summary", "intent")
+DOMAINS = "intent,translation,summary,intent"
 
 
 class SolverLater:
@@ -67,8 +67,8 @@ def stream(trace: RoutingTrace, batch: int) -> Window:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    traces = {n: from_deepseek_esft_npz(args.traces / f"deepseek_v2_lite_{n}.npz") for n in set(DOMAINS)}
-    first = traces[DOMAINS[0]]
+    traces = {n: from_deepseek_esft_npz(args.traces / f"deepseek_v2_lite_{n}.npz") for n in set(args.domains)}
+    first = traces[args.domains[0]]
     slots = int(first.num_experts * (1 + args.replicas)) // RANKS if args.replicas else None
     start = solve_copies(first, RANKS, slots_per_rank=slots, options=CopyOptions(seconds=args.seconds))
     sizes = first.sizes
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rates = machine.rates(first.top_k)
     loop = OnlineLoop(start, machine, options, SolverLater(args.step_ms / 1e3))
     rows, present, coming = [], start, []
-    for number, domain in enumerate(DOMAINS):
+    for number, domain in enumerate(args.domains):
         window = stream(traces[domain], args.batch)
         turns, moved, most_bytes, last = len(loop.history), 0, 0, 0
         begins: list[tuple[int, Plan]] = [(0, present)]
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         taken = loop.history[turns:]
         rows.append(
             {
-                "change": domain if not number else f"{DOMAINS[number - 1]} -> {domain}",
+                "change": domain if not number else f"{args.domains[number - 1]} -> {domain}",
                 "never": later.imbalance(start, rates),
                 "before": later.imbalance(begins[0][1], rates),
                 "loop": later.imbalance(early, rates),
@@ -136,6 +136,7 @@ def _line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("traces", type=Path, help="folder with deepseek_v2_lite_*.npz")
+    parser.add_argument("--domains", type=lambda text: text.split(","), default=DOMAINS.split(","))
     parser.add_argument("--replicas", type=float, default=0.0)
     parser.add_argument("--batch", type=int, default=32, help="sequences at once, on all ranks")
     parser.add_argument("--bytes-per-step", type=int, default=1 << 30)

@@ -8,6 +8,7 @@ bench/bench_drift.py on recorded traces).
 """
 
 import logging
+import math
 import os
 import pickle
 import subprocess
@@ -29,8 +30,9 @@ from moe.placement.turn import Figures, Machine, Question, Turn, Window, take_tu
 
 log = logging.getLogger(__name__)
 
-CHECKS = 8  # looks at the window per window of tokens
-PATIENCE = 0.75  # of a window, for which the load must have been uneven: the older tokens of it were there before
+CHECKS = 16  # looks at the window per window of tokens
+PATIENCE = 0.5  # of a window: so many tokens of the same traffic must have been uneven
+PARTS = 16  # of a window, between which traffic may be seen to change
 RESTS = 8  # windows after which a turn is tried again that moved nothing, though the load never was calm
 
 
@@ -141,23 +143,60 @@ class Recent:
 
 
 class Trigger:
-    """Fires when the load has been too uneven for `PATIENCE`; after a turn in vain not before it was calm."""
+    """Fires when the load of the traffic of late has been too uneven; after a turn in vain not before it was calm."""
 
     def __init__(self, options: LoopOptions) -> None:
         self.options = options
-        self._uneven = 0  # tokens for which it has been
+        self._uneven = 0  # tokens for which the load has been
         self._rests = 0  # tokens until it may fire without having been calm
 
-    def fires(self, imbalance: float, tokens: int) -> bool:
-        """imbalance: of the present window; tokens: since the last call."""
-        self._uneven = self._uneven + tokens if imbalance > self.options.imbalance else 0
-        self._rests = 0 if imbalance < self.options.calm else max(0, self._rests - tokens)
-        return self._uneven >= PATIENCE * self.options.window and not self._rests
+    def fires(self, imbalance: float, alike: int, tokens: int, chance: float = 1.0) -> bool:
+        """imbalance: of the newest `alike` tokens, which are of one traffic; tokens: since the last call; chance: as
+        `imbalance_of_chance`, what chance alone may show is neither uneven nor not calm."""
+        self._rests = 0 if imbalance < max(self.options.calm, chance) else max(0, self._rests - tokens)
+        self._uneven = self._uneven + tokens if imbalance > max(self.options.imbalance, chance) else 0
+        patience = PATIENCE * self.options.window
+        return alike >= patience and self._uneven >= patience / 2 and not self._rests
 
     def took(self, has_moved: bool) -> None:
         """A turn was taken."""
         self._uneven = 0
         self._rests = 0 if has_moved else RESTS * self.options.window
+
+
+def newest_alike(ids: NDArray[np.int16], num_experts: int) -> int:
+    """How many of the newest tokens are of one traffic: all since the experts chosen changed most, if they changed.
+
+    ids: [N, L, K], oldest first. The split into two multinomials per layer with the greatest likelihood, where it beats
+    one by Schwarz's criterion (L * (E - 1) more parameters, half a logarithm each). Costs O(N L K + PARTS L E).
+    """
+    size, (num_layers, _) = max(1, len(ids) // PARTS), ids.shape[1:]
+    starts = np.arange(len(ids) % size, len(ids), size)
+    offset = np.arange(num_layers)[:, None] * (num_experts + 1)
+    width = num_layers * (num_experts + 1)
+    codes = np.where(ids >= 0, ids, num_experts) + offset
+    edges = [0, *starts[1:].tolist(), len(ids)]
+    counts = np.stack([np.bincount(codes[a:b].ravel(), minlength=width) for a, b in pairwise(edges)])
+    counts = counts.reshape(-1, num_layers, num_experts + 1)[:, :, :-1].astype(np.float64)
+
+    def likelihood(of: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of multinomials [..., L, E] at their own frequencies."""
+        total = np.maximum(of.sum(axis=-1, keepdims=True), 1)
+        return np.asarray((of * np.log(np.maximum(of, 1e-12) / total)).sum(axis=(-2, -1)))
+
+    older = counts.cumsum(axis=0)
+    gains = likelihood(older[:-1]) + likelihood(older[-1] - older[:-1]) - likelihood(older[-1])
+    penalty = num_layers * (num_experts - 1) / 2 * math.log(max(2, len(ids)))
+    best = int(gains.argmax()) if len(gains) else 0
+    return len(ids) - edges[best + 1] if len(gains) and gains[best] > penalty else len(ids)
+
+
+def imbalance_of_chance(num_pairs: int, num_ranks: int) -> float:
+    """What the busiest of G ranks has over the mean where pairs go to ranks by even chance, in expectation, at most.
+
+    The maximum of G sums of about N / G draws: 1 + sqrt(2 ln G * G / N), the bound for sub-Gaussian variables.
+    """
+    return 1 + math.sqrt(2 * math.log(max(2, num_ranks)) * num_ranks / max(1, num_pairs))
 
 
 def _received(migration: Migration) -> list[int]:
@@ -236,18 +275,21 @@ class OnlineLoop:
             return None
         if self._is_asked:
             return self._answered()
-        if self._recent.num_tokens < self.options.window or self._unseen * CHECKS < self.options.window:
+        if self._recent.num_tokens < PATIENCE * self.options.window or self._unseen * CHECKS < self.options.window:
             return None
         window = self._recent.window()
-        imbalance = window.imbalance(self.plan, self.machine.rates(window.ids.shape[2]))
-        self.stats.placement_load = imbalance
+        num_layers, top_k = window.ids.shape[1:]
+        rates = self.machine.rates(top_k)
         if self._measuring is not None and self._sums.tokens >= self.options.window:
-            self._measured(self._measuring, imbalance, window.ids.shape[1])
-        fires = self._trigger.fires(imbalance, self._unseen)
+            self._measured(self._measuring, window.imbalance(self.plan, rates), num_layers)
+        alike = window.part(slice(-newest_alike(window.ids, self.plan.num_experts), None))
+        imbalance = self.stats.placement_load = alike.imbalance(self.plan, rates)
+        chance = imbalance_of_chance(len(alike.ids) * top_k, self.plan.num_ranks)
+        fires = self._trigger.fires(imbalance, len(alike.ids), self._unseen, chance)
         self._unseen = 0
         if fires:
-            self._before = self._sums.figures(imbalance, window.ids.shape[1])
-            self.solver.ask(Question(self.plan, window, self.machine, self.options))
+            self._before = self._sums.figures(imbalance, num_layers)
+            self.solver.ask(Question(self.plan, alike, self.machine, self.options))
             self._is_asked = True
         return None
 
@@ -268,14 +310,15 @@ class OnlineLoop:
         self.history.append((turn, self._before, None))
         self.stats.placement_turns += 1
         migration = turn.migration
-        most = max(_received(migration)) * self.machine.sizes.expert_bytes if migration is not None else 0
-        assert most <= self.options.bytes_per_step, (most, self.options.bytes_per_step)
         if migration is None:
             self._note(f"load {self._before.imbalance:.3f}, the plan stays: {turn.reason}")
             return None
+        received = _received(migration)
+        most = max(received) * self.machine.sizes.expert_bytes
+        assert most <= self.options.bytes_per_step, (most, self.options.bytes_per_step)
         self.plan, self._moving = migration.target, len(migration.steps) + 1
         self._measuring = len(self.history) - 1
-        self.stats.moved_experts += turn.num_moved
+        self.stats.moved_experts += sum(received)
         self.stats.moved_bytes += migration.num_bytes
         self.stats.predicted_load = turn.after.imbalance
         self._note(

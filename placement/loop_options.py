@@ -8,12 +8,13 @@ class LoopOptions:
     """When plans change and by how much.
 
     window: tokens whose routing decides. imbalance: busiest rank's load over the mean which starts a turn once it has
-    been exceeded for three quarters of a window; calm: below it the next may start after a turn that moved nothing.
+    been exceeded by half a window of tokens of one traffic; calm: below it the next may start after a turn that moved
+    nothing.
     most_moved: share of all copies that a turn may move. bytes_per_step: of experts that come, on all ranks together.
     payback: tokens within which a migration must pay for itself. Raises ValueError for numbers that make no sense.
     """
 
-    window: int = 512
+    window: int = 896
     imbalance: float = 1.2
     calm: float = 1.12
     most_moved: float = 0.15

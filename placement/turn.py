@@ -28,7 +28,8 @@ STEP_TOKENS = 32  # of the steps in which a window is replayed
 class Machine:
     """What predictions are made of, by default of an H200.
 
-    pair_seconds: of one expert's work on one token; fast_slots: experts per rank in fast memory, None = all.
+    pair_seconds: of one expert's work on one token; fast_slots: experts per rank in fast memory, of all layers, None =
+    all.
     """
 
     sizes: ModelSizes
@@ -37,7 +38,8 @@ class Machine:
     pair_seconds: float = 2e-7
     fast_slots: int | None = None
 
-    def rates(self, top_k: int) -> Rates:
+    def rates(self, top_k: int, num_layers: int = 1) -> Rates:
+        """Of a model of so many layers, which share fast memory alike."""
         topology, sizes = self.topology, self.sizes
         link = topology.inter if topology.num_nodes > 1 else topology.intra
         return Rates(
@@ -46,6 +48,9 @@ class Machine:
             self.wire.row_bytes(sizes.hidden_size, sizes.element_bytes, top_k),
             self.wire.result_bytes(sizes.hidden_size, sizes.element_bytes),
             self.wire.is_exact,
+            sizes.expert_bytes / topology.host.bandwidth,
+            None if self.fast_slots is None else max(1, self.fast_slots // num_layers),
+            STEP_TOKENS,
         )
 
 
@@ -115,7 +120,7 @@ def take_turn(question: Question) -> Turn:
     present, window, machine, options = question
     if window.ids.shape[1] != present.num_layers or len(window.ids) < 8:
         raise ValueError(f"the window is {window.ids.shape} [N >= 8, L, K], the plan has {present.num_layers} layers")
-    rates = machine.rates(window.ids.shape[2])
+    rates = machine.rates(window.ids.shape[2], present.num_layers)
     most = int(options.most_moved * present.hosted.sum())
     half = len(window.ids) // 2
     older, newer = window.part(slice(0, half)), window.part(slice(half, None))
@@ -161,7 +166,7 @@ def predict(window: Window, plan: Plan, machine: Machine) -> Figures:
     )
     work = Workload(
         batch=min(STEP_TOKENS, len(window.ids)),
-        steps="decode",
+        steps="prefill",  # consecutive tokens: those of one step came one after another
         wire=machine.wire,
         expert_token_seconds=machine.pair_seconds,
         fast_slots=machine.fast_slots,

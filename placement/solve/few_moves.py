@@ -7,7 +7,7 @@ compete for the moves. Greedy: nothing is proven.
 """
 
 import heapq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +17,22 @@ from moe.placement.replicas import ServingTable, choose_replicas
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import swap_changes
 
-NORM = 16  # of the ranks' loads: nearly the busiest, but the next busiest counts as well
-CANDIDATES = 2  # moves of a layer that are served, of each kind
+SQUARES = 4
+NORM = 2**SQUARES  # of the ranks' loads: nearly the busiest, but the next busiest counts as well
+CANDIDATES = 1  # moves of a layer that are served, of each kind
 LEAST_GAIN = 1e-3  # of the layer's cost, for each expert that moves: less is noise of the window
+FREE = 0.5  # a move for nothing ranks as one of so many copies
 
 Hosted = NDArray[np.bool_]  # [E, G]: where copies are
 
 
 class Rates(NamedTuple):
-    """What a layer costs: seconds of a pair on the busiest rank, and of a byte that a rank sends.
+    """What a layer costs: seconds of a pair on the busiest rank, of a byte that a rank sends, and of an expert that is
+    not in fast memory.
 
     row, result: bytes of a row out and of one back. is_exact: a result per pair served away from home, and a copy at
-    home serves first; else a result per rank visited.
+    home serves first; else a result per rank visited. slots: copies of the layer per rank in fast memory, those that
+    are used in most steps of `step_tokens`; None = all.
     """
 
     pair: float
@@ -36,14 +40,19 @@ class Rates(NamedTuple):
     row: int
     result: int
     is_exact: bool = True
+    miss: float = 0.0
+    slots: int | None = None
+    step_tokens: int = 32
 
 
 class Cost(NamedTuple):
-    """One layer's tokens: seconds by `Rates`; bytes sent; the busiest rank's pairs over the mean."""
+    """One layer's tokens: seconds by `Rates`; bytes sent; the busiest rank's pairs over the mean; uses of experts
+    outside fast memory, of all ranks."""
 
     seconds: float
     num_bytes: int
     imbalance: float
+    misses: int = 0
 
 
 class LayerWindow:
@@ -53,6 +62,7 @@ class LayerWindow:
         self.ids, self.home, self.rates = np.ascontiguousarray(ids), home, rates
         self.is_pair = self.ids >= 0
         self._token = np.arange(len(ids))
+        self._step = np.broadcast_to(self._token[:, None] // rates.step_tokens, self.ids.shape)
 
     def served(self, hosted: Hosted) -> Ints:
         """The rank that serves each pair: [N, K], G where there is none."""
@@ -75,11 +85,24 @@ class LayerWindow:
             results = int(((served != self.home[:, None]) & self.is_pair).sum())
         num_bytes = rows * self.rates.row + results * self.rates.result
         seconds = self.rates.pair * float(smooth_max(busy)) + self.rates.byte * num_bytes / ranks
-        return Cost(seconds, num_bytes, float(busy.max() / max(float(busy.mean()), 1e-12)))
+        missed = np.zeros(ranks, np.int64)
+        if self.rates.slots is not None:
+            uses = -np.sort(-self.uses(served, ranks), axis=0)
+            missed = uses[self.rates.slots :].sum(axis=0)
+            seconds += self.rates.miss * float(smooth_max(missed))
+        return Cost(seconds, num_bytes, float(busy.max() / max(float(busy.mean()), 1e-12)), int(missed.sum()))
+
+    def uses(self, served: Ints, ranks: int) -> Ints:
+        """Steps in which each expert is used on each rank: [E', G], E' = 1 + the greatest id."""
+        step, expert, rank = self._step[self.is_pair], self.ids[self.is_pair], served[self.is_pair]
+        width = int(expert.max(initial=0)) + 1
+        code = np.unique((step * width + expert) * ranks + rank) % (width * ranks)
+        return np.bincount(code, minlength=width * ranks).reshape(width, ranks)
 
 
 class Found(NamedTuple):
-    """A move of one layer: seconds it saves, copies that come, the placement after it and who then serves what."""
+    """A move of one layer: seconds it saves, by how many more copies the placement then differs from the first, the
+    placement after it and who then serves what."""
 
     gain: float
     size: int
@@ -87,11 +110,16 @@ class Found(NamedTuple):
     served: Ints
     cost: Cost
 
+    @property
+    def gain_per_copy(self) -> float:
+        return self.gain / max(self.size, FREE)
+
 
 def few_moves(windows: list[LayerWindow], hosted: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
-    """Copies [L, E, G] after at most `most` of them moved, at a cost on the windows that is no higher.
+    """Copies [L, E, G] of which at most `most` are new, at a cost on the windows that is no higher.
 
-    Best gain per moved copy first, over all layers. Costs O(C² N) per move for C copies and N tokens of a layer.
+    Best gain per new copy first, over all layers; a copy that has moved may move again, or back, for nothing. Costs
+    O(C² N) per move for C copies and N tokens of a layer.
     """
     layers = [_Layer(window, own) for window, own in zip(windows, hosted, strict=True)]
     queue: list[tuple[float, int, Found]] = []
@@ -99,7 +127,7 @@ def few_moves(windows: list[LayerWindow], hosted: NDArray[np.bool_], most: int) 
     def offer(number: int) -> None:
         found = layers[number].best()
         if found is not None:
-            heapq.heappush(queue, (-found.gain / found.size, number, found))
+            heapq.heappush(queue, (-found.gain_per_copy, number, found))
 
     for number in range(len(layers)):
         offer(number)
@@ -115,12 +143,46 @@ def few_moves(windows: list[LayerWindow], hosted: NDArray[np.bool_], most: int) 
 def smooth_max(busy: NDArray[np.number]) -> Floats:
     """Of the last axis: the mean norm of order `NORM`, at most the maximum and at least `G ** (-1 / NORM)` of it."""
     most = np.maximum(busy.max(axis=-1, keepdims=True), 1e-12)
-    return np.asarray(most[..., 0] * ((busy / most) ** NORM).mean(axis=-1) ** (1 / NORM))
+    return np.asarray(most[..., 0] * _to_the_norm(busy / most).mean(axis=-1) ** (1 / NORM))
+
+
+def _after_swaps(now: NDArray[np.number], rank: Ints, here: NDArray[np.number]) -> Floats:
+    """`smooth_max` of the ranks' figures [G] after every swap of two copies: [C, C].
+
+    rank: [C] of each copy; here: [C, C], what the rank of copy i then has.
+    """
+    most = max(float(here.max(initial=0)), float(now.max()), 1e-12)
+    before, after = _to_the_norm(now / most), _to_the_norm(here / most)
+    powers = before.sum() - before[rank][:, None] - before[rank] + after + after.T
+    return np.asarray(most * (np.maximum(powers, 0.0) / len(now)) ** (1 / NORM))
+
+
+def _misses_after(uses: Ints, rank: Ints, ranks: int, slots: int) -> tuple[Ints, Ints, Ints]:
+    """As `_after_swaps` takes them: misses of each rank, `rank`, and those of i's rank with j in the place of i.
+
+    uses: [C] of each copy. A rank has its `slots` most used copies in fast memory.
+    """
+    missed, kept, least = np.zeros(ranks, np.int64), np.zeros(len(rank), np.int64), np.zeros(len(rank), np.int64)
+    for g in range(ranks):
+        own = np.flatnonzero(rank == g)
+        order = own[np.argsort(-uses[own], kind="stable")]
+        missed[g] = uses[order[slots:]].sum()
+        for i in own:  # the others, and the least used of those that then are in fast memory
+            others = uses[order[order != i]]
+            kept[i] = others[slots:].sum()
+            least[i] = others[slots - 1] if len(others) >= slots else 0
+    return missed, rank, kept[:, None] + np.minimum(uses, least[:, None])
+
+
+def _to_the_norm(x: NDArray[Any]) -> Floats:
+    for _ in range(SQUARES):
+        x = x * x
+    return x
 
 
 class _Layer:
     def __init__(self, window: LayerWindow, hosted: Hosted) -> None:
-        self.window = window
+        self.window, self.first = window, hosted
         served = window.served(hosted)
         self.take(hosted, served, window.cost(served, hosted.shape[1]))
 
@@ -132,14 +194,16 @@ class _Layer:
         experts, ranks = self.hosted.shape
         pairs = np.zeros((experts, ranks + 1), np.int64)
         np.add.at(pairs, (self.window.ids[self.window.is_pair], self.served[self.window.is_pair]), 1)
-        trials = [(2, hosted) for hosted in self._swaps()] + [(1, hosted) for hosted in self._overwrites(pairs[:, :-1])]
-        found = []
-        for size, hosted in trials:
+        moved, found = self._num_new(self.hosted), []
+        for hosted in self._swaps() + self._overwrites(pairs[:, :-1]):
             served = self.window.served(hosted)
             cost = self.window.cost(served, ranks)
-            found.append(Found(self.now.seconds - cost.seconds, size, hosted, served, cost))
-        able = [one for one in found if one.gain >= LEAST_GAIN * self.now.seconds * one.size]
-        return max(able, key=lambda one: one.gain / one.size, default=None)
+            found.append(Found(self.now.seconds - cost.seconds, self._num_new(hosted) - moved, hosted, served, cost))
+        able = [one for one in found if one.gain >= LEAST_GAIN * self.now.seconds * max(one.size, FREE)]
+        return max(able, key=lambda one: one.gain_per_copy, default=None)
+
+    def _num_new(self, hosted: Hosted) -> int:
+        return int((hosted & ~self.first).sum())
 
     def _swaps(self) -> list[Hosted]:
         """Swaps of two copies, by the change of load and bytes if every copy kept its tokens."""
@@ -160,17 +224,21 @@ class _Layer:
         share = hits.sum(axis=0, dtype=np.float64)
         busy = np.bincount(rank, weights=share, minlength=ranks)
         change = share[None, :] - share[:, None]  # what i's rank gains
-        most = max(float(busy.max()), 1e-12)
-        scaled = busy / most
-        here, there = scaled[rank][:, None] + change / most, scaled[rank][None, :] - change / most
-        powers = (scaled**NORM).sum() + here**NORM + there**NORM
-        powers -= (scaled**NORM)[rank][:, None] + (scaled**NORM)[rank][None, :]
-        load = most * (np.maximum(powers, 0.0) / ranks) ** (1 / NORM)
+        load = _after_swaps(busy, rank, busy[rank][:, None] + change)
         cost = rates.pair * load + rates.byte / ranks * (rates.row * rows + rates.result * results)
+        if rates.slots is not None:
+            uses = np.zeros(self.hosted.shape, np.int64)
+            uses_seen = window.uses(self.served, ranks)
+            uses[: len(uses_seen)] = uses_seen
+            cost += rates.miss * _after_swaps(*_misses_after(uses[expert, rank], rank, ranks, rates.slots))
         blocked = self.hosted[expert][:, rank]  # i may not come where a twin is, nor stay where it is
         cost[blocked | blocked.T] = np.inf
+        cost[np.tril_indices(len(cost))] = np.inf
+        new = (~self.first[expert][:, rank]).astype(np.int8)  # [C, C]: whether copy i would be new where j is
+        size = new + new.T - new.diagonal()[:, None] - new.diagonal()
+        classes = [np.where(of_size, cost, np.inf) for of_size in (size <= 0, size == 1, size == 2)]
         trials = []
-        for index in _least(np.triu(cost, 1) + np.tril(np.full_like(cost, np.inf))):
+        for index in (index for one in classes for index in _least(one)):
             i, j = divmod(index, len(rank))
             trial = self.hosted.copy()
             trial[expert[[i, j]], rank[[i, j]]] = False

@@ -16,7 +16,7 @@ from tests.distributed import spawn
 from tests.families import VOCAB_SIZE, tiny_checkpoint
 
 PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
-EAGER = PlacementConfig(online=True, window=32, imbalance=1.0, calm=1.0, most_moved=0.5, bytes_per_step=3 << 13)
+EAGER = PlacementConfig(online=True, window=96, imbalance=1.0, calm=1.0, most_moved=0.5, bytes_per_step=3 << 13)
 
 
 @pytest.fixture(scope="module")
@@ -116,4 +116,4 @@ def test_an_even_run_moves_nothing(deepseek_v3, tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match=r"placement: calm \(1.5\) must lie between 1 and imbalance"):
         EngineConfig.load(settings=["placement.calm=1.5"])
-    assert EngineConfig.load(settings=["placement.online=true"]).placement.window == 512
+    assert EngineConfig.load(settings=["placement.online=true"]).placement.window == 896
