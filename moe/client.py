@@ -11,12 +11,13 @@ and a line is written once, whatever was tried how often.
 """
 
 import asyncio
+import fcntl
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -96,14 +97,15 @@ class Client:
         """Sends every line of a batch file that `target` has no result for, and appends the results.
 
         Returns how many lines failed. on_progress(finished, total) is called after each. Raises ValueError if `target`
-        is the output of another file or `source` is no UTF-8, ServerError if the server cannot be reached: what is
-        finished stays.
+        is the output of another file or another process writes it, or `source` is no UTF-8; ServerError if the server
+        cannot be reached: what is finished stays.
         """
         lines = lines_of(Path(source).read_bytes(), str(source))
-        done, failed = _finished(Path(target), lines)
-        todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done]
-        total, finished = len(done) + len(todo), len(done)
         with Path(target).open("ab", buffering=0) as file, ThreadPoolExecutor(at_once) as pool:
+            _lock(file, target)
+            done, failed = _finished(Path(target), lines)
+            todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done]
+            total, finished = len(done) + len(todo), len(done)
             waiting = iter(todo)
             open_ones: set[Future[dict[str, Any]]] = set()
             try:
@@ -187,10 +189,17 @@ class AsyncClient:
         self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Any
     ) -> AsyncIterator[str]:
         pieces = self.client.stream(prompt, **options)
+        coming: asyncio.Future[str | None] | None = None
         try:
-            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            while True:
+                coming = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+                if (piece := await asyncio.shield(coming)) is None:
+                    return
                 yield piece
         finally:
+            if coming is not None and not coming.done():  # cancelled: what runs in a thread cannot be closed yet
+                await asyncio.wait({coming})
+                coming.exception()
             await asyncio.to_thread(pieces.close)  # type: ignore[attr-defined]
 
 
@@ -216,6 +225,14 @@ def _error_of(response: httpx.Response) -> ServerError:
     except (ValueError, KeyError, TypeError):
         message = response.text[:200] or response.reason_phrase
     return ServerError(f"{response.status_code}: {message}", response.status_code)
+
+
+def _lock(file: IO[bytes], target: str | Path) -> None:
+    """Let go of when the file is closed, or we end. Raises ValueError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is writing {target}; wait for it, or give another name") from None
 
 
 def _finished(target: Path, lines: Sequence[bytes]) -> tuple[set[int], int]:

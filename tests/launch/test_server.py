@@ -1,6 +1,7 @@
 """The service, asked by the official client, by ours, and by callers that misbehave."""
 
 import asyncio
+import fcntl
 import json
 import pkgutil
 import signal
@@ -407,6 +408,10 @@ def test_our_client(served, right, tmp_path):
         client.batch(tmp_path / "in.jsonl", out)
         ids = [json.loads(line)["custom_id"] for line in out.read_text().splitlines()]
         assert sorted(ids) == sorted(f"r{i}" for i in range(12))
+        with out.open("ab") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(ValueError, match="another process is writing"):
+                client.batch(tmp_path / "in.jsonl", out)
         (tmp_path / "notes").write_text("mine\n")
         with pytest.raises(ValueError, match="is no result of this input"):
             client.batch(tmp_path / "in.jsonl", tmp_path / "notes")
@@ -416,6 +421,17 @@ def test_our_client(served, right, tmp_path):
             texts = await asyncio.gather(*(client.generate(PROMPT, max_tokens=12, temperature=0) for _ in range(3)))
             return texts, [piece async for piece in client.stream(PROMPT, max_tokens=12, temperature=0)]
 
+    async def leaves():
+        async def listen(client):
+            async for _ in client.stream(PROMPT, max_tokens=900, ignore_eos=True):
+                pass
+
+        async with AsyncClient(served.url) as client:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(listen(client), 0.3)
+
+    asyncio.run(leaves())  # in the middle of a piece, which another thread waits for
+    idle(served)
     texts, pieces = asyncio.run(several())
     assert texts == [right.text] * 3
     assert "".join(pieces) == right.text
