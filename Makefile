@@ -8,15 +8,19 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.lock pyproject.toml setup.py $(wildcard kernels/*.[ch] placement/*.[ch] placement/solve/*.c)
+SOURCES := pyproject.toml setup.py $(wildcard kernels/*.[ch] placement/*.[ch] placement/solve/*.c)
+NEWEST := .venv-newest
+
+ifneq ($(VENV),$(NEWEST))
+$(VENV)/.installed: requirements.lock $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
+endif
 
 # The newest versions that the ranges allow, in an environment of their own; they become the lock when the tests pass.
-NEWEST := .venv-newest
-$(NEWEST)/.installed: pyproject.toml
+$(NEWEST)/.installed: $(SOURCES)
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet numpy "setuptools>=77" -e ".[dev]"

@@ -261,6 +261,7 @@ def _groups_of(nodes: tuple[int, ...], rank: int, start: Start, device: torch.de
     columns = list(zip(*by_node)) if len(sizes) == 1 else [(r,) for r in everyone]
     local, cross = _subgroup(by_node, start.meet_s), _subgroup(columns, start.meet_s)
     side = dist.new_group(list(everyone), timeout=timedelta(seconds=start.meet_s))
+    assert isinstance(side, ProcessGroup)  # every rank is a member
     distinct = {id(group): group for group in (world, local, cross, side) if group is not None}.values()
     for group in distinct:
         _set_timeout(timedelta(seconds=start.timeout_s), group)
@@ -302,5 +303,5 @@ def _subgroup(rows: Sequence[Sequence[int]], limit_s: float) -> ProcessGroup | N
     for row in rows:  # every rank makes all of them, in one order
         if len(row) > 1:
             group = dist.new_group(list(row), timeout=timedelta(seconds=limit_s))
-            own = group if dist.get_rank() in row else own
+            own = group if isinstance(group, ProcessGroup) else own  # a number where this rank is no member
     return own
