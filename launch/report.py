@@ -28,17 +28,20 @@ def print_report(engine: Engine, console: Console, per_layer: bool = False) -> N
     """Rates, shares, and every counter that moved."""
     steps, state = engine.stats, engine.state()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("prefill", f"{steps.prefill_tokens} tokens, {steps.prefill_rate:.1f} tokens/s")
-    table.add_row("decode", f"{steps.decode_tokens} tokens, {steps.decode_rate:.1f} tokens/s")
-    if (plan := checked(engine)) is not None:
-        table.add_row("planned decode", str(plan))
-    table.add_row("time to first token", f"at most {steps.time_to_first_token.quantile(0.5) * 1000:.0f} ms (median)")
+    if steps.prefill_tokens:  # a run that is continued may have nothing left to do
+        first = steps.time_to_first_token.quantile(0.5)
+        table.add_row("prefill", f"{steps.prefill_tokens} tokens, {steps.prefill_rate:.1f} tokens/s")
+        table.add_row("decode", f"{steps.decode_tokens} tokens, {steps.decode_rate:.1f} tokens/s")
+        if (plan := checked(engine)) is not None:
+            table.add_row("planned decode", str(plan))
+        table.add_row("time to first token", f"at most {first * 1000:.0f} ms (median)")
     if state.slots:
         table.add_row(
             "experts in memory",
             f"{state.slots} of {state.experts} ({state.slots / state.experts:.1%}), {shown(state.slot_bytes, 'bytes')}",
         )
-        table.add_row("expert hits", f"{hit_rate(engine):.1%}")
+        if steps.prefill_tokens:
+            table.add_row("expert hits", f"{hit_rate(engine):.1%}")
     if engine.experts is not None and (lookahead := engine.experts.lookahead) is not None:
         table.add_row("reading ahead", lookahead.prefetcher.verdict or "still on trial")
     table.add_row(

@@ -67,7 +67,7 @@ class PromptEncoder:
         return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids
 
 

@@ -1,6 +1,7 @@
 """The public face: forms of prompts, ends of answers, streaming, and what is refused."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -156,6 +157,23 @@ def test_bad_prompts(llm, prompt, message):
         llm.generate(prompt)
     with pytest.raises(ValueError, match=message):  # and what came before it in the same call is dropped
         llm.generate([PROMPT, *(prompt if isinstance(prompt[0], list | str) and prompt[0] != "h" else [prompt])])
+
+
+def test_a_prompt_beyond_the_context_is_refused_in_our_words_alone(llm):
+    class Said(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    said, handler, theirs = [], Said(), logging.getLogger("transformers")
+    theirs.addHandler(handler)
+    try:
+        with pytest.raises(ValueError, match="tokens, the context holds 1024"):
+            llm.generate(["word " * 3000])
+        with pytest.raises(ValueError, match="tokens, the context holds 1024"):
+            llm.chat([{"role": "user", "content": "word " * 3000}], chat_template="{{ messages[0].content }}")
+    finally:
+        theirs.removeHandler(handler)
+    assert said == []
 
 
 def test_chat(llm, tmp_path):
