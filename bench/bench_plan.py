@@ -267,7 +267,7 @@ def table(body: dict[str, Any], chosen: dict[str, Any]) -> str:
         "",
         "`python -m bench.bench_plan FOLDER --out bench/results/plan`",
         "",
-        f"{machine['name']}, {body['probes']} probes until {machine['when']}, medians; a shared machine, load "
+        f"{machine['name']}, {body['probes']} probes from {machine['when']} on, medians; a shared machine, load "
         f"{body['load'][0]:.1f}, others at low priority. {chosen['said']}",
         "A round's seconds: CPU seconds of the stepping thread and its waits for reads; for two ranks, the clock's.",
         "",

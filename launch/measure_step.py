@@ -31,6 +31,7 @@ from moe.placement.machine import Attention, Overhead
 
 EVICTED_BYTES = 8 << 20  # read between two pieces of work: what a layer's experts take, more than the nearest caches
 TOY_TOP_K = 2
+_APART_S = 0.003  # between two arrivals: longer than one takes to compute
 
 
 def median_seconds(work: Callable[[int], object], threads: int, repeats: int = 7) -> float:
@@ -207,12 +208,18 @@ def _evict_after(experts: Any, evict: Evict) -> None:
 
 
 class NullStore:
-    """Experts that cost nothing to read: what is timed over it is handing reads over and back."""
+    """Experts that come one by one, slowly, and cost nothing to read once `is_filling` is off: what is timed is handing
+    reads over and back."""
 
     def __init__(self, layout: ExpertLayout, num_experts: int) -> None:
         self.layouts, self.num_experts = [layout], [num_experts]
+        self.is_filling = True  # memory that nobody wrote to is one page of zeros, which no cache loses
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
+        if self.is_filling:
+            out.fill_(0x3C)
+        else:
+            time.sleep(_APART_S)
         return len(out)
 
     def close(self) -> None:
@@ -220,24 +227,27 @@ class NullStore:
 
 
 def miss_seconds(slab: Tensor) -> dict[tuple[int, int | None], float]:
-    """Seconds of a layer of four experts by (rows, how many of them have to be read): CPU, and waiting by the clock.
+    """CPU seconds of a layer of four experts by (rows, how many of them have to be read, each arriving alone).
 
     None: by the runner that knows that all are there.
     """
-    site = ExpertSite(module="probe", num_experts=16, hidden_size=64, intermediate_size=704)  # above the inline limit
-    layout = ExpertLayout.of(site, MatrixFormat(torch.float32))
-    cache = ExpertCache(NullStore(layout, 16), 8, num_readers=2)
-    whole = ExpertCache(NullStore(layout, 16), 16, num_readers=2)
+    # As large as real ones: rows are moved between waves, and weights push the engine's own data out of caches.
+    site = ExpertSite(module="probe", num_experts=16, hidden_size=1024, intermediate_size=768)
+    layout = ExpertLayout.of(site, MatrixFormat(torch.bfloat16))
+    store = NullStore(layout, 16)
+    cache, whole = (ExpertCache(store, slots, num_readers=1) for slots in (8, 16))
     evict = Evict(slab, time.thread_time)
     try:
+        cache.preload()
         whole.preload()
+        store.is_filling = False
         pinned = whole.pin()
         assert pinned is not None, "all experts were preloaded"
         kernels = [CpuExperts(layout.weights(one.views(0), Activation())) for one in (cache, whole)]
         waves, resident = Waves(cache, kernels[:1], lambda: None), Resident(pinned, kernels[1:])
         found: dict[tuple[int, int | None], float] = {}
         for rows in (1, 8):
-            x, weights = torch.zeros(rows, 64), torch.full((rows, 4), 0.25)
+            x, weights = torch.zeros(rows, 1024, dtype=torch.bfloat16), torch.full((rows, 4), 0.25)
             for misses in (None, 0, 1, 3):
                 times = []
                 for _ in range(40):
@@ -246,15 +256,11 @@ def miss_seconds(slab: Tensor) -> dict[tuple[int, int | None], float]:
                     chosen = [*there[: 4 - (misses or 0)], *absent[: misses or 0 if there else 4]][:4]
                     ids = torch.tensor([chosen]).expand(rows, 4)
                     evict()
-                    start = time.thread_time() + _stalled(cache)
+                    start = time.thread_time()
                     (resident if misses is None else waves).run(0, x, ids, weights)
-                    times.append(time.thread_time() + _stalled(cache) - start)
+                    times.append(time.thread_time() - start)
                 found[rows, misses] = statistics.median(times[4:])
         return found
     finally:
         cache.close()
         whole.close()
-
-
-def _stalled(cache: ExpertCache) -> float:
-    return sum(s.stall_seconds for s in cache.stats)
