@@ -3,7 +3,7 @@
 What is timed are the parts that a run is made of: the compiled kernels by rows and format, attention, random reads of
 the sizes that experts have while a thread computes, what is left of a step whose weights weigh nothing
 (measure_step.py), and what ranks of this machine tell each other (measure_ranks.py). No model of the user's is run.
-One thread's work is timed in CPU seconds and all else by the clock, medians, so that other jobs disturb it less.
+One thread's work is timed in CPU seconds, medians, that of several by the clock, the least: other jobs disturb it less.
 """
 
 import datetime
@@ -27,7 +27,7 @@ from moe.kernels.cpu import CpuExperts, instruction_sets
 from moe.kernels.weights import Activation
 from moe.launch.console import err
 from moe.launch.measure_ranks import measure_exchange
-from moe.launch.measure_step import measure_attention, measure_overhead, median_seconds
+from moe.launch.measure_step import measure_attention, measure_overhead, usual_seconds
 from moe.models.dense_cpu import CompiledLinear
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ALIGNMENT, ExpertLayout, ExpertSite
@@ -107,7 +107,7 @@ def memory_bytes_per_s(slab: Tensor, threads: int) -> float:
 
     def seconds(part: Tensor) -> float:
         start.wait()
-        return median_seconds(lambda _: part @ vector, 1, 5)
+        return usual_seconds(lambda _: part @ vector, 1, 5)
 
     with ThreadPoolExecutor(threads) as pool:
         return sum(slab.nbytes / threads / each for each in pool.map(seconds, parts))
@@ -116,7 +116,7 @@ def memory_bytes_per_s(slab: Tensor, threads: int) -> float:
 def copy_bytes_per_s(slab: Tensor) -> float:
     """Of one thread, from memory to memory."""
     half = len(slab) // 2
-    return half / median_seconds(lambda _: slab[:half].copy_(slab[half:]), 1, 5)
+    return half / usual_seconds(lambda _: slab[:half].copy_(slab[half:]), 1, 5)
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def expert_rates(slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, W
                 ids = (torch.arange(4) + 4 * number) % count
                 return kernel.combine(x, ids.repeat(rows, 1), weights)  # noqa: B023
 
-            yield Rate("expert", name, threads, rows, median_seconds(call, threads) / (4 * 3 * hidden * width))
+            yield Rate("expert", name, threads, rows, usual_seconds(call, threads) / (4 * 3 * hidden * width))
 
 
 def dense_rates(slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, HIDDEN)) -> Iterator[Rate]:
@@ -173,7 +173,7 @@ def dense_rates(slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, HI
                     layer(x)  # noqa: B023
 
             with torch.inference_mode():
-                yield Rate("dense", name, threads, rows, median_seconds(call, threads) / (4 * shape[0] * shape[1]))
+                yield Rate("dense", name, threads, rows, usual_seconds(call, threads) / (4 * shape[0] * shape[1]))
 
 
 def _linear(weight: Tensor) -> CompiledLinear:

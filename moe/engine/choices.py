@@ -126,14 +126,15 @@ def read_time(blueprint: Blueprint, machine: Machine | None, offload: OffloadCon
 
 
 def compute_time(blueprint: Blueprint, machine: Machine, threads: int) -> float | None:
-    """Seconds of one expert and one row; None for a format that was not measured."""
+    """Seconds of one expert and one row, by as many threads or fewer, whichever was faster; None for a format that was
+    not measured."""
     site, layout = blueprint.index.sites[0], blueprint.index.layouts[0]
     format_ = layout.gate_up_format
     weights = (site.parts + 1) * site.hidden_size * site.intermediate_size
     kind = format_.code or str(format_.dtype).removeprefix("torch.")
-    if kind not in {rate.format for rate in machine.rates if rate.work == "expert"}:
-        return None
-    return weights * machine.seconds_per_weight("expert", kind, 1, threads)
+    measured = {rate.threads for rate in machine.rates if (rate.work, rate.format) == ("expert", kind)}
+    few = [n for n in measured if n <= threads] or sorted(measured)[:1]
+    return min((weights * machine.seconds_per_weight("expert", kind, 1, n) for n in few), default=None)
 
 
 def why_not_ahead(blueprint: Blueprint, machine: Machine | None, offload: OffloadConfig) -> str | None:

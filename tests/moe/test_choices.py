@@ -11,6 +11,7 @@ from moe.config import EngineConfig, OffloadConfig
 from moe.engine.choices import (
     AutoChoice,
     choose_threads,
+    compute_time,
     pack_offer,
     read_time,
     this_machine,
@@ -85,6 +86,9 @@ def test_reading_ahead_is_left_out_where_no_read_waits():
     assert why_not_ahead(blueprint, slow, READ) is None
     assert "a miss waits for nothing" in why_not_ahead(blueprint, quick, READ)
     assert why_not_ahead(blueprint, None, READ) is None
+    jammed = replace(slow, rates=(*slow.rates, Rate("expert", "bfloat16", 2, 1, 1e-6)))  # two threads of a busy machine
+    assert compute_time(blueprint, jammed, 2) == compute_time(blueprint, slow, 2)
+    assert why_not_ahead(blueprint, jammed, READ) is None
     assert why_not_ahead(blueprint, replace(quick, rates=quick.rates[:2]), READ) is None  # bf16 was not measured
 
 
