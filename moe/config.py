@@ -225,6 +225,11 @@ class EngineConfig:
             self.threads is None or 1 <= self.threads <= _MOST_THREADS,
             f"threads ({self.threads}) must lie in [1, {_MOST_THREADS}]",
         )
+        _require(
+            not (self.placement.online and self.parallel.dispatcher == "coherent"),
+            "placement.online=true follows tokens that go home again, which parallel.dispatcher=coherent does not let "
+            "them; set parallel.dispatcher=all_to_all, or leave placement.online off",
+        )
         _require(self.max_context is None or self.max_context >= 1, f"max_context ({self.max_context}) must be >= 1")
 
     @staticmethod

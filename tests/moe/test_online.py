@@ -116,4 +116,6 @@ def test_an_even_run_moves_nothing(deepseek_v3, tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match=r"placement: calm \(1.5\) must lie between 1 and imbalance"):
         EngineConfig.load(settings=["placement.calm=1.5"])
+    with pytest.raises(ValueError, match=r"which parallel.dispatcher=coherent does not let them; set parallel.disp"):
+        EngineConfig.load(settings=["placement.online=true", "parallel.dispatcher=coherent"])
     assert EngineConfig.load(settings=["placement.online=true"]).placement.window == 896
