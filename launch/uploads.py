@@ -269,13 +269,18 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _read_json(folder: Path, id: str) -> dict[str, Any] | None:
     """The record of that id; ids come from outside and are never a path."""
-    path = folder / f"{id}.json"
-    if not id.replace("-", "").replace("_", "").isalnum() or not path.is_file():
+    return _record(folder / f"{id}.json") if id.replace("-", "").replace("_", "").isalnum() else None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """None if it is not there, or was deleted since somebody saw it."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except OSError:  # not there, or a name that is too long to be
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
 def _newest_first(folder: Path) -> list[dict[str, Any]]:
-    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    records = [found for path in folder.glob("*.json") if (found := _record(path)) is not None]
     return sorted(records, key=lambda r: (r["created_at"], r["id"]), reverse=True)

@@ -25,7 +25,7 @@ from moe.batch import run_batch
 from moe.client import AsyncClient, Client, ServerError
 from moe.launch.cli import main
 from moe.launch.server import Limits, make_app, make_server
-from moe.launch.uploads import Uploads
+from moe.launch.uploads import Uploads, _newest_first
 from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.service import Service
@@ -293,6 +293,20 @@ def test_files_and_batches_by_the_official_client(client, right):
         client.files.retrieve(file.id)
     with pytest.raises(openai.BadRequestError, match="there is no file"):
         client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+
+
+def test_a_file_that_is_deleted_while_all_are_listed(served, client):
+    class Folder:
+        def glob(self, pattern):
+            return [
+                *(served.uploads.folder / "files").glob(pattern),
+                served.uploads.folder / "files" / "file-gone.json",
+            ]
+
+    kept = client.files.create(file=("in.jsonl", b"{}"), purpose="batch")
+    assert kept.id in [record["id"] for record in _newest_first(Folder())]
+    with httpx.Client(base_url=served.url) as http:
+        assert http.get(f"/v1/files/{'a' * 300}").status_code == 404  # longer than a name may be
 
 
 def test_a_name_that_is_used_twice_and_a_file_that_is_no_utf8(served, client):
