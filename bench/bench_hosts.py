@@ -2,6 +2,7 @@
 
     python -m bench.bench_hosts                 # as root: makes four hosts in network namespaces
     python -m bench.bench_hosts --top-k 1       # the same model told to use one expert a token, as ExFlow's models
+    python -m bench.bench_hosts --combine       # parallel.combine=exact against partial, on links of a rate alone
 
 The demo model in fp32, each rank with its share of the experts in memory and four sequences; greedy tokens must equal
 one process. Plans are solved on routing recorded from other prompts than those that are served. "vanilla" is what
@@ -22,8 +23,10 @@ import platform
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 import transformers
@@ -37,6 +40,7 @@ from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
+from moe.placement.wire_format import CombineMode
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "tinymoe"
@@ -51,6 +55,7 @@ class Candidate:
     plan: str
     dispatcher: str
     eager_bytes: int = EAGER_BYTES
+    combine: CombineMode = "exact"
 
 
 VANILLA = Candidate("vanilla: contiguous, all_to_all by collectives", "contiguous", "all_to_all", 0)
@@ -61,7 +66,14 @@ CANDIDATES = (
     Candidate("solved, coherent", "followed", "coherent"),
     Candidate("solved, coherent by collectives", "followed", "coherent", 0),
 )
+COMBINES = tuple(
+    Candidate(f"{plan}, {dispatcher}, {combine}", plan, dispatcher, combine=combine)
+    for plan, dispatcher in (("contiguous", "all_to_all"), ("solved", "hierarchical"))
+    for combine in get_args(CombineMode)
+)
+ALL = CANDIDATES + COMBINES
 SHAPES = (Shape(1000, 1.0), Shape(100, 5.0), Shape())
+RATES = (Shape(100), Shape(10), Shape())
 
 
 def prompts(first: int, count: int) -> list[str]:
@@ -75,10 +87,14 @@ def params(num_tokens: int) -> SamplingParams:
 
 def worker(folder: Path, order: list[int], num_tokens: int) -> None:
     """One rank: the candidates in this order; prints a JSON line for each."""
-    for candidate in (CANDIDATES[i] for i in order):
+    for candidate in (ALL[i] for i in order):
         plan = None if candidate.plan == "contiguous" else str(folder / f"{candidate.plan}.json")
         parallel = ParallelConfig(
-            plan=plan, dispatcher=candidate.dispatcher, broadcast_tokens=0, eager_bytes=candidate.eager_bytes
+            plan=plan,
+            dispatcher=candidate.dispatcher,
+            combine=candidate.combine,
+            broadcast_tokens=0,
+            eager_bytes=candidate.eager_bytes,
         )
         config = EngineConfig(dtype="float32", threads=1, batch=BatchConfig(max_tokens=2048), parallel=parallel)
         with process_groups(timeout_s=120, eager_bytes=candidate.eager_bytes) as groups:
@@ -129,26 +145,30 @@ def prepare(folder: Path, top_k: int, num_tokens: int) -> list[list[int]]:
         return [a.outputs[0].token_ids for a in llm.generate(prompts(0, NUM_PROMPTS), params(num_tokens))]
 
 
-def measure(rounds: int, num_tokens: int, top_k: int) -> list[dict]:
+def measure(
+    rounds: int, num_tokens: int, top_k: int, candidates: Sequence[Candidate], shapes: Sequence[Shape]
+) -> list[dict]:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         expected = prepare(folder, top_k, num_tokens)
-        for shape in SHAPES:
+        for shape in shapes:
             reason = why_not(shape)
             if reason is not None:
                 rows.append(asdict(shape) | {"skipped": reason})
                 print(rows[-1], flush=True)
                 continue
-            n = len(CANDIDATES)
-            order = [(i + r) % n for r in range(rounds) for i in range(n)]  # interleaved: noise meets all of them
+            n = len(candidates)
+            order = [
+                ALL.index(candidates[(i + r) % n]) for r in range(rounds) for i in range(n)
+            ]  # interleaved: noise meets all of them
             command = ["-m", "bench.bench_hosts", "--worker", name, "--order", json.dumps(order)]
             with hosts(shape) as names:
                 link, before = measure_link(names), trunk_bytes(names)
                 printed = [out.splitlines() for out in run_ranks(names, [*command, f"--tokens={num_tokens}"], 900)]
                 crossed = trunk_bytes(names) - before
-            for index, candidate in enumerate(CANDIDATES):
-                runs = [[json.loads(p[i]) for p in printed] for i, o in enumerate(order) if o == index]
+            for candidate in candidates:
+                runs = [[json.loads(p[i]) for p in printed] for i, o in enumerate(order) if ALL[o] == candidate]
                 for run in runs:
                     for rank, one in enumerate(run):
                         assert one["tokens"] == expected[rank::NUM_HOSTS], (candidate, rank)
@@ -195,7 +215,7 @@ def summary(shape: Shape, link: Measured, candidate: Candidate, runs: list[list[
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| link (round trip and rate measured) | candidate | decode tokens/s (range) | × vanilla "
+        "| link (round trip and rate measured) | candidate | decode tokens/s (range) | × the first "
         "| rounds across, a step | bytes across, a token | limit, tokens/s |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -222,6 +242,7 @@ def main() -> int:
     parser.add_argument("--order", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--combine", action="store_true", help="exact against partial")
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--out", type=Path, help="without suffix; writes .json and .md")
     args = parser.parse_args()
@@ -232,7 +253,8 @@ def main() -> int:
     if reason is not None:
         print(f"cannot measure: {reason}", file=sys.stderr)
         return 2
-    rows = measure(args.rounds, args.tokens, args.top_k)
+    candidates, shapes = (COMBINES, RATES) if args.combine else (CANDIDATES, SHAPES)
+    rows = measure(args.rounds, args.tokens, args.top_k, candidates, shapes)
     shown = [a for i, a in enumerate(sys.argv[1:], 1) if not a.startswith("--out") and sys.argv[i - 1] != "--out"]
     head = (
         f"`{' '.join(['python -m bench.bench_hosts', *shown])}`: {platform.processor() or platform.machine()}, "
