@@ -4,7 +4,7 @@ What actors carry is called here; the same hosts under Ray, and what happens to 
 """
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,22 +59,24 @@ def serve_in_turn(folder: str, shape, line_port: int, budget: str, dispatcher: s
 
         def listen(generation=generation, num_hosts=num_hosts, first=first, said=said) -> None:
             open_ones, seen = set(said), 0
-            while open_ones:
-                start, words = host.collect(seen, 0.5)
-                for word in words:
-                    assert word.error is None, word
-                    said[word.id - first] += [word.token]
-                    open_ones -= {word.id - first} if word.finish else set()
-                seen = start + len(words)
-            store.set(f"done-{generation}-{rank}", "")
-            store.wait([f"done-{generation}-{other}" for other in range(num_hosts)])
-            host.leave(generation)
+            try:
+                while open_ones:
+                    collected = host.collect(seen, 0.5, 0)
+                    for word in collected.said:
+                        assert word.error is None, word
+                        said[word.id - first] += [word.token]
+                        open_ones -= {word.id - first} if word.finish else set()
+                    seen = collected.first + len(collected.said)
+                store.set(f"done-{generation}-{rank}", "")
+                store.wait([f"done-{generation}-{other}" for other in range(num_hosts)])
+            finally:
+                host.leave(generation)
 
-        listener = threading.Thread(target=listen)
-        listener.start()
-        nodes = ("a", "a", "b", "b")[:num_hosts]
-        ended = host.serve(Serve(generation, nodes, rank, plan))
-        listener.join()
+        with ThreadPoolExecutor(1) as threads:
+            listening = threads.submit(listen)
+            nodes = ("a", "a", "b", "b")[:num_hosts]
+            ended = host.serve(Serve(generation, nodes, rank, plan))
+            listening.result()
         assert ended.lost is None, ended
         answers.append(said)
         host.desk = type(host.desk)()
