@@ -1,5 +1,6 @@
 """Copies, load and bytes of plans on recorded routing, beside EPLB's greedy: fitted on 60 % of the sequences, judged on
-the rest by tests/placement/scorer.py, served by the engine's rule. Bound by CPU: annealing, one process.
+the rest by tests/placement/scorer.py, served by the engine's rule ("dealt evenly": each copy in turn, as EPLB deals).
+Bound by CPU: annealing, one process.
 
 Run: python bench/bench_placement_frontier.py FOLDER [--rounds 25] [--layers 6]; FOLDER has the ESFT arrays.
 """
@@ -43,7 +44,10 @@ def some_layers(trace: RoutingTrace, count: int) -> RoutingTrace:
 
 def plans_of(fit: RoutingTrace, ranks: int, slots: int | None, rounds: int) -> dict[str, tuple[Plan, float]]:
     """EPLB's greedy, ours for visits, and with replicas ours for bytes in exact mode; each with its CPU seconds."""
-    made = {"EPLB's greedy": (eplb_greedy(expert_load(fit), ranks, slots), 0.0)}
+    greedy = eplb_greedy(expert_load(fit), ranks, slots)
+    made = {"EPLB's greedy": (greedy, 0.0)}
+    if slots is not None:
+        made["EPLB's greedy, dealt evenly"] = (greedy, 0.0)
     prices = {"ours": VISITS}
     if slots is not None:
         assert fit.sizes is not None
@@ -73,7 +77,8 @@ def main() -> None:
             fit, held = some_layers(trace, args.layers).split(0.6, seed=0)
             for slots in (None, -(-72 // ranks)):
                 for name, (plan, seconds) in plans_of(fit, ranks, slots, args.rounds).items():
-                    partial, exact = score(held, plan), score(held, plan, is_exact=True)
+                    even = name.endswith("evenly")
+                    partial, exact = (score(held, plan, is_exact=x, dealt_in_turn=even) for x in (False, True))
                     rows.append(
                         {"domain": domain, "ranks": ranks, "slots": slots, "plan": name, "cpu_seconds": seconds}
                         | {"partial": partial._asdict(), "exact": exact._asdict()}

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,10 +122,12 @@ def run_place(args: argparse.Namespace) -> int:
     slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, trace.sizes)
     present = Plan.load(args.present) if args.present else None
     if args.objective in _TRANSITIONS:
-        plan = solve_transitions(
-            _program(fit, topology, args), seconds=args.seconds, rounds=args.rounds, seed=args.seed, slots=slots,
-            present=present,
-        ).with_result(objective=_TRANSITIONS[args.objective], model=fit.model)  # fmt: skip
+        with _bar() as progress:
+            plan = solve_transitions(
+                _program(fit, topology, args), seconds=args.seconds, rounds=args.rounds, seed=args.seed, slots=slots,
+                present=present, progress=progress,
+            ).with_result(objective=_TRANSITIONS[args.objective], model=fit.model)  # fmt: skip
+        _tell_limit(plan, args.seconds, args)
     else:
         plan = _place_copies(fit, topology, slots, args)
     work = _workload(args)
@@ -263,22 +267,37 @@ def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args
         nodes=topology.node_of_rank,
         node_weight=topology.node_weight,
     )
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("placing", total=1.0)
+    with _bar() as progress:
         plan = solve_copies(
             fit,
             topology.num_ranks,
             slots_per_rank=slots,
             options=options,
             price=Price.of(_workload(args).wire, _sizes(fit), fit.top_k) if args.objective == "bytes" else VISITS,
-            progress=lambda share: bar.update(task, completed=share),
+            progress=progress,
         )
-    if (plan.seconds or 0.0) >= options.seconds:
-        print(f"note: the limit of {args.seconds:.0f} s ended the search; more seconds may better it", file=sys.stderr)
+    _tell_limit(plan, options.seconds, args)
     if has_bound:
         bound = copies_bound(fit, topology.num_ranks, seconds=args.seconds - options.seconds, hint=plan.hosted)
         plan = plan.with_result(bound=min(float(bound.mean()), plan.value or 0.0))
     return plan
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[float], None]]:
+    """A progress bar on a terminal's stderr; called with the share that is done."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("placing", total=1.0)
+        yield lambda share: bar.update(task, completed=share)
+
+
+def _tell_limit(plan: Plan, seconds: float, args: argparse.Namespace) -> None:
+    if (plan.seconds or 0.0) >= seconds:
+        print(
+            f"note: the limit of {args.seconds:.0f} s ended the search; more seconds may better it, and only a search "
+            "that ends by its rounds gives the same plan again",
+            file=sys.stderr,
+        )
 
 
 def _no_worse(present: Plan, plan: Plan, fit: RoutingTrace, topology: Topology, args: argparse.Namespace) -> Plan:

@@ -6,6 +6,7 @@ and a node part that are bounded apart. The load term is bounded by the hottest 
 """
 
 import time
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import highspy
@@ -31,9 +32,18 @@ class Bound(NamedTuple):
 
 
 def lower_bound(
-    program: Program, *, method: Method = "auto", time_limit: float = 20.0, target: float = np.inf
+    program: Program,
+    *,
+    method: Method = "auto",
+    time_limit: float = 20.0,
+    target: float = np.inf,
+    iterations: float = np.inf,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Bound:
-    """Bound the total cost from below. auto: exact where feasible, else semidefinite. target: good enough, stop."""
+    """Bound the total cost from below. auto: exact where feasible, else semidefinite. target: good enough, stop.
+
+    iterations, progress: of the semidefinite relaxation, as `relax` has them.
+    """
     began = time.perf_counter()
     if method == "exact" or (method == "auto" and is_exact_feasible(program)):
         return Bound(solve_exact(program).cost, "exact", time.perf_counter() - began)
@@ -48,7 +58,9 @@ def lower_bound(
             if method == "semidefinite":
                 goal = (target - total) / (weight * unit) if len(parts) == 1 else np.inf
                 cuts = 20 * len(mass) * mass.shape[1] if mass.shape[1] <= CUTS_UP_TO else 0
-                solved = relax(mass, ranks, time_limit=limit, max_cuts=cuts, target=goal)
+                solved = relax(
+                    mass, ranks, time_limit=limit, max_cuts=cuts, target=goal, iterations=iterations, progress=progress
+                )
                 first = first if first is not None else solved
                 value = solved.bound
             elif method == "clique":

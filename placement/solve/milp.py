@@ -62,7 +62,9 @@ class _Model:
         self.bounds.append((np.full(count, low), np.full(count, high)))
         self.rows += count
 
-    def solve(self, time_limit: float, start: tuple[Ints, Ints] | None) -> tuple[NDArray[np.float64], float, bool, int]:
+    def solve(
+        self, time_limit: float, start: tuple[Ints, Ints] | None, most_nodes: int | None = None
+    ) -> tuple[NDArray[np.float64], float, bool, int]:
         """(solution, proven lower bound, optimal, nodes). ValueError if infeasible, TimeoutError if empty-handed.
 
         start: columns and their values; the solution where time ends before HiGHS has taken it up.
@@ -88,6 +90,8 @@ class _Model:
         ):
             highs.setOptionValue(option, setting)
         highs.setOptionValue("mip_abs_gap", 1e-9)
+        if most_nodes is not None:
+            highs.setOptionValue("mip_max_nodes", most_nodes)
         highs.passModel(lp)
         if start is not None:  # HiGHS completes the columns that are not named
             highs.setSolution(start[0].size, start[0].astype(np.int32), start[1].astype(float))
@@ -109,12 +113,18 @@ class _Model:
 
 
 def solve_milp(
-    program: Program, *, time_limit: float = 60.0, replica_slots: int | None = None, warm: Ints | None = None
+    program: Program,
+    *,
+    time_limit: float = 60.0,
+    replica_slots: int | None = None,
+    warm: Ints | None = None,
+    most_nodes: int | None = None,
 ) -> Milp:
     """Minimise the whole program exactly; the plan carries value and bound even when time runs out.
 
     replica_slots: copies each rank may hold per layer, which makes experts replicable; None = one copy each and the
-    program's capacities. warm: an assignment [L, E] to start from. With replicas a copy's load is split freely, which
+    program's capacities. warm: an assignment [L, E] to start from. most_nodes: of branch and bound; where they and not
+    the time end it, the same program gives the same plan. With replicas a copy's load is split freely, which
     can only be cheaper than the equal split that `Program.terms` charges.
     """
     began = time.perf_counter()
@@ -161,7 +171,7 @@ def solve_milp(
         if program.labels_free and replica_slots is None:
             rows = np.argsort(np.unique(rows[0], return_index=True)[1]).argsort()[rows]  # by first appearance
         start = (x.reshape(-1), (rows[:, :, None] == np.arange(ranks)).reshape(-1))
-    values, bound, optimal, nodes = model.solve(time_limit, start)
+    values, bound, optimal, nodes = model.solve(time_limit, start, most_nodes)
     hosted = values[x] > 0.5
     plan = Plan.from_hosted(hosted, solver="milp", objective="program")
     cost = program.cost(plan)

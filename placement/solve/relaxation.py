@@ -10,6 +10,7 @@ multipliers split the problem into an eigenvalue sum and box-constrained matchin
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -50,14 +51,23 @@ class Cuts(NamedTuple):
 
 
 def relax(
-    transitions: Floats, num_ranks: int, *, time_limit: float, max_cuts: int = 0, target: float = np.inf
+    transitions: Floats,
+    num_ranks: int,
+    *,
+    time_limit: float,
+    max_cuts: int = 0,
+    target: float = np.inf,
+    iterations: float = np.inf,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Relaxation:
     """Bound the crossing fraction of equal-capacity placements: transitions [L - 1, E, E] of total 1, E = G * capacity.
 
-    max_cuts: how many triangle cuts may be active; 0 = the plain relaxation. Stops at the time limit, when the bound
-    reaches `target`, or when it no longer rises. One iteration costs L eigendecompositions of [2E, 2E].
+    max_cuts: how many triangle cuts may be active; 0 = the plain relaxation. Stops after the iterations, at the time
+    limit, when the bound reaches `target`, or when it no longer rises; if time did not end it, the same input gives the
+    same result. progress: called with the share of the iterations or of the time. One iteration costs L
+    eigendecompositions of [2E, 2E].
     """
-    return _Admm(transitions, num_ranks, max_cuts).run(time_limit, target)
+    return _Admm(transitions, num_ranks, max_cuts).run(time_limit, target, iterations, progress)
 
 
 class _Admm:
@@ -76,7 +86,7 @@ class _Admm:
         self.cuts = Cuts.none()
         self.leading = np.full(n, 2 * num_ranks)
 
-    def run(self, time_limit: float, target: float) -> Relaxation:
+    def run(self, time_limit: float, target: float, iterations: float, progress: Callable[[float], None]) -> Relaxation:
         began = time.perf_counter()
         best, count, check_cost, step_cost, next_check = -np.inf, 0, 0.0, 0.0, 8
         history: list[float] = []
@@ -88,7 +98,9 @@ class _Admm:
             settled = len(history) > 3 and history[-1] - history[-2] < 1e-4
             if self.max_cuts and settled and count % CUT_EVERY == 0:
                 self.separate()
-            last = time.perf_counter() - began + step_cost + check_cost > time_limit
+            spent = time.perf_counter() - began + step_cost + check_cost
+            progress(max(count / iterations, spent / time_limit))
+            last = spent > time_limit or count >= iterations
             if count >= next_check or last:
                 tick = time.perf_counter()
                 best = max(best, self.bound())

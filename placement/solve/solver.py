@@ -6,8 +6,9 @@ a fixed point from many greedy starts; the layers of all local optima are recomb
 windows of layers are then perturbed and swept again until time is up. Costs O(E^3) per layer visit at worst.
 """
 
+import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from moe.placement.solve.exact import Chain, align_labels, best_chain
 from moe.placement.solve.program import Floats, Ints, Program
 from moe.placement.solve.relaxation import Relaxation
 
+log = logging.getLogger(__name__)
 POOL = 10  # candidate partitions per layer that a recombination chooses from
 TOLERANCE = 1e-12
 
@@ -40,29 +42,21 @@ def solve(
     seed: int = 0,
     starts: Iterable[Ints] = (),
     guide: Relaxation | None = None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Solved:
     """Minimise the program without replicas; every result is valid, none is proven (see `bounds`).
 
-    rounds: stop after so many perturbations even if time is left, which makes the result reproducible.
-    starts: assignments [L, E] to begin from besides the greedy ones, for example the present plan.
-    guide: a relaxation whose fractional co-location is rounded into further starts.
+    rounds: stop after so many perturbations even if time is left; where time did not end it, the same seed gives the
+    same result. starts: assignments [L, E] to begin from besides the greedy ones, for example the present plan.
+    guide: a relaxation whose fractional co-location is rounded into further starts. progress: called with the share of
+    the rounds or of the time that is done. Interrupted (Ctrl-C) once there is an assignment, it returns the best so far.
     """
     search = _Search(program, np.random.default_rng(seed), time_limit)
-    for start in starts:
-        search.offer(search.sweep(np.array(start, np.int64)))
     search.offer(search.sweep(search.greedy()))
-    restarts = POOL if rounds is None else min(POOL, max(2, rounds // 10))
-    while search.seen < restarts and search.elapsed() < 0.25 * time_limit:
-        rows = search.greedy() if guide is None or search.seen % 2 else search.rounded(guide)
-        search.offer(search.sweep(rows))
-    search.recombine()
-    count = 0
-    while search.elapsed() < time_limit and (rounds is None or count < rounds):
-        count += 1
-        search.perturb()
-        if count % 40 == 0:
-            search.recombine()
-    search.recombine()
+    try:
+        search.run(rounds, starts, guide, progress)
+    except KeyboardInterrupt:
+        log.warning("interrupted: this is the best plan so far")
     return Solved(search.best, search.best_cost, search.elapsed(), tuple(search.history))
 
 
@@ -116,12 +110,36 @@ class _Search:
         self.best_cost = self.current_cost = np.inf
         self.current = self.best
         self.seen = 0
+        self.chain_seconds = 0.0  # that the last recombination took: one that time would cut is left out
         self.history: list[tuple[float, float]] = []
         self.pools: list[list[NDArray[np.int8]]] = [[] for _ in range(program.num_layers)]
         self.eye = np.eye(program.num_ranks)
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
+
+    def run(
+        self,
+        rounds: int | None,
+        starts: Iterable[Ints],
+        guide: Relaxation | None,
+        progress: Callable[[float], None],
+    ) -> None:
+        """Starts, their recombination, perturbations."""
+        for start in starts:
+            self.offer(self.sweep(np.array(start, np.int64)))
+        restarts = POOL if rounds is None else min(POOL, max(2, rounds // 10))
+        while self.seen < restarts and self.elapsed() < self.limit * (0.25 if rounds is None else 1.0):
+            self.offer(self.sweep(self.greedy() if guide is None or self.seen % 2 else self.rounded(guide)))
+        self.recombine()
+        count = 0
+        while self.elapsed() < self.limit and (rounds is None or count < rounds):
+            count += 1
+            self.perturb()
+            progress(max(self.elapsed() / self.limit, 0.0 if rounds is None else count / rounds))
+            if count % 40 == 0:
+                self.recombine()
+        self.recombine()
 
     def linear(self, rows: Ints, layer: int) -> Floats:
         """Cost of each expert of a layer on each rank, neighbours fixed: [E, G]."""
@@ -156,7 +174,7 @@ class _Search:
         last = self.program.num_layers - 1
         dirty = set(range(last + 1)) if layers is None else set(layers)
         forward = True
-        while dirty and self.elapsed() < 1.5 * self.limit:
+        while dirty and self.elapsed() < self.limit:
             for layer in sorted(dirty, reverse=not forward):
                 dirty.discard(layer)
                 if self.improve_layer(rows, layer):
@@ -281,9 +299,12 @@ class _Search:
                     break
             pools.append(np.stack(list(unique.values())))
             self.pools[layer] = list(unique.values())[::-1]
-        if self.program.num_ranks > 127 or self.elapsed() > self.limit:
+        if self.program.num_ranks > 127 or self.elapsed() + self.chain_seconds > self.limit:
             return
-        self.offer(self.sweep(best_chain(self.program, pools).assignment))
+        began = time.perf_counter()
+        chain = best_chain(self.program, pools).assignment
+        self.chain_seconds = time.perf_counter() - began
+        self.offer(self.sweep(chain))
 
     def perturb(self) -> None:
         """Change the current solution, sweep it, and keep the result by a simulated-annealing rule."""

@@ -4,7 +4,9 @@ Exactly where `solve_exact` can; else the search beside the semidefinite bound, 
 integer program, from the search's plan on. Replicas are the integer program's alone.
 """
 
+import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,7 +19,9 @@ from moe.placement.solve.solver import plan_of, solve
 from moe.placement.stats.affinity import transition_counts
 from moe.placement.trace import RoutingTrace
 
+log = logging.getLogger(__name__)
 MOST_COLUMNS = 6000  # of the integer program; beyond, HiGHS proves nothing that the relaxation has not in minutes
+PER_ROUND = 5  # iterations of the bound, and nodes of the integer program, for a round of the search
 TIGHT = 1e-7  # a gap below which a plan is optimal
 
 
@@ -38,12 +42,16 @@ def solve_transitions(
     seed: int = 0,
     slots: int | None = None,
     present: Plan | None = None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Plan:
     """The best plan found within the seconds, with its value, its bound, and by which solver.
 
     Experts may stand in any of ceil(E / G) places per rank and layer. rounds: perturbations of the search. slots:
-    copies per rank and layer, None = one copy each. present: a plan to begin from, where it fits. Raises ValueError if
-    replicas are asked of more variables than the integer program can have.
+    copies per rank and layer, None = one copy each. present: a plan to begin from, where it fits. progress: called with
+    the share that is done. Rounds are the budget of all parts (iterations of the bound, nodes of the integer program),
+    so that the same seed gives the same plan; the seconds are a cap, beyond which that no longer holds. Interrupted
+    (Ctrl-C) it returns the best plan so far. Raises ValueError if replicas are asked of more variables than the integer
+    program can have.
     """
     began = time.perf_counter()
     places, experts = program.with_empty_places(), program.num_experts
@@ -59,17 +67,31 @@ def solve_transitions(
         plan = Plan.from_assignment(rows[:, :experts], program.num_ranks, solver="exact", value=value, bound=value)
         return plan.with_result(seconds=time.perf_counter() - began)
     has_milp = num_columns(places, slots) <= MOST_COLUMNS
-    share = seconds / (3 if has_milp else 2)
+    parts = 3 if has_milp else 2
+    share = seconds / parts
     starts = [] if present is None else _starts(present, places)
-    bound = lower_bound(places, time_limit=share)
-    found = solve(places, time_limit=share, rounds=rounds, seed=seed, starts=starts, guide=bound.relaxation)
+    budget = np.inf if rounds is None else PER_ROUND * rounds
+    nodes = None if rounds is None else PER_ROUND * rounds
+    try:
+        bound = lower_bound(
+            places, time_limit=share, iterations=budget, progress=lambda done: progress(min(done, 1.0) / parts)
+        )
+    except KeyboardInterrupt:
+        log.warning("interrupted: this is a first plan, without a bound")
+        found = solve(places, time_limit=share, rounds=0, seed=seed, starts=starts)
+        plan = plan_of(program, found._replace(assignment=found.assignment[:, :experts]), solver="search", bound=0.0)
+        return plan.with_result(seconds=time.perf_counter() - began)
+    found = solve(
+        places, time_limit=share, rounds=rounds, seed=seed, starts=starts, guide=bound.relaxation,
+        progress=lambda done: progress((1 + min(done, 1.0)) / parts),
+    )  # fmt: skip
     rows = found.assignment[:, :experts]
     plan = plan_of(program, found._replace(assignment=rows), solver="search", bound=min(bound.value, found.cost))
     left = seconds - (time.perf_counter() - began)
     if slots is not None:
-        plan = solve_milp(program, time_limit=max(left, 1.0), replica_slots=slots, warm=rows).plan
+        plan = solve_milp(program, time_limit=max(left, 1.0), replica_slots=slots, warm=rows, most_nodes=nodes).plan
     elif has_milp and left > 0 and found.cost - bound.value > TIGHT:
-        milp = solve_milp(places, time_limit=left, warm=found.assignment).plan
+        milp = solve_milp(places, time_limit=left, warm=found.assignment, most_nodes=nodes).plan
         assert milp.value is not None
         assert milp.bound is not None
         if milp.value < found.cost:
@@ -77,6 +99,7 @@ def solve_transitions(
             plan = Plan.from_assignment(rows, program.num_ranks, solver="milp", value=milp.value)
         value = min(milp.value, found.cost)
         plan = plan.with_result(bound=min(max(milp.bound, bound.value), value))
+    progress(1.0)
     return plan.with_result(seconds=time.perf_counter() - began)
 
 

@@ -17,8 +17,29 @@ class Score(NamedTuple):
     num_bytes: float
 
 
-def score(held: RoutingTrace, plan: Plan, *, is_exact: bool = False, rotations: tuple[int, ...] = (0, 1)) -> Score:
+def in_turn(ids: np.ndarray, table: ServingTable) -> np.ndarray:
+    """Each copy of an expert takes the expert's tokens in turn, blind to ranks, as EPLB deals: [T, K] physical ids."""
+    copies = [[int(p) for p in row if p >= 0] for row in table.physical]
+    seen = [0] * len(copies)
+    out = np.full(ids.shape, -1, np.int64)
+    for at, expert in np.ndenumerate(ids):
+        if expert >= 0:
+            out[at] = copies[expert][seen[expert] % len(copies[expert])]
+            seen[expert] += 1
+    return out
+
+
+def score(
+    held: RoutingTrace,
+    plan: Plan,
+    *,
+    is_exact: bool = False,
+    rotations: tuple[int, ...] = (0, 1),
+    dealt_in_turn: bool = False,
+) -> Score:
     """Served by the engine's rule, homes dealt by sequence in turn from each of `rotations` on.
+
+    dealt_in_turn: copies are chosen by `in_turn` instead.
 
     is_exact: a result per pair comes home, else one per rank. Raises ValueError for tokens of unknown size.
     """
@@ -31,7 +52,8 @@ def score(held: RoutingTrace, plan: Plan, *, is_exact: bool = False, rotations: 
         table, ids = ServingTable.of(plan, layer), held.expert_ids[:, layer]
         for turn in rotations:
             home = (sequence + turn) % plan.num_ranks
-            rank = choose_replicas(ids, home, table, home_first=is_exact) // plan.physical_per_rank
+            chosen = in_turn(ids, table) if dealt_in_turn else choose_replicas(ids, home, table, home_first=is_exact)
+            rank = chosen // plan.physical_per_rank
             away = [[r for r in row if r != at] for row, at in zip(rank.tolist(), home.tolist())]
             rows, pairs = np.mean([len(set(row)) for row in away]), np.mean([len(row) for row in away])
             words = ids.shape[1] * (1 if is_exact else 2)  # ids, and weights where a rank sums
