@@ -278,7 +278,9 @@ def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args
         )
     _tell_limit(plan, options.seconds, args)
     if has_bound:
-        bound = copies_bound(fit, topology.num_ranks, seconds=args.seconds - options.seconds, hint=plan.hosted)
+        bound = copies_bound(
+            fit, topology.num_ranks, seconds=args.seconds - options.seconds, hint=plan.hosted, iterations=args.rounds
+        )
         plan = plan.with_result(bound=min(float(bound.mean()), plan.value or 0.0))
     return plan
 

@@ -20,11 +20,17 @@ ROUNDS = 4
 
 
 def copies_bound(
-    trace: RoutingTrace, num_ranks: int, *, seconds: float = 30.0, hint: NDArray[np.bool_] | None = None
+    trace: RoutingTrace,
+    num_ranks: int,
+    *,
+    seconds: float = 30.0,
+    hint: NDArray[np.bool_] | None = None,
+    iterations: float = np.inf,
 ) -> Floats:
     """Lower bound on the mean ranks touched per token in each layer, [L], for any placement with ceil(E/G) per rank.
 
     hint: hosted [L, E, G] of a good plan, where the first tangents are taken. Better bounds need more seconds.
+    iterations: of each relaxation, ROUNDS of them a layer.
     """
     bounds = np.zeros(trace.num_layers)
     for layer in range(trace.num_layers):
@@ -32,11 +38,17 @@ def copies_bound(
         together = None
         if hint is not None:
             together = (hint[layer].astype(float) @ hint[layer].T.astype(float)) > 0
-        bounds[layer] = layer_bound(hits, num_ranks, seconds / trace.num_layers, together)
+        bounds[layer] = layer_bound(hits, num_ranks, seconds / trace.num_layers, together, iterations)
     return bounds
 
 
-def layer_bound(hits: Floats, num_ranks: int, seconds: float, together: NDArray[np.bool_] | None = None) -> float:
+def layer_bound(
+    hits: Floats,
+    num_ranks: int,
+    seconds: float,
+    together: NDArray[np.bool_] | None = None,
+    iterations: float = np.inf,
+) -> float:
     """The bound of one layer: hits [N, E] K-hot; together [E, E] who shares a rank in a good placement."""
     experts = hits.shape[1]
     capacity = -(-experts // num_ranks)
@@ -52,7 +64,7 @@ def layer_bound(hits: Floats, num_ranks: int, seconds: float, together: NDArray[
         np.fill_diagonal(shared, 0.0)
         constant, weight = tangents(hits, shared)
         value, found = most_shared(
-            weight, num_ranks, capacity, max(deadline - time.perf_counter(), 0.01) / (ROUNDS - attempt)
+            weight, num_ranks, capacity, max(deadline - time.perf_counter(), 0.01) / (ROUNDS - attempt), iterations
         )
         best = max(best, (constant - value) / len(hits))
         if time.perf_counter() >= deadline:
@@ -76,7 +88,9 @@ def tangents(hits: Floats, shared: Floats) -> tuple[float, Floats]:
     return constant, weight
 
 
-def most_shared(weight: Floats, num_ranks: int, capacity: int, seconds: float) -> tuple[float, Floats]:
+def most_shared(
+    weight: Floats, num_ranks: int, capacity: int, seconds: float, iterations: float = np.inf
+) -> tuple[float, Floats]:
     """(upper bound on <weight, s> / 2 over placements, the relaxation's s).
 
     One layer against a copy of itself; a reward D for sharing with oneself, paid in full by every true placement,
@@ -87,7 +101,7 @@ def most_shared(weight: Floats, num_ranks: int, capacity: int, seconds: float) -
     missing = num_ranks * capacity - experts
     mass = np.pad(weight, ((0, missing), (0, missing))) + reward * np.eye(experts + missing)
     total = float(mass.sum())
-    solved = relax(mass[None] / total, num_ranks, time_limit=seconds)
+    solved = relax(mass[None] / total, num_ranks, time_limit=seconds, iterations=iterations)
     upper = (1 - max(solved.bound, 0.0)) * total - reward * (experts + missing)
     s = (solved.within[0] + solved.within[1] + solved.between[0] + solved.between[0].T)[:experts, :experts] / 4
     return upper / 2, np.asarray(s)

@@ -99,7 +99,7 @@ class _Admm:
             if self.max_cuts and settled and count % CUT_EVERY == 0:
                 self.separate()
             spent = time.perf_counter() - began + step_cost + check_cost
-            progress(max(count / iterations, spent / time_limit))
+            progress(max(count / max(iterations, 1), spent / max(time_limit, 1e-9)))
             last = spent > time_limit or count >= iterations
             if count >= next_check or last:
                 tick = time.perf_counter()

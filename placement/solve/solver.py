@@ -26,12 +26,14 @@ TOLERANCE = 1e-12
 
 
 class Solved(NamedTuple):
-    """The best assignment found, its cost, the seconds it took and (seconds, cost) at every improvement."""
+    """The best assignment found, its cost, the seconds it took, (seconds, cost) at every improvement, and whether an
+    interrupt ended the search."""
 
     assignment: Ints
     cost: float
     seconds: float
     history: tuple[tuple[float, float], ...]
+    interrupted: bool = False
 
 
 def solve(
@@ -49,15 +51,17 @@ def solve(
     rounds: stop after so many perturbations even if time is left; where time did not end it, the same seed gives the
     same result. starts: assignments [L, E] to begin from besides the greedy ones, for example the present plan.
     guide: a relaxation whose fractional co-location is rounded into further starts. progress: called with the share of
-    the rounds or of the time that is done. Interrupted (Ctrl-C) once there is an assignment, it returns the best so far.
+    the rounds or of the time that is done. Interrupted (Ctrl-C) once there is an assignment, it returns the best one.
     """
     search = _Search(program, np.random.default_rng(seed), time_limit)
     search.offer(search.sweep(search.greedy()))
+    interrupted = False
     try:
         search.run(rounds, starts, guide, progress)
     except KeyboardInterrupt:
         log.warning("interrupted: this is the best plan so far")
-    return Solved(search.best, search.best_cost, search.elapsed(), tuple(search.history))
+        interrupted = True
+    return Solved(search.best, search.best_cost, search.elapsed(), tuple(search.history), interrupted)
 
 
 def plan_of(program: Program, solved: Solved | Chain, **fields: object) -> Plan:

@@ -88,18 +88,22 @@ def solve_transitions(
     rows = found.assignment[:, :experts]
     plan = plan_of(program, found._replace(assignment=rows), solver="search", bound=min(bound.value, found.cost))
     left = seconds - (time.perf_counter() - began)
-    if slots is not None:
-        plan = solve_milp(program, time_limit=max(left, 1.0), replica_slots=slots, warm=rows, most_nodes=nodes).plan
-    elif has_milp and left > 0 and found.cost - bound.value > TIGHT:
-        milp = solve_milp(places, time_limit=left, warm=found.assignment, most_nodes=nodes).plan
-        assert milp.value is not None
-        assert milp.bound is not None
-        if milp.value < found.cost:
-            rows = milp.assignment[:, :experts]
-            plan = Plan.from_assignment(rows, program.num_ranks, solver="milp", value=milp.value)
-        value = min(milp.value, found.cost)
-        plan = plan.with_result(bound=min(max(milp.bound, bound.value), value))
-    progress(1.0)
+    try:
+        if found.interrupted:
+            pass
+        elif slots is not None:
+            plan = solve_milp(program, time_limit=max(left, 1.0), replica_slots=slots, warm=rows, most_nodes=nodes).plan
+        elif has_milp and left > 0 and found.cost - bound.value > TIGHT:
+            milp = solve_milp(places, time_limit=left, warm=found.assignment, most_nodes=nodes).plan
+            assert milp.value is not None
+            assert milp.bound is not None
+            if milp.value < found.cost:
+                rows = milp.assignment[:, :experts]
+                plan = Plan.from_assignment(rows, program.num_ranks, solver="milp", value=milp.value)
+            value = min(milp.value, found.cost)
+            plan = plan.with_result(bound=min(max(milp.bound, bound.value), value))
+    except KeyboardInterrupt:  # HiGHS answers once it is done
+        log.warning("interrupted: this is the search's plan")
     return plan.with_result(seconds=time.perf_counter() - began)
 
 

@@ -128,12 +128,9 @@ def test_replicas_of_transitions_are_the_integer_programs(tmp_path):
 @pytest.mark.parametrize("objective", ["bytes", "copies", "coherent", "transitions", "exflow"])
 def test_the_same_seed_gives_the_same_plan_whatever_the_time(tmp_path, objective):
     """Budgets are rounds, of the bound that guides a search, too: another limit on time changes nothing."""
-    topic_trace(200, 3, 13, 2, seed=5, length=50).save(tmp_path / "t.npz")
+    topic_trace(200, 2, 13, 2, seed=5, length=50).save(tmp_path / "t.npz")
     told = ["--topology", "laptopx4", "--objective", objective, "--rounds", 3, "--seed", 2]
-    if objective not in ("transitions", "exflow"):
-        told += ["--sizes", "8,bfloat16,1000"] if objective == "bytes" else []
-    if objective == "coherent":
-        told += ["--dispatcher", "coherent"]
+    told += ["--dispatcher", "coherent"] if objective == "coherent" else []
     plans = []
     for name, seconds in (("a", 300), ("b", 1000), ("c", 300)):
         assert place(tmp_path / "t.npz", "--out", tmp_path / name, *told, "--seconds", seconds) == 0
@@ -145,18 +142,18 @@ def test_time_ends_every_part_and_an_interrupt_leaves_a_plan():
     program = Program.even(np.random.default_rng(2).random((5, 40, 40)) ** 6, 5)
     began = time.perf_counter()
     plan = solve_transitions(program, seconds=0.01, rounds=10**6)
-    assert time.perf_counter() - began < 30  # no part waits for its rounds
+    assert time.perf_counter() - began < 60  # no part waits for its rounds, which take hours
     assert plan.bound <= plan.value
-    shares = []
+    for limit in (0.0, 0.55):  # in the bound, and in the search
+        shares = []
 
-    def stop(share):
-        shares.append(share)
-        if share > limit:
-            raise KeyboardInterrupt
+        def stop(share, shares=shares, limit=limit):
+            shares.append(share)
+            if share > limit:
+                raise KeyboardInterrupt
 
-    for limit in (0.0, 0.55):
-        shares.clear()
         found = solve_transitions(program, seconds=1000, rounds=4, progress=stop)
         assert found.value == pytest.approx(program.cost(found))
         assert shares == sorted(shares)
+        assert max(shares) > limit
         assert found.value <= program.cost(Plan.random(6, 40, 5))
