@@ -261,7 +261,8 @@ def test_a_failed_stage_leaves_nothing_behind(stage, store):
         fail(STAGES[stage], config)
     assert open_things() == before
     slab = 96 * (144 << 10)
-    assert psutil.Process().memory_info().rss - memory < slab, "four models' slots, or their host copies"
+    # One slab that is free may wait in the allocator; four that nobody gave back may not.
+    assert psutil.Process().memory_info().rss - memory < 2 * slab, "four models' slots, or their host copies"
 
 
 def test_what_fails_while_ranks_are_joined_leaves_the_model_alone(monkeypatch):
