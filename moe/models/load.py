@@ -68,7 +68,7 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
     prune(model)
     pack_dense(model, kept)
     del dense
-    _return_freed()
+    return_freed()
     if blueprint.generation.decoder_start_token_id is not None:
         model.generation_config.decoder_start_token_id = blueprint.generation.decoder_start_token_id
     return model.eval()
@@ -126,7 +126,7 @@ def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if is_wider else tensor
 
 
-def _return_freed() -> None:
+def return_freed() -> None:
     """Gives back what decoding and casting used between the tensors that stay; glibc would keep it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
