@@ -11,6 +11,7 @@ from moe.config import EngineConfig, OffloadConfig
 from moe.launch.calibrate import expert_inputs
 from moe.launch.console import err, out
 from moe.launch.demo import run_demo
+from moe.launch.first_run import measure_first_run
 from moe.launch.jobs import serve_file
 from moe.launch.live import live_state
 from moe.launch.options import engine_config, sampling_params
@@ -38,6 +39,7 @@ from moe.verify import verify
 def loaded(args: argparse.Namespace, config: EngineConfig) -> Iterator[LLM]:
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
+    measure_first_run(args.model, config)
     with LLM(args.model, config) as llm:
         if args.show_config:
             print_choices(llm.engine)

@@ -44,15 +44,16 @@ def tables(machine: Machine) -> Iterator[Table]:
         figures = (f"{own[n].seconds * 1e12:.0f}" if n in own else "" for n in rows)
         table.add_row(f"{work} {kind}", str(threads), *figures)
     yield table
-    over = machine.overhead
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for count, rate in machine.memory.items():
         table.add_row(f"memory, {count} thread(s)", f"{format_bytes(rate)}/s")
-    table.add_row("keys and values", f"{format_bytes(machine.attention.kv_bytes_per_s)}/s")
-    table.add_row("attention of a prompt", f"{machine.attention.prompt_macs_per_s / 1e9:.1f} G multiplications/s")
-    table.add_row("a step, and each sequence", f"{over.step * 1e6:.0f} + {over.step_sequence * 1e6:.0f} µs")
-    table.add_row("a layer, and each sequence", f"{over.layer * 1e6:.0f} + {over.layer_sequence * 1e6:.1f} µs")
-    table.add_row("a layer with misses, and each", f"{over.miss * 1e6:.0f} + {over.wave * 1e6:.0f} µs")
+    if (attention := machine.attention) is not None:
+        table.add_row("keys and values", f"{format_bytes(attention.kv_bytes_per_s)}/s")
+        table.add_row("attention of a prompt", f"{attention.prompt_macs_per_s / 1e9:.1f} G multiplications/s")
+    if (over := machine.overhead) is not None:
+        table.add_row("a step, and each sequence", f"{over.step * 1e6:.0f} + {over.step_sequence * 1e6:.0f} µs")
+        table.add_row("a layer, and each sequence", f"{over.layer * 1e6:.0f} + {over.layer_sequence * 1e6:.1f} µs")
+        table.add_row("a layer with misses, and each", f"{over.miss * 1e6:.0f} + {over.wave * 1e6:.0f} µs")
     yield table
     for disk, reads in machine.disks.items():
         table = Table(title=f"random reads, {disk}, MiB/s", title_justify="left", box=None)

@@ -37,7 +37,10 @@ from moe.placement.machine import Exchange, How, Machine, Rate, Reads, disk_of
 
 HIDDEN, WIDTH = 1024, 768  # of the expert that is timed
 SLAB_BYTES = 512 << 20  # more than caches hold
+FIRST_SLAB_BYTES = 128 << 20  # of a first run, whose memory is the model's
 FILE_BYTES = 256 << 20
+RATE_BYTES = 64 << 20  # that one rate of reads is timed over, at most
+FIRST_RATE_BYTES = 16 << 20
 READ_SIZES = tuple(1 << n for n in (18, 20, 22, 24))
 DEPTHS = (1, 2, 4, 8)
 EXPERT_ROWS, DENSE_ROWS = (1, 2, 4, 8, 16, 64), (1, 4, 16, 64, 256)
@@ -80,7 +83,7 @@ def probe(folder: Path, known: Machine | None = None) -> Machine:
         exchange = (measure_exchange(2),)
     machine = Machine(
         name=this_machine(),
-        when=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        when=_now(),
         cores=cores,
         memory=memory,
         rates=tuple(rates),
@@ -93,6 +96,42 @@ def probe(folder: Path, known: Machine | None = None) -> Machine:
     if known is None:
         return machine
     return replace(machine, disks={**known.disks, **disks})
+
+
+def probe_first(file: Path, nbytes: int, known: Machine | None) -> Machine:
+    """What the choices of a run start from and nothing else: kernels of one row, and reads of a model's own file.
+
+    file: of experts, at least as large as `nbytes`, an expert's. known: measured before; its kernels stay, as do other
+    disks. Writes nothing, takes 128 MiB and, on a disk of 200 MB/s, five seconds. Raises OSError for a file that cannot
+    be read.
+    """
+    cores = len(os.sched_getaffinity(0))
+    before = torch.get_num_threads()
+    slab = aligned_bytes(FIRST_SLAB_BYTES).fill_(0x3C)
+    rates: list[Rate] = []
+    try:
+        for threads in sorted({1, cores}) if known is None else ():
+            torch.set_num_threads(threads)
+            rates += [*expert_rates(slab, threads, rows_of=(1,)), *dense_rates(slab, threads, rows_of=(1,))]
+        torch.set_num_threads(1)
+        machine = known or Machine(
+            name=this_machine(),
+            when=_now(),
+            cores=cores,
+            memory={1: memory_bytes_per_s(slab, 1)},
+            rates=tuple(rates),
+            copy_bytes_per_s=copy_bytes_per_s(slab),
+        )
+        sizes = [n for n in READ_SIZES if n // 4 < nbytes < n * 4]
+        with computing(slab):
+            reads = tuple(rates_of_reads(file, sizes or [READ_SIZES[-1]], DEPTHS, FIRST_RATE_BYTES))
+    finally:
+        torch.set_num_threads(before)
+    return replace(machine, disks={**machine.disks, disk_of(file.parent): reads})
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _say(what: str) -> None:
@@ -138,7 +177,9 @@ def computing(slab: Tensor) -> Iterator[None]:
         thread.join()
 
 
-def expert_rates(slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, WIDTH)) -> Iterator[Rate]:
+def expert_rates(
+    slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, WIDTH), rows_of: Sequence[int] = EXPERT_ROWS
+) -> Iterator[Rate]:
     """Four experts a call, others each time, so that they come from memory."""
     hidden, width = shape
     site = ExpertSite(module="probe", num_experts=4, hidden_size=hidden, intermediate_size=width)
@@ -149,7 +190,7 @@ def expert_rates(slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, W
         count = len(slab) // layout.nbytes
         blobs = slab[: count * layout.nbytes].view(count, layout.nbytes)
         kernel = CpuExperts(layout.weights(layout.views(blobs), Activation()))
-        for rows in EXPERT_ROWS:
+        for rows in rows_of:
             x = torch.ones(rows, hidden, dtype=torch.float32 if name == "float32" else torch.bfloat16)
             weights = torch.full((rows, 4), 0.25)
 
@@ -160,12 +201,14 @@ def expert_rates(slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, W
             yield Rate("expert", name, threads, rows, usual_seconds(call, threads) / (4 * 3 * hidden * width))
 
 
-def dense_rates(slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, HIDDEN)) -> Iterator[Rate]:
+def dense_rates(
+    slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, HIDDEN), rows_of: Sequence[int] = DENSE_ROWS
+) -> Iterator[Rate]:
     """Layers as the engine has them on a CPU; four a call, others each time."""
     for name, dtype in FLOATS.items():
         weights = slab.view(dtype).view(-1, *shape)
         layers = [_linear(weight) for weight in weights[: 4 * 8]]
-        for rows in DENSE_ROWS:
+        for rows in rows_of:
             x = torch.ones(rows, shape[1], dtype=dtype)
 
             def call(number: int) -> None:
@@ -193,13 +236,17 @@ def measure_reads(
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-        path = Path(file.name)
-        total = path.stat().st_size
-        for how in ("direct", "buffered", "cached"):
-            with suppress(OSError), _opened(path, how) as opened:
-                for size in (one for one in sizes if one <= total):
-                    for depth in depths if how == "direct" else (1, 2):
-                        yield Reads(how, size, depth, _read_rate(opened, how, size, depth, total))
+        yield from rates_of_reads(Path(file.name), sizes, depths, RATE_BYTES)
+
+
+def rates_of_reads(path: Path, sizes: Sequence[int], depths: Sequence[int], most: int) -> Iterator[Reads]:
+    """most: bytes that one rate is timed over."""
+    total = path.stat().st_size
+    for how in ("direct", "buffered", "cached"):
+        with suppress(OSError), _opened(path, how) as opened:
+            for size in (one for one in sizes if one <= total):
+                for depth in depths if how == "direct" else (1, 2):
+                    yield Reads(how, size, depth, _read_rate(opened, how, size, depth, total, most))
 
 
 @contextmanager
@@ -211,12 +258,12 @@ def _opened(path: Path, how: How) -> Iterator[int]:
         os.close(file)
 
 
-def _read_rate(file: int, how: How, size: int, depth: int, total: int) -> float:
-    """The median of three; each reads at most 64 MiB in random order, no place twice."""
+def _read_rate(file: int, how: How, size: int, depth: int, total: int, most: int) -> float:
+    """The median of three; each reads at most `most` bytes or once a thread, in random order, no place twice."""
     order = np.random.default_rng(size + depth)
     rates = []
     for _ in range(3):
-        offsets = order.permutation(total // size)[: max(depth, (64 << 20) // size)] * size
+        offsets = order.permutation(total // size)[: max(depth, most // size)] * size
         buffers = [aligned_bytes(-(-size // ALIGNMENT) * ALIGNMENT).numpy().data for _ in range(depth)]
         if how == "buffered":
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

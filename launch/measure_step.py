@@ -23,6 +23,7 @@ from moe.kernels.cpu_block import Block, CpuBlock, Linear, Step
 from moe.kernels.weights import Activation
 from moe.layer.runners import Resident, Waves
 from moe.llm import LLM
+from moe.models.load import quiet
 from moe.offload.cache import ExpertCache
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
@@ -173,7 +174,8 @@ def write_toy(folder: str | Path, layers: int, hidden: int = 64) -> None:
         max_position_embeddings=256,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
+    with quiet():
+        AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
 
 
 def toy_step(

@@ -110,7 +110,7 @@ class Case(NamedTuple):
 def _here(args: argparse.Namespace, blueprint: Blueprint) -> Case:
     config = EngineConfig() if args.probe_file is None else EngineConfig(probe_file=args.probe_file)
     machine, disk = probed(config), disk_of(blueprint.folder)
-    if args.here and (machine is None or disk not in machine.disks):
+    if args.here and (machine is None or machine.overhead is None or disk not in machine.disks):
         from moe.launch.measure import probe  # loads the engine, which a plan does not need
 
         machine = probe(blueprint.folder if os.access(blueprint.folder, os.W_OK) else Path(), machine)

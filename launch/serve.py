@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe.config import EngineConfig
 from moe.launch.console import err
+from moe.launch.first_run import measure_first_run
 from moe.launch.options import engine_config
 from moe.launch.report import print_choices
 from moe.llm import LLM
@@ -51,6 +52,7 @@ def loaded(args: argparse.Namespace, config: EngineConfig) -> LLM:
     if args.hosts is None:
         if args.address is not None:
             raise ValueError("--address is of a Ray cluster; say how many hosts shall serve, --hosts N")
+        measure_first_run(args.model, config)
         return LLM(args.model, config)
     err.print(f"{args.hosts} hosts load; `moe ray status` shows them", markup=False)
     return LLM(args.model, config, hosts=args.hosts, address=args.address, controller=args.controller)

@@ -209,6 +209,7 @@ class EngineConfig:
     kernel: KernelName = "auto"
     crossover_table: str = "~/.cache/moe/crossover.json"  # where `measured` keeps what this machine is best at
     probe_file: str = "~/.cache/moe/probe.json"  # where `moe probe` keeps its figures, which automatic choices read
+    probe_first_run: bool = True  # whether a command measures what it knows nothing of yet, for some seconds
     threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
     max_context: int | None = None  # tokens; None: what the model allows
     trust_remote_code: bool = False  # whether Python code that a model's folder brings may run

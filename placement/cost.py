@@ -112,11 +112,11 @@ class Terms(NamedTuple):
 def decode_step(sizes: Sizes, machine: Machine, use: Use, visits: Visits) -> Terms:
     """The mean step of `visits`, every sequence a token. Raises ValueError for what was not measured."""
     own = -(-use.sequences // use.ranks)
-    over, layers = machine.overhead, sizes.num_layers
+    (attention, over), layers = machine.step_costs(), sizes.num_layers
     own_work = Terms(
         overhead=over.step + own * over.step_sequence + layers * (over.layer + own * over.layer_sequence),
         dense=sizes.dense_weights * _per_weight(sizes, machine, use, "dense", own),
-        attention=own * use.context * sizes.kv_bytes / machine.attention.kv_bytes_per_s,
+        attention=own * use.context * sizes.kv_bytes / attention.kv_bytes_per_s,
         experts=0.0,
         waiting=0.0,
         exchange=_exchange(sizes, machine, use, own),
@@ -126,7 +126,7 @@ def decode_step(sizes: Sizes, machine: Machine, use: Use, visits: Visits) -> Ter
 
 def prefill_step(sizes: Sizes, machine: Machine, use: Use, tokens: int) -> Terms:
     """One prompt's `tokens` at once; experts as if all were equally likely, and in slots by their share."""
-    over, layers = machine.overhead, sizes.num_layers
+    (attention, over), layers = machine.step_costs(), sizes.num_layers
     distinct = sizes.num_experts * (1 - (1 - sizes.top_k / sizes.num_experts) ** tokens)
     absent = 1 - min(1.0, use.slots / (layers * sizes.num_experts))
     one = np.ones((1, 1))
@@ -135,7 +135,7 @@ def prefill_step(sizes: Sizes, machine: Machine, use: Use, tokens: int) -> Terms
     own_work = Terms(
         overhead=over.step + over.step_sequence + layers * (over.layer + over.layer_sequence),
         dense=sizes.dense_weights * _per_weight(sizes, machine, use, "dense", tokens),
-        attention=layers * tokens**2 * sizes.query_size / machine.attention.prompt_macs_per_s,
+        attention=layers * tokens**2 * sizes.query_size / attention.prompt_macs_per_s,
         experts=0.0,
         waiting=0.0,
         exchange=_exchange(sizes, machine, use, tokens),
@@ -202,7 +202,7 @@ def _visit_seconds(sizes: Sizes, machine: Machine, use: Use, visits: Visits, res
 
     rest: of a layer without its experts, in which what was foreseen can be read.
     """
-    over = machine.overhead
+    _, over = machine.step_costs()
     reading = _reading(sizes, machine, use) if visits.misses.any() else _Reading(0.0, 0.0, 1)
     known: dict[tuple[float, float], float] = {}
     compute, wait, hand = (np.zeros(visits.distinct.shape) for _ in range(3))

@@ -75,16 +75,19 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """name: what the figures are valid for. memory: bytes a second that so many threads read together."""
+    """name: what the figures are valid for. memory: bytes a second that so many threads read together.
+
+    attention, overhead: None where only what choices need was measured, as a first run does; no step can be planned.
+    """
 
     name: str
     when: str
     cores: int
     memory: Mapping[int, float]
     rates: tuple[Rate, ...]
-    attention: Attention
-    overhead: Overhead
     copy_bytes_per_s: float  # of one thread
+    attention: Attention | None = None
+    overhead: Overhead | None = None
     exchange: tuple[Exchange, ...] = ()
     disks: Mapping[str, tuple[Reads, ...]] = field(default_factory=dict)
 
@@ -100,6 +103,12 @@ class Machine:
         measured = min({r.threads for r in found}, key=lambda n: (abs(n - threads), n))
         points = sorted((r.rows, r.seconds) for r in found if r.threads == measured)
         return _between(points, rows)
+
+    def step_costs(self) -> tuple[Attention, Overhead]:
+        """Raises ValueError where they were not measured."""
+        if self.attention is None or self.overhead is None:
+            raise ValueError("only what a first run needs was measured of this machine; `moe probe` measures the rest")
+        return self.attention, self.overhead
 
     def memory_bytes_per_s(self, threads: int) -> float:
         """Of so many threads together: no more than those that were measured get."""
@@ -127,8 +136,8 @@ class Machine:
                 **{name: known[name] for name in ("name", "when", "cores", "copy_bytes_per_s")},
                 memory={int(threads): float(rate) for threads, rate in known["memory"].items()},
                 rates=tuple(Rate(*row) for row in known["rates"]),
-                attention=Attention(*known["attention"]),
-                overhead=Overhead(*known["overhead"]),
+                attention=None if known["attention"] is None else Attention(*known["attention"]),
+                overhead=None if known["overhead"] is None else Overhead(*known["overhead"]),
                 exchange=tuple(Exchange(*row) for row in known["exchange"]),
                 disks={disk: tuple(Reads(*row) for row in rows) for disk, rows in known["disks"].items()},
             )
@@ -141,7 +150,8 @@ _FIELDS: Mapping[str, Kinds] = {
     "cores": (int,),
     "copy_bytes_per_s": (float, int),
     **dict.fromkeys(("memory", "disks"), (dict,)),
-    **dict.fromkeys(("rates", "attention", "overhead", "exchange"), (list, tuple)),
+    **dict.fromkeys(("rates", "exchange"), (list, tuple)),
+    **dict.fromkeys(("attention", "overhead"), (list, tuple, type(None))),
 }
 
 

@@ -44,7 +44,7 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
     kept = [matrix for matrix in kept if packable(blueprint.skeleton, matrix)]
     places = {matrix.name: torch.zeros((), dtype=dtype).expand(matrix.shape) for matrix in kept}  # take no memory
     dense = {n: places[n] if n in places else _widened(_load(blueprint, n, dtype), dtype) for n in wanted}
-    with _quiet(), _patched(_replacements(blueprint)):
+    with quiet(), _patched(_replacements(blueprint)):
         model, info = type(blueprint.skeleton).from_pretrained(
             None,
             config=blueprint.config,
@@ -134,7 +134,7 @@ def return_freed() -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bar and report: dense weights take a moment, what is wrong is said."""
     was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

@@ -9,6 +9,7 @@ import torch
 
 from moe.config import EngineConfig, OffloadConfig
 from moe.engine.choices import choose_reads, this_machine
+from moe.launch import first_run, measure
 from moe.launch import machine as command
 from moe.launch.cli import main
 from moe.launch.measure import (
@@ -25,7 +26,7 @@ from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.stores import aligned_bytes
 from moe.params import SamplingParams
-from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads, disk_of, save_machine
+from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads, disk_of, load_machine, save_machine
 
 TINYMOE = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 OVERHEAD = Overhead(*[1e-4] * 9)
@@ -120,6 +121,71 @@ def test_how_experts_are_read_follows_the_figures(machine, direct, readers, word
     assert words in " ".join(map(str, choices))
     told = OffloadConfig(direct=not direct, readers=7)
     assert choose_reads(told, blueprint, machine) == (told, [])
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """The demo model counts as one whose reads somebody waits for, and little is measured."""
+    monkeypatch.setattr(first_run, "LEAST_BYTES", 0)
+    monkeypatch.setattr(measure, "FIRST_SLAB_BYTES", 32 << 20)
+    monkeypatch.setattr(measure, "FIRST_RATE_BYTES", 1 << 20)
+
+
+def generate(file: Path, *settings: str) -> int:
+    words = ["generate", str(TINYMOE), "--prompt", "Once", "--max-tokens", "4", "--no-stream"]
+    return main([*words, *(w for s in ("threads=1", f"probe_file={file}", *settings) for w in ("--set", s))])
+
+
+def test_a_first_run_measures_and_the_next_one_knows(large, tmp_path, capfd, monkeypatch):
+    file = tmp_path / "not there yet" / "probe.json"
+    assert generate(file, "probe_first_run=false") == 0
+    never = capfd.readouterr()
+    assert not file.exists()
+    assert generate(file) == 0
+    first = capfd.readouterr()
+    assert first.out == never.out
+    assert "measuring this machine once" in first.err
+    known = load_machine(file, this_machine())
+    assert known is not None
+    assert {r.how for r in known.disks[disk_of(TINYMOE)]} >= {"buffered", "cached"}
+    assert {(r.work, r.rows) for r in known.rates} == {("expert", 1), ("dense", 1)}
+    assert known.overhead is None
+    monkeypatch.setattr(measure, "probe_first", None)  # whoever measures again fails
+    assert generate(file, "offload.budget=0.25") == 0
+    again = capfd.readouterr()
+    assert again.out == never.out
+    assert "measuring" not in again.err
+
+
+def test_a_first_run_on_another_disk_measures_only_that(large, tmp_path):
+    file = tmp_path / "probe.json"
+    there = replace(figures(1e9, {1: 2e9}), disks={"/dev/other": (Reads("direct", 1 << 18, 8, 9e9),)})
+    save_machine(file, there)
+    assert generate(file) == 0
+    known = load_machine(file, this_machine())
+    assert known is not None
+    assert set(known.disks) == {"/dev/other", disk_of(TINYMOE)}
+    assert replace(known, disks=there.disks) == there
+
+
+def test_small_models_measure_nothing(tmp_path, capfd):
+    assert generate(tmp_path / "probe.json") == 0
+    assert "measuring" not in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_that_cannot_be_kept_are_told_and_the_run_goes_on(large, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    assert generate(tmp_path / "file" / "probe.json") == 0
+    assert "nothing was measured, defaults stand" in capfd.readouterr().err
+
+
+def test_a_first_runs_figures_plan_no_step(tmp_path, capfd):
+    file = tmp_path / "probe.json"
+    save_machine(file, replace(figures(1e9, {1: 2e9}), overhead=None, attention=None))
+    assert main(["plan", str(TINYMOE), "--probe-file", str(file)]) == 2
+    assert "`moe probe` measures the rest" in capfd.readouterr().err
+    assert main(["probe", "--show", "--file", str(file)]) == 0
 
 
 def test_another_disk_is_not_this_one():
