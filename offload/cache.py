@@ -21,9 +21,10 @@ from torch import Tensor
 
 from moe.offload.copies import filling_of
 from moe.offload.device_slots import DeviceSlots
+from moe.offload.host_copies import host_copies
 from moe.offload.layer_stats import LayerStats
 from moe.offload.layout import ALIGNMENT
-from moe.offload.policy import Lfu, Lru, Policy
+from moe.offload.policy import Policy, named_policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
 from moe.offload.slab import Slab
 from moe.offload.slot_map import Ids, Keys, SlotMap
@@ -79,10 +80,7 @@ class ExpertCache:
         assert memory.data_ptr() % (ALIGNMENT if on_host else 16) == 0, memory.data_ptr()
         self.slab = Slab(runs, rooms, memory)
         self._blobs = [self.slab.of_layer(layer) for layer in range(len(self.num_experts))]
-        named = {"lru": Lru, "lfu": Lfu}
-        if isinstance(policy, str) and policy not in named:
-            raise ValueError(f"policy ({policy!r}) must be 'lru' or 'lfu'")
-        self.policy: Policy = named[policy](self.num_experts) if isinstance(policy, str) else policy
+        self.policy = named_policy(policy, self.num_experts) if isinstance(policy, str) else policy
         self.map = SlotMap(self.num_experts, [run.num_slots for run in runs], rooms, self.slab.run_of_layer)
         self._acquiring: int | None = None  # the layer of the open acquire with misses
         self._views = [layout.views(blobs) for layout, blobs in zip(store.layouts, self._blobs)]
@@ -90,6 +88,7 @@ class ExpertCache:
         self.pinned: DeviceSlots | None = None
         self._pins: Ids = np.empty(0, np.int32)
         self._filling = filling_of(self.device, self.map.room, self.blob_bytes)
+        self.from_host = host_copies(self._filling, store, self._blobs)
         self.reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
         self._readers = Readers(num_readers, self._read)
         self.ahead = Speculation(self.map, self._readers, self._enter)
@@ -171,14 +170,10 @@ class ExpertCache:
         Nothing may be pinned already.
         """
         assert self.pinned is None, "experts are pinned already"
-        chosen = [np.arange(n) if experts is None else np.asarray(experts[i]) for i, n in enumerate(self.num_experts)]
-        slots = [slot_of[which] for slot_of, which in zip(self.map.of_layer, chosen)]
-        if any((own < 0).any() for own in slots):
+        found = self.map.tables(experts)
+        if found is None:
             return None
-        tables = [np.full(n, -1, np.int32) for n in self.num_experts]
-        for table, which, own in zip(tables, chosen, slots):
-            table[which] = own
-        self._pins = np.concatenate(slots)
+        tables, self._pins = found
         self._hold(self._pins)
         self.pinned = DeviceSlots(tables, self.device)
         return self.pinned
@@ -235,9 +230,8 @@ class ExpertCache:
 
         experts: which, by layer; where slots are short those that are not among them make room. None: all of them.
         """
-        keys: Keys | None = None
-        if experts is not None:
-            keys = np.concatenate([a + np.asarray(e, np.int64) for a, e in zip(self.map.first_key, experts)])
+        each = None if experts is None else zip(self.map.first_key, experts)
+        keys = None if each is None else np.concatenate([a + np.asarray(e, np.int64) for a, e in each])
         kept, self._stats = self._stats, [LayerStats() for _ in self._stats]
         try:
             for layer, slot_of in enumerate(self.map.of_layer):
@@ -283,7 +277,7 @@ class ExpertCache:
             stats.misses += len(wanted) - len(ready.slots)
             while True:
                 self._start_reads(layer, missing, batch, is_waiting=not len(ready.slots))
-                has_read = self.reads_inline and not batch.done.empty()
+                has_read = self.reads_inline and self.from_host is None and not batch.done.empty()
                 if has_read or not len(ready.slots):  # what was read in this thread joins the wave
                     arrived = self._held_wave(self._arrivals(layer, batch))
                     ready = Wave(*(np.concatenate(pair) for pair in zip(ready, arrived)))
@@ -323,15 +317,17 @@ class ExpertCache:
         if self.ahead.coming and len(missing) > self.map.num_free(layer):
             self.ahead.make_room(layer, is_urgent=is_waiting and not batch.num_reading)
             self._evict(layer, len(missing) - self.map.num_free(layer))
-        for _ in range(min(len(missing), self.map.num_free(layer))):
-            job = Job(layer, missing.pop(), self.map.take(layer), batch)
-            batch.num_reading += 1
-            if self.reads_inline:
-                start = time.perf_counter()
-                batch.done.put(self._read(job))
-                self._stats[layer].stall_seconds += time.perf_counter() - start
-            else:
+        num = min(len(missing), self.map.num_free(layer))
+        jobs = [Job(layer, missing.pop(), self.map.take(layer), batch) for _ in range(num)]
+        batch.num_reading += num
+        if self.from_host is None and not self.reads_inline:
+            for job in jobs:
                 self._readers.put(job)
+        else:
+            start = time.perf_counter()
+            for arrival in map(self._read, jobs) if self.from_host is None else self.from_host.fill(jobs):
+                batch.done.put(arrival)
+            self._stats[layer].stall_seconds += time.perf_counter() - start
         self._num_waiting = len(missing)
 
     def _evict(self, layer: int, count: int, ahead: bool = False, keep: Keys | None = None) -> None:
@@ -393,8 +389,11 @@ class ExpertCache:
         if job.batch.is_cancelled:
             return Arrival(job, -1, None)
         try:
+            ahead = job.batch is self.ahead.batch
+            if self.from_host is not None:
+                return self.from_host.fill([job], ahead=ahead)[0]
             read = partial(self.store.read_into, job.layer, job.expert)
             target = self._blobs[job.layer][job.slot, : self.store.layouts[job.layer].nbytes]
-            return Arrival(job, self._filling.fill(job.slot, target, read), None)
+            return Arrival(job, self._filling.fill(job.slot, target, read, ahead=ahead), None)
         except BaseException as error:
             return Arrival(job, -1, error)

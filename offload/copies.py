@@ -5,10 +5,13 @@
 
 A read counts as arrived when its copy is set out: the next read begins meanwhile, and the host waits for no copy. What
 keeps the order are two events a slot, one each way; `offload/lanes.py` is the double that tests them without a device.
+Experts that lie in locked host memory need no buffer (offload/host_copies.py). What is read ahead goes by a stream of
+its own, one copy after another has ended: streams' priorities mean nothing to a copy engine, so that nothing else
+keeps a miss from waiting for more than one of them.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch import Tensor
 from moe.offload.slot_map import Ids
 
 NUM_BUFFERS = 2  # of a reader: one is read into while the other is copied
+_PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegister's flags
 
 
 class Event(Protocol):
@@ -28,10 +32,10 @@ class Event(Protocol):
 
 
 class Streams(Protocol):
-    """Two queues of a device: copies, which any thread adds to, and what the calling thread computes."""
+    """Queues of a device: copies, and those ahead, which any thread adds to, and what the calling thread computes."""
 
-    def copy(self, after: Event, target: Tensor, source: Tensor) -> Event:
-        """Queues a copy that begins when `after` has come. source: host memory, as it is until the returned event."""
+    def copy(self, after: Iterable[Event], target: Tensor, source: Tensor, *, ahead: bool = False) -> Event:
+        """Queues a copy that begins when `after` have come. source: host memory, as it is until the returned event."""
 
     def mark(self) -> Event:
         """Comes when all that compute was given so far is done."""
@@ -42,6 +46,9 @@ class Streams(Protocol):
     def host_memory(self, nbytes: int) -> Tensor:
         """uint8 [nbytes] that `copy` takes without a detour."""
 
+    def lock(self, memory: Tensor) -> None:
+        """Makes such of host memory that is there, and lets kernels read it, until `close`. Raises ValueError."""
+
     def close(self) -> None: ...
 
 
@@ -50,13 +57,18 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Priorities order kernels, and copies that are kernels; -1 is above that of compute and of what is read ahead.
+        self._copies: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._ahead: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._locked: list[Tensor] = []
 
-    def copy(self, after: Any, target: Tensor, source: Tensor) -> Any:
-        with torch.cuda.stream(self._copies):
-            self._copies.wait_event(after)
+    def copy(self, after: Iterable[Any], target: Tensor, source: Tensor, *, ahead: bool = False) -> Any:
+        stream = self._ahead if ahead else self._copies
+        with torch.cuda.stream(stream):
+            for event in after:
+                stream.wait_event(event)
             target.copy_(source, non_blocking=True)
-            return self._copies.record_event()
+            return stream.record_event()
 
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
@@ -67,8 +79,22 @@ class CudaStreams:
     def host_memory(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
 
+    def lock(self, memory: Tensor) -> None:
+        cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE_AND_MAPPED)
+        if int(code):
+            raise ValueError(
+                f"{memory.nbytes} bytes of host memory cannot be locked for copies ({cuda.cudaGetErrorString(code)}); "
+                "set offload.store=file"
+            )
+        self._locked.append(memory)
+
     def close(self) -> None:
-        self._copies.synchronize()
+        for stream in (self._copies, self._ahead):
+            stream.synchronize()
+        cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        while self._locked:
+            cuda.cudaHostUnregister(self._locked.pop().data_ptr())
 
 
 class _Buffer:
@@ -80,7 +106,7 @@ class _Buffer:
 class Filling(Protocol):
     """How bytes come into the slots of one slab. Readers call `fill`; the thread that computes calls the others."""
 
-    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int]) -> int:
+    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int], *, ahead: bool = False) -> int:
         """Has `read` fill `target`, uint8 [nbytes] that are the slot's, which nobody uses. Returns what it returns."""
 
     def before_use(self, slots: Ids) -> None:
@@ -95,7 +121,7 @@ class Filling(Protocol):
 class InPlace:
     """Slots in host memory: read into directly, and there when the read has ended."""
 
-    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int]) -> int:
+    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int], *, ahead: bool = False) -> int:
         return read(target)
 
     def before_use(self, slots: Ids) -> None: ...
@@ -111,8 +137,29 @@ class SlotCopies:
         self._last_use = [streams.mark()] * num_slots  # the slab's own zeros come first
         self._arrived: list[Event | None] = [None] * num_slots  # that compute has not waited for yet
         self._own = threading.local()
+        self._last_ahead: Event | None = None
+        self._sending_ahead = threading.Lock()
 
-    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int]) -> int:
+    def send(self, slots: Ids, target: Tensor, source: Tensor, *, ahead: bool = False) -> Event:
+        """Sets out one copy that fills all these slots. target: uint8, theirs; source: as `Streams.copy` takes it.
+
+        ahead: the calling thread waits until the last such copy has ended.
+        """
+        filled = (self._arrived[slot] for slot in slots.tolist())  # and not used since: perhaps by another stream
+        each = (*(self._last_use[slot] for slot in slots.tolist()), *filled)
+        after = {id(event): event for event in each if event is not None}
+        if ahead:
+            with self._sending_ahead:
+                if self._last_ahead is not None:
+                    self._last_ahead.synchronize()
+                event = self._last_ahead = self.streams.copy(after.values(), target, source, ahead=True)
+        else:
+            event = self.streams.copy(after.values(), target, source)
+        for slot in slots.tolist():
+            self._arrived[slot] = event
+        return event
+
+    def fill(self, slot: int, target: Tensor, read: Callable[[Tensor], int], *, ahead: bool = False) -> int:
         """Reads into a buffer and sets out its copy to the slot; the host waits for neither."""
         buffers: list[_Buffer] | None = getattr(self._own, "buffers", None)
         if buffers is None:
@@ -124,7 +171,7 @@ class SlotCopies:
             buffer.copied.synchronize()
         source = buffer.memory[: len(target)]
         moved = read(source)
-        buffer.copied = self._arrived[slot] = self.streams.copy(self._last_use[slot], target, source)
+        buffer.copied = self.send(np.array([slot], np.int32), target, source, ahead=ahead)
         return moved
 
     def before_use(self, slots: Ids) -> None:

@@ -7,7 +7,7 @@ as well, for tests that give it work by `run`; without, the calling thread compu
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 
 import torch
@@ -25,6 +25,9 @@ class LaneEvent:
 
     def come(self) -> None:
         self._come.set()
+
+    def has_come(self) -> bool:
+        return self._come.is_set()
 
 
 class _Lane:
@@ -52,17 +55,20 @@ class LaneStreams:
 
     def __init__(self, seed: int = 0, most_seconds: float = 0.002, *, compute: bool = False) -> None:
         self._copies = _Lane(seed, most_seconds)
+        self._ahead = _Lane(seed + 2, 2 * most_seconds)
+        self.locked: list[Tensor] = []
         self._compute = _Lane(seed + 1, most_seconds) if compute else None
 
-    def copy(self, after: LaneEvent, target: Tensor, source: Tensor) -> LaneEvent:
-        event = LaneEvent()
+    def copy(self, after: Iterable[LaneEvent], target: Tensor, source: Tensor, *, ahead: bool = False) -> LaneEvent:
+        event, before = LaneEvent(), list(after)
 
         def work() -> None:
-            after.synchronize()
+            for one in before:
+                one.synchronize()
             target.copy_(source)
             event.come()
 
-        self._copies.put(work)
+        (self._ahead if ahead else self._copies).put(work)
         return event
 
     def mark(self) -> LaneEvent:
@@ -83,7 +89,10 @@ class LaneStreams:
     def host_memory(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
+    def lock(self, memory: Tensor) -> None:
+        self.locked.append(memory)
+
     def close(self) -> None:
-        for lane in (self._copies, self._compute):
+        for lane in (self._copies, self._ahead, self._compute):
             if lane is not None:
                 lane.close()

@@ -83,6 +83,13 @@ class Lfu:
         return smallest(self._rates[keys] + self._recent[keys], count)
 
 
+def named_policy(name: str, num_experts: Sequence[int]) -> Policy:
+    """ "lru" or "lfu"; ValueError for another."""
+    if name not in ("lru", "lfu"):
+        raise ValueError(f"policy ({name!r}) must be 'lru' or 'lfu'")
+    return Lru(num_experts) if name == "lru" else Lfu(num_experts)
+
+
 class Belady:
     """Evicts the keys that are needed again last; knows all accesses beforehand, and must then see each of them."""
 

@@ -88,6 +88,21 @@ class SlotMap:
         wanted = np.bincount(self._run_of_layer, weights=counts, minlength=len(self._free))
         return int(np.maximum(wanted - np.array(self.slots_of_run), 0).sum())
 
+    def tables(self, experts: Sequence[Sequence[int]] | None = None) -> tuple[list[Ids], Ids] | None:
+        """Slots of these experts by layer, int32 [E] with -1 for others, and all of them; None if one is not there.
+
+        experts: which, by layer; None: all of them.
+        """
+        tables, every = [], []
+        for layer, slot_of in enumerate(self.of_layer):
+            which = np.arange(len(slot_of)) if experts is None else np.asarray(experts[layer], np.int64)
+            table = np.full(len(slot_of), -1, np.int32)
+            table[which] = slot_of[which]
+            tables.append(table)
+            every.append(slot_of[which])
+        slots = np.concatenate(every)
+        return None if (slots < 0).any() else (tables, slots)
+
     def key(self, layer: int, expert: int) -> int:
         return int(self.first_key[layer]) + expert
 

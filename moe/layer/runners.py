@@ -20,6 +20,7 @@ from torch import Tensor
 from moe.kernels.reference import combine_reference
 from moe.offload.cache import ExpertCache
 from moe.offload.device_slots import DeviceSlots
+from moe.offload.slot_map import Ids
 
 
 class LayerKernel(Protocol):
@@ -73,25 +74,26 @@ class Waves:
             for wave in waves:
                 self._meanwhile()
                 slot_of[wave.experts] = wave.slots
-                slot_ids = torch.from_numpy(slot_of[asked]).to(x.device)
+                slots = slot_of[asked]
                 slot_of[wave.experts] = -1
                 if topk_weights is not None and len(wave.experts) == len(wanted):
-                    return kernel.combine(x, slot_ids, topk_weights)
-                y = _add_wave(kernel, x, slot_ids, y)
+                    return kernel.combine(x, torch.from_numpy(slots).to(x.device), topk_weights)
+                y = _add_wave(kernel, x, slots, y)
         if y is None:  # no token, or none that has an expert
             y = torch.zeros(*ids.shape, x.shape[1], device=x.device)
         return y if topk_weights is None else combine_reference(y, topk_weights, x.dtype)
 
 
-def _add_wave(kernel: LayerKernel, x: Tensor, slot_ids: Tensor, y: Tensor | None) -> Tensor:
-    """Fills the pairs of this wave; the others keep what earlier waves gave them, or 0.
+def _add_wave(kernel: LayerKernel, x: Tensor, slots: Ids, y: Tensor | None) -> Tensor:
+    """Fills the pairs of this wave; the others keep what earlier waves gave them, or 0. slots: [T, K].
 
     Only the tokens that need the wave are computed: costs nothing for the others.
     """
     if y is None:
-        return kernel.experts(x, slot_ids)
-    rows = (slot_ids >= 0).any(dim=1).nonzero().squeeze(1)
-    y[rows] += kernel.experts(x[rows], slot_ids[rows])  # adds to zeros only: exact
+        return kernel.experts(x, torch.from_numpy(slots).to(x.device))
+    rows = np.flatnonzero((slots >= 0).any(axis=1))  # on the host: a device would be waited for
+    at = torch.from_numpy(rows).to(x.device)
+    y[at] += kernel.experts(x[at], torch.from_numpy(slots[rows]).to(x.device))  # adds to zeros only: exact
     return y
 
 
