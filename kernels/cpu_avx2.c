@@ -16,6 +16,8 @@
 #define VLOAD_ODD(p) \
     _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const void *)(p)), _mm256_set1_epi32((int)0xffff0000u)))
 #define VLOAD_EVEN(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const void *)(p)), 16))
+#define VLOAD_BF16(p) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(p))), 16))
 #define VLOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define VFMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define VSUB(a, b) _mm256_sub_ps(a, b)

@@ -15,8 +15,9 @@
 
 #include "cpu_scalars.h"
 
-enum { CHUNK = 32, GROUP = 32, MAX_DIM = 256 }; /* keys at a time, query rows at a time, elements of a head */
+enum { CHUNK = 32, GROUP = 64, MAX_DIM = 256 }; /* keys at a time, query rows at a time, elements of a head */
 enum { SCORES = CHUNK + 16, PART = 64 };        /* a row of scores and what a product writes beyond it; of a head at once */
+enum { FEW_ROWS = 8 };                          /* values of more query rows are widened once for all of them */
 enum { SERIAL_ATTENTION = 1 << 15 };            /* elements of keys below which a second thread costs more than it brings */
 
 int64_t moe_cpu_linear(const struct matrix *w, const void *x, int64_t x_row, int64_t x_kind, int64_t rows, void *out,
@@ -92,7 +93,7 @@ static CLONES void rotate_heads(int64_t kind, char *x, int64_t heads, int64_t di
     }
 }
 
-/* ---- attention: up to GROUP rows, each a query head of one token, that share a key head of one sequence ---- */
+/* ---- attention: up to GROUP rows, each a query head of one token, of one sequence; of one key head, or of several ---- */
 
 struct task {
     const struct block *b;
@@ -101,50 +102,67 @@ struct task {
     char *out;     /* [T, heads * dim] */
 };
 
-struct rows {
+struct part { /* of a task: rows row0 to row0 + num of each of the key heads head0 to head0 + heads */
+    int64_t sequence, head0, heads, row0, num;
+};
+
+struct rows { /* of the first key head, then of the second … */
     int64_t from[GROUP], to[GROUP], at[GROUP]; /* the keys that a row sees; its place in q and out, in bytes */
     float most[GROUP], sum[GROUP], shrink[GROUP];
     float *score, *acc, *v; /* [GROUP, SCORES], [GROUP, padded], [CHUNK, padded] */
     int64_t num, padded;    /* padded: dim, up to a multiple of PART */
 };
 
-/* Row of the pool, in elements, of a sequence's key at this position. */
-SCALAR int64_t place_of(const struct block *b, const struct step *s, int64_t sequence, int64_t position) {
-    int64_t block = s->blocks[sequence * s->max_blocks + position / s->block_size];
-    return (block * s->block_size + position % s->block_size) * b->kv_heads * b->dim;
+/* Bytes into the pool of the rows of a sequence's keys [key, key + num). */
+SCALAR void places_of(const struct block *b, const struct step *s, int64_t sequence, int64_t key, int64_t num,
+                      int64_t *to) {
+    int64_t row = b->kv_heads * b->dim * size_of(b->kind);
+    for (int64_t j = 0, run; j < num; j += run) { /* keys that lie side by side: the rest of a block */
+        int64_t inside = (key + j) % s->block_size;
+        int64_t block = s->blocks[sequence * s->max_blocks + (key + j) / s->block_size];
+        run = least(s->block_size - inside, num - j);
+        for (int64_t i = 0; i < run; i++) to[j + i] = (block * s->block_size + inside + i) * row;
+    }
+}
+
+SCALAR float larger(float a, float b) { return a > b ? a : b; }
+
+/* Where a key is in the chunk that begins at `key`, or the end of it that is nearer. */
+SCALAR int32_t first_of(int64_t position, int64_t key) {
+    return (int32_t)(position > key ? least(position - key, CHUNK) : 0);
+}
+
+/* Lanes of every row to lane 0, halves first; `sums`, or the largest. Rows side by side, so that none waits for another. */
+SCALAR void fold(float (*lane)[CHUNK / 2], int64_t rows, int sums) {
+    for (int64_t half = CHUNK / 4; half; half /= 2)
+        for (int64_t n = 0; n < rows; n++)
+            for (int64_t j = 0; j < half; j++)
+                lane[n][j] = sums ? lane[n][j] + lane[n][j + half] : larger(lane[n][j], lane[n][j + half]);
 }
 
 /* Scores of the keys [key, key + CHUNK) to their shares of the sum so far, exact zeros for what a row may not see. */
 static CLONES void soften(struct rows *r, int64_t key, float scale) {
+    float lane[GROUP][CHUNK / 2], top[GROUP];
     for (int64_t n = 0; n < r->num; n++) {
-        float *score = r->score + n * SCORES, top = r->most[n], part = 0.0f;
-        int32_t low = (int32_t)(r->from[n] > key ? least(r->from[n] - key, CHUNK) : 0);
-        int32_t high = (int32_t)(r->to[n] > key ? least(r->to[n] - key, CHUNK) : 0);
+        float *score = r->score + n * SCORES;
+        int32_t low = first_of(r->from[n], key), high = first_of(r->to[n], key);
         for (int32_t j = 0; j < CHUNK; j++) score[j] = j >= low && j < high ? score[j] * scale : -1e30f;
-        for (int32_t j = 0; j < CHUNK; j++) top = score[j] > top ? score[j] : top;
+        for (int32_t j = 0; j < CHUNK / 2; j++) lane[n][j] = larger(score[j], score[j + CHUNK / 2]);
+    }
+    fold(lane, r->num, 0);
+    for (int64_t n = 0; n < r->num; n++) top[n] = larger(lane[n][0], r->most[n]);
+    for (int64_t n = 0; n < r->num; n++) {
+        float *score = r->score + n * SCORES;
+        int32_t low = first_of(r->from[n], key), high = first_of(r->to[n], key);
         for (int32_t j = 0; j < CHUNK; j++) {
-            float share = exponential(score[j] - top);
+            float share = exponential(score[j] - top[n]);
             score[j] = j >= low && j < high ? share : 0.0f;
         }
-        for (int32_t j = 0; j < CHUNK; j++) part += score[j];
-        r->shrink[n] = exponential(r->most[n] - top);
-        r->sum[n] = r->sum[n] * r->shrink[n] + part, r->most[n] = top;
+        for (int32_t j = 0; j < CHUNK / 2; j++) lane[n][j] = score[j] + score[j + CHUNK / 2];
     }
-}
-
-/* acc = acc * shrink + shares * v, key after key. */
-static CLONES void gather(struct rows *r, int64_t keys) {
-    for (int64_t n = 0; n < r->num; n++)
-        for (int64_t i = 0; i < r->padded; i += PART) {
-            float part[PART], *acc = r->acc + n * r->padded + i;
-            for (int64_t l = 0; l < PART; l++) part[l] = acc[l] * r->shrink[n];
-            for (int64_t j = 0; j < keys; j++) {
-                float share = r->score[n * SCORES + j];
-                const float *v = r->v + j * r->padded + i;
-                for (int64_t l = 0; l < PART; l++) part[l] += share * v[l];
-            }
-            for (int64_t l = 0; l < PART; l++) acc[l] = part[l];
-        }
+    fold(lane, r->num, 1);
+    for (int64_t n = 0; n < r->num; n++) r->shrink[n] = exponential(r->most[n] - top[n]);
+    for (int64_t n = 0; n < r->num; n++) r->sum[n] = r->sum[n] * r->shrink[n] + lane[n][0], r->most[n] = top[n];
 }
 
 static CLONES void widen_row(int64_t kind, const char *from, int64_t n, float *to) {
@@ -161,17 +179,23 @@ static CLONES void put_row(int64_t kind, const float *acc, float sum, int64_t n,
         for (int64_t i = 0; i < n; i++) put_one(BF16, to, i, acc[i] / sum);
 }
 
-/* Rows row0 and on of one key head of one sequence, token after token. 0: done; -1: out of memory. */
-static int attend_rows(const struct task *t, int64_t sequence, int64_t kv_head, int64_t row0) {
+/* To L2: the heads are read one after the other, in pieces too short for the hardware to see that rows follow rows. */
+SCALAR void prefetch_rows(const char *from, const int64_t *places, int64_t num, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        for (int64_t j = 0; j < num; j++) __builtin_prefetch(from + i + places[j], 0, 2);
+}
+
+/* 0: done; -1: out of memory. */
+static int attend_part(const struct task *t, const struct part *p) {
     const struct block *b = t->b;
     const struct step *s = t->s;
     const struct kernels *k = moe_kernels(s->isa);
     int64_t dim = b->dim, size = size_of(b->kind), shared = b->heads / b->kv_heads, stride, begin = INT64_MAX, end = 0;
-    int64_t new = s->first[sequence + 1] - s->first[sequence], old = s->lengths[sequence] - new;
+    int64_t first = s->first[p->sequence], old = s->lengths[p->sequence] - (s->first[p->sequence + 1] - first);
     struct matrix keys = {.row = b->kv_heads * dim * size, .n = CHUNK, .k = dim, .kind = b->kind};
     int order = order_of(k, &keys, b->kind);
-    int64_t vectors = vectors_of(order, dim);
-    struct rows r = {.num = least(GROUP, new * shared - row0), .padded = (dim + PART - 1) / PART * PART};
+    int64_t vectors = vectors_of(order, dim), of_head = p->num * vectors * LANES;
+    struct rows r = {.num = p->heads * p->num, .padded = (dim + PART - 1) / PART * PART};
     int64_t floats = GROUP * (vectors * LANES + SCORES + r.padded) + CHUNK * r.padded + DOWN_TILE * KC + 5 * LANES;
     uintptr_t at = (uintptr_t)moe_scratch(floats * sizeof(float));
     if (!at) return -1;
@@ -179,32 +203,58 @@ static int attend_rows(const struct task *t, int64_t sequence, int64_t kv_head, 
     r.score = take(&at, GROUP * SCORES * sizeof(float)), r.acc = take(&at, GROUP * r.padded * sizeof(float));
     r.v = take(&at, CHUNK * r.padded * sizeof(float));
     float *scratch = take(&at, DOWN_TILE * KC * sizeof(float));
-    memset(r.acc, 0, GROUP * r.padded * sizeof(float)), memset(r.v, 0, CHUNK * r.padded * sizeof(float));
+    memset(r.acc, 0, r.num * r.padded * sizeof(float)), memset(r.v, 0, CHUNK * r.padded * sizeof(float));
     for (int64_t n = 0; n < r.num; n++) {
-        int64_t token = (row0 + n) / shared, head = kv_head * shared + (row0 + n) % shared;
+        int64_t row = p->row0 + n % p->num, token = row / shared;
+        int64_t head = (p->head0 + n / p->num) * shared + row % shared;
         r.to[n] = old + token + 1, r.from[n] = b->window && r.to[n] > b->window ? r.to[n] - b->window : 0;
         begin = least(begin, r.from[n]), end = r.to[n] > end ? r.to[n] : end;
-        r.at[n] = ((s->first[sequence] + token) * b->heads + head) * dim * size;
+        r.at[n] = ((first + token) * b->heads + head) * dim * size;
         r.most[n] = b->sinks ? b->sinks[head] : -1e30f, r.sum[n] = b->sinks ? 1.0f : 0.0f;
-        float *to = packed_row(k, x, vectors, r.num, n, &stride);
+        float *to = packed_row(k, x + n / p->num * of_head, vectors, p->num, n % p->num, &stride);
         k->pack_x(order, (int)b->kind, t->q + r.at[n], dim, to, stride);
     }
-    for (int64_t key = begin / CHUNK * CHUNK; key < end; key += CHUNK) {
-        int64_t num = least(CHUNK, end - key), run;
-        for (int64_t j = 0; j < num; j += run) { /* keys that lie side by side: the rest of a block */
-            run = least(s->block_size - (key + j) % s->block_size, num - j);
-            const char *from = b->keys + (place_of(b, s, sequence, key + j) + kv_head * dim) * size;
-            k->tile(order, x, r.num, &keys, from, 0, run, r.score + j, SCORES, scratch);
+    int64_t widens = p->num > FEW_ROWS || dim != r.padded, widened[CHUNK];
+    for (int64_t j = 0; j < CHUNK; j++) widened[j] = j * r.padded * (int64_t)sizeof(float);
+    int64_t here[CHUNK], next[CHUNK] = {0}, key = begin / CHUNK * CHUNK;
+    places_of(b, s, p->sequence, key, least(CHUNK, end - key), next);
+    for (int64_t num; key < end; key += CHUNK) {
+        num = least(CHUNK, end - key);
+        int64_t more = p->heads > 1 && end > key + CHUNK ? least(CHUNK, end - key - CHUNK) : 0;
+        memcpy(here, next, sizeof here);
+        if (end > key + CHUNK) places_of(b, s, p->sequence, key + CHUNK, least(CHUNK, end - key - CHUNK), next);
+        for (int64_t h = 0; h < p->heads; h++) {
+            const char *from = b->keys + (p->head0 + h) * dim * size;
+            prefetch_rows(from, next, more, dim * size);
+            for (int64_t j = 0, run; j < num; j += run) {
+                run = least(s->block_size - (key + j) % s->block_size, num - j);
+                float *score = r.score + h * p->num * SCORES + j;
+                k->tile(order, x + h * of_head, p->num, &keys, from + here[j], 0, run, score, SCORES, scratch);
+            }
         }
         soften(&r, key, b->scale);
-        for (int64_t j = 0; j < num; j++) {
-            const char *from = b->values + (place_of(b, s, sequence, key + j) + kv_head * dim) * size;
-            widen_row(b->kind, from, dim, r.v + j * r.padded);
+        for (int64_t h = 0; h < p->heads; h++) {
+            const char *from = b->values + (p->head0 + h) * dim * size;
+            int64_t n = h * p->num;
+            struct gather g = {p->num, num, r.padded, b->kind, r.shrink + n, r.score + n * SCORES,
+                               SCORES, from, here, r.acc + n * r.padded};
+            prefetch_rows(from, next, more, dim * size);
+            if (widens) {
+                for (int64_t j = 0; j < num; j++) widen_row(b->kind, from + here[j], dim, r.v + j * r.padded);
+                g.kind = F32, g.v = (const char *)r.v, g.places = widened;
+            }
+            k->gather(&g);
         }
-        gather(&r, num);
     }
     for (int64_t n = 0; n < r.num; n++) put_row(b->kind, r.acc + n * r.padded, r.sum[n], dim, t->out + r.at[n]);
     return 0;
+}
+
+/* How many key heads a task takes: one where a sequence's rows are many, else all that fit, but work for all threads. */
+static int64_t heads_at_once(const struct block *b, const struct step *s, int64_t rows) {
+    if (rows > GROUP) return 1;
+    int64_t parts = (s->threads + s->sequences - 1) / s->sequences, most = (b->kv_heads + parts - 1) / parts;
+    return least(most, GROUP / rows);
 }
 
 static int attend_all(const struct task *t) {
@@ -213,8 +263,10 @@ static int attend_all(const struct task *t) {
     int64_t shared = b->heads / b->kv_heads, num_tasks = 0, elements = 0;
     int bad = 0;
     for (int64_t i = 0; i < s->sequences; i++) {
-        int64_t groups = ((s->first[i + 1] - s->first[i]) * shared + GROUP - 1) / GROUP;
-        num_tasks += groups * b->kv_heads, elements += groups * s->lengths[i] * b->kv_heads * b->dim;
+        int64_t rows = (s->first[i + 1] - s->first[i]) * shared, heads = heads_at_once(b, s, rows);
+        int64_t groups = (rows + GROUP - 1) / GROUP;
+        num_tasks += groups * ((b->kv_heads + heads - 1) / heads);
+        elements += groups * s->lengths[i] * b->kv_heads * b->dim;
     }
     int threads = elements < SERIAL_ATTENTION ? 1 : (int)least(s->threads, num_tasks);
     (void)threads;
@@ -222,13 +274,17 @@ static int attend_all(const struct task *t) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1) reduction(| : bad)
 #endif
     for (int64_t n = 0; n < num_tasks; n++) {
-        int64_t left = n, i = 0, per;
+        int64_t left = n, i = 0, rows, heads, across;
         for (;; i++) { /* which sequence; few, or many of one token */
-            per = ((s->first[i + 1] - s->first[i]) * shared + GROUP - 1) / GROUP * b->kv_heads;
+            rows = (s->first[i + 1] - s->first[i]) * shared, heads = heads_at_once(b, s, rows);
+            across = (b->kv_heads + heads - 1) / heads;
+            int64_t per = (rows + GROUP - 1) / GROUP * across;
             if (left < per) break;
             left -= per;
         }
-        bad |= attend_rows(t, i, left % b->kv_heads, left / b->kv_heads * GROUP);
+        int64_t head0 = left % across * heads, row0 = left / across * GROUP;
+        struct part part = {i, head0, least(heads, b->kv_heads - head0), row0, least(GROUP, rows - row0)};
+        bad |= attend_part(t, &part);
     }
     return bad;
 }
@@ -297,7 +353,8 @@ EXPORT int64_t moe_cpu_block(const struct block *b, const struct step *s) {
             const char *cosines = s->cos + t * b->rotary * size, *sines = s->sin + t * b->rotary * size;
             rotate_heads(b->kind, q + t * q_width * size, b->heads, b->dim, cosines, sines, b->rotary);
             rotate_heads(b->kind, k + t * kv_width * size, b->kv_heads, b->dim, cosines, sines, b->rotary);
-            int64_t at = place_of(b, s, i, s->lengths[i] - (s->first[i + 1] - t)) * size;
+            int64_t at;
+            places_of(b, s, i, s->lengths[i] - (s->first[i + 1] - t), 1, &at);
             memcpy(b->keys + at, k + t * kv_width * size, kv_width * size);
             memcpy(b->values + at, v + t * kv_width * size, kv_width * size);
         }

@@ -68,6 +68,16 @@ struct walk { /* one pass over W; strides in bytes */
     int64_t ahead; /* how far to prefetch, 0 = not */
 };
 
+/* acc[m] = acc[m] * shrink[m] + sum over j < keys of share[m][j] * v[j], key after key. */
+struct gather {
+    int64_t rows, keys, width, kind; /* width: a multiple of 64; kind: of v, F32 or BF16 */
+    const float *shrink, *share;     /* [rows], [rows, ld] */
+    int64_t ld;
+    const char *v;         /* v[j]: `width` elements at v + places[j] */
+    const int64_t *places; /* in bytes */
+    float *acc;            /* [rows, width] */
+};
+
 struct kernels {
     const char *name;
     int64_t mr;      /* rows of x in a block; packed x: blocks of [vectors][rows][16 floats] */
@@ -81,6 +91,7 @@ struct kernels {
     void (*round)(int kind, float *v, int64_t n);
     void (*activate)(const struct layer *l, float *gate, const float *up, int64_t n);
     void (*combine)(int kind, const float *const *y, const float *weight, int64_t top_k, int64_t n, char *out);
+    void (*gather)(const struct gather *g);
 };
 
 extern const struct kernels moe_avx512_dot_kernels, moe_avx512_kernels, moe_avx2_kernels, moe_plain_kernels;

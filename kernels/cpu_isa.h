@@ -2,9 +2,10 @@
 
 #include "cpu_elements.h"
 #include "cpu_panel.h"
+#include "cpu_attention.h"
 #include "cpu_codes.h"
 
 const struct kernels NAME(kernels) = {
     ISA, MR, HAS_DOT, NAME(pack_x), NAME(tile), NAME(tile_codes), NAME(add_bias), NAME(round), NAME(activate),
-    NAME(combine),
+    NAME(combine), NAME(gather),
 };

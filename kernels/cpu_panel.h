@@ -1,7 +1,7 @@
 /* Products of packed x and W, compiled once per instruction set (included by cpu_avx512.c, cpu_avx2.c, cpu_plain.c).
  *
  * The includer defines NAME(x), ISA (a string), TARGET, VEC, WIDTH (floats in a VEC), VZERO, VLOAD, VLOAD_ODD and VLOAD_EVEN
- * (the odd and the even of 2 * WIDTH bf16), VLOAD_F16, VFMA, MR, NR (rows of x and of W in a register block) and, where it
+ * (the odd and the even of 2 * WIDTH bf16), VLOAD_BF16, VLOAD_F16, VFMA, MR, NR (rows of x and of W in a register block) and, where it
  * has them, SUM_BLOCK (a faster sum of lanes) and VDOT (vdpbf16ps). The order of sums: cpu_experts.h.
  */
 

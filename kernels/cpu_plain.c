@@ -25,6 +25,8 @@ SCALAR float4 load4(const float *p) {
     ((float4){bf16_to_float((p)[1]), bf16_to_float((p)[3]), bf16_to_float((p)[5]), bf16_to_float((p)[7])})
 #define VLOAD_EVEN(p) \
     ((float4){bf16_to_float((p)[0]), bf16_to_float((p)[2]), bf16_to_float((p)[4]), bf16_to_float((p)[6])})
+#define VLOAD_BF16(p) \
+    ((float4){bf16_to_float((p)[0]), bf16_to_float((p)[1]), bf16_to_float((p)[2]), bf16_to_float((p)[3])})
 #define VLOAD_F16(p) \
     ((float4){half_to_float((p)[0]), half_to_float((p)[1]), half_to_float((p)[2]), half_to_float((p)[3])})
 #define VSUB(a, b) ((a) - (b))

@@ -12,6 +12,8 @@ SHAPES = {
     "grouped": {"heads": 8, "kv_heads": 2, "dim": 32},
     "odd": {"heads": 3, "kv_heads": 3, "dim": 20, "rotary": 12},
     "many to one": {"heads": 20, "kv_heads": 1, "dim": 64, "window": 9},
+    "read as stored": {"heads": 6, "kv_heads": 3, "dim": 64},
+    "read as stored, several pieces": {"heads": 2, "kv_heads": 2, "dim": 128, "window": 33},
     "sinks": {"heads": 4, "kv_heads": 2, "dim": 16, "sinks": True, "bias": True},
     "head norms": {"heads": 4, "kv_heads": 4, "dim": 32, "head_norm": "dim", "normalize": True},
     "whole norms": {"heads": 4, "kv_heads": 4, "dim": 32, "head_norm": "whole", "round_weights": True},
@@ -120,15 +122,34 @@ def test_bits_do_not_depend_on_neighbours_or_chunks(shape, dtype):
             at += end - start
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_instruction_sets_agree_bit_for_bit(shape, dtype):
+    fused = [n for n, name in enumerate(instruction_sets()) if name != "plain"]  # plain multiplies, then adds, on x86
+    block = make(dtype, **SHAPES[shape])
+    results = []
+    for isa in fused:
+        pool = Pool(block, dtype)
+        results += [[run(block, pool, parts, isa) for parts in (WHOLE, [(0, 37, 39), (2, 20, 21)])]]
+    for other in results[1:]:
+        for (h, mine), (right_h, right) in zip(other, results[0]):
+            assert torch.equal(h, right_h)
+            assert torch.equal(mine.x, right.x)
+
+
 def test_threads_change_nothing():
     block = make(torch.float32, heads=8, kv_heads=8, dim=64, hidden=512)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(run(block, Pool(block, torch.float32), [(0, 0, 60), (1, 0, 50)]))
+        pool = Pool(block, torch.float32)
+        results.append([run(block, pool, parts) for parts in ([(0, 0, 60), (1, 0, 50)], [(0, 60, 61)])])
     torch.set_num_threads(before)
-    assert all(torch.equal(h, results[0][0]) and torch.equal(r.x, results[0][1].x) for h, r in results)
+    for other in results[1:]:
+        for (h, mine), (right_h, right) in zip(other, results[0]):
+            assert torch.equal(h, right_h)
+            assert torch.equal(mine.x, right.x)
 
 
 def test_what_cannot_be_computed_says_so():
