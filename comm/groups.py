@@ -4,6 +4,7 @@ A group of one member is None, so that a run of one process needs no torch.distr
 numbers of ranks; then there is no group across them. `membership.py` makes groups and ends them.
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ class Groups:
     side: a second world group for traffic in the background (K/V, counts), so that it never queues ahead of tokens.
     mailboxes: of the groups whose messages need no collective, on the CPU.
     timeout_s: seconds after which a collective that a peer does not join raises.
+    freed: set when somebody who knows that the generation ends took this rank out of a wait (`membership.interrupt`).
     """
 
     rank: int = 0
@@ -40,6 +42,7 @@ class Groups:
     side: ProcessGroup | None = None
     store: Store | None = None
     mailboxes: Mapping[ProcessGroup, Mailbox] = field(default_factory=dict)
+    freed: threading.Event = field(default_factory=threading.Event)
 
     @property
     def world_size(self) -> int:

@@ -46,7 +46,8 @@ def lost_peer(
 def who_is_lost(groups: Groups, waited_for: Sequence[int], patience_s: float) -> tuple[int, ...]:
     """Leaves word of whom this rank waited for, and follows the words of others. Several where it cannot be known.
 
-    Costs some round trips to the store, and `patience_s` for those who live but have not left word yet.
+    Costs some round trips to the store, and `patience_s` for those who live but have not left word yet; nothing more
+    once this rank was freed: whoever did it knows.
     """
     lost, words = set(waited_for), {groups.rank}
     if groups.store is None:
@@ -60,7 +61,7 @@ def who_is_lost(groups: Groups, waited_for: Sequence[int], patience_s: float) ->
                 words.add(rank)
                 lost = (lost | set(json.loads(groups.store.get(f"waited_{rank}")))) - words
             if not heard:
-                if time.monotonic() > deadline:
+                if groups.freed.is_set() or time.monotonic() > deadline:
                     break
                 time.sleep(0.02)
     except RuntimeError:  # the store is gone with its process: what this rank saw is all that is known

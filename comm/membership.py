@@ -7,12 +7,15 @@ controller, or torchrun's); whatever holds a group is made from one generation a
     leave_groups(groups, wait=False)
     groups = join_groups(store, Generation(2, ("a", "b")), rank=0)        # model, slots, KV and requests are as before
 
+Ranks that meet can be called off by ending the server of their store: all raise MissingPeers at once.
+
 `start_groups` is the one generation of a torchrun job. A process belongs to one generation at a time (torch's default
 group is the generation's world).
 """
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,11 +60,13 @@ class Generation:
 
 
 def connect(host: str, port: int, timeout_s: float = 30.0) -> TCPStore:
-    """The store of a controller that listens at `host`. Raises MissingPeers if it does not answer."""
+    """The store of a controller that listens at `host`. Raises MissingPeers if it does not answer: at once where
+    nobody listens any more."""
     try:
+        socket.create_connection((host, port), timeout_s).close()  # TCPStore itself asks a closed port again and again
         limit = timedelta(seconds=timeout_s)
         return TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise MissingPeers(f"the store at {host}:{port} does not answer ({first_line(error)})") from error
 
 
@@ -133,8 +138,9 @@ def interrupt(groups: Groups) -> None:
     """Free this process's thread that waits in a collective: it raises LostPeer. To be called from another thread.
 
     It frees this process alone; the others may wait for a peer that lives: call it on each. The groups are of no use
-    afterwards.
+    afterwards. Whoever calls knows who is lost, so that the freed rank does not wait for the word of others.
     """
+    groups.freed.set()
     for group in {groups.world, groups.side, groups.local, groups.cross} - {None}:
         assert group is not None
         if groups.device.type == "cuda":

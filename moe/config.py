@@ -171,7 +171,7 @@ class ClusterConfig:
     silence_s: float = 3.0
     silence_steps: int = 10
     stuck_s: float = 300.0  # with signs of life, but without a finished step while it has requests
-    leave_s: float = 1.0  # for hosts to leave a generation by themselves, and again until those that do not are killed
+    leave_s: float = 1.0  # for hosts to leave a generation by themselves, until they are freed from what they wait for
     meet_s: float = 10.0  # for the hosts of a generation to meet
     room_s: float = 60.0  # until Ray must have placed all hosts
 

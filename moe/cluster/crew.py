@@ -45,10 +45,10 @@ class Crew:
         self.counts = ClusterStats()
         self.noted: list[Noted] = []
         here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        self._store = TCPStore(here, 0, is_master=True, wait_for_workers=False)
+        self._store: TCPStore | None = None  # of the generation that serves
         word = secrets.token_hex(16)
         self.lines = Lines(here, word)
-        where = Where(here, self._store.port, self.lines.port, word, secrets.token_hex(6))
+        self._where = where = Where(here, self.lines.port, word, secrets.token_hex(6))
         self.fleet = Fleet(str(Path(folder).resolve()), config, where, self.lines, name)
         self.alive: list[Host] = []  # by rank
         self.spare: list[Host] = []  # loaded
@@ -227,8 +227,9 @@ class Crew:
         plan = self.placements.form([host.number for host in hosts], infos[0].shape, nodes)
         self._limits = min((info.limits for info in infos), key=lambda limits: limits.num_blocks)
         self.alive = hosts
+        self._store = TCPStore(self._where.address, 0, is_master=True, wait_for_workers=False)
         for rank, host in enumerate(hosts):
-            order = Serve(self.generation, nodes, rank, plan)
+            order = Serve(self.generation, self._store.port, nodes, rank, plan)
             self._serving[host.actor.serve.remote(order)] = host
             if host not in self._collecting.values():
                 self._collecting[self._ask(host, _POLL_S)] = host
@@ -317,13 +318,13 @@ class Crew:
         left: list[Host] = []
         # Where one is lost, the others need not be waited for: they leave at once, or wait for a peer that lives.
         patience = _FREED_S if any(map(self._is_closed, self.alive)) else self.config.cluster.leave_s
-        limit, measures = time.monotonic() + patience, ["leave", "interrupt", "kill"]
-        next_measure = 0
+        for host in self._serving.values():
+            host.actor.leave.remote(self.generation)
+        until, freed = self.lines.now() + patience, None
         while self._serving:
-            if next_measure == 0 or time.monotonic() > limit:
-                self._take_measure(measures[min(next_measure, 2)])
-                limit = time.monotonic() + (patience if next_measure == 0 else self.config.cluster.leave_s)
-                next_measure += 1
+            if freed is None and self.lines.now() > until:
+                self._free()
+                freed = self.lines.now()
             done, _ = ray.wait(list(self._serving), num_returns=1, timeout=0.01)
             for reference in done:
                 host = self._serving.pop(reference)
@@ -336,19 +337,24 @@ class Crew:
                 self.placements.left(host.number, self.alive.index(host), ended.plan)
                 self._note(f"left: {ended.lost or 'in order'}", [host], ended.seconds)
             for reference, host in list(self._serving.items()):
-                if self._is_closed(host):
+                if self._is_lost(host) or (freed is not None and self._does_not_leave(host, self.lines.now() - freed)):
                     del self._serving[reference]
         return [host for host in self.alive if host in left]
 
-    def _take_measure(self, measure: str) -> None:
+    def _free(self) -> None:
+        """Whoever serves still: from a peer that will not answer, or from waiting for one that will not come."""
         for host in self._serving.values():
-            if measure == "leave":
-                host.actor.leave.remote(self.generation)
-            elif measure == "interrupt":
-                host.actor.interrupt.remote(self.generation)
-            else:
-                self._note("does not leave: killed", [host], {})
-                self._end(host)
+            host.actor.interrupt.remote(self.generation)
+        self._store = None  # its end is seen at once by all who meet there
+
+    def _does_not_leave(self, host: Host, since_freed_s: float) -> bool:
+        """By its beats it lives, and nothing holds it but its own step; given up after the policy's limit."""
+        line = self.lines.get(host.number)
+        if line is None or not self.policy.does_not_leave(since_freed_s, line.paces):
+            return False
+        self._note(f"does not leave after {since_freed_s:.1f} s: killed", [host], {})
+        self._end(host)
+        return True
 
     def _last_words(self, host: Host) -> None:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 from moe.cluster.desk import Desk
 from moe.cluster.lines import Lifeline
 from moe.cluster.messages import Collected, Dealt, Ended, HostInfo, Placed, Serve, Where
-from moe.comm.errors import CommError
+from moe.comm.errors import CommError, LostPeer
 from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, interrupt, join_groups, leave_groups
 from moe.config import EngineConfig
@@ -35,10 +35,9 @@ class ExpertHost:
         self.config, self.where, self.node = config, where, "here"
         rank, num_ranks = share
         self.engine = Engine(folder, config, share=_share(folder, config, rank, num_ranks, where.job))
-        self.store = connect(where.address, where.store_port)
         self.lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self.desk = Desk()
-        self._leaves = -1  # the generation that is to end
+        self._leaves = self._freed = -1  # the generation that is to end; that ended while this host met the others
         self._placed: Placed | None = None
         self._groups: Groups | None = None
         self._load_seconds = time.perf_counter() - started
@@ -78,6 +77,8 @@ class ExpertHost:
         self._leaves = generation
 
     def interrupt(self, generation: int) -> None:
+        """Frees `serve` from a peer. While the ranks still meet it is the end of their store that does."""
+        self._freed = generation
         groups = self._groups
         if groups is not None and groups.generation == generation:
             interrupt(groups)
@@ -97,7 +98,7 @@ class ExpertHost:
 
         try:
             groups = self._groups = join_groups(
-                self.store,
+                connect(self.where.address, order.store_port, self.config.cluster.meet_s),
                 Generation(order.generation, order.nodes),
                 order.rank,
                 device=self.engine.loaded.read.device,
@@ -106,6 +107,8 @@ class ExpertHost:
                 eager_bytes=self.config.parallel.eager_bytes,
             )
             seconds["meet"] = time.perf_counter() - started
+            if self._freed == order.generation:
+                raise LostPeer("the generation ended while its ranks met", generation=order.generation)
             self.engine.join(groups, order.plan)
             has_joined = True
             seconds["join"] = time.perf_counter() - started - seconds["meet"]

@@ -14,19 +14,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 BEAT_S = 0.25
-_PAUSE_S = 1.0  # since this process's own last beat: then it is this process that was stopped
+_MOST_S = 2 * BEAT_S  # that count between two beats of this process: the rest is its own delay
 
 
 @dataclass(slots=True)
 class Line:
-    """What is known of one host by its line. Times are of time.monotonic."""
+    """What is known of one host by its line. Times are of `Lines.now`."""
 
+    connection: socket.socket
     heard: float
     moved: float
     steps: int = 0
     free_blocks: int = 0
     is_closed: bool = False
     paces: list[float] = field(default_factory=list)  # seconds a step, of the last beats
+
+    def has_unread(self) -> bool:
+        if self.is_closed:
+            return False
+        try:
+            return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False  # nothing there, or the line broke
 
 
 class Lines:
@@ -39,9 +48,8 @@ class Lines:
         self._lock = threading.Lock()
         self._lines: dict[int, Line] = {}
         self._open: set[socket.socket] = set()
-        self._of: dict[int, socket.socket] = {}  # by host
         self._is_open = True
-        self._beat = self._resumed = time.monotonic()
+        self._beat = 0.0, time.monotonic()  # this process's last: in its own time, and by the clock
         threading.Thread(target=self._accept, name="moe-lines", daemon=True).start()
         threading.Thread(target=self._beat_too, name="moe-lines-beat", daemon=True).start()
 
@@ -50,21 +58,25 @@ class Lines:
         with self._lock:
             return self._lines.get(host)
 
+    def now(self) -> float:
+        """Seconds that this process has lived through. What it was itself stopped for (Ctrl-Z, a debugger) or did not
+        get to run for does not count: in that time it could not have heard anybody."""
+        own, at = self._beat
+        return own + min(time.monotonic() - at, _MOST_S)
+
     def since(self, line: Line) -> tuple[float, float]:
-        """Seconds since a host's last sign of life and since its last finished step, as far as this process can tell:
-        what it was itself stopped for (Ctrl-Z, a debugger) does not count."""
-        at = time.monotonic()
-        if at - self._beat > _PAUSE_S:
-            return 0.0, 0.0
-        return at - max(line.heard, self._resumed), at - max(line.moved, self._resumed)
+        """Seconds of `now` since a host's last sign of life and since its last finished step. A sign that has come and
+        was not read yet is one."""
+        with self._lock:
+            now = self.now()
+            return 0.0 if line.has_unread() else now - line.heard, now - line.moved
 
     def hang_up(self, host: int) -> None:
         """Tells a host that it was given up; no effect if its line is closed."""
-        with self._lock:
-            connection = self._of.get(host)
-        if connection is not None:
+        line = self.get(host)
+        if line is not None:
             with contextlib.suppress(OSError):  # it was closed meanwhile
-                connection.shutdown(socket.SHUT_RDWR)
+                line.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._is_open = False
@@ -78,11 +90,9 @@ class Lines:
 
     def _beat_too(self) -> None:
         while self._is_open:
-            now = time.monotonic()
-            if now - self._beat > _PAUSE_S:
-                self._resumed = now
-            self._beat = now
             time.sleep(BEAT_S)
+            (own, at), now = self._beat, time.monotonic()
+            self._beat = own + min(now - at, _MOST_S), now
 
     def _accept(self) -> None:
         while True:
@@ -102,10 +112,9 @@ class Lines:
                 if len(hello) != 2 or not hmac.compare_digest(hello[0], self._word) or not hello[1].isdigit():
                     return
                 host = int(hello[1])
-                now = time.monotonic()
+                now = self.now()
                 with self._lock:
-                    self._lines[host] = Line(now, now)
-                    self._of[host] = connection
+                    self._lines[host] = Line(connection, now, now)
                 while beat := words.readline(64):
                     self._note(host, *map(int, beat.split()))
         except (OSError, ValueError):
@@ -115,11 +124,10 @@ class Lines:
                 self._open.discard(connection)
                 if host is not None:
                     self._lines[host].is_closed = True
-                    del self._of[host]
             connection.close()
 
     def _note(self, host: int, steps: int, free_blocks: int) -> None:
-        now = time.monotonic()
+        now = self.now()
         with self._lock:
             line = self._lines[host]
             if steps != line.steps:

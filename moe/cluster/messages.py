@@ -44,9 +44,11 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Take rank `rank` of a generation, and step until it ends. nodes: of each rank."""
+    """Take rank `rank` of a generation, and step until it ends. store_port: where its ranks meet, and nobody else; it
+    closes when the generation must end. nodes: of each rank."""
 
     generation: int
+    store_port: int
     nodes: tuple[str, ...]
     rank: int
     plan: Plan
@@ -101,10 +103,9 @@ class HostInfo:
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """How a host finds the controller: its store, and the port of its lines with the word that opens them."""
+    """How a host finds the controller: the port of its lines, and the word that opens them."""
 
     address: str
-    store_port: int
     line_port: int
     word: str
     job: str

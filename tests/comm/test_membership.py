@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import TokenDispatcher
@@ -84,6 +85,24 @@ def test_who_is_missing_is_named_long_before_a_collective_would_time_out():
     first, _, third = spawn(3, somebody_is_missing, time_limit_s=40)
     assert first == "rank 0 of 3: ranks [1] of generation 5 did not come in 1 s"
     assert third.startswith("rank 2 of 3: ranks [1]")
+
+
+def test_ranks_that_meet_can_be_called_off():
+    """By the end of their store: nobody waits out `meet_s` for a rank that will not come."""
+    servers = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    own, observer = (connect("127.0.0.1", servers[0].port) for _ in range(2))
+
+    def call_off() -> None:
+        observer.wait(["moe_generation_3/here_0"])
+        servers.clear()
+
+    thread, begun = threading.Thread(target=call_off), time.monotonic()
+    thread.start()
+    with pytest.raises(MissingPeers, match="rank 0 of 3: a rank of generation 3 was lost while all met"):
+        join_groups(own, Generation(3, ("a",) * 3), 0, meet_s=100)
+    thread.join()
+    assert time.monotonic() - begun < 50
+    assert not dist.is_initialized()
 
 
 def meets_briefly() -> None:

@@ -79,6 +79,7 @@ class Seen:
     settle: float | None = None
     gap: float = 0.0
     replayed: int = 0
+    blamed: int = 0  # hosts that were given up though nothing was done to them
     notes: list[Any] = field(default_factory=list)
 
 
@@ -112,6 +113,7 @@ class Chaos:
         self.engine, self.fault, self.rng = engine, fault, rng
         self.timers: list[threading.Timer] = []
         self.withheld: list[int] = []
+        self.struck: set[int] = set()  # numbers of hosts
 
     def pid(self, host: Any) -> int:
         return int(host.info.pid)
@@ -153,6 +155,7 @@ class Chaos:
                 raise AssertionError(self.fault)
 
     def send(self, host: Any, number: int) -> None:
+        self.struck.add(host.number)
         with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile: an earlier fault's doing
             os.kill(self.pid(host), number)
 
@@ -224,6 +227,7 @@ def one_seed(llm: Any, seed: int, folder: Path, right: dict[str, Any], total: in
     seen.gap, seen.replayed = watch.gap, crew.counts.replayed_requests - replayed
     after = [n for n in crew.noted[noted:] if n.at >= watch.struck]
     seen.notes = [[n.at - watch.struck, n.what, list(n.hosts), n.generation, n.seconds] for n in after]
+    seen.blamed = len({host for n in after if n.what == "lost" for host in n.hosts} - chaos.struck)
     serves = [n for n in after if n.what == "serves"]
     if serves:
         seen.settle = serves[0].seconds["settle"]
@@ -250,14 +254,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     steps = first_steps(rows)
     lines = [
-        "| seed | dispatcher | fault | at token | wrong | missing | detection | settle | form | first step |"
+        "| seed | dispatcher | fault | at token | wrong | missing | blamed | detection | settle | form | first step |"
         " longest gap | replays |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda one: one["seed"]):
         served = [n for n in row["notes"] if n[1] == "serves"]
         form, step = steps.get((row["run"], served[0][3]), (None, None)) if served else (None, None)
-        cells = [row["seed"], row["dispatcher"], row["fault"], row["at"], row["wrong"], row["missing"]]
+        cells = [row["seed"], row["dispatcher"], row["fault"], row["at"], row["wrong"], row["missing"], row["blamed"]]
         cells += [shown(v) for v in (row["detection"], row["settle"], form, step, row["gap"])]
         lines.append("| " + " | ".join(map(str, [*cells, row["replayed"]])) + " |")
     return "\n".join(lines) + "\n"

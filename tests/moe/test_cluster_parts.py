@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from moe.cluster.desk import Desk
 from moe.cluster.ledger import Ledger
-from moe.cluster.lines import Lifeline, Lines
+from moe.cluster.lines import Lifeline, Line, Lines
 from moe.cluster.messages import Dealt, Placed, Said
 from moe.cluster.plans import Placements, first_plan, plan_for
 from moe.cluster.policy import FailurePolicy
@@ -184,6 +184,8 @@ def test_the_silence_limit_grows_with_slow_steps():
     assert not policy.is_hung(3.1, 0, False, [1.0])
     assert policy.is_hung(0, 61, True, [])
     assert not policy.is_hung(0, 61, False, [])  # it has nothing to do
+    assert not policy.does_not_leave(9.9, [1.0])  # it is in a step that takes so long
+    assert policy.does_not_leave(10.1, [1.0])
 
 
 def test_replacements_and_spares():
@@ -227,15 +229,33 @@ def test_a_line_says_when_its_host_is_gone_or_given_up_and_refuses_strangers():
     lines.close()
 
 
+def test_a_sign_that_nobody_has_read_yet_is_one():
+    """The thread that reads it did not get to run."""
+    lines, (here, there) = Lines("127.0.0.1", "word"), socket.socketpair()
+    line = Line(here, heard=-100.0, moved=-50.0)
+    assert lines.since(line)[0] >= 100
+    there.sendall(b"5 7\n")
+    silent, stuck = lines.since(line)
+    assert silent == 0.0
+    assert stuck >= 50
+    here.recv(100)
+    assert lines.since(line)[0] >= 100
+    there.close()
+    here.close()
+    lines.close()
+
+
 def test_time_in_which_the_controller_was_stopped_does_not_count():
-    """Its process is stopped for longer than a host may be silent, and the host with it: nobody is given up."""
+    """Its process is stopped again and again, for longer than a host may be silent: nobody is given up."""
     receiver, sender = MULTIPROCESSING.Pipe(duplex=False)
     child = MULTIPROCESSING.Process(target=watch_a_line, args=(sender,), daemon=True)
     child.start()
     assert receiver.recv() == "watches"
-    os.kill(child.pid, signal.SIGSTOP)
-    time.sleep(2.5)
-    os.kill(child.pid, signal.SIGCONT)
+    for seconds in (2.5, 0.9, 0.9, 0.9):
+        os.kill(child.pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(child.pid, signal.SIGCONT)
+        time.sleep(0.05)
     assert receiver.recv() < 2.0
     child.join(10)
 
@@ -246,7 +266,7 @@ def watch_a_line(sender) -> None:
     until(lambda: lines.get(1) is not None)
     sender.send("watches")
     started, longest = time.monotonic(), 0.0
-    while time.monotonic() - started < 3.5:
+    while time.monotonic() - started < 6:
         longest = max(longest, lines.since(lines.get(1))[0])
     sender.send(longest)
 

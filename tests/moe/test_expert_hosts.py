@@ -44,7 +44,7 @@ def params_of(number: int) -> SamplingParams:
 def serve_in_turn(folder: str, shape, line_port: int, budget: str, dispatcher: str, prompts) -> list[dict]:
     """One host. Returns what it said in each generation that it was in, by the number of the prompt."""
     rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
-    where = Where("127.0.0.1", port, line_port, "word", f"{dispatcher}-{budget}")
+    where = Where("127.0.0.1", line_port, "word", f"{dispatcher}-{budget}")
     host = ExpertHost(folder, config_of(budget, dispatcher), rank, (rank, HOSTS[0]), where)
     store, plan, answers = connect("127.0.0.1", port), Plan.contiguous(*shape, HOSTS[0]), []
     for generation, num_hosts in enumerate(HOSTS, 1):
@@ -75,7 +75,7 @@ def serve_in_turn(folder: str, shape, line_port: int, budget: str, dispatcher: s
         with ThreadPoolExecutor(1) as threads:
             listening = threads.submit(listen)
             nodes = ("a", "a", "b", "b")[:num_hosts]
-            ended = host.serve(Serve(generation, nodes, rank, plan))
+            ended = host.serve(Serve(generation, port, nodes, rank, plan))
             listening.result()
         assert ended.lost is None, ended
         answers.append(said)
