@@ -77,18 +77,22 @@ def join_groups(
     *,
     device: str | torch.device = "cpu",
     meet_s: float = 30.0,
+    connect_s: float | None = None,
     timeout_s: float = 300.0,
     eager_bytes: int = EAGER_BYTES,
 ) -> Groups:
     """Meet the other ranks of a generation: gloo on the CPU, NCCL on a GPU. Every rank must call.
 
-    meet_s: until the ranks that are missing are given up, and for each connection to one that has come;
+    meet_s: until the ranks that are missing are given up; connect_s: of gloo, for each connection to one that has come
+    (nothing frees a rank that waits for a peer which has died since), None = meet_s, as for NCCL;
     timeout_s: of every collective afterwards. eager_bytes: on the CPU, the size of the buffers that each rank keeps
     posted for every peer (`Mailbox`), 0 = collectives only.
     Raises ValueError for what does not fit, MissingPeers, which names them, when ranks do not come.
     """
     world_size, number = len(generation.nodes), generation.number
-    _check(rank, world_size, min(timeout_s, meet_s), eager_bytes)
+    if connect_s is None or torch.device(device).type == "cuda":
+        connect_s = meet_s
+    _check(rank, world_size, min(timeout_s, meet_s, connect_s), eager_bytes)
     nodes = generation.node_numbers
     device = _own_device(torch.device(device), ranks_by_node(nodes)[nodes[rank]].index(rank))
     if world_size == 1:
@@ -104,11 +108,11 @@ def join_groups(
             store=own,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=meet_s),
+            timeout=timedelta(seconds=connect_s),
             device_id=device if device.type == "cuda" else None,
         )
         name = own.compare_set("name", "", secrets.token_hex(8)).decode()  # the first rank's
-        return _groups_of(nodes, rank, Start(number, name, meet_s, timeout_s, own), device, eager_bytes)
+        return _groups_of(nodes, rank, Start(number, name, connect_s, timeout_s, own), device, eager_bytes)
     except MissingPeers:
         raise
     except RuntimeError as error:
@@ -253,7 +257,7 @@ class Start(NamedTuple):
 
     generation: int
     name: str
-    meet_s: float
+    connect_s: float
     timeout_s: float
     store: Store
 
@@ -265,8 +269,8 @@ def _groups_of(nodes: tuple[int, ...], rank: int, start: Start, device: torch.de
     everyone = tuple(range(len(nodes)))
     sizes = {len(ranks) for ranks in by_node}
     columns = list(zip(*by_node)) if len(sizes) == 1 else [(r,) for r in everyone]
-    local, cross = _subgroup(by_node, start.meet_s), _subgroup(columns, start.meet_s)
-    side = dist.new_group(list(everyone), timeout=timedelta(seconds=start.meet_s))
+    local, cross = _subgroup(by_node, start.connect_s), _subgroup(columns, start.connect_s)
+    side = dist.new_group(list(everyone), timeout=timedelta(seconds=start.connect_s))
     assert isinstance(side, ProcessGroup)  # every rank is a member
     distinct = {id(group): group for group in (world, local, cross, side) if group is not None}.values()
     for group in distinct:

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import TCPStore
 from moe.cluster.fleet import Fleet, Host
 from moe.cluster.ledger import Ledger
 from moe.cluster.lines import Lines
-from moe.cluster.messages import Collected, Ended, Serve, Where
+from moe.cluster.messages import Ended, Placed, Serve, Where
 from moe.cluster.plans import Placements
 from moe.cluster.policy import ClusterError, FailurePolicy, State, first_sentence
 from moe.cluster.stats import ClusterStats, ClusterStatus, HostStatus, Noted
@@ -27,7 +27,7 @@ from moe.placement.plan import Plan
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 0.5  # a long poll's length
+_LOOK_S = 0.05  # between two questions to Ray and two looks at beats; a line that closes is seen at once
 _FREED_S = 0.2  # for the others to leave by themselves where one host is lost
 
 
@@ -42,8 +42,7 @@ class Crew:
         self.policy = FailurePolicy(config.cluster)
         self.state, self.generation = State.STARTING, 0
         self.placements = Placements(config.parallel.plan)
-        self.counts = ClusterStats()
-        self.noted: list[Noted] = []
+        self.counts, self.noted = ClusterStats(), list[Noted]()
         here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._store: TCPStore | None = None  # of the generation that serves
         word = secrets.token_hex(16)
@@ -54,7 +53,8 @@ class Crew:
         self.spare: list[Host] = []  # loaded
         self.loading: dict[Any, Host] = {}
         self._serving: dict[Any, Host] = {}
-        self._collecting: dict[Any, Host] = {}
+        self._placing: dict[Any, Host] = {}  # asked for their `Placed`
+        self._next_look = 0.0
         self._limits: Limits | None = None
         try:
             self._start(num_hosts + config.cluster.spares)
@@ -96,13 +96,19 @@ class Crew:
 
         Raises ClusterError when too few hosts are left and none may be started.
         """
-        references = [*self._serving, *self._collecting, *self.loading]
         if self.state is State.WAITING and not self.loading:
             raise ClusterError(self._why_over())
-        done, _ = ray.wait(references, num_returns=1, timeout=wait_s)
+        self.lines.wait(wait_s)
+        self._hear()
+        if time.monotonic() < self._next_look and not any(map(self._is_closed, (*self.alive, *self.spare))):
+            return
+        self._next_look = time.monotonic() + _LOOK_S
+        self._ask_for_placed()
+        references = [*self._serving, *self._placing, *self.loading]
+        done, _ = ray.wait(references, num_returns=len(references), timeout=0) if references else ([], [])
         for reference in done:
-            if reference in self._collecting:
-                self._collected(reference)
+            if reference in self._placing:
+                self._has_placed(reference)
             elif reference in self.loading:
                 self._loaded(reference)
         if self._drop_dead_spares():
@@ -174,15 +180,25 @@ class Crew:
             silent_s=silent,
         )
 
-    def _ask(self, host: Host, wait_s: float) -> Any:
-        """For what it has to say that is not known yet."""
-        return host.actor.collect.remote(host.seen, wait_s, host.placed)
+    def _hear(self) -> None:
+        """What hosts have said; the words of one that was given up are of no request any more."""
+        for number, said in self.lines.take_words():
+            self.ledger.hear(number, said)
 
-    def _hear(self, host: Host, words: Collected) -> None:
-        """What a host said, some of it maybe known."""
-        self.ledger.hear(host.number, words.said[max(0, host.seen - words.first) :])
-        host.seen = max(host.seen, words.first + len(words.said))
-        placed = words.placed
+    def _ask_for_placed(self) -> None:
+        for host in self.alive:
+            line = self.lines.get(host.number)
+            if line is not None and line.placed > host.placed and host not in self._placing.values():
+                self._placing[host.actor.placed.remote()] = host
+
+    def _has_placed(self, reference: Any) -> None:
+        host = self._placing.pop(reference)
+        try:
+            self._take_placed(host, ray.get(reference))
+        except ray.exceptions.RayError:
+            return  # its line says so too, or its `serve`
+
+    def _take_placed(self, host: Host, placed: Placed | None) -> None:
         if placed is not None and placed.number > host.placed:
             host.placed = placed.number
             if placed.generation == self.generation:
@@ -231,19 +247,8 @@ class Crew:
         for rank, host in enumerate(hosts):
             order = Serve(self.generation, self._store.port, nodes, rank, plan)
             self._serving[host.actor.serve.remote(order)] = host
-            if host not in self._collecting.values():
-                self._collecting[self._ask(host, _POLL_S)] = host
         self.state = State.SERVING
         self._note("serves", hosts, seconds)
-
-    def _collected(self, reference: Any) -> None:
-        host = self._collecting.pop(reference)
-        try:
-            self._hear(host, ray.get(reference))
-        except ray.exceptions.RayError:
-            return  # its line says so too, or its `serve`
-        if host in self.alive:
-            self._collecting[self._ask(host, _POLL_S)] = host
 
     def _loaded(self, reference: Any) -> None:
         host = self.loading.pop(reference)
@@ -273,12 +278,10 @@ class Crew:
         self.state, started = State.SETTLING, time.monotonic()
         leaving = [host for host in self.alive if host not in wanted and not self._is_closed(host)]
         before, survivors = self.alive, self._settle()
-        for host in survivors:
-            self._last_words(host)
+        self._hear()
         lost = [host for host in before if host not in survivors]
         survivors = [host for host in survivors if host not in leaving]
         self.alive = []
-        self._collecting = {r: h for r, h in self._collecting.items() if h in survivors}
         self._lose(lost)
         for host in leaving:
             self._end(host)
@@ -334,6 +337,7 @@ class Crew:
                     self._note(f"ended: {first_sentence(error)}", [host], {})
                     continue
                 left.append(host)
+                self._last_words(host, ended)
                 self.placements.left(host.number, self.alive.index(host), ended.plan)
                 self._note(f"left: {ended.lost or 'in order'}", [host], ended.seconds)
             for reference, host in list(self._serving.items()):
@@ -356,11 +360,11 @@ class Crew:
         self._end(host)
         return True
 
-    def _last_words(self, host: Host) -> None:
-        try:
-            self._hear(host, ray.get(self._ask(host, 0.0), timeout=self.config.cluster.leave_s))
-        except ray.exceptions.RayError as error:
-            self._note(f"its last words are lost: {first_sentence(error)}", [host], {})
+    def _last_words(self, host: Host, ended: Ended) -> None:
+        """They are on the line before the generation ends for it; what were late would be said again."""
+        if not self.lines.wait_for_words(host.number, ended.said, self.config.cluster.leave_s):
+            self._note("its last words are late", [host], {})
+        self._take_placed(host, ended.placed)
 
     def _lose(self, hosts: Sequence[Host]) -> None:
         self.counts.lost_hosts += len(hosts)

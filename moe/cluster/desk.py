@@ -51,6 +51,12 @@ class Desk:
                 self._changed.wait_for(lambda: bool(self._said), wait_s)
             return self._first_said, list(self._said)
 
+    @property
+    def num_said(self) -> int:
+        """Since the beginning."""
+        with self._changed:
+            return self._first_said + len(self._said)
+
     # For the thread that steps.
 
     def hand_over(self, engine: TakesRequests) -> None:

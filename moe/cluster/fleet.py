@@ -24,7 +24,6 @@ class Host:
     group: Any
     bundle: int  # of the group
     info: HostInfo | None = None
-    seen: int = 0  # how many of its words have come
     placed: int = 0  # number of the last `Placed` of it that has come
     is_over: bool = False  # it was given up: what it may still say counts for nothing
 

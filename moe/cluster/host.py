@@ -1,8 +1,8 @@
 """One host of a cluster: a process that loads the model alone and serves one generation of ranks after another.
 
 `serve` runs in the actor's one default thread, as long as the generation lasts. Everything else answers at once from
-threads of its own (`CONTROL`): requests in, tokens out by long poll, and `interrupt`, which frees `serve` from a peer
-that will not answer. The class needs no Ray; `actor_class` makes it an actor.
+threads of its own (`CONTROL`): requests in, and `interrupt`, which frees `serve` from a peer that will not answer.
+Tokens go out on the host's line: no step calls Ray. The class needs no Ray; `actor_class` makes it an actor.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from moe.cluster.desk import Desk
 from moe.cluster.lines import Lifeline
-from moe.cluster.messages import Collected, Dealt, Ended, HostInfo, Placed, Serve, Where
+from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Placed, Serve, Where
 from moe.comm.errors import CommError, LostPeer
 from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, interrupt, join_groups, leave_groups
@@ -23,7 +23,7 @@ from moe.engine.join import shareable_shape
 from moe.models.blueprint import read_blueprint
 from moe.placement.plan import Plan
 
-CONTROL = ("submit", "cancel", "collect", "leave", "interrupt")
+CONTROL = ("submit", "cancel", "placed", "leave", "interrupt")
 _IDLE_S = 0.005
 
 
@@ -35,11 +35,13 @@ class ExpertHost:
         self.config, self.where, self.node = config, where, "here"
         rank, num_ranks = share
         self.engine = Engine(folder, config, share=_share(folder, config, rank, num_ranks, where.job))
-        self.lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self.desk = Desk()
+        self._steps = self._num_sent = 0
         self._leaves = self._freed = -1  # the generation that is to end; that ended while this host met the others
         self._placed: Placed | None = None
         self._groups: Groups | None = None
+        self._lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
+        self._lifeline.start(self._beat)
         self._load_seconds = time.perf_counter() - started
 
     def end(self) -> None:
@@ -66,11 +68,16 @@ class ExpertHost:
     def cancel(self, ids: list[int]) -> None:
         self.desk.cancel(ids)
 
-    def collect(self, after: int, wait_s: float, placed: int) -> Collected:
-        """As `Desk.collect`. placed: the number of the last `Placed` that has come."""
-        first, said = self.desk.collect(after, wait_s)
-        now = self._placed
-        return Collected(first, said, None if now is None or now.number == placed else now)
+    def placed(self) -> Placed | None:
+        """The last, if there was one."""
+        return self._placed
+
+    def _beat(self, wait_s: float) -> Beat:
+        """The next one: when there is something to say, or after `wait_s`."""
+        first, said = self.desk.collect(self._num_sent, wait_s)
+        self._num_sent = first + len(said)
+        placed = 0 if self._placed is None else self._placed.number
+        return Beat(self._steps, self.engine.scheduler.pool.num_available, placed, said)
 
     def leave(self, generation: int) -> None:
         """All ranks end this generation after the step that they are in."""
@@ -94,7 +101,9 @@ class ExpertHost:
 
         def ended(lost: str | None) -> Ended:
             parallel = self.engine.parallel if has_joined else None
-            return Ended(order.generation, lost, seconds, None if parallel is None else parallel.plan)
+            plan, placed = None if parallel is None else parallel.plan, self._placed
+            is_old = placed is not None and placed.generation != order.generation
+            return Ended(order.generation, lost, seconds, self.desk.num_said, plan, None if is_old else placed)
 
         try:
             groups = self._groups = join_groups(
@@ -103,6 +112,7 @@ class ExpertHost:
                 order.rank,
                 device=self.engine.loaded.read.device,
                 meet_s=self.config.cluster.meet_s,
+                connect_s=self.config.cluster.silence_s,  # all have come: who does not answer now is silent
                 timeout_s=self.config.parallel.timeout_seconds,
                 eager_bytes=self.config.parallel.eager_bytes,
             )
@@ -133,8 +143,7 @@ class ExpertHost:
                 control.leave()
             self.desk.stepped(engine.step())
             self._look_at_placement(generation)
-            self.lifeline.steps += 1
-            self.lifeline.free_blocks = engine.scheduler.pool.num_available
+            self._steps += 1
             seconds.setdefault("first step", time.perf_counter() - started)
             if not engine.has_work:
                 self.desk.wait(_IDLE_S, lambda: self._leaves == generation)

@@ -1,6 +1,6 @@
 """Every request of a cluster with its tokens so far: what lets any host die."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +38,7 @@ class Ledger:
         self._entries: dict[int, Entry] = {}
         self._queue: deque[Entry] = deque()
         self._moved: deque[Entry] = deque()  # with something to hand out
+        self._load: defaultdict[int, int] = defaultdict(int)  # by host: of those that are not ended
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -52,7 +53,7 @@ class Ledger:
 
     def load(self, host: int) -> int:
         """How many requests a host has."""
-        return sum(entry.host == host and not entry.is_ended for entry in self._entries.values())
+        return self._load[host]
 
     def add(self, request: Request) -> None:
         entry = self._entries[request.id] = Entry(request, len(request.tokens))
@@ -64,12 +65,14 @@ class Ledger:
         entry = self._entries.pop(request.id)
         if entry.host is None:
             self._queue.remove(entry)
+        elif not entry.is_ended:
+            self._load[entry.host] -= 1
         return entry.host
 
     def deal(self, hosts: Iterable[int], most: int) -> dict[int, list[Dealt]]:
         """Requests from the queue to the hosts with the fewest, up to `most` each; the rest stays where nothing can be
-        lost."""
-        load = {host: self.load(host) for host in hosts}
+        lost. A host that still has more than half is left alone: one message for many requests."""
+        load = {host: self._load[host] for host in hosts if self._load[host] <= most // 2}
         dealt: dict[int, list[Dealt]] = {}
         while self._queue and load:
             host = min(load, key=lambda one: load[one])
@@ -78,6 +81,7 @@ class Ledger:
             entry = self._queue.popleft()
             entry.host, load[host] = host, load[host] + 1
             dealt.setdefault(host, []).append(entry.as_dealt())
+        self._load.update(load)
         return dealt
 
     def hear(self, host: int, said: Sequence[Said]) -> None:
@@ -89,6 +93,7 @@ class Ledger:
             if len(entry.said) == entry.handed:
                 self._moved.append(entry)
             entry.said.append(one)
+            self._load[host] -= entry.is_ended
 
     def hand_out(self) -> list[Request]:
         """The requests that have moved, each with one token more, or ended."""
@@ -104,6 +109,8 @@ class Ledger:
         there = set(alive)
         orphans = [e for e in self._entries.values() if e.host is not None and e.host not in there and not e.is_ended]
         for entry in reversed(orphans):
+            assert entry.host is not None
+            self._load[entry.host] -= 1
             entry.host = None
             self._queue.appendleft(entry)
         return len(orphans)

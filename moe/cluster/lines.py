@@ -1,8 +1,8 @@
 """One TCP connection from every host to the controller: its end is the end of the host, long before anyone else knows.
 
-A host says its name once and then, from a thread that does not step, how many steps it has finished and
-how many KV blocks are free. So the controller
-can tell a process that ended (the kernel closes the line) from one that is silent (stopped, or out of reach).
+A host says its name once and then, from a thread that does not step, a `Beat`: at least every BEAT_S, and as soon as it
+has something to say of its requests. So the controller can tell a process that ended (the kernel closes the line) from
+one that is silent (stopped, or out of reach), and hears every token, in order and once, without a call of Ray.
 """
 
 import contextlib
@@ -10,8 +10,10 @@ import hmac
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from moe.cluster.messages import Beat, Said
 
 BEAT_S = 0.25
 _MOST_S = 2 * BEAT_S  # that count between two beats of this process: the rest is its own delay
@@ -26,6 +28,8 @@ class Line:
     moved: float
     steps: int = 0
     free_blocks: int = 0
+    placed: int = 0
+    num_said: int = 0  # words that have come
     is_closed: bool = False
     paces: list[float] = field(default_factory=list)  # seconds a step, of the last beats
 
@@ -45,8 +49,10 @@ class Lines:
         self._server = socket.create_server((address, 0))
         self.port: int = self._server.getsockname()[1]
         self._word = word
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # around all that follows
         self._lines: dict[int, Line] = {}
+        self._words: list[tuple[int, Sequence[Said]]] = []  # by host
+        self._is_news = False
         self._open: set[socket.socket] = set()
         self._is_open = True
         self._beat = 0.0, time.monotonic()  # this process's last: in its own time, and by the clock
@@ -55,7 +61,7 @@ class Lines:
 
     def get(self, host: int) -> Line | None:
         """None: it has not called yet."""
-        with self._lock:
+        with self._changed:
             return self._lines.get(host)
 
     def now(self) -> float:
@@ -67,9 +73,31 @@ class Lines:
     def since(self, line: Line) -> tuple[float, float]:
         """Seconds of `now` since a host's last sign of life and since its last finished step. A sign that has come and
         was not read yet is one."""
-        with self._lock:
+        with self._changed:
             now = self.now()
             return 0.0 if line.has_unread() else now - line.heard, now - line.moved
+
+    def wait(self, seconds: float) -> None:
+        """Until a host has said something of a request, or its line was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_news, seconds)
+            self._is_news = False
+
+    def wait_for_words(self, host: int, count: int, seconds: float) -> bool:
+        """Until as many have come from a host as it says it has said. Returns whether they have."""
+
+        def have_come() -> bool:
+            line = self._lines.get(host)
+            return line is not None and line.num_said >= count
+
+        with self._changed:
+            return self._changed.wait_for(have_come, seconds)
+
+    def take_words(self) -> list[tuple[int, Sequence[Said]]]:
+        """What hosts have said since the last call, in order."""
+        with self._changed:
+            words, self._words = self._words, []
+            return words
 
     def hang_up(self, host: int) -> None:
         """Tells a host that it was given up; no effect if its line is closed."""
@@ -80,7 +108,7 @@ class Lines:
 
     def close(self) -> None:
         self._is_open = False
-        with self._lock:
+        with self._changed:
             sockets = [self._server, *self._open]
         for one in sockets:
             # A close alone would leave the thread that waits in accept or recv there.
@@ -100,7 +128,7 @@ class Lines:
                 connection, _ = self._server.accept()
             except OSError:
                 return  # closed
-            with self._lock:
+            with self._changed:
                 self._open.add(connection)
             threading.Thread(target=self._listen, args=(connection,), name="moe-line", daemon=True).start()
 
@@ -113,27 +141,33 @@ class Lines:
                     return
                 host = int(hello[1])
                 now = self.now()
-                with self._lock:
+                with self._changed:
                     self._lines[host] = Line(connection, now, now)
-                while beat := words.readline(64):
-                    self._note(host, *map(int, beat.split()))
+                while beat := words.readline():
+                    self._note(host, Beat.from_line(beat))
         except (OSError, ValueError):
             return  # the line broke: the same as its end
         finally:
-            with self._lock:
+            with self._changed:
                 self._open.discard(connection)
                 if host is not None:
-                    self._lines[host].is_closed = True
+                    self._lines[host].is_closed = self._is_news = True
+                    self._changed.notify_all()
             connection.close()
 
-    def _note(self, host: int, steps: int, free_blocks: int) -> None:
+    def _note(self, host: int, beat: Beat) -> None:
         now = self.now()
-        with self._lock:
+        with self._changed:
             line = self._lines[host]
-            if steps != line.steps:
-                line.paces = [*line.paces[-31:], (now - line.heard) / (steps - line.steps)]
-                line.moved, line.steps = now, steps
-            line.heard, line.free_blocks = now, free_blocks
+            if beat.steps != line.steps:
+                line.paces = [*line.paces[-31:], (now - line.heard) / (beat.steps - line.steps)]
+                line.moved, line.steps = now, beat.steps
+            line.heard, line.free_blocks, line.placed = now, beat.free_blocks, beat.placed
+            if beat.said:
+                line.num_said += len(beat.said)
+                self._words.append((host, beat.said))
+                self._is_news = True
+                self._changed.notify_all()
 
 
 class Lifeline:
@@ -143,14 +177,19 @@ class Lifeline:
         self, address: str, port: int, word: str, host: int, on_end: Callable[[], None] = lambda: None
     ) -> None:
         self._socket = socket.create_connection((address, port), timeout=10)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(f"{word} {host}\n".encode())
-        self.steps, self.free_blocks, self._on_end = 0, 0, on_end
-        threading.Thread(target=self._beat, name="moe-lifeline", daemon=True).start()
+        self._socket.settimeout(None)  # a controller that is stopped reads later; one that has ended hangs up
+        self._on_end = on_end
 
-    def _beat(self) -> None:
+    def start(self, beat: Callable[[float], Beat]) -> None:
+        """From now on what `beat` returns is sent; it waits up to the seconds that it is given for something to say."""
+        threading.Thread(target=self._run, args=(beat,), name="moe-lifeline", daemon=True).start()
+
+    def _run(self, beat: Callable[[float], Beat]) -> None:
         while True:
+            line = beat(BEAT_S).to_line()
             try:
-                self._socket.sendall(f"{self.steps} {self.free_blocks}\n".encode())
+                self._socket.sendall(line)
             except OSError:
                 return self._on_end()
-            time.sleep(BEAT_S)

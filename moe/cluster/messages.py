@@ -1,6 +1,9 @@
 """What controller and hosts tell each other, one record per sentence. Tokens of a forward never go this way."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moe.engine.limits import Limits
 from moe.engine.requests import Request
@@ -41,6 +44,52 @@ class Said:
         of_prompt = tuple(request.prompt_logprobs) if request.num_output == 1 else ()
         return Said(number, token, request.finish_reason, chosen, request.error, of_prompt)
 
+    def to_json(self) -> list[Any]:
+        """The fields in order; those at the end that say nothing are left out."""
+        of_prompt = [_of_logprobs(one) for one in self.prompt_logprobs] or None
+        fields: list[Any] = [self.id, self.token, self.finish, _of_logprobs(self.logprobs), self.error, of_prompt]
+        while fields[-1] is None:
+            fields.pop()
+        return fields
+
+    @staticmethod
+    def from_json(fields: list[Any]) -> "Said":
+        token, finish, logprobs, error, of_prompt = fields[1:] + [None] * (6 - len(fields))
+        prompt = tuple(one for one in map(_to_logprobs, of_prompt or ()) if one is not None)
+        return Said(int(fields[0]), token, finish, _to_logprobs(logprobs), error, prompt)
+
+
+def _of_logprobs(one: Logprobs | None) -> list[Any] | None:
+    return None if one is None else [one.chosen, one.rank, *one.top.items()]
+
+
+def _to_logprobs(fields: list[Any] | None) -> Logprobs | None:
+    return None if fields is None else Logprobs(fields[0], dict(fields[2:]), fields[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a host says on its line: how many steps it has finished, how many KV blocks are free, the number of its last
+    `Placed`, and of its requests what is new since the beat before."""
+
+    steps: int
+    free_blocks: int
+    placed: int
+    said: Sequence[Said] = ()
+
+    def to_line(self) -> bytes:
+        fields = [self.steps, self.free_blocks, self.placed, [one.to_json() for one in self.said]]
+        return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+    @staticmethod
+    def from_line(line: bytes) -> "Beat":
+        """Raises ValueError for anything else."""
+        try:
+            steps, free_blocks, placed, said = json.loads(line)
+            return Beat(int(steps), int(free_blocks), int(placed), [Said.from_json(one) for one in said])
+        except (TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"no beat of a host: {error}") from None
+
 
 @dataclass(frozen=True, slots=True)
 class Serve:
@@ -57,12 +106,15 @@ class Serve:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """Why a host serves a generation no more: all agreed to stop, or a peer was lost. seconds: what starting took;
-    plan: that it served last, which may have moved since `Serve`, None if it never began."""
+    said: how many words it has said in its life; plan: that it served last, which may have moved since `Serve`, None if
+    it never began; placed: its last, if it is of this generation."""
 
     generation: int
     lost: str | None
     seconds: dict[str, float]
-    plan: Plan | None = None
+    said: int
+    plan: Plan | None
+    placed: "Placed | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +129,6 @@ class Placed:
     plan: Plan
     stats: PlacementStats
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What a host has to say: words from number `first` on, and its placement, None if that is known already."""
-
-    first: int
-    said: list[Said]
-    placed: Placed | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,9 @@ class FailurePolicy:
         return silent_s > self.silence_limit(step_seconds) or (is_busy and stuck_s > self.limits.stuck_s)
 
     def does_not_leave(self, since_freed_s: float, step_seconds: list[float]) -> bool:
-        """Of one that gives signs of life. It may be in a long step: it is given as long as one that is silent."""
-        return since_freed_s > self.silence_limit(step_seconds)
+        """Of one that gives signs of life. It may be in a long step, or wait for the connection of a peer that died
+        while they met: it is given twice as long as one that is silent."""
+        return since_freed_s > 2 * self.silence_limit(step_seconds)
 
     def hosts_to_start(self, target: int, alive: int, loading: int) -> int:
         """How many hosts to start so that `target` serve and the spares wait."""

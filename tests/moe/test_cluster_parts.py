@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from moe.cluster.desk import Desk
 from moe.cluster.ledger import Ledger
 from moe.cluster.lines import Lifeline, Line, Lines
-from moe.cluster.messages import Dealt, Placed, Said
+from moe.cluster.messages import Beat, Dealt, Placed, Said
 from moe.cluster.plans import Placements, first_plan, plan_for
 from moe.cluster.policy import FailurePolicy
 from moe.config import ClusterConfig, EngineConfig
 from moe.engine.requests import Request
+from moe.engine.sampling import Logprobs
 from moe.launch import ray_cluster
 from moe.launch.ray_data import Answers
 from moe.params import SamplingParams
@@ -184,8 +185,8 @@ def test_the_silence_limit_grows_with_slow_steps():
     assert not policy.is_hung(3.1, 0, False, [1.0])
     assert policy.is_hung(0, 61, True, [])
     assert not policy.is_hung(0, 61, False, [])  # it has nothing to do
-    assert not policy.does_not_leave(9.9, [1.0])  # it is in a step that takes so long
-    assert policy.does_not_leave(10.1, [1.0])
+    assert not policy.does_not_leave(19.9, [1.0])  # it is in a step that takes so long
+    assert policy.does_not_leave(20.1, [1.0])
 
 
 def test_replacements_and_spares():
@@ -204,6 +205,37 @@ def until(condition) -> None:
         time.sleep(0.01)
 
 
+def idle_beat(wait_s: float) -> Beat:
+    time.sleep(wait_s)
+    return Beat(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Said(1, 10),
+        Said(2, 11, "length"),
+        Said(3, None, "error", error="no\nroom"),
+        Said(4, 5, None, Logprobs(-0.1234567890123456789, {5: -0.1, 7: float("-inf")}, 1)),
+        Said(5, 6, "stop", None, None, (Logprobs(-1.5, {}, 3), Logprobs(-2.5, {9: -2.5}, 1))),
+    ],
+)
+def test_words_are_the_same_behind_a_line(said):
+    beat = Beat(3, 4, 5, [said, Said(9, 9)])
+    line = beat.to_line()
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert Beat.from_line(line) == beat
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"5 7", b"[1,2,3]", b"[1,2,3,4]", b"[1,2,3,[[]]]", b'{"a":1}', b"[1,2,3,[[1,2,3,[]]]]"]
+)
+def test_what_is_no_beat_ends_the_line(line):
+    with pytest.raises(ValueError, match="no beat of a host"):
+        Beat.from_line(line)
+
+
 def test_a_line_says_when_its_host_is_gone_or_given_up_and_refuses_strangers():
     lines = Lines("127.0.0.1", "word")
     stranger = socket.create_connection(("127.0.0.1", lines.port))
@@ -211,17 +243,25 @@ def test_a_line_says_when_its_host_is_gone_or_given_up_and_refuses_strangers():
     assert stranger.recv(1) == b""  # hung up
     child = os.fork()
     if not child:
-        Lifeline("127.0.0.1", lines.port, "word", 3).steps = 17
+        desk = Desk()
+        desk.submit([dealt(5, 1, 1, 1)])
+        desk.hand_over(EngineOfAFewTokens())  # it has no room
+        Lifeline("127.0.0.1", lines.port, "word", 3).start(lambda wait: Beat(17, 4, 2, desk.collect(0, wait)[1]))
         time.sleep(60)
-    until(lambda: lines.get(3) is not None and lines.get(3).steps == 17)
+    assert lines.wait_for_words(3, 1, 20)
+    line = lines.get(3)
+    assert (line.steps, line.free_blocks, line.placed) == (17, 4, 2)
+    assert lines.take_words()[0] == (3, [Said(5, None, "error", error="no room")])
+    lines.wait(20)
     assert not lines.get(3).is_closed
     os.kill(child, 9)
     os.waitpid(child, 0)
     until(lambda: lines.get(3).is_closed)
     assert lines.get(5) is None
     is_told = threading.Event()
-    Lifeline("127.0.0.1", lines.port, "word", 4, is_told.set)
+    Lifeline("127.0.0.1", lines.port, "word", 4, is_told.set).start(idle_beat)
     until(lambda: lines.get(4) is not None)
+    assert not lines.wait_for_words(4, 1, 0.0)
     lines.hang_up(4)
     assert is_told.wait(20)
     until(lambda: lines.get(4).is_closed)
@@ -234,7 +274,7 @@ def test_a_sign_that_nobody_has_read_yet_is_one():
     lines, (here, there) = Lines("127.0.0.1", "word"), socket.socketpair()
     line = Line(here, heard=-100.0, moved=-50.0)
     assert lines.since(line)[0] >= 100
-    there.sendall(b"5 7\n")
+    there.sendall(Beat(5, 7, 0).to_line())
     silent, stuck = lines.since(line)
     assert silent == 0.0
     assert stuck >= 50
@@ -262,7 +302,7 @@ def test_time_in_which_the_controller_was_stopped_does_not_count():
 
 def watch_a_line(sender) -> None:
     lines = Lines("127.0.0.1", "word")
-    Lifeline("127.0.0.1", lines.port, "word", 1)
+    Lifeline("127.0.0.1", lines.port, "word", 1).start(idle_beat)
     until(lambda: lines.get(1) is not None)
     sender.send("watches")
     started, longest = time.monotonic(), 0.0

@@ -41,10 +41,11 @@ def params_of(number: int) -> SamplingParams:
     return SamplingParams(max_tokens=8 + number, ignore_eos=True, temperature=0.8 * (number % 2), seed=number)
 
 
-def serve_in_turn(folder: str, shape, line_port: int, budget: str, dispatcher: str, prompts) -> list[dict]:
+def serve_in_turn(folder: str, shape, budget: str, dispatcher: str, prompts) -> list[dict]:
     """One host. Returns what it said in each generation that it was in, by the number of the prompt."""
     rank, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
-    where = Where("127.0.0.1", line_port, "word", f"{dispatcher}-{budget}")
+    lines = Lines("127.0.0.1", "word")
+    where = Where("127.0.0.1", lines.port, "word", f"{dispatcher}-{budget}")
     host = ExpertHost(folder, config_of(budget, dispatcher), rank, (rank, HOSTS[0]), where)
     store, plan, answers = connect("127.0.0.1", port), Plan.contiguous(*shape, HOSTS[0]), []
     for generation, num_hosts in enumerate(HOSTS, 1):
@@ -58,15 +59,14 @@ def serve_in_turn(folder: str, shape, line_port: int, budget: str, dispatcher: s
         said: dict[int, list[int]] = {n: [] for n in own}
 
         def listen(generation=generation, num_hosts=num_hosts, first=first, said=said) -> None:
-            open_ones, seen = set(said), 0
+            open_ones = set(said)
             try:
                 while open_ones:
-                    collected = host.collect(seen, 0.5, 0)
-                    for word in collected.said:
+                    lines.wait(0.5)
+                    for word in (one for _, words in lines.take_words() for one in words):
                         assert word.error is None, word
                         said[word.id - first] += [word.token]
                         open_ones -= {word.id - first} if word.finish else set()
-                    seen = collected.first + len(collected.said)
                 store.set(f"done-{generation}-{rank}", "")
                 store.wait([f"done-{generation}-{other}" for other in range(num_hosts)])
             finally:
@@ -78,8 +78,8 @@ def serve_in_turn(folder: str, shape, line_port: int, budget: str, dispatcher: s
             ended = host.serve(Serve(generation, port, nodes, rank, plan))
             listening.result()
         assert ended.lost is None, ended
+        assert ended.said == lines.get(rank).num_said
         answers.append(said)
-        host.desk = type(host.desk)()
     host.engine.experts.cache.check()
     pool = host.engine.scheduler.pool
     assert pool.num_available == pool.num_blocks
@@ -100,12 +100,8 @@ def test_four_three_and_two_hosts_say_what_one_process_says(folders, model, disp
     with LLM(folder, config_of("1.0", "all_to_all")) as llm:
         outputs = llm.generate(prompts, [params_of(n) for n in range(len(prompts))], use_tqdm=False)
         right = {n: output.outputs[0].token_ids for n, output in enumerate(outputs)}
-    lines = Lines("127.0.0.1", "word")
-    try:
-        arguments = (str(folder), SHAPES[model], lines.port, budget, dispatcher, prompts)
-        by_rank = spawn(HOSTS[0], serve_in_turn, *arguments, time_limit_s=200)
-    finally:
-        lines.close()
+    arguments = (str(folder), SHAPES[model], budget, dispatcher, prompts)
+    by_rank = spawn(HOSTS[0], serve_in_turn, *arguments, time_limit_s=200)
     for turn, num_hosts in enumerate(HOSTS):
         said = {n: tokens for answers in by_rank[:num_hosts] for n, tokens in answers[turn].items()}
         assert said == right, num_hosts
