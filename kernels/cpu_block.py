@@ -172,11 +172,11 @@ def block_reference(
 ) -> tuple[Tensor, BlockResult]:
     """What `CpuBlock` computes, in plain torch: h after attention, and the result. Changes the pool, not h."""
     h = h if add is None else h + add
-    x = _norm(h, block.norm, block.eps)
+    x = norm_reference(h, block.norm, block.eps)
     q, k, v = (F.linear(x, *one) for one in (block.q, block.k, block.v))
-    q, k = (_head_norm(t, w, block) for t, w in ((q, block.q_norm), (k, block.k_norm)))
+    q, k = (head_norm_reference(t, w, block.dim, block.head_eps) for t, w in ((q, block.q_norm), (k, block.k_norm)))
     q, k, v = (t.view(len(h), -1, block.dim) for t in (q, k, v))
-    q, k = (_rotated(t, step.cos, step.sin, block.rotary) for t in (q, k))
+    q, k = (rotated_reference(t, step.cos, step.sin, block.rotary) for t in (q, k))
     out = torch.empty(len(h), block.heads, block.dim, dtype=h.dtype)
     for s, length in enumerate(step.lengths.tolist()):
         new = range(*step.first[s : s + 2].tolist())
@@ -187,7 +187,7 @@ def block_reference(
             seen = rows[max(0, end - block.window) if block.window else 0 : end]
             out[token] = _attend(block, q[token].float(), keys[seen].float(), values[seen].float()).to(h.dtype)
     h = h + F.linear(out.flatten(1), *block.o)
-    x = _norm(h, block.next_norm, block.eps)
+    x = norm_reference(h, block.next_norm, block.eps)
     if block.router is None:
         return h, BlockResult(x, None, None)
     chosen, ids = F.linear(x, *block.router).float().softmax(-1).topk(block.top_k)
@@ -205,19 +205,22 @@ def _attend(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hn,nhd->hd", scores.softmax(-1)[:, : len(k)], v)
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm, rounded to x's dtype before the weight, as transformers' is."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _head_norm(x: Tensor, weight: Tensor | None, block: Block) -> Tensor:
+def head_norm_reference(x: Tensor, weight: Tensor | None, dim: int, eps: float) -> Tensor:
+    """Of every head, or of all together, by the weight's width. x: [T, heads * dim]."""
     if weight is None:
         return x
-    width = x.shape[-1] if len(weight) != block.dim else block.dim
-    return _norm(x.view(len(x), -1, width), weight, block.head_eps).view(x.shape)
+    width = x.shape[-1] if len(weight) != dim else dim
+    return norm_reference(x.reshape(len(x), -1, width), weight, eps).view(x.shape)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:
+def rotated_reference(x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:
+    """The first `rotary` elements of every head turned by its position. x: [T, heads, dim]; cos, sin: [T, rotary]."""
     turning, rest = x[..., :rotary], x[..., rotary:]
     a, b = turning.chunk(2, dim=-1)
     turned = turning * cos[:, None] + torch.cat([-b, a], dim=-1) * sin[:, None]

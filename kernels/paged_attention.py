@@ -52,7 +52,8 @@ def paged_attention(
     """Attention of S new tokens, one of each sequence; writes their keys and values to the pool. Returns [S, heads, D].
 
     q: [S, heads, D]; new: keys and values [S, kv_heads, D]; pool: the same, [rows, kv_heads, D], contiguous; one dtype,
-    D up to 256 and equal for keys and values. S may be 0. Two launches, no sync.
+    D up to 256 and equal for keys and values. S may be 0, and a length: such a row is 0 and writes nothing. Two
+    launches, no sync.
     """
     check_device(q)
     (keys, values), (new_keys, new_values) = pool, new
@@ -146,6 +147,9 @@ def paged_attention_reference(
     out = torch.empty_like(q)
     group = q.shape[1] // pool[0].shape[1]
     for s, length in enumerate(pages.lengths.tolist()):
+        if length == 0:
+            out[s] = 0
+            continue
         rows = pages.tables[s].long()[:, None] * pages.block_size + torch.arange(pages.block_size, device=q.device)
         rows = rows.flatten()[:length]
         for cache, own in zip(pool, new):
@@ -299,4 +303,5 @@ def _sum_kernel(
         mixed = mixed * shrink + part * grow
         most = now
         split += 1
-    tl.store(out_ptr + (s * HEADS + head) * DIM + d, cast(mixed / total, DTYPE), mask=in_dim)
+    mixed = tl.where(length > 0, mixed / tl.where(total > 0, total, 1.0), 0.0)  # length 0: a place that nobody has
+    tl.store(out_ptr + (s * HEADS + head) * DIM + d, cast(mixed, DTYPE), mask=in_dim)

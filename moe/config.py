@@ -207,6 +207,8 @@ class EngineConfig:
     # Of expert compute; `kernels/names.py` says what each is. single_launch, measured over several ranks of one node:
     # one launch for all of them, if all experts are in slots.
     kernel: KernelName = "auto"
+    # Decoding steps on a GPU as CUDA graphs, captured at their first step; on: refused where they cannot be.
+    graphs: Literal["auto", "on", "off"] = "auto"
     crossover_table: str = "~/.cache/moe/crossover.json"  # where `measured` keeps what this machine is best at
     probe_file: str = "~/.cache/moe/probe.json"  # where `moe probe` keeps its figures, which automatic choices read
     probe_first_run: bool = True  # whether a command measures what it knows nothing of yet, for some seconds

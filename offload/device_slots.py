@@ -37,8 +37,8 @@ class DeviceSlots:
             self._table = torch.from_numpy(table).to(device)
             self._asked = torch.zeros_like(self._table)  # in this forward: how often each expert was looked up
             self._experts = torch.zeros(len(table), dtype=torch.int64, device=device)
+            self._one = self._table.new_ones(1)
         self._rows = list(zip(self._table.unbind(), self._asked.unbind()))
-        self._ones = self._table.new_ones(0)
         self._visits = [0] * len(table)
         self._last_layer = -1
         self._counting = threading.Lock()
@@ -52,11 +52,18 @@ class DeviceSlots:
             self._end_forward()
         self._last_layer = layer
         table, asked = self._rows[layer]
-        if len(self._ones) != ids.numel():
-            self._ones = self._table.new_ones(ids.numel())
-        asked.put_(ids, self._ones, accumulate=True)
+        asked.put_(ids, self._one.expand(ids.shape), accumulate=True)
         self._visits[layer] += 1
         return table.take(ids)
+
+    @property
+    def visits(self) -> list[int]:
+        """By layer. A forward that is replayed from a graph counts its experts by itself; its visits are set here."""
+        return list(self._visits)
+
+    @visits.setter
+    def visits(self, visits: Sequence[int]) -> None:
+        self._visits = list(visits)
 
     def counts(self) -> list[Visits]:
         """By layer, since the start or the last `reset`. A host sync."""

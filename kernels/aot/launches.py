@@ -13,6 +13,7 @@ import triton
 from moe.kernels.aot.assembler import cubin_facts
 from moe.kernels.aot.cases import weights_stored
 from moe.kernels.aot.fake import Binary, FakeDriver
+from moe.kernels.block_kernels import Turn, add_norm, turned
 from moe.kernels.gate import GateConfig, gate
 from moe.kernels.paged_attention import Pages, Scores, paged_attention
 from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, serving_tokens
@@ -145,6 +146,22 @@ def launched_attention(chip: FakeDriver, shape: Heads) -> Iterator[Compiled]:
         yield _examined(binary, shape.name, f"sm_{chip.target.arch}", "attention", 1)
 
 
+def launched_block(chip: FakeDriver, shape: Heads) -> Iterator[Compiled]:
+    """What lies between a decoding layer's products, for one token and several: a kernel each, two of the norm."""
+    before = len(chip.loaded)
+    weight, hidden = torch.zeros(shape.dim, dtype=shape.dtype), torch.zeros(64 * shape.heads, dtype=shape.dtype)
+    turn = Turn(shape.heads, shape.kv_heads, shape.dim, shape.dim, weight, weight, 1e-6)
+    for count in (1, 17):
+        h, cos = hidden.repeat(count, 1), weight.repeat(count, 1)
+        for add in (None, h):
+            add_norm(h, add, hidden, 1e-6)
+        q, k = weight.repeat(count, shape.heads), weight.repeat(count, shape.kv_heads)
+        turned(q, k, cos, cos, turn)
+        turned(q, k, cos, cos, turn._replace(q_norm=None, k_norm=None))
+    for binary in chip.loaded[before:]:
+        yield _examined(binary, shape.name.replace("attention", "block"), f"sm_{chip.target.arch}", "block", 1)
+
+
 def _examined(binary: Binary, shape: str, arch: str, path: str, tokens: int) -> Compiled:
     registers, spills, in_loops = cubin_facts(binary.code)
     problem = f"{in_loops} spills inside a matrix loop" if in_loops else ""
@@ -170,7 +187,8 @@ def show_launches(archs: Sequence[str], only: str, out: Path | None) -> int:
         if not arch.startswith("sm_"):
             raise ValueError(f"the driver that launches nothing plays NVIDIA's chips, not {arch}")
         chip = FakeDriver(int(arch[3:])).install()
-        runs = [launched_attention(chip, shape) for shape in HEADS if only in shape.name]
+        heads = [shape for shape in HEADS if only in shape.name]
+        runs = [of(chip, shape) for shape in heads for of in (launched_attention, launched_block)]
         runs += [launched(chip, shape) for shape in SHAPES if only in shape.name]
         for row in chain(launched_gate(chip), *runs):
             rows.append(row)

@@ -19,6 +19,7 @@ from torch import Tensor
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, probed, told_choices, why_not_ahead
 from moe.engine.device import find_device, free_memory
+from moe.engine.device_paths import use_graphs
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
 from moe.engine.notes import lossy_modes, notes_on
@@ -146,12 +147,12 @@ class Loaded:
     memory: Memory
     experts: Experts
     grammars: Grammars
-    threads: AutoChoice | None = None
+    chosen: tuple[AutoChoice, ...] = ()
 
     @property
     def choices(self) -> tuple[AutoChoice, ...]:
         """What was chosen where no setting said it."""
-        return self.experts.choices if self.threads is None else (self.threads, *self.experts.choices)
+        return (*self.chosen, *self.experts.choices)
 
     @property
     def notes(self) -> list[str]:
@@ -188,7 +189,9 @@ def load(read: Read, share: Share | None = None) -> Loaded:
             memory.scheduler.turns.watch(experts.slots)
         trusts = read.config.trust_remote_code
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
-        loaded = Loaded(read, dense, memory, experts, grammars, threads)
+        graphs = use_graphs(read.config, read.device, memory.runner, experts.slots, dense.max_context)
+        chosen = tuple(one for one in (threads, graphs) if one is not None)
+        loaded = Loaded(read, dense, memory, experts, grammars, chosen)
         undo.pop_all()
     return loaded
 

@@ -1,6 +1,7 @@
 """Runs a model on the chunks of one step: all packed into one row, or one request after another."""
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from moe.engine.requests import Chunk, keep_last_rows, rows_wanted, step_of
 from moe.layer.routing import RoutingSeam, Span, StepContext
+from moe.models.attention import StepLayout
 from moe.models.kv import CACHE_NAME, BlockPool, PagedKV
 from moe.models.layer_plan import LayerPlan, plan_layers
 from moe.models.neighbours import recomputed_beyond
@@ -25,14 +27,20 @@ class Runner(Protocol):
         """How often `forward` runs the model for these chunks."""
 
 
+Decoding = Callable[[Tensor, Tensor, Any], Tensor]  # tokens, positions: int64 [1, S]; pages -> logits [S, V]
+
+
 class PackedRunner:
     """One forward for all chunks over the paged KV cache: by `plan` where there is one, else by the model's modules.
 
-    routing: told whose tokens a forward has.
+    routing: told whose tokens a forward has. decoding: computes steps of one token of each sequence, by block tables.
+    replays: gives the logits of steps that it has as graphs, None of others.
     """
 
     def __init__(self, model: Any, kv: PagedKV, routing: RoutingSeam, plan: LayerPlan | None = None) -> None:
         self.model, self.kv, self.routing, self.plan = model, kv, routing, plan
+        self.decoding: Decoding | None = None
+        self.replays: Callable[[Seq[Chunk]], Tensor | None] = lambda chunks: None
 
     def over(self, kv: PagedKV) -> "PackedRunner":
         """The same over another cache, whose pools are there."""
@@ -42,6 +50,9 @@ class PackedRunner:
     @torch.inference_mode()
     def forward(self, chunks: Seq[Chunk]) -> Tensor:
         self.routing.begin(step_of(chunks))
+        replayed = self.replays(chunks)
+        if replayed is not None:
+            return replayed
         return keep_last_rows(chunks, self._by_modules(chunks) if self.plan is None else self._by_plan(chunks))
 
     def _by_plan(self, chunks: Seq[Chunk]) -> Tensor:
@@ -57,16 +68,17 @@ class PackedRunner:
         tokens = torch.tensor([[t for c in chunks for t in c.request.tokens[c.start : c.end]]], device=device)
         positions = torch.tensor([[p for c in chunks for p in range(c.start, c.end)]], device=device)
         wanted = rows_wanted(chunks).to(device)
-        logits = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=wanted,
-            step=step,
-            **{CACHE_NAME: self.kv.cache},
-        ).logits
-        rows = logits[0] if logits.shape[1] == len(wanted) else logits[0, wanted]  # some models give every place's
-        return rows.float()  # type: ignore[no-any-return]
+        logits = self.logits(tokens, positions, step, wanted)
+        rows = logits if len(logits) == len(wanted) else logits[wanted]  # some models give every place's
+        return rows.float()
+
+    def logits(self, tokens: Tensor, positions: Tensor, step: StepLayout, wanted: Tensor | int = 0) -> Tensor:
+        """Of a step that the cache has taken [N, V], by `decoding` if it can. tokens, positions: [1, T]; 0: of all."""
+        if self.decoding is not None and step.alone is not None and step.alone.others is None:
+            return self.decoding(tokens, positions, step.alone.pages)
+        called = {"input_ids": tokens, "position_ids": positions, "step": step, CACHE_NAME: self.kv.cache}
+        out: Tensor = self.model(**called, use_cache=True, logits_to_keep=wanted).logits[0]
+        return out
 
     def num_forwards(self, chunks: Seq[Chunk]) -> int:
         return 1 if chunks else 0
@@ -95,6 +107,7 @@ def paged_runner(
     like: keys and values of a token, by layer. The model's experts need not be there. Raises ValueError without triton.
     """
     try:
+        from moe.models.decode_plan import DecodePlan, plan_decoding
         from moe.models.paged import PagedDecode, paged
     except ImportError as error:
         raise ValueError(f"attention by kernel needs triton, which is not installed ({error})") from None
@@ -102,9 +115,14 @@ def paged_runner(
     windows = paged(model, max_context)
     if isinstance(windows, str):
         log.info("decoding tokens attend by gathered keys: %s", windows)
+        return PackedRunner(model, kv, routing)
+    kv.alone, runner = PagedDecode(kv, windows), PackedRunner(model, kv, routing)
+    layers = plan_decoding(model, max_context)
+    if isinstance(layers, str):
+        log.info("decoding steps run by transformers' modules: %s", layers)
     else:
-        kv.alone = PagedDecode(kv, windows)
-    return PackedRunner(model, kv, routing)
+        runner.decoding = DecodePlan(model, layers, kv)
+    return runner
 
 
 def why_threads_count(runner: Runner) -> str | None:

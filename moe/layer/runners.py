@@ -44,12 +44,19 @@ class LayerRunner(Protocol):
 
 
 class Resident:
-    """All experts that are asked for are in slots and stay there. Two launches beside the kernel, no host sync."""
+    """All experts that are asked for are in slots and stay there. Two launches beside the kernel, no host sync.
+
+    nobody: bool [N, 1] on the device, places of the batch that no token has, whose experts are not asked for, or None;
+    a place may have several rows.
+    """
 
     def __init__(self, slots: DeviceSlots, kernels: Sequence[LayerKernel]) -> None:
         self.slots, self.kernels = slots, kernels
+        self.nobody: Tensor | None = None
 
     def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
+        if self.nobody is not None:
+            ids = ids.masked_fill(self.nobody.expand(-1, len(ids) // len(self.nobody)).reshape(-1, 1), -1)
         slot_ids, kernel = self.slots.look_up(layer, ids), self.kernels[layer]
         return kernel.experts(x, slot_ids) if topk_weights is None else kernel.combine(x, slot_ids, topk_weights)
 

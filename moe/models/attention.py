@@ -27,10 +27,11 @@ ATTENTION_NAME = "moe_paged"
 class Alone(Protocol):
     """The tokens of a step that are their sequence's only new one, and attend by themselves (moe/models/paged.py).
 
-    at, others_at: int64, these tokens and those of the other sequences in the step; others: how those are laid out.
-    None where there are no others.
+    pages: where they have their keys (kernels/paged_attention.py). at, others_at: int64, these tokens and those of the
+    other sequences in the step; others: how those are laid out. None where there are no others.
     """
 
+    pages: Any
     at: Tensor | None
     others_at: Tensor | None
     others: "StepLayout | None"

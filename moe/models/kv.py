@@ -133,6 +133,10 @@ class PagedKV:
             own_rows = np.concatenate([own[start:] for own, start in zip(rows, starts)])
             lengths = [end - start for start, end in zip(starts, ends)]
             layout = StepLayout(lengths, list(ends), self._rows(own_rows), slice(0, 0), alone)
+        return self.take(layout)
+
+    def take(self, layout: StepLayout) -> StepLayout:
+        """The next forward is of this step."""
         for layer in self.layers:
             layer.step = layout
         return layout

@@ -28,7 +28,7 @@ class AloneTokens:
     """
 
     def __init__(self, kv: PagedKV, windows: Sequence[int], pages: Pages) -> None:
-        self._layers, self._windows, self._pages = kv.layers, windows, pages
+        self._layers, self._windows, self.pages = kv.layers, windows, pages
         self.others: StepLayout | None = None
         self.others_at: Tensor | None = None
         self.at: Tensor | None = None
@@ -46,7 +46,7 @@ class AloneTokens:
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         scores = Scores(scale, self._windows[module.layer_idx], softcap or 0.0, sinks)
         layer.waiting = None
-        return paged_attention(q, (keys, values), (layer.keys, layer.values), self._pages, scores)
+        return paged_attention(q, (keys, values), (layer.keys, layer.values), self.pages, scores)
 
 
 class PagedDecode:
@@ -79,6 +79,12 @@ class PagedDecode:
             tokens.at = self._to_device(np.array([first[s] for s in alone], np.int64))
             tokens.others_at = self._to_device(np.concatenate([np.arange(first[s], first[s + 1]) for s in others]))
         return tokens
+
+    def static(self, pages: Pages) -> StepLayout:
+        """A step of one token of each sequence, whose places and lengths are wherever `pages` says when it runs."""
+        return StepLayout(
+            [1] * len(pages.lengths), [], slice(0, 0), slice(0, 0), AloneTokens(self.kv, self.windows, pages)
+        )
 
     def _to_device(self, numbers: Any) -> Tensor:
         return torch.from_numpy(numbers).to(self.kv.device, non_blocking=True)

@@ -138,18 +138,20 @@ def test_spills_are_counted_where_they_hurt():
 
 ATTENTION = """
 from moe.kernels.aot.fake import FakeDriver
-from moe.kernels.aot.launches import HEADS, launched_attention
+from moe.kernels.aot.launches import HEADS, launched_attention, launched_block
 chip = FakeDriver(90).install()
 for heads in HEADS[{only}]:
-    rows = list(launched_attention(chip, heads))
+    rows = [*launched_attention(chip, heads), *launched_block(chip, heads)]
     assert not any(row.problem for row in rows), rows
     print(sorted(row.kernel for row in rows))
 """
 
 
-def test_attention_compiles_once_for_all_lengths():
+def test_attention_and_blocks_compile_once_for_all_lengths():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", ATTENTION.format(only="3:4")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines() == ["['_part_kernel', '_sum_kernel']"]
+    assert done.stdout.splitlines() == [
+        str(["_add_norm_kernel"] * 2 + ["_part_kernel", "_sum_kernel"] + ["_turn_kernel"] * 2)
+    ]
