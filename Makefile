@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Two workers with one thread each: more threads than cores make small matrices many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo bench-quick test test-heavy test-newest test-aot-all lock lint install clean
+.PHONY: demo bench-quick test test-heavy test-deepspeed test-newest test-aot-all lock lint install clean
 
 install: $(VENV)/.installed
 
@@ -57,10 +57,17 @@ lint: install
 	$(BIN)/mypy -p moe
 
 test: install lint
-	$(PYTEST) -m "not heavy"
+	$(PYTEST) -m "not heavy and not deepspeed"
 
 test-heavy: install
 	$(PYTEST) -m heavy
+
+# DeepSpeed compiles its reader once, some ten minutes; it needs g++ and libaio's headers (Debian: libaio-dev).
+test-deepspeed: install
+	$(BIN)/python -m pip install --quiet "deepspeed>=0.19,<0.20"
+	export PATH=$(CURDIR)/$(BIN):$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/$(VENV)/deepspeed_ops OMP_NUM_THREADS=1; \
+	$(BIN)/python -c "from moe.offload.deepnvme import aio_handles; aio_handles()" && \
+	$(BIN)/python -m pytest -m deepspeed -rs tests/offload && $(BIN)/python bench/bench_deepnvme.py
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build *.egg-info

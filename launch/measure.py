@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,6 +29,7 @@ from moe.launch.console import err
 from moe.launch.measure_ranks import measure_exchange
 from moe.launch.measure_step import measure_attention, measure_overhead, usual_seconds
 from moe.models.dense_cpu import CompiledLinear
+from moe.offload.deepnvme import Handle, LockedReads, aio_handles, is_built
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ALIGNMENT, ExpertLayout, ExpertSite
 from moe.offload.requantise import target_format
@@ -247,6 +248,27 @@ def rates_of_reads(path: Path, sizes: Sequence[int], depths: Sequence[int], most
             for size in (one for one in sizes if one <= total):
                 for depth in depths if how == "direct" else (1, 2):
                     yield Reads(how, size, depth, _read_rate(opened, how, size, depth, total, most))
+    if is_built():
+        yield from deepnvme_rates(path, aio_handles(), sizes, depths, most)
+
+
+def deepnvme_rates(
+    path: Path, handles: Callable[[], Handle], sizes: Sequence[int], depths: Sequence[int], most: int
+) -> Iterator[Reads]:
+    """The same reads by DeepSpeed's handles, each thread its own, into memory that they locked and then to a slot."""
+    total = path.stat().st_size
+    reads = LockedReads(handles)
+    try:
+        for size in (one for one in sizes if one <= total):
+            for depth in depths:
+                buffers = [aligned_bytes(size) for _ in range(depth)]
+
+                def read(thread: int, offset: int) -> None:
+                    reads.read(path, offset, buffers[thread])  # noqa: B023
+
+                yield Reads("deepnvme", size, depth, _rate_of(read, size, depth, total, most))
+    finally:
+        reads.close()
 
 
 @contextmanager
@@ -259,20 +281,45 @@ def _opened(path: Path, how: How) -> Iterator[int]:
 
 
 def _read_rate(file: int, how: How, size: int, depth: int, total: int, most: int) -> float:
-    """The median of three; each reads at most `most` bytes or once a thread, in random order, no place twice."""
+    buffers = [aligned_bytes(-(-size // ALIGNMENT) * ALIGNMENT).numpy().data for _ in range(depth)]
+
+    def read(thread: int, offset: int) -> None:
+        os.preadv(file, [buffers[thread][:size]], offset)
+
+    def forget() -> None:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    return _rate_of(
+        read, size, depth, total, most, forget=forget if how == "buffered" else None, is_warm=how == "cached"
+    )
+
+
+def _rate_of(
+    read: Callable[[int, int], None],
+    size: int,
+    depth: int,
+    total: int,
+    most: int,
+    *,
+    forget: Callable[[], None] | None = None,
+    is_warm: bool = False,
+) -> float:
+    """The median of three; each reads at most `most` bytes or once a thread, in random order, no place twice.
+
+    read: (thread, offset).
+    """
     order = np.random.default_rng(size + depth)
     rates = []
     for _ in range(3):
         offsets = order.permutation(total // size)[: max(depth, most // size)] * size
-        buffers = [aligned_bytes(-(-size // ALIGNMENT) * ALIGNMENT).numpy().data for _ in range(depth)]
-        if how == "buffered":
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        if forget is not None:
+            forget()
 
         def work(thread: int) -> None:
             for offset in offsets[thread::depth].tolist():  # noqa: B023
-                os.preadv(file, [buffers[thread][:size]], offset)  # noqa: B023
+                read(thread, offset)
 
-        if how == "cached":
+        if is_warm:
             with ThreadPoolExecutor(depth) as pool:
                 list(pool.map(work, range(depth)))
         start = time.perf_counter()

@@ -32,6 +32,9 @@ class OffloadConfig:
     policy: Literal["lru", "lfu"] = "lfu"
     store: Literal["file", "mmap", "ram"] = "file"
     direct: bool | None = None  # O_DIRECT; None decides by the size of the files, and by `moe probe`
+    io: Literal["preadv", "deepnvme"] | None = (
+        None  # of store=file; None: preadv unless `moe probe` found the other faster
+    )
     readers: int | None = None  # threads that read; None decides by `moe probe`, else 2
     check: Literal["first", "always", "never"] = "first"  # when a packed expert is compared with its checksum
     # What the next layer will want is read ahead: by transitions that the run shows, by the next layer's own router, or
@@ -50,6 +53,11 @@ class OffloadConfig:
         _require(
             self.prefetch in ("auto", "off") or self.readers != 0,
             f"offload.prefetch={self.prefetch} needs a thread that reads while others compute; set offload.readers=2",
+        )
+        _require(
+            self.io != "deepnvme" or (self.store != "mmap" and self.direct is not False),
+            f"offload.io=deepnvme reads past the page cache, not with offload.store={self.store} and "
+            f"offload.direct={self.direct}; leave out offload.io",
         )
 
 
@@ -307,7 +315,8 @@ def _parse_fields(config: Any) -> None:
 
 def _parse(hint: Any, value: Any, name: str) -> Any:
     """`value` as `hint`: int, float, bool, str, a Literal, or one of these or None."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # the latter with a Literal
+    options = typing.get_args(hint) if is_union else (hint,)
     if type(None) in options and (value is None or value == "none"):
         return None
     (kind,) = [o for o in options if o is not type(None)]

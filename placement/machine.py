@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 from moe.placement.schema import Kinds, checked
 
 Work = Literal["expert", "dense"]
-# Past the page cache; through it when it holds nothing of the file; through it when it holds all.
-How = Literal["direct", "buffered", "cached"]
+# Past the page cache by preadv; through it when it holds nothing of the file; when it holds all; past it by DeepSpeed.
+How = Literal["direct", "buffered", "cached", "deepnvme"]
 
 
 class Rate(NamedTuple):

@@ -47,6 +47,7 @@ from moe.models.load import load_dense
 from moe.models.neighbours import why_not_packed
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
+from moe.offload.deepnvme import DeepNvmeStore
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore
 from moe.placement.plan import Plan
@@ -359,9 +360,11 @@ def try_a_token(model: Any, blueprint: Blueprint, is_packed: bool, is_parallel: 
 
 
 def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:
+    index, check, direct = blueprint.index, offload.check, offload.direct
     if offload.store == "mmap":
-        return MmapStore(blueprint.index, check=offload.check)
-    files = FileStore(blueprint.index, direct=offload.direct, check=offload.check)
+        return MmapStore(index, check=check)
+    by_preadv = offload.io != "deepnvme"
+    files = FileStore(index, direct=direct, check=check) if by_preadv else DeepNvmeStore(index, check=check)
     if offload.store != "ram":
         return files
     try:

@@ -8,7 +8,7 @@ whose bits do not depend on them. Other kernels and codes in registers would rou
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,11 +16,13 @@ from moe.config import EngineConfig, OffloadConfig
 from moe.kernels.cpu import instruction_sets
 from moe.models.blueprint import Blueprint
 from moe.offload.budget import format_bytes
+from moe.offload.deepnvme import is_built
 from moe.offload.stores import page_cache_holds, reads_of
 from moe.placement.machine import How, Machine, disk_of, load_machine, machine_name
 
 DEFAULT_READERS = 2
 _DEPTHS = (1, 2, 4, 8)
+_DIRECT_READERS: tuple[How, How] = ("direct", "deepnvme")
 _ENOUGH = 0.9  # of the best rate: more threads for the rest only wait
 _PAYS = 1.2  # times as fast: less is not worth a copy of the experts
 
@@ -51,6 +53,8 @@ def choose_reads(
     if offload.store != "file":
         readers = DEFAULT_READERS if offload.readers is None else offload.readers
         return replace(offload, readers=readers), []
+    if offload.io == "deepnvme":
+        offload = replace(offload, direct=True)
     disk = disk_of(blueprint.folder)
     nbytes = max(layout.nbytes for layout in blueprint.index.layouts)
     known = machine if machine is not None and disk in machine.disks else None
@@ -59,8 +63,12 @@ def choose_reads(
         direct, reason = _choose_direct(page_cache_holds(blueprint.index), known, disk, nbytes)
         offload = replace(offload, direct=direct)
         chosen.append(AutoChoice("offload.direct", direct, reason))
+    if offload.io is None:
+        io, reason = _choose_io(offload, blueprint, known, disk, nbytes)
+        offload = replace(offload, io=io)
+        chosen.append(AutoChoice("offload.io", io, reason))
     if offload.readers is None:
-        readers, reason = _choose_readers("direct" if offload.direct else "cached", known, disk, nbytes)
+        readers, reason = _choose_readers(_how(offload), known, disk, nbytes)
         offload = replace(offload, readers=readers)
         chosen.append(AutoChoice("offload.readers", readers, reason))
     return offload, chosen
@@ -77,6 +85,30 @@ def _choose_direct(holds: bool, machine: Machine | None, disk: str, nbytes: int)
         return False, f"{held}; direct reads were not possible when this disk was probed"
     said = f"{held}, {format_bytes(cached)}/s from there and {format_bytes(direct)}/s past it"
     return direct > cached, f"{said}, in reads of {format_bytes(nbytes)}"
+
+
+def _choose_io(
+    offload: OffloadConfig, blueprint: Blueprint, machine: Machine | None, disk: str, nbytes: int
+) -> tuple[Literal["preadv", "deepnvme"], str]:
+    if not offload.direct or not blueprint.index.is_packed:
+        return "preadv", "DeepNVMe reads packed experts past the page cache"
+    if not is_built():
+        return "preadv", "the extra [deepspeed] is not built here"
+    preadv, other = (_best(machine, disk, how, nbytes) if machine else 0.0 for how in _DIRECT_READERS)
+    if not preadv or not other:
+        return "preadv", f"the default, as DeepNVMe was not measured on {disk} (`moe probe FOLDER`)"
+    figures = f"{format_bytes(preadv)}/s by preadv, {format_bytes(other)}/s by DeepNVMe, at the best number of readers"
+    return "deepnvme" if _ENOUGH * other >= preadv else "preadv", figures
+
+
+def _how(offload: OffloadConfig) -> How:
+    if not offload.direct:
+        return "cached"
+    return "deepnvme" if offload.io == "deepnvme" else "direct"
+
+
+def _best(machine: Machine, disk: str, how: How, nbytes: int) -> float:
+    return max(_rate(machine, disk, how, nbytes, depth) or 0.0 for depth in _DEPTHS)
 
 
 def _choose_readers(how: How, machine: Machine | None, disk: str, nbytes: int) -> tuple[int, str]:
@@ -114,7 +146,7 @@ def read_time(blueprint: Blueprint, machine: Machine | None, offload: OffloadCon
     """None where nothing is known of it. offload: with nothing open."""
     if machine is None or offload.store != "file" or not blueprint.index.sites:
         return None
-    how: How = "direct" if offload.direct else "cached"
+    how = _how(offload)
     nbytes = max(layout.nbytes for layout in blueprint.index.layouts)
     reads = reads_of(blueprint.index, direct=bool(offload.direct))
     disk = disk_of(blueprint.folder)

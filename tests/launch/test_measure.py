@@ -119,7 +119,7 @@ def test_how_experts_are_read_follows_the_figures(machine, direct, readers, word
     offload, choices = choose_reads(OffloadConfig(), blueprint, machine)
     assert (offload.direct, offload.readers) == (direct, readers)
     assert words in " ".join(map(str, choices))
-    told = OffloadConfig(direct=not direct, readers=7)
+    told = OffloadConfig(direct=not direct, readers=7, io="preadv")
     assert choose_reads(told, blueprint, machine) == (told, [])
 
 
@@ -207,8 +207,9 @@ def test_figures_change_no_token_and_are_told(tmp_path):
             said = [str(choice) for choice in llm.engine.choices]
     assert answers[0] == answers[1]
     assert said[0].startswith("offload.direct is True: ")
-    assert said[1].startswith("offload.readers is 4: ")
-    names = {"offload.direct", "offload.readers", "offload.prefetch", "kernel", "dense"}
+    assert said[1].startswith("offload.io is preadv: ")
+    assert said[2].startswith("offload.readers is 4: ")
+    names = {"offload.direct", "offload.io", "offload.readers", "offload.prefetch", "kernel", "dense"}
     assert {line.split()[0] for line in said} == names
 
 
