@@ -11,7 +11,6 @@ One thread acquires and prefetches; readers touch only the bytes of the slot tha
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ from moe.offload.policy import Policy, named_policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
 from moe.offload.slab import Slab
 from moe.offload.slot_map import Ids, Keys, SlotMap
+from moe.offload.slot_reads import SlotReads
 from moe.offload.slot_runs import slot_runs, slot_shares
 from moe.offload.speculation import Speculation
 from moe.offload.stores import ExpertStore, aligned_bytes
@@ -90,9 +90,12 @@ class ExpertCache:
         self._filling = filling_of(self.device, self.map.room, self.blob_bytes)
         self.from_host = host_copies(self._filling, store, self._blobs)
         self.reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
-        self._readers = Readers(num_readers, self._read)
+        self._reads = SlotReads(store, self._blobs, self._filling, self.from_host)
+        self._readers = Readers(num_readers, self._reads.read)
+        self._reads.goes_on = self._readers.goes_on
         self.ahead = Speculation(self.map, self._readers, self._enter)
         self._num_waiting = 0  # misses of the open acquire that no slot could be had for yet
+        self._num_visits = self._last_layer = 0
 
     def acquire(self, layer: int, experts: Sequence[int] | npt.NDArray[np.integer]) -> Generator[Wave, None, None]:
         """Brings `experts` (distinct) of `layer` into slots, as waves that together hold each of them exactly once.
@@ -104,6 +107,7 @@ class ExpertCache:
         repeated ones. The cache stays whole after any of them.
         """
         ids = experts.tolist() if isinstance(experts, np.ndarray) else list(experts)
+        self._num_visits, self._last_layer = self._num_visits + 1, layer
         if self.ahead.is_active:
             self.ahead.settle(layer, ids)
         if not ids:
@@ -139,9 +143,10 @@ class ExpertCache:
         """Reads distinct experts that `layer` will probably want, best first, when no miss waits for a reader.
 
         Returns at once. They take slots that are free or that the policy gives up, never one that is held, nor one of
-        `experts`; where there are none, nothing is read. Those that have not begun when `layer` is acquired without
-        them are dropped. No effect on a layer that is being acquired. A failed read is forgotten: the miss that follows
-        reports it. The calling thread must be the one that acquires. Raises ValueError without readers.
+        `experts`; where there are none, nothing is read. Those of the layer that comes next go first. What was asked of
+        `layer` before and has not begun is dropped, and so it is when `layer` is acquired without it. No effect on a
+        layer that is being acquired. A failed read is forgotten: the miss that follows reports it. The calling thread
+        must be the one that acquires. Raises ValueError without readers.
         """
         if not self._readers.threads:
             raise ValueError("prefetch needs num_readers (0) >= 1: someone must read while the caller computes")
@@ -150,7 +155,8 @@ class ExpertCache:
             return
         missing = self.ahead.expect(layer, np.asarray(experts, np.int32))
         self._evict(layer, len(missing) - self.map.num_free(layer), ahead=True)
-        self.ahead.start(layer, missing[: self.map.num_free(layer)])
+        due = self._num_visits + (layer - self._last_layer) % len(self.num_experts)
+        self.ahead.start(layer, missing[: self.map.num_free(layer)], due)
 
     def views(self, layer: int) -> dict[str, Tensor]:
         """The layer's pieces as views of all slots, by name (`ExpertLayout`): [S, …]. No copy.
@@ -325,7 +331,7 @@ class ExpertCache:
                 self._readers.put(job)
         else:
             start = time.perf_counter()
-            for arrival in map(self._read, jobs) if self.from_host is None else self.from_host.fill(jobs):
+            for arrival in map(self._reads.read, jobs) if self.from_host is None else self.from_host.fill(jobs):
                 batch.done.put(arrival)
             self._stats[layer].stall_seconds += time.perf_counter() - start
         self._num_waiting = len(missing)
@@ -371,11 +377,14 @@ class ExpertCache:
     def _enter(self, arrival: Arrival) -> None:
         """Makes an arrived expert resident, or frees its slot if it was not read."""
         job, nbytes = arrival.job, arrival.nbytes
-        if arrival.error is not None or nbytes < 0:
+        stats = self._stats[job.layer]
+        if arrival.error is not None or nbytes < 0 or job.is_cancelled:
+            lost = max(nbytes, arrival.lost_bytes)
+            for name in ("bytes_read", "prefetch_bytes", "wasted_bytes"):
+                setattr(stats, name, getattr(stats, name) + lost)
             self.map.drop(job.slot)
             return
         self.map.fill(job.slot, self.map.key(job.layer, job.expert))
-        stats = self._stats[job.layer]
         stats.bytes_read += nbytes
         if job.is_late:
             stats.prefetch_bytes += nbytes
@@ -383,17 +392,3 @@ class ExpertCache:
         elif job.batch is self.ahead.batch:
             stats.prefetch_bytes += nbytes
             self.ahead.arrived(job, nbytes)
-
-    def _read(self, job: Job) -> Arrival:
-        """Reads one expert into its slot. Never raises: an error travels to the thread that waits for the read."""
-        if job.batch.is_cancelled:
-            return Arrival(job, -1, None)
-        try:
-            ahead = job.batch is self.ahead.batch
-            if self.from_host is not None:
-                return self.from_host.fill([job], ahead=ahead)[0]
-            read = partial(self.store.read_into, job.layer, job.expert)
-            target = self._blobs[job.layer][job.slot, : self.store.layouts[job.layer].nbytes]
-            return Arrival(job, self._filling.fill(job.slot, target, read, ahead=ahead), None)
-        except BaseException as error:
-            return Arrival(job, -1, error)

@@ -1,4 +1,4 @@
-"""The threads that read experts into slots, and what they do first: misses, then speculation."""
+"""The threads that read experts into slots, and what they do first: misses, then speculation, by when it is due."""
 
 import threading
 from collections import deque
@@ -25,20 +25,27 @@ class Job:
     expert: int
     slot: int
     batch: Batch
+    due: int = -1  # of speculation: the visit of a layer that it is for, counted through; -1: it was asked for
     is_late: bool = False  # asked for while its speculative read was under way
+    is_cancelled: bool = False  # begun, and not wanted: it ends after the part that is being read
+
+    @property
+    def is_ahead(self) -> bool:
+        return self.due >= 0
 
 
 class Arrival(NamedTuple):
     job: Job
     nbytes: int  # -1: cancelled, or an error, before it was read
     error: BaseException | None
+    lost_bytes: int = 0  # read before it was cancelled
 
 
 class Readers:
     """`num_readers` threads that run `read(job)`, which must not raise, and hand what it returns to the job's batch.
 
-    Misses go first. Speculation starts only while another thread is free for the next miss; a read that has begun is
-    not interrupted. Threads start with the first job.
+    Misses go first. Speculation starts only while another thread is free for the next miss, and between its parts
+    (`goes_on`) its thread reads the misses that wait. Threads start with the first job.
     """
 
     def __init__(self, num_readers: int, read: Callable[[Job], Arrival]) -> None:
@@ -60,10 +67,10 @@ class Readers:
             self._changed.notify()
 
     def put_ahead(self, jobs: Sequence[Job]) -> None:
-        """Speculative jobs, best first."""
+        """Speculative jobs, best first; those that are due sooner go before all others."""
         self._start()
         with self._changed:
-            self._ahead += jobs
+            self._ahead = deque(sorted([*self._ahead, *jobs], key=lambda job: job.due))
             self._changed.notify(len(jobs))
 
     def adopt(self, job: Job, batch: Batch) -> bool:
@@ -73,6 +80,7 @@ class Readers:
                 job.is_late = True
             elif job in self._ahead:
                 self._ahead.remove(job)
+                job.due = -1
                 self._misses.append(job)
                 self._changed.notify()
             else:
@@ -87,6 +95,19 @@ class Readers:
             for job in taken:
                 self._ahead.remove(job)
             return taken
+
+    def goes_on(self, job: Job, may_nest: bool) -> bool:
+        """Asked by the thread that reads `job` ahead, between two parts: False once nobody wants it.
+
+        may_nest: the thread may read the misses that wait before it goes on.
+        """
+        while may_nest and not job.is_cancelled and not job.is_late:
+            with self._changed:
+                if not self._misses:
+                    break
+                miss = self._misses.popleft()
+            self._hand_over(miss)
+        return not job.is_cancelled
 
     def close(self) -> None:
         """Ends the threads once all misses are read; speculation that has not begun is dropped."""
@@ -118,9 +139,12 @@ class Readers:
 
     def _serve(self) -> None:
         while (job := self._next()) is not None:
-            arrival = self._read(job)
-            with self._changed:  # or the job could be adopted between looking up its batch and handing it over
-                job.batch.done.put(arrival)
-                self._reading_ahead.discard(job)
-                if self._ahead:
-                    self._changed.notify()
+            self._hand_over(job)
+
+    def _hand_over(self, job: Job) -> None:
+        arrival = self._read(job)
+        with self._changed:  # or the job could be adopted between looking up its batch and handing it over
+            job.batch.done.put(arrival)
+            self._reading_ahead.discard(job)
+            if self._ahead:
+                self._changed.notify()

@@ -1,7 +1,9 @@
 """What is read ahead of being asked for: which reads are under way, what came of them, and what it was worth.
 
 A miss that finds its expert's read under way adopts it (late); one that finds it there was served (useful); what is
-evicted before anyone asked was wasted. Misses take slots back from reads that have not begun.
+evicted before anyone asked was wasted. Misses take slots back from reads that have not begun. When a layer's routing is
+known and it misses, what is being read for it and not wanted is cancelled between two parts of the read; where nothing
+misses it arrives, and is the first to go.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,43 +21,68 @@ class Speculation:
         self._map, self._readers, self._enter = slots, readers, enter
         self.batch = Batch()
         self.coming: dict[int, Job] = {}  # by key, until they are in the map
+        self.cancelled: set[Job] = set()  # until their readers notice
         self.unused: dict[int, int] = {}  # key -> bytes: read ahead, resident, not asked for yet
         self.expected: dict[int, Ids] = {}  # layer -> experts that stay until it is acquired, if others can go
 
     @property
     def is_active(self) -> bool:
-        return bool(self.coming or self.expected)
+        return bool(self.coming or self.cancelled or self.expected)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a slot waits for a read to end."""
+        return bool(self.coming or self.cancelled)
 
     def expect(self, layer: int, experts: Ids) -> list[int]:
-        """`layer` will probably want these. Returns those that are neither there nor under way."""
+        """`layer` will probably want these. Returns those that are neither there nor under way.
+
+        What was expected of it before, has not begun and is not among them is dropped.
+        """
+        if layer in self.expected and self.coming:
+            self._give_up(self._readers.take_back(layer, experts.tolist()))
         self.expected[layer] = experts
         absent = experts[self._map.of_layer[layer][experts] < 0].tolist()
         return [e for e in absent if self._map.key(layer, e) not in self.coming]
 
-    def start(self, layer: int, experts: list[int]) -> None:
-        """Reads them when no miss waits for a reader. There must be a free slot for each."""
-        jobs = [Job(layer, expert, self._map.take(layer), self.batch) for expert in experts]
+    def start(self, layer: int, experts: list[int], due: int) -> None:
+        """Reads them when no miss waits for a reader. There must be a free slot for each. due: as `Job` has it."""
+        jobs = [Job(layer, expert, self._map.take(layer), self.batch, due) for expert in experts]
         self.coming.update((self._map.key(layer, job.expert), job) for job in jobs)
         self._readers.put_ahead(jobs)
 
     def collect(self) -> None:
         """Takes finished reads into the map."""
-        while self.coming and not self.batch.done.empty():
+        while self.is_reading and not self.batch.done.empty():
             self.collect_one()
 
     def collect_one(self) -> Job:
         """Waits for a read and takes it into the map."""
         arrival = self.batch.done.get()
-        del self.coming[self._map.key(arrival.job.layer, arrival.job.expert)]
+        if arrival.job in self.cancelled:
+            self.cancelled.remove(arrival.job)
+        else:
+            del self.coming[self._map.key(arrival.job.layer, arrival.job.expert)]
         self._enter(arrival)
         return arrival.job
 
     def settle(self, layer: int, wanted: list[int]) -> None:
-        """The routing of `layer` is known: what was expected of it and has not begun is dropped unless wanted."""
+        """The routing of `layer` is known: what was expected of it and has not begun is dropped unless wanted.
+
+        What has begun is cancelled if a wanted expert is neither there nor under way: it needs the reader.
+        """
         self.expected.pop(layer, None)
         self.collect()
-        if self.coming:
-            self._give_up(self._readers.take_back(layer, wanted))
+        if not self.coming:
+            return
+        self._give_up(self._readers.take_back(layer, wanted))
+        keys = {self._map.key(layer, expert) for expert in wanted}
+        wrong = [key for key, job in self.coming.items() if job.layer == layer and key not in keys]
+        if wrong and any(key not in self.coming and self._map.slot_of[key] < 0 for key in keys):
+            for key in wrong:
+                job = self.coming.pop(key)
+                job.is_cancelled = True
+                self.cancelled.add(job)
 
     def adopt(self, layer: int, missing: Ids, batch: Batch) -> list[int]:
         """Makes reads of `missing` that batch's own; returns which. Those that are done go into the map."""
@@ -73,7 +100,7 @@ class Speculation:
         """Takes slots back for misses of `layer`; waits for a read into one of them if there is no other way."""
         self._give_up(self._readers.take_back())
         if is_urgent and not self._map.num_free(layer):
-            while any(self._map.in_one_run(job.layer, layer) for job in self.coming.values()):
+            while any(self._map.in_one_run(job.layer, layer) for job in (*self.coming.values(), *self.cancelled)):
                 if self._map.in_one_run(self.collect_one().layer, layer):
                     return
 
@@ -98,7 +125,7 @@ class Speculation:
         return np.concatenate([self._map.first_key[layer] + experts for layer, experts in self.expected.items()])
 
     def check(self) -> None:
-        slots = [job.slot for job in self.coming.values()]
+        slots = [job.slot for job in (*self.coming.values(), *self.cancelled)]
         assert (self._map.state[slots] == State.LOADING).all(), "a slot that is read into was given away"
         assert len(slots) == len(set(slots)), "two speculative reads into one slot"
         assert all(self._map.slot_of[key] < 0 for key in self.coming), "an expert is resident and being read"

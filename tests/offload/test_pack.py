@@ -14,7 +14,7 @@ from moe.offload.cache import ExpertCache
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.index import index_experts
 from moe.offload.pack import pack
-from moe.offload.stores import FileStore, MmapStore, RamStore
+from moe.offload.stores import FileStore, MmapStore, RamStore, aligned_bytes
 from tests.families import (
     IN_SLOTS,
     expert_parameters,
@@ -183,3 +183,26 @@ def test_an_interrupted_pack_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack(*arguments, tmp_path / "packed", progress=interrupt)
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
+
+
+def test_an_expert_in_parts_is_the_expert(tmp_path, monkeypatch):
+    """One part a read, the last may be shorter; a flipped bit is found when the last part is there."""
+    checkpoint, index = opened(tiny_checkpoint("qwen3_moe", tmp_path / "original"), "qwen3_moe")
+    _, packed = opened(pack(checkpoint, index, tmp_path / "packed"), "qwen3_moe")
+    whole, nbytes = RamStore.read_from(FileStore(packed, direct=False)), packed.layouts[0].nbytes
+    for part, direct in ((4096, True), (12288, True), (1 << 20, True), (4096, False)):
+        monkeypatch.setattr("moe.offload.stores.PART_BYTES", part)
+        out = aligned_bytes(nbytes)
+        moved = list(FileStore(packed, direct=direct).read_parts(0, 1, out))
+        step = part if direct else nbytes
+        assert moved == [min(end, nbytes) for end in range(step, nbytes + step, step)]
+        assert torch.equal(out, whole.blobs[0][1])
+    (segment,) = packed.segments(0, 1)
+    with segment.path.open("r+b") as file:
+        file.seek(segment.offset)
+        byte = file.read(1)[0]
+        file.seek(segment.offset)
+        file.write(bytes([byte ^ 1]))
+    monkeypatch.setattr("moe.offload.stores.PART_BYTES", 4096)
+    with pytest.raises(OSError, match="layer 0, expert 1"):
+        list(FileStore(packed, direct=True).read_parts(0, 1, aligned_bytes(nbytes)))

@@ -1,6 +1,7 @@
 """Laws of reading ahead: it changes when bytes move, never which; each is useful, late, wasted or still unused."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -38,11 +39,28 @@ def check_law(cache):
 
 def settle(cache):
     """Waits for all speculation."""
-    while cache.ahead.coming:
+    while cache.ahead.is_reading:
         cache.ahead.collect_one()
     cache.check()
 
 
+class InParts(Broken):
+    """Fails for the experts in `bad`, in the middle where it reads in parts; other threads may run between two."""
+
+    def read_parts(self, layer, expert, out):
+        nbytes = self.store.layouts[layer].nbytes
+        whole = self.store.blobs[layer][expert]
+        out.fill_(255)
+        for begin in range(0, nbytes, 97):
+            end = min(begin + 97, nbytes)
+            out[begin:end] = whole[begin:end]
+            if (layer, expert) in self.bad and begin >= 97:
+                raise OSError(5, "the disk is gone", "shard-7")
+            time.sleep(0)
+            yield end
+
+
+@pytest.mark.parametrize("kind", [Broken, InParts])
 @pytest.mark.parametrize("limit", [0, 1 << 18])  # misses by readers, or in this thread
 @settings(max_examples=60, deadline=None)
 @given(
@@ -51,10 +69,10 @@ def settle(cache):
     num_readers=st.integers(1, 3),
     bad=st.sets(with_layer(lambda layer: st.integers(0, NUM_EXPERTS[layer] - 1)), max_size=2),
 )
-def test_any_order_of_acquire_prefetch_and_errors(limit, steps, num_slots, num_readers, bad):
+def test_any_order_of_acquire_prefetch_and_errors(kind, limit, steps, num_slots, num_readers, bad):
     kept, cache_module.INLINE_READ_BYTES = cache_module.INLINE_READ_BYTES, limit
     try:
-        store = Broken(make_store(), bad)
+        store = kind(make_store(), bad)
         cache = ExpertCache(store, num_slots, num_readers=num_readers)
         asked = 0
         for (layer, wanted), (other, ahead), most in steps:
@@ -176,6 +194,93 @@ def test_what_has_not_begun_is_dropped_when_the_routing_is_known_or_becomes_a_mi
     assert store.reads == [(1, 4), (1, 0)]
     assert cache.stats[1].prefetch_bytes == store.layouts[1].nbytes  # of 4; 0 was read as a miss
     assert cache.stats[1].late_bytes == 0
+
+
+class GatedParts(Gated):
+    """Experts that are read ahead come in three parts; each waits for a permit."""
+
+    def read_parts(self, layer, expert, out):
+        for nbytes in (100, 200, len(out)):
+            with self.lock:
+                self.reads.append((layer, expert, nbytes))
+            self.begun.release()
+            assert self.permits.acquire(timeout=20)
+            out.copy_(self.store.blobs[layer][expert])
+            yield nbytes
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """The same, of a store that reads in parts."""
+    monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
+    store = GatedParts()
+    cache = ExpertCache(store, 3, num_readers=1)
+    yield store, cache
+    store.let(100)
+    cache.close()
+
+
+def test_a_miss_is_read_between_two_parts_of_speculation(parts):
+    store, cache = parts
+    cache.prefetch(1, [4])
+    store.wait_begun()
+    waves = cache.acquire(0, [3])
+    threading.Timer(0.05, store.let, [2]).start()  # a part, and the miss
+    assert next(waves).experts.tolist() == [3]
+    waves.close()
+    store.let(2)
+    settle(cache)
+    assert store.reads == [(1, 4, 100), (0, 3), (1, 4, 200), (1, 4, store.layouts[1].nbytes)]
+    assert take(cache, 1, [4]) == [4]
+    assert cache.stats[1].useful_bytes == store.layouts[1].nbytes
+    check_law(cache)
+
+
+def test_a_wrong_read_is_cancelled_between_two_parts_when_its_layer_misses(parts):
+    store, cache = parts
+    cache.prefetch(1, [4, 2])
+    store.wait_begun()
+    threading.Timer(0.05, store.let, [2]).start()  # a part of 4, and the miss
+    assert take(cache, 1, [0]) == [0]
+    settle(cache)
+    assert store.reads == [(1, 4, 100), (1, 0)]
+    assert (cache.resident_slots(1)[[4, 2]] < 0).all()
+    stats = cache.stats[1]
+    assert (stats.prefetch_bytes, stats.wasted_bytes, stats.bytes_read) == (100, 100, 100 + store.layouts[1].nbytes)
+    check_law(cache)
+    store.let(1)
+    assert take(cache, 1, [4]) == [4]  # anew
+
+
+def test_a_wrong_read_goes_on_where_nothing_is_missed(parts):
+    store, cache = parts
+    store.let(1)
+    assert take(cache, 1, [0]) == [0]
+    store.wait_begun()
+    cache.prefetch(1, [4])
+    store.wait_begun()
+    assert take(cache, 1, [0]) == [0]
+    store.let(3)
+    settle(cache)
+    assert cache.resident_slots(1)[4] >= 0
+    check_law(cache)
+
+
+def test_what_is_due_sooner_goes_first_and_a_newer_word_on_a_layer_replaces_the_older(gated):
+    store, cache = gated
+    store.let(1)
+    take(cache, 0, [0])
+    store.wait_begun()
+    cache.prefetch(2, [1, 0])
+    store.wait_begun()  # the reader has (2, 1)
+    cache.prefetch(1, [4])
+    store.let(1)
+    store.wait_begun()  # and now (1, 4), which came last
+    cache.prefetch(2, [2, 1])
+    store.let(2)
+    settle(cache)
+    assert store.reads == [(0, 0), (2, 1), (1, 4), (2, 2)]  # and not (2, 0)
+    assert cache.resident_slots(1)[4] >= 0
 
 
 def test_speculation_takes_no_slot_that_is_held_and_gives_way_to_misses(gated):
