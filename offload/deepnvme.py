@@ -21,6 +21,7 @@ from torch.utils import cpp_extension
 from moe.offload.integrity import CheckReads, ReadCheck
 from moe.offload.layout import ALIGNMENT
 from moe.offload.segments import ExpertIndex
+from moe.offload.stores import ExpertStore, FileStore
 
 log = logging.getLogger(__name__)
 
@@ -147,3 +148,8 @@ class DeepNvmeStore:
     def close(self) -> None:
         """No read may be under way."""
         self._reads.close()
+
+
+def file_store(index: ExpertIndex, io: str | None, *, direct: bool | None, check: CheckReads) -> ExpertStore:
+    """The store of files that reads by `io`: "deepnvme", else preadv. Raises what the two raise."""
+    return DeepNvmeStore(index, check=check) if io == "deepnvme" else FileStore(index, direct=direct, check=check)

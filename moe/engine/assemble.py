@@ -47,9 +47,9 @@ from moe.models.load import load_dense
 from moe.models.neighbours import why_not_packed
 from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
-from moe.offload.deepnvme import DeepNvmeStore
+from moe.offload.deepnvme import file_store
 from moe.offload.shared import SharedStore
-from moe.offload.stores import ExpertStore, FileStore, MmapStore, RamStore
+from moe.offload.stores import ExpertStore, MmapStore, RamStore
 from moe.placement.plan import Plan
 from moe.placement.wire_format import ModelSizes
 
@@ -360,11 +360,9 @@ def try_a_token(model: Any, blueprint: Blueprint, is_packed: bool, is_parallel: 
 
 
 def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:
-    index, check, direct = blueprint.index, offload.check, offload.direct
     if offload.store == "mmap":
-        return MmapStore(index, check=check)
-    by_preadv = offload.io != "deepnvme"
-    files = FileStore(index, direct=direct, check=check) if by_preadv else DeepNvmeStore(index, check=check)
+        return MmapStore(blueprint.index, check=offload.check)
+    files = file_store(blueprint.index, offload.io, direct=offload.direct, check=offload.check)
     if offload.store != "ram":
         return files
     try:
