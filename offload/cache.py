@@ -9,8 +9,8 @@ One thread acquires and prefetches; readers touch only the bytes of the slot tha
 """
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from moe.offload.copies import filling_of
+from moe.offload.device_cache import DeviceCache, lend
 from moe.offload.device_slots import DeviceSlots
 from moe.offload.host_copies import host_copies
 from moe.offload.layer_stats import LayerStats
-from moe.offload.layout import ALIGNMENT
 from moe.offload.policy import Policy, named_policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
 from moe.offload.slab import Slab
 from moe.offload.slot_map import Ids, Keys, SlotMap
 from moe.offload.slot_reads import SlotReads
-from moe.offload.slot_runs import slot_runs, slot_shares
+from moe.offload.slot_runs import slot_shares
 from moe.offload.speculation import Speculation
-from moe.offload.stores import ExpertStore, aligned_bytes
+from moe.offload.stores import ExpertStore
 
 # Below this a read from the page cache costs less than handing it to another thread and back (bench/bench_stores.py).
 INLINE_READ_BYTES = 1 << 18
@@ -71,22 +71,15 @@ class ExpertCache:
             raise ValueError(f"num_slots ({num_slots}) must be between 1 and the number of experts ({total})")
         self.device = torch.device(device)
         self.blob_bytes = max(layout.nbytes for layout in store.layouts)
-        runs = slot_runs([layout.nbytes for layout in store.layouts], counts, num_slots)
-        on_host = self.device.type == "cpu"
-        # On the host addresses cost nothing until a slot is filled.
-        rooms = [sum(self.num_experts[n] for n in run.layers) if on_host else run.num_slots for run in runs]
-        nbytes = Slab.nbytes(runs, rooms)
-        memory = aligned_bytes(nbytes) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-        assert memory.data_ptr() % (ALIGNMENT if on_host else 16) == 0, memory.data_ptr()
-        self.slab = Slab(runs, rooms, memory)
+        self.slab = Slab.made([x.nbytes for x in store.layouts], counts, self.num_experts, num_slots, self.device)
         self._blobs = [self.slab.of_layer(layer) for layer in range(len(self.num_experts))]
         self.policy = named_policy(policy, self.num_experts) if isinstance(policy, str) else policy
-        self.map = SlotMap(self.num_experts, [run.num_slots for run in runs], rooms, self.slab.run_of_layer)
+        self.map = SlotMap(self.num_experts, self.slab.slots_of_run, self.slab.rooms, self.slab.run_of_layer)
         self._acquiring: int | None = None  # the layer of the open acquire with misses
         self._views = [layout.views(blobs) for layout, blobs in zip(store.layouts, self._blobs)]
         self._stats = [LayerStats() for _ in self.num_experts]
-        self.pinned: DeviceSlots | None = None
-        self._pins: Ids = np.empty(0, np.int32)
+        self.pinned: DeviceSlots | DeviceCache | None = None
+        self._give_back: Callable[[], object] = lambda: None
         self._filling = filling_of(self.device, self.map.room, self.blob_bytes)
         self.from_host = host_copies(self._filling, store, self._blobs)
         self.reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
@@ -112,6 +105,7 @@ class ExpertCache:
             self.ahead.settle(layer, ids)
         if not ids:
             return
+        assert not isinstance(self.pinned, DeviceCache), "the device keeps the slots"
         if min(ids) < 0:
             raise IndexError(f"expert {min(ids)} of layer {layer} does not exist")
         if len(set(ids)) != len(ids):
@@ -167,6 +161,8 @@ class ExpertCache:
 
     def resident_slots(self, layer: int) -> Tensor:
         """int32 [E]: the slot of each expert of `layer`, -1 where it is not resident. A live view: do not write."""
+        if isinstance(self.pinned, DeviceCache):
+            return self.pinned.slots_of(layer)
         return torch.from_numpy(self.map.of_layer[layer])
 
     def pin(self, experts: Sequence[Sequence[int]] | None = None) -> DeviceSlots | None:
@@ -176,19 +172,29 @@ class ExpertCache:
         Nothing may be pinned already.
         """
         assert self.pinned is None, "experts are pinned already"
-        found = self.map.tables(experts)
-        if found is None:
+        if (found := self.map.tables(experts)) is None:
             return None
-        tables, self._pins = found
-        self._hold(self._pins)
-        self.pinned = DeviceSlots(tables, self.device)
+        tables, slots = found
+        self._hold(slots)
+        self.pinned, self._give_back = DeviceSlots(tables, self.device), partial(self._release, slots)
         return self.pinned
 
+    def lend(self) -> DeviceCache | None:
+        """Leaves slots, policy and misses to the device until `unpin`: nothing can be acquired meanwhile.
+
+        None where it cannot keep them, as `device_cache.lend` says. Nothing may be pinned. Counts as `pin` does.
+        """
+        assert self.pinned is None, "experts are pinned already"
+        self.ahead.finish()
+        if (lent := lend(self.map, self.policy, self.store, self._blobs, self._filling)) is not None:
+            self.pinned, self._give_back = lent, lent.give_back
+        return lent
+
     def unpin(self) -> None:
-        """The experts that were pinned, if any, may be evicted again. A host sync for their counts."""
+        """What was pinned or lent, if anything, is the cache's again. A host sync for the counts."""
         if self.pinned is not None:
             self._stats, self.pinned = self.stats, None
-            self._release(self._pins)
+            self._give_back()
 
     @property
     def num_slots(self) -> int:
@@ -226,10 +232,7 @@ class ExpertCache:
     @property
     def stats(self) -> list[LayerStats]:
         """By layer, as of now: read again for later figures. While experts are pinned a host sync."""
-        if (pinned := self.pinned) is None:
-            return self._stats
-        each = zip(self._stats, pinned.counts())
-        return [replace(s, hits=s.hits + of.experts, waves=s.waves + of.visits) for s, of in each]
+        return self._stats if self.pinned is None else self.pinned.added_to(self._stats)
 
     def preload(self, experts: Sequence[Sequence[int]] | None = None) -> None:
         """Reads experts into slots, layer by layer, until none is free; counts no hits and no misses.
@@ -278,14 +281,16 @@ class ExpertCache:
                 slots = self.map.of_layer[layer].take(wanted)  # some may have arrived meanwhile
                 stats.useful_bytes += self.ahead.used(layer, wanted)
             missing = [e for e in wanted[slots < 0].tolist()[::-1] if e not in adopted]  # taken from the end
-            ready = self._held_wave(Wave(wanted[slots >= 0], slots[slots >= 0]))
+            ready = Wave(wanted[slots >= 0], slots[slots >= 0])
+            self._hold(ready.slots)
             stats.hits += len(ready.slots)
             stats.misses += len(wanted) - len(ready.slots)
             while True:
                 self._start_reads(layer, missing, batch, is_waiting=not len(ready.slots))
                 has_read = self.reads_inline and self.from_host is None and not batch.done.empty()
                 if has_read or not len(ready.slots):  # what was read in this thread joins the wave
-                    arrived = self._held_wave(self._arrivals(layer, batch))
+                    arrived = self._arrivals(layer, batch)
+                    self._hold(arrived.slots)
                     ready = Wave(*(np.concatenate(pair) for pair in zip(ready, arrived)))
                 assert len(ready.slots), "no slot can be had: all are held by other acquires"
                 stats.waves += 1
@@ -301,10 +306,6 @@ class ExpertCache:
             while batch.num_reading:  # the consumer stopped early: wait for what is being read right now
                 batch.num_reading -= 1
                 self._enter(batch.done.get())
-
-    def _held_wave(self, wave: Wave) -> Wave:
-        self._hold(wave.slots)
-        return wave
 
     def _hold(self, slots: Ids) -> None:
         self.map.hold(slots)

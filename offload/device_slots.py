@@ -6,12 +6,14 @@ own law takes care of: a slot that is HELD is never given away.
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe.offload.layer_stats import LayerStats
 from moe.offload.slot_map import Ids
 
 
@@ -39,7 +41,7 @@ class DeviceSlots:
             self._experts = torch.zeros(len(table), dtype=torch.int64, device=device)
             self._one = self._table.new_ones(1)
         self._rows = list(zip(self._table.unbind(), self._asked.unbind()))
-        self._visits = [0] * len(table)
+        self.visits = [0] * len(table)  # by layer; a forward that is replayed from a graph does not count its own
         self._last_layer = -1
         self._counting = threading.Lock()
 
@@ -53,29 +55,24 @@ class DeviceSlots:
         self._last_layer = layer
         table, asked = self._rows[layer]
         asked.put_(ids, self._one.expand(ids.shape), accumulate=True)
-        self._visits[layer] += 1
+        self.visits[layer] += 1
         return table.take(ids)
-
-    @property
-    def visits(self) -> list[int]:
-        """By layer. A forward that is replayed from a graph counts its experts by itself; its visits are set here."""
-        return list(self._visits)
-
-    @visits.setter
-    def visits(self, visits: Sequence[int]) -> None:
-        self._visits = list(visits)
 
     def counts(self) -> list[Visits]:
         """By layer, since the start or the last `reset`. A host sync."""
         with self._counting:
             experts = self._experts + self._num_asked()
-        return [Visits(*pair) for pair in zip(self._visits, experts.tolist())]
+        return [Visits(*pair) for pair in zip(self.visits, experts.tolist())]
+
+    def added_to(self, stats: Sequence[LayerStats]) -> list[LayerStats]:
+        """These figures and the counts. A host sync."""
+        return [replace(s, hits=s.hits + of.experts, waves=s.waves + of.visits) for s, of in zip(stats, self.counts())]
 
     def reset(self) -> None:
         with self._counting:
             self._asked.zero_()
             self._experts.zero_()
-        self._visits = [0] * len(self._visits)
+        self.visits = [0] * len(self.visits)
 
     def _end_forward(self) -> None:
         with self._counting:

@@ -40,15 +40,16 @@ def smallest(scores: npt.NDArray[np.float64], count: int) -> Keys:
 
 
 class Lru:
-    """Evicts the keys whose last use is longest ago."""
+    """Evicts the keys whose last use is longest ago. scores, rule, now: what kernels/slot_lookup.py follows."""
 
     def __init__(self, num_experts: Sequence[int]) -> None:
-        self._last = np.zeros(sum(num_experts))
-        self._now = 0
+        self.scores = np.zeros((2, sum(num_experts)))
+        self._last = self.scores[0]
+        self.rule, self.now = (1.0, 1.0, 0.0, 0.0, 1.0), 0.0
 
     def used(self, layer: int, keys: Keys) -> None:
-        self._now += 1
-        self._last[keys] = self._now
+        self.now += 1
+        self._last[keys] = self.now
 
     def victims(self, keys: Keys, count: int) -> Keys:
         return smallest(self._last[keys], count)
@@ -59,19 +60,20 @@ class Lfu:
 
     The estimate is the rate of use, where a visit of the layer loses half its weight in `half_life` visits, plus
     `recency` x 2^-(visits since the last use): tokens that follow each other share experts more than their rates say.
-    Counts of evicted keys are kept. `used` costs O(experts of the layer).
+    Counts of evicted keys are kept. `used` costs O(experts of the layer). scores, rule, now: as of `Lru`.
     """
 
     def __init__(self, num_experts: Sequence[int], *, half_life: float = 64.0, recency: float = 0.2) -> None:
         if not (half_life > 0 and recency >= 0):
             raise ValueError(f"half_life ({half_life}) must be > 0 visits and recency ({recency}) >= 0")
         first = [0, *np.cumsum(num_experts).tolist()]
-        scores = np.zeros((2, first[-1]))
+        self.scores = scores = np.zeros((2, first[-1]))
         self._rates, self._recent = scores
         self._of_layer = [scores[:, a:b] for a, b in pairwise(first)]
         aged = 0.5 ** (1.0 / half_life)
         self._ageing = np.array([[aged], [0.5]])
         self._gain, self._recency = 1.0 - aged, recency
+        self.rule, self.now = (aged, 0.5, self._gain, recency, 0.0), 0.0
 
     def used(self, layer: int, keys: Keys) -> None:
         scores = self._of_layer[layer]

@@ -6,7 +6,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from moe.offload.slot_runs import SlotRun
+from moe.offload.layout import ALIGNMENT
+from moe.offload.slot_runs import SlotRun, slot_runs
+from moe.offload.stores import aligned_bytes
 
 
 class Slab:
@@ -14,11 +16,28 @@ class Slab:
 
     def __init__(self, runs: Sequence[SlotRun], rooms: Sequence[int], memory: Tensor) -> None:
         assert len(memory) == self.nbytes(runs, rooms), (len(memory), runs, rooms)
-        self.runs, self.memory = list(runs), memory
+        self.runs, self.rooms, self.memory = list(runs), list(rooms), memory
+        self.slots_of_run = [run.num_slots for run in runs]
         self._first = list(accumulate(rooms, initial=0))
         self._begin = list(accumulate((run.nbytes * room for run, room in zip(runs, rooms)), initial=0))
         of_layer = {layer: i for i, run in enumerate(runs) for layer in run.layers}
         self.run_of_layer = [of_layer[layer] for layer in range(len(of_layer))]
+
+    @staticmethod
+    def made(
+        sizes: Sequence[int], counts: Sequence[int], num_experts: Sequence[int], num_slots: int, device: torch.device
+    ) -> "Slab":
+        """Shared out among sizes of experts; `num_slots` on a device, on the host room for all: untouched it is free.
+
+        sizes: bytes of an expert by layer; counts: experts by layer that will ask for slots.
+        """
+        runs = slot_runs(sizes, counts, num_slots)
+        on_host = device.type == "cpu"
+        rooms = [sum(num_experts[n] for n in run.layers) if on_host else run.num_slots for run in runs]
+        nbytes = Slab.nbytes(runs, rooms)
+        memory = aligned_bytes(nbytes) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        assert memory.data_ptr() % (ALIGNMENT if on_host else 16) == 0, memory.data_ptr()
+        return Slab(runs, rooms, memory)
 
     @staticmethod
     def nbytes(runs: Sequence[SlotRun], rooms: Sequence[int]) -> int:

@@ -151,6 +151,29 @@ class SlotMap:
         last = slots[self._holds[slots] == 0]
         self._move(last, State.HELD, State.RESIDENT)
 
+    def lend(self) -> None:
+        """Someone else moves experts from now on: no slot is free, none may be evicted. Of a map with one run."""
+        assert len(self.rooms) == 1, self.rooms
+        assert not self._num_loading, "experts are being read"
+        assert not self._holds.any(), "experts are in use"
+        self.hold(np.flatnonzero(self.state == State.RESIDENT).astype(np.int32))
+        for _ in range(self.num_free(0)):
+            self.take(0)
+
+    def take_back(self, key_of: Keys) -> None:
+        """The slots that were lent have these experts now, -1 = none."""
+        held = np.flatnonzero(self.state == State.HELD).astype(np.int32)
+        self.release(held)
+        self.evict(self.key_of[held])
+        for slot in np.flatnonzero(self.state == State.LOADING).tolist():
+            self.drop(slot)
+        for slot in [self.take(0) for _ in range(self.num_free(0))]:
+            key = int(key_of[slot]) if slot < len(key_of) else -1
+            if key < 0:
+                self.drop(slot)
+            else:
+                self.fill(slot, key)
+
     def evictable(self, layer: int) -> npt.NDArray[np.bool_]:
         """Of all keys, those that are RESIDENT and not held, in slots that experts of `layer` may take."""
         can: npt.NDArray[np.bool_] = (self.slot_of >= 0) & (self._run_of_key == self._run_of_layer[layer])

@@ -56,6 +56,11 @@ class Speculation:
         while self.is_reading and not self.batch.done.empty():
             self.collect_one()
 
+    def finish(self) -> None:
+        """Waits for all reads."""
+        while self.is_reading:
+            self.collect_one()
+
     def collect_one(self) -> Job:
         """Waits for a read and takes it into the map."""
         arrival = self.batch.done.get()

@@ -16,6 +16,7 @@ from moe.kernels.aot.fake import Binary, FakeDriver
 from moe.kernels.block_kernels import Turn, add_norm, turned
 from moe.kernels.gate import GateConfig, gate
 from moe.kernels.paged_attention import Pages, Scores, paged_attention
+from moe.kernels.slot_lookup import Scratch, SlotState, gather, route
 from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, serving_tokens
 from moe.kernels.weights import Activation, ExpertWeights
 
@@ -146,6 +147,20 @@ def launched_attention(chip: FakeDriver, shape: Heads) -> Iterator[Compiled]:
         yield _examined(binary, shape.name, f"sm_{chip.target.arch}", "attention", 1)
 
 
+def launched_lookup(chip: FakeDriver, num_slots: int) -> Iterator[Compiled]:
+    """What keeps a cache of so many slots, of layers of 128 experts: few ids and many, a kernel each."""
+    before, keys = len(chip.loaded), 48 * 128
+    flat = [torch.zeros(size, dtype=torch.int32) for size in (keys, num_slots)]
+    flat += [torch.zeros(size, dtype=torch.float64) for size in (2 * keys, 5, 1)]
+    state = SlotState(flat[0], flat[1], flat[2].view(2, -1), flat[3], flat[4], torch.zeros(48, 2, dtype=torch.int64))
+    scratch = Scratch(*(torch.zeros(shape, dtype=torch.int32) for shape in ((128,), (2, 128), (1,))))
+    for layer, count in ((0, 1), (1, 16), (47, 1024)):
+        route(torch.zeros(count, 8, dtype=torch.int64), layer, 128 * layer, 128, state, scratch)
+        gather(scratch, min(128, 8 * count), flat[0].long(), torch.zeros(1, 4096, dtype=torch.uint8), 4096)
+    for binary in chip.loaded[before:]:
+        yield _examined(binary, f"lookup in {num_slots} slots", f"sm_{chip.target.arch}", "lookup", 1)
+
+
 def launched_block(chip: FakeDriver, shape: Heads) -> Iterator[Compiled]:
     """What lies between a decoding layer's products, for one token and several: a kernel each, two of the norm."""
     before = len(chip.loaded)
@@ -189,6 +204,7 @@ def show_launches(archs: Sequence[str], only: str, out: Path | None) -> int:
         chip = FakeDriver(int(arch[3:])).install()
         heads = [shape for shape in HEADS if only in shape.name]
         runs = [of(chip, shape) for shape in heads for of in (launched_attention, launched_block)]
+        runs += [launched_lookup(chip, slots) for slots in (192, 3072) if only in f"lookup in {slots} slots"]
         runs += [launched(chip, shape) for shape in SHAPES if only in shape.name]
         for row in chain(launched_gate(chip), *runs):
             rows.append(row)

@@ -166,7 +166,7 @@ class DecodeGraphs:
             resident.nobody = lengths[:, None] == 0
             return self._runner.logits(tokens[None].long(), positions[None].long(), layout).float()
 
-        before = resident.slots.visits
+        before = list(resident.slots.visits)
         try:
             with self._unchecked():
                 replay, logits = self._capture.capture(run)
@@ -184,6 +184,6 @@ def why_not(runner: PackedRunner, experts: SlotExperts) -> str | None:
     if experts.parallel is not None:
         return "its experts are shared with other ranks"
     if not isinstance(experts.runner, Resident):
-        return "not all experts are in slots for good"
+        return "the host decides what is in slots: not all experts fit, nor are they in host memory (offload.store=ram)"
     seen_by = [*experts.routing.stages, *experts.routing.observers]
     return f"{type(seen_by[0]).__name__} looks at its routing on the host" if seen_by else None

@@ -44,6 +44,7 @@ class Turns:
     def watch(self, experts: SlotExperts) -> None:
         """Sees from now on what is routed there, and what is in a slot."""
         experts.routing.observers.append(self.forwards)
+        experts.settle()  # what the device keeps to itself cannot be seen
         self.slot_of = experts.cache.map.slot_of
 
     def _learn(self, step: StepContext, layers: Sequence[RoutedLayer]) -> None:

@@ -21,6 +21,8 @@ from moe.layer.parallel import ExpertParallel
 from moe.layer.routing import Routing, RoutingSeam, StepContext
 from moe.layer.runners import LayerKernel, LayerRunner, Resident, Waves
 from moe.offload.cache import ExpertCache
+from moe.offload.device_cache import DeviceCache
+from moe.offload.device_slots import DeviceSlots
 
 
 class ReferenceKernel:
@@ -112,15 +114,21 @@ class SlotExperts:
         self.settle()
 
     def settle(self) -> None:
-        """Chooses who runs from here on: `Resident` if all experts of this rank are in slots, which then stay there.
+        """Chooses who runs from here on: `Resident` if all experts of this rank are in slots, which then stay there, or
+        if the device can fetch them by itself.
 
         Between two steps. It is done again by itself, when the plan changes and when the last expert has come.
         """
         self._plan = None if self.parallel is None else self.parallel.plan
-        self._fills = self.cache.map.num_fills
         own = None if self.parallel is None else self.parallel.hosted
         self.cache.unpin()
-        pinned = None if self.cache.map.num_lacking(own) else self.cache.pin(own)
+        self._fills = self.cache.map.num_fills
+        pinned: DeviceSlots | DeviceCache | None = None
+        if not self.cache.map.num_lacking(own):
+            pinned = self.cache.pin(own)
+        on_device = self.parallel is None and not self.routing.observers and self.kernels_by_device
+        if pinned is None and on_device:
+            pinned = self.cache.lend()
         self.runner = self.waves if pinned is None else Resident(pinned, self.kernels)
 
     def fetch_share(self) -> None:
@@ -190,6 +198,11 @@ class SlotExperts:
         if layer == 0 and self._has_changed:
             self.settle()
         return self.runner.run(layer, x, ids, topk_weights)
+
+    @property
+    def kernels_by_device(self) -> bool:
+        """Whether Triton's kernels compute, on a GPU or interpreted."""
+        return not isinstance(self.kernels[0], (ReferenceKernel, CpuExperts))
 
     @property
     def _has_changed(self) -> bool:

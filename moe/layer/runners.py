@@ -1,6 +1,7 @@
 """Who computes the rows of a layer that are this rank's: by slots that are known on the device, or by waves.
 
-    Resident   ids ─▶ slots = table[layer][ids] ─▶ kernel            all experts of this rank are in slots for good
+    Resident   ids ─▶ slots = table[layer][ids] ─▶ kernel    all of this rank's are in slots for good, or the device
+                                                             fetches what is missing from host memory
     Waves      ids ─▶ host ─▶ cache.acquire ─▶ wave: experts, slots ─▶ kernel ─▶ y[t, k] ─▶ Σ_k w·y
                                       └── next wave while slots are fewer than experts
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from moe.kernels.reference import combine_reference
 from moe.offload.cache import ExpertCache
+from moe.offload.device_cache import DeviceCache
 from moe.offload.device_slots import DeviceSlots
 from moe.offload.slot_map import Ids
 
@@ -44,13 +46,13 @@ class LayerRunner(Protocol):
 
 
 class Resident:
-    """All experts that are asked for are in slots and stay there. Two launches beside the kernel, no host sync.
+    """Slots are known on the device: all experts are there for good, or it fetches them by itself. No host sync.
 
     nobody: bool [N, 1] on the device, places of the batch that no token has, whose experts are not asked for, or None;
     a place may have several rows.
     """
 
-    def __init__(self, slots: DeviceSlots, kernels: Sequence[LayerKernel]) -> None:
+    def __init__(self, slots: DeviceSlots | DeviceCache, kernels: Sequence[LayerKernel]) -> None:
         self.slots, self.kernels = slots, kernels
         self.nobody: Tensor | None = None
 
