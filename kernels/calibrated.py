@@ -31,7 +31,7 @@ def encode_calibrated(w: Tensor, code: CodeName, columns: int, scale_dtype: torc
     columns = min(columns, k)
     square = x.T @ x / len(x)  # [k, k]
     importance = square.diagonal().clone()
-    spread = _spread(square)
+    onward = spread(square)
     w, stored = w.clone(), torch.empty_like(w)
     scales = []
     for start in range(0, k, columns):
@@ -39,11 +39,11 @@ def encode_calibrated(w: Tensor, code: CodeName, columns: int, scale_dtype: torc
         scale = best_scale(w[:, None, group], code, scale_dtype, importance[group]).squeeze(1)  # [n]
         scales.append(scale)
         for first in range(start, group.stop, _STEP):
-            _round(w, stored, slice(first, min(first + _STEP, group.stop)), scale.float(), spread, code)
+            _round(w, stored, slice(first, min(first + _STEP, group.stop)), scale.float(), onward, code)
     return Encoded(pack_codes(stored, code), torch.stack(scales, 1))
 
 
-def _spread(square: Tensor) -> Tensor:
+def spread(square: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse: row j says how the loss of column j is spread over those after it."""
     dead = square.diagonal() == 0
     square = square.double()
@@ -54,12 +54,12 @@ def _spread(square: Tensor) -> Tensor:
     return (upper / upper.diagonal()[:, None]).float()
 
 
-def _round(w: Tensor, stored: Tensor, step: slice, scale: Tensor, spread: Tensor, code: CodeName) -> None:
+def _round(w: Tensor, stored: Tensor, step: slice, scale: Tensor, onward: Tensor, code: CodeName) -> None:
     """Rounds these columns into `stored`, and moves the losses to the columns of `w` that follow."""
     divisor = torch.where(scale == 0, 1.0, scale)
     losses = torch.empty_like(w[:, step])
     for j in range(step.start, step.stop):
         stored[:, j] = nearest(w[:, j] / divisor, code)
         losses[:, j - step.start] = loss = w[:, j] - stored[:, j] * divisor
-        w[:, j + 1 : step.stop] -= loss[:, None] * spread[j, j + 1 : step.stop]
-    w[:, step.stop :] -= losses @ spread[step, step.stop :]
+        w[:, j + 1 : step.stop] -= loss[:, None] * onward[j, j + 1 : step.stop]
+    w[:, step.stop :] -= losses @ onward[step, step.stop :]

@@ -23,7 +23,7 @@
 
 enum { F32, BF16, F16 };                              /* storage; the order of cpu.py's KINDS */
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS }; /* the order of cpu.py's _ACTIVATIONS */
-enum { E4M3, INT8, INT4, E2M1, LUT4, CODES };         /* the order of cpu.py's _CODES */
+enum { E4M3, INT8, INT4, E2M1, LUT4, NESTED, CODES };         /* the order of cpu.py's _CODES */
 enum { E8M0 = 3, E4M3_SCALE, INT8_ZERO };             /* scales may also be of these kinds */
 enum { NATURAL, PAIRS, EIGHTS, DOT };
 enum { LANES = 16, KC = 1024 }; /* they define the order of sums; do not tune per machine */
@@ -37,6 +37,8 @@ struct coding { /* kernels/formats.py's Coding of one matrix: slot 0, then bytes
     const char *scale, *zero, *factor, *table, *group_of;
     int64_t scale_slot, zero_slot, factor_slot, table_slot, group_slot;
     int64_t code, scale_kind, rows, columns, groups, row_blocks, parts, interleaved; /* row_blocks: of a part */
+    const char *residual[7];  /* of NESTED: bits, then codes and scales of 3, of 4 and of 8 bits */
+    int64_t residual_slot[7];
 };
 
 struct matrix { /* of one slot; strides in bytes */
@@ -121,12 +123,12 @@ SCALAR void *take(uintptr_t *at, int64_t size) {
 
 SCALAR int64_t size_of(int64_t kind) { return kind == F32 ? 4 : 2; }
 
-SCALAR int is_nibble(const struct coding *q) { return q->code >= INT4; }
+SCALAR int is_nibble(const struct coding *q) { return q->code >= INT4 && q->code != NESTED; }
 
 /* Whether cpu_codes.h multiplies them: the columns of a vector, or of its lanes, share their scales. */
 SCALAR int codes_are_fast(const struct matrix *w) {
     int64_t columns = w->coding.columns;
-    if (w->coding.group_of) return 0;
+    if (w->coding.group_of || w->coding.code == NESTED) return 0;
     if (columns >= w->k) return 1;
     if (!is_nibble(&w->coding)) return columns % LANES == 0;
     return columns % (8 * LANES) == 0 || columns == 16 || columns == 32 || columns == 64;

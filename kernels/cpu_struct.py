@@ -9,12 +9,13 @@ from moe.kernels.formats import Coding
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALE_KINDS = {**KINDS, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4}
-_CODES = {"e4m3": 0, "int8": 1, "int4": 2, "e2m1": 3, "lut4": 4}
+_CODES = {"e4m3": 0, "int8": 1, "int4": 2, "e2m1": 3, "lut4": 4, "nested": 5}
 MOST_COLUMNS = 65536  # of a matrix of codes: scratch memory is sized for it
-MATRIX = Struct("=28q")  # struct matrix: 9 and whether it is coded, then the 18 of struct coding
+MATRIX = Struct("=42q")  # struct matrix: 9 and whether it is coded, then the 32 of struct coding
 BLOCK = Struct(f"={5 * MATRIX.size}s17q3f4x")  # struct block: five matrices, 7 pointers, 10 integers, 3 floats
 STEP = Struct("=18q")  # struct step
-_NO_CODING = (0,) * 19
+_NO_CODING = (0,) * 33
+_NO_RESIDUAL = (None,) * 7
 
 
 def pack_matrix(
@@ -31,10 +32,16 @@ def pack_matrix(
 
 
 def _pack_coding(coding: Coding, interleaved: bool) -> tuple[int, ...]:
-    pieces = coding.scale, coding.zero, coding.factor, coding.table, coding.group_of
-    addresses = [0 if piece is None else piece.data_ptr() for piece in pieces]
-    slots = [0 if piece is None else piece.stride(0) * piece.itemsize for piece in pieces]
+    addresses, slots = _places(coding.scale, coding.zero, coding.factor, coding.table, coding.group_of)
+    residual = _places(*(coding.residual or _NO_RESIDUAL))
     parts, row_blocks, groups = coding.scale.shape[1:]
     scale_kind, (rows, columns) = _SCALE_KINDS[coding.scale.dtype], coding.block
     kinds = _CODES[coding.code], scale_kind
-    return (1, *addresses, *slots, *kinds, rows, columns, groups, row_blocks, parts, int(interleaved))
+    sizes = rows, columns, groups, row_blocks, parts, int(interleaved)
+    return (1, *addresses, *slots, *kinds, *sizes, *residual[0], *residual[1])
+
+
+def _places(*pieces: Tensor | None) -> tuple[list[int], list[int]]:
+    """Address in slot 0 and bytes from slot to slot of each; 0 where it is absent."""
+    addresses = [0 if piece is None else piece.data_ptr() for piece in pieces]
+    return addresses, [0 if piece is None else piece.stride(0) * piece.itemsize for piece in pieces]

@@ -9,6 +9,7 @@ Plain data that every expert kernel and every checkpoint format agrees on. The m
     int4    nibble, offset 8   nibble - 8                           GPTQ, AWQ, compressed-tensors int4
     e2m1    nibble             E2M1[nibble]                         MXFP4, NVFP4, FP4 of DeepSeek-V4
     lut4    nibble             table[nibble], 16 fp32 of the matrix NF4
+    nested  planes of bits     kernels/nested.py                    2, 3, 4 or 8 bits, as the slot says
 
 A matrix [n, k] lies row by row with k contiguous; of nibbles, element 2j is in the low half of byte j, 2j + 1 in the
 high half, and a row takes ceil(k / 2) bytes: the last half byte of an odd row means nothing. In fp32:
@@ -26,7 +27,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-CodeName = Literal["e4m3", "int8", "int4", "e2m1", "lut4"]
+from moe.kernels.nested import Planes, nested_values, plane_bytes
+
+CodeName = Literal["e4m3", "int8", "int4", "e2m1", "lut4", "nested"]
 NIBBLE_CODES: frozenset[CodeName] = frozenset({"int4", "e2m1", "lut4"})
 CODE_DTYPES: dict[CodeName, torch.dtype] = {
     "e4m3": torch.float8_e4m3fn,
@@ -34,9 +37,30 @@ CODE_DTYPES: dict[CodeName, torch.dtype] = {
     "int4": torch.uint8,
     "e2m1": torch.uint8,
     "lut4": torch.uint8,
+    "nested": torch.uint8,
 }
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+class Residual(NamedTuple):
+    """What refines the base of a nested matrix [n, k], in slots that hold at most `most` bits of it (nested.py).
+
+    bits: int32 [S, 1], how many of a slot mean anything; codes: uint8 [S, P * n, bytes of the plane], scales of 3 and 4
+    bits uint8 [S, P, n, G], of 8 bits float16.
+    """
+
+    bits: Tensor
+    codes3: Tensor | None = None
+    scale3: Tensor | None = None
+    codes4: Tensor | None = None
+    scale4: Tensor | None = None
+    codes8: Tensor | None = None
+    scale8: Tensor | None = None
+
+    @property
+    def most(self) -> int:
+        return 8 if self.codes8 is not None else 4 if self.codes4 is not None else 3 if self.codes3 is not None else 2
 
 
 class Coding(NamedTuple):
@@ -54,17 +78,21 @@ class Coding(NamedTuple):
     factor: Tensor | None = None  # fp32 [S, P], multiplies the scales (NVFP4)
     table: Tensor | None = None  # fp32 [S, P, 16]; of lut4 only
     group_of: Tensor | None = None  # int32 [S, P, k], the group of each column (GPTQ with act-order)
+    residual: Residual | None = None  # of nested only, whose codes and scales are those of the base
 
     @property
     def name(self) -> str:
         """All that a kernel is compiled for: "int4 1x128 float16 zeros"."""
         more = ((self.zero, "zeros"), (self.factor, "factors"), (self.group_of, "groups"))
         rows, columns = self.block
-        words = [self.code, f"{rows}x{columns}", str(self.scale.dtype)[6:], *(w for t, w in more if t is not None)]
+        code = self.code if self.residual is None else f"{self.code}{self.residual.most}"
+        words = [code, f"{rows}x{columns}", str(self.scale.dtype)[6:], *(w for t, w in more if t is not None)]
         return " ".join(words)
 
 
 def bytes_per_row(code: CodeName, columns: int) -> int:
+    if code == "nested":
+        return plane_bytes(2, columns)
     return (columns + 1) // 2 if code in NIBBLE_CODES else columns
 
 
@@ -85,8 +113,18 @@ def decode(codes: Tensor, coding: Coding, columns: int, slot: int, *, interleave
     interleaved: rows are those of part 0 and part 1 in turn, as a gated activation may ask for it.
     """
     parts = coding.scale.shape[1]
-    each = codes.unflatten(0, (-1, parts)).transpose(0, 1) if interleaved else codes.unflatten(0, (parts, -1))
-    decoded = [_decode_part(part, coding, columns, slot, p) for p, part in enumerate(each)]
+
+    def apart(rows: Tensor) -> Tensor:
+        each: Tensor = rows.unflatten(0, (-1, parts) if interleaved else (parts, -1))
+        return each.transpose(0, 1) if interleaved else each
+
+    if coding.residual is None:
+        decoded = [_decode_part(part, coding, columns, slot, p) for p, part in enumerate(apart(codes))]
+    else:
+        bits, *more = coding.residual
+        own = (None if t is None else t[slot] if t.dim() == 4 else apart(t[slot]) for t in more)
+        planes = Planes(apart(codes), coding.scale[slot], *own)
+        decoded = list(nested_values(planes, int(bits[slot, 0]), columns, coding.block[1]))
     if parts == 1:
         return decoded[0]
     return torch.stack(decoded, 1).flatten(0, 1) if interleaved else torch.cat(decoded)

@@ -74,6 +74,8 @@ def reading(coding: Coding | None, columns: int, dtype: torch.dtype) -> Reading:
     if coding is None:
         return "float"
     group = coding.block[1]
+    if coding.code == "nested":
+        raise ValueError("Triton's kernels do not read nested precision; set kernel=reference, or pack as int4")
     if coding.code == "lut4" or coding.group_of is not None:
         return "wide"
     if group >= columns:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe.kernels.formats import CODE_DTYPES, SCALE_DTYPES, Coding, bytes_per_row, decode
+from moe.kernels.nested import PLANES, plane_bytes
 from moe.kernels.weights import Activation, ExpertWeights
 
 
@@ -186,6 +187,8 @@ def _check_coding(name: str, coding: Coding, slots: tuple[int, int], shape: tupl
     groups = -(-shape[1] // columns) if coding.group_of is None else coding.scale.shape[-1]
     grid = (*slots, -(-shape[0] // rows), groups)
     takes_zeros, is_table = coding.code in ("int8", "int4"), coding.code == "lut4"
+    if (coding.residual is not None) != (coding.code == "nested"):
+        raise ValueError(f"{name} is coded as {coding.code}; nested, and nothing else, has residual planes")
     if (coding.zero is not None and not takes_zeros) or (coding.table is not None) != is_table:
         raise ValueError(f"{name} is coded as {coding.code}; zeros go with int8 and int4 only, a table with lut4 only")
     for what, tensor, wanted, dtypes in (
@@ -194,6 +197,7 @@ def _check_coding(name: str, coding: Coding, slots: tuple[int, int], shape: tupl
         ("factors", coding.factor, slots, (torch.float32,)),
         ("tables", coding.table, (*slots, 16), (torch.float32,)),
         ("groups", coding.group_of, (*slots, shape[1]), (torch.int32,)),
+        *_residual_pieces(coding, slots, shape, grid),
     ):
         if tensor is None:
             continue
@@ -204,3 +208,27 @@ def _check_coding(name: str, coding: Coding, slots: tuple[int, int], shape: tupl
             )
         if len(tensor) and not tensor[0].is_contiguous():
             raise ValueError(f"{what} of {name} have strides {tensor.stride()}; one slot's must be contiguous")
+
+
+_Checked = tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]
+
+
+def _residual_pieces(
+    coding: Coding, slots: tuple[int, int], shape: tuple[int, int], grid: tuple[int, ...]
+) -> list[_Checked]:
+    """What of nested precision must have which shape and dtype; nothing of other codes."""
+    if coding.residual is None:
+        return []
+    rows, columns = coding.block
+    if rows != 1 or (columns % 16 and columns < shape[1]) or coding.scale.dtype != torch.float16:
+        raise ValueError(
+            f"nested precision has float16 scales of 1 x 16, 32, ... weights, not {coding.scale.dtype} of {rows} x "
+            f"{columns}"
+        )
+    bits, *planes = coding.residual
+    found: list[_Checked] = [("bits", bits, (slots[0], 1), (torch.int32,))]
+    for level, codes, scale in zip((3, 4, 8), planes[::2], planes[1::2]):
+        rows_of_codes = slots[0], slots[1] * shape[0], plane_bytes(PLANES[level], shape[1])
+        found.append((f"codes of {level} bits", codes, rows_of_codes, (torch.uint8,)))
+        found.append((f"scales of {level} bits", scale, grid, (torch.float16 if level == 8 else torch.uint8,)))
+    return found

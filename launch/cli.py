@@ -165,14 +165,14 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--config", type=named_path, metavar="FOLDER", help="of a .gguf: config.json and tokenizer of its model"
     )
-    pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4 or fp8: lossy")
-    pack.add_argument("--group", type=int, help="columns that share a scale, of int8 (a whole row) and int4 (32)")
+    pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4, fp8 or nested: lossy")
+    pack.add_argument("--group", type=int, help="columns that share a scale, of int8 (a row), int4 (32), nested (64)")
     pack.add_argument(
         "--calibrate",
         type=named_path,
         nargs="+",
         metavar="TEXT",
-        help="round so that answers to these texts change least (int8, int4, mxfp4), not to the nearest",
+        help="round so that answers to these texts change least (int8, int4, mxfp4, nested), not to the nearest",
     )
     pack.set_defaults(run="commands:pack")
 

@@ -194,7 +194,9 @@ def _pack(args: argparse.Namespace, checkpoint: Checkpoint, index: ExpertIndex) 
     if args.group is not None and args.experts is None:
         raise ValueError("--group says how experts are rounded; say to what with --experts int4 or int8")
     if args.calibrate and args.experts in (None, "fp8"):
-        raise ValueError("--calibrate says how experts are rounded; say to what with --experts int4, int8 or mxfp4")
+        raise ValueError(
+            "--calibrate says how experts are rounded; say to what with --experts int4, int8, mxfp4 or nested"
+        )
     to = None if args.experts is None else target_format(args.experts, args.group)
     seen = None
     if args.calibrate:

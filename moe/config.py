@@ -35,6 +35,7 @@ class OffloadConfig:
     io: Literal["preadv", "deepnvme"] | None = (
         None  # of store=file; None: preadv unless `moe probe` found the other faster
     )
+    bits: Literal["2", "3", "4", "8", "auto"] = "8"  # of experts in nested precision (offload/nested.py)
     readers: int | None = None  # threads that read; None decides by `moe probe`, else 2
     check: Literal["first", "always", "never"] = "first"  # when a packed expert is compared with its checksum
     # What the next layer will want is read ahead: by transitions that the run shows, by the next layer's own router, or

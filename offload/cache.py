@@ -71,7 +71,10 @@ class ExpertCache:
             raise ValueError(f"num_slots ({num_slots}) must be between 1 and the number of experts ({total})")
         self.device = torch.device(device)
         self.blob_bytes = max(layout.nbytes for layout in store.layouts)
-        self.slab = Slab.made([x.nbytes for x in store.layouts], counts, self.num_experts, num_slots, self.device)
+        self.spared = sum(layout.spared for layout in store.layouts)  # bytes of slots that are never touched
+        assert not self.spared or num_slots == sum(self.num_experts), "experts that differ in size must all have slots"
+        sizes, huge = [layout.nbytes for layout in store.layouts], not self.spared
+        self.slab = Slab.made(sizes, counts, self.num_experts, num_slots, self.device, huge=huge)
         self._blobs = [self.slab.of_layer(layer) for layer in range(len(self.num_experts))]
         self.policy = named_policy(policy, self.num_experts) if isinstance(policy, str) else policy
         self.map = SlotMap(self.num_experts, self.slab.slots_of_run, self.slab.rooms, self.slab.run_of_layer)
@@ -208,7 +211,7 @@ class ExpertCache:
     @property
     def slot_bytes(self) -> int:
         """Of all slots, full or not."""
-        return Slab.nbytes(self.slab.runs, self.map.slots_of_run)
+        return Slab.nbytes(self.slab.runs, self.map.slots_of_run) - self.spared
 
     @property
     def empty_bytes(self) -> int:

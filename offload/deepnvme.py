@@ -21,7 +21,7 @@ from torch.utils import cpp_extension
 from moe.offload.integrity import CheckReads, ReadCheck
 from moe.offload.layout import ALIGNMENT
 from moe.offload.segments import ExpertIndex
-from moe.offload.stores import ExpertStore, FileStore
+from moe.offload.stores import ExpertStore, FileStore, convert
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ class DeepNvmeStore:
         """As `ExpertStore` says."""
         (segment,) = self.index.segments(layer, expert)
         self._reads.read(segment.path, segment.offset, out[: segment.nbytes])
+        convert(self.index, layer, expert, out)
         self._check.check(layer, expert, out)
         return segment.nbytes
 

@@ -1,7 +1,7 @@
 """How one expert lies in memory: the same bytes on a packed disk file, in a host copy and in a slot."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -49,9 +49,17 @@ class Piece(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
+def _level(name: str) -> int:
+    """Bits for which a piece is needed, of nested precision; 0 of all others."""
+    end = name[-1]
+    return int(end) if end.isdigit() else 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertLayout:
     """Byte layout of one expert's blob: gate_up, down, biases, then what decodes the two; padded to `ALIGNMENT`.
+
+    In nested precision the planes follow level by level, so that fewer bits are a prefix of more.
 
     Always [N, H] and [H, I] with the input dimension contiguous, whatever the checkpoint's orientation; the order of
     the N rows (gate first, or interleaved) is the module's own. Scales and the like: gate's apart from up's.
@@ -61,6 +69,7 @@ class ExpertLayout:
     gate_up_format: MatrixFormat
     down_format: MatrixFormat
     nbytes: int
+    sizes: tuple[int, ...] = ()  # bytes of each expert where they differ, nbytes the largest: nested precision only
 
     @staticmethod
     def of(
@@ -78,14 +87,29 @@ class ExpertLayout:
         if site.has_bias:
             dtype = bias_dtype or gate_up.dtype
             named += [("gate_up_bias", (site.parts * inter,), dtype), ("down_bias", (hidden,), dtype)]
-        named += [("gate_up" + end, *kind) for end, kind in first_rest]
-        named += [("down" + end, *kind) for end, kind in second_rest]
+        rest = [("gate_up" + end, *kind) for end, kind in first_rest] + [
+            ("down" + end, *kind) for end, kind in second_rest
+        ]
+        named += sorted(rest, key=lambda piece: _level(piece[0]))
         pieces, offset = [], 0
         for name, shape, dtype in named:
             pieces.append(Piece(name, offset, shape, dtype))
             offset += -(-pieces[-1].nbytes // 64) * 64  # every piece starts on a cache line
         nbytes = -(-offset // ALIGNMENT) * ALIGNMENT
         return ExpertLayout(pieces=tuple(pieces), gate_up_format=gate_up, down_format=down, nbytes=nbytes)
+
+    def of_sizes(self, sizes: tuple[int, ...]) -> "ExpertLayout":
+        """The same pieces where each expert's blob is only so long a beginning."""
+        assert max(sizes) == self.nbytes, (max(sizes), self.nbytes)
+        return replace(self, sizes=sizes)
+
+    def size_of(self, expert: int) -> int:
+        return self.sizes[expert] if self.sizes else self.nbytes
+
+    @property
+    def spared(self) -> int:
+        """Bytes of its experts' slots that none of them fills."""
+        return sum(self.nbytes - size for size in self.sizes)
 
     def piece(self, name: str) -> Piece | None:
         return next((piece for piece in self.pieces if piece.name == name), None)
@@ -103,7 +127,7 @@ class ExpertLayout:
     def not_finite(self, blob: Tensor) -> str | None:
         """The piece of one expert whose scales are not all finite; None if all are. blob: uint8 [nbytes]."""
         for piece in self.pieces:
-            if piece.name.endswith((".scale", ".factor")):
+            if piece.name.endswith((".scale", ".factor", ".scale8")):
                 stored = blob[piece.offset : piece.offset + piece.nbytes]
                 if piece.dtype == torch.float8_e8m0fnu:
                     is_finite = stored != 255

@@ -26,6 +26,8 @@ from moe.offload.checkpoint import DTYPE_NAMES, DTYPES, PACKED_FILE, PACKED_VERS
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.integrity import checksum
 from moe.offload.layout import ALIGNMENT
+from moe.offload.nested import checksums as level_checksums
+from moe.offload.nested import is_nested
 from moe.offload.packed import PACKED_PREFIX, describe_layer
 from moe.offload.requantise import Calibration, Requantised, requantised
 from moe.offload.segments import ExpertIndex
@@ -153,16 +155,20 @@ def _write_folder(
     layers = [describe_layer(site, layout) for site, layout in zip(index.sites, store.layouts)]
     files: list[str] = []
     checksums: list[list[int]] = []
+    of_levels: list[list[list[int]]] = []  # of nested precision
     for layer, (site, layout) in enumerate(zip(index.sites, store.layouts)):
         files.append(f"experts-{layer:05d}.safetensors")
         tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
         blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero
         metadata = {"layout": json.dumps(layers[layer])}
         checksums.append([])
+        of_levels.append([])
         with (folder / files[-1]).open("wb") as file:
             _write_header(file, tensors, metadata)
             for expert in range(site.num_experts):
                 store.read_into(layer, expert, blob)
+                if is_nested(layout):
+                    of_levels[-1].append(level_checksums(site, layout, blob))
                 checksums[-1].append(checksum(blob))
                 file.write(blob.numpy().data)
                 progress.add(layout.nbytes)
@@ -183,6 +189,8 @@ def _write_folder(
     description = {"version": PACKED_VERSION, "layers": layers, "files": files, "checksums": checksums, "dense": sums}
     if isinstance(store, Requantised):
         description["errors"] = store.errors
+        if store.to.bits:
+            description["nested"] = {"losses": store.losses, "checksums": of_levels}
         if store.calibration is not None:
             description["output_errors"] = store.output_errors
     with (folder / PACKED_FILE).open("wb") as file:

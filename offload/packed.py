@@ -27,6 +27,8 @@ def describe_layer(site: ExpertSite, layout: ExpertLayout) -> dict[str, Any]:
 
 def _describe_format(layout: MatrixFormat) -> dict[str, Any]:
     said = layout._asdict()
+    if not layout.bits:
+        del said["bits"]  # as it was before there was nested precision
     return said | {
         "dtype": DTYPE_NAMES[layout.dtype],
         "scale_dtype": DTYPE_NAMES[layout.scale_dtype],

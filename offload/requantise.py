@@ -6,7 +6,8 @@ or kernels/calibrated.py where inputs were kept) and notes how far the rounded w
 
 # mypy: allow-untyped-calls
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -15,15 +16,19 @@ from torch.nn import functional as F
 
 from moe.kernels.calibrated import encode_calibrated
 from moe.kernels.encode import Encoded, encode
+from moe.kernels.encode_nested import encode_nested
 from moe.kernels.formats import decode
+from moe.kernels.nested import LEVELS, Planes
 from moe.kernels.reference import activation_reference, dequantized
 from moe.kernels.weights import Activation
 from moe.offload.formats.slot import WHOLE, MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
+from moe.offload.nested import set_bits
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import ExpertStore, aligned_bytes
 
-Target = Literal["int8", "int4", "mxfp4", "fp8"]
+Biases = tuple[Tensor | None, Tensor | None]
+Target = Literal["int8", "int4", "mxfp4", "fp8", "nested"]
 
 
 def target_format(target: str, group: int | None) -> MatrixFormat:
@@ -35,6 +40,10 @@ def target_format(target: str, group: int | None) -> MatrixFormat:
             return MatrixFormat.coded("int8", (1, group or WHOLE), torch.float32)
         case "int4":
             return MatrixFormat.coded("int4", (1, group or 32), torch.float16)
+        case "nested" if group is None or group % 16 == 0:
+            return MatrixFormat.coded("nested", (1, group or 64), torch.float16)._replace(bits=8)
+        case "nested":
+            raise ValueError(f"--group ({group}) of nested precision must be a multiple of 16 columns")
         case "mxfp4" if group in (None, 32):
             return MatrixFormat.coded("e2m1", (1, 32), torch.float8_e8m0fnu)
         case "fp8" if group is None:
@@ -77,7 +86,8 @@ class Requantised:
     """Implements `ExpertStore`. errors: by layer and expert, |rounded - read| / |read| of gate_up and of down.
 
     calibration: what rounding should disturb least; None = to nearest. output_errors: then the same of what each expert
-    answers to its inputs; None where it had none.
+    answers to its inputs; None where it had none. losses: of nested precision, what each expert is worth and what it
+    loses in 2, 3, 4 and 8 bits (offload/nested.py): squares of its answers to the inputs, or of its weights.
     """
 
     def __init__(
@@ -94,6 +104,7 @@ class Requantised:
         self.num_experts = list(source.num_experts)
         self.layouts = [requantised(site, layout, to) for site, layout in zip(sites, source.layouts)]
         self.errors: list[list[tuple[float, float]]] = [[(0.0, 0.0)] * n for n in self.num_experts]
+        self.losses: list[list[tuple[float, list[float]]]] = [[(0.0, [])] * n for n in self.num_experts]
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
         site, before, after = self.sites[layer], self.source.layouts[layer], self.layouts[layer]
@@ -119,6 +130,9 @@ class Requantised:
         for name in ("gate_up_bias", "down_bias"):
             if name in stored:
                 made[name].copy_(stored[name])
+        if self.to.bits:
+            answers = partial(_answers, x=x, act=act, biases=(first_bias, bias))
+            self.losses[layer][expert] = _losses(after, out, act, answers, (gate_up, down))
         if after.not_finite(out) is not None:
             raise ValueError(f"layer {layer}, expert {expert}: weights too large for scales in {self.to.scale_dtype}")
         return nbytes
@@ -130,11 +144,17 @@ class Requantised:
         parts = site.parts if name == "gate_up" else 1
         is_woven = parts == 2 and site.interleaved
         each = w.unflatten(0, (-1, parts)).transpose(0, 1) if is_woven else w.unflatten(0, (parts, -1))
+        if self.to.bits:
+            made[f"{name}.bits"].fill_(self.to.bits)
+            for part, rows in enumerate(each):
+                _place_planes(encode_nested(rows, self.to.block[1], x), made, name, part, is_woven)
+            again = self._decoded(made, name, w.shape[1], is_woven)
+            return again, _relative(again, w)
         codes, scale = self._encoded(each, x)
         made[name][0] = (codes.transpose(0, 1) if is_woven else codes).flatten(0, 1)
         made[f"{name}.scale"][0] = scale
         again = self._decoded(made, name, w.shape[1], is_woven)
-        return again, float((again - w).double().norm() / w.double().norm().clamp(min=1e-300))
+        return again, _relative(again, w)
 
     def _encoded(self, each: Tensor, x: Tensor | None) -> Encoded:
         """each: [parts, n, k]."""
@@ -152,3 +172,41 @@ class Requantised:
 
     def close(self) -> None:
         self.source.close()
+
+
+def _relative(again: Tensor, w: Tensor) -> float:
+    return float((again - w).double().norm() / w.double().norm().clamp(min=1e-300))
+
+
+def _place_planes(planes: Planes, made: dict[str, Tensor], name: str, part: int, is_woven: bool) -> None:
+    """One part's planes into the views of one blob."""
+    ends = ("", ".scale", *(f".{what}{level}" for level in LEVELS[1:] for what in ("codes", "scale")))
+    n = len(planes.codes)
+    rows = slice(part, None, 2) if is_woven else slice(part * n, (part + 1) * n)
+    for end, piece in zip(ends, planes):
+        assert piece is not None, end
+        view = made[name + end][0]
+        view[part if "scale" in end else rows] = piece
+
+
+def _answers(gate_up: Tensor, down: Tensor, x: Tensor | None, act: Activation, biases: Biases) -> Tensor:
+    """What an expert answers to x; where there is none, its weights, which stand for an answer to anything."""
+    if x is None:
+        return torch.cat((gate_up.flatten(), down.flatten()))
+    return F.linear(activation_reference(F.linear(x, gate_up, biases[0]), act).float(), down, biases[1])
+
+
+def _losses(
+    layout: ExpertLayout,
+    blob: Tensor,
+    act: Activation,
+    answers: Callable[[Tensor, Tensor], Tensor],
+    exact_weights: tuple[Tensor, Tensor],
+) -> tuple[float, list[float]]:
+    """(energy, [losses]) of `Sensitivity`. blob: the expert in nested precision, as it is again afterwards."""
+    exact, lost = answers(*exact_weights), []
+    for bits in LEVELS:
+        set_bits(layout, blob, bits)
+        read = dequantized(layout.weights(layout.views(blob[None]), act), 0)
+        lost.append(float((answers(*read) - exact).double().square().sum()))
+    return float(exact.double().square().sum()), lost

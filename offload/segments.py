@@ -63,6 +63,11 @@ class ExpertIndex:
         """Of the first layer's weights or codes; float32 where there are none."""
         return self.layouts[0].gate_up_format.dtype if self.layouts else torch.float32
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether experts of one layer differ in size."""
+        return any(layout.sizes for layout in self.layouts)
+
     def segments(self, layer: int, expert: int) -> tuple[Segment, ...]:
         return self.parts[layer][expert].segments
 

@@ -25,17 +25,23 @@ class Slab:
 
     @staticmethod
     def made(
-        sizes: Sequence[int], counts: Sequence[int], num_experts: Sequence[int], num_slots: int, device: torch.device
+        sizes: Sequence[int],
+        counts: Sequence[int],
+        num_experts: Sequence[int],
+        num_slots: int,
+        device: torch.device,
+        *,
+        huge: bool = True,
     ) -> "Slab":
         """Shared out among sizes of experts; `num_slots` on a device, on the host room for all: untouched it is free.
 
-        sizes: bytes of an expert by layer; counts: experts by layer that will ask for slots.
+        sizes: bytes of an expert by layer; counts: experts by layer that will ask for slots. huge: large pages.
         """
         runs = slot_runs(sizes, counts, num_slots)
         on_host = device.type == "cpu"
         rooms = [sum(num_experts[n] for n in run.layers) if on_host else run.num_slots for run in runs]
         nbytes = Slab.nbytes(runs, rooms)
-        memory = aligned_bytes(nbytes) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        memory = aligned_bytes(nbytes, huge) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=device)
         assert memory.data_ptr() % (ALIGNMENT if on_host else 16) == 0, memory.data_ptr()
         return Slab(runs, rooms, memory)
 

@@ -39,7 +39,7 @@ class SlotReads:
                 read = partial(self._parts, self.store, job)
             else:
                 read = partial(self.store.read_into, job.layer, job.expert)
-            target = self._blobs[job.layer][job.slot, : self.store.layouts[job.layer].nbytes]
+            target = self._blobs[job.layer][job.slot, : self.store.layouts[job.layer].size_of(job.expert)]
             return Arrival(job, self.filling.fill(job.slot, target, read, ahead=ahead), None)
         except _Cancelled as cancelled:
             return Arrival(job, -1, None, cancelled.nbytes)

@@ -51,12 +51,17 @@ class PartedStore(Protocol):
         """`read_into`, which yields after every part of `PART_BYTES` at most: the bytes moved so far."""
 
 
-def aligned_bytes(nbytes: int) -> Tensor:
-    """Zeroed uint8 [nbytes] that starts on a page and takes memory only where it is written."""
+def aligned_bytes(nbytes: int, huge: bool = True) -> Tensor:
+    """Zeroed uint8 [nbytes] that starts on a page and takes memory only where it is written.
+
+    huge: in large pages where the system has them, so that a byte may take the memory of many.
+    """
     if nbytes == 0:
         return torch.zeros(0, dtype=torch.uint8)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes >= 1 << 22:
+    if not huge:
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    elif nbytes >= 1 << 22:
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
@@ -119,7 +124,7 @@ def _place(segment: Segment, source: Tensor, out: Tensor) -> None:
         target.view(segment.dtype).view(segment.size).copy_(typed)
 
 
-def _convert(index: ExpertIndex, layer: int, expert: int, out: Tensor) -> int:
+def convert(index: ExpertIndex, layer: int, expert: int, out: Tensor) -> int:
     """Makes what the blob holds in another arrangement than the file, and checks what decodes it. Returns bytes read.
 
     Costs a read per tensor and the rearrangement: a packed folder has done both. Raises OSError, naming the file,
@@ -153,7 +158,7 @@ class MmapStore:
         for segment in segments:
             stored = self._maps[segment.path][segment.offset : segment.offset + segment.nbytes]
             _place(segment, torch.from_numpy(np.array(stored)), out)
-        nbytes = sum(segment.nbytes for segment in segments) + _convert(self.index, layer, expert, out)
+        nbytes = sum(segment.nbytes for segment in segments) + convert(self.index, layer, expert, out)
         self._check.check(layer, expert, out)
         return nbytes
 
@@ -243,7 +248,7 @@ class FileStore:
             else:
                 self._read_scattered(run, out)
             total += run.nbytes
-        total += _convert(self.index, layer, expert, out)
+        total += convert(self.index, layer, expert, out)
         self._check.check(layer, expert, out)
         return total
 
@@ -251,7 +256,8 @@ class FileStore:
         """As `PartedStore` says; experts that no direct read can put in place come in one part."""
         runs = runs_of(self.index.segments(layer, expert))
         file, direct = self._files[runs[0].path] if runs else (-1, False)
-        if len(runs) != 1 or not direct or not _is_aligned(runs[0], out) or runs[0].nbytes <= PART_BYTES:
+        is_straight = direct and len(runs) == 1 and not self.index.conversions(layer, expert)
+        if not is_straight or not _is_aligned(runs[0], out) or runs[0].nbytes <= PART_BYTES:
             yield self.read_into(layer, expert, out)
             return
         run, memory = runs[0], out.numpy().data[runs[0].segments[0].blob_offset :]

@@ -9,7 +9,7 @@ apart (moe/engine/join.py), for it can be done again with other peers.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,9 +45,9 @@ from moe.models.dense_cpu import compile_dense
 from moe.models.kv import BlockPool
 from moe.models.load import load_dense
 from moe.models.neighbours import why_not_packed
-from moe.offload.budget import resolve_slots
 from moe.offload.cache import ExpertCache
 from moe.offload.deepnvme import file_store
+from moe.offload.nested import serve, slots_for
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, MmapStore, RamStore
 from moe.placement.plan import Plan
@@ -211,9 +211,10 @@ def _settle_threads(read: Read, runner: Runner, is_alone: bool) -> AutoChoice | 
 def read_model(folder: str | Path, config: EngineConfig) -> Read:
     """Raises ValueError for a folder or a device that cannot be served."""
     blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
-    return Read(
-        config, blueprint, find_device(config.device), (*notes_on(blueprint, config.dense), *lossy_modes(config))
-    )
+    index = serve(blueprint.checkpoint, blueprint.index, config.offload.bits, config.offload.budget)
+    blueprint = replace(blueprint, index=index)
+    notes = (*notes_on(blueprint, config.dense), *lossy_modes(config))
+    return Read(config, blueprint, find_device(config.device), notes)
 
 
 def context_of(wanted: int | None, own: int | None, text_config: Any) -> int:
@@ -298,12 +299,9 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     own = [list(range(n)) for n in counts] if share is None else experts_of_rank(share.plan, share.rank)
     num_own = [len(experts) for experts in own]
     available = free_memory(read.device)
-    num_slots = resolve_slots(
-        config.offload.budget,
-        sizes=[layout.nbytes for layout in blueprint.index.layouts],
-        counts=num_own,
-        available_bytes=max(0, available - reserved_bytes) * 9 // 10,  # activations, buffers, the rest of the machine
-    )
+    room = max(0, available - reserved_bytes) * 9 // 10  # activations, buffers, the rest of the machine
+    can_mix = config.offload.store != "ram" and read.device.type == "cpu"
+    num_slots = slots_for(config.offload.budget, blueprint.index, num_own, room, can_mix=can_mix)
     foresight = Foresight(blueprint, model, config)
     machine = probed(config)
     offload, choices = choose_reads(config.offload, blueprint, machine)

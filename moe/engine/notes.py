@@ -3,6 +3,7 @@
 from moe.config import EngineConfig
 from moe.models.blueprint import Blueprint
 from moe.models.families import why_resident
+from moe.offload.nested import describe
 
 
 def lossy_modes(config: EngineConfig) -> list[str]:
@@ -18,7 +19,7 @@ def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
     note = blueprint.format_note(dense)
-    formats = [] if note is None else [note]
+    formats = list(filter(None, (note, describe(blueprint.index))))
     if blueprint.experts:
         return formats
     if declared > 1:

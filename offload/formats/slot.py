@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.kernels.formats import CODE_DTYPES, NIBBLE_CODES, CodeName, Coding, bytes_per_row
+from moe.kernels.formats import CODE_DTYPES, NIBBLE_CODES, CodeName, Coding, Residual, bytes_per_row
+from moe.kernels.nested import LEVELS, PLANES, plane_bytes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WHOLE = 1 << 30  # rows or columns of a block that is at least the matrix
@@ -27,13 +28,17 @@ class MatrixFormat(NamedTuple):
     has_zero: bool = False
     has_factor: bool = False
     num_groups: int = 0  # of columns that are grouped freely; 0 where groups follow from the block
+    bits: int = 0  # of nested: the most that a slot holds; 0 of other codes
 
     @staticmethod
     def coded(code: CodeName, block: tuple[int, int], scale_dtype: torch.dtype) -> "MatrixFormat":
         return MatrixFormat(CODE_DTYPES[code], code, block, scale_dtype)
 
     def pieces(self, parts: int, n: int, k: int) -> dict[str, PieceKind]:
-        """What `parts` matrices [n, k] take, codes (or weights) first, in the order of `Coding`'s fields."""
+        """What `parts` matrices [n, k] take, codes (or weights) first, in the order of `Coding`'s fields.
+
+        In nested precision what fewer bits take is the beginning of what more take.
+        """
         if self.code is None:
             return {"": PieceKind((parts * n, k), self.dtype)}
         grid = (parts, -(-n // self.block[0]), self.num_groups or -(-k // self.block[1]))
@@ -47,6 +52,12 @@ class MatrixFormat(NamedTuple):
             pieces[".factor"] = PieceKind((parts,), torch.float32)
         if self.code == "lut4":
             pieces[".table"] = PieceKind((parts, 16), torch.float32)
+        if self.bits:
+            pieces[".bits"] = PieceKind((1,), torch.int32)
+        for level in LEVELS[1:] if self.bits else ():
+            if level <= self.bits:
+                pieces[f".codes{level}"] = PieceKind((parts * n, plane_bytes(PLANES[level], k)), torch.uint8)
+                pieces[f".scale{level}"] = PieceKind(grid, torch.float16 if level == 8 else torch.uint8)
         if self.num_groups:
             pieces[".group_of"] = PieceKind((parts, k), torch.int32)
         return pieces
@@ -63,12 +74,17 @@ class MatrixFormat(NamedTuple):
             views.get(f"{name}.factor"),
             views.get(f"{name}.table"),
             views.get(f"{name}.group_of"),
+            self._residual(views, name) if self.bits else None,
         )
+
+    def _residual(self, views: Mapping[str, Tensor], name: str) -> Residual:
+        more = (views.get(f"{name}.{what}{level}") for level in LEVELS[1:] for what in ("codes", "scale"))
+        return Residual(views[f"{name}.bits"], *more)
 
     def __str__(self) -> str:
         if self.code is None:
             return str(self.dtype).removeprefix("torch.")
         rows, columns = ("all" if size == WHOLE else str(size) for size in self.block)
-        bits = 4 if self.code in NIBBLE_CODES else 8
+        bits = self.bits or (4 if self.code in NIBBLE_CODES else 8)
         scale = str(self.scale_dtype).removeprefix("torch.")
         return f"{self.code} ({bits} bits, {scale} scales of {rows} x {columns} weights)"

@@ -43,7 +43,7 @@ def test_describe_names_every_setting_once():
     ("setting", "message"),
     [
         ("bugdet=1", r"unknown setting bugdet; known: .*batch.*dtype.*offload"),
-        ("offload.bugdet=1", r"unknown setting offload.bugdet; known: offload.budget, offload.check"),
+        ("offload.bugdet=1", r"unknown setting offload.bugdet; known: offload.bits, offload.budget"),
         ("batch.max.tokens=1", r"unknown setting batch.max; known: batch.block_size"),
         ("offload", "must look like offload.budget=0.25"),
         ("offload=3", "offload is a group of settings"),

@@ -1,0 +1,81 @@
+"""Experts in nested precision: planes of bits of which the first few are the same weights, coarser.
+
+D2MoE's matryoshka quantisation (MobiCom'25): two bits of base, then residual planes, each with scales of its own that
+are fitted to what the planes before it leave. Read at 2, 3, 4 or 8 bits, in fp32, in this order of operations:
+
+    W2 = scale (2 c - 3)     c of 2 bits, scale F16 of a group of columns
+    W3 = W2 + s3 (+1 or -1)  s3 = scale * residual3 / 256, residual3 of 8 bits
+    W4 = W3 + s4 (+1 or -1)  likewise
+    W8 = W4 + s8 (n - 7.5)   n of 4 bits, s8 F16
+
+Every product is exact, so each plane costs one rounding, and kernels may use multiply-adds. Lossy, and only for who
+asks for it; wins where memory for experts is short and experts differ in how much their bits matter.
+
+A plane of b bits a column holds a row as one string of bits from the lowest on: column k in bits [k b, (k + 1) b).
+"""
+
+# mypy: allow-untyped-calls
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEVELS = (2, 3, 4, 8)
+PLANES = {2: 2, 3: 1, 4: 1, 8: 4}  # level -> bits of a column in the plane that reaches it
+
+
+class Planes(NamedTuple):
+    """One matrix [..., n, k] in nested precision, for groups of columns: G = ceil(k / columns)."""
+
+    codes: Tensor  # uint8 [..., n, plane_bytes(2, k)]
+    scale: Tensor  # float16 [..., n, G]
+    codes3: Tensor | None = None  # uint8 [..., n, plane_bytes(1, k)]; None from here on where less is held
+    scale3: Tensor | None = None  # uint8 [..., n, G]
+    codes4: Tensor | None = None
+    scale4: Tensor | None = None
+    codes8: Tensor | None = None  # uint8 [..., n, plane_bytes(4, k)]
+    scale8: Tensor | None = None  # float16 [..., n, G]
+
+
+def plane_bytes(bits: int, columns: int) -> int:
+    """Of a row."""
+    return -(-columns * bits // 8)
+
+
+def pack_plane(values: Tensor, bits: int) -> Tensor:
+    """values: uint8 [..., k], below 2**bits. Returns [..., plane_bytes]; bits beyond column k are 0."""
+    each = 8 // bits
+    fields = torch.nn.functional.pad(values, (0, -values.shape[-1] % each)).unflatten(-1, (-1, each))
+    shifts = torch.arange(0, 8, bits, device=values.device, dtype=torch.uint8)
+    packed: Tensor = (fields << shifts).sum(-1, dtype=torch.uint8)
+    return packed
+
+
+def unpack_plane(plane: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack_plane`: uint8 [..., columns]."""
+    shifts = torch.arange(0, 8, bits, device=plane.device, dtype=torch.uint8)
+    fields: Tensor = plane[..., None] >> shifts & (1 << bits) - 1
+    return fields.flatten(-2)[..., :columns]
+
+
+def nested_values(planes: Planes, level: int, columns: int, group: int) -> Tensor:
+    """Weights in fp32 [..., n, columns], read at `level` bits. Planes above it may be anything: they are not read."""
+    of = torch.arange(columns, device=planes.codes.device) // group
+    scale = planes.scale.float()
+    w = (2 * unpack_plane(planes.codes, 2, columns).float() - 3) * scale[..., of]
+    for bits, codes, stored in ((3, planes.codes3, planes.scale3), (4, planes.codes4, planes.scale4)):
+        if level >= bits:
+            assert codes is not None, (level, bits)
+            assert stored is not None, (level, bits)
+            w = w + (2 * unpack_plane(codes, 1, columns).float() - 1) * residual_scale(scale, stored)[..., of]
+    if level >= 8:
+        assert planes.codes8 is not None, level
+        assert planes.scale8 is not None, level
+        w = w + (unpack_plane(planes.codes8, 4, columns).float() - 7.5) * planes.scale8.float()[..., of]
+    return w
+
+
+def residual_scale(scale: Tensor, stored: Tensor) -> Tensor:
+    """Of a sign plane, exact in fp32."""
+    return scale * (stored.float() / 256)

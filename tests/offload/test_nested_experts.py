@@ -1,0 +1,144 @@
+"""Packed experts in nested precision: fewer bits are a prefix, and a budget in bytes shares bits out among experts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.kernels.nested import LEVELS
+from moe.launch.cli import main
+from moe.llm import LLM
+from moe.models.blueprint import read_blueprint
+from moe.offload.layout import ExpertLayout, ExpertSite
+from moe.offload.nested import Sensitivity, at_level, plan_bits, read_sensitivity, serve, sizes_of
+from moe.offload.pack import pack
+from moe.offload.requantise import target_format
+from moe.offload.stores import FileStore, MmapStore, aligned_bytes
+from moe.params import SamplingParams
+from tests.families import tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("nested")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2}
+    heads = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = Qwen3MoeConfig(vocab_size=64, intermediate_size=40, **sizes, **heads)
+    Qwen3MoeForCausalLM(config).save_pretrained(base / "original")
+    blueprint = read_blueprint(base / "original")
+    return pack(blueprint.checkpoint, blueprint.index, base / "packed", experts=target_format("nested", 32))
+
+
+def says(folder, bits, kernel="auto", budget="1.0", prompts=([5, 9, 30], [7])):
+    offload = OffloadConfig(budget=budget, bits=bits)
+    config = EngineConfig(dtype="float32", kernel=kernel, offload=offload, batch=BatchConfig(kv_tokens=256))
+    with LLM(folder, config) as llm:
+        outputs = llm.generate([*prompts], SamplingParams(max_tokens=6, ignore_eos=True))
+        llm.engine.experts.cache.check()
+        return [o.outputs[0].token_ids for o in outputs], llm.engine.experts.cache, llm.engine.notes
+
+
+@pytest.mark.parametrize("bits", ["2", "3", "4", "8"])
+def test_fewer_bits_are_a_prefix(folder, bits):
+    whole = read_blueprint(folder)
+    index = serve(whole.checkpoint, whole.index, bits, None)
+    layout, full = index.layouts[0], whole.index.layouts[0]
+    assert layout.pieces == full.pieces[: len(layout.pieces)]
+    assert layout.nbytes <= full.nbytes
+    blobs = [aligned_bytes(layout.nbytes) for _ in range(2)]
+    for store, blob in zip((FileStore(index, check="always"), MmapStore(index, check="always")), blobs):
+        assert store.read_into(0, 1, blob) == layout.nbytes
+    assert torch.equal(*blobs)
+    views = layout.views(blobs[0][None])
+    assert int(views["gate_up.bits"]) == int(views["down.bits"]) == int(bits)
+    blob = aligned_bytes(full.nbytes)
+    FileStore(whole.index, check="always").read_into(0, 1, blob)
+    for name, view in views.items():
+        stored = full.views(blob[None])[name]
+        assert name.endswith("bits") or torch.equal(view.view(torch.uint8), stored.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bits", ["2", "3", "4", "8"])
+def test_the_kernel_says_what_its_twin_says(folder, bits):
+    said, _, notes = says(folder, bits, budget="3")
+    assert said == says(folder, bits, kernel="reference")[0]
+    assert any(f"in {bits} bits; `moe evaluate`" in note for note in notes)
+
+
+def test_four_bits_are_as_large_as_int4():
+    """Of Qwen3-30B-A3B's experts and of the demo's."""
+    for hidden, inter in ((2048, 768), (128, 192)):
+        site = ExpertSite(module="m", num_experts=1, hidden_size=hidden, intermediate_size=inter)
+        nested, int4 = (ExpertLayout.of(site, target_format(to, None)) for to in ("nested", "int4"))
+        assert at_level(site, nested, 4).nbytes <= 1.05 * int4.nbytes
+
+
+def test_auto_keeps_all_experts_in_a_budget(folder):
+    """Every byte of the slots is an expert's: theirs together are what is said, and no more than the budget."""
+    whole = read_blueprint(folder)
+    sizes = sizes_of(whole.index)
+    least, most = (sum(s[i] * site.num_experts for s, site in zip(sizes, whole.index.sites)) for i in (0, -1))
+    assert least < most
+    for budget in (least, (least + most) // 2, most):
+        said, cache, notes = says(folder, "auto", budget=f"{budget}B")
+        plan = plan_bits(read_sensitivity(whole.checkpoint), sizes, budget)
+        taken = sum(size[LEVELS.index(b)] for size, of in zip(sizes, plan) for b in of)
+        assert cache.slot_bytes == taken <= budget
+        assert cache.num_slots == sum(cache.num_experts)
+        assert any("nested precision" in note for note in notes)
+        for layer, of in enumerate(plan):
+            bits = cache.views(layer)["gate_up.bits"][cache.resident_slots(layer).long(), 0]
+            assert bits.tolist() == of
+        alone = says(folder, "auto", budget=f"{budget}B", prompts=([7],))[0]
+        assert alone == said[1:]
+        assert said == says(folder, "auto", kernel="reference", budget=f"{budget}B")[0]
+
+
+worths = st.lists(
+    st.lists(st.tuples(st.floats(0, 1e6), st.lists(st.floats(0, 1e6), min_size=4, max_size=4)), min_size=1, max_size=5),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(worths, st.integers(0, 400))
+def test_a_plan_fits_and_leaves_no_plane_that_would(worth, more):
+    worth = [[Sensitivity(e, tuple(of)) for e, of in layer] for layer in worth]
+    sizes = [[10 + i, 14 + i, 20 + i, 40 + i] for i in range(len(worth))]
+    least = sum(size[0] * len(layer) for size, layer in zip(sizes, worth))
+    plan = plan_bits(worth, sizes, least + more)
+    cost = sum(size[LEVELS.index(b)] for size, of in zip(sizes, plan) for b in of)
+    assert cost <= least + more
+    assert [len(of) for of in plan] == [len(layer) for layer in worth]
+    for size, of in zip(sizes, plan):
+        for b in of:
+            at = LEVELS.index(b)
+            # What is bought later only takes from what is left, so a plane that fits at the end would have fitted.
+            assert b == 8 or size[at + 1] - size[at] > least + more - cost
+    with pytest.raises(ValueError, match="must hold 2 bits"):
+        plan_bits(worth, sizes, least - 1)
+
+
+def test_a_hot_expert_gets_its_bits_first():
+    cold, hot = (Sensitivity(1.0, tuple(scale * f for f in (0.1, 0.03, 0.01, 0.0))) for scale in (1.0, 10.0))
+    assert plan_bits([[cold, hot, cold]], [[10, 14, 20, 40]], 40) == [[2, 4, 2]]
+
+
+def test_bad_requests(folder, tmp_path, capsys):
+    whole = read_blueprint(folder)
+    with pytest.raises(ValueError, match="shares out a number of bytes"):
+        serve(whole.checkpoint, whole.index, "auto", "0.5")
+    plain = tiny_checkpoint("mixtral", tmp_path / "plain")
+    blueprint = read_blueprint(plain)
+    with pytest.raises(ValueError, match="is for experts in nested precision"):
+        serve(blueprint.checkpoint, blueprint.index, "4", None)
+    offload = OffloadConfig(bits="auto", budget="200000B", store="ram")
+    config = EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(kv_tokens=256))
+    with pytest.raises(ValueError, match="in the slots of one process"):
+        LLM(folder, config)
+    assert main(["pack", str(plain), str(tmp_path / "x"), "--experts", "nested", "--group", "24"]) == 2
+    assert "multiple of 16" in capsys.readouterr().err
