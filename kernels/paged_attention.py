@@ -100,7 +100,7 @@ def paged_attention(
         BLOCK_N=_keys_at_a_time(q.dtype, dim_p),
         **launch_options(4, 2),
     )
-    _sum_kernel[(num, heads)](
+    sum_kernel[(num, heads)](
         parts,
         sums,
         pages.lengths,
@@ -263,7 +263,7 @@ def _part_kernel(
 
 
 @triton.jit(do_not_specialize=["num_splits", "stride_sums"])
-def _sum_kernel(
+def sum_kernel(
     part_ptr,
     sum_ptr,
     length_ptr,

@@ -15,6 +15,7 @@ from moe.kernels.aot.cases import weights_stored
 from moe.kernels.aot.fake import Binary, FakeDriver
 from moe.kernels.block_kernels import Turn, add_norm, turned
 from moe.kernels.gate import GateConfig, gate
+from moe.kernels.latent_attention import latent_attention
 from moe.kernels.paged_attention import Pages, Scores, paged_attention
 from moe.kernels.slot_lookup import Scratch, SlotState, gather, route
 from moe.kernels.triton_experts import FusedLayerExperts, GroupedExperts, SingleLaunch, serving_tokens
@@ -147,6 +148,21 @@ def launched_attention(chip: FakeDriver, shape: Heads) -> Iterator[Compiled]:
         yield _examined(binary, shape.name, f"sm_{chip.target.arch}", "attention", 1)
 
 
+def launched_latents(chip: FakeDriver, dtype: torch.dtype) -> Iterator[Compiled]:
+    """DeepSeek-V3's attention over latents: one kernel for all lengths, and one that sums."""
+    before = len(chip.loaded)
+    for count, longest in ((1, 1), (3, 40960)):
+        tables = torch.zeros(count, -(-longest // 16), dtype=torch.int32)
+        pages = Pages(tables, torch.ones(count, dtype=torch.int32), 16, longest)
+        pool, new, q = (
+            tuple(torch.zeros(*shape, width, dtype=dtype) for width in (512, 64))
+            for shape in ((16, 1), (count,), (count, 128))
+        )
+        latent_attention(q, new, pool, pages, 0.1)  # type: ignore[arg-type]
+    for binary in chip.loaded[before:]:
+        yield _examined(binary, f"latents {dtype}", f"sm_{chip.target.arch}", "attention", 1)
+
+
 def launched_lookup(chip: FakeDriver, num_slots: int) -> Iterator[Compiled]:
     """What keeps a cache of so many slots, of layers of 128 experts: few ids and many, a kernel each."""
     before, keys = len(chip.loaded), 48 * 128
@@ -204,6 +220,8 @@ def show_launches(archs: Sequence[str], only: str, out: Path | None) -> int:
         chip = FakeDriver(int(arch[3:])).install()
         heads = [shape for shape in HEADS if only in shape.name]
         runs = [of(chip, shape) for shape in heads for of in (launched_attention, launched_block)]
+        dtypes = (torch.bfloat16, torch.float16, torch.float32)
+        runs += [launched_latents(chip, dtype) for dtype in dtypes if only in f"latents {dtype}"]
         runs += [launched_lookup(chip, slots) for slots in (192, 3072) if only in f"lookup in {slots} slots"]
         runs += [launched(chip, shape) for shape in SHAPES if only in shape.name]
         for row in chain(launched_gate(chip), *runs):

@@ -112,11 +112,11 @@ def paged_runner(
     except ImportError as error:
         raise ValueError(f"attention by kernel needs triton, which is not installed ({error})") from None
     kv.prepare(like)
-    windows = paged(model, max_context)
-    if isinstance(windows, str):
-        log.info("decoding tokens attend by gathered keys: %s", windows)
+    readings = paged(model, max_context)
+    if isinstance(readings, str):
+        log.info("decoding tokens attend by gathered keys: %s", readings)
         return PackedRunner(model, kv, routing)
-    kv.alone, runner = PagedDecode(kv, windows), PackedRunner(model, kv, routing)
+    kv.alone, runner = PagedDecode(kv, readings), PackedRunner(model, kv, routing)
     layers = plan_decoding(model, max_context)
     if isinstance(layers, str):
         log.info("decoding steps run by transformers' modules: %s", layers)

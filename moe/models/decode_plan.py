@@ -15,7 +15,7 @@ from moe.kernels.device_block import DeviceBlock, why_not
 from moe.kernels.paged_attention import Pages
 from moe.models.kv import PagedKV
 from moe.models.layer_plan import PlannedLayer, Said, Unplanned, compare_blocks, is_plain_norm, listening, tried
-from moe.models.paged import PagedDecode
+from moe.models.paged import PagedDecode, Reading
 from moe.models.watch import by_modules, small_cache
 
 
@@ -69,7 +69,7 @@ def _compare(model: Any, layers: Sequence[PlannedLayer]) -> None:
     for cache, layer in zip(ours.layers, layers):
         if reason := why_not(layer.block, cache.keys, cache.values):
             raise Unplanned(reason)
-    plan, steps = DecodePlan(model, layers, ours), PagedDecode(ours, [one.block.window for one in layers])
+    plan, steps = DecodePlan(model, layers, ours), PagedDecode(ours, [Reading(one.block.window) for one in layers])
     for which in ((0, 1), (1,), (0,)):  # each sequence's next token, twice
         for mine, cache in zip(ours.layers, theirs.layers):
             mine.keys.copy_(cache.keys)

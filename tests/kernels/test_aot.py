@@ -137,8 +137,9 @@ def test_spills_are_counted_where_they_hurt():
 
 
 ATTENTION = """
+import torch
 from moe.kernels.aot.fake import FakeDriver
-from moe.kernels.aot.launches import HEADS, launched_attention, launched_block, launched_lookup
+from moe.kernels.aot.launches import HEADS, launched_attention, launched_block, launched_latents, launched_lookup
 chip = FakeDriver(90).install()
 for heads in HEADS[{only}]:
     rows = [*launched_attention(chip, heads), *launched_block(chip, heads)]
@@ -146,6 +147,8 @@ for heads in HEADS[{only}]:
     print(sorted(row.kernel for row in rows))
 rows = list(launched_lookup(chip, 3072))
 assert not any(row.problem for row in rows), rows
+print(sorted((row.kernel, row.spills) for row in rows))
+rows = list(launched_latents(chip, torch.bfloat16))
 print(sorted((row.kernel, row.spills) for row in rows))
 """
 
@@ -155,6 +158,7 @@ def test_attention_and_blocks_compile_once_for_all_lengths():
     command = [sys.executable, "-c", ATTENTION.format(only="3:4")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    kernels = [*["_add_norm_kernel"] * 2, "_part_kernel", "_sum_kernel", *["_turn_kernel"] * 2]
+    kernels = [*["_add_norm_kernel"] * 2, "_part_kernel", *["_turn_kernel"] * 2, "sum_kernel"]
+    latents = [("_latent_part_kernel", 0), ("sum_kernel", 0)]
     lookup = [("_gather_kernel", 0), ("_route_kernel", 0)]
-    assert done.stdout.splitlines() == [str(kernels), str(lookup)]
+    assert done.stdout.splitlines() == [str(kernels), str(lookup), str(latents)]

@@ -47,12 +47,23 @@ def test_the_demo_model_drawn_by_seeds(tmp_path):
     assert answers[0] == answers[1]
 
 
-def test_latents_stay_with_gathered_keys(tmp_path, caplog):
-    caplog.set_level("INFO")
-    with LLM(Case("deepseek_v3", tmp_path).original, device_path("1.0")) as llm:
-        assert llm.engine.loaded.memory.runner.kv.alone is None
-        assert "latents" in paged(llm.engine.model, 256)
-    assert "decoding tokens attend by gathered keys" in caplog.text
+def test_latents_are_attended_as_they_are_cached(tmp_path):
+    says_the_same(Case("deepseek_v3", tmp_path).original, "1.0", [PROMPTS[0], PROMPTS[1]], 3)
+
+
+def test_another_matrix_of_latents_is_found(tmp_path, monkeypatch):
+    with LLM(Case("deepseek_v3", tmp_path).original, config("1.0", kernel="reference")) as llm:
+        model = llm.engine.model
+        assert all(one.latent is not None for one in paged(model, 256))
+        kind = type(model.model.layers[0].self_attn)
+        right = kind.expand_kv
+
+        def wrong(self, *latents):
+            keys, values = right(self, *latents)
+            return keys * 1.01, values
+
+        monkeypatch.setattr(kind, "expand_kv", wrong)
+        assert "latents" in paged(model, 256)
 
 
 def test_steps_of_prompts_and_answers_together(tmp_path):
