@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.compare import _packed
+from bench.compare import packed_of
 from bench.walk_model import LARGE, SMALL, prompts_of, write
 from moe.launch.measure import probe
 from moe.launch.plan_inputs import replay, sizes_of
@@ -45,7 +45,7 @@ def folder_of(work: Path, model: str, form: str) -> Path:
         return ROOT / "examples" / "tinymoe"
     folder = write(work / model, {"S": SMALL, "M": LARGE}[model])
     if form == "packed":
-        return _packed(folder)
+        return packed_of(folder)
     target = work / f"{model}-{form}"
     if form == "int8" and not target.exists():
         blueprint = read_blueprint(folder)

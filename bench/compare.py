@@ -6,7 +6,7 @@ memory limit the page cache counts (cgroup), limits are equal, and the disks' re
 
     resident   everything in memory: decode and prefill at 1 and 8 prompts of 64 tokens, and one of 512
     offload    larger than memory, at 50, 25 and 12.5 % of the experts: our defaults on the original checkpoint, and
-               our best settings on a packed one
+               our best settings on a packed one; int8 and int4 experts beside llama.cpp's Q8_0 and Q4_0
 
 Binds: decode reads weights (memory speed), prefill multiplies (peak FLOP/s), offload reads the disk.
 """
@@ -155,22 +155,35 @@ def _gguf(work: Path, folder: Path, kind: str) -> str:
     return str(out)
 
 
+def _with_files(work: Path, candidate: Candidate) -> Candidate:
+    """With the path of the file or folder that it reads, which is made at first use. Raises RuntimeError."""
+    options = candidate.options
+    if "gguf" in options:
+        options = {**options, "file": _gguf(work, Path(options["folder"]), options["gguf"])}
+    if "packed" in options:
+        options = {**options, "folder": str(packed_of(Path(options["folder"]), options["packed"]))}
+    return Candidate(candidate.name, candidate.environment, options)
+
+
 def _make_files(work: Path, candidates: Sequence[Candidate]) -> None:
-    for options in (c.options for c in candidates if "gguf" in c.options):
+    for candidate in candidates:
         try:
-            _gguf(work, Path(options["folder"]), options["gguf"])
+            _with_files(work, candidate)
         except RuntimeError as error:  # its row will say so
             print(error, flush=True)
 
 
-def _packed(folder: Path) -> Path:
+def packed_of(folder: Path, experts: str | None = None) -> Path:
+    """experts: what they are rounded to; None: nothing is lost."""
     from moe.models.blueprint import read_blueprint
     from moe.offload.pack import pack
+    from moe.offload.requantise import target_format
 
-    out = folder.with_name(f"{folder.name}-packed")
+    out = folder.with_name(f"{folder.name}-{experts or 'packed'}")
     if not (out / "config.json").exists():
         blueprint = read_blueprint(folder)
-        pack(blueprint.checkpoint, blueprint.index, out)
+        to = None if experts is None else target_format(experts, None)
+        pack(blueprint.checkpoint, blueprint.index, out, experts=to)
     return out
 
 
@@ -184,13 +197,17 @@ def resident_candidates(work: Path, folder: Path) -> Iterator[Candidate]:
         yield Candidate(f"llama.cpp {kind}", "llama.cpp", {"kind": "llama.cpp", "gguf": kind, "folder": str(folder)})
 
 
-def offload_candidates(work: Path, folder: Path, share: float) -> Iterator[Candidate]:
+def offload_candidates(work: Path, folder: Path, share: float, expert_bytes: int) -> Iterator[Candidate]:
+    """share: of the experts in 16 bits, `expert_bytes`; rounded ones get as many bytes of memory."""
     budget = [f"offload.budget={share}", "batch.kv_tokens=2048"]
-    packed = str(_packed(folder))
     yield Candidate("ours default", "ours", {"kind": "ours", "folder": str(folder), "set": budget})
-    yield Candidate("ours packed", "ours", {"kind": "ours", "folder": packed, "set": budget})
+    packed = {"kind": "ours", "folder": str(folder), "packed": None}
+    yield Candidate("ours packed", "ours", {**packed, "set": budget})
     best = [*budget, "offload.direct=true", "offload.prefetch=router"]
-    yield Candidate("ours best", "ours", {"kind": "ours", "folder": packed, "set": best})
+    yield Candidate("ours best", "ours", {**packed, "set": best})
+    same_bytes = [f"offload.budget={int(share * expert_bytes) >> 20}MiB", "batch.kv_tokens=2048"]
+    for kind in ("int8", "int4"):
+        yield Candidate(f"ours {kind}", "ours", {**packed, "packed": kind, "set": same_bytes})
     for kind in ("f16", "q8_0", "q4_0"):
         yield Candidate(f"llama.cpp {kind}", "llama.cpp", {"kind": "llama.cpp", "gguf": kind, "folder": str(folder)})
     scratch = work / "accelerate"
@@ -209,10 +226,7 @@ def _started(
     with ExitStack() as stack:
         for candidate in candidates:
             try:
-                if "gguf" in candidate.options:
-                    options = candidate.options
-                    file = _gguf(work, Path(options["folder"]), options["gguf"])
-                    candidate = Candidate(candidate.name, candidate.environment, {**options, "file": file})
+                candidate = _with_files(work, candidate)
                 inside = None
                 if limit is not None:
                     inside = stack.enter_context(container(candidate.name.replace(" ", "-")))
@@ -308,7 +322,9 @@ def run_offload(args: argparse.Namespace, model: WalkModel) -> str:
     parts = []
     for share in args.shares:
         limit = BASE_BYTES + int(share * model.expert_bytes)
-        candidates = [c for c in offload_candidates(args.work, folder, share) if _wanted(c, args.only)]
+        candidates = [
+            c for c in offload_candidates(args.work, folder, share, model.expert_bytes) if _wanted(c, args.only)
+        ]
         _make_files(args.work, candidates)
         drop_page_cache()  # what made the files would pay for their pages, and no limit would count them
         with read_ahead(128), _started(candidates, args.threads, args.work, limit) as (workers, reasons):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.compare import _packed
+from bench.compare import packed_of
 from bench.curves import Curve, picture
 from bench.walk_model import WalkModel, answers_to, prompts_of, write
 from moe.config import EngineConfig
@@ -119,7 +119,7 @@ def measure(work: Path) -> tuple[Rounds, dict[str, list[list[float]]]]:
             if name == "context":
                 curves["prompt"] = [[x, min(one.prompt for one in runs)] for x, runs in steps.items()]
     budget = [*SETTINGS, "offload.budget=0.25", "offload.direct=true", "offload.prefetch=off"]
-    with LLM(_packed(folder), EngineConfig.load(None, budget)) as llm:
+    with LLM(packed_of(folder), EngineConfig.load(None, budget)) as llm:
         timed(llm, 8, 64, 0)
         for number in range(ROUNDS):
             for sequences in (1, 8):
