@@ -10,14 +10,17 @@ about numbers, not time.
 import argparse
 import json
 import platform
+import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 import transformers
 
-from moe.config import EngineConfig
+from moe.config import EngineConfig, OffloadConfig
 from moe.evaluate import Evaluation, evaluate
 from moe.launch.calibrate import expert_inputs
 from moe.llm import LLM
@@ -26,15 +29,31 @@ from moe.offload.pack import pack
 from moe.offload.requantise import target_format
 
 WINDOW = 256
+Bits = Literal["2", "3", "4", "8"]
+LEVELS: tuple[Bits, ...] = ("2", "3", "4", "8")
+
+
+class Way(NamedTuple):
+    """Experts rounded once, judged in each of `bits`: several of nested precision."""
+
+    name: str
+    target: str
+    group: int | None
+    is_calibrated: bool
+    bits: tuple[Bits, ...] = ("8",)
+
+
 WAYS = (
-    ("fp8", "fp8", None, False),
-    ("int8", "int8", None, False),
-    ("int8, calibrated", "int8", None, True),
-    ("int4, groups of 32", "int4", 32, False),
-    ("int4, groups of 32, calibrated", "int4", 32, True),
-    ("int4, groups of 64, calibrated", "int4", 64, True),
-    ("mxfp4", "mxfp4", None, False),
-    ("mxfp4, calibrated", "mxfp4", None, True),
+    Way("fp8", "fp8", None, False),
+    Way("int8", "int8", None, False),
+    Way("int8, calibrated", "int8", None, True),
+    Way("int4, groups of 32", "int4", 32, False),
+    Way("int4, groups of 32, calibrated", "int4", 32, True),
+    Way("int4, groups of 64, calibrated", "int4", 64, True),
+    Way("mxfp4", "mxfp4", None, False),
+    Way("mxfp4, calibrated", "mxfp4", None, True),
+    Way("nested", "nested", None, False, LEVELS),
+    Way("nested, calibrated", "nested", None, True, LEVELS),
 )
 
 
@@ -63,6 +82,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("texts", type=Path)
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--only", nargs="*", help="names of ways; all without")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
@@ -79,26 +99,27 @@ def main() -> None:
             begun.append(Path(scratch) / f"{name}.txt")
             begun[-1].write_text(text)
         seen = expert_inputs(args.model, begun)
-        for number, (name, target, group, is_calibrated) in enumerate(WAYS):
+        for number, way in enumerate(way for way in WAYS if not args.only or way.name in args.only):
             out = pack(
                 blueprint.checkpoint,
                 blueprint.index,
                 Path(scratch) / str(number),
-                experts=target_format(target, group),
-                calibration=seen if is_calibrated else None,
+                experts=target_format(way.target, way.group),
+                calibration=seen if way.is_calibrated else None,
             )
-            rounded = read_blueprint(out)
-            with LLM(out, config) as llm:
-                found = judged(llm, exact, texts, args.windows)
-            errors = [
-                e for of in (rounded.checkpoint.packed or {}).get("output_errors", []) for e in of if e is not None
-            ]
-            answers = f"{sum(errors) / len(errors):.1%}" if errors else ""
-            cells = [f"{e.loss / e.exact_loss - 1:+.2%}, {e.agreement:.1%}" for e in found.values()]
-            share = rounded.expert_bytes / blueprint.expert_bytes
-            print(f"| {name} | {share:.0%} | {' | '.join(cells)} | {answers} |", flush=True)
-            judgement = {domain: [e.loss, e.exact_loss, e.agreement, e.kl] for domain, e in found.items()}
-            rows.append({"experts": name, "bytes": rounded.expert_bytes, "judged": judgement, "answers": answers})
+            packed = read_blueprint(out).checkpoint.packed or {}
+            errors = [e for of in packed.get("output_errors", []) for e in of if e is not None]
+            answers = f"{sum(errors) / len(errors):.1%}" if errors and len(way.bits) == 1 else ""
+            for bits in way.bits:
+                with LLM(out, replace(config, offload=OffloadConfig(bits=bits))) as llm:
+                    found, nbytes = judged(llm, exact, texts, args.windows), llm.engine.blueprint.expert_bytes
+                name = way.name if len(way.bits) == 1 else f"{way.name}, {bits} bits"
+                cells = [f"{e.loss / e.exact_loss - 1:+.2%}, {e.agreement:.1%}" for e in found.values()]
+                share = nbytes / blueprint.expert_bytes
+                print(f"| {name} | {share:.0%} | {' | '.join(cells)} | {answers} |", flush=True)
+                judgement = {domain: [e.loss, e.exact_loss, e.agreement, e.kl] for domain, e in found.items()}
+                rows.append({"experts": name, "bytes": nbytes, "judged": judgement, "answers": answers})
+            shutil.rmtree(out)
     losses = ", ".join(f"{domain} {exact_loss[1]:.4f}" for domain, exact_loss in rows[0]["judged"].items())
     print(f"\nunrounded: {blueprint.expert_bytes} bytes of experts, loss {losses}")
     document = {"model": args.model.name, "windows": args.windows, "versions": versions, "rows": rows}
