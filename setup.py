@@ -51,7 +51,7 @@ setup(
             "moe.placement._placement",
             ["placement/solve/anneal.c", "placement/solve/assign.c", "placement/serve.c"],
             extra_compile_args=COMMON,
-            depends=["placement/cover.h", "placement/solve/random.h"],
+            depends=["placement/cover.h", "placement/solve/pace.h", "placement/solve/random.h"],
             libraries=["m"],
             optional=True,
         ),

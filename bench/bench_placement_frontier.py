@@ -2,16 +2,18 @@
 the rest by tests/placement/scorer.py, served by the engine's rule ("dealt evenly": each copy in turn, as EPLB deals).
 Bound by CPU: annealing, one process.
 
-Run: python bench/bench_placement_frontier.py FOLDER [--rounds 25] [--layers 6]; FOLDER has the ESFT arrays.
+Run: python bench/bench_placement_frontier.py FOLDER [--rounds 50] [--layers 6]; FOLDER has the ESFT arrays.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -59,38 +61,57 @@ def plans_of(fit: RoutingTrace, ranks: int, slots: int | None, rounds: int) -> d
     return made
 
 
+def judged(folder: Path, domain: str, ranks: int, rounds: int, layers: int) -> list[dict[str, Any]]:
+    """All plans of one cell."""
+    trace = from_deepseek_esft_npz(folder / f"deepseek_v2_lite_{domain}.npz")
+    fit, held = some_layers(trace, layers).split(0.6, seed=0)
+    rows = []
+    for slots in (None, -(-72 // ranks)):
+        for name, (plan, seconds) in plans_of(fit, ranks, slots, rounds).items():
+            even = name.endswith("evenly")
+            partial, exact = (score(held, plan, is_exact=x, dealt_in_turn=even) for x in (False, True))
+            rows.append(
+                {"domain": domain, "ranks": ranks, "slots": slots, "plan": name, "cpu_seconds": seconds}
+                | {"partial": partial._asdict(), "exact": exact._asdict()}
+            )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [HEADER]
+    for row in rows:
+        cells = [f"{row['domain']}, {row['ranks']}, {row['slots'] or 'no replicas'}", row["plan"]]
+        for one in (row["partial"], row["exact"]):
+            cells += [f"{one['copies']:.3f} @ {one['load']:.3f}", f"{one['num_bytes']:.0f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['cpu_seconds']:.1f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--layers", type=int, default=6, help="of 26, evenly spread")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 4], help="run these again, keep the others")
+    parser.add_argument("--domains", nargs="*", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "placement_frontier")
     args = parser.parse_args()
-    about = hardware()
-    lines = [f"command: python bench/bench_placement_frontier.py FOLDER --rounds {args.rounds} --layers {args.layers}"]
-    lines += ["", *(f"{key}: {value}" for key, value in about.items()), "", HEADER]
-    print("\n".join(lines), flush=True)
-    rows = []
-    for ranks in (8, 16, 4):
-        for domain in DOMAINS:
-            trace = from_deepseek_esft_npz(args.folder / f"deepseek_v2_lite_{domain}.npz")
-            fit, held = some_layers(trace, args.layers).split(0.6, seed=0)
-            for slots in (None, -(-72 // ranks)):
-                for name, (plan, seconds) in plans_of(fit, ranks, slots, args.rounds).items():
-                    even = name.endswith("evenly")
-                    partial, exact = (score(held, plan, is_exact=x, dealt_in_turn=even) for x in (False, True))
-                    rows.append(
-                        {"domain": domain, "ranks": ranks, "slots": slots, "plan": name, "cpu_seconds": seconds}
-                        | {"partial": partial._asdict(), "exact": exact._asdict()}
-                    )
-                    cells = [f"{domain}, {ranks}, {slots or 'no replicas'}", name]
-                    for one in (partial, exact):
-                        cells += [f"{one.copies:.3f} @ {one.load:.3f}", f"{one.num_bytes:.0f}"]
-                    lines.append("| " + " | ".join([*cells, f"{seconds:.1f}"]) + " |")
-                    print(lines[-1], flush=True)
-                args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    document = {"hardware": about, "rounds": args.rounds, "layers": args.layers, "rows": rows}
-    args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    found = args.out.with_suffix(".json")
+    for ranks, domain in itertools.product(args.ranks, args.domains):
+        new = judged(args.folder, domain, ranks, args.rounds, args.layers)
+        print(table(new), flush=True)
+        about = {"hardware": hardware(), "rounds": args.rounds, "layers": args.layers}
+        document = json.loads(found.read_text()) if found.exists() else {"rows": []}
+        kept = document["rows"] if about.items() <= (document | {"hardware": about["hardware"]}).items() else []
+        order = {(r, d): n for n, (r, d) in enumerate(itertools.product((8, 16, 4), DOMAINS))}
+        rows = [row for row in kept if (row["ranks"], row["domain"]) != (ranks, domain)] + new
+        document = about | {"rows": sorted(rows, key=lambda row: order[row["ranks"], row["domain"]])}
+        found.write_text(json.dumps(document, indent=1) + "\n")
+        lines = [
+            f"command: python bench/bench_placement_frontier.py FOLDER --rounds {args.rounds} --layers {args.layers}"
+        ]
+        lines += ["", *(f"{key}: {value}" for key, value in about["hardware"].items()), ""]
+        args.out.with_suffix(".md").write_text("\n".join(lines) + "\n" + table(document["rows"]))
     print(json.dumps(document))
 
 

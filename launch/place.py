@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from moe.launch.turn import run_turn
+from moe.placement.deadline import Deadline
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.migrate import plan_migration, relabel
 from moe.placement.plan import Plan, check_capacity, merge_models
@@ -122,12 +123,13 @@ def run_place(args: argparse.Namespace) -> int:
     slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, trace.sizes)
     present = Plan.load(args.present) if args.present else None
     if args.objective in _TRANSITIONS:
+        deadline = Deadline(args.seconds)
         with _bar() as progress:
             plan = solve_transitions(
-                _program(fit, topology, args), seconds=args.seconds, rounds=args.rounds, seed=args.seed, slots=slots,
+                _program(fit, topology, args), seconds=deadline, rounds=args.rounds, seed=args.seed, slots=slots,
                 present=present, progress=progress,
             ).with_result(objective=_TRANSITIONS[args.objective], model=fit.model)  # fmt: skip
-        _tell_limit(plan, args.seconds, args)
+        _tell_limit(deadline, args)
     else:
         plan = _place_copies(fit, topology, slots, args)
     work = _workload(args)
@@ -259,8 +261,9 @@ def slots_per_rank(
 def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args: argparse.Namespace) -> Plan:
     is_coherent = args.objective == "coherent"
     has_bound = not is_coherent and slots is None and not topology.node_weight
+    deadline = Deadline(args.seconds)
     options = CopyOptions(
-        seconds=args.seconds * (0.6 if has_bound else 1.0),
+        seconds=deadline.at(0.6) if has_bound else deadline,
         rounds=args.rounds,
         seed=args.seed,
         coherent=is_coherent,
@@ -276,11 +279,9 @@ def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args
             price=Price.of(_workload(args).wire, _sizes(fit), fit.top_k) if args.objective == "bytes" else VISITS,
             progress=progress,
         )
-    _tell_limit(plan, options.seconds, args)
+    _tell_limit(deadline, args)
     if has_bound:
-        bound = copies_bound(
-            fit, topology.num_ranks, seconds=args.seconds - options.seconds, hint=plan.hosted, iterations=args.rounds
-        )
+        bound = copies_bound(fit, topology.num_ranks, seconds=deadline, hint=plan.hosted, iterations=args.rounds)
         plan = plan.with_result(bound=min(float(bound.mean()), plan.value or 0.0))
     return plan
 
@@ -293,11 +294,11 @@ def _bar() -> Iterator[Callable[[float], None]]:
         yield lambda share: bar.update(task, completed=share)
 
 
-def _tell_limit(plan: Plan, seconds: float, args: argparse.Namespace) -> None:
-    if (plan.seconds or 0.0) >= seconds:
+def _tell_limit(deadline: Deadline, args: argparse.Namespace) -> None:
+    if deadline.has_cut:
         print(
-            f"note: the limit of {args.seconds:.0f} s ended the search; more seconds may better it, and only a search "
-            "that ends by its rounds gives the same plan again",
+            f"note: the limit of {args.seconds:.0f} s shortened the search; more seconds may better it, and only a "
+            "search that ends by its rounds gives the same plan again",
             file=sys.stderr,
         )
 

@@ -8,9 +8,10 @@ from struct import Struct
 
 log = logging.getLogger(__name__)
 
-ANNEAL = Struct("=8q3d7q")  # struct Problem of solve/anneal.c
-ASSIGN = Struct("=9q3d8q")  # struct Assign of solve/assign.c
-SERVE = Struct("=5q5q")  # struct Serve of serve.c
+SCHEDULE = "2q4dq"  # struct Schedule of solve/pace.h
+ANNEAL = Struct(f"=7q{SCHEDULE}d7q")  # struct Problem of solve/anneal.c
+ASSIGN = Struct(f"=8qd{SCHEDULE}8q")  # struct Assign of solve/assign.c
+SERVE = Struct("=6q5q")  # struct Serve of serve.c
 MOST_RANKS = 64
 MOST_TOP = 64
 

@@ -30,10 +30,14 @@ SWEEPS = 2
 
 
 class ServingTable(NamedTuple):
-    """One layer's copies: physical int32 [E, G], the physical expert on each rank, -1 = none; masks uint64 [E]."""
+    """One layer's copies: physical int32 [E, G], the physical expert on each rank, -1 = none; masks uint64 [E].
+
+    addresses: of masks and physical, for compiled code.
+    """
 
     physical: NDArray[np.int32]
     masks: NDArray[np.uint64] | None  # None beyond 64 ranks
+    addresses: tuple[int, int]
 
     @staticmethod
     def of(plan: Plan, layer: int) -> "ServingTable":
@@ -44,7 +48,12 @@ class ServingTable(NamedTuple):
         physical[plan.phy2log[layer][held], held // plan.physical_per_rank] = held
         bits = np.uint64(1) << np.arange(ranks, dtype=np.uint64) if ranks <= MOST_RANKS else None
         masks = None if bits is None else np.where(physical >= 0, bits, np.uint64(0)).sum(axis=1, dtype=np.uint64)
-        return ServingTable(physical, masks)
+        return ServingTable.made(physical, masks)
+
+    @staticmethod
+    def made(physical: NDArray[np.int32], masks: NDArray[np.uint64] | None) -> "ServingTable":
+        physical = np.ascontiguousarray(physical)
+        return ServingTable(physical, masks, (0 if masks is None else masks.ctypes.data, physical.ctypes.data))
 
 
 def choose_replicas(
@@ -62,16 +71,21 @@ def choose_replicas(
     helper = load_helper()
     if helper is None or table.masks is None or topk_ids.shape[1] > MOST_TOP:
         return choose_in_numpy(topk_ids, home, table, home_first=home_first)
-    ids = np.ascontiguousarray(topk_ids, np.int16)
-    at = np.ascontiguousarray(np.broadcast_to(np.asarray(home, np.int64), ids.shape[:1]))
-    chosen = np.empty(ids.shape, np.int64)
-    experts, ranks = table.physical.shape
-    assert ids.max(initial=-1) < experts, (ids.max(), experts)
+    ids = np.ascontiguousarray(topk_ids, np.int64)
+    chosen = np.empty_like(ids)
+    at, homes = -1, 0
+    if isinstance(home, np.ndarray):
+        home = np.ascontiguousarray(home, np.int64)  # kept until the call is over
+        assert home.shape == ids.shape[:1], (home.shape, ids.shape)
+        homes = home.ctypes.data
+    else:
+        at = int(home)
     call = SERVE.pack(
-        *ids.shape, experts, ranks, home_first,
-        *(a.ctypes.data for a in (ids, at, table.masks, table.physical, chosen)),
-    )  # fmt: skip
-    if helper.moe_serve(call):
+        *ids.shape, *table.physical.shape, home_first, at, ids.ctypes.data, homes, *table.addresses, chosen.ctypes.data
+    )
+    failed = helper.moe_serve(call)
+    if failed:
+        assert failed == -1, (ids.max(), table.physical.shape)
         raise MemoryError(f"no memory to serve {ids.size} pairs; use smaller steps")
     return chosen
 

@@ -36,9 +36,9 @@ def integers(where: str, name: str, value: list[Any], *, axes: int = 1) -> list[
     return value
 
 
-def pair_of_numbers(where: str, name: str, value: list[Any]) -> tuple[float, float]:
-    """Two finite numbers. Raises ValueError for anything else."""
-    numbers = [float(n) for n in value if isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n)]
-    if len(numbers) != 2 or len(value) != 2:
-        raise ValueError(f"{where}: {name} must be a pair of numbers, it is {str(value)[:80]}")
-    return numbers[0], numbers[1]
+def numbers(where: str, name: str, value: list[Any], count: int) -> list[float]:
+    """So many finite numbers. Raises ValueError for anything else."""
+    found = [float(n) for n in value if isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n)]
+    if len(found) != count or len(value) != count:
+        raise ValueError(f"{where}: {name} must be {count} numbers, it is {str(value)[:80]}")
+    return found

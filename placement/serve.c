@@ -7,8 +7,9 @@
 
 typedef struct {
     int64_t tokens, top, experts, ranks, home_first;
-    const int16_t *ids;      /* [tokens, top], -1 = none */
-    const int64_t *home;     /* [tokens] */
+    int64_t at;              /* the home of all tokens, or -1 */
+    const int64_t *ids;      /* [tokens, top], -1 = none */
+    const int64_t *home;     /* [tokens], where `at` is -1 */
     const uint64_t *masks;   /* [experts] */
     const int32_t *physical; /* [experts, ranks] */
     int64_t *chosen;         /* [tokens, top] */
@@ -22,14 +23,22 @@ typedef struct {
 
 EXPORT int64_t moe_serve_abi(void) { return (int64_t)sizeof(Serve); }
 
-/* 0, or -1 where memory is short. */
+/* 0, -1 where memory is short, -2 where an id is out of range. */
 EXPORT int64_t moe_serve(const Serve *p) {
     int64_t load[MAX_RANKS] = {0}, n = 0, even = p->ranks + p->ranks % 2, rounds = even - 1;
     Open *open = malloc((size_t)(p->tokens * p->top + 1) * sizeof *open);
     if (!open) return -1;
     for (int64_t t = 0; t < p->tokens; t++) {
-        const int16_t *ids = p->ids + t * p->top;
-        int64_t home = p->home[t], sum = 0;
+        int16_t ids[MAX_TOP];
+        int64_t home = p->at < 0 ? p->home[t] : p->at, sum = 0;
+        for (int64_t k = 0; k < p->top; k++) {
+            int64_t e = p->ids[t * p->top + k];
+            if (e >= p->experts) {
+                free(open);
+                return -2;
+            }
+            ids[k] = (int16_t)(e < 0 ? -1 : e);
+        }
         uint64_t used = visits_of(p->masks, ids, p->top, home, p->ranks).used;
         for (int64_t k = 0; k < p->top; k++) sum += ids[k] < 0 ? 0 : ids[k];
         for (int64_t k = 0; k < p->top; k++) {

@@ -21,28 +21,31 @@ from moe.placement.topology import Topology
 from moe.placement.trace import PREFILL, RoutingTrace
 from moe.placement.wire_format import PAYLOAD_BYTES, ModelSizes, StepKind, WireFormat
 
+TOKEN_SECONDS = 2e-7  # of a pair, where neither topology nor workload says; not measured
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
     """What a step is and what it sends.
 
     batch, steps: as `steps_of` has them. sizes: of the model, None = as the trace says. expert_token_seconds: of expert
-    work. payload_bytes: what goes with a token to its new home in coherent decode. fast_slots: experts (all layers) per
-    rank in fast memory, least recently used goes; None = all fit. split: how copies share tokens: "local"
-    (`choose_replicas`, each rank for its own tokens) or "even" (each copy the same, as EPLB deals).
+    work, None = the topology's `experts`, or TOKEN_SECONDS where it has none. payload_bytes: what goes with a token to
+    its new home in coherent decode. fast_slots: experts (all layers) per rank in fast memory, least recently used goes;
+    None = all fit. split: how copies share tokens: "local" (`choose_replicas`, each rank for its own tokens) or "even"
+    (each copy the same, as EPLB deals).
     """
 
     batch: int = 256
     steps: StepKind = "recorded"
     wire: WireFormat = field(default_factory=WireFormat)
     sizes: ModelSizes | None = None
-    expert_token_seconds: float = 2e-7
+    expert_token_seconds: float | None = None
     payload_bytes: int = PAYLOAD_BYTES
     fast_slots: int | None = None
     split: Literal["local", "even"] = "local"
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.expert_token_seconds < 0:
+        if self.batch < 1 or (self.expert_token_seconds or 0.0) < 0:
             raise ValueError(f"the batch must be at least 1 and times >= 0: {self}")
         if self.fast_slots is not None and self.fast_slots < 1:
             raise ValueError(f"fast_slots ({self.fast_slots}) must be at least 1 per rank")
@@ -148,7 +151,7 @@ def simulate(
             uses += cache.last_uses
             seconds += (
                 sum(all_to_all_seconds(num_bytes, same_node, topology) for num_bytes in sent),
-                float(busy.max()) * work.expert_token_seconds,
+                _expert_seconds(physical, busy, plan, topology, work, sizes),
                 float(missed.max()) * sizes.expert_bytes / topology.host.bandwidth
                 + float(missed.any()) * topology.host.latency,
             )
@@ -249,6 +252,22 @@ def _chosen(
         mine = at == rank
         physical[mine] = choose_replicas(ids[mine], int(rank), table, home_first=exact)
     return physical
+
+
+def _expert_seconds(
+    physical: NDArray[np.int64],
+    busy: NDArray[np.int64],
+    plan: Plan,
+    topology: Topology,
+    work: Workload,
+    sizes: ModelSizes,
+) -> float:
+    """Of the slowest rank in one layer. busy: [G] pairs."""
+    if topology.experts is None or work.expert_token_seconds is not None:
+        each = TOKEN_SECONDS if work.expert_token_seconds is None else work.expert_token_seconds
+        return float(busy.max()) * each
+    used = np.bincount(np.unique(physical[physical >= 0]) // plan.physical_per_rank, minlength=plan.num_ranks)
+    return float(topology.experts.seconds(used, busy, sizes.hidden_size, sizes.expert_bytes, sizes.element_bytes).max())
 
 
 def _homes_after(

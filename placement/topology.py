@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.schema import Kinds, checked, integers, pair_of_numbers
+from moe.placement.schema import Kinds, checked, integers, numbers
+
+Numbers = float | NDArray[np.integer[Any]] | NDArray[np.float64]
 
 
 class Link(NamedTuple):
@@ -27,6 +29,30 @@ class Link(NamedTuple):
         return self.latency + num_bytes / self.bandwidth
 
 
+class ExpertCost(NamedTuple):
+    """What a rank's experts take in one layer: launch in s; bytes/s of weights; operations/s; bytes/s of rows."""
+
+    launch: float
+    weight_bandwidth: float
+    flops: float
+    row_bandwidth: float
+
+    def seconds(
+        self, used: Numbers, pairs: Numbers, hidden_size: Numbers, expert_bytes: Numbers, element_bytes: int
+    ) -> NDArray[np.float64]:
+        """launch + the longer of reading the experts that are used and computing the pairs + moving the pairs' rows.
+
+        used, pairs: of each rank. Rows are read and written at the hidden and three times at the expert's own size. A
+        rank without a pair launches nothing.
+        """
+        weights = expert_bytes / element_bytes  # as if experts were kept in the dtype of activations
+        row = element_bytes * 2 * hidden_size + expert_bytes / hidden_size
+        work = np.maximum(used * expert_bytes / self.weight_bandwidth, 2 * pairs * weights / self.flops)
+        return np.where(pairs > 0, self.launch + work + pairs * row / self.row_bandwidth, 0.0)
+
+
+# bench/fit_h200.py on published times of vLLM's kernel, bf16, 13 shapes; tests/placement/test_gpus.py checks the fit
+H200_EXPERTS = ExpertCost(2.48e-5, 4.34e12, 7.19e14, 1.38e12)
 # all_to_all of 2 to 8 GPUs in one NVLink node; tests/placement/test_plan.py checks the fit on the recorded table
 H200_NVLINK = Link(270e9, 9e-6)
 INFINIBAND_NDR = Link(45e9, 35e-6)  # one 400 Gb/s port per rank at about 90 %; nominal, not measured here
@@ -41,6 +67,7 @@ class Topology:
     """G ranks, the node of each, link classes, and bytes of expert memory per tier.
 
     node_of_rank: [G] node numbers 0..nodes-1. intra/inter: links between ranks of one node / of two nodes.
+    experts: what they take on a rank; None = not known.
     fast_bytes: per rank, for experts; None = unlimited. host_bytes: per node, None = unlimited.
     reachable: False for a rank that no link reaches; such a topology is refused.
     """
@@ -50,6 +77,7 @@ class Topology:
     inter: Link = INFINIBAND_NDR
     host: Link = PCIE5_HOST
     disk: Link = NVME
+    experts: ExpertCost | None = None
     fast_bytes: tuple[int, ...] | None = None
     host_bytes: tuple[int, ...] | None = None
     name: str = "custom"
@@ -71,6 +99,8 @@ class Topology:
                 )
             if used and not (np.isfinite(link.latency) and link.latency >= 0):
                 raise ValueError(f"the {kind} link has latency {link.latency}; it must be a finite number >= 0")
+        if self.experts is not None and (min(self.experts[1:]) <= 0 or self.experts.launch < 0):
+            raise ValueError(f"experts ({tuple(self.experts)}) must be a launch >= 0 and three rates > 0")
         for kind, count in (("fast_bytes", self.num_ranks), ("host_bytes", self.num_nodes)):
             budget = getattr(self, kind)
             if budget is not None and (len(budget) != count or min(budget) < 0):
@@ -123,7 +153,13 @@ class Topology:
         """`h200x8` one node of 8, `2xh200x8` two nodes over InfiniBand, `laptopx4` 4 processes, any counts."""
         parts = name.split("x")
         kinds: dict[str, dict[str, Any]] = {
-            "h200": {"intra": H200_NVLINK, "inter": INFINIBAND_NDR, "host": PCIE5_HOST, "disk": NVME},
+            "h200": {
+                "intra": H200_NVLINK,
+                "inter": INFINIBAND_NDR,
+                "host": PCIE5_HOST,
+                "disk": NVME,
+                "experts": H200_EXPERTS,
+            },
             "laptop": {"intra": LAPTOP_LINK, "inter": Link(1e9, 1e-4), "host": Link(8e9, 1e-6), "disk": LAPTOP_DISK},
         }
         if len(parts) == 2:
@@ -159,7 +195,9 @@ class Topology:
         fields = checked(str(path), told, {name: kinds for name, kinds in _STORED.items() if name in told})
         for name in ("intra", "inter", "host", "disk"):
             if name in fields:
-                fields[name] = Link(*pair_of_numbers(str(path), name, fields[name]))
+                fields[name] = Link(*numbers(str(path), name, fields[name], 2))
+        if "experts" in fields:
+            fields["experts"] = ExpertCost(*numbers(str(path), "experts", fields["experts"], 4))
         for name in ("node_of_rank", "fast_bytes", "host_bytes"):
             if name in fields:
                 fields[name] = tuple(integers(str(path), name, fields[name]))
@@ -170,7 +208,7 @@ class Topology:
 
 
 _STORED: Mapping[str, Kinds] = {
-    **dict.fromkeys(("node_of_rank", "fast_bytes", "host_bytes", "intra", "inter", "host", "disk"), (list,)),
+    **dict.fromkeys(("node_of_rank", "fast_bytes", "host_bytes", "intra", "inter", "host", "disk", "experts"), (list,)),
     "name": (str,),
 }
 

@@ -7,18 +7,17 @@
  * copy's slot of a replicated expert to another expert. Only the tokens of the two experts are served again. The caller
  * (anneal.py) checks sizes and indices; the same seed gives the same masks on every machine with IEEE doubles.
  */
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../cover.h"
+#include "pace.h"
 #include "random.h"
 
 typedef struct {
     int64_t tokens, top, experts, ranks, slots; /* slots: copies per rank */
-    int64_t iterations, seed, home_first;
-    double first, last;          /* temperatures, in rank visits */
+    int64_t seed, home_first;
+    Schedule schedule;
     double pair_cost;            /* visits that a pair served elsewhere costs */
     int64_t folds;
     const double *caps;          /* [1 + folds] pairs that a rank may serve, of all tokens and of each fold's */
@@ -99,11 +98,15 @@ EXPORT double moe_anneal(const Problem *p) {
         used[t] = visits(p, t);
         cost += worth[t] = serve(p, t, used[t], 1, load);
     }
-    double over = overload(p, load), best_cost = cost + over;
+    double over = overload(p, load), best_cost = cost, best_over = over;
     memcpy(best, p->masks, (size_t)p->experts * 8);
-    double temperature = p->first, cooling = pow(p->last / p->first, 1.0 / (double)(p->iterations ? p->iterations : 1));
+    Pace pace = paced(&p->schedule, 100 + 300 * pairs / (p->experts + 1));
 
-    for (int64_t step = 1; step <= p->iterations; step++, temperature *= cooling) {
+    for (int64_t step = 1; step <= pace.total; step++, pace.temperature *= pace.cooling) {
+        if ((step - 1) % pace.every == 0) {
+            look(&p->schedule, step - 1, &pace);
+            if (step > pace.total) break;
+        }
         int64_t a = below(&random, p->ranks), i = a * p->slots + below(&random, p->slots), j = -1;
         int32_t e = slot[i], f = -1;
         if (e < 0) continue;
@@ -141,8 +144,8 @@ EXPORT double moe_anneal(const Problem *p) {
             trial_worth[y] = serve(p, t, fresh[y], 1, trial);
             delta += trial_worth[y] - worth[t];
         }
-        double new_over = overload(p, trial), change = delta + new_over - over;
-        if (change > 0 && uniform(&random) >= exp(-change / temperature)) {
+        double new_over = overload(p, trial), change = delta + pace.severity * (new_over - over);
+        if (change > 0 && uniform(&random) >= exp(-change / pace.temperature)) {
             p->masks[e] = mask_e;
             if (f >= 0) p->masks[f] = mask_f;
             continue;
@@ -152,13 +155,13 @@ EXPORT double moe_anneal(const Problem *p) {
         cost += delta, over = new_over;
         slot[i] = f;
         if (j >= 0) slot[j] = e;
-        if (cost + over < best_cost - 1e-6) {
-            best_cost = cost + over;
+        if (cost + pace.severity * over < best_cost + pace.severity * best_over - 1e-6) {
+            best_cost = cost, best_over = over;
             memcpy(best, p->masks, (size_t)p->experts * 8);
         }
     }
     memcpy(p->masks, best, (size_t)p->experts * 8);
-    result = best_cost;
+    result = best_cost + pace.severity * best_over;
 done:
     free(begin), free(where), free(list), free(touched), free(stamp), free(used), free(fresh), free(worth), free(trial_worth), free(best), free(slot), free(load), free(trial);
     return result;

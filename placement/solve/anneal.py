@@ -4,21 +4,21 @@ A token visits its home, the ranks of experts with a single copy, and what a gre
 experts are shared by the visited ranks that have them, and load above the cap costs. Homes are drawn by `home_ranks`.
 """
 
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.placement.deadline import Deadline, Pace
 from moe.placement.helper import ANNEAL, MOST_RANKS, MOST_TOP, load_helper
+from moe.placement.solve.schedule import Schedule
 from moe.placement.wire_format import ModelSizes, WireFormat
 
-SAMPLE = 1200  # tokens of the hot phase
-PER_ROUND = (1200, 300)  # moves tried per round: on the sample, then on all tokens
+SAMPLES = (1200, 16384)  # tokens of the hot phase and of the cooler one
+PER_ROUND = (1200, 300)  # moves tried per round, in each
 TEMPERATURES = ((60.0, 6.0), (6.0, 1.0))  # rank visits
 SEVERITY = ((0.5, 0.5), (0.5, 1.0))  # of the penalties, first and last in each phase
 SHARES = (0.6, 1.0)  # of the time that is left, for each phase
-PIECES = 20  # of a phase; between them the clock is read
 PENALTY = 2.0  # rank visits that a pair above the cap costs
 CAP = 1.05  # of the mean load, where each visited copy of an expert serves the same share; dealing levels the rest
 FOLDS = 16  # parts of the traffic that keep the cap, too: what is even in each of them is even in the next
@@ -79,16 +79,15 @@ def anneal(
     *,
     slots: int,
     caps: Caps,
-    iterations: int,
-    temperatures: tuple[float, float],
+    schedule: Schedule,
     seed: int,
     price: Price = VISITS,
 ) -> tuple[NDArray[np.bool_], float]:
     """The best copies found from hosted [E, G], and their cost: visits besides home + price.pair x pairs served
     elsewhere + the penalties of load above the caps.
 
-    expert_ids: [N, K], -1 = none. home: [N]. slots: copies per rank. temperatures: first and last, in visits.
-    O(iterations N K / E). The start counts as found, so the cost never rises. Raises ValueError for sizes that do not
+    expert_ids: [N, K], -1 = none. home: [N]. slots: copies per rank. O(iterations N K / E). The start counts as found,
+    so that the cost at the last severity never rises. Raises ValueError for sizes that do not
     fit, RuntimeError without the helper.
     """
     helper = load_helper()
@@ -110,8 +109,9 @@ def anneal(
     limits, penalties = (np.ascontiguousarray(a, np.float64) for a in caps[1:])
     if fold.shape != at.shape or limits.shape != penalties.shape or fold.max(initial=0) + 2 > len(limits):
         raise ValueError(f"folds {fold.shape} up to {fold.max(initial=0)} need [N] and {limits.shape} caps, one more")
+    pace = Pace(schedule.deadline, schedule.iterations)
     problem = ANNEAL.pack(
-        *ids.shape, experts, ranks, slots, iterations, seed, price.home_first, *temperatures, price.pair,
+        *ids.shape, experts, ranks, slots, seed, price.home_first, *schedule.packed(pace), price.pair,
         len(limits) - 1,
         *(a.ctypes.data for a in (limits, penalties, ids, at, fold, masks)),
     )  # fmt: skip
@@ -148,33 +148,30 @@ def search_layer(
     caps: Caps,
     rounds: int,
     seed: int,
-    deadline: float,
+    deadline: Deadline,
     price: Price = VISITS,
 ) -> NDArray[np.bool_]:
-    """Copies [E, G] for one layer: hot on a sample of tokens, then cooler on all; never worse than `start` on all.
+    """Copies [E, G] for one layer: hot on a sample of tokens, then cooler on a larger one; never worse than
+    `start` on all.
 
-    expert_ids: [N, K]. caps: of all tokens. The same seed and rounds give the same plan unless the deadline
-    (`time.perf_counter`) comes first; it is kept within one piece of a phase.
+    expert_ids: [N, K]. caps: of all tokens. The same seed and rounds give the same plan unless time is too short for
+    them; then the search cools faster and ends with the deadline.
     """
+    if deadline.is_over():
+        return start
     tokens, ranks = len(expert_ids), start.shape[1]
     home = home_ranks(tokens, ranks, seed)
-    few = np.random.default_rng(seed).permutation(tokens)[:SAMPLE]
+    order = np.random.default_rng(seed).permutation(tokens)
     hosted = start
-    for sample, moves, heat, severity, part in zip((few, np.arange(tokens)), PER_ROUND, TEMPERATURES, SEVERITY, SHARES):
-        until = time.perf_counter() + part * (deadline - time.perf_counter())
-        ids, at, limits = expert_ids[sample], home[sample], caps.of(sample, expert_ids)
-        pieces = min(PIECES, max(1, rounds))
-        steps, severe = (a * (b / a) ** (np.arange(pieces + 1) / pieces) for a, b in (heat, severity))
-        for piece in range(pieces):
-            if time.perf_counter() >= until:
-                break
-            now = limits._replace(penalties=limits.penalties * severe[piece + 1])
-            hosted, _ = anneal(
-                ids, at, hosted, slots=slots, caps=now, iterations=moves * rounds // pieces,
-                temperatures=(float(steps[piece]), float(steps[piece + 1])), seed=seed + piece, price=price,
-            )  # fmt: skip
-    costs = [
-        anneal(expert_ids, home, h, slots=slots, caps=caps, iterations=0, temperatures=(1, 1), seed=0, price=price)[1]
-        for h in (hosted, start)
-    ]
-    return hosted if costs[0] < costs[1] else start
+    for few, moves, heat, severity, part in zip(SAMPLES, PER_ROUND, TEMPERATURES, SEVERITY, SHARES):
+        sample = np.sort(order[:few])
+        schedule = Schedule(moves * rounds, heat, severity, deadline.part(part))
+        hosted, _ = anneal(
+            expert_ids[sample], home[sample], hosted, slots=slots, caps=caps.of(sample, expert_ids), schedule=schedule,
+            seed=seed, price=price,
+        )  # fmt: skip
+
+    def cost(of: NDArray[np.bool_]) -> float:
+        return anneal(expert_ids, home, of, slots=slots, caps=caps, schedule=Schedule(0), seed=0, price=price)[1]
+
+    return hosted if cost(hosted) < cost(start) else start

@@ -5,12 +5,11 @@
  * Counts are integers and sums are taken in a fixed order: the same seed gives the same places on every machine with
  * IEEE doubles. The caller (assign.py) checks sizes and indices.
  */
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../cover.h"
+#include "pace.h"
 #include "random.h"
 
 #define LANES 8
@@ -18,8 +17,9 @@
 typedef struct {
     int64_t tokens, top, items, ranks, places; /* items = ranks * places: experts, and empty places after them */
     int64_t nodes, lanes;                      /* lanes: columns of loads, a multiple of LANES */
-    int64_t iterations, seed;
-    double first, last, node_weight; /* temperatures, in rank visits */
+    int64_t seed;
+    double node_weight;
+    Schedule schedule;
     const double *caps, *penalties;  /* [lanes] */
     const double *loads;             /* [items, lanes] */
     const int16_t *ids;              /* [tokens, top], -1 = none */
@@ -101,20 +101,27 @@ static int64_t members(const uint64_t *set, int64_t words) {
     return n;
 }
 
+typedef struct {
+    double visits, over; /* `over`: of load above the caps, before the severity */
+} Cost;
+
+static double worth(Cost cost, double severity) { return cost.visits + severity * cost.over; }
+
 /* Sets, loads and cost of `now`. */
-static double whole(const Assign *p, const uint64_t *bits, Sets rank, Sets node, int64_t words, double *load, double *of) {
-    double cost = 0;
+static Cost whole(const Assign *p, const uint64_t *bits, Sets rank, Sets node, int64_t words, double *load, double *of) {
+    Cost cost = {0, 0};
     memset(load, 0, (size_t)(p->ranks * p->lanes) * 8);
     for (int64_t g = 0; g < p->ranks; g++) {
         gather(p, bits, rank, g, g, words, 0);
         for (int64_t k = 0; k < p->places; k++)
             for (int64_t f = 0; f < p->lanes; f++)
                 load[g * p->lanes + f] += p->loads[p->now[g * p->places + k] * p->lanes + f];
-        cost += (of[g] = overload(p, load + g * p->lanes)) + (double)members(rank.once + g * words, words);
+        cost.over += of[g] = overload(p, load + g * p->lanes);
+        cost.visits += (double)members(rank.once + g * words, words);
     }
     for (int64_t n = 0; n < p->nodes; n++) {
         gather_node(p, bits, node, n, words);
-        cost += p->node_weight * (double)members(node.once + n * words, words);
+        cost.visits += p->node_weight * (double)members(node.once + n * words, words);
     }
     return cost;
 }
@@ -143,23 +150,28 @@ EXPORT double moe_assign(const Assign *p) {
     Change change = fastest();
     memcpy(kept, p->now, (size_t)size * 4);
     memcpy(p->now, p->best, (size_t)size * 4);
-    double best_cost = whole(p, bits, rank, node, words, load, of);
+    Cost best = whole(p, bits, rank, node, words, load, of);
     memcpy(p->now, kept, (size_t)size * 4);
-    double cost = whole(p, bits, rank, node, words, load, of);
+    Cost cost = whole(p, bits, rank, node, words, load, of);
     Random random = seeded((uint64_t)p->seed);
-    double temperature = p->first, cooling = pow(p->last / p->first, 1.0 / (double)(p->iterations ? p->iterations : 1));
-    for (int64_t step = 0; step < p->iterations && p->ranks > 1; step++, temperature *= cooling) {
-        if (cost < best_cost - 1e-6) best_cost = cost, memcpy(p->best, p->now, (size_t)size * 4);
+    Pace pace = paced(&p->schedule, 60 + 2 * words);
+    for (int64_t step = 0; step < pace.total && p->ranks > 1; step++, pace.temperature *= pace.cooling) {
+        if (step % pace.every == 0) {
+            look(&p->schedule, step, &pace);
+            if (step >= pace.total) break;
+        }
+        if (worth(cost, pace.severity) < worth(best, pace.severity) - 1e-6)
+            best = cost, memcpy(p->best, p->now, (size_t)size * 4);
         int64_t a = below(&random, p->ranks), b = below(&random, p->ranks - 1);
         b += b >= a;
         int64_t i = a * p->places + below(&random, p->places), j = b * p->places + below(&random, p->places);
         int32_t e = p->now[i], f = p->now[j];
-        double most = -temperature * log(uniform(&random) + 1e-300), *la = trial, *lb = trial + p->lanes;
+        double most = -pace.temperature * log(uniform(&random) + 1e-300), *la = trial, *lb = trial + p->lanes;
         for (int64_t k = 0; k < p->lanes; k++) {
             double more = p->loads[f * p->lanes + k] - p->loads[e * p->lanes + k];
             la[k] = load[a * p->lanes + k] + more, lb[k] = load[b * p->lanes + k] - more;
         }
-        double over_a = overload(p, la), over_b = overload(p, lb), delta = over_a + over_b - of[a] - of[b];
+        double over_a = overload(p, la), over_b = overload(p, lb), over = over_a + over_b - of[a] - of[b], delta = 0;
         const uint64_t *out = bits + e * words, *in = bits + f * words;
         delta += (double)change(rank.once + a * words, rank.twice + a * words, out, in, words);
         delta += (double)change(rank.once + b * words, rank.twice + b * words, in, out, words);
@@ -169,15 +181,16 @@ EXPORT double moe_assign(const Assign *p) {
             more += change(node.once + nb * words, node.twice + nb * words, in, out, words);
             delta += p->node_weight * (double)more;
         }
-        if (delta > most) continue;
+        if (delta + pace.severity * over > most) continue;
         p->now[i] = f, p->now[j] = e;
         gather(p, bits, rank, a, a, words, 0), gather(p, bits, rank, b, b, words, 0);
         if (na != nb) gather_node(p, bits, node, na, words), gather_node(p, bits, node, nb, words);
         memcpy(load + a * p->lanes, la, (size_t)p->lanes * 8), memcpy(load + b * p->lanes, lb, (size_t)p->lanes * 8);
-        of[a] = over_a, of[b] = over_b, cost += delta;
+        of[a] = over_a, of[b] = over_b, cost.visits += delta, cost.over += over;
     }
-    if (cost < best_cost - 1e-6) best_cost = cost, memcpy(p->best, p->now, (size_t)size * 4);
-    result = best_cost;
+    if (worth(cost, pace.severity) < worth(best, pace.severity) - 1e-6)
+        best = cost, memcpy(p->best, p->now, (size_t)size * 4);
+    result = worth(best, pace.severity);
 done:
     free(bits), free(sets), free(pins), free(load), free(trial), free(of), free(kept);
     return result;

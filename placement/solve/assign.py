@@ -5,14 +5,15 @@ over all of the fitted tokens, but over random halves of them: in none may it be
 plan has there. A rank whose experts are hot together is over its cap in the halves that have many of these tokens.
 """
 
-import time
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.placement.deadline import Deadline, Pace
 from moe.placement.helper import ASSIGN, load_helper
 from moe.placement.solve.program import Floats, Ints
+from moe.placement.solve.schedule import Schedule
 from moe.placement.solve.swaps import CopyOptions
 
 PIECES_OF_TRAFFIC = 16  # consecutive tokens each; a half is eight of them
@@ -23,8 +24,8 @@ CAP_PRICE = 10.0  # of a pair above the cap of all tokens
 SEVERITY = (0.1, 1.0)  # of the prices, first and last
 TEMPERATURES = (0.2, 0.01)  # first and last, in uses of the mean expert
 PER_ROUND = 600  # moves tried per round and expert
-PIECES = 20  # of a search; between them the clock is read
 LANES = 8  # what the compiled code adds at once
+MOST_TOKENS = 16384  # that are annealed; loads are of all
 SKETCH = 4096  # tokens of a first, short search
 SKETCH_PART = 0.1  # of the rounds and of the time
 
@@ -86,8 +87,7 @@ def anneal_assignment(
     best: Ints,
     num_ranks: int,
     *,
-    iterations: int,
-    temperatures: tuple[float, float],
+    schedule: Schedule,
     seed: int,
     options: CopyOptions,
 ) -> tuple[Ints, Ints, float]:
@@ -117,9 +117,10 @@ def anneal_assignment(
     all_caps, all_prices = (np.pad(a, (0, lanes - len(caps))) for a in (caps, prices))
     state = [_places(ranks, num_ranks, places) for ranks in (now, best)]
     arrays: list[NDArray[Any]] = [all_caps, all_prices, wide, ids, pin, node, *state]
+    pace = Pace(schedule.deadline, schedule.iterations)
     call = ASSIGN.pack(
-        tokens, top, num_ranks * places, num_ranks, places, nodes, lanes, iterations, seed, *temperatures,
-        options.node_weight, *(a.ctypes.data for a in arrays),
+        tokens, top, num_ranks * places, num_ranks, places, nodes, lanes, seed, options.node_weight,
+        *schedule.packed(pace), *(a.ctypes.data for a in arrays),
     )  # fmt: skip
     cost = float(helper.moe_assign(call))
     if cost < 0:
@@ -132,26 +133,18 @@ def anneal_assignment(
 
 
 def search_assignment(
-    layer: Layer, start: Ints, num_ranks: int, *, rounds: float, seed: int, deadline: float, options: CopyOptions
+    layer: Layer, start: Ints, num_ranks: int, *, rounds: float, seed: int, deadline: Deadline, options: CopyOptions
 ) -> Ints:
     """Ranks [E] for one layer, never of more cost than `start`. The same seed and rounds give the same ranks unless
-    the deadline (`time.perf_counter`) comes first; it is kept within a piece of the search."""
-    hits = float((layer.expert_ids >= 0).sum()) / len(start)
-    steps, severe = (a * (b / a) ** (np.arange(PIECES + 1) / PIECES) for a, b in (TEMPERATURES, SEVERITY))
-    moves = int(rounds * PER_ROUND * len(start)) // PIECES
-    now = best = start
-    for piece in range(PIECES):
-        if time.perf_counter() >= deadline:
-            break
-        limits = layer.limits._replace(prices=layer.limits.prices * severe[piece + 1])
-        heat = (float(steps[piece]) * hits + 1e-9, float(steps[piece + 1]) * hits + 1e-9)
-        now, best, _ = anneal_assignment(
-            layer._replace(limits=limits), now, best, num_ranks, iterations=moves, temperatures=heat,
-            seed=seed * PIECES + piece, options=options,
-        )  # fmt: skip
-    _, best, _ = anneal_assignment(
-        layer, start, best, num_ranks, iterations=0, temperatures=(1.0, 1.0), seed=0, options=options
-    )
+    time is too short for them; then the search cools faster and ends with the deadline."""
+    if deadline.is_over():
+        return start
+    uses = float((layer.expert_ids >= 0).sum()) / len(start)
+    first, last = (heat * uses + 1e-9 for heat in TEMPERATURES)
+    schedule = Schedule(int(rounds * PER_ROUND * len(start)), (first, last), SEVERITY, deadline)
+    _, best, _ = anneal_assignment(layer, start, start, num_ranks, schedule=schedule, seed=seed, options=options)
+    costed = Schedule(0)
+    _, best, _ = anneal_assignment(layer, start, best, num_ranks, schedule=costed, seed=0, options=options)
     return best
 
 

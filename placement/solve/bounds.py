@@ -5,7 +5,6 @@ term is bounded by the exact recursion, the semidefinite relaxation or an LP; wi
 and a node part that are bounded apart. The load term is bounded by the hottest expert and the mean.
 """
 
-import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -14,7 +13,9 @@ import numpy as np
 import scipy.sparse as sparse
 from numpy.typing import NDArray
 
+from moe.placement.deadline import NEVER, Deadline
 from moe.placement.solve.exact import is_exact_feasible, solve_exact
+from moe.placement.solve.highs import quiet_highs
 from moe.placement.solve.program import Floats, Program
 from moe.placement.solve.relaxation import Relaxation, relax, violated_triangles
 
@@ -35,7 +36,7 @@ def lower_bound(
     program: Program,
     *,
     method: Method = "auto",
-    time_limit: float = 20.0,
+    time_limit: float | Deadline = 20.0,
     target: float = np.inf,
     iterations: float = np.inf,
     progress: Callable[[float], None] = lambda share: None,
@@ -44,17 +45,18 @@ def lower_bound(
 
     iterations, progress: of the semidefinite relaxation, as `relax` has them.
     """
-    began = time.perf_counter()
+    deadline = Deadline.of(time_limit)
+    began = deadline.spent()
     if method == "exact" or (method == "auto" and is_exact_feasible(program)):
-        return Bound(solve_exact(program).cost, "exact", time.perf_counter() - began)
+        return Bound(solve_exact(program, deadline).cost, "exact", deadline.spent() - began)
     method = "semidefinite" if method == "auto" else method
     weight, rest = program.weights.cross, program.weights.load * load_bound(program)
     parts = _levels(program)
     total, first = rest, None
     if weight and program.num_layers > 1:
-        for unit, ranks, capacity in parts:
+        for left, (unit, ranks, capacity) in zip(range(len(parts), 0, -1), parts):
             mass = _padded(program.transitions, ranks, capacity)
-            limit = time_limit / len(parts)
+            limit = deadline.part(1 / left)
             if method == "semidefinite":
                 goal = (target - total) / (weight * unit) if len(parts) == 1 else np.inf
                 cuts = 20 * len(mass) * mass.shape[1] if mass.shape[1] <= CUTS_UP_TO else 0
@@ -68,7 +70,7 @@ def lower_bound(
             else:
                 value = matching_lp_bound(mass, ranks)
             total += weight * unit * max(value, 0.0)
-    return Bound(total, method, time.perf_counter() - began, first)
+    return Bound(total, method, deadline.spent() - began, first)
 
 
 def load_bound(program: Program) -> float:
@@ -84,23 +86,22 @@ def load_bound(program: Program) -> float:
     return float((least * ranks).mean()) - 1.0
 
 
-def clique_bound(transitions: Floats, num_ranks: int, *, time_limit: float = 60.0) -> float:
+def clique_bound(transitions: Floats, num_ranks: int, *, time_limit: float | Deadline = 60.0) -> float:
     """Device-free clique LP: co-location variables, degree rows, triangle inequalities added as violated (HiGHS).
 
     For E up to about 16; larger problems run out of time and return the weaker bound reached so far.
     """
-    began = time.perf_counter()
+    deadline = Deadline.of(time_limit)
     n, e, _ = transitions.shape
     c = e // num_ranks
     lp = _degree_lp(transitions, c, with_layers=True)
-    highs = _highs(time_limit)
+    highs = quiet_highs(deadline)
     highs.passModel(lp)
     best, constant = 0.0, float(transitions.sum())
     low, high = np.triu_indices(e, 1)
     s_column = np.zeros((e, e), np.int64)
     s_column[low, high] = np.arange(len(low))
     while True:
-        highs.setOptionValue("time_limit", max(time_limit - (time.perf_counter() - began), 1.0) + highs.getRunTime())
         highs.run()
         if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return best
@@ -111,7 +112,7 @@ def clique_bound(transitions: Floats, num_ranks: int, *, time_limit: float = 60.
         within[:, low, high] = x[n * e * e :].reshape(n + 1, -1)
         within += within.transpose(0, 2, 1)
         triples = violated_triangles(between, within, 400 * n, 1e-6)
-        if triples.shape[1] == 0 or time.perf_counter() - began > time_limit:
+        if triples.shape[1] == 0 or deadline.is_over():
             return best
         size = n * e * e
         layer, pair = np.divmod(np.maximum(triples - size, 0), e * e)
@@ -127,7 +128,7 @@ def matching_lp_bound(transitions: Floats, num_ranks: int) -> float:
     """Independent b-matchings per layer pair: what a labelled program's LP relaxation amounts to (HiGHS)."""
     total = float(transitions.sum())
     for mass in transitions:
-        highs = _highs(600.0)
+        highs = quiet_highs(NEVER)
         highs.passModel(_degree_lp(mass[None], mass.shape[0] // num_ranks, with_layers=False))
         highs.run()
         assert highs.getModelStatus() == highspy.HighsModelStatus.kOptimal, highs.getModelStatus()
@@ -160,14 +161,6 @@ def _degree_lp(transitions: Floats, c: int, *, with_layers: bool) -> highspy.Hig
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = matrix.indptr, matrix.indices, matrix.data
     return lp
-
-
-def _highs(time_limit: float) -> highspy.Highs:
-    highs = highspy.Highs()
-    highs.setOptionValue("output_flag", False)
-    highs.setOptionValue("threads", 1)
-    highs.setOptionValue("time_limit", time_limit)
-    return highs
 
 
 def _levels(program: Program) -> list[tuple[float, int, int]]:

@@ -9,17 +9,17 @@ where a token comes anyway. The busiest rank's load is kept under a cap.
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.placement.deadline import NEVER, Deadline
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
 from moe.placement.solve.anneal import CAP, VISITS, Price, caps_of, folds_of, search_layer
-from moe.placement.solve.assign import SKETCH, SKETCH_PART, Layer, Limits, search_assignment
+from moe.placement.solve.assign import MOST_TOKENS, SKETCH, SKETCH_PART, Layer, Limits, search_assignment
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Single, Touched
@@ -49,22 +49,22 @@ def solve_copies(
     where it did not come.
     """
     options = options or CopyOptions()
+    deadline = Deadline.of(options.seconds)
     check_routes(trace)
     slots = -(-trace.num_experts // num_ranks) if slots_per_rank is None else slots_per_rank
     check_capacity(trace.num_experts, num_ranks, slots)
-    began = time.perf_counter()
     layers = _Layers(trace, num_ranks, slots_per_rank, options, price)
     try:
         for sweep, (part, first, last) in enumerate(layers.sweeps()):
             for layer in range(trace.num_layers):
                 done = first + (last - first) * (layer + 1) / trace.num_layers
-                layers.search(layer, sweep, part, began + options.seconds * done)
+                layers.search(layer, sweep, part, deadline.at(done))
                 progress(done)
     except KeyboardInterrupt:
         log.warning("interrupted: this is the best plan so far")
     return Plan.from_hosted(
         layers.hosted, model=trace.model, solver="copies", objective="ranks touched / token / layer",
-        value=float(np.mean(ranks_touched(trace, layers.hosted))), seconds=time.perf_counter() - began,
+        value=float(np.mean(ranks_touched(trace, layers.hosted))), seconds=deadline.spent(),
     )  # fmt: skip
 
 
@@ -92,7 +92,9 @@ class _Layers:
         full = [(1.0, float(a), float(b)) for a, b in pairwise(bounds)]
         return [(sketch, 0.0, sketch), *full] if sketch else full
 
-    def search(self, layer: int, sweep: int, part: float, until: float) -> None:
+    def search(self, layer: int, sweep: int, part: float, until: Deadline) -> None:
+        if until.is_over():
+            return
         ids = self.trace.expert_ids[:, layer]
         seed = (self.options.seed * len(self.sweeps()) + sweep) * self.trace.num_layers + layer
         if self.anneals:
@@ -109,22 +111,26 @@ class _Layers:
             pin = np.append(self.rows[layer - 1], -1)[self.homes[:, layer - 1]]  # -1: no expert, no rank
         last = sweep == len(self.sweeps()) - 1
         has_replicas = self.slots is not None and last
-        now = time.perf_counter()
-        middle = now + 0.3 * (until - now) if has_replicas else until
+        middle = until.part(0.3) if has_replicas else until
         if self.compiled:
             limits = Limits.of(ids, self.single.assignment[layer], self.ranks, self.options.slack)
-            todo = Layer(ids, pin, limits)
+            todo = Layer(ids, pin, limits).sample(SKETCH if part < 1 else MOST_TOKENS, seed)
             rounds = 200 if self.options.rounds is None else self.options.rounds
             self.rows[layer] = search_assignment(
-                todo.sample(SKETCH, seed) if part < 1 else todo, self.rows[layer], self.ranks, rounds=rounds * part,
-                seed=seed, deadline=middle, options=self.options,
-            )  # fmt: skip
+                todo,
+                self.rows[layer],
+                self.ranks,
+                rounds=rounds * part,
+                seed=seed,
+                deadline=middle,
+                options=self.options,
+            )
         if has_replicas or not self.compiled:
             self._swap(layer, pin, middle, until, has_replicas)
         if not has_replicas:
             self.hosted[layer] = self.rows[layer][:, None] == np.arange(self.ranks)
 
-    def _swap(self, layer: int, pin: Ints | None, middle: float, until: float, has_replicas: bool) -> None:
+    def _swap(self, layer: int, pin: Ints | None, middle: Deadline, until: Deadline, has_replicas: bool) -> None:
         """The search in numpy, twin of the compiled one; replicas where annealing knows no homes."""
         hits = k_hot(self.trace.expert_ids[:, layer], self.trace.num_experts)
         pins = None if pin is None else (pin[:, None] == np.arange(self.ranks)).astype(np.float32)
@@ -162,7 +168,10 @@ def ranks_touched(trace: RoutingTrace, hosted: NDArray[np.bool_]) -> Floats:
     if hosted.shape[2] <= MOST_RANKS and (hosted.sum(axis=2) == 1).all():
         masks = np.uint64(1) << hosted.argmax(axis=2).astype(np.uint64)
         for layer in range(trace.num_layers):
-            visited = np.bitwise_or.reduce(np.append(masks[layer], np.uint64(0))[trace.expert_ids[:, layer]], axis=1)
+            table, ids = np.append(masks[layer], np.uint64(0)), trace.expert_ids[:, layer].T
+            visited = table[ids[0]]
+            for others in ids[1:]:
+                visited |= table[others]
             out[layer] = np.bitwise_count(visited).mean()
         return out
     for layer in range(trace.num_layers):
@@ -194,10 +203,11 @@ class ReplicaSearch:
     def __init__(self, base: LayerSearch, slots: int, cap: float) -> None:
         self.base, self.slots, self.cap = base, slots, cap
 
-    def run(self, ranks: Ints, rng: np.random.Generator, deadline: float) -> NDArray[np.bool_]:
+    def run(self, ranks: Ints, rng: np.random.Generator, deadline: Deadline) -> NDArray[np.bool_]:
         """From an assignment without replicas to hosted [E, G]; at least one greedy filling and one refinement."""
         base = self.base
-        hosted = add_replicas(base.hits, ranks[:, None] == np.arange(base.ranks), base.load, self.slots, self.cap)
+        hosted = ranks[:, None] == np.arange(base.ranks)
+        hosted = add_replicas(base.hits, hosted, base.load, self.slots, self.cap, deadline)
         best, best_cost = hosted, self.cost(hosted)
         trial = hosted
         rounds = np.inf if base.options.rounds is None else base.options.rounds
@@ -207,9 +217,9 @@ class ReplicaSearch:
             cost = self.cost(trial)
             if cost < best_cost:
                 best, best_cost = trial, cost
-            if time.perf_counter() >= deadline or rounds < 0:
+            if deadline.is_over() or rounds < 0:
                 return best
-            trial = self.rechoose(best, rng)
+            trial = self.rechoose(best, rng, deadline)
 
     def served(self, hosted: NDArray[np.bool_]) -> Floats:
         """Tokens that each rank serves under the split: [G]."""
@@ -248,7 +258,7 @@ class ReplicaSearch:
             hits[:, mine] = able
         return items, items[:, 0], hits
 
-    def swap(self, hosted: NDArray[np.bool_], rng: np.random.Generator, deadline: float) -> NDArray[np.bool_]:
+    def swap(self, hosted: NDArray[np.bool_], rng: np.random.Generator, deadline: Deadline) -> NDArray[np.bool_]:
         """Swap copies between ranks with the token split held fixed; empty slots are items without tokens."""
         base = self.base
         items, experts, hits = self.split(hosted)
@@ -260,13 +270,13 @@ class ReplicaSearch:
         search = LayerSearch(
             Touched(hits, base.pins), hits.sum(axis=0).astype(float), self.cap, base.ranks, base.options
         )
-        owner = search.descend(owner, max(deadline, time.perf_counter() + 1e-3), labels)
+        owner = search.descend(owner, deadline, labels)
         out = np.zeros_like(hosted)
         real = experts < len(hosted)
         out[experts[real], owner[real]] = True
         return out
 
-    def rechoose(self, hosted: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
+    def rechoose(self, hosted: NDArray[np.bool_], rng: np.random.Generator, deadline: Deadline) -> NDArray[np.bool_]:
         """Drop a few copies of replicated experts and fill the slots again, with noise in what counts as useful."""
         hosted = hosted.copy()
         copies = np.argwhere(hosted & (hosted.sum(axis=1) > 1)[:, None])
@@ -274,19 +284,22 @@ class ReplicaSearch:
             if hosted[expert].sum() > 1:
                 hosted[expert, rank] = False
         keep = rng.random(len(self.base.hits)) < 0.7
-        return add_replicas(self.base.hits[keep], hosted, self.base.load, self.slots, self.cap)
+        return add_replicas(self.base.hits[keep], hosted, self.base.load, self.slots, self.cap, deadline)
 
 
-def add_replicas(hits: Single, hosted: NDArray[np.bool_], load: Floats, slots: int, cap: float) -> NDArray[np.bool_]:
+def add_replicas(
+    hits: Single, hosted: NDArray[np.bool_], load: Floats, slots: int, cap: float, deadline: Deadline = NEVER
+) -> NDArray[np.bool_]:
     """Fill the free slots of hosted [E, G]: first what brings the busiest rank under the cap, then what saves visits.
 
-    A copy of e on rank g saves the visits of tokens that come to a rank only for e and to g anyway.
+    A copy of e on rank g saves the visits of tokens that come to a rank only for e and to g anyway. Slots that
+    the deadline leaves no time for stay free.
     """
     hosted = hosted.copy()
     while True:
         free = slots - hosted.sum(axis=0)
         allowed = (free > 0)[None, :] & ~hosted
-        if not allowed.any():
+        if not allowed.any() or deadline.is_over():
             return hosted
         copies = hosted.sum(axis=1)
         share, after = load / copies, load / (copies + 1)

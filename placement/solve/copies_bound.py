@@ -6,24 +6,24 @@ over all placements is bounded by the semidefinite relaxation of `relaxation.py`
 Any tangents give a valid bound; they are taken where the relaxation's own optimum lies, and the best is kept.
 """
 
-import time
-
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.placement.deadline import NEVER, Deadline
 from moe.placement.solve.copies import k_hot
 from moe.placement.solve.program import Floats
 from moe.placement.solve.relaxation import relax
 from moe.placement.trace import RoutingTrace
 
 ROUNDS = 4
+CHUNK = 4096  # tokens between two looks at the clock
 
 
 def copies_bound(
     trace: RoutingTrace,
     num_ranks: int,
     *,
-    seconds: float = 30.0,
+    seconds: float | Deadline = 30.0,
     hint: NDArray[np.bool_] | None = None,
     iterations: float = np.inf,
 ) -> Floats:
@@ -32,20 +32,25 @@ def copies_bound(
     hint: hosted [L, E, G] of a good plan, where the first tangents are taken. Better bounds need more seconds.
     iterations: of each relaxation, ROUNDS of them a layer.
     """
-    bounds = np.zeros(trace.num_layers)
+    deadline, capacity = Deadline.of(seconds), -(-trace.num_experts // num_ranks)
+    pairs = (trace.expert_ids >= 0).sum(axis=2)
+    bounds: Floats = np.ceil(pairs / capacity).mean(axis=0)  # a rank holds `capacity` experts at most
     for layer in range(trace.num_layers):
+        if deadline.is_over():
+            break
         hits = k_hot(trace.expert_ids[:, layer], trace.num_experts).astype(np.float64)
         together = None
         if hint is not None:
             together = (hint[layer].astype(float) @ hint[layer].T.astype(float)) > 0
-        bounds[layer] = layer_bound(hits, num_ranks, seconds / trace.num_layers, together, iterations)
+        until = deadline.part(1 / (trace.num_layers - layer))
+        bounds[layer] = layer_bound(hits, num_ranks, until, together, iterations)
     return bounds
 
 
 def layer_bound(
     hits: Floats,
     num_ranks: int,
-    seconds: float,
+    seconds: float | Deadline,
     together: NDArray[np.bool_] | None = None,
     iterations: float = np.inf,
 ) -> float:
@@ -59,37 +64,43 @@ def layer_bound(
     shared = np.full((experts, experts), average)
     if together is not None:
         shared = 0.5 * shared + 0.5 * together
-    best, deadline = floor, time.perf_counter() + seconds
+    best, deadline = floor, Deadline.of(seconds)
     for attempt in range(ROUNDS):
         np.fill_diagonal(shared, 0.0)
-        constant, weight = tangents(hits, shared)
-        value, found = most_shared(
-            weight, num_ranks, capacity, max(deadline - time.perf_counter(), 0.01) / (ROUNDS - attempt), iterations
-        )
+        try:
+            constant, weight = tangents(hits, shared, deadline)
+        except TimeoutError:
+            break
+        value, found = most_shared(weight, num_ranks, capacity, deadline.part(1 / (ROUNDS - attempt)), iterations)
         best = max(best, (constant - value) / len(hits))
-        if time.perf_counter() >= deadline:
+        if deadline.is_over():
             break
         shared = 0.5 * shared + 0.5 * found
     return float(best)
 
 
-def tangents(hits: Floats, shared: Floats) -> tuple[float, Floats]:
+def tangents(hits: Floats, shared: Floats, deadline: Deadline = NEVER) -> tuple[float, Floats]:
     """(constant, weight [E, E] symmetric): ranks touched >= constant - <weight, s> / 2 for every 0/1 co-location s.
 
-    The tangents are taken at `shared`, [E, E] in [0, 1] with a zero diagonal.
+    The tangents are taken at `shared`, [E, E] in [0, 1] with a zero diagonal. Raises TimeoutError.
     """
-    near = hits @ shared
-    piece = np.floor(near)
-    slope = hits / ((piece + 1) * (piece + 2))  # 1/(k+1) - 1/(k+2)
-    constant = float((hits / (piece + 1) + slope * piece).sum())
-    half = slope.T @ hits
+    constant, half = 0.0, np.zeros_like(shared)
+    for start in range(0, len(hits), CHUNK):
+        if deadline.is_over():
+            raise TimeoutError(f"time ended after {start} of {len(hits)} tokens")
+        rows = hits[start : start + CHUNK]
+        near = rows @ shared
+        piece = np.floor(near)
+        slope = rows / ((piece + 1) * (piece + 2))  # 1/(k+1) - 1/(k+2)
+        constant += float((rows / (piece + 1) + slope * piece).sum())
+        half += slope.T @ rows
     weight = half + half.T
     np.fill_diagonal(weight, 0.0)
     return constant, weight
 
 
 def most_shared(
-    weight: Floats, num_ranks: int, capacity: int, seconds: float, iterations: float = np.inf
+    weight: Floats, num_ranks: int, capacity: int, seconds: float | Deadline, iterations: float = np.inf
 ) -> tuple[float, Floats]:
     """(upper bound on <weight, s> / 2 over placements, the relaxation's s).
 

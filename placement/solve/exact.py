@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from moe.placement.deadline import NEVER, Deadline
 from moe.placement.solve.program import Floats, Ints, Program
 
 WORK_LIMIT = 2e8  # cells of one layer's transition table, n * n * G * G
+CELLS = 1e6  # of them between two looks at the clock
 PERMUTATION_RANKS = 4  # up to 24 permutations are tried at once; beyond that one assignment problem per pair
 
 
@@ -44,12 +46,12 @@ def is_exact_feasible(program: Program) -> bool:
     return program.weights.miss == 0 and cells <= WORK_LIMIT
 
 
-def solve_exact(program: Program) -> Chain:
-    """The proven optimum without replicas. Raises ValueError if `is_exact_feasible` is false."""
+def solve_exact(program: Program, deadline: Deadline = NEVER) -> Chain:
+    """The proven optimum without replicas. Raises ValueError if `is_exact_feasible` is false, TimeoutError."""
     if not is_exact_feasible(program):
         raise ValueError(f"{num_states(program)} partitions per layer are too many for exact search; use solve")
     pool = all_partitions(program.capacities, unlabelled=program.labels_free)
-    return best_chain(program, [pool] * program.num_layers)
+    return best_chain(program, [pool] * program.num_layers, deadline)
 
 
 def all_partitions(capacities: Ints, *, unlabelled: bool) -> NDArray[np.int8]:
@@ -78,8 +80,11 @@ def all_partitions(capacities: Ints, *, unlabelled: bool) -> NDArray[np.int8]:
     return np.stack(rows)
 
 
-def best_chain(program: Program, pools: list[NDArray[np.int8]]) -> Chain:
-    """The cheapest chain that takes each layer's partition from its pool [n_l, E]; optimal over the pools."""
+def best_chain(program: Program, pools: list[NDArray[np.int8]], deadline: Deadline = NEVER) -> Chain:
+    """The cheapest chain that takes each layer's partition from its pool [n_l, E]; optimal over the pools.
+
+    Raises TimeoutError where the deadline comes first.
+    """
     free, ranks = program.labels_free, program.num_ranks
     unary = program.unary()
     scale = program.weights.cross
@@ -87,8 +92,10 @@ def best_chain(program: Program, pools: list[NDArray[np.int8]]) -> Chain:
     back: list[Ints] = []
     for layer in range(program.num_layers - 1):
         step = np.empty((len(pools[layer]), len(pools[layer + 1])))
-        chunk = max(1, int(4e6 // (len(pools[layer + 1]) * ranks * ranks)))
+        chunk = max(1, int(CELLS // (len(pools[layer + 1]) * ranks * ranks)))
         for start in range(0, len(step), chunk):
+            if deadline.is_over():
+                raise TimeoutError(f"time ended in layer {layer} of {program.num_layers}; give more or use the search")
             part = pools[layer][start : start + chunk]
             step[start : start + chunk] = _edge_costs(program, layer, part, pools[layer + 1], free)
         total = value[:, None] + scale * step

@@ -72,7 +72,9 @@ class LayerWindow:
         physical = np.where(hosted, np.arange(experts * ranks).reshape(experts, ranks), -1).astype(np.int32)
         bits = np.uint64(1) << np.arange(min(ranks, MOST_RANKS), dtype=np.uint64)
         masks = np.where(hosted, bits, np.uint64(0)).sum(axis=1, dtype=np.uint64) if ranks <= MOST_RANKS else None
-        chosen = choose_replicas(self.ids, self.home, ServingTable(physical, masks), home_first=self.rates.is_exact)
+        chosen = choose_replicas(
+            self.ids, self.home, ServingTable.made(physical, masks), home_first=self.rates.is_exact
+        )
         return np.asarray(np.where(chosen >= 0, chosen % ranks, ranks), np.int64)
 
     def cost(self, served: Ints, ranks: int) -> Cost:

@@ -4,7 +4,6 @@ An oracle for small problems and for replicas on them; `solver` and `relaxation`
 and bound hopeless (beyond about 8 experts). Also ExFlow's own formulation, with one cost variable per token and step.
 """
 
-import time
 from typing import Literal, NamedTuple
 
 import highspy
@@ -12,7 +11,9 @@ import numpy as np
 import scipy.sparse as sparse
 from numpy.typing import NDArray
 
+from moe.placement.deadline import Deadline
 from moe.placement.plan import Plan, even_capacities
+from moe.placement.solve.highs import quiet_highs
 from moe.placement.solve.program import Ints, Program
 
 
@@ -63,7 +64,7 @@ class _Model:
         self.rows += count
 
     def solve(
-        self, time_limit: float, start: tuple[Ints, Ints] | None, most_nodes: int | None = None
+        self, deadline: Deadline, start: tuple[Ints, Ints] | None, most_nodes: int | None = None
     ) -> tuple[NDArray[np.float64], float, bool, int]:
         """(solution, proven lower bound, optimal, nodes). ValueError if infeasible, TimeoutError if empty-handed.
 
@@ -81,15 +82,9 @@ class _Model:
         lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = matrix.indptr, matrix.indices, matrix.data
         kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
         lp.integrality_ = [kinds[int(flag)] for flag in np.concatenate(self.integer)]
-        highs = highspy.Highs()
-        for option, setting in (
-            ("output_flag", False),
-            ("threads", 1),
-            ("time_limit", time_limit),
-            ("mip_rel_gap", 1e-9),
-        ):
-            highs.setOptionValue(option, setting)
-        highs.setOptionValue("mip_abs_gap", 1e-9)
+        highs = quiet_highs(deadline)
+        for tolerance in ("mip_rel_gap", "mip_abs_gap"):
+            highs.setOptionValue(tolerance, 1e-9)
         if most_nodes is not None:
             highs.setOptionValue("mip_max_nodes", most_nodes)
         highs.passModel(lp)
@@ -105,7 +100,7 @@ class _Model:
             values[start[0]] = start[1]
         elif info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             raise TimeoutError(
-                f"HiGHS found no placement within {time_limit} s; give more time or use the scalable solver"
+                f"HiGHS found no placement within {deadline.spent():.1f} s; give more time or use the scalable solver"
             )
         bound = float(info.mip_dual_bound) if np.isfinite(info.mip_dual_bound) else -np.inf
         optimal = status == highspy.HighsModelStatus.kOptimal
@@ -115,7 +110,7 @@ class _Model:
 def solve_milp(
     program: Program,
     *,
-    time_limit: float = 60.0,
+    time_limit: float | Deadline = 60.0,
     replica_slots: int | None = None,
     warm: Ints | None = None,
     most_nodes: int | None = None,
@@ -127,7 +122,8 @@ def solve_milp(
     the time end it, the same program gives the same plan. With replicas a copy's load is split freely, which
     can only be cheaper than the equal split that `Program.terms` charges.
     """
-    began = time.perf_counter()
+    deadline = Deadline.of(time_limit)
+    began = deadline.spent()
     layers, experts, ranks = program.num_layers, program.num_experts, program.num_ranks
     w, model = program.weights, _Model()
     x = model.add_columns(program.unary(), integer=True)
@@ -171,12 +167,12 @@ def solve_milp(
         if program.labels_free and replica_slots is None:
             rows = np.argsort(np.unique(rows[0], return_index=True)[1]).argsort()[rows]  # by first appearance
         start = (x.reshape(-1), (rows[:, :, None] == np.arange(ranks)).reshape(-1))
-    values, bound, optimal, nodes = model.solve(time_limit, start, most_nodes)
+    values, bound, optimal, nodes = model.solve(deadline, start, most_nodes)
     hosted = values[x] > 0.5
     plan = Plan.from_hosted(hosted, solver="milp", objective="program")
     cost = program.cost(plan)
     bound = min(max(bound + constant - 1e-7, 0.0), cost)  # every term is at least 0, whatever little time proved
-    return Milp(plan.with_result(value=cost, bound=bound, seconds=time.perf_counter() - began), optimal, nodes)
+    return Milp(plan.with_result(value=cost, bound=bound, seconds=deadline.spent() - began), optimal, nodes)
 
 
 def _add_crossing(program: Program, model: _Model, x: Ints, replica_slots: int | None) -> float:
@@ -221,7 +217,7 @@ def exflow(
     num_experts: int,
     num_ranks: int,
     *,
-    time_limit: float = 60.0,
+    time_limit: float | Deadline = 60.0,
     split: Literal["direct", "bipart", "staged"] = "direct",
     num_nodes: int = 1,
 ) -> Plan:
@@ -232,22 +228,21 @@ def exflow(
     numbers that divide and give no bound. arXiv 2401.08383, section 4.
     """
     tokens, layers = paths.shape
-    began = time.perf_counter()
+    deadline = Deadline.of(time_limit)
+    began = deadline.spent()
     if tokens == 0 or layers < 2:
         raise ValueError(f"paths are {paths.shape}; ExFlow's program needs tokens and at least two layers")
     owner = np.zeros((layers, num_experts), np.int64)
     bound: float | None = None
     if split == "direct":
-        owner, bound = _exflow_step(
-            paths, np.ones_like(owner, bool), even_capacities(num_experts, num_ranks), time_limit
-        )
+        owner, bound = _exflow_step(paths, np.ones_like(owner, bool), even_capacities(num_experts, num_ranks), deadline)
     else:
         branching = _branching(split, num_experts, num_ranks, num_nodes)
-        owner = _exflow_levels(paths, num_experts, branching, time_limit)
+        owner = _exflow_levels(paths, num_experts, branching, deadline)
     value = float((np.take_along_axis(owner, paths.T, 1)[1:] != np.take_along_axis(owner, paths.T, 1)[:-1]).mean())
     plan = Plan.from_assignment(owner, num_ranks, solver=f"exflow-{split}", objective="top-1 hops / step", value=value)
     bound = None if bound is None else min(bound, value)
-    return plan.with_result(bound=bound, seconds=time.perf_counter() - began)
+    return plan.with_result(bound=bound, seconds=deadline.spent() - began)
 
 
 def _branching(split: str, num_experts: int, num_ranks: int, num_nodes: int) -> list[int]:
@@ -265,7 +260,7 @@ def _branching(split: str, num_experts: int, num_ranks: int, num_nodes: int) -> 
     return [num_nodes, num_ranks // num_nodes]
 
 
-def _exflow_levels(paths: Ints, num_experts: int, branching: list[int], time_limit: float) -> Ints:
+def _exflow_levels(paths: Ints, num_experts: int, branching: list[int], deadline: Deadline) -> Ints:
     """Divide level by level; a part of one level is a sub-problem of the next."""
     owner = np.zeros((paths.shape[1], num_experts), np.int64)
     parts, problems = 1, int(sum(np.cumprod([1, *branching[:-1]])))
@@ -274,13 +269,14 @@ def _exflow_levels(paths: Ints, num_experts: int, branching: list[int], time_lim
         for part in range(parts):
             member = owner == part
             size = np.full(branches, num_experts // (parts * branches))
-            inner, _ = _exflow_step(paths, member, size, time_limit / problems)
+            inner, _ = _exflow_step(paths, member, size, deadline.part(1 / problems))
+            problems -= 1
             next_owner[member] += inner[member]
         owner, parts = next_owner, parts * branches
     return owner
 
 
-def _exflow_step(paths: Ints, member: NDArray[np.bool_], capacities: Ints, time_limit: float) -> tuple[Ints, float]:
+def _exflow_step(paths: Ints, member: NDArray[np.bool_], capacities: Ints, deadline: Deadline) -> tuple[Ints, float]:
     layers, experts = member.shape
     parts = len(capacities)
     model = _Model()
@@ -298,5 +294,5 @@ def _exflow_step(paths: Ints, member: NDArray[np.bool_], capacities: Ints, time_
     for layer in range(layers):
         for c, capacity in enumerate(capacities):
             model.add_rows((x[layer, member[layer], c][None], 1.0), low=float(capacity), high=float(capacity))
-    values, bound, _, _ = model.solve(time_limit, None)
+    values, bound, _, _ = model.solve(deadline, None)
     return values[x].argmax(axis=2), bound / max(paths.shape[0] * (layers - 1), 1)

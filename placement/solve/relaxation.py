@@ -9,13 +9,14 @@ Solved by ADMM: eigenvalue projections against box projections. The bound does n
 multipliers split the problem into an eigenvalue sum and box-constrained matchings that are solved from below.
 """
 
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
+
+from moe.placement.deadline import NEVER, Deadline
 
 Floats = NDArray[np.float64]
 PARTIAL_FROM = 256  # matrices at least this wide get only their leading eigenpairs
@@ -54,7 +55,7 @@ def relax(
     transitions: Floats,
     num_ranks: int,
     *,
-    time_limit: float,
+    time_limit: float | Deadline,
     max_cuts: int = 0,
     target: float = np.inf,
     iterations: float = np.inf,
@@ -67,7 +68,7 @@ def relax(
     same result. progress: called with the share of the iterations or of the time. One iteration costs L
     eigendecompositions of [2E, 2E].
     """
-    return _Admm(transitions, num_ranks, max_cuts).run(time_limit, target, iterations, progress)
+    return _Admm(transitions, num_ranks, max_cuts).run(Deadline.of(time_limit), target, iterations, progress)
 
 
 class _Admm:
@@ -86,45 +87,50 @@ class _Admm:
         self.cuts = Cuts.none()
         self.leading = np.full(n, 2 * num_ranks)
 
-    def run(self, time_limit: float, target: float, iterations: float, progress: Callable[[float], None]) -> Relaxation:
-        began = time.perf_counter()
+    def run(
+        self, deadline: Deadline, target: float, iterations: float, progress: Callable[[float], None]
+    ) -> Relaxation:
+        began = deadline.spent()
         best, count, check_cost, step_cost, next_check = -np.inf, 0, 0.0, 0.0, 8
         history: list[float] = []
-        while True:
-            tick = time.perf_counter()
-            self.step()
+        while not deadline.is_over():
+            tick = deadline.spent()
+            if not self.step(deadline):
+                break
             count += 1
-            step_cost = time.perf_counter() - tick
+            step_cost = deadline.spent() - tick
+            check_cost = check_cost or step_cost
             settled = len(history) > 3 and history[-1] - history[-2] < 1e-4
             if self.max_cuts and settled and count % CUT_EVERY == 0:
                 self.separate()
-            spent = time.perf_counter() - began + step_cost + check_cost
-            progress(max(count / max(iterations, 1), spent / max(time_limit, 1e-9)))
-            last = spent > time_limit or count >= iterations
-            if count >= next_check or last:
-                tick = time.perf_counter()
-                best = max(best, self.bound())
-                check_cost = time.perf_counter() - tick
-                next_check = count + (25 if self.experts < 128 else 8)
-                history.append(best)
-                patience = 40 if self.max_cuts else 12  # cuts first disturb, then lift the bound
-                stalled = len(history) > patience and best - history[-patience] < 2e-6
-                if (
-                    last
-                    or best >= target
-                    or stalled
-                    or time.perf_counter() - began + step_cost + check_cost > time_limit
-                ):
-                    break
-        seconds = time.perf_counter() - began
-        return Relaxation(best, self.within, self.between, count, len(self.cuts.price), seconds)
+            progress(max(count / max(iterations, 1), deadline.share()))
+            short = deadline.left() < step_cost + 2 * check_cost
+            last = count >= iterations or short
+            if short and count < iterations:
+                deadline.cut()
+            if count < next_check and not last:
+                continue
+            if deadline.left() < check_cost:
+                break
+            tick = deadline.spent()
+            best = max(best, self.bound(deadline))
+            check_cost = deadline.spent() - tick
+            next_check = count + (25 if self.experts < 128 else 8)
+            history.append(best)
+            patience = 40 if self.max_cuts else 12  # cuts first disturb, then lift the bound
+            stalled = len(history) > patience and best - history[-patience] < 2e-6
+            if last or best >= target or stalled:
+                break
+        return Relaxation(best, self.within, self.between, count, len(self.cuts.price), deadline.spent() - began)
 
-    def step(self) -> None:
-        """One ADMM iteration, over-relaxed by 1.6."""
+    def step(self, deadline: Deadline = NEVER) -> bool:
+        """One ADMM iteration, over-relaxed by 1.6; False where time ended it."""
         e, n = self.experts, self.pairs
         sums = np.zeros_like(self.within)
         between = np.empty_like(self.between)
         for k in range(n):
+            if deadline.is_over():
+                return False
             block = self.block(k)
             x = self.project(k, self.tilted(k, block - self.dual[k], -1 / self.rho))
             self.dual[k] += 1.6 * x - 0.6 * block  # the point to project onto the box
@@ -149,6 +155,7 @@ class _Admm:
             a, b, c, price = self.cuts
             excess = ahead[a] + ahead[b] - ahead[c] - 1
             self.cuts = self.cuts._replace(price=np.maximum(price + self.stride * excess, 0))
+        return True
 
     def tilted(self, k: int, matrix: Floats, factor: float) -> Floats:
         """matrix + factor x (cost of pair k), where the cost is -mass/2 in both off-diagonal blocks; in place."""
@@ -191,13 +198,16 @@ class _Admm:
         factor = vectors[:, used] * np.sqrt(kept[used])
         return np.asarray(factor @ factor.T + 1 / self.ranks)
 
-    def bound(self) -> float:
-        """Lower bound on the crossing fraction from the present multipliers, valid whatever they are."""
+    def bound(self, deadline: Deadline = NEVER) -> float:
+        """Lower bound on the crossing fraction from the present multipliers, valid whatever they are; -inf where time
+        ended it."""
         e, c = self.experts, self.capacity
         spectral = 0.0
         gain_between = np.empty_like(self.between)
         gain_within = np.zeros_like(self.within)
         for k in range(self.pairs):
+            if deadline.is_over():
+                return -np.inf
             multiplier = self.rho * (self.dual[k] + self.dual[k].T) / 2
             gain_between[k] = multiplier[:e, e:] + multiplier[e:, :e].T
             gain_within[k] += multiplier[:e, :e]

@@ -7,7 +7,6 @@ windows of layers are then perturbed and swept again until time is up. Costs O(E
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
+from moe.placement.deadline import Deadline
 from moe.placement.plan import Plan
 from moe.placement.solve.exact import Chain, align_labels, best_chain
 from moe.placement.solve.program import Floats, Ints, Program
@@ -39,7 +39,7 @@ class Solved(NamedTuple):
 def solve(
     program: Program,
     *,
-    time_limit: float = 10.0,
+    time_limit: float | Deadline = 10.0,
     rounds: int | None = None,
     seed: int = 0,
     starts: Iterable[Ints] = (),
@@ -53,7 +53,7 @@ def solve(
     guide: a relaxation whose fractional co-location is rounded into further starts. progress: called with the share of
     the rounds or of the time that is done. Interrupted (Ctrl-C) once there is an assignment, it returns the best one.
     """
-    search = _Search(program, np.random.default_rng(seed), time_limit)
+    search = _Search(program, np.random.default_rng(seed), Deadline.of(time_limit))
     search.offer(search.sweep(search.greedy()))
     interrupted = False
     try:
@@ -105,9 +105,9 @@ def balance_by_swaps(cost: Floats, share: Floats, weight: float, ranks: Ints, nu
 class _Search:
     """One run of the solver: the incumbent, the pool of partitions and the clock."""
 
-    def __init__(self, program: Program, rng: np.random.Generator, time_limit: float) -> None:
-        self.program, self.rng, self.limit = program, rng, time_limit
-        self.began = time.perf_counter()
+    def __init__(self, program: Program, rng: np.random.Generator, deadline: Deadline) -> None:
+        self.program, self.rng, self.deadline = program, rng, deadline
+        self.began = deadline.spent()
         self.unary = program.unary()
         self.load_weight = program.weights.load * program.num_ranks / program.num_layers
         self.best: Ints = np.zeros((program.num_layers, program.num_experts), np.int64)
@@ -120,7 +120,7 @@ class _Search:
         self.eye = np.eye(program.num_ranks)
 
     def elapsed(self) -> float:
-        return time.perf_counter() - self.began
+        return self.deadline.spent() - self.began
 
     def run(
         self,
@@ -130,17 +130,18 @@ class _Search:
         progress: Callable[[float], None],
     ) -> None:
         """Starts, their recombination, perturbations."""
+        early = self.deadline.part(0.25 if rounds is None else 1.0)
         for start in starts:
             self.offer(self.sweep(np.array(start, np.int64)))
         restarts = POOL if rounds is None else min(POOL, max(2, rounds // 10))
-        while self.seen < restarts and self.elapsed() < self.limit * (0.25 if rounds is None else 1.0):
+        while self.seen < restarts and not early.is_over():
             self.offer(self.sweep(self.greedy() if guide is None or self.seen % 2 else self.rounded(guide)))
         self.recombine()
         count = 0
-        while self.elapsed() < self.limit and (rounds is None or count < rounds):
+        while not self.deadline.is_over() and (rounds is None or count < rounds):
             count += 1
             self.perturb()
-            progress(max(self.elapsed() / self.limit, 0.0 if rounds is None else count / rounds))
+            progress(max(self.deadline.share(), 0.0 if rounds is None else count / rounds))
             if count % 40 == 0:
                 self.recombine()
         self.recombine()
@@ -178,8 +179,10 @@ class _Search:
         last = self.program.num_layers - 1
         dirty = set(range(last + 1)) if layers is None else set(layers)
         forward = True
-        while dirty and self.elapsed() < self.limit:
+        while dirty:
             for layer in sorted(dirty, reverse=not forward):
+                if self.deadline.is_over():
+                    return rows
                 dirty.discard(layer)
                 if self.improve_layer(rows, layer):
                     dirty |= {n for n in (layer - 1, layer + 1) if 0 <= n <= last}
@@ -190,13 +193,15 @@ class _Search:
         """Fill from a random layer outwards, each layer the best answer to the one before, with some noise."""
         program = self.program
         start = int(self.rng.integers(program.num_layers))
-        rows = np.zeros((program.num_layers, program.num_experts), np.int64)
+        rows = np.tile(np.repeat(np.arange(program.num_ranks), program.capacities), (program.num_layers, 1))
         rows[start] = self.rng.permutation(np.repeat(np.arange(program.num_ranks), program.capacities))
         noise = self.rng.choice([0.0, 0.1, 0.3])
         order = [(n, n - 1) for n in range(start + 1, program.num_layers)] + [
             (n, n + 1) for n in range(start - 1, -1, -1)
         ]
         for layer, neighbour in order:
+            if self.deadline.is_over():
+                break
             mass = program.transitions[neighbour].T if neighbour < layer else program.transitions[layer]
             cost = self.unary[layer] + program.weights.cross * (mass @ self.eye[rows[neighbour]] @ program.links)
             cost *= 1 + noise * self.rng.random(cost.shape)
@@ -208,7 +213,7 @@ class _Search:
         program = self.program
         experts, ranks = program.num_experts, program.num_ranks
         start = int(self.rng.integers(program.num_layers))
-        rows = np.zeros((program.num_layers, experts), np.int64)
+        rows = np.tile(np.repeat(np.arange(ranks), program.capacities), (program.num_layers, 1))
         within, between = guide.within[:, :experts, :experts], guide.between[:, :experts, :experts]
         rows[start] = fill_layer(-within[start][:, self.rng.choice(experts, ranks, replace=False)], program.capacities)
         for _ in range(20):
@@ -217,6 +222,8 @@ class _Search:
             (n, n + 1) for n in range(start - 1, -1, -1)
         ]
         for layer, neighbour in order:
+            if self.deadline.is_over():
+                break
             near = between[neighbour].T if neighbour < layer else between[layer]
             rows[layer] = fill_layer(-near @ self.eye[rows[neighbour]], program.capacities)
             rows[layer] = fill_layer(
@@ -303,11 +310,14 @@ class _Search:
                     break
             pools.append(np.stack(list(unique.values())))
             self.pools[layer] = list(unique.values())[::-1]
-        if self.program.num_ranks > 127 or self.elapsed() + self.chain_seconds > self.limit:
+        if self.program.num_ranks > 127 or self.deadline.left() < self.chain_seconds:
             return
-        began = time.perf_counter()
-        chain = best_chain(self.program, pools).assignment
-        self.chain_seconds = time.perf_counter() - began
+        began = self.deadline.spent()
+        try:
+            chain = best_chain(self.program, pools, self.deadline).assignment
+        except TimeoutError:
+            return
+        self.chain_seconds = self.deadline.spent() - began
         self.offer(self.sweep(chain))
 
     def perturb(self) -> None:

@@ -3,13 +3,13 @@
 A token's experts are a hyperedge that costs the ranks it touches; load above a cap costs more than any swap can save.
 """
 
-import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.placement.deadline import NEVER, Deadline
 from moe.placement.solve.program import Floats, Ints
 
 Single = NDArray[np.float32]
@@ -31,7 +31,7 @@ class CopyOptions:
     coherent: bool = False
     node_weight: float = 0.0
     nodes: tuple[int, ...] | None = None
-    seconds: float = float("inf")
+    seconds: float | Deadline = NEVER
     rounds: int | None = 100
     seed: int = 0
 
@@ -51,7 +51,7 @@ class LayerSearch:
         self.cap, self.ranks, self.options = cap, num_ranks, options
         self.penalty = FULL * float(self.hits.sum()) / max(float(load.sum()), 1e-12)
 
-    def run(self, start: Ints, rng: np.random.Generator, deadline: float) -> Ints:
+    def run(self, start: Ints, rng: np.random.Generator, deadline: Deadline) -> Ints:
         """Descend from `start` and from shuffles of the best, until all rounds are done or the deadline."""
         if len(self.hits) > 2 * SAMPLE:  # most of the way is found on fewer tokens, at their share of the cost
             few = rng.choice(len(self.hits), SAMPLE, replace=False)
@@ -61,7 +61,7 @@ class LayerSearch:
         best = self.descend(start.copy(), deadline)
         best_cost = self.cost(best)
         rounds = np.inf if self.options.rounds is None else self.options.rounds
-        while time.perf_counter() < deadline and rounds > 0:
+        while not deadline.is_over() and rounds > 0:
             rounds -= 1
             trial = best.copy()
             among = rng.choice(len(trial), int(rng.integers(2, max(3, len(trial) // 3) + 1)), replace=False)
@@ -73,11 +73,11 @@ class LayerSearch:
                 best, best_cost = trial, cost
         return best
 
-    def settle(self, ranks: Ints, soft: float, deadline: float) -> Ints:
+    def settle(self, ranks: Ints, soft: float, deadline: Deadline) -> Ints:
         """Descend with a penalty of `soft` visits per overloading token, then twice, ... up to the full penalty."""
         full = self.penalty
         self.penalty = full * soft / FULL
-        while self.penalty < full and time.perf_counter() < deadline:
+        while self.penalty < full and not deadline.is_over():
             ranks = self.descend(ranks, deadline)
             if np.bincount(ranks, weights=self.load, minlength=self.ranks).max() <= self.cap:
                 break
@@ -103,10 +103,10 @@ class LayerSearch:
         counts = self.hits @ groups[nodes]
         return counts if self.pins is None else counts + self.pins @ groups[np.array(self.options.nodes)]
 
-    def descend(self, ranks: Ints, deadline: float = np.inf, expert: Ints | None = None) -> Ints:
+    def descend(self, ranks: Ints, deadline: Deadline = NEVER, expert: Ints | None = None) -> Ints:
         """Best swap after best swap until none helps (or the deadline). expert: items with equal ones stay apart."""
         before: float | None = None
-        while time.perf_counter() < deadline:
+        while not deadline.is_over():
             table = swap_changes(self.hits, self.counts(ranks), ranks)
             if self.options.node_weight and self.options.nodes is not None:
                 nodes = np.array(self.options.nodes)[ranks]

@@ -5,11 +5,11 @@ integer program, from the search's plan on. Replicas are the integer program's a
 """
 
 import logging
-import time
 from collections.abc import Callable
 
 import numpy as np
 
+from moe.placement.deadline import Deadline
 from moe.placement.plan import Plan, check_capacity
 from moe.placement.solve.bounds import lower_bound
 from moe.placement.solve.exact import is_exact_feasible, solve_exact
@@ -37,7 +37,7 @@ def exflow_program(trace: RoutingTrace, num_ranks: int) -> Program:
 def solve_transitions(
     program: Program,
     *,
-    seconds: float,
+    seconds: float | Deadline,
     rounds: int | None = None,
     seed: int = 0,
     slots: int | None = None,
@@ -53,7 +53,7 @@ def solve_transitions(
     (Ctrl-C) it returns the best plan so far. Raises ValueError if replicas are asked of more variables than the integer
     program can have.
     """
-    began = time.perf_counter()
+    deadline = Deadline.of(seconds)
     places, experts = program.with_empty_places(), program.num_experts
     if slots is not None:
         check_capacity(experts, program.num_ranks, slots)
@@ -63,38 +63,44 @@ def solve_transitions(
                 f"variables; these have {num_columns(program, slots)}: leave --replicas out, or use --objective bytes"
             )
     if slots is None and is_exact_feasible(places):
-        rows, value = solve_exact(places)
-        plan = Plan.from_assignment(rows[:, :experts], program.num_ranks, solver="exact", value=value, bound=value)
-        return plan.with_result(seconds=time.perf_counter() - began)
+        try:
+            rows, value = solve_exact(places, deadline.part(0.5))
+        except TimeoutError as error:
+            log.warning("the exact recursion does not end within half of the time: %s", error)
+        else:
+            plan = Plan.from_assignment(rows[:, :experts], program.num_ranks, solver="exact", value=value, bound=value)
+            return plan.with_result(seconds=deadline.spent())
     has_milp = num_columns(places, slots) <= MOST_COLUMNS
     parts = 3 if has_milp else 2
-    share = seconds / parts
     starts = [] if present is None else _starts(present, places)
     budget = np.inf if rounds is None else PER_ROUND * rounds
     nodes = None if rounds is None else PER_ROUND * rounds
     try:
         bound = lower_bound(
-            places, time_limit=share, iterations=budget, progress=lambda done: progress(min(done, 1.0) / parts)
+            places,
+            method="semidefinite",
+            time_limit=deadline.part(1 / parts),
+            iterations=budget,
+            progress=lambda done: progress(min(done, 1.0) / parts),
         )
     except KeyboardInterrupt:
         log.warning("interrupted: this is a first plan, without a bound")
-        found = solve(places, time_limit=share, rounds=0, seed=seed, starts=starts)
+        found = solve(places, time_limit=deadline, rounds=0, seed=seed, starts=starts)
         plan = plan_of(program, found._replace(assignment=found.assignment[:, :experts]), solver="search", bound=0.0)
-        return plan.with_result(seconds=time.perf_counter() - began)
+        return plan.with_result(seconds=deadline.spent())
     found = solve(
-        places, time_limit=share, rounds=rounds, seed=seed, starts=starts, guide=bound.relaxation,
-        progress=lambda done: progress((1 + min(done, 1.0)) / parts),
+        places, time_limit=deadline.part(1 / (parts - 1)), rounds=rounds, seed=seed, starts=starts,
+        guide=bound.relaxation, progress=lambda done: progress((1 + min(done, 1.0)) / parts),
     )  # fmt: skip
     rows = found.assignment[:, :experts]
     plan = plan_of(program, found._replace(assignment=rows), solver="search", bound=min(bound.value, found.cost))
-    left = seconds - (time.perf_counter() - began)
     try:
         if found.interrupted:
             pass
         elif slots is not None:
-            plan = solve_milp(program, time_limit=max(left, 1.0), replica_slots=slots, warm=rows, most_nodes=nodes).plan
-        elif has_milp and left > 0 and found.cost - bound.value > TIGHT:
-            milp = solve_milp(places, time_limit=left, warm=found.assignment, most_nodes=nodes).plan
+            plan = solve_milp(program, time_limit=deadline, replica_slots=slots, warm=rows, most_nodes=nodes).plan
+        elif has_milp and not deadline.is_over() and found.cost - bound.value > TIGHT:
+            milp = solve_milp(places, time_limit=deadline, warm=found.assignment, most_nodes=nodes).plan
             assert milp.value is not None
             assert milp.bound is not None
             if milp.value < found.cost:
@@ -104,7 +110,7 @@ def solve_transitions(
             plan = plan.with_result(bound=min(max(milp.bound, bound.value), value))
     except KeyboardInterrupt:  # HiGHS answers once it is done
         log.warning("interrupted: this is the search's plan")
-    return plan.with_result(seconds=time.perf_counter() - began)
+    return plan.with_result(seconds=deadline.spent())
 
 
 def _starts(present: Plan, places: Program) -> list[Ints]:

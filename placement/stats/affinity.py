@@ -14,15 +14,21 @@ from moe.placement.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
 Pairs = Literal["all", "home", "home_to_all"]
+_NO_WEIGHTS = "gate-weighted counts were asked of a trace without weights; record them or leave `weighted`"
 CHUNK = 8192  # tokens per product: [8192, 256] floats are 8 MiB per layer
 
 
 def expert_load(trace: RoutingTrace, *, weighted: bool = False) -> Floats:
     """How many tokens chose each expert, or the sum of their gate weights: [L, E]. Raises ValueError if empty."""
     check_routes(trace)
+    if weighted and trace.weights is None:
+        raise ValueError(_NO_WEIGHTS)
     load = np.zeros((trace.num_layers, trace.num_experts))
-    for rows in _chunks(trace, weighted):
-        load += rows.sum(axis=1)
+    for layer, row in enumerate(load):
+        ids = trace.expert_ids[:, layer].ravel()
+        weights = trace.weights[:, layer].ravel().astype(np.float64) if weighted and trace.weights is not None else None
+        routed = ids >= 0
+        row += np.bincount(ids[routed], None if weights is None else weights[routed], trace.num_experts)
     return load
 
 
@@ -105,7 +111,7 @@ def check_routes(trace: RoutingTrace) -> None:
 def _chunks(trace: RoutingTrace, weighted: bool) -> Iterator[Floats]:
     """K-hot (or gate-weighted) token rows, layer by layer: [L, chunk, E]."""
     if weighted and trace.weights is None:
-        raise ValueError("gate-weighted counts were asked of a trace without weights; record them or leave `weighted`")
+        raise ValueError(_NO_WEIGHTS)
     for start in range(0, trace.num_tokens, CHUNK):
         ids = trace.expert_ids[start : start + CHUNK].transpose(1, 0, 2)
         values = np.ones(ids.shape)

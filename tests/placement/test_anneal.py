@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from moe.placement.deadline import NEVER
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
@@ -12,6 +13,7 @@ from moe.placement.simulate import Workload, simulate
 from moe.placement.solve.anneal import FOLD_CAP, Caps, Price, anneal, caps_of, folds_of, home_ranks, search_layer
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.copies import solve_copies
+from moe.placement.solve.schedule import Schedule
 from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load
 from moe.placement.topology import Topology
@@ -64,11 +66,11 @@ def test_the_cost_is_what_its_definition_says(seed):
     folds = Caps(rng.integers(0, 3, 30).astype(np.uint8), np.array([15.0, 5, 4, 6]), np.array([3.0, 1, 2, 0.5]))
     caps = folds if seed % 2 else Caps.one(30, 15.0, 3.0)
     for iterations in (0, 500):  # without replicas a token's ranks are given
-        keep = {"slots": 2, "caps": caps, "temperatures": (5.0, 0.1), "seed": seed}
-        hosted, found = anneal(ids, home, hosted, iterations=iterations, **keep)
+        keep = {"slots": 2, "caps": caps, "seed": seed}
+        hosted, found = anneal(ids, home, hosted, schedule=Schedule(iterations, (5.0, 0.1)), **keep)
         assert found == pytest.approx(sum(cost(ids, home, hosted, caps)))
         bytes_price = Price(pair=0.9, home_first=True)
-        _, of_bytes = anneal(ids, home, hosted, iterations=0, price=bytes_price, **keep)
+        _, of_bytes = anneal(ids, home, hosted, schedule=Schedule(0), price=bytes_price, **keep)
         assert of_bytes == pytest.approx(sum(cost(ids, home, hosted, caps, bytes_price)))
         assert (hosted.sum(axis=1) == 1).all()
         assert (hosted.sum(axis=0) == 2).all()
@@ -81,7 +83,7 @@ def test_the_best_of_a_small_layer_is_found():
     options = [np.isin(np.arange(6), left)[:, None] == np.array([True, False]) for left in combinations(range(6), 3)]
     caps = Caps.one(40, 40.0, 1.0)
     best = min(sum(cost(ids, home, hosted, caps)) for hosted in options)
-    hosted, found = anneal(ids, home, options[0], slots=3, caps=caps, iterations=3000, temperatures=(10.0, 0.1), seed=1)
+    hosted, found = anneal(ids, home, options[0], slots=3, caps=caps, schedule=Schedule(3000, (10.0, 0.1)), seed=1)
     assert found == pytest.approx(best)
     assert sum(cost(ids, home, hosted, caps)) == pytest.approx(best)
 
@@ -91,7 +93,7 @@ def test_experts_move_into_empty_places():
     ids = np.array([[0, 1, 2]] * 15 + [[3, -1, -1]] * 5)
     hosted = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
     out, _ = anneal(
-        ids, np.zeros(20), hosted, slots=3, caps=Caps.one(20, 1e9), iterations=2000, temperatures=(5.0, 0.1), seed=0
+        ids, np.zeros(20), hosted, slots=3, caps=Caps.one(20, 1e9), schedule=Schedule(2000, (5.0, 0.1)), seed=0
     )
     assert (out[:3] == out[0]).all()
 
@@ -110,7 +112,7 @@ def test_a_start_that_is_best_is_kept():
     ids = np.array([[0, 1], [2, 3]] * 20)
     best = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
     caps = caps_of(ids, folds_of(np.full(8, 5)), 40.4)
-    found = search_layer(ids, best, slots=2, caps=caps, rounds=5, seed=0, deadline=float("inf"))
+    found = search_layer(ids, best, slots=2, caps=caps, rounds=5, seed=0, deadline=NEVER)
     assert (found == best).all()
 
 
@@ -135,14 +137,14 @@ def test_what_is_even_over_all_is_evened_in_each_fold():
     ids = np.repeat([[0], [1], [2], [3]], 30, axis=0)
     caps = caps_of(ids, folds_of(np.array([60, 60]), 2), 60.0)
     start = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
-    found = search_layer(ids, start, slots=2, caps=caps, rounds=10, seed=0, deadline=float("inf"))
+    found = search_layer(ids, start, slots=2, caps=caps, rounds=10, seed=0, deadline=NEVER)
     assert (found[0] != found[1]).all()
     assert (found[2] != found[3]).all()
 
 
 def test_what_does_not_fit_is_refused():
     ids, home, hosted = np.array([[0, 1]]), np.array([0]), np.eye(2, dtype=bool)
-    keep = {"caps": Caps.one(1, 1.0), "iterations": 1, "temperatures": (1.0, 1.0), "seed": 0}
+    keep = {"caps": Caps.one(1, 1.0), "schedule": Schedule(1), "seed": 0}
     with pytest.raises(ValueError, match="out of range"):
         anneal(np.array([[0, 2]]), home, hosted, slots=1, **keep)
     with pytest.raises(ValueError, match="no copy"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe.placement.plan import Plan, check_capacity, even_capacities, merge_models
 from moe.placement.solve.baselines import eplb_greedy, replicate_hottest
-from moe.placement.topology import H200_NVLINK, Link, Topology, fit_link, probe_link
+from moe.placement.topology import H200_NVLINK, ExpertCost, Link, Topology, fit_link, probe_link
 
 PLAN_FIELDS = ("num_experts", "num_ranks", "model", "solver", "objective", "value", "bound", "fast_slots", "host_slots")
 
@@ -131,6 +131,7 @@ def test_topology_presets_files_and_hosts(tmp_path):
         ({"node_of_rank": (0, 1), "inter": Link(float("inf"), 0.0)}, "unreachable: the inter"),
         ({"node_of_rank": (0, 1), "inter": Link(1.0, -1.0)}, "latency"),
         ({"node_of_rank": (0, 1), "fast_bytes": (1,)}, "must hold 2 numbers"),
+        ({"node_of_rank": (0,), "experts": ExpertCost(0.0, 1.0, 0.0, 1.0)}, "three rates > 0"),
     ],
 )
 def test_broken_topologies_are_refused(fields, message):
