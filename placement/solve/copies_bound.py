@@ -1,5 +1,8 @@
 """How few ranks tokens can touch at all: a lower bound for every placement without replicas of equal capacity.
 
+Where a rank's possible groups of experts can be listed (`groups_bound.py`: 64 experts on 16 ranks, 16 on 4) their
+linear program bounds it. Else by co-location of pairs:
+
 A token touches sum over its experts of 1 / (1 + q) ranks, q = its other experts on the same rank. 1 / (1 + q) is
 convex, so tangents bound it from below by a linear function of "i and j share a rank", and the best linear value
 over all placements is bounded by the semidefinite relaxation of `relaxation.py`, used on one layer against itself.
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 
 from moe.placement.deadline import NEVER, Deadline
 from moe.placement.solve.copies import k_hot
+from moe.placement.solve.groups_bound import can_list, groups_bound
 from moe.placement.solve.program import Floats
 from moe.placement.solve.relaxation import relax
 from moe.placement.trace import RoutingTrace
@@ -38,11 +42,17 @@ def copies_bound(
     for layer in range(trace.num_layers):
         if deadline.is_over():
             break
+        until = deadline.part(1 / (trace.num_layers - layer))
+        if can_list(trace.num_experts, num_ranks):
+            single = hint is not None and bool((hint[layer].sum(axis=1) == 1).all())
+            start = hint[layer].argmax(axis=1) if hint is not None and single else None
+            found = groups_bound(trace.expert_ids[:, layer], trace.num_experts, num_ranks, until, start)
+            bounds[layer] = max(bounds[layer], found)
+            continue
         hits = k_hot(trace.expert_ids[:, layer], trace.num_experts).astype(np.float64)
         together = None
         if hint is not None:
             together = (hint[layer].astype(float) @ hint[layer].T.astype(float)) > 0
-        until = deadline.part(1 / (trace.num_layers - layer))
         bounds[layer] = layer_bound(hits, num_ranks, until, together, iterations)
     return bounds
 
