@@ -13,17 +13,20 @@ from moe.placement.cost import Use, Visits, decode_step
 from moe.placement.machine import Machine, disk_of
 
 _VISITS = 100
+_LEAST_STEPS = 16  # of decoding, for a mean that says something
 
 
 class Checked(NamedTuple):
-    """Tokens a second of decoding. binds: the plan's largest term."""
+    """Tokens a second of decoding. binds: the plan's largest term; cold: why this run is none that a plan is of."""
 
     planned: float
     measured: float
     binds: str
+    cold: str | None
 
     def __str__(self) -> str:
-        return f"{self.planned:.1f} tokens/s ({self.binds} binds), {self.planned / self.measured - 1:+.0%} off"
+        off = f"{self.planned / self.measured - 1:+.0%} off" if self.cold is None else f"not compared: {self.cold}"
+        return f"{self.planned:.1f} tokens/s ({self.binds} binds), {off}"
 
 
 def checked(engine: Engine) -> Checked | None:
@@ -43,13 +46,25 @@ def checked(engine: Engine) -> Checked | None:
         step = decode_step(*_asked(engine, machine, sequences, context))
     except ValueError:  # a model or a format that no figure is of
         return None
-    return Checked(sequences / step.total, stats.decode_rate, step.binds)
+    return Checked(sequences / step.total, stats.decode_rate, step.binds, _why_cold(engine))
+
+
+def _why_cold(engine: Engine) -> str | None:
+    """A plan is of a run that goes on: the first read of an expert waits for a disk whose pages nobody has read, and
+    for its checksum, and the first steps for what a process does once. None if little of the run was that."""
+    steps, layers = engine.stats.pure_decode_steps, engine.layer_stats()
+    if steps < _LEAST_STEPS:
+        return f"{steps} steps of decoding are fewer than {_LEAST_STEPS}"
+    hits, misses = (sum(getattr(s, name) for s in layers) for name in ("hits", "misses"))
+    if 0.01 * (hits + misses) < misses < 2 * engine.blueprint.num_experts:
+        return f"of {misses} reads most may be the first of one of {engine.blueprint.num_experts} experts"
+    return None
 
 
 def checked_state(engine: Any) -> dict[str, Any]:
-    """For a recording; nothing of a run that has no engine here."""
+    """For a recording; nothing of a run that has no engine here, or that no plan is of."""
     found = checked(engine) if isinstance(engine, Engine) else None
-    if found is None:
+    if found is None or found.cold is not None:
         return {}
     return {"decode_rate": found.measured, "planned_rate": found.planned, "planned_binds": found.binds}
 

@@ -1,6 +1,7 @@
 """`moe plan` in words: what a model would do, from stored figures, here or with another disk, memory or link."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -138,13 +139,28 @@ def test_here_measures_what_is_not_known(capfd, tmp_path, monkeypatch, probe_fil
     assert plan(capfd, "--probe-file", file, "--slots", 1, "--here")[0] == 0
 
 
-def test_a_run_says_how_far_off_the_plan_was(capfd, tmp_path, probe_file):
-    line = {"custom_id": "1", "body": {"prompt": "Once upon", "max_tokens": 6}}
+@pytest.mark.parametrize(
+    ("tokens", "why"),
+    [(6, "5 steps of decoding are fewer than 16"), (18, r"of \d+ reads most may be the first of one of 96")],
+)
+def test_a_cold_run_is_not_compared(capfd, tmp_path, probe_file, tokens, why):
+    line = {"custom_id": "1", "body": {"prompt": "Once upon", "max_tokens": tokens, "ignore_eos": True}}
     (tmp_path / "in.jsonl").write_text(json.dumps({"method": "POST", "url": "/v1/completions", **line}) + "\n")
     words = ["batch", TINYMOE, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--record", tmp_path / "run.jsonl"]
     settings = ["--set", f"probe_file={probe_file}", "--set", "threads=1", "--experts-in-memory", "0.5"]
     assert main([*map(str, words), *settings]) == 0
-    assert "planned decode" in capfd.readouterr().err
+    assert re.search(rf"planned decode.*not compared:\s+{why}", " ".join(capfd.readouterr().err.split()))
+    assert main(["report", str(tmp_path / "run.jsonl")]) == 0
+    assert "planned" not in capfd.readouterr().out
+
+
+def test_a_run_says_how_far_off_the_plan_was(capfd, tmp_path, probe_file):
+    line = {"custom_id": "1", "body": {"prompt": "Once upon", "max_tokens": 200, "ignore_eos": True}}
+    (tmp_path / "in.jsonl").write_text(json.dumps({"method": "POST", "url": "/v1/completions", **line}) + "\n")
+    words = ["batch", TINYMOE, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--record", tmp_path / "run.jsonl"]
+    settings = ["--set", f"probe_file={probe_file}", "--set", "threads=1", "--experts-in-memory", "0.5"]
+    assert main([*map(str, words), *settings]) == 0
+    assert re.search(r"planned decode.*% off", " ".join(capfd.readouterr().err.split()))
     assert main(["report", str(tmp_path / "run.jsonl")]) == 0
     assert "tokens/s, planned" in capfd.readouterr().out
     status, out, _ = plan(capfd, "--probe-file", probe_file, "--slots", 0.5, "--against", tmp_path / "run.jsonl")

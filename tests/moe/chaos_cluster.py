@@ -271,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("seen", type=Path, help="a line per seed; seeds that are there are not run again")
     parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--only", type=int, nargs="+", help="these seeds, instead of the first --seeds")
     parser.add_argument("--table", action="store_true", help="print the table of what was seen, and end")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.seen.read_text().splitlines()] if args.seen.exists() else []
@@ -297,7 +298,11 @@ def main() -> None:
         try:
             for dispatcher in ("all_to_all", "coherent"):
                 done = {row["seed"] for row in rows}
-                todo = [s for s in range(args.seeds) if s not in done and (s % 20 >= 10) == (dispatcher == "coherent")]
+                todo = [
+                    s
+                    for s in args.only or range(args.seeds)
+                    if s not in done and (s % 20 >= 10) == (dispatcher == "coherent")
+                ]
                 if not todo:
                     continue
                 config = EngineConfig.load(None, [*SETTINGS, f"parallel.dispatcher={dispatcher}"])
