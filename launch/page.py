@@ -123,12 +123,14 @@ function drawPlan(now) {
 function drawEvents(now) {
   const events = now.events || []; $("events").hidden = !events.length;
   if (!events.length) return;
-  const svg = $("line"), w = Math.max(280, svg.clientWidth || 900), first = events[0].time, last = now.time;
+  const svg = $("line"), w = Math.max(280, svg.clientWidth || 900), last = now.time;
+  const first = Math.min(events[0].time, points[0].time);
   svg.replaceChildren(); svg.setAttribute("viewBox", `0 0 ${w} 46`);
   svg.append(el("line", {x1: 8, x2: w - 8, y1: 14, y2: 14, stroke: color("--line"), "stroke-width": 2}));
   const x = t => 8 + (w - 16) * (last > first ? (t - first) / (last - first) : 0);
-  events.forEach((e, i) => svg.append(el("circle", {cx: x(e.time), cy: 14, r: 5, fill: color("--second")}),
-    el("title", {}, e.what)));
+  events.forEach(e => {
+    const dot = el("circle", {cx: x(e.time), cy: 14, r: 5, fill: color("--second")});
+    dot.append(el("title", {}, e.what)); svg.append(dot); });
   svg.append(el("text", {x: 8, y: 38}, clock(first)), el("text", {x: w - 8, y: 38, "text-anchor": "end"}, clock(last)));
   $("list").replaceChildren(...events.slice(-12).map(e => {
     const item = document.createElement("li"); item.textContent = clock(e.time) + ": " + e.what; return item; }));
@@ -147,13 +149,16 @@ function take(now) {
 function draw() {
   const now = before, p = points[points.length - 1], column = key => points.map(one => one[key]);
   const share = recorded ? [now.hits, now.misses] : [p.hits, p.misses], all = share[0] + share[1];
-  const figures = [["tokens/s", p.rate.toFixed(1)], ["requests open", now.open],
+  const run = recorded && recorded.length > 1 ? now.time - recorded[0].time : 0;  // of a whole run: means
+  const mean = (key, last) => run > 0 ? (now[key] - recorded[0][key]) / run : last;
+  const figures = [["tokens/s", mean("tokens", p.rate).toFixed(1)], ["requests open", now.open],
     ["running / waiting for a place", now.running + " / " + now.waiting],
     ["KV blocks in use", (now.blocks - now.free_blocks) + " of " + now.blocks],
     ["first token, median", "≤ " + (1000 * now.first_token_p50).toFixed(0) + " ms"],
     ["between tokens, 99\\u00a0%", now.token_p99 === null ? "–" : "≤ " + (1000 * now.token_p99).toFixed(0) + " ms"]];
   if (now.experts) figures.push(["experts in slots", now.slots + " of " + now.experts],
-    ["found in a slot", all ? (100 * share[0] / all).toFixed(1) + " %" : "–"], ["read", bytes(p.read) + "/s"]);
+    ["found in a slot", all ? (100 * share[0] / all).toFixed(1) + " %" : "–"],
+    ["read", bytes(mean("bytes_read", p.read)) + "/s"]);
   if (now.planned_rate) figures.push(["decoding, tokens/s", now.decode_rate.toFixed(1)],
     ["planned (" + now.planned_binds + " binds)", now.planned_rate.toFixed(1)]);
   const since = recorded ? ", recorded " + new Date(1000 * points[0].time).toLocaleString() : "";

@@ -24,6 +24,10 @@ class Entry:
     def is_ended(self) -> bool:
         return bool(self.said and self.said[-1].finish is not None)
 
+    @property
+    def has_begun(self) -> bool:
+        return bool(self.said) or self.given > self.request.num_prompt
+
     def as_dealt(self) -> Dealt:
         request = self.request
         so_far = [one.token for one in self.said if one.token is not None]
@@ -71,12 +75,16 @@ class Ledger:
 
     def deal(self, hosts: Iterable[int], most: int) -> dict[int, list[Dealt]]:
         """Requests from the queue to the hosts with the fewest, up to `most` each; the rest stays where nothing can be
-        lost. A host that still has more than half is left alone: one message for many requests."""
-        load = {host: self._load[host] for host in hosts if self._load[host] <= most // 2}
+        lost. A host that still has more than half is left alone: one message for many requests. Those whose answer has
+        begun wait for neither."""
+        load = {host: self._load[host] for host in hosts}
+        may_take = [host for host in load if load[host] <= most // 2]
         dealt: dict[int, list[Dealt]] = {}
         while self._queue and load:
-            host = min(load, key=lambda one: load[one])
-            if load[host] >= most:
+            has_begun = self._queue[0].has_begun
+            candidates = load if has_begun else may_take
+            host = min(candidates, key=lambda one: load[one], default=None)
+            if host is None or (load[host] >= most and not has_begun):
                 break
             entry = self._queue.popleft()
             entry.host, load[host] = host, load[host] + 1

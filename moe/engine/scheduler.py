@@ -28,7 +28,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        """Behind those that wait; one whose answer has begun, on a host that was lost, behind its like only."""
+        place = len(self.waiting)
+        if request.num_output:
+            place = next((n for n, other in enumerate(self.waiting) if not other.num_output), place)
+        self.waiting.insert(place, request)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of one step; empty only if there is no work."""

@@ -177,6 +177,24 @@ def test_nothing_is_said_of_a_request_that_its_user_ended():
     assert (len(ledger), ledger.num_queued, ledger.load(1)) == (0, 0, 0)
 
 
+def test_hosts_are_dealt_many_at_once_and_what_has_begun_waits_for_nothing():
+    ledger = Ledger()
+    for number in range(9):
+        ledger.add(request_of(number))
+    assert {host: [d.id for d in dealt] for host, dealt in ledger.deal([1, 2], 4).items()} == {
+        1: [0, 2, 4, 6],
+        2: [1, 3, 5, 7],
+    }
+    ledger.hear(1, [Said(0, 10, "stop"), Said(2, 20)])
+    assert ledger.deal([1, 2], 4) == {}  # host 1 has three of four
+    assert ledger.take_back([2]) == 3
+    assert [d.id for d in ledger.deal([2], 4)[2]] == [2]  # its answer has begun; 4 and 6 wait, as 8 does
+    assert (ledger.load(1), ledger.load(2), ledger.num_queued) == (0, 5, 3)
+    ledger.hear(2, [Said(n, 9, "stop") for n in (1, 3, 5)])
+    assert [d.id for d in ledger.deal([2], 4)[2]] == [4, 6]
+    assert ledger.num_queued == 1
+
+
 def test_the_silence_limit_grows_with_slow_steps():
     policy = FailurePolicy(ClusterConfig(silence_s=3, silence_steps=10, stuck_s=60))
     assert policy.silence_limit([]) == policy.silence_limit([0.1]) == 3

@@ -142,6 +142,13 @@ def test_prompts_that_cannot_be_cut_are_computed_whole(config, asked):
     assert all(s.num_output == n for s, (_, n) in zip(world.sequences, asked))
 
 
+def test_what_has_begun_elsewhere_goes_before_what_has_not():
+    scheduler = Scheduler(BatchConfig(max_sequences=1), BlockPool(9, 16, True))
+    for number, num_output in enumerate((0, 0, 2, 1, 0)):
+        scheduler.add(Request(number, [1, 2, 3, 4], SamplingParams(seed=0), 4 - num_output))
+    assert [request.id for request in scheduler.waiting] == [2, 3, 0, 1, 4]
+
+
 def test_preemption_happens_and_the_youngest_goes():
     world = World(BatchConfig(max_tokens=64, max_sequences=4, block_size=4, prefix_sharing=False), 8)
     first, second = world.add([1] * 12, 20), world.add([2] * 12, 20)
