@@ -1,7 +1,10 @@
 """A sample of the load on the service, and its own OpenAPI document against what it answers."""
 
+import threading
+import time
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -18,10 +21,11 @@ from schemathesis.specs.openapi.checks import (
 from moe.launch.server import Limits
 from moe.launch.uploads import Uploads
 from moe.llm import LLM
-from moe.service import Service
+from moe.params import SamplingParams
+from moe.service import QueueFull, Service
 from tests.launch.load_service import run
 from tests.launch.test_server import run_server
-from tests.moe.moe_cases import check_whole, config
+from tests.moe.moe_cases import TINYMOE, check_whole, config
 from tests.moe.test_openai import TEMPLATE, chat_folder
 
 pytestmark = pytest.mark.heavy
@@ -32,6 +36,34 @@ def test_load_and_faults(tmp_path):
     rows, wrong = run(tmp_path, num_streams=32, num_queued=300, seconds=12, tokens=8)
     assert not wrong
     assert len(rows) == 6
+
+
+def test_ten_thousand_requests_fit_and_the_next_is_429(tmp_path):
+    """Nothing is stepped until the queue is full, so that no request can end before."""
+    with LLM(TINYMOE, config("1.0", max_tokens=256, max_sequences=4)) as llm:
+        service, go_on = Service(llm, max_open=10_000), threading.Event()
+        url, stop = run_server(service, Uploads(service, tmp_path), Limits(drain_seconds=1))
+        try:
+            service._commands.put(go_on.wait)
+            params = SamplingParams(max_tokens=4, ignore_eos=True)
+            tickets = [service.submit([[1, 2, 3]], params, lambda _: None) for _ in range(10_000)]
+            with pytest.raises(QueueFull, match="10000 requests are open"):
+                service.submit([[1, 2, 3]], params, lambda _: None)
+            refused = httpx.post(f"{url}/v1/completions", json={"model": "tinymoe", "prompt": "A"}, timeout=60)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert (service.stats.open, service.stats.refused) == (10_000, 2)
+        finally:
+            go_on.set()
+        for ticket in tickets[:-8]:
+            service.cancel(ticket)
+        deadline = time.monotonic() + 120
+        while service.stats.open:
+            assert time.monotonic() < deadline, service.stats
+            time.sleep(0.01)
+        assert all(ticket.num_finished == 1 for ticket in tickets[-8:])
+        stop()
+        check_whole(llm)
 
 
 @pytest.fixture(scope="module")
