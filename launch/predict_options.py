@@ -12,6 +12,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     fit.add_argument("-o", "--out", type=named_path, required=True, help="file to write (.safetensors)")
     fit.add_argument("--distances", type=int, default=3, help="how many layers ahead (default 3)")
     fit.add_argument("--ridge", type=float, default=10.0, help="weight of the penalty (default 10)")
+    fit.add_argument("--steps", type=int, default=0, help="of distilling the gates on from there, e.g. 300 (default 0)")
     _add_window_options(fit)
     fit.set_defaults(run="predict:fit")
 

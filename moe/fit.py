@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from moe.engine.foresight import empty_fit
+from moe.layer.distil import Sample, distilled
 from moe.layer.ridge import Forecast, read_sums, selection, write_sums
+from moe.layer.routers import plain_routers
 from moe.layer.routing import Observer, Routing, StepContext
 from moe.llm import LLM
 from moe.params import SamplingParams
@@ -77,18 +79,30 @@ def run_observed(llm: LLM, windows: Sequence[list[int]], observer: Observer) -> 
         experts.routing.observers.remove(observer)
 
 
+def _distilled(llm: LLM, forecast: Forecast, windows: Sequence[list[int]], steps: int) -> Forecast:
+    sites = llm.engine.blueprint.index.sites
+    routers = plain_routers(llm.engine.model, sites)
+    sample = Sample(sites[0].hidden_size, len(sites))
+    for start in range(0, len(windows) if routers is not None else 0, GROUP):
+        if not sample.is_full:
+            run_observed(llm, windows[start : start + GROUP], sample)
+    return distilled(forecast, sample.rows() if routers is not None else [], routers or [], steps)
+
+
 def fit_lookahead(
     llm: LLM,
     windows: Sequence[list[int]],
     *,
     distances: int = 3,
     ridge: float = 10.0,
+    steps: int = 0,
     sums: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Forecast, list[Recall]]:
     """The forecast of windows but every fifth, and its recall on those (none if there are fewer than five).
 
-    sums: a file in which the work so far stands, for a run that goes on. Raises ValueError for a model without experts
+    steps: of distilling the gates of one layer ahead on some of the windows; 0: the closed form. sums: a file in which
+    the work so far stands, for a run that goes on. Raises ValueError for a model without experts
     in slots.
     """
     if llm.engine.experts is None or llm.engine.blueprint.config.is_encoder_decoder:
@@ -104,6 +118,8 @@ def fit_lookahead(
         if sums is not None:
             write_sums(fit, sums, digest, min(start + GROUP, len(fitting)))
     forecast = fit.forecast(ridge, llm.name)
+    if steps:
+        forecast = _distilled(llm, forecast, fitting, steps)
     judge = Judge(forecast.to(torch.device(llm.engine.model.device)), fit.num_experts)
     for start in range(0, len(judging), GROUP):
         progress(len(fitting) + start, len(windows))

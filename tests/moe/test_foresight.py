@@ -12,7 +12,9 @@ from moe.config import EngineConfig, RoutingConfig
 from moe.evaluate import evaluate
 from moe.fit import fit_lookahead
 from moe.launch.cli import main
+from moe.layer.distil import distilled
 from moe.layer.ridge import Forecast, Regression, RidgeFit
+from moe.layer.routers import PlainRouter
 from moe.layer.routing import Routing, StepContext
 from moe.llm import LLM
 from tests.families import tiny_checkpoint
@@ -225,3 +227,45 @@ def test_the_commands(tmp_path, capsys):
     assert main(["evaluate", *common, *settings]) == 0
     assert "routing.pregate=restrict:4: 470 tokens: loss " in capsys.readouterr().out
     assert main(["evaluate", str(TINYMOE), str(tmp_path / "missing.txt")]) == 2
+
+
+def test_distilling_brings_the_gate_nearer_to_its_router():
+    """A router that is no linear function of what the gate sees; the divergence falls, the rest stays as it was."""
+    torch.manual_seed(0)
+    x = [torch.randn(3000, 8)]
+    x.append(torch.tanh(2 * x[0] @ torch.randn(8, 8)))
+    x.append(x[1] + 0.1)
+    routers = [PlainRouter(torch.randn(6, 8), None, 2, True) for _ in x]
+    fit = RidgeFit(8, [6, 6, 6], 2, 2, routers)
+    fit.begin(StepContext())
+    for layer, rows in enumerate(x):
+        fit.routed(rows, Routing(layer, routers[layer].logits(rows).topk(2).indices, torch.empty(0)), StepContext())
+    closed = fit.forecast()
+    trained = distilled(closed, x, routers, 300)
+
+    def divergence(forecast, layer):
+        said, wanted = forecast.scores(layer, 1, x[layer]), routers[layer + 1].logits(x[layer + 1])
+        return float(F.kl_div(said.log_softmax(1), wanted.softmax(1), reduction="batchmean"))
+
+    assert divergence(trained, 0) < 0.97 * divergence(closed, 0)
+    assert divergence(trained, 1) < divergence(closed, 1) + 1e-3  # linear: the closed form is right
+    assert trained.regressions[0, 2] is closed.regressions[0, 2]
+    residual = trained.scores(0, 1, x[0]) - routers[1].logits(x[1])
+    residual = residual - residual.mean(1, keepdim=True)
+    assert torch.allclose(trained.regressions[0, 1].spread, residual.square().mean(0).sqrt(), rtol=1e-3)
+    again = distilled(closed, x, routers, 300)
+    assert torch.equal(again.regressions[0, 1].weight, trained.regressions[0, 1].weight)
+    with pytest.raises(ValueError, match="leave --steps out"):
+        distilled(Forecast("selection", 2, closed.regressions), x, routers, 1)
+
+
+def test_a_fit_is_distilled_on_some_of_its_windows(monkeypatch):
+    """As many tokens as memory is meant for, of which the last forward may bring a part."""
+    monkeypatch.setattr("moe.layer.distil.MOST_TOKENS", 100)
+    kept = []
+    with LLM(TINYMOE, config("0.25", max_tokens=64)) as llm:
+        monkeypatch.setattr("moe.fit.distilled", lambda f, x, routers, steps: kept.append((x, routers, steps)) or f)
+        fit_lookahead(llm, WINDOWS, distances=1, steps=7)
+    ((x, routers, steps),) = kept
+    assert [rows.shape for rows in x] == [(100, 192)] * 6
+    assert (len(routers), steps) == (6, 7)
