@@ -85,24 +85,22 @@ def io_uring(file: int, size: int, depth: int) -> Read | None:
         import liburing as u
     except ImportError:
         return None
-    part = min(size, 1 << 20)
-    rings = [u.io_uring() for _ in range(depth)]
+    rings = [u.Ring() for _ in range(depth)]
     for ring in rings:
         u.io_uring_queue_init(32, ring)
-    targets = [memoryview(aligned_bytes(size).numpy().data) for _ in range(depth)]
+    starts = range(0, size, min(size, 1 << 20))
+    buffers = [aligned_bytes(size).numpy().data for _ in range(depth)]
+    parts = [[u.Iovec([memoryview(b)[a : a + (1 << 20)]]) for a in starts] for b in buffers]
 
     def read(thread: int, offset: int) -> None:
-        ring, target, cqe = rings[thread], targets[thread], u.io_uring_cqe()
-        begins = range(0, size, part)
-        for begin in begins:
-            sqe = u.io_uring_get_sqe(ring)
-            piece = target[begin : begin + part]
-            u.io_uring_prep_read(sqe, file, piece, len(piece), offset + begin)
+        ring, cqe = rings[thread], u.Cqe()
+        for start, part in zip(starts, parts[thread]):
+            u.io_uring_prep_readv(u.io_uring_get_sqe(ring), file, part, offset + start)
         u.io_uring_submit(ring)
-        for _ in begins:
+        for _ in starts:
             u.io_uring_wait_cqe(ring, cqe)
-            assert cqe.res > 0, cqe.res
-            u.io_uring_cqe_seen(ring, cqe)
+            assert cqe[0].res > 0
+            u.io_uring_cq_advance(ring, 1)
 
     return read
 
