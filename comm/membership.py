@@ -150,13 +150,14 @@ def interrupt(groups: Groups) -> None:
         if groups.device.type == "cuda":
             group.abort()
             continue
-        # gloo's abort() does nothing, but a receive that times out closes every connection of its group.
-        peer = (group.rank() + 1) % group.size()
-        try:
-            group.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
-        except RuntimeError:
-            continue  # as it should
-        raise AssertionError(f"rank {groups.rank}: rank {peer} sent what nobody sends")
+        # gloo's abort() does nothing, but a receive that times out closes every connection of its group. One from a
+        # peer that has left fails at once and closes nothing: each peer is asked.
+        for peer in set(range(group.size())) - {group.rank()}:
+            try:
+                group.recv([torch.empty(1, dtype=torch.uint8)], peer, _NEVER_SENT).wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                continue  # as it should
+            raise AssertionError(f"rank {groups.rank}: rank {peer} sent what nobody sends")
 
 
 def start_groups(

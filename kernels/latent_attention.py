@@ -105,7 +105,7 @@ def latent_attention_reference(
     for s, length in enumerate(pages.lengths.tolist()):
         if length == 0:
             continue
-        rows = pages.tables[s].long()[:, None] * pages.block_size + torch.arange(pages.block_size)
+        rows = pages.tables[s].long()[:, None] * pages.block_size + torch.arange(pages.block_size, device=q[0].device)
         rows = rows.flatten()[:length]
         for cache, own in zip(pool, new):
             cache[rows[-1], 0] = own[s]

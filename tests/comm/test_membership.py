@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -168,6 +169,36 @@ def is_freed(eager_bytes: int) -> float | None:
 def test_a_rank_that_waits_for_a_living_peer_can_be_freed(eager_bytes):
     """Its own limit is 60 s, the test's 40 s."""
     assert spawn(2, is_freed, eager_bytes, time_limit_s=40) == [1.0, None]
+
+
+def is_freed_from_one_while_another_has_left(leaver: int) -> float | None:
+    groups = join_groups(store(), Generation(0, ("a",) * 3), own_rank(), meet_s=20, timeout_s=60)
+    ask_all(groups)
+    assert groups.world is not None
+    if groups.rank == leaver:
+        leave_groups(groups, wait=False)
+        store().set("left", "1")
+        return None
+    store().wait(["left"])
+    if groups.rank != 0:
+        store().wait(["freed"])
+        leave_groups(groups, wait=False)
+        return None
+    waiting = groups.world.recv([torch.empty(1)], 3 - leaver, 5)
+    timer = threading.Timer(0.5, interrupt, [groups])
+    timer.start()
+    with pytest.raises(RuntimeError, match=r"closed|Application timeout"):
+        waiting.wait(timedelta(seconds=60))
+    timer.join()
+    leave_groups(groups, wait=False)
+    store().set("freed", "1")
+    return 1.0
+
+
+@pytest.mark.parametrize("leaver", [1, 2])
+def test_a_rank_is_freed_from_a_silent_peer_though_another_has_left(leaver):
+    """Whichever of the two it is asked to hear from first."""
+    assert spawn(3, is_freed_from_one_while_another_has_left, leaver, time_limit_s=40) == [1.0, None, None]
 
 
 def test_bad_memberships_are_refused():

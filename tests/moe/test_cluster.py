@@ -134,9 +134,8 @@ def test_chaos(llm, lines, place):
     is_coherent = llm.engine.config.parallel.dispatcher == "coherent"
     seed = ((14, 15, 17) if is_coherent else (4, 7, 8))[place]
     seen = chaos_cluster.one_seed(llm, seed, folder, right, total)
-    assert (seen.wrong, seen.missing) == (0, 0), (
-        seen.notes
-    )  # seen.blamed: of a machine that is too busy for three seconds
+    # Whom it blames is reported, not asserted: a machine may be too busy for three seconds.
+    assert (seen.wrong, seen.missing) == (0, 0), (seen.blamed, seen.notes)
 
 
 def test_a_spare_that_ends_is_replaced_and_bundles_are_used_again(cluster):
