@@ -243,7 +243,7 @@ SETTINGS = [
     (["--experts-in-memory", "1"], ["one expert or all of them", "give 1.0 or 100% for all, '1 expert' for one"]),
     (["--experts-in-memory", "1.5"], ["'1.5' is not understood"]),
     (["--experts-in-memory", "-3"], ["'-3' is not understood"]),
-    (["--set", "offload.bugdet=1"], ["unknown setting offload.bugdet; known: offload.budget"]),
+    (["--set", "offload.bugdet=1"], ["unknown setting offload.bugdet; known: offload.bits, offload.budget"]),
     (["--set", "offload.readers=-1"], ["offload.readers (-1) must lie in [0, 1024]"]),
     (["--set", "dtype=int4"], ["dtype ('int4') must be one of"]),
     (
