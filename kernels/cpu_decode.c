@@ -93,10 +93,12 @@ void moe_decoded_tile(const struct kernels *k, const float *x, int64_t rows, con
     float *decoded = scratch + DOWN_TILE * KC;
     int64_t most = CODE_FLOATS / w->k; /* rows at once; Python refuses more than CODE_FLOATS columns */
     if (most >= 4) most = most / 4 * 4;
+    void (*row_to_float)(const struct matrix *, int64_t, int64_t, float *) =
+        w->coding.code == NESTED ? nested_to_float : decode_row;
     for (int64_t n = 0; n < count; n += most) {
         int64_t some = least(most, count - n);
         struct matrix plain = {.data = (const char *)decoded, .row = w->k * 4, .n = some, .k = w->k, .kind = F32};
-        for (int64_t i = 0; i < some; i++) (w->coding.code == NESTED ? nested_to_float : decode_row)(w, slot, n0 + n + i, decoded + i * w->k);
+        for (int64_t i = 0; i < some; i++) row_to_float(w, slot, n0 + n + i, decoded + i * w->k);
         k->tile(NATURAL, x, rows, &plain, plain.data, 0, some, c + n, ldc, scratch);
     }
 }

@@ -23,7 +23,7 @@
 
 enum { F32, BF16, F16 };                              /* storage; the order of cpu.py's KINDS */
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS }; /* the order of cpu.py's _ACTIVATIONS */
-enum { E4M3, INT8, INT4, E2M1, LUT4, NESTED, CODES };         /* the order of cpu.py's _CODES */
+enum { E4M3, INT8, INT4, E2M1, LUT4, NESTED, CODES }; /* the order of cpu.py's _CODES */
 enum { E8M0 = 3, E4M3_SCALE, INT8_ZERO };             /* scales may also be of these kinds */
 enum { NATURAL, PAIRS, EIGHTS, DOT };
 enum { LANES = 16, KC = 1024 }; /* they define the order of sums; do not tune per machine */

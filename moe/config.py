@@ -32,9 +32,8 @@ class OffloadConfig:
     policy: Literal["lru", "lfu"] = "lfu"
     store: Literal["file", "mmap", "ram"] = "file"
     direct: bool | None = None  # O_DIRECT; None decides by the size of the files, and by `moe probe`
-    io: Literal["preadv", "deepnvme"] | None = (
-        None  # of store=file; None: preadv unless `moe probe` found the other faster
-    )
+    # Of store=file; None: preadv unless `moe probe` found the other faster.
+    io: Literal["preadv", "deepnvme"] | None = None
     bits: Literal["2", "3", "4", "8", "auto"] = "8"  # of experts in nested precision (offload/nested.py)
     readers: int | None = None  # threads that read; None decides by `moe probe`, else 2
     check: Literal["first", "always", "never"] = "first"  # when a packed expert is compared with its checksum

@@ -96,11 +96,14 @@ class Deserting:
         return self.launch.run(layer, x, physical_ids, topk_weights)
 
 
+LIMIT_S = 15  # longer than a step of three interpreted ranks on a busy machine, whose peers are slow and not lost
+
+
 def serve_until_one_is_lost(folder: str, config: EngineConfig) -> tuple:
     """What a survivor says, the fields of its error, and how long the answers took until then."""
     started = time.monotonic()
     try:
-        with process_groups(timeout_s=5) as groups:
+        with process_groups(timeout_s=LIMIT_S) as groups:
             llm = LLM(folder, config, groups=groups)
             if groups.rank == 1:
                 llm.engine.parallel.launch = Deserting(llm.engine.parallel.launch)
@@ -114,15 +117,12 @@ def serve_until_one_is_lost(folder: str, config: EngineConfig) -> tuple:
 @pytest.mark.heavy
 def test_a_lost_rank_is_named_with_the_layer(mixtral):
     config = config_of("single_launch")
-    config = replace(config, parallel=replace(config.parallel, timeout_seconds=5))
+    config = replace(config, parallel=replace(config.parallel, timeout_seconds=LIMIT_S))
     results = spawn(3, serve_until_one_is_lost, str(mixtral), config, may_die=[1], time_limit_s=200)
     for rank in (0, 2):
         message, peers, layer, seconds = results[rank]
-        # A machine that is busy for longer than the limit may keep the other survivor from leaving word in time.
-        who = "rank 1" if peers == (1,) else f"one of ranks {list(peers)}"
-        assert message.startswith(f"rank {rank} of 3: lost {who} in the single launch of layer {layer} with"), message
-        assert 1 in peers
-        assert layer in (1, 2)
+        assert message.startswith(f"rank {rank} of 3: lost rank 1 in the single launch of layer 1 with"), message
+        assert (peers, layer) == ((1,), 1)
         assert seconds < 60
 
 
