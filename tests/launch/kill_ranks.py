@@ -74,9 +74,13 @@ def write_requests(path: Path) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def start(case: Case, requests: Path, output: Path) -> subprocess.Popen[str]:
-    """A job in a session of its own, so that nothing outlives it unseen."""
+def start(case: Case, requests: Path, output: Path, monitor_s: float = 0.1) -> subprocess.Popen[str]:
+    """A job in a session of its own, so that nothing outlives it unseen.
+
+    monitor_s: how often torchrun looks at its ranks; it ends survivors as soon as it sees a loss, maybe unheard.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.ranks)]
+    command += ["--monitor-interval", str(monitor_s)]
     command += ["-m", "moe.launch.torchrun", str(DEMO), str(requests), str(output)]
     command += ["--experts-in-memory", case.budget, "--set", f"parallel.dispatcher={case.dispatcher}"]
     command += ["--set", "dtype=float32"]
@@ -140,10 +144,12 @@ def wait_for_moment(case: Case, job: subprocess.Popen[str], output: Path, undist
     time.sleep(case.wait)
 
 
-def one_kill(case: Case, folder: Path, llm: LLM, right: dict[str, str], undisturbed_s: float) -> Seen:
+def one_kill(
+    case: Case, folder: Path, llm: LLM, right: dict[str, str], undisturbed_s: float, monitor_s: float = 0.1
+) -> Seen:
     output = folder / "out.jsonl"
     output.unlink(missing_ok=True)
-    job = start(case, folder / "in.jsonl", output)
+    job = start(case, folder / "in.jsonl", output, monitor_s)
     wait_for_moment(case, job, output, undisturbed_s)
     ranks = ranks_of(job) if job.poll() is None else []
     victim = random.Random(case.seed + 1).randrange(case.ranks)
