@@ -5,7 +5,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,21 +159,43 @@ def engine(s: Session) -> None:
             walk_model.write(folder / "model", walk_model.TINY if s.tiny else model)
             s.rows.add(what="model", seconds=time.perf_counter() - start)
         batches = (1, 2) if s.tiny else (1, 16, 64)
-        runs = [("auto", budget, batches) for budget in ("1.0", "0.5", "0.25")]
-        for kernel, budget, sizes in (*runs, ("reference", "1.0", (1,))):
-            with s.rows.attempt(kernel=kernel, budget=budget):
-                _engine_rows(s, folder / "model", kernel, budget, sizes)
+        runs = [Run("auto", budget, store, "auto", batches) for budget, store in BUDGETS]
+        if s.tiny:  # the device's own path, interpreted: seconds a step
+            runs[1:3] = [Run("grouped", "0.5", "ram", "auto", (1,))]
+        runs[1:1] = [Run("auto", "1.0", "file", "off", batches)]
+        for run in (*runs, Run("reference", "1.0", "file", "off", (1,))):
+            with s.rows.attempt(**run.told):
+                _engine_rows(s, folder / "model", run)
     finally:
         shutil.rmtree(folder)
 
 
-def _engine_rows(s: Session, folder: Path, kernel: Any, budget: str, sizes: tuple[int, ...]) -> None:
-    new, prompt = (4, 8) if s.tiny else (64 if kernel == "auto" else 8, 64)
+BUDGETS = (("1.0", "file"), ("0.5", "ram"), ("0.25", "ram"), ("0.5", "file"), ("0.25", "file"))
+
+
+class Run(NamedTuple):
+    """Settings of an engine, and the batches that it serves."""
+
+    kernel: Any
+    budget: str
+    store: Any
+    graphs: Any
+    sizes: tuple[int, ...]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return {"kernel": self.kernel, "budget": self.budget, "store": self.store, "graphs": self.graphs}
+
+
+def _engine_rows(s: Session, folder: Path, run: Run) -> None:
+    kernel, sizes = run.kernel, run.sizes
+    new, prompt = (4 if kernel == "auto" else 2, 8) if s.tiny else (64 if kernel == "auto" else 8, 64)
     config = EngineConfig(
         kernel=kernel,
+        graphs=run.graphs,
         dtype="bfloat16" if s.on_gpu else "float32",
         crossover_table=str(folder / "crossover.json"),
-        offload=OffloadConfig(budget=budget),
+        offload=OffloadConfig(budget=run.budget, store=run.store, prefetch="off"),
         batch=BatchConfig(max_sequences=max(sizes), kv_tokens=max(sizes) * 256, prefix_sharing=False),
     )
     start = time.perf_counter()
@@ -191,8 +213,9 @@ def _engine_rows(s: Session, folder: Path, kernel: Any, budget: str, sizes: tupl
             seconds = (first.stats.decode_seconds - before.decode_seconds) / steps
             totals = [] if cache is None else first.layer_stats()
             s.rows.add(
-                kernel=kernel,
-                budget=budget,
+                **run.told,
+                replays=getattr(getattr(first.loaded.memory.runner, "replays", None), "num_replays", 0),
+                by_blocks=getattr(first.loaded.memory.runner, "decoding", None) is not None,
                 batch=size,
                 right=right,
                 loaded_s=round(loaded, 1),

@@ -21,6 +21,7 @@ class Session:
     clock: Clock
     tiny: bool
     jobs: int
+    gpus: int = 1
 
     @property
     def on_gpu(self) -> bool:

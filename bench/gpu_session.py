@@ -27,6 +27,7 @@ import transformers
 import triton
 
 from bench.gpu_correct import correct, stress
+from bench.gpu_decode import decode
 from bench.gpu_engine import copies, engine, host
 from bench.gpu_layers import (
     FLASH,
@@ -40,6 +41,7 @@ from bench.gpu_layers import (
     published,
 )
 from bench.gpu_measure import Clock, Rotation, Rows
+from bench.gpu_ranks import ranks
 from bench.gpu_run import Session
 from moe.kernels.intrinsics import is_interpreted
 from moe.kernels.tiles import TileConfig, device_capability, pick_tiles
@@ -201,6 +203,8 @@ PHASES: dict[str, Callable[[Session], None]] = {
     "host": host,
     "copies": copies,
     "engine": engine,
+    "decode": decode,
+    "ranks": ranks,
 }
 
 
@@ -210,6 +214,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="rows are appended to this file as they come")
     parser.add_argument("--tiny", action="store_true", help="tiny layers, for the interpreter and for memcheck")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--gpus", type=int, default=1, help="cards that the phase `ranks` uses, a process on each")
     parser.add_argument("--layer", help="compile this layer alone, in this process")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -218,7 +223,7 @@ def main() -> int:
         return 2
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     rows = Rows(options.out, options.phase)
-    session = Session(rows, device, Clock(device), options.tiny, options.jobs)
+    session = Session(rows, device, Clock(device), options.tiny, options.jobs, options.gpus)
     if options.layer is not None:
         compile_layer(session, options.layer)
     else:

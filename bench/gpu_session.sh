@@ -3,7 +3,7 @@
 #
 # From a plain checkout, with nothing installed but torch, triton and transformers. Every phase is a process with a
 # time-out of its own; none ends the session. Rows grow in $OUT/rows.jsonl, one a measurement, and $OUT/phases.jsonl says
-# how each phase ended. BUDGET: seconds in all. PHASES: some of them. TINY=1: small layers, for TRITON_INTERPRET=1.
+# how each phase ended. GPUS: cards of the phase `ranks`. BUDGET: seconds in all. PHASES: some of them. TINY=1: small layers, for TRITON_INTERPRET=1.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-out}
@@ -13,7 +13,7 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=. TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$OUT
 PYTHON=${PYTHON:-python3}
 TINY=${TINY:+--tiny}
 END=$((SECONDS + ${BUDGET:-570}))
-WANTED=${PHASES:-machine compile correct stress kernels tune host copies engine memcheck}
+WANTED=${PHASES:-machine compile correct decode kernels engine host copies ranks stress tune memcheck}
 
 phase() { # name, seconds, command…
   local name=$1 limit=$2 left=$((END - SECONDS)) start=$SECONDS rc
@@ -31,16 +31,18 @@ phase() { # name, seconds, command…
   return 0
 }
 
-session="$PYTHON -m bench.gpu_session $TINY --out $OUT/rows.jsonl"
+session="$PYTHON -m bench.gpu_session $TINY --gpus ${GPUS:-1} --out $OUT/rows.jsonl"
 # shellcheck disable=SC2086
 {
   phase machine 40 $session machine
   phase compile 110 $session compile
   phase correct 100 $session correct
-  phase kernels 150 $session kernels
-  phase engine 150 $session engine
+  phase decode 40 $session decode
+  phase kernels 130 $session kernels
+  phase engine 180 $session engine
   phase host 40 $session host
   phase copies 40 $session copies
+  phase ranks 60 $session ranks
   phase stress 50 $session stress
   phase tune 60 $session tune
   if command -v compute-sanitizer >/dev/null; then
