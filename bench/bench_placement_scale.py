@@ -25,14 +25,18 @@ from bench.bench_placement import hardware
 from moe.placement.deadline import Deadline
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
+from moe.placement.replicas import choose_for_plan
 from moe.placement.solve.baselines import eplb_greedy
-from moe.placement.solve.copies import busiest_load, ranks_touched, solve_copies
+from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load
 from moe.placement.trace import RoutingTrace
+from moe.placement.wire_format import ModelSizes, WireFormat
 
 DOMAINS = ("translation", "summary", "intent")
 TOP_K = 8
+HELD = 20_000  # tokens that a plan of the full size is judged on
+SIZES = ModelSizes(7168, "bfloat16", 3 * 7168 * 2048 * 2)  # DeepSeek-V3's
 FULL = {"4000": (4000, None), "4000, replicas": (4000, 9), "100000": (100_000, None), "100000, replicas": (100_000, 9)}
 GROWTH = {"growth": None, "growth, replicas": 0.125}
 BASE = {"layers": 2, "experts": 128, "tokens": 8000, "ranks": 16}
@@ -78,35 +82,48 @@ class Run:
     """One search: CPU seconds until every layer has a first plan and until the end."""
 
     def __init__(self, trace: RoutingTrace, ranks: int, slots: int | None, options: CopyOptions) -> None:
+        self._calls, self._layers = 0, trace.num_layers  # the short search comes to every layer first
         self.first, self.began = 0.0, time.process_time()
         self.plan = solve_copies(trace, ranks, slots_per_rank=slots, options=options, progress=self._progress)
         self.cpu = time.process_time() - self.began
 
     def _progress(self, share: float) -> None:
-        if not self.first and share >= 0.1 - 1e-9:
+        self._calls += 1
+        if self._calls == self._layers:
             self.first = time.process_time() - self.began
 
 
-def judged(trace: RoutingTrace, plan: Plan, load: Any) -> str:
-    """Ranks touched, and busiest over mean load where copies share equally."""
-    busy = float((busiest_load(plan.hosted, load) * plan.num_ranks / load.sum(axis=1)).mean())
-    return f"{ranks_touched(trace, plan.hosted).mean():.3f} @ {busy:.3f}"
+def judged(trace: RoutingTrace, plan: Plan) -> dict[str, float]:
+    """Served by the engine's rule for combine=partial, homes by sequence in turn: rows that leave home and bytes both
+    ways per token and layer, busiest over mean load."""
+    wire = WireFormat(combine="partial")
+    each = wire.row_bytes(SIZES.hidden_size, SIZES.element_bytes, TOP_K) + wire.result_bytes(
+        SIZES.hidden_size, SIZES.element_bytes
+    )
+    home = np.repeat(np.arange(trace.num_sequences), trace.sequence_lengths) % plan.num_ranks
+    rows, load = [], []
+    for layer in range(trace.num_layers):
+        rank = choose_for_plan(trace.expert_ids[:, layer], home, plan, layer) // plan.physical_per_rank
+        visited = np.bitwise_or.reduce(np.uint64(1) << rank.astype(np.uint64), axis=1)
+        rows.append((np.bitwise_count(visited) - (visited >> home.astype(np.uint64) & np.uint64(1))).mean())
+        busy = np.bincount(rank.ravel(), minlength=plan.num_ranks)
+        load.append(busy.max() / busy.mean())
+    return {"rows": float(np.mean(rows)), "load": float(np.mean(load)), "bytes": float(np.mean(rows)) * each}
 
 
 def whole(recorded: RoutingTrace, tokens: int, slots: int | None, seconds: float) -> dict[str, Any]:
     """The full size, within a limit of CPU seconds: judged on the fitted tokens, and on others of the same kind."""
-    both = tiled(recorded, tokens + 4000, 61, 256, seed=1)
+    both = tiled(recorded, tokens + HELD, 61, 256, seed=1)
     sequence = np.repeat(np.arange(both.num_sequences), both.sequence_lengths)
     last = np.arange(both.num_sequences) > sequence[tokens]
     fit, held = both.select(np.flatnonzero(~last)), both.select(np.flatnonzero(last))
     began = time.process_time()
-    load = expert_load(fit)
-    greedy = eplb_greedy(load, 32, slots)
+    greedy = eplb_greedy(expert_load(fit), 32, slots)
     eplb = time.process_time() - began
     run = Run(fit, 32, slots, CopyOptions(seconds=Deadline(seconds, time.process_time)))
     row = {"tokens": tokens, "slots": slots, "greedy_cpu": eplb, "first_cpu": run.first, "cpu": run.cpu}
     for name, trace in (("fitted", fit), ("held", held)):
-        row[name] = [judged(trace, plan, expert_load(trace)) for plan in (greedy, run.plan)]
+        row[name] = [judged(trace, plan) for plan in (greedy, run.plan)]
     return row
 
 
@@ -126,6 +143,10 @@ def growth(recorded: RoutingTrace, slots_share: float | None, rounds: int) -> li
     return rows
 
 
+def _cell(one: dict[str, float]) -> str:
+    return f"{one['bytes']:.0f} ({one['rows']:.3f}) @ {one['load']:.3f}"
+
+
 def table(document: dict[str, Any]) -> str:
     """All parts that are there, as Markdown."""
     about, parts = document["hardware"], document["parts"]
@@ -133,7 +154,8 @@ def table(document: dict[str, Any]) -> str:
     lines += [f"{key}: {value}" for key, value in about.items()]
     lines += [
         "",
-        f"61 layers x 256 experts on 32 ranks, at most {document['seconds']:g} CPU s; ranks touched @ load",
+        f"61 layers x 256 experts on 32 ranks, at most {document['seconds']:g} CPU s; "
+        "bytes per token and layer in partial, both ways (rows) @ load",
         "",
     ]
     lines += [
@@ -142,7 +164,7 @@ def table(document: dict[str, Any]) -> str:
     lines += ["|---" * 8 + "|"]
     for name, row in parts.items():
         if name in FULL:
-            cells = [row["tokens"], row["slots"] or "no replicas", *row["fitted"], *row["held"]]
+            cells = [row["tokens"], row["slots"] or "no replicas", *map(_cell, (*row["fitted"], *row["held"]))]
             cells += [f"{row['first_cpu']:.1f}", f"{row['cpu']:.1f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [

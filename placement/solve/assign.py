@@ -27,7 +27,8 @@ PER_ROUND = 600  # moves tried per round and expert
 LANES = 8  # what the compiled code adds at once
 MOST_TOKENS = 16384  # that are annealed; loads are of all
 SKETCH = 4096  # tokens of a first, short search
-SKETCH_PART = 0.1  # of the rounds and of the time
+SKETCH_PART = 0.1  # of the rounds, and at most of the time
+SKETCH_SECONDS = 4.5  # at most, of all layers: a first plan is there after 5 s however much time there is
 
 
 class Limits(NamedTuple):

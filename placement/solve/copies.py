@@ -19,7 +19,15 @@ from moe.placement.deadline import NEVER, Deadline
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
 from moe.placement.solve.anneal import CAP, VISITS, Price, caps_of, folds_of, search_layer
-from moe.placement.solve.assign import MOST_TOKENS, SKETCH, SKETCH_PART, Layer, Limits, search_assignment
+from moe.placement.solve.assign import (
+    MOST_TOKENS,
+    SKETCH,
+    SKETCH_PART,
+    SKETCH_SECONDS,
+    Layer,
+    Limits,
+    search_assignment,
+)
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Single, Touched
@@ -55,7 +63,7 @@ def solve_copies(
     check_capacity(trace.num_experts, num_ranks, slots)
     layers = _Layers(trace, num_ranks, slots_per_rank, options, price)
     try:
-        for sweep, (part, first, last) in enumerate(layers.sweeps()):
+        for sweep, (part, first, last) in enumerate(layers.sweeps(deadline)):
             for layer in range(trace.num_layers):
                 done = first + (last - first) * (layer + 1) / trace.num_layers
                 layers.search(layer, sweep, part, deadline.at(done))
@@ -84,13 +92,15 @@ class _Layers:
         self.anneals = self.anneals and ranks <= MOST_RANKS and self.compiled
         self.fold = folds_of(trace.sequence_lengths)
 
-    def sweeps(self) -> list[tuple[float, float, float]]:
+    def sweeps(self, deadline: Deadline = NEVER) -> list[tuple[float, float, float]]:
         """(part of the rounds, where in the time it begins, where it ends): a first plan of every layer comes early."""
         whole = 2 if self.options.coherent else 1
-        sketch = SKETCH_PART if self.compiled else 0.0
-        bounds = np.linspace(sketch, 1.0, whole + 1)
+        early = SKETCH_PART if self.compiled else 0.0
+        if deadline.until < math.inf:
+            early = min(early, SKETCH_SECONDS / max(deadline.until - deadline.began, 1e-9))
+        bounds = np.linspace(early, 1.0, whole + 1)
         full = [(1.0, float(a), float(b)) for a, b in pairwise(bounds)]
-        return [(sketch, 0.0, sketch), *full] if sketch else full
+        return [(SKETCH_PART, 0.0, early), *full] if self.compiled else full
 
     def search(self, layer: int, sweep: int, part: float, until: Deadline) -> None:
         if until.is_over():
@@ -99,10 +109,14 @@ class _Layers:
         seed = (self.options.seed * len(self.sweeps()) + sweep) * self.trace.num_layers + layer
         if self.anneals:
             assert self.slots is not None
-            cap = self.options.slack * CAP * float(self.load[layer].sum()) / self.ranks
+            fold = self.fold
+            if part < 1 and len(ids) > SKETCH:
+                few = np.sort(np.random.default_rng(seed).permutation(len(ids))[:SKETCH])
+                ids, fold = ids[few], fold[few]
+            cap = self.options.slack * CAP * float((ids >= 0).sum()) / self.ranks
             rounds = 200 if self.options.rounds is None else self.options.rounds
             self.hosted[layer] = search_layer(
-                ids, self.hosted[layer], slots=self.slots, caps=caps_of(ids, self.fold, cap),
+                ids, self.hosted[layer], slots=self.slots, caps=caps_of(ids, fold, cap),
                 rounds=math.ceil(rounds * part), seed=seed, deadline=until, price=self.price,
             )  # fmt: skip
             return
@@ -164,20 +178,28 @@ def k_hot(expert_ids: NDArray[np.int16], num_experts: int) -> Single:
 
 def ranks_touched(trace: RoutingTrace, hosted: NDArray[np.bool_]) -> Floats:
     """Mean ranks that a token must visit per layer, [L]; with replicas by greedy cover, most needed rank first."""
-    out = np.zeros(trace.num_layers)
-    if hosted.shape[2] <= MOST_RANKS and (hosted.sum(axis=2) == 1).all():
-        masks = np.uint64(1) << hosted.argmax(axis=2).astype(np.uint64)
-        for layer in range(trace.num_layers):
-            table, ids = np.append(masks[layer], np.uint64(0)), trace.expert_ids[:, layer].T
-            visited = table[ids[0]]
-            for others in ids[1:]:
-                visited |= table[others]
-            out[layer] = np.bitwise_count(visited).mean()
-        return out
-    for layer in range(trace.num_layers):
-        hits = k_hot(trace.expert_ids[:, layer], trace.num_experts)
-        out[layer] = greedy_cover(hits, hosted[layer]).sum(axis=1).mean()
-    return out
+    if hosted.shape[2] > MOST_RANKS:
+        hits = (k_hot(trace.expert_ids[:, layer], trace.num_experts) for layer in range(trace.num_layers))
+        return np.array([greedy_cover(h, one).sum(axis=1).mean() for h, one in zip(hits, hosted, strict=True)])
+    bits = (hosted * (np.uint64(1) << np.arange(hosted.shape[2], dtype=np.uint64))).sum(axis=2, dtype=np.uint64)
+    return np.array([visited(trace.expert_ids[:, layer], bits[layer]).mean() for layer in range(trace.num_layers)])
+
+
+def visited(expert_ids: NDArray[np.int16], masks: NDArray[np.uint64]) -> Ints:
+    """The sizes of `greedy_cover`, [N], of ids [N, K] with -1 = none and each expert's ranks as bits, [E]."""
+    needs = np.append(masks, np.uint64(0))[expert_ids.T]  # [K, N]
+    used = np.bitwise_or.reduce(np.where(np.bitwise_count(needs) == 1, needs, np.uint64(0)), axis=0)
+    size, token = np.bitwise_count(used).astype(np.int64), np.arange(len(used))
+    left = np.where(needs & used, np.uint64(0), needs)
+    while True:
+        is_open = left.any(axis=0)
+        token, left = token[is_open], left[:, is_open]
+        if not len(token):
+            return np.asarray(size)
+        one, ranks = np.uint64(1), np.arange(int(masks.max()).bit_length(), dtype=np.uint64)
+        gain = np.stack([(left >> rank & one).sum(axis=0, dtype=np.uint8) for rank in ranks])  # [G, n]
+        size[token] += 1
+        left = np.where(left >> gain.argmax(axis=0).astype(np.uint64) & one, np.uint64(0), left)
 
 
 def greedy_cover(hits: Single, hosted: NDArray[np.bool_], pins: Single | None = None) -> NDArray[np.bool_]:

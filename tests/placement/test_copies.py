@@ -19,6 +19,7 @@ from moe.placement.solve.copies import (
     k_hot,
     ranks_touched,
     solve_copies,
+    visited,
 )
 from moe.placement.solve.copies_bound import copies_bound, layer_bound, tangents
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Touched, swap_changes
@@ -85,6 +86,18 @@ def test_replicas_are_added_validly(seed, ranks, spare):
     served = (used.astype(np.float32) @ full.T.astype(np.float32)) > 0
     assert (served >= (hits > 0)).all()
     assert used.sum() <= greedy_cover(hits, hosted).sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0, 1, 63]), st.integers(1, 8))
+def test_ranks_are_counted_from_bits_as_by_the_cover(seed, tokens, ranks):
+    rng = np.random.default_rng(seed)
+    hosted = rng.random((12, ranks)) < 0.3
+    hosted[np.arange(12), rng.integers(0, ranks, 12)] = True
+    ids = np.argsort(rng.random((tokens, 12)), axis=1)[:, :5].astype(np.int16)
+    ids[rng.random(ids.shape) < 0.1] = -1
+    masks = (hosted * (np.uint64(1) << np.arange(ranks, dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
+    assert (visited(ids, masks) == greedy_cover(k_hot(ids, 12), hosted).sum(axis=1)).all()
 
 
 @settings(max_examples=60, deadline=None)

@@ -62,6 +62,17 @@ def test_the_pace_leaves_time_for_a_whole_schedule():
     assert Pace(Deadline(), 7).address == 0
 
 
+@pytest.mark.parametrize("slots", [None, 6])
+def test_a_first_plan_is_there_within_five_seconds_of_any_limit(slots):
+    trace = topic_trace(600, 5, 16, 4)
+    clock, seen = Looks(), []
+    end = Deadline(100.0, lambda: clock() / 10)  # a look is a tenth of a second
+    options = CopyOptions(rounds=10**6, seconds=end)
+    solve_copies(trace, 4, slots_per_rank=slots, options=options, progress=lambda _: seen.append(end.spent()))
+    first, last = seen[trace.num_layers - 1], seen[-1]
+    assert 1 < first < 5 < 90 < last
+
+
 SOLVERS = {
     "copies": lambda trace, end: solve_copies(trace, 4, options=CopyOptions(rounds=10**6, seconds=end)),
     "coherent": lambda trace, end: solve_copies(
