@@ -22,8 +22,10 @@ from moe.launch.options import (
     add_sampling_options,
     add_serve_options,
     add_trust_option,
+    check_inputs,
     check_outputs,
     named_path,
+    whole,
 )
 
 
@@ -33,20 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = _parsed(sys.argv[1:] if arguments is None else arguments)
-
-    def run() -> int:
-        check_outputs(args)
-        return _function(args.run)(args)
-
-    return run_guarded(f"moe {args.command}", args, run)
+    return run_guarded(f"moe {args.command}", args, lambda: _function(args.run)(args))
 
 
 def run_guarded(name: str, args: argparse.Namespace, run: Callable[[], int], is_first: bool = True) -> int:
-    """`run`'s exit status. 2 and one sentence for what a user can cause, 130 for Ctrl-C, 1 for a fault of ours.
+    """`run`'s exit status, after a look at the files that `args` names.
 
-    is_first: whether this process speaks for its job where all would say the same.
+    2 and one sentence for what a user can cause, 130 for Ctrl-C, 1 for a fault of ours. is_first: whether this process
+    speaks for its job where all would say the same.
     """
     try:
+        if is_first:
+            check_outputs(args)
+            check_inputs(args)
         return run()
     except KeyboardInterrupt:
         if is_first:
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     batch = commands.add_parser("batch", help="serve a batch file (OpenAI format); continues where it was stopped")
     add_batch_options(batch)
     batch.add_argument(
-        "--verify", type=int, default=0, metavar="N", help="replay the first N prompts, greedy, all in memory"
+        "--verify", type=whole(0), default=0, metavar="N", help="replay the first N prompts, greedy, all in memory"
     )
     add_record_option(batch)
     batch.set_defaults(run="commands:batch")
@@ -143,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="hosts, generation, plan, load, and what happened last")
     status.add_argument("--json", action="store_true", help="as one JSON document")
     scale = verbs.add_parser("scale", help="serve with so many hosts from now on; requests go on")
-    scale.add_argument("num_hosts", type=int, metavar="N")
+    scale.add_argument("num_hosts", type=whole(1), metavar="N")
     scale.add_argument("--no-wait", action="store_true", help="do not wait until they serve")
     stop = verbs.add_parser("stop", help="end a controller that its server left behind, and its hosts")
     for verb in (status, scale, stop):
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("prompts", type=named_path, help='JSON lines with a "prompt" each, or plain text lines')
     trace.add_argument("trace", type=named_path, help=".npz or .safetensors")
     trace.add_argument("--max-tokens", type=int, default=32, help="of each answer")
-    trace.add_argument("--limit", type=int, help="prompts to use")
+    trace.add_argument("--limit", type=whole(1), help="prompts to use")
     trace.set_defaults(run="commands:trace")
 
     pack = commands.add_parser("pack", help="write each expert as one aligned blob: faster reads")
@@ -166,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=named_path, metavar="FOLDER", help="of a .gguf: config.json and tokenizer of its model"
     )
     pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4, fp8 or nested: lossy")
-    pack.add_argument("--group", type=int, help="columns that share a scale, of int8 (a row), int4 (32), nested (64)")
+    pack.add_argument(
+        "--group", type=whole(1), help="columns that share a scale, of int8 (a row), int4 (32), nested (64)"
+    )
     pack.add_argument(
         "--calibrate",
         type=named_path,

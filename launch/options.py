@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,43 @@ def named_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name a file or a folder ('.' is the present one)")
     return Path(text)
+
+
+_MOST = 2**31 - 1  # of what has no limit of its own
+
+
+def whole(least: int, most: int = _MOST) -> Callable[[str], int]:
+    """Of an argument that is a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        _check_range(text, number, least, most)
+        return number
+
+    return read
+
+
+def real(least: float, most: float = _MOST) -> Callable[[str], float]:
+    """Of an argument that is a number from `least` to `most`, and so no NaN."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        _check_range(text, number, least, most)
+        return number
+
+    return read
+
+
+def _check_range(text: str, number: float, least: float, most: float) -> None:
+    if not least <= number <= most:  # nor is NaN
+        wanted = f"be >= {least:g}" if most == _MOST and not number > most else f"lie in [{least:g}, {most}]"
+        raise argparse.ArgumentTypeError(f"{text} must {wanted}")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -58,17 +95,19 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--hosts", type=int, help="that many actors of a Ray cluster serve, and any may be lost")
+    parser.add_argument("--port", type=whole(0, 65535), default=8000)
+    parser.add_argument("--hosts", type=whole(1), help="that many actors of a Ray cluster serve, and any may be lost")
     add_cluster_options(parser)
     parser.add_argument("--state", type=named_path, help="folder of files and batches, which a restart goes on with")
     parser.add_argument("--api-key-file", type=named_path, help="callers must send its content as a bearer token")
     parser.add_argument("--api-key-env", metavar="NAME", help="the same from this environment variable")
     add_record_option(parser)
-    parser.add_argument("--max-open", type=int, default=256, help="requests at a time; more are told to come back")
-    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="of one request")
-    parser.add_argument("--max-seconds", type=float, default=3600.0, help="until an unfinished answer is given up")
-    parser.add_argument("--drain-seconds", type=float, default=30.0, help="for open requests when told to end")
+    parser.add_argument("--max-open", type=whole(1), default=256, help="requests at a time; more are told to come back")
+    parser.add_argument("--max-body", type=whole(1), default=1 << 20, metavar="BYTES", help="of one request")
+    parser.add_argument(
+        "--max-seconds", type=real(0.001), default=3600.0, help="until an unfinished answer is given up"
+    )
+    parser.add_argument("--drain-seconds", type=real(0), default=30.0, help="for open requests when told to end")
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +128,15 @@ def sampling_params(args: argparse.Namespace, recommended: Mapping[str, Any]) ->
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return SamplingParams(**{**recommended, **given}, stop=tuple(args.stop))
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Raises ValueError for a file to be read that is not there, before anything is computed or a model is loaded."""
+    names = ("input", "prompts", "texts", "against", "calibrate", "present", "files", "run_file", "api_key_file")
+    for value in (getattr(args, name, None) for name in names):
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) and not path.exists():
+                raise ValueError(f"there is no {path}; name what is there")
 
 
 def check_outputs(args: argparse.Namespace) -> None:

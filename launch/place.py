@@ -60,7 +60,10 @@ def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
 
 def run_analyze(args: argparse.Namespace) -> int:
     """Print the locality, affinity and cache report of a trace."""
+    if args.prompts is not None and not args.trace.is_dir():
+        raise ValueError(f"--prompts are for a model's folder, and {args.trace} is a recorded trace; leave them out")
     trace = _trace_of_model(args) if args.trace.is_dir() else read_trace(args.trace)
+    others = [read_trace(path) for path in args.against]
     found = analyse(trace, segment=args.segment)
     rows = [(key, found[key]) for key in ("model", "tokens", "layers", "experts", "top_k")]
     rows += [
@@ -74,7 +77,6 @@ def run_analyze(args: argparse.Namespace) -> int:
     _show("analysis", ("", "value"), rows)
     cache = [(c["slots"], c["oracle"], c["lru"]) for c in found["cache"]]
     _show("hit rate by cache size", ("slots per layer", f"oracle, {found['segment']} tokens ahead", "LRU"), cache)
-    others = [read_trace(path) for path in args.against]
     if others:
         merge_models([trace.model, *(other.model for other in others)])
         distances = domain_distances([trace, *others])
@@ -242,8 +244,6 @@ def slots_per_rank(
     """Copies per rank and layer; None without replicas. Raises ValueError if fast plus host memory cannot hold them,
     where sizes are known."""
     expert_bytes = 0 if sizes is None else sizes.expert_bytes
-    if replicas < 0:
-        raise ValueError(f"--replicas ({replicas}) must be >= 0")
     slots = None
     if replicas:
         slots = min(int(num_experts * (1 + replicas)) // topology.num_ranks, num_experts)

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import get_args
 
-from moe.launch.options import named_path
+from moe.launch.options import named_path, real, whole
 from moe.placement.wire_format import CombineMode, DispatcherName, StepKind
 
 
@@ -40,7 +40,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--against", type=named_path, nargs="*", default=[], help="other traces: how far the load shifts"
     )
-    parser.add_argument("--segment", type=int, default=16, help="m of SRP and SCH, tokens (default 16)")
+    parser.add_argument("--segment", type=whole(1), default=16, help="m of SRP and SCH, tokens (default 16)")
     _add_pictures(parser)
     parser.set_defaults(run="place:run_analyze")
 
@@ -55,24 +55,31 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "transitions: rank changes between consecutive layers, each at its link's cost, with a proven bound; "
         "exflow: ExFlow's own program, the same with every change alike and no load",
     )  # fmt: skip
-    parser.add_argument("--replicas", type=float, default=0.0, help="spare slots as a share of the experts, e.g. 0.125")
     parser.add_argument(
-        "--load-weight", type=float, default=0.0, help="weight of imbalance for --objective transitions"
+        "--replicas", type=real(0), default=0.0, help="spare slots as a share of the experts, e.g. 0.125"
     )
     parser.add_argument(
-        "--fit", type=float, default=0.8, help="share of sequences to fit; the rest judges (default 0.8)"
+        "--load-weight", type=real(0), default=0.0, help="weight of imbalance for --objective transitions"
     )
-    parser.add_argument("--seconds", type=float, default=30.0, help="limit on solver and bound together (default 30)")
-    parser.add_argument("--rounds", type=int, default=200, help="perturbations per layer; the same give the same plan")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--fit", type=real(0, 1), default=0.8, help="share of sequences to fit; the rest judges (default 0.8)"
+    )
+    parser.add_argument("--seconds", type=real(0), default=30.0, help="limit on solver and bound together (default 30)")
+    parser.add_argument(
+        "--rounds", type=whole(0), default=200, help="perturbations per layer; the same give the same plan"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument(
         "--present", type=named_path, help="running plan: rename ranks to move little, report the migration"
     )
     parser.add_argument(
-        "--window", type=int, metavar="TOKENS", help="one turn of placement.online on the trace's last tokens: few "
+        "--window", type=whole(1), metavar="TOKENS",
+        help="one turn of placement.online on the trace's last tokens: few "
         "moves from --present, if they pay",
     )  # fmt: skip
-    parser.add_argument("--bytes-per-step", type=int, default=1 << 28, help="migration budget between two steps")
+    parser.add_argument(
+        "--bytes-per-step", type=whole(1, 1 << 50), default=1 << 28, help="migration budget between two steps"
+    )
     _add_workload(parser)
     _add_pictures(parser)
     parser.set_defaults(run="place:run_place")
@@ -88,7 +95,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = subparsers.add_parser("import-trace", help="read the routing that vLLM, SGLang or ESFT recorded")
     parser.add_argument("files", type=named_path, nargs="+")
     parser.add_argument("--from", dest="source", choices=("vllm", "sglang", "esft"), required=True)
-    parser.add_argument("--experts", type=int, help="experts of a layer; needed for vllm and sglang")
+    parser.add_argument("--experts", type=whole(1), help="experts of a layer; needed for vllm and sglang")
     parser.add_argument("--model", default="", help="name of the model that was recorded")
     parser.add_argument("--out", "-o", type=named_path, required=True, help="trace to write (.npz or .safetensors)")
     parser.set_defaults(run="import_trace:run")
@@ -100,7 +107,9 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=256, help="tokens of a prefill step, sequences of a decode step")
+    parser.add_argument(
+        "--batch", type=whole(1), default=256, help="tokens of a prefill step, sequences of a decode step"
+    )
     parser.add_argument(
         "--steps", choices=get_args(StepKind), default="recorded",
         help="how tokens come: as the trace recorded them (decode if it does not say), or all of one kind",
@@ -112,7 +121,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
         metavar="HIDDEN,DTYPE,EXPERT_BYTES",
         help="of the model, where the trace does not say; saved with the plan",
     )
-    parser.add_argument("--fast-slots", type=int, help="experts per rank in fast memory, all layers; default all")
+    parser.add_argument("--fast-slots", type=whole(1), help="experts per rank in fast memory, all layers; default all")
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from moe.config import EngineConfig
 from moe.engine.choices import choose_reads, probed, why_not_ahead
 from moe.launch.console import out
+from moe.launch.options import real
 from moe.launch.plan_inputs import even_routing, replay, settled, sizes_of, with_disk
 from moe.launch.recording import read_recording
 from moe.models.blueprint import Blueprint, read_blueprint
@@ -29,10 +30,13 @@ from moe.placement.plan import Plan
 from moe.placement.topology import Link
 from moe.placement.trace import RoutingTrace
 
+_MOST_SEQUENCES = 4096  # routing is drawn for all of them
+
 
 def run(args: argparse.Namespace) -> int:
     blueprint = read_blueprint(args.model, trust_remote_code=args.trust_remote_code)
-    sizes, work = sizes_of(blueprint), Workload.of(args.workload)
+    sizes, work = sizes_of(blueprint), Workload.of(args.workload, blueprint.max_context)
+    measured = None if args.against is None else measured_rate(args.against)
     case = _on_gpus(args, blueprint) if args.gpus else _here(args, blueprint)
     plan = None if args.plan is None else Plan.load(args.plan)
     trace = even_routing(sizes, work.sequences) if args.trace is None else RoutingTrace.load(args.trace)
@@ -69,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(f"figures of {case.machine.name}, {case.machine.when}{case.note}", markup=False)
     if case.use.ahead:
         out.print("reading ahead hides what the routing itself foresees of waiting, one layer before", markup=False)
-    if args.against is not None:
-        measured = measured_rate(args.against)
+    if measured is not None:
         out.print(f"measured {measured:.1f} tokens/s: {rates[0] / measured - 1:+.0%} off", markup=False)
     return 0
 
@@ -88,12 +91,18 @@ class Workload(NamedTuple):
         return self.prompt + self.new // 2
 
     @staticmethod
-    def of(text: str) -> "Workload":
+    def of(text: str, max_context: int | None) -> "Workload":
+        """Raises ValueError for what is no workload, or none of a model with such a context."""
         found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
         numbers = [int(n) for n in found.groups()] if found else [0]
         if min(numbers) < 1:
             raise ValueError(f"--workload ({text}) must be SEQUENCESxPROMPT+NEW, such as 8x512+128")
-        return Workload(*numbers)
+        work = Workload(*numbers)
+        if work.sequences > _MOST_SEQUENCES:
+            raise ValueError(f"--workload ({text}) must have at most {_MOST_SEQUENCES} sequences")
+        if max_context is not None and work.prompt + work.new > max_context:
+            raise ValueError(f"--workload ({text}) is longer than the model's context, {max_context} tokens")
+        return work
 
 
 class Case(NamedTuple):
@@ -161,8 +170,6 @@ def _slots(
     total = sizes.num_layers * sizes.num_experts
     sharing = ranks if is_shared else 1
     if args.slots is not None:
-        if not 0 < args.slots <= 1:
-            raise ValueError(f"--slots ({args.slots}) must lie in (0, 1]: a share of the experts")
         return max(sharing, int(args.slots * total))
     ram = available_memory() if args.ram is None else _bytes(args.ram, "--ram")
     memory = ram / ranks if case.memory is None else case.memory  # of a rank
@@ -191,9 +198,12 @@ def measured_rate(text: str) -> float:
 
 
 def _bytes(text: str, option: str) -> float:
-    budget = parse_budget(text.removesuffix("/s"))
-    if budget.kind != "bytes" or budget.value <= 0:
-        raise ValueError(f"{option} ({text}) must be bytes, such as 3GB")
+    try:
+        budget = parse_budget(text.removesuffix("/s"))
+        if budget.kind != "bytes" or budget.value <= 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{option} ({text}) must be bytes, such as 3GB") from None
     return budget.value
 
 
@@ -202,6 +212,6 @@ def _link(text: str | None) -> Link | None:
         return None
     rate, _, latency = text.partition(",")
     try:
-        return Link(_bytes(rate, "--link"), float(latency or 0))
-    except ValueError:
+        return Link(_bytes(rate, "--link"), real(0)(latency or "0"))
+    except (ValueError, argparse.ArgumentTypeError):
         raise ValueError(f"--link ({text}) must be BYTES/s,SECONDS, such as 10GB,2e-5") from None

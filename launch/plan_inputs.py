@@ -62,8 +62,11 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
 
 def even_routing(sizes: Sizes, sequences: int) -> RoutingTrace:
     """Every expert as likely as any other, drawn from a fixed seed."""
-    draw = np.random.default_rng(0).random((sequences * _STEPS, sizes.num_layers, sizes.num_experts))
-    ids = np.argsort(draw, axis=-1)[..., : sizes.top_k].astype(np.int16)
+    random, parts = np.random.default_rng(0), []
+    for _ in range(sequences):  # all at once would be a number for every expert that no token takes
+        draw = random.random((_STEPS, sizes.num_layers, sizes.num_experts))
+        parts.append(np.argsort(draw, axis=-1)[..., : sizes.top_k].astype(np.int16))
+    ids = np.concatenate(parts)
     lengths = np.full(sequences, _STEPS, np.int32)
     return RoutingTrace(expert_ids=ids, sequence_lengths=lengths, num_experts=sizes.num_experts, model="even routing")
 

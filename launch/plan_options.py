@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from moe.launch.options import add_trust_option, named_path
+from moe.config import MOST_THREADS
+from moe.launch.options import add_trust_option, named_path, real, whole
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,15 +26,19 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     plan.add_argument("--here", action="store_true", help="measure this machine first if nothing is known of it")
     plan.add_argument("--gpus", metavar="[N x]KIND", help="by published figures in place of this machine: 4xh200")
     plan.add_argument("--ram", help="for the whole model, such as 16GiB (default: what is free here)")
-    plan.add_argument("--slots", type=float, help="share of the experts in slots, in place of what memory gives")
+    plan.add_argument(
+        "--slots", type=real(1e-9, 1), help="share of the experts in slots, in place of what memory gives"
+    )
     plan.add_argument("--nvme", metavar="BYTES/s", help="of reads, such as 3GB, in place of what the probe measured")
     plan.add_argument("--link", metavar="BYTES/s,SECONDS", help="between ranks, such as 10GB,2e-5 (default: no wire)")
-    plan.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks to compare (default: 1, or the GPUs)")
+    plan.add_argument(
+        "--ranks", type=whole(1, 4096), nargs="+", help="numbers of ranks to compare (default: 1, or the GPUs)"
+    )
     plan.add_argument(
         "--workload", default="1x64+64", metavar="NxPROMPT+NEW", help="sequences at a time, tokens of each: 8x512+128"
     )
     plan.add_argument("--plan", type=named_path, help="placement of `moe place`; without one, contiguous blocks")
-    plan.add_argument("--threads", type=int, default=1, help="of a rank")
+    plan.add_argument("--threads", type=whole(1, MOST_THREADS), default=1, help="of a rank")
     plan.add_argument("--trace", type=named_path, help="routing of this model (moe trace): which experts are in slots")
     plan.add_argument(
         "--against", metavar="RUN", help="tokens/s, or a file of --record: how far off was the first line"

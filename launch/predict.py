@@ -36,10 +36,6 @@ def _against(args: argparse.Namespace) -> int:
 
 
 def fit(args: argparse.Namespace) -> int:
-    if args.distances < 1 or args.ridge <= 0:
-        raise ValueError(f"--distances ({args.distances}) must be >= 1 and --ridge ({args.ridge}) > 0")
-    if args.steps < 0:
-        raise ValueError(f"--steps ({args.steps}) must be >= 0")
     sums = args.out.with_name(args.out.name + ".sums")
     with loaded(args, engine_config(args)) as llm, _shown("windows") as show:
         windows = read_windows(llm, args.texts, args.window, args.limit)

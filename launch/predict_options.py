@@ -2,7 +2,7 @@
 
 import argparse
 
-from moe.launch.options import add_engine_options, named_path
+from moe.launch.options import add_engine_options, named_path, real, whole
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -10,9 +10,11 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     add_engine_options(fit)
     fit.add_argument("texts", type=named_path, nargs="+", help="text files, all of them like what will be served")
     fit.add_argument("-o", "--out", type=named_path, required=True, help="file to write (.safetensors)")
-    fit.add_argument("--distances", type=int, default=3, help="how many layers ahead (default 3)")
-    fit.add_argument("--ridge", type=float, default=10.0, help="weight of the penalty (default 10)")
-    fit.add_argument("--steps", type=int, default=0, help="of distilling the gates on from there, e.g. 300 (default 0)")
+    fit.add_argument("--distances", type=whole(1), default=3, help="how many layers ahead (default 3)")
+    fit.add_argument("--ridge", type=real(1e-9), default=10.0, help="weight of the penalty (default 10)")
+    fit.add_argument(
+        "--steps", type=whole(0), default=0, help="of distilling the gates on from there, e.g. 300 (default 0)"
+    )
     _add_window_options(fit)
     fit.set_defaults(run="predict:fit")
 
@@ -27,5 +29,5 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _add_window_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--window", type=int, default=256, help="tokens of one sequence (default 256)")
-    parser.add_argument("--limit", type=int, help="windows to use, in turn from every file (default all)")
+    parser.add_argument("--window", type=whole(16), default=256, help="tokens of one sequence (default 256)")
+    parser.add_argument("--limit", type=whole(1), help="windows to use, in turn from every file (default all)")

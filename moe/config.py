@@ -20,7 +20,7 @@ from moe.placement.wire_format import CombineMode, DispatcherName
 
 Prefetch = Literal["auto", "off", "transition", "router", "learned"]
 _LARGEST = (1 << 31) - 1  # of any setting that is a number
-_MOST_THREADS = 1024
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +47,8 @@ class OffloadConfig:
         if self.budget is not None:
             parse_budget(self.budget)
         _require(
-            self.readers is None or 0 <= self.readers <= _MOST_THREADS,
-            f"offload.readers ({self.readers}) must lie in [0, {_MOST_THREADS}]",
+            self.readers is None or 0 <= self.readers <= MOST_THREADS,
+            f"offload.readers ({self.readers}) must lie in [0, {MOST_THREADS}]",
         )
         _require(
             self.prefetch in ("auto", "off") or self.readers != 0,
@@ -233,8 +233,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _parse_fields(self)
         _require(
-            self.threads is None or 1 <= self.threads <= _MOST_THREADS,
-            f"threads ({self.threads}) must lie in [1, {_MOST_THREADS}]",
+            self.threads is None or 1 <= self.threads <= MOST_THREADS,
+            f"threads ({self.threads}) must lie in [1, {MOST_THREADS}]",
         )
         _require(
             not (self.placement.online and self.parallel.dispatcher == "coherent"),

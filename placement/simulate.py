@@ -46,7 +46,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or (self.expert_token_seconds or 0.0) < 0:
-            raise ValueError(f"the batch must be at least 1 and times >= 0: {self}")
+            times = self.expert_token_seconds
+            raise ValueError(f"batch ({self.batch}) must be >= 1 and expert_token_seconds ({times}) >= 0")
         if self.fast_slots is not None and self.fast_slots < 1:
             raise ValueError(f"fast_slots ({self.fast_slots}) must be at least 1 per rank")
 

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from moe.placement.schema import Kinds, checked, integers, numbers
 
+MOST_RANKS = 4096  # tables of every pair of them are made: 128 MiB each
+
 Numbers = float | NDArray[np.integer[Any]] | NDArray[np.float64]
+
+
+def _check_number(num_ranks: int) -> None:
+    if num_ranks > MOST_RANKS:
+        raise ValueError(f"{num_ranks} ranks are more than a topology may have, {MOST_RANKS}; name fewer")
 
 
 class Link(NamedTuple):
@@ -85,6 +92,7 @@ class Topology:
     def __post_init__(self) -> None:
         if not self.node_of_rank:
             raise ValueError("a topology needs at least one rank")
+        _check_number(self.num_ranks)
         nodes = sorted(set(self.node_of_rank))
         if nodes != list(range(len(nodes))):
             raise ValueError(f"node_of_rank uses nodes {nodes}; number them 0..{len(nodes) - 1} without holes")
@@ -146,6 +154,7 @@ class Topology:
         """`num_nodes` equal nodes, ranks numbered node by node."""
         if num_nodes < 1 or ranks_per_node < 1:
             raise ValueError(f"{num_nodes} node(s) of {ranks_per_node} rank(s): both must be at least 1")
+        _check_number(num_nodes * ranks_per_node)
         return Topology(node_of_rank=tuple(n for n in range(num_nodes) for _ in range(ranks_per_node)), **fields)
 
     @staticmethod

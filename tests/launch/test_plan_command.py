@@ -78,9 +78,8 @@ def test_more_ranks_or_replicas(capfd, probe_file):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--slots", "2"), "a share of the experts"),
         (("--ram", "1MB"), "hold no expert"),
-        (("--ram", "many"), "not understood"),
+        (("--ram", "many"), "--ram (many) must be bytes"),
         (("--workload", "8x64"), "must be SEQUENCESxPROMPT+NEW"),
         (("--workload", "0x64+1"), "must be SEQUENCESxPROMPT+NEW"),
         (("--gpus", "4xa100"), "published figures, such as 4xh200"),
@@ -89,6 +88,9 @@ def test_more_ranks_or_replicas(capfd, probe_file):
         (("--slots", "1", "--against", "0"), "above 0"),
         (("--ranks", "2", "--slots", "1"), "2 ranks need a link"),
         (("--link", "fast"), "must be BYTES/s,SECONDS"),
+        (("--link", "1GB,nan"), "must be BYTES/s,SECONDS"),
+        (("--workload", "1x1000+1000"), "is longer than the model's context, 1024 tokens"),
+        (("--workload", "99999999x1+1"), "at most 4096 sequences"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(capfd, probe_file, words, said):

@@ -166,3 +166,10 @@ def test_h200_preset_fits_the_recorded_all_to_all(shared_data):
         ranks = int(row["num_gpus"])
         sent = int(row["message_size"]) * 2 * (ranks - 1) / ranks
         assert 1 / 1.6 < H200_NVLINK.seconds(sent) / (float(row["latency"]) * 1e-3) < 1.6
+
+
+def test_a_topology_of_too_many_ranks_is_refused_before_anything_of_its_size_is_made():
+    for make in (lambda: Topology.preset("h200x99999999999"), lambda: Topology(node_of_rank=(0,) * 4097)):
+        with pytest.raises(ValueError, match="ranks are more than a topology may have, 4096"):
+            make()
+    assert Topology.preset("8xh200x8").num_ranks == 64

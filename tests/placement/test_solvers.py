@@ -1,5 +1,8 @@
 """Every solver against brute force, every bound below every plan, and the figures that must not get worse."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -266,3 +269,11 @@ def test_scalable_solver_is_optimal_on_95_percent_of_200_random_instances():
         hits += found <= truth + 1e-9
         worst = max(worst, found / truth - 1)
     assert hits >= 190, f"{hits} of 200 optimal, worst excess {worst:.4f}"
+
+
+def test_highs_says_nothing():
+    """Not even its name, which comes once a process and would stand before what a command prints."""
+    words = "from math import inf; from moe.placement.deadline import Deadline; "
+    words += "from moe.placement.solve.highs import quiet_highs; quiet_highs(Deadline(inf)).run()"
+    ran = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
