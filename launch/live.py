@@ -62,10 +62,10 @@ def top(args: argparse.Namespace) -> int:
 
         def fetch() -> dict[str, Any]:
             try:
-                response = client.get("/live").raise_for_status()
-            except httpx.HTTPError as error:
+                found: dict[str, Any] = client.get("/live").raise_for_status().json()
+                _table(found, None)
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{args.url} does not answer as a moe service: {error}") from None
-            found: dict[str, Any] = response.json()
             return found
 
         now = fetch()

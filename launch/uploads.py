@@ -5,7 +5,6 @@ FOLDER/batches/ID.json a batch                             FOLDER/batches/ID.jso
 """
 
 import json
-import os
 import secrets
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, json_of_line, result_line
 from moe.openai import Ask, BadRequest, custom_id_of, lines_of, parse_batch_line
+from moe.placement.written import written_whole
 from moe.service import Delta, QueueFull, Service
 
 _WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer
@@ -42,7 +42,8 @@ class Uploads:
 
     def add_file(self, name: str, purpose: str, content: bytes) -> dict[str, Any]:
         id = f"file-{secrets.token_hex(12)}"
-        self._file(id).write_bytes(content)
+        with written_whole(self._file(id)) as part:
+            part.write_bytes(content)
         record = {
             "id": id,
             "object": "file",
@@ -262,9 +263,8 @@ def _counts(progress: BatchProgress) -> dict[str, int]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(value))
 
 
 def _read_json(folder: Path, id: str) -> dict[str, Any] | None:
@@ -282,5 +282,5 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _newest_first(folder: Path) -> list[dict[str, Any]]:
-    records = [found for path in folder.glob("*.json") if (found := _record(path)) is not None]
+    records = [found for path in folder.glob("[!.]*.json") if (found := _record(path)) is not None]
     return sorted(records, key=lambda r: (r["created_at"], r["id"]), reverse=True)

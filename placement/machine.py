@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moe.placement.schema import Kinds, checked
+from moe.placement.written import written_whole
 
 Work = Literal["expert", "dense"]
 # Past the page cache by preadv; through it when it holds nothing of the file; when it holds all; past it by DeepSpeed.
@@ -165,9 +166,8 @@ def save_machine(path: Path, machine: Machine) -> None:
     """In place of what was known of it; other machines stay. Whoever reads meanwhile sees the old file or the new."""
     stored = {**_read(path), machine.name: machine.stored()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".new")
-    written.write_text(json.dumps(stored, indent=1) + "\n")
-    written.replace(path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

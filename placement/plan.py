@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moe.placement.schema import NUMBER, Kinds, checked, integers
 from moe.placement.wire_format import ModelSizes
+from moe.placement.written import written_whole
 
 FORMAT = "moe-plan-2"
 FORMATS = {"moe-plan-1", FORMAT}  # the first does not say the sizes
@@ -180,7 +181,8 @@ class Plan:
             value = getattr(self, name)
             fields[name] = value.tolist() if isinstance(value, np.ndarray) else value
         fields["sizes"] = None if self.sizes is None else self.sizes.stored()
-        Path(path).write_text(json.dumps(fields) + "\n")
+        with written_whole(path) as part:
+            part.write_text(json.dumps(fields) + "\n")
 
     @staticmethod
     def load(path: str | PathLike[str]) -> "Plan":

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.placement.schema import Kinds, checked, integers, numbers
+from moe.placement.written import written_whole
 
 MOST_RANKS = 4096  # tables of every pair of them are made: 128 MiB each
 
@@ -189,7 +190,8 @@ class Topology:
     def save(self, path: str | PathLike[str]) -> None:
         """Write as JSON: node_of_rank, one [bandwidth, latency] pair per link class, memory in bytes."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        Path(path).write_text(json.dumps(fields, indent=1) + "\n")
+        with written_whole(path) as part:
+            part.write_text(json.dumps(fields, indent=1) + "\n")
 
     @staticmethod
     def load(path: str | PathLike[str]) -> "Topology":

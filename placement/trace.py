@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from moe.placement.schema import Kinds, checked
 from moe.placement.wire_format import ModelSizes
+from moe.placement.written import written_whole
 
 PREFILL, DECODE = 0, 1
 FORMAT = "moe-routing-trace-2"
@@ -174,17 +175,17 @@ class RoutingTrace:
             arrays["phase"] = self.phase
         meta = {"format": FORMAT, "num_experts": self.num_experts, "model": self.model, "domain": self.domain}
         meta["sizes"] = None if self.sizes is None else self.sizes.stored()
-        if path.suffix == ".npz":
-            with path.open("wb") as file:
-                np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)
-        elif path.suffix == ".safetensors":
-            save_file(
-                {k: np.ascontiguousarray(v) for k, v in arrays.items()}, path, metadata={"trace": json.dumps(meta)}
-            )
-        else:
+        if path.suffix not in (".npz", ".safetensors"):
             raise ValueError(
                 f"{path}: a trace is written as .npz or .safetensors, not as {path.suffix or 'no suffix'!r}"
             )
+        with written_whole(path) as part:
+            if path.suffix == ".npz":
+                with part.open("wb") as file:
+                    np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)
+            else:
+                tensors = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+                save_file(tensors, part, metadata={"trace": json.dumps(meta)})
 
     @staticmethod
     def load(path: str | PathLike[str]) -> "RoutingTrace":

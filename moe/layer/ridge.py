@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe.layer.routers import PlainRouter
 from moe.layer.routing import Routing, StepContext
+from moe.placement.written import written_whole
 
 Kind = Literal["logits", "selection"]
 _FORMAT = "moe lookahead 1"
@@ -63,7 +64,8 @@ class Forecast:
             f"{l}.{d}.{name}": t for (l, d), one in self.regressions.items() for name, t in one._asdict().items()
         }
         said = {"format": _FORMAT, "kind": self.kind, "top_k": str(self.top_k), "model": self.model}
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path, said)
+        with written_whole(path) as part:
+            save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, part, said)
 
     @staticmethod
     def load(path: str | Path, num_experts: Sequence[int], hidden_size: int) -> "Forecast":
@@ -214,6 +216,5 @@ def read_sums(fit: RidgeFit, path: Path, digest: str) -> int:
 def write_sums(fit: RidgeFit, path: Path, digest: str, num_texts: int) -> None:
     """The sums so far, in one step: a run that is stopped meanwhile finds the ones before."""
     fit.flush()
-    part = path.with_name(path.name + ".new")
-    save_file(fit.sums, part, {"tokens": str(fit.num_tokens), "texts": str(num_texts), "digest": digest})
-    part.replace(path)
+    with written_whole(path) as part:
+        save_file(fit.sums, part, {"tokens": str(fit.num_tokens), "texts": str(num_texts), "digest": digest})

@@ -6,7 +6,6 @@ Nothing here is needed to solve or to run; it shows what the numbers mean.
 import html
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from moe.placement.stats.affinity import (
 )
 from moe.placement.stats.locality import cache_hit_rate, knee, segment_histogram, segment_routing_performance
 from moe.placement.trace import RoutingTrace
+from moe.placement.written import written_whole
 
 STYLE = (
     ":root{color-scheme:light dark}body{font:14px/1.4 system-ui,sans-serif;margin:1em auto;"
@@ -198,16 +198,19 @@ def cell_text(value: Any) -> str:
 def write_page(path: str | PathLike[str], title: str, parts: Sequence[str]) -> None:
     """One HTML file that needs no other."""
     body = "\n".join(parts)
-    Path(path).write_text(
+    page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1>\n{body}\n"
     )
+    with written_whole(path) as part:
+        part.write_text(page, encoding="utf-8")
 
 
 def save_png(path: str | PathLike[str], pictures: dict[str, Picture]) -> None:
     """Heatmaps side by side as PNG. Raises ModuleNotFoundError with the remedy if matplotlib is absent."""
-    _figure(pictures).savefig(path, dpi=120)
+    with written_whole(path) as part:
+        _figure(pictures).savefig(part, dpi=120)
 
 
 def _figure(pictures: dict[str, Picture]) -> Any:

@@ -5,13 +5,16 @@ import math
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 
 import pytest
 
 from moe.launch.cli import main
 from moe.launch.page import PAGE, recorded_page
+from moe.launch.recording import read_recording, recording
 from tests.moe.moe_cases import TINYMOE
+from tests.placement.test_written import files_of_at_most
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
@@ -123,3 +126,32 @@ def test_a_run_is_recorded_and_reported(tmp_path, capfd):
     (tmp_path / "other").write_text("{}\n")
     assert main(["report", str(tmp_path / "other")]) == 2
     assert "is no recording of a run" in capfd.readouterr().err
+
+
+def test_a_recording_that_was_cut_and_one_of_other_kinds(capsys, tmp_path):
+    whole = "".join(json.dumps(state) + "\n" for state in states(5))
+    run = tmp_path / "run.jsonl"
+    run.write_text(whole + whole[:77])  # killed while it wrote
+    assert main(["report", str(run)]) == 0
+    assert "5 states over 4 s" in capsys.readouterr().out
+    for bad in (
+        "",
+        whole[:77],
+        "[]\n",
+        "5\n",
+        '{"time": "x", "tokens": 1, "heat": []}\n',
+        '{"time": 1}\n',
+        "[" * 99999,
+    ):
+        run.write_text(bad)
+        assert main(["report", str(run)]) == 2
+        assert f"{run} is no recording of a run" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_run(capsys, tmp_path):
+    run = tmp_path / "run.jsonl"
+    line = len(json.dumps(states(1)[0])) + 1
+    with files_of_at_most(line + 10), recording(run, lambda: states(1)[0], seconds=1e-3):
+        time.sleep(0.1)
+    assert f"{run} ends here, the run goes on" in " ".join(capsys.readouterr().err.split())
+    assert len(read_recording(run)) == 1
