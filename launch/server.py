@@ -30,7 +30,7 @@ from moe.launch.page import PAGE
 from moe.launch.server_files import add_file_routes
 from moe.launch.uploads import Uploads
 from moe.metrics import exposition
-from moe.openai import CHAT, COMPLETIONS, Ask, BadRequest, parse_request
+from moe.openai import CHAT, COMPLETIONS, Ask, BadRequest, json_of, parse_request
 from moe.service import Delta, QueueFull, Service, Ticket
 
 
@@ -190,7 +190,7 @@ class _Call:
 async def _answer(service: Service, limits: Limits, request: Request, url: str) -> Response:
     try:
         llm = service.llm
-        ask = parse_request(url, json.loads(await request.body()), llm.recommended, llm.tool_format)
+        ask = parse_request(url, json_of(await request.body(), "the body"), llm.recommended, llm.tool_format)
         prompts = await asyncio.to_thread(llm.tokens_of, ask)
         if service.why_ill is not None:
             return _refused(503, service.why_ill, "server_error")
@@ -201,7 +201,7 @@ async def _answer(service: Service, limits: Limits, request: Request, url: str) 
         return response
     except BadRequest as error:
         return _refused(400, str(error), param=error.param)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return _refused(400, str(error))
     if ask.stream:
         headers = {"Cache-Control": "no-store"}

@@ -1,7 +1,6 @@
 """`/v1/files` and `/v1/batches` of the server."""
 
 import asyncio
-import json
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from moe.answers import error_body
 from moe.launch.openapi import BATCH, FILE, answers, takes
 from moe.launch.uploads import Uploads
-from moe.openai import BadRequest
+from moe.openai import BadRequest, json_of
 
 
 def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
@@ -59,10 +58,10 @@ def _add_batch_routes(app: FastAPI, uploads: Uploads) -> None:
     @app.post("/v1/batches", responses=answers(400, 413), openapi_extra=takes(BATCH))
     async def create(request: Request) -> Response:
         try:
-            return JSONResponse(uploads.add_batch(json.loads(await request.body())))
+            return JSONResponse(uploads.add_batch(json_of(await request.body(), "the body")))
         except BadRequest as error:
             return _error(400, str(error), error.param)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             return _error(400, str(error))
 
     @app.get("/v1/batches")

@@ -12,8 +12,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, json_of_line, result_line
-from moe.openai import Ask, BadRequest, custom_id_of, lines_of, parse_batch_line
+from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, result_line
+from moe.openai import Ask, BadRequest, custom_id_of, json_of, lines_of, parse_batch_line
 from moe.placement.written import written_whole
 from moe.service import Delta, QueueFull, Service
 
@@ -132,11 +132,12 @@ class Uploads:
                 try:
                     self._work_off(batch)
                 except Exception as error:  # of any kind: later batches must not wait for ever
-                    self._give_up(batch, str(error) or type(error).__name__)
+                    code = "invalid_request" if isinstance(error, ValueError) else "server_error"
+                    self._give_up(batch, code, str(error) or type(error).__name__)
             self._wake.wait(None if not self._is_closing else 0)
 
-    def _give_up(self, batch: dict[str, Any], sentence: str) -> None:
-        errors = {"object": "list", "data": [{"code": "server_error", "message": sentence}]}
+    def _give_up(self, batch: dict[str, Any], code: str, sentence: str) -> None:
+        errors = {"object": "list", "data": [{"code": code, "message": sentence}]}
         try:
             self._save(batch | {"status": "failed", "failed_at": _now(), "errors": errors})
         except OSError:  # a full disk: it stays as it was stored, and the next look tries again
@@ -202,7 +203,7 @@ class _Run:
         custom_id: str | None = None
         llm = self.service.llm
         try:
-            fields = json_of_line(line)
+            fields = json_of(line)
             custom_id = name = custom_id_of(fields)
             self.names.check(name, number)
             if fields.get("url") != self.endpoint:

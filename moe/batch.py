@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from moe.answers import response_body
 from moe.comm.control import Control
 from moe.llm import LLM, Generation
-from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, lines_of, parse_batch_line
+from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, json_of, lines_of, parse_batch_line
 from moe.outputs import Completion
 
 _START = b'{"id": "line-'  # of every result
@@ -90,7 +90,7 @@ def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
         if len(prompts) == limit:
             break
         try:
-            entry = _read_line(llm, number, json_of_line(line))
+            entry = _read_line(llm, number, json_of(line))
             llm.check_request(entry.tokens, entry.ask.params)
         except ValueError:  # its result says so
             continue
@@ -133,7 +133,7 @@ class _Run:
     def _read(self, number: int, line: bytes) -> None:
         custom_id: str | None = None
         try:
-            fields = json_of_line(line)
+            fields = json_of(line)
             custom_id = custom_id_of(fields)
             self.names.check(custom_id, number)
             entry = _read_line(self.llm, number, fields)
@@ -166,14 +166,6 @@ class _Run:
             return result_line(entry.line, entry.custom_id, entry.ask, answers, num_prompt, name, of_prompt)
         except Exception as error:  # of any kind: a tokenizer's own code, and readers of what the model wrote, run here
             return failed_line(entry.line, entry.custom_id, "server_error", f"{type(error).__name__}: {error}")
-
-
-def json_of_line(line: bytes) -> Any:
-    """Raises BadRequest."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"is not valid JSON: {error}") from None
 
 
 def _read_line(llm: LLM, number: int, fields: Any) -> _Entry:
@@ -251,7 +243,7 @@ class NamesOfLines:
                 if not line.strip():
                     continue
                 try:
-                    self._first.setdefault(custom_id_of(json_of_line(line)), place)
+                    self._first.setdefault(custom_id_of(json_of(line)), place)
                 except BadRequest:  # that line says so itself
                     continue
         if (earlier := self._first[custom_id]) < number:

@@ -91,7 +91,7 @@ class LLM:
             said = ", ".join(f"{name} {value:g}" for name, value in self.recommended.items())
             self.notes.append(f"sampling is as generation_config.json recommends where nothing else is said: {said}")
         self.tokenizer = load_tokenizer(Path(model), trust_remote_code=config.trust_remote_code)
-        self.encoder = PromptEncoder(self.tokenizer, str(model))
+        self.encoder = PromptEncoder(self.tokenizer, Path(model).name)
         self._grammars = _grammars_of(self.engine, Path(model), config, is_here=hosts is None)
         self.name = Path(model).name
         self.guard = Guard(f"the model {model}")

@@ -5,6 +5,7 @@ What a request asks for and cannot have is refused by its name; what is there an
 
 import codecs
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,6 +16,7 @@ from moe.tools import FORMATS, FreeReader, ListReader, NamedReader, Reader, Tool
 PromptLogprobs = Sequence[Mapping[int, Logprob] | None] | None  # one per token
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_N = 128  # samples of one request, as in the format
+MAX_LOGPROBS = 20  # alternatives of a token, as in the format: each is text that every step makes
 _COMPLETION_TOKENS = 16  # of an answer on COMPLETIONS, by the format; a chat goes to its end or the context
 _TEMPERATURE = 1.0  # what the format says when neither request nor model does
 
@@ -263,6 +265,7 @@ def _sampling(body: Mapping[str, Any], is_chat: bool, recommended: Mapping[str, 
             values[name] = tuple(given[name])
     if values.get("n", 1) > MAX_N:
         raise BadRequest(f"n ({values['n']}) must be <= {MAX_N}", "n")
+    _check_most("prompt_logprobs", values.get("prompt_logprobs", 0))
     return values | {
         "stop": _strings("stop", given.get("stop")),
         "bad_words": _strings("bad_words", given.get("bad_words")),
@@ -309,7 +312,13 @@ def _num_logprobs(body: Mapping[str, Any]) -> int | None:
         return None
     if type(logprobs) is not int:
         raise BadRequest(f"logprobs ({logprobs!r}) must be true, false or a whole number", "logprobs")
+    _check_most("top_logprobs" if top is not None else "logprobs", logprobs)
     return logprobs
+
+
+def _check_most(name: str, number: int) -> None:
+    if number > MAX_LOGPROBS:
+        raise BadRequest(f"{name} ({number}) must be <= {MAX_LOGPROBS}", name)
 
 
 def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -343,6 +352,14 @@ def lines_of(content: bytes, name: str) -> list[bytes]:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
         raise ValueError(f"{name} is UTF-16 or UTF-32; UTF-8 is wanted: `iconv -f UTF-16 -t UTF-8` makes it so")
     return content.removeprefix(codecs.BOM_UTF8).splitlines()
+
+
+def json_of(content: bytes, name: str = "") -> Any:
+    """Of a body, or of a line of a batch file. Raises BadRequest that says so of `name`."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"{name} is not valid JSON: {error}".strip()) from None
 
 
 def custom_id_of(fields: Any) -> str:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 MAX_SEED = (1 << 63) - 1
 MAX_SAMPLES = 1 << 14  # of one request: what a service must be able to hold
+_MOST_STOP = 10_000  # characters of stop strings
+_MOST_WORDS = 10_000  # bad words
 _MAX_FACTOR = 1e6  # of temperatures and repetition penalties: beyond it, or under its inverse, float32 overflows
 
 
@@ -95,21 +98,43 @@ class SamplingParams:
     end_token_ids: tuple[int, ...] = ()  # all that end the answer; filled in when a request is queued
 
     def __post_init__(self, guided_decoding: StructuredOutputsParams | Mapping[str, Any] | None) -> None:
-        self._set("structured_outputs", _structured(self.structured_outputs or guided_decoding))
+        self._set(
+            "structured_outputs",
+            _structured(guided_decoding if self.structured_outputs is None else self.structured_outputs),
+        )
         for one in dataclasses.fields(self):
             if getattr(self, one.name) is None and one.name not in _MAY_BE_NONE:
                 self._set(one.name, {} if one.name == "logit_bias" else one.default)
-        for name in ("stop", "bad_words"):
-            texts: str | Iterable[str] = getattr(self, name)
-            self._set(name, (texts,) if isinstance(texts, str) else tuple(texts))
-        for name in ("stop_token_ids", "end_token_ids"):
-            self._set(name, tuple(getattr(self, name)))
-        self._set("bad_words_ids", tuple(map(tuple, self.bad_words_ids)))
+        self._read_kinds()
         self._set("top_k", 0 if self.top_k == -1 else self.top_k)
-        self._set("logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
-        if self.allowed_token_ids is not None:
-            self._set("allowed_token_ids", tuple(self.allowed_token_ids))
         _check(self._rules())
+
+    def _read_kinds(self) -> None:
+        """Every value as its field says, numpy's numbers too. Raises ValueError for another kind."""
+        for name in _WHOLE:
+            if getattr(self, name) is not None:
+                self._set(name, _whole(name, getattr(self, name)))
+        for name in _REAL:
+            self._set(name, _real(name, getattr(self, name)))
+        for name in _FLAGS:
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be true or false")
+            self._set(name, bool(getattr(self, name)))
+        for name in ("stop", "bad_words"):
+            texts = getattr(self, name)
+            listed = (texts,) if isinstance(texts, str) else _listed(name, texts)
+            if not all(isinstance(text, str) for text in listed):
+                raise ValueError(f"{name} must be a text or a list of texts")
+            self._set(name, listed)
+        for name in ("stop_token_ids", "end_token_ids", "allowed_token_ids"):
+            if getattr(self, name) is not None:
+                self._set(name, token_ids(name, getattr(self, name)))
+        words = _listed("bad_words_ids", self.bad_words_ids)
+        self._set("bad_words_ids", tuple(token_ids("bad_words_ids", word) for word in words))
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias must map token ids to numbers, it is a {type(self.logit_bias).__name__}")
+        biases = [(_id_of(token), _real("logit_bias", bias)) for token, bias in self.logit_bias.items()]
+        self._set("logit_bias", dict(biases))
 
     def resolved(self, *, seed: int, max_tokens: int, end_token_ids: Iterable[int]) -> "SamplingParams":
         """These parameters with what only the engine knows."""
@@ -155,13 +180,60 @@ class SamplingParams:
             f"prompt_logprobs ({self.prompt_logprobs}) must be >= 0": self.prompt_logprobs is None
             or self.prompt_logprobs >= 0,
             "stop strings must not be empty": all(self.stop),
+            f"stop must have at most {_MOST_STOP} characters in all, which every step looks for": sum(
+                map(len, self.stop)
+            )
+            <= _MOST_STOP,
+            f"bad_words must be at most {_MOST_WORDS}, which every step looks for": max(
+                len(self.bad_words), len(self.bad_words_ids)
+            )
+            <= 2 * _MOST_WORDS,
             "bad_words must not be empty texts": all(self.bad_words) and all(self.bad_words_ids),
             "logit_bias must lie in [-100, 100]": all(-100 <= b <= 100 for b in self.logit_bias.values()),
             "allowed_token_ids must name at least one token": allowed is None or bool(allowed),
         }
 
 
+_WHOLE = ("max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs")
+_REAL = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize")
 _MAY_BE_NONE = {"max_tokens", "seed", "logprobs", "prompt_logprobs", "allowed_token_ids", "structured_outputs"}
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} ({str(value)[:60]!r}) must be a whole number") from None
+
+
+def _real(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name} ({str(value)[:60]!r}) must be a number") from None
+
+
+def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list, it is a {type(values).__name__}")
+    return tuple(values)
+
+
+def token_ids(name: str, values: Any) -> tuple[int, ...]:
+    """As plain numbers, whatever they were given as (numpy, torch). Raises ValueError for what is no list of them."""
+    return tuple(_whole(name, value) for value in _listed(name, values))
+
+
+def _id_of(token: Any) -> int:
+    """Of logit_bias: keys of JSON are texts."""
+    if isinstance(token, str) and token.removeprefix("-").isdecimal():
+        return int(token)
+    return _whole("logit_bias", token)
 
 
 def _structured(given: StructuredOutputsParams | Mapping[str, Any] | None) -> StructuredOutputsParams | None:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
-from moe.params import SamplingParams
+from moe.params import SamplingParams, token_ids
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # a mapping has `prompt` or `prompt_token_ids`
 Message = Mapping[str, Any]
@@ -23,7 +24,7 @@ class PromptEncoder:
             ids = prompt.get("prompt_token_ids")
             return self.encode(ids if ids is not None else prompt["prompt"])
         if not isinstance(prompt, str):
-            return list(prompt)
+            return list(token_ids("the prompt's token ids", prompt))
         if self.tokenizer is None:
             raise ValueError(f"{self.name} has no tokenizer; give token ids")
         _check_text(prompt)
@@ -132,12 +133,17 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Raises ValueError for a mixture that could be read in two ways."""
     if isinstance(prompts, (str, Mapping)):
         return as_prompts([prompts])
-    tokens = [p for p in prompts if isinstance(p, int)]
-    if tokens and len(tokens) == len(prompts):
-        return [tokens]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be a text, token ids, or a list of these; it is a {type(prompts).__name__}")
+    given = list(prompts)
+    tokens = [p for p in given if isinstance(p, Integral)]
+    if tokens and len(tokens) == len(given):
+        return [token_ids("the prompt's token ids", tokens)]
     if tokens:
         raise ValueError("prompts must be either texts or lists of token ids; a token id stands among them")
-    listed: list[Prompt] = [p for p in prompts if not isinstance(p, int)]
+    listed: list[Prompt] = [p for p in given if not isinstance(p, (int, Integral))]
+    if wrong := [p for p in listed if isinstance(p, bytes) or not isinstance(p, Iterable)]:
+        raise ValueError(f"a prompt must be a text, token ids or a dict of one; one is a {type(wrong[0]).__name__}")
     for prompt in listed:
         if isinstance(prompt, Mapping):
             _check_mapping(prompt)

@@ -130,9 +130,9 @@ def _read_tokenizer(folder: Path, vocabulary: int, eos_ids: tuple[int, ...], tru
 
     tokenizer = load_tokenizer(folder, trust_remote_code=trusts)
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ValueError(f"structured_outputs need a fast tokenizer; {folder} has none")
+        raise ValueError(f"structured_outputs need a fast tokenizer; {folder.name} has none")
     if not eos_ids and tokenizer.eos_token_id is None:
-        raise ValueError(f"structured_outputs need a token that ends an answer; {folder} names none")
+        raise ValueError(f"structured_outputs need a token that ends an answer; {folder.name} names none")
     return from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(eos_ids) or None)
 
 

@@ -6,6 +6,7 @@ Logits stay on their device: small lists go there, one number a row comes back. 
 request says next follows from its tokens, its parameters and its seed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -86,8 +87,8 @@ class Sampler:
         params, output = self.params, tokens[self.num_prompt :]
         subtracted: list[tuple[int, float]] = []
         if params.presence_penalty or params.frequency_penalty:
-            penalty = {t: params.presence_penalty + params.frequency_penalty * output.count(t) for t in set(output)}
-            subtracted = list(penalty.items())
+            per_token, per_use = params.presence_penalty, params.frequency_penalty
+            subtracted = [(token, per_token + per_use * count) for token, count in Counter(output).items()]
         forbidden = (
             {t for t in params.end_token_ids if 0 <= t < vocabulary} if len(output) < params.min_tokens else set()
         )

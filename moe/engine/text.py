@@ -57,23 +57,27 @@ class TextStream:
         return new
 
     def _append(self, piece: str, may_stop: bool = True) -> None:
-        longest = max(map(len, self._stop), default=0)
-        search_from = max(self._stops_from, len(self.text) - longest)
+        known = len(self.text)
         self.text += piece
         if not may_stop:
             self._stops_from = len(self.text)
             return
-        places = [(at, s) for s in self._stop if (at := self.text.find(s, search_from)) >= 0]
+        starts = ((s, max(self._stops_from, known - len(s) + 1)) for s in self._stop)
+        places = [(at, s) for s, start in starts if (at := self.text.find(s, start)) >= 0]
         if places:
             at, self.stopped_by = min(places)
             self.text = self.text[: at + len(self.stopped_by) if self._keeps_stop else at]
 
     def _uncertain(self) -> int:
         """Characters at the end that begin a stop string."""
-        return max(
-            (n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])),
-            default=0,
-        )
+        return max((self._begun(s) for s in self._stop), default=0)
+
+    def _begun(self, stop: str) -> int:
+        """Characters at the end that begin this one. Looks only at places of its first character."""
+        at = self.text.find(stop[0], max(0, len(self.text) - len(stop) + 1))
+        while at >= 0 and not stop.startswith(self.text[at:]):
+            at = self.text.find(stop[0], at + 1)
+        return 0 if at < 0 else len(self.text) - at
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._ids[start:end], skip_special_tokens=self._skips_special)  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,6 +151,9 @@ def test_context_ends_an_answer(tmp_path):
         ([3] * 1024, "1024 tokens, the context holds 1024"),
         (["text", 5], "either texts or lists of token ids"),
         ("half \ud83d a pair", "not valid text"),
+        ([[1.5]], "token ids .* must be a whole number"),
+        ([[True]], "token ids .* must be a whole number"),
+        ([["a"]], "token ids .* must be a whole number"),
     ],
 )
 def test_bad_prompts(llm, prompt, message):
@@ -157,6 +161,20 @@ def test_bad_prompts(llm, prompt, message):
         llm.generate(prompt)
     with pytest.raises(ValueError, match=message):  # and what came before it in the same call is dropped
         llm.generate([PROMPT, *(prompt if isinstance(prompt[0], list | str) and prompt[0] != "h" else [prompt])])
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"text", [None], [b"text"], ["text", 1.5]])
+def test_what_is_no_prompt(llm, prompts):
+    with pytest.raises(ValueError, match=r"prompts? must be .* is a (NoneType|int|bytes|float)"):
+        llm.generate(prompts)
+
+
+def test_prompts_that_can_be_gone_through_only_once(llm):
+    params = SamplingParams(max_tokens=2)
+    once, twice = llm.generate((p for p in (PROMPT, PROMPT)), params), llm.generate([PROMPT, PROMPT], params)
+    assert [one.outputs[0].token_ids for one in once] == [one.outputs[0].token_ids for one in twice]
+    (of_numpy,), (of_ids,) = llm.generate(np.array([3, 4, 5]), params), llm.generate([3, 4, 5], params)
+    assert of_numpy.outputs[0].token_ids == of_ids.outputs[0].token_ids
 
 
 def test_a_prompt_beyond_the_context_is_refused_in_our_words_alone(llm):

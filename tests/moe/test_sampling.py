@@ -1,8 +1,10 @@
 """The sampler against a plain computation, and parameters that make no sense."""
 
+import dataclasses
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -271,3 +273,44 @@ def test_stop_is_one_string_or_several():
     assert SamplingParams(stop="ab").stop == ("ab",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop_token_ids=[3]).stop_token_ids == (3,)
+
+
+WRONG_KINDS = ("5", b"5", 1.5, True, [1.5], ["x"], {"x": 1}, object(), [True], [None], [[1.5]], math.nan)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(SamplingParams) if f.name != "structured_outputs"])
+def test_every_parameter_is_what_its_field_says_or_refused_by_its_name(name):
+    """What is not refused here is found in a step, by then with others."""
+    kinds = {True: bool, False: (int, float, str, tuple, dict)}
+    taken, refused = 0, []
+    for value in WRONG_KINDS:
+        try:
+            read = getattr(SamplingParams(**{name: value}), name)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        taken += 1
+        default = SamplingParams.__dataclass_fields__[name].default
+        assert isinstance(read, kinds[isinstance(default, bool)]), (name, value)
+        if isinstance(read, tuple):
+            flat = [x for one in read for x in (one if isinstance(one, tuple) else (one,))]
+            assert all(type(x) is (str if name in ("stop", "bad_words") else int) for x in flat), (name, value)
+    assert taken <= 3
+    assert all(name.removesuffix("_ids") in sentence for sentence in refused), refused
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    bias = {"5": 1, np.int64(6): 2}
+    params = SamplingParams(
+        max_tokens=np.int64(3), temperature=np.float32(0.5), stop_token_ids=np.arange(3), logit_bias=bias
+    )
+    assert type(params.max_tokens) is int
+    assert params.stop_token_ids == (0, 1, 2)
+    assert params.logit_bias == {5: 1.0, 6: 2.0}
+    assert SamplingParams(allowed_token_ids=torch.tensor([4, 5])).allowed_token_ids == (4, 5)
+
+
+def test_a_frequency_penalty_counts_every_token_once():
+    tokens = [1, 2, 3, 2, 2, 1]
+    edits = Sampler(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), 1).edits(tokens, 10)
+    assert dict(edits.subtracted) == {t: 0.5 + 0.25 * tokens[1:].count(t) for t in {1, 2, 3}}

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe.engine.text import TextStream
 from moe.models.load import load_tokenizer
+from moe.params import SamplingParams
 from tests.moe.moe_cases import TINYMOE
 
 
@@ -121,3 +122,35 @@ def test_without_tokenizer_there_is_no_text():
     text, deltas = stream(None, [1, 2, 3])
     assert text.text == "".join(deltas) == ""
     assert not text.is_stopped
+
+
+def begun_slowly(text, stops):
+    """The twin of what is held back: every beginning of every stop string."""
+    return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
+@given(text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=12), min_size=1, max_size=4))
+def test_what_is_held_back_is_the_longest_beginning_of_a_stop(text, stops):
+    stream = TextStream(None, stops)
+    stream.text = text
+    assert stream._uncertain() == begun_slowly(text, stops)
+
+
+def test_long_stop_strings_cost_a_look_and_no_more():
+    """Every step waits for it: looks are counted, not seconds. At each beginning of the string there is one at most."""
+    looks = 0
+
+    class Counted(str):
+        __slots__ = ()
+
+        def startswith(self, piece):
+            nonlocal looks
+            looks += 1
+            return super().startswith(piece)
+
+    stream = TextStream(None, [Counted("a" + "b" * 9_998 + "c")])
+    stream.text = "ab" * 500 + "a" + "b" * 500
+    assert stream._uncertain() == 501
+    assert looks == 501
+    with pytest.raises(ValueError, match="at most 10000 characters in all"):
+        SamplingParams(stop=["x" * 100] * 101)
