@@ -255,9 +255,9 @@ def _values(m, codes, zero, slot):
 
 @device_function
 def _e4m3(bits):
-    # float32 whose exponent is too small by 120, also of subnormal numbers; 0x7f would become 480
+    # float32 whose exponent is too small by 120, also of subnormal numbers; 0x7f is no number, and its bits are of 480
     bits = bits.to(tl.uint32)
-    magnitude = ((bits & 127) << 20) | ((bits & 128) << 24)
+    magnitude = ((bits & 127) << 20) | ((bits & 128) << 24) | tl.where((bits & 127) == 127, 0x7F800000, 0)
     return magnitude.to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 

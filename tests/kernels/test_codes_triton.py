@@ -132,6 +132,23 @@ def test_e4m3_where_the_chip_has_none(monkeypatch):
     assert torch.equal(grouped_experts(x, ids, weights), native)
 
 
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_e4m3_that_is_no_number(monkeypatch, code):
+    """From bits it shows in every result that it is part of, as in the twin: 480 would be a weight.
+
+    Chips with such numbers widen it themselves; Triton's interpreter, which runs that here, takes it for 480.
+    """
+    torch.manual_seed(6)
+    weights = coded_experts(("e4m3", "e4m3"), (2, 64, 32), ((1, WIDE), (16, 16)))
+    weights.down.view(torch.uint8)[1, 5, 3] = code
+    x, ids = torch.randn(5, 64), random_ids(5, 2, 2)
+    want = experts_reference(x, ids, weights).isnan()
+    assert want.any()
+    assert not want.all()
+    monkeypatch.setattr(grouped_gemm, "matrices", functools.partial(matrices_from_bits, tiles.matrices))
+    assert torch.equal(grouped_experts(x, ids, weights).isnan(), want)
+
+
 def matrices_from_bits(matrices, weights, dtype, config, capability, *, tma):
     made = matrices(weights, dtype, config, 80, tma=tma)
     assert made.gate.CODE.value == "e4m3 bits"
