@@ -36,7 +36,7 @@ from moe.placement.wire_format import ModelSizes, WireFormat
 DOMAINS = ("translation", "summary", "intent")
 TOP_K = 8
 HELD = 20_000  # tokens that a plan of the full size is judged on
-SIZES = ModelSizes(7168, "bfloat16", 3 * 7168 * 2048 * 2)  # DeepSeek-V3's
+SIZES = ModelSizes(hidden_size=7168, dtype="bfloat16", expert_bytes=3 * 7168 * 2048 * 2)  # DeepSeek-V3's
 FULL = {"4000": (4000, None), "4000, replicas": (4000, 9), "100000": (100_000, None), "100000, replicas": (100_000, 9)}
 GROWTH = {"growth": None, "growth, replicas": 0.125}
 BASE = {"layers": 2, "experts": 128, "tokens": 8000, "ranks": 16}
@@ -103,10 +103,12 @@ def judged(trace: RoutingTrace, plan: Plan) -> dict[str, float]:
     home = np.repeat(np.arange(trace.num_sequences), trace.sequence_lengths) % plan.num_ranks
     rows, load = [], []
     for layer in range(trace.num_layers):
-        rank = choose_for_plan(trace.expert_ids[:, layer], home, plan, layer) // plan.physical_per_rank
-        visited = np.bitwise_or.reduce(np.uint64(1) << rank.astype(np.uint64), axis=1)
+        chosen = choose_for_plan(trace.expert_ids[:, layer], home, plan, layer)
+        rank = np.where(chosen < 0, -1, chosen // plan.physical_per_rank)
+        bits = np.where(rank < 0, np.uint64(0), np.uint64(1) << rank.astype(np.uint64))  # -1: no expert
+        visited = np.bitwise_or.reduce(bits, axis=1)
         rows.append((np.bitwise_count(visited) - (visited >> home.astype(np.uint64) & np.uint64(1))).mean())
-        busy = np.bincount(rank.ravel(), minlength=plan.num_ranks)
+        busy = np.bincount(rank[rank >= 0], minlength=plan.num_ranks)
         load.append(busy.max() / busy.mean())
     return {"rows": float(np.mean(rows)), "load": float(np.mean(load)), "bytes": float(np.mean(rows)) * each}
 

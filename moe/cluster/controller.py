@@ -26,19 +26,26 @@ class ClusterEngine(Front):
     """The model in `folder` on `num_hosts` actors of a Ray cluster. One thread at a time.
 
     address: of the cluster, None = the one that this process is in, or a new local one. name: of a controller that
-    may have been here before; what it left is given back.
+    may have been here before; what it left is given back. begin: the plan that it served with, over `parallel.plan`.
     Raises ValueError for what cannot be served or placed; `step` raises ClusterError when no host is left and none may
     be started.
     """
 
     def __init__(
-        self, folder: str | Path, config: EngineConfig, num_hosts: int, *, address: str | None = None, name: str = ""
+        self,
+        folder: str | Path,
+        config: EngineConfig,
+        num_hosts: int,
+        *,
+        address: str | None = None,
+        name: str = "",
+        begin: Plan | None = None,
     ) -> None:
         super().__init__(folder, config, num_hosts)
         self._why_over: str | None = None
         self._starts_ray = connect_ray(address)
         try:
-            self.crew = Crew(folder, config, num_hosts, self.ledger, name)
+            self.crew = Crew(folder, config, num_hosts, self.ledger, name, begin)
             self.limits = self.crew.limits
         except BaseException:
             if self._starts_ray:

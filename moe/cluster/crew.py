@@ -34,15 +34,16 @@ _FREED_S = 0.2  # for the others to leave by themselves where one host is lost
 class Crew:
     """The hosts that serve `folder`, and what they are told; `ledger` has what they are to answer. One thread.
 
-    Ray is initialised already. Raises ValueError for what cannot be served or placed.
+    Ray is initialised already. begin: a plan over the config's. Raises ValueError for what cannot be served or placed.
     """
 
-    def __init__(self, folder: str | Path, config: EngineConfig, num_hosts: int, ledger: Ledger, name: str) -> None:
+    def __init__(
+        self, folder: str | Path, config: EngineConfig, num_hosts: int, ledger: Ledger, name: str, begin: Plan | None
+    ) -> None:
         self.config, self.ledger, self.target = config, ledger, num_hosts
-        self.policy = FailurePolicy(config.cluster)
-        self.state, self.generation = State.STARTING, 0
-        self.placements = Placements(config.parallel.plan)
-        self.counts, self.noted = ClusterStats(), list[Noted]()
+        self.policy, self.state, self.generation = FailurePolicy(config.cluster), State.STARTING, 0
+        self.placements = Placements(config.parallel.plan, begin)
+        self.counts, self.noted, self._next_look = ClusterStats(), list[Noted](), 0.0
         here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._store: TCPStore | None = None  # of the generation that serves
         word = secrets.token_hex(16)
@@ -54,7 +55,6 @@ class Crew:
         self.loading: dict[Any, Host] = {}
         self._serving: dict[Any, Host] = {}
         self._placing: dict[Any, Host] = {}  # asked for their `Placed`
-        self._next_look = 0.0
         self._limits: Limits | None = None
         try:
             self._start(num_hosts + config.cluster.spares)

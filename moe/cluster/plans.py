@@ -25,8 +25,9 @@ class Placements:
     """Of one generation after another. plan: that is served now; stats: of the loops that moved experts, of all
     generations."""
 
-    def __init__(self, file: str | None) -> None:
-        self.file = file
+    def __init__(self, file: str | None, begin: Plan | None = None) -> None:
+        """begin: what another controller served last, over `file`; hosts beyond its ranks take from others."""
+        self.file, self._begin = file, begin
         self.plan: Plan | None = None
         self.stats = self._before = PlacementStats()
         self._held: dict[int, Hosted] = {}  # by host: what it has
@@ -35,7 +36,16 @@ class Placements:
     def form(self, hosts: Sequence[int], shape: tuple[int, int], nodes: Sequence[str]) -> Plan:
         """For the next generation: numbers of its hosts and their nodes, by rank. Raises ValueError as `first_plan`."""
         held = [self._held.get(number) for number in hosts]
-        self.plan = plan = plan_for(held, shape) if self._held else first_plan(self.file, shape, nodes)
+        if self._held:
+            plan = plan_for(held, shape)
+        elif self._begin is not None and self._begin.num_ranks == len(hosts):
+            plan = self._begin
+        elif self._begin is not None:
+            parts = [*np.moveaxis(self._begin.hosted, 2, 0)][: len(hosts)]
+            plan = plan_for([*parts, *[None] * (len(hosts) - len(parts))], shape)
+        else:
+            plan = first_plan(self.file, shape, nodes)
+        self.plan = plan
         self._held = {number: plan.hosted[:, :, rank] for rank, number in enumerate(hosts)}
         self._before, self._placed = self.stats, None
         return plan

@@ -45,6 +45,7 @@ class RemoteEngine(Front):
         self.name, self._arguments = name, (str(Path(folder).resolve()), config, num_hosts)
         self._why_over: str | None = None
         self._is_closed = False
+        self._plan: Plan | None = None  # as the controller told it last; another begins with it
         self._status: tuple[ClusterStatus, ClusterStats] | None = None
         self._starts_ray = connect_ray(address)
         try:
@@ -58,7 +59,7 @@ class RemoteEngine(Front):
         """To the controller of our name, as a new session."""
         self._collecting: Any = None
         self._session, self._seen = secrets.token_hex(8), 0
-        self._actor, folder = start_resident(self.name, *self._arguments), self._arguments[0]
+        self._actor, folder = start_resident(self.name, *self._arguments, self._plan), self._arguments[0]
         try:
             if (other := ray.get(self._actor.served.remote())) != folder:
                 raise ValueError(
@@ -95,7 +96,8 @@ class RemoteEngine(Front):
             done, _ = ray.wait([self._collecting], timeout=wait_s)
             if done:
                 self._collecting = None
-                first, said = ray.get(done[0])
+                first, said, plan = ray.get(done[0])
+                self._plan = plan or self._plan
                 self.ledger.hear(_CONTROLLER, said[max(0, self._seen - first) :])
                 self._seen = max(self._seen, first + len(said))
         except ray.exceptions.RayTaskError as error:

@@ -9,7 +9,7 @@ and what the one before had asked for is dropped.
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -21,6 +21,7 @@ from moe.cluster.policy import ClusterError
 from moe.cluster.stats import ClusterStats, ClusterStatus
 from moe.config import BatchConfig, EngineConfig
 from moe.engine.limits import Limits
+from moe.placement.plan import Plan
 
 NAMESPACE = "moe"
 CONTROL = ("served", "attach", "submit", "cancel", "collect", "scale", "status")
@@ -36,13 +37,25 @@ class Attached:
     batch: BatchConfig
 
 
-class Resident:
-    """`ClusterEngine(folder, config, num_hosts)`, made and stepped by its own thread. All else may come from any."""
+class Collected(NamedTuple):
+    """As `Desk.collect`; plan: that is served now, if this session was not told it yet."""
 
-    def __init__(self, name: str, folder: str, config: EngineConfig, num_hosts: int) -> None:
+    first: int
+    said: list[Said]
+    plan: Plan | None
+
+
+class Resident:
+    """`ClusterEngine(folder, config, num_hosts)`, made and stepped by its own thread. All else may come from any.
+
+    begin: the plan to begin with, of the controller that was lost; None: `parallel.plan`.
+    """
+
+    def __init__(self, name: str, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None = None) -> None:
         self.folder = folder
         self.desk, self.session = Desk(), ""
-        self._arguments = name, config, num_hosts
+        self._arguments = name, config, num_hosts, begin
+        self._told: Plan | None = None  # to the session
         self._engine: ClusterEngine | None = None
         self._over: Exception | None = None
         self._orders: list[Callable[[], None]] = []
@@ -76,9 +89,12 @@ class Resident:
     def cancel(self, session: str, ids: list[int]) -> None:
         self._desk_of(session).cancel(ids)
 
-    def collect(self, session: str, after: int, wait_s: float) -> tuple[int, list[Said]]:
+    def collect(self, session: str, after: int, wait_s: float) -> Collected:
         """As `Desk.collect`."""
-        return self._desk_of(session).collect(after, wait_s)
+        first, said = self._desk_of(session).collect(after, wait_s)
+        plan = None if self._engine is None or self._engine.plan is self._told else self._engine.plan
+        self._told = plan or self._told
+        return Collected(first, said, plan)
 
     def scale(self, num_hosts: int) -> None:
         """As `ClusterEngine.scale`; hosts come and go afterwards, as `status` shows."""
@@ -119,8 +135,8 @@ class Resident:
 
     def _run(self) -> None:
         try:
-            name, config, num_hosts = self._arguments
-            self._engine = ClusterEngine(self.folder, config, num_hosts, name=name)
+            name, config, num_hosts, begin = self._arguments
+            self._engine = ClusterEngine(self.folder, config, num_hosts, name=name, begin=begin)
             while True:
                 with self._changed:
                     orders, self._orders = self._orders, []
@@ -135,7 +151,7 @@ class Resident:
 
     def _take_over(self, session: str) -> None:
         self.desk.clear(self.engine)
-        self.desk, self.session = Desk(), session
+        self.desk, self.session, self._told = Desk(), session, None
 
 
 def find_resident(name: str) -> Any:
@@ -149,13 +165,13 @@ def find_resident(name: str) -> Any:
         ) from None
 
 
-def start_resident(name: str, folder: str, config: EngineConfig, num_hosts: int) -> Any:
+def start_resident(name: str, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None = None) -> Any:
     """The actor of this name, started if it is not there; `attach` waits until its hosts have loaded."""
     methods = {m: ray.method(concurrency_group="control")(getattr(Resident, m)) for m in CONTROL}
     options: dict[str, Any] = {"concurrency_groups": {"control": 8}, "max_restarts": 0, "max_task_retries": 0}
     actor: Any = ray.remote(**options)(type("Controller", (Resident,), methods))
     named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0}
-    return actor.options(**named).remote(name, folder, config, num_hosts)
+    return actor.options(**named).remote(name, folder, config, num_hosts, begin)
 
 
 def stop_resident(name: str) -> None:

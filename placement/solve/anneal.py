@@ -21,6 +21,7 @@ SEVERITY = ((0.5, 0.5), (0.5, 1.0))  # of the penalties, first and last in each 
 SHARES = (0.6, 1.0)  # of the time that is left, for each phase
 PENALTY = 2.0  # rank visits that a pair above the cap costs
 CAP = 1.05  # of the mean load, where each visited copy of an expert serves the same share; dealing levels the rest
+HOME_CAP = 1.02  # the same where a copy at home serves first, which leaves dealing less to level
 FOLDS = 16  # parts of the traffic that keep the cap, too: what is even in each of them is even in the next
 FOLD_CAP = 1.0  # of the cap, within a fold
 FOLD_PENALTY = 0.4
@@ -67,6 +68,11 @@ class Price(NamedTuple):
         row = wire.row_bytes(sizes.hidden_size, sizes.element_bytes, top_k)
         result = wire.result_bytes(sizes.hidden_size, sizes.element_bytes)
         return Price(result / row, True) if wire.is_exact else VISITS
+
+    @property
+    def cap(self) -> float:
+        """Of the busiest rank's load over the mean."""
+        return HOME_CAP if self.home_first else CAP
 
 
 VISITS = Price()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moe.placement.deadline import NEVER, Deadline
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
-from moe.placement.solve.anneal import CAP, VISITS, Price, caps_of, folds_of, search_layer
+from moe.placement.solve.anneal import VISITS, Price, caps_of, folds_of, search_layer
 from moe.placement.solve.assign import (
     MOST_TOKENS,
     SKETCH,
@@ -113,7 +113,7 @@ class _Layers:
             if part < 1 and len(ids) > SKETCH:
                 few = np.sort(np.random.default_rng(seed).permutation(len(ids))[:SKETCH])
                 ids, fold = ids[few], fold[few]
-            cap = self.options.slack * CAP * float((ids >= 0).sum()) / self.ranks
+            cap = self.options.slack * self.price.cap * float((ids >= 0).sum()) / self.ranks
             rounds = 200 if self.options.rounds is None else self.options.rounds
             self.hosted[layer] = search_layer(
                 ids, self.hosted[layer], slots=self.slots, caps=caps_of(ids, fold, cap),
@@ -192,8 +192,9 @@ def visited(expert_ids: NDArray[np.int16], masks: NDArray[np.uint64]) -> Ints:
     size, token = np.bitwise_count(used).astype(np.int64), np.arange(len(used))
     left = np.where(needs & used, np.uint64(0), needs)
     while True:
-        is_open = left.any(axis=0)
-        token, left = token[is_open], left[:, is_open]
+        open_pairs = (left != 0).sum(axis=0)
+        size[token[open_pairs == 1]] += 1  # a visit of its own, wherever
+        token, left = token[open_pairs > 1], left[:, open_pairs > 1]
         if not len(token):
             return np.asarray(size)
         one, ranks = np.uint64(1), np.arange(int(masks.max()).bit_length(), dtype=np.uint64)

@@ -324,8 +324,10 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
         deadline = time.monotonic() + 60
         while llm.engine.status().counts.open_requests:
             assert time.monotonic() < deadline
-        before = llm.engine._actor
+        before, plan = llm.engine._actor, llm.engine.plan.hosted
+        assert (plan != Plan.contiguous(*plan.shape).hosted).any(), "hosts that came and went have changed it"
         assert streamed(lambda: ray.kill(before)) == right
+        assert (llm.engine.plan.hosted == plan).all(), "the successor begins with the plan as it was"
         assert main(["ray", "scale", "0", "--controller", "test"]) == 2
         copy = shutil.copytree(DEMO, tmp_path / "other")
         with pytest.raises(ValueError, match=r"the controller 'test' serves .*tinymoe, not .*other"):

@@ -60,6 +60,24 @@ def test_a_lost_ranks_experts_go_to_those_that_are_left():
         assert (after.hosted[:, :, new] | ~before.hosted[:, :, old]).all()
 
 
+@pytest.mark.parametrize("hosts", [2, 3, 4])
+def test_the_successor_of_a_controller_begins_with_the_plan_as_it_was(hosts):
+    hosted = Plan.contiguous(2, 6, 3).hosted.copy()
+    hosted[:, 0, 0], hosted[:, 0, 2] = False, True
+    hosted[:, 5, 2], hosted[:, 5, 0] = False, True  # moved while it served
+    served = Plan.from_hosted(hosted)
+    plan = Placements(None, served).form(list(range(hosts)), (2, 6), ["a"] * hosts)
+    assert plan.num_ranks == hosts
+    assert plan.hosted.any(axis=2).all()
+    if hosts == 3:
+        assert (plan.hosted == served.hosted).all()
+    if hosts == 2:
+        assert (plan.hosted[:, :, :2] >= served.hosted[:, :, :2]).all(), "each keeps what its rank had"
+    if hosts == 4:
+        assert (plan.hosted[:, :, :3] <= served.hosted).all(), "the newcomer takes from the others"
+    assert (Placements(None).form([0, 1, 2], (2, 6), ["a"] * 3).hosted != served.hosted).any()
+
+
 def test_what_moved_is_what_the_next_generation_starts_from():
     """Three hosts, a plan that moves; host 8 is lost in the middle of the last move, when only some had taken it on."""
     places, shape = Placements(None), (2, 6)

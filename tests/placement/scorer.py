@@ -34,10 +34,13 @@ def score(
     plan: Plan,
     *,
     is_exact: bool = False,
-    rotations: tuple[int, ...] = (0, 1),
+    rotations: tuple[int, ...] | None = None,
     dealt_in_turn: bool = False,
 ) -> Score:
-    """Served by the engine's rule, homes dealt by sequence in turn from each of `rotations` on.
+    """Served by the engine's rule, homes dealt by sequence in turn from each of `rotations` on; None = from every rank.
+
+    Loads are summed over the rotations: with few sequences, of unequal length, one rotation says which rank has the
+    longest and not how even the plan is (five sequences are at home on 5 of 16 ranks).
 
     dealt_in_turn: copies are chosen by `in_turn` instead.
 
@@ -50,7 +53,8 @@ def score(
     copies, load, sent = [], [], []
     for layer in range(held.num_layers):
         table, ids = ServingTable.of(plan, layer), held.expert_ids[:, layer]
-        for turn in rotations:
+        served = np.zeros(plan.num_ranks)
+        for turn in range(plan.num_ranks) if rotations is None else rotations:
             home = (sequence + turn) % plan.num_ranks
             chosen = in_turn(ids, table) if dealt_in_turn else choose_replicas(ids, home, table, home_first=is_exact)
             rank = chosen // plan.physical_per_rank
@@ -59,6 +63,6 @@ def score(
             words = ids.shape[1] * (1 if is_exact else 2)  # ids, and weights where a rank sums
             sent.append(rows * (vector + 4 * words) + vector * (pairs if is_exact else rows))
             copies.append(rows)
-            busy = np.bincount(rank.ravel(), minlength=plan.num_ranks)
-            load.append(busy.max() / busy.mean())
+            served += np.bincount(rank.ravel(), minlength=plan.num_ranks)
+        load.append(served.max() / served.mean())
     return Score(float(np.mean(copies)), float(np.mean(load)), float(np.mean(sent)))
