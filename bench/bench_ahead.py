@@ -1,7 +1,7 @@
 """Reading ahead in virtual time: a live model's routing and forecasts, a disk and a processor of stated speed.
 
 Wall time says nothing on a shared machine, so a model's decoding is recorded once: what every layer asked for, and what
-the next router and a lookahead file said of the next one, two and three layers. Then `bench.virtual_time` replays
+the next router and a lookahead file said of the next one, two and three layers. Then `moe.offload.virtual_time` replays
 it with the LFU's slots, one read after another, misses first. Reads at --mib-per-s; a layer's work is the CPU time of
 this thread where all experts are resident, less what its experts cost at --gb-per-s of memory.
 
@@ -28,7 +28,6 @@ import torch
 from bench_lookahead import texts
 from torch import Tensor
 
-from bench.virtual_time import Costs, Replay, replay
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, RoutingConfig
 from moe.layer.ridge import Forecast
 from moe.layer.routers import PlainRouter, plain_routers
@@ -36,6 +35,7 @@ from moe.layer.routing import Routing, StepContext
 from moe.llm import LLM
 from moe.offload.policy import Access, Belady, Keys, Lfu
 from moe.offload.prefetch import LEAST_EXPECTED
+from moe.offload.virtual_time import Costs, Replay, replay
 from moe.params import SamplingParams
 
 FAR = 3

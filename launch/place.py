@@ -1,8 +1,8 @@
-"""`moe analyze`, `moe place` and `moe simulate`: from a routing trace to a plan and to what it will cost."""
+"""`moe place` and `moe simulate`: from a routing trace to a plan and to what it will cost."""
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from moe.launch.turn import run_turn
 from moe.placement.deadline import Deadline
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.migrate import plan_migration, relabel
-from moe.placement.plan import Plan, check_capacity, merge_models
+from moe.placement.plan import Plan, check_capacity
 from moe.placement.simulate import Simulation, Workload, simulate
 from moe.placement.solve.anneal import VISITS, Price
 from moe.placement.solve.baselines import eplb_greedy
@@ -28,10 +28,8 @@ from moe.placement.solve.transitions import exflow_program, solve_transitions
 from moe.placement.stats.affinity import expert_load, transition_counts
 from moe.placement.stats.report import (
     Picture,
-    analyse,
     bars_svg,
     cell_text,
-    domain_distances,
     grid_svg,
     heatmap_svg,
     save_png,
@@ -41,68 +39,6 @@ from moe.placement.stats.report import (
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace, read_npz
 from moe.placement.wire_format import ModelSizes, WireFormat
-
-
-def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
-    """Records the model's routing of the prompts and of short answers to them."""
-    from moe.launch.prompts import read_prompts
-    from moe.llm import LLM
-    from moe.params import SamplingParams
-
-    if args.prompts is None:
-        raise ValueError(f"{args.trace} is a model; give prompts to record its routing: --prompts prompts.jsonl")
-    prompts = read_prompts(args.prompts, None)
-    with LLM(args.trace) as llm:
-        recorder = llm.engine.record()
-        llm.generate(prompts, SamplingParams(max_tokens=16))
-        return recorder.trace()
-
-
-def run_analyze(args: argparse.Namespace) -> int:
-    """Print the locality, affinity and cache report of a trace."""
-    if args.prompts is not None and not args.trace.is_dir():
-        raise ValueError(f"--prompts are for a model's folder, and {args.trace} is a recorded trace; leave them out")
-    trace = _trace_of_model(args) if args.trace.is_dir() else read_trace(args.trace)
-    others = [read_trace(path) for path in args.against]
-    found = analyse(trace, segment=args.segment)
-    rows = [(key, found[key]) for key in ("model", "tokens", "layers", "experts", "top_k")]
-    rows += [
-        ("usage entropy / log E", found["entropy"]),
-        ("hottest expert / mean", found["hottest"]),
-        (f"SRP, m = {found['segment']}", found["srp"]),
-        ("predicted / true activations", found["srp_ratio"]),
-        ("knee of the cache, experts per layer", found["knee"]),
-        ("affinity of consecutive layers (share of entropy explained)", found["affinity"]),
-    ]
-    _show("analysis", ("", "value"), rows)
-    cache = [(c["slots"], c["oracle"], c["lru"]) for c in found["cache"]]
-    _show("hit rate by cache size", ("slots per layer", f"oracle, {found['segment']} tokens ahead", "LRU"), cache)
-    if others:
-        merge_models([trace.model, *(other.model for other in others)])
-        distances = domain_distances([trace, *others])
-        names = [str(path) for path in (args.trace, *args.against)]
-        shift = [(name, *row) for name, row in zip(names, distances, strict=True)]
-        _show("total-variation distance of the load", ("", *names), shift)
-    print(f"{found['model']} {found['verdict']}")
-    pictures = {"Load": Picture(expert_load(trace), "layer", "expert", "tokens")}
-    if trace.num_layers > 1:
-        pictures["Transitions of tokens from layer 0 to 1"] = Picture(
-            transition_counts(trace)[0], "from", "to expert of layer 1", "tokens"
-        )
-    if args.html:
-        parts = [
-            f"<p>{found['verdict']}</p>",
-            table_html(rows, ("", "value")),
-            "<h2>Hit rate by size of the cache</h2>",
-            f"<p>Mean over layers; the oracle knows {found['segment']} tokens ahead.</p>",
-            table_html(cache, ("slots per layer", "oracle", "LRU")),
-        ]
-        write_page(
-            args.html, f"Routing of {found['model']}", parts + [heatmap_svg(m, title=t) for t, m in pictures.items()]
-        )
-    if args.png:
-        save_png(args.png, pictures)
-    return 0
 
 
 def run_place(args: argparse.Namespace) -> int:
@@ -153,7 +89,7 @@ def run_place(args: argparse.Namespace) -> int:
     judged = held if held.sizes is not None else replace(held, sizes=_ANY_SIZES)
     results = {name: simulate(judged, p, topology, work) for name, p in plans.items()}
     rows = [_row(name, result, knows_sizes=held.sizes is not None) for name, result in results.items()]
-    _show(f"held-out {held.num_sequences} sequences, {held.num_tokens} tokens", _HEADER, rows)
+    show(f"held-out {held.num_sequences} sequences, {held.num_tokens} tokens", _HEADER, rows)
     proof = "no bound for this objective"
     if plan.bound is not None and plan.gap is not None:
         proof = f"bound {plan.bound:.4f}, gap {plan.gap:.2%}, by {plan.solver}"
@@ -193,10 +129,10 @@ def run_simulate(args: argparse.Namespace) -> int:
         trace, Plan.contiguous(plan.num_layers, plan.num_experts, plan.num_ranks), topology, _workload(args)
     )
     rows = [_row("contiguous", base), _row(str(args.plan), result)]
-    _show(f"{trace.num_tokens} tokens in {result.num_steps} steps", _HEADER, rows)
+    show(f"{trace.num_tokens} tokens in {result.num_steps} steps", _HEADER, rows)
     names = [f"rank {g}" for g in range(plan.num_ranks)]
     links = [(name, *(int(b) for b in row)) for name, row in zip(names, result.link_bytes, strict=True)]
-    _show("bytes by link, from row to column", ("", *names), links)
+    show("bytes by link, from row to column", ("", *names), links)
     pictures = {
         "Bytes by link": Picture(result.link_bytes, "from", "to rank", "bytes"),
         "Load": Picture(result.load, "layer", "rank", "tokens"),
@@ -381,7 +317,8 @@ def _row(name: str, r: Simulation, knows_sizes: bool = True) -> tuple[Any, ...]:
     return (name, *sent, r.copies, r.node_copies, r.imbalance, r.step_imbalance, r.miss_rate, *times)
 
 
-def _show(title: str, header: tuple[str, ...], rows: list[Any]) -> None:
+def show(title: str, header: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Print a table; numbers stand right."""
     table = Table(title=title, title_justify="left")
     for k, name in enumerate(header):
         table.add_column(name, justify="left" if k == 0 else "right", no_wrap=True)

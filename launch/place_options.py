@@ -42,7 +42,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--segment", type=whole(1), default=16, help="m of SRP and SCH, tokens (default 16)")
     _add_pictures(parser)
-    parser.set_defaults(run="place:run_analyze")
+    parser.set_defaults(run="analyze:run_analyze")
 
     parser = subparsers.add_parser("place", help="decide where every expert lives")
     parser.add_argument("trace", type=named_path)

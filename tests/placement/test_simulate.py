@@ -269,6 +269,7 @@ def test_commands_from_trace_to_picture(tmp_path, capsys, objective):
     printed = capsys.readouterr().out
     assert "eplb greedy" in printed
     assert "distance of the load" in printed
+    assert "what reading ahead can win" in printed
     assert ("gap" in printed) == (objective == "transitions")
     with pytest.raises(ValueError, match="4 ranks, the topology has 2"):
         run("simulate", tmp_path / "t.npz", out, "--topology", "laptopx2")

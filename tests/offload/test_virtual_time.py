@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.virtual_time import Costs, replay
 from moe.offload.policy import Access, Belady, Lfu, Lru, misses_of
+from moe.offload.virtual_time import Costs, replay
 
 E, LAYERS = 5, 3
 COSTS = Costs(read=1.0, layer=0.5, expert=0.25)
