@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moe import __version__
 from moe.launch import place_options, plan_options, predict_options
+from moe.launch.interrupts import interrupts_end_imports
 from moe.launch.options import (
     add_batch_options,
     add_cluster_options,
@@ -48,7 +49,8 @@ def run_guarded(name: str, args: argparse.Namespace, run: Callable[[], int], is_
         if is_first:
             check_outputs(args)
             check_inputs(args)
-        return run()
+        with interrupts_end_imports(f"{name}: interrupted" if is_first else None):
+            return run()
     except KeyboardInterrupt:
         if is_first:
             print(f"{name}: interrupted", file=sys.stderr)

@@ -141,9 +141,10 @@ def check_inputs(args: argparse.Namespace) -> None:
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises ValueError for a file that could not be written, before hours are spent on what it should hold."""
-    names = ["output", "html", "png", "record", "trace" if args.command == "trace" else "out"]
+    command = getattr(args, "command", None)  # ranks and hosts have none
+    names = ["output", "html", "png", "record", "trace" if command == "trace" else "out"]
     for path in (getattr(args, name, None) for name in names):
-        if path is None or args.command == "pack":  # whose folder is made with those above it
+        if path is None or command == "pack":  # whose folder is made with those above it
             continue
         folder = path.parent
         if not folder.is_dir():

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from moe.launch.cli import main
+from moe.launch import ray_cluster, torchrun
+from moe.launch.cli import main, run_guarded
 from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.placement.trace import RoutingTrace
@@ -266,3 +267,58 @@ def test_options_of_placing_may_stand_in_a_file(tmp_path, capfd):
     with pytest.raises(SystemExit, match="2"):
         main(["simulate", "t", "p", "--config", "absent.toml"])
     assert "No such file" in capfd.readouterr().err
+
+
+GUARDED = (
+    "import sys; from argparse import Namespace; from moe.launch.cli import run_guarded; sys.path.insert(0, {!r}); "
+)
+GUARDED += "sys.exit(run_guarded('moe x', Namespace(debug=False), lambda: __import__('lazy').status))"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+        # as transformers does, so that it would be a fault of ours
+        "try:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\nexcept BaseException:\n    raise ImportError",
+        # a thread that the end of the process would wait for
+        "threading.Thread(target=time.sleep, args=(60,)).start(); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+    ],
+)
+def test_an_interrupt_within_an_import_is_one_sentence(tmp_path, body):
+    (tmp_path / "lazy.py").write_text(f"import os, signal, threading, time\n{body}\nstatus = 0\n")
+    ran = subprocess.run(
+        [sys.executable, "-c", GUARDED.format(str(tmp_path))], capture_output=True, text=True, timeout=50
+    )
+    assert (ran.returncode, ran.stderr) == (130, "moe x: interrupted\n")
+
+
+@pytest.mark.parametrize("printed", ["print('x' * 70000)", "out.print('x' * 70000)", "out.print(Table('x' * 70000))"])
+def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path, printed):
+    """By whatever a command prints."""
+    (tmp_path / "lazy.py").write_text(
+        f"from rich.table import Table\nfrom moe.launch.console import out\n{printed}\n{printed}\nstatus = 0\n"
+    )
+    words = [sys.executable, "-c", GUARDED.format(str(tmp_path))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(50)) == ("", 0)
+
+
+def test_closed_output_is_no_failure():
+    for closed in ("1", "2", "1 2"):
+        words = "; ".join(f"os.close({n})" for n in closed.split())
+        moe = ["-m", "moe", "info", str(TINYMOE)]
+        command = f"import os, sys; {words}; os.execv(sys.executable, [sys.executable, *{moe}])"
+        assert subprocess.run([sys.executable, "-c", command], capture_output=True, timeout=90).returncode == 0
+
+
+@pytest.mark.parametrize("parser", [torchrun.parser, ray_cluster.make_parser])
+def test_ranks_and_hosts_look_at_their_files_too(capsys, tmp_path, parser):
+    hosts = ["--hosts", "2"] if parser is ray_cluster.make_parser else []
+    args = parser().parse_args(["model", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), *hosts])
+    assert run_guarded("ranks", args, lambda: 0) == 2
+    assert "there is no" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text("{}")
+    assert run_guarded("ranks", args, lambda: 0) == 0
+    assert run_guarded("ranks", args, lambda: 0, is_first=False) == 0
