@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.loop import (
     PARTS,
     OnlineLoop,
@@ -259,6 +260,34 @@ def test_the_loop_moves_after_a_change_and_not_without_one():
     assert after.imbalance < before.imbalance
     assert changed.part(slice(1000, None)).imbalance(loop.plan, rates) < 1.15
     assert abs(after.imbalance - turn.after.imbalance) < 0.1, "what was predicted is what was measured"
+
+
+def decoded(trace: RoutingTrace, streams: int, ranks: int) -> Window:
+    """The trace's tokens as so many sequences at once decode them, each at its own place; homes in turn."""
+    steps = trace.num_tokens // streams
+    order = (np.arange(steps)[:, None] + steps * np.arange(streams)).ravel()
+    return Window(trace.expert_ids[order], np.arange(len(order)) % ranks)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("slots", [None, 9])
+@pytest.mark.parametrize("domain", ["intent", "translation", "summary"])
+def test_recorded_text_that_was_held_out_moves_nothing_and_another_domain_does(shared_data, domain, slots):
+    name = shared_data / "traces" / f"deepseek_v2_lite_{domain}.npz"
+    other = name.with_name(name.name.replace(domain, "intent" if domain == "translation" else "translation"))
+    fit, held = from_deepseek_esft_npz(name).split(0.6)
+    plan = solve_copies(fit, 8, slots_per_rank=slots, options=CopyOptions(rounds=5))
+    machine = Machine(sizes=fit.sizes, wire=WireFormat(), topology=Topology.preset("h200x8"))
+    loop = OnlineLoop(plan, machine, LoopOptions(bytes_per_step=1 << 30), SolverAtOnce())
+    for traffic, moves in ((held, False), (from_deepseek_esft_npz(other).split(0.6)[1], True)):
+        window = decoded(traffic, 32, 8)
+        for at in range(0, len(window.ids), 32):
+            for rank in range(8):
+                ids = window.ids[at : at + 32][window.home[at : at + 32] == rank]
+                loop.observe(ids, rank, len(ids), 0)
+            loop.step()
+        assert (loop.stats.moved_experts > 0) == moves
+    assert loop.stats.moved_experts <= 0.15 * plan.hosted.sum()
 
 
 def test_what_is_measured_is_of_the_turn_that_moved():
