@@ -7,6 +7,7 @@ from typing import get_args
 
 from moe.launch.options import named_path, real, whole
 from moe.placement.wire_format import CombineMode, DispatcherName, StepKind
+from moe.plain_text import read_text
 
 
 def with_file(words: Sequence[str]) -> list[str]:
@@ -24,8 +25,8 @@ def with_file(words: Sequence[str]) -> list[str]:
     if found.config is None:
         return [*words]
     try:
-        options = tomllib.loads(found.config.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        options = tomllib.loads(read_text(found.config))
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{found.config} is not a valid TOML file: {error}") from None
     if bad := [key for key, value in options.items() if not isinstance(value, str | int | float)]:
         raise ValueError(f"{found.config}: {bad[0]} must be text or a number, as the option --{bad[0]} is")

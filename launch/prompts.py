@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe.plain_text import read_text
+
 
 def read_prompts(path: Path, limit: int | None) -> list[str]:
     """The prompts of a text, prompt or batch file; lines that are no JSON objects are prompts themselves."""
     prompts: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at separators inside a text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    lines = read_text(path).split("\n")  # splitlines also cuts at separators inside a text
     for number, line in enumerate(lines, 1):
         if limit is not None and len(prompts) >= limit:
             break

@@ -11,6 +11,7 @@ from moe.launch.first_run import measure_first_run
 from moe.launch.options import engine_config
 from moe.launch.report import print_choices
 from moe.llm import LLM
+from moe.plain_text import read_text
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -62,7 +63,7 @@ def read_key(args: argparse.Namespace) -> str | None:
     """From a file, or from the environment variable that is named. Raises ValueError if it is not there or empty."""
     key = None
     if args.api_key_file is not None:
-        key = args.api_key_file.read_text().strip()
+        key = read_text(args.api_key_file).strip()
     elif args.api_key_env is not None:
         key = os.environ.get(args.api_key_env, "").strip()
     if key == "":

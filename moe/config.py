@@ -17,6 +17,7 @@ from moe.kernels.names import KernelName
 from moe.offload.budget import parse_budget
 from moe.placement.loop_options import LoopOptions
 from moe.placement.wire_format import CombineMode, DispatcherName
+from moe.plain_text import read_text
 
 Prefetch = Literal["auto", "off", "transition", "router", "learned"]
 _LARGEST = (1 << 31) - 1  # of any setting that is a number
@@ -249,8 +250,8 @@ class EngineConfig:
         values: dict[str, Any] = {}
         if path is not None:
             try:
-                values = tomllib.loads(Path(path).read_text())
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+                values = tomllib.loads(read_text(Path(path)))
+            except tomllib.TOMLDecodeError as error:
                 raise ValueError(f"{path} is not a valid TOML file: {error}") from None
         for setting in settings:
             key, equals, text = setting.partition("=")

@@ -3,7 +3,6 @@
 What a request asks for and cannot have is refused by its name; what is there and asks for nothing is accepted.
 """
 
-import codecs
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from moe.params import Logprob, SamplingParams, StructuredOutputsParams
+from moe.plain_text import utf8_of
 from moe.tools import FORMATS, FreeReader, ListReader, NamedReader, Reader, Tool, ToolFormat, forced_schema, name_of
 
 PromptLogprobs = Sequence[Mapping[int, Logprob] | None] | None  # one per token
@@ -348,10 +348,8 @@ def _template(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lines_of(content: bytes, name: str) -> list[bytes]:
-    """Of a batch file. Raises ValueError for one that is not UTF-8, which would be split within its characters."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
-        raise ValueError(f"{name} is UTF-16 or UTF-32; UTF-8 is wanted: `iconv -f UTF-16 -t UTF-8` makes it so")
-    return content.removeprefix(codecs.BOM_UTF8).splitlines()
+    """Of a batch file. Raises ValueError for UTF-16 and UTF-32."""
+    return utf8_of(content, name).splitlines()
 
 
 def json_of(content: bytes, name: str = "") -> Any:

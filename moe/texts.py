@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe.llm import LLM
+from moe.plain_text import read_text
 
 
 def read_windows(llm: LLM, paths: Sequence[Path], length: int, limit: int | None = None) -> list[list[int]]:
@@ -14,10 +15,7 @@ def read_windows(llm: LLM, paths: Sequence[Path], length: int, limit: int | None
     length = min(length, llm.engine.max_context - 1)
     by_file = []
     for path in paths:
-        try:
-            tokens = llm.encode(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        tokens = llm.encode(read_text(path))
         by_file.append([w for a in range(0, len(tokens), length) if len(w := tokens[a : a + length]) >= 16])
     longest = max(map(len, by_file), default=0)
     windows = [own[n] for n in range(longest) for own in by_file if n < len(own)][:limit]

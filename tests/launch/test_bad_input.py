@@ -14,12 +14,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from moe.batch import BatchProgress, ResultFile
+from moe.config import EngineConfig
 from moe.launch import ray_cluster, torchrun
 from moe.launch.cli import _parser, main
 from moe.launch.options import check_inputs, check_outputs, named_path
+from moe.launch.place_options import with_file
+from moe.launch.prompts import read_prompts
+from moe.launch.serve import read_key
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.models.load import load_dense
+from moe.openai import lines_of
 from moe.params import SamplingParams
 from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import NUM_NEW, ROOT, TINYMOE, check_whole, config, engine_says, greedy
@@ -326,6 +331,31 @@ def test_files_of_the_other_commands(capfd, tmp_path, folder):
             assert word in sentence, sentence
     assert text.read_text() == "A prompt\n"
     assert not trace.exists()
+
+
+def test_texts_of_other_encodings(tmp_path):
+    """Whoever reads text that people write: the mark that some editors begin it with is none of it, UTF-16 is said."""
+    readers = {
+        "p.jsonl": (lambda p: read_prompts(p, None), '{"prompt": "é"}\r\n', ["é"]),
+        "p.txt": (lambda p: read_prompts(p, None), "é\r\n", ["é"]),
+        "c.toml": (lambda p: EngineConfig.load(p).max_context, "max_context = 7\n", 7),
+        "place.toml": (
+            lambda p: with_file(["place", "t", "--config", str(p)]),
+            "seed = 3\n",
+            ["place", "--seed=3", "t"],
+        ),
+        "key": (lambda p: read_key(argparse.Namespace(api_key_file=p, host="::1")), "secret\n", "secret"),
+        "in.jsonl": (lambda p: lines_of(p.read_bytes(), str(p)), "{}\r\n", [b"{}"]),
+    }
+    for name, (read, text, want) in readers.items():
+        path = tmp_path / name
+        for encoding in ("utf-8", "utf-8-sig"):
+            path.write_bytes(text.encode(encoding))
+            assert read(path) == want, (name, encoding)
+        for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+            path.write_bytes(text.encode(encoding))
+            with pytest.raises(ValueError, match="is UTF-16 or UTF-32; UTF-8 is wanted"):
+                read(path)
 
 
 def written_files():

@@ -73,7 +73,8 @@ def test_bad_settings(setting, message):
     ("toml", "message"),
     [
         ("dtype = ", "is not a valid TOML file"),
-        ("\xff\xfe", "is not a valid TOML file"),
+        ("\xff\xfe", "is UTF-16 or UTF-32"),
+        ("\xe9", "is not UTF-8 text"),
         ("dtype = 4", "must be one of"),
         ("dtype = []", "must be one of"),
         ("offload = 3", "offload is a group of settings"),
