@@ -11,6 +11,7 @@ from rich.table import Table
 from moe.launch.console import err, out
 
 _LOOK_S = 0.5
+_ANSWER_S = 30.0  # for the controller to answer; it may be settling a generation
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,9 +20,7 @@ def run(args: argparse.Namespace) -> int:
 
 def show_status(args: argparse.Namespace) -> int:
     """Hosts, generation, plan and load; args.json: as one document."""
-    import ray
-
-    status, _ = ray.get(_controller(args).status.remote())
+    status, _ = _answer(_controller(args).status.remote())
     if args.json:
         plan = status.plan and {"solver": status.plan.solver, "hosted": status.plan.hosted.astype(int).tolist()}
         print(json.dumps(dataclasses.asdict(dataclasses.replace(status, plan=None)) | {"plan": plan}, default=str))
@@ -66,18 +65,20 @@ def show_status(args: argparse.Namespace) -> int:
 
 
 def scale(args: argparse.Namespace) -> int:
-    """Returns when args.num_hosts serve, or at once with args.no_wait."""
-    import ray
+    """Returns when args.num_hosts serve, or at once with args.no_wait.
 
+    Raises ValueError when Ray has no room for them after `cluster.room_s`: then those that were there serve on.
+    """
     controller = _controller(args)
-    try:
-        ray.get(controller.scale.remote(args.num_hosts))
-    except ray.exceptions.RayTaskError as error:
-        raise ValueError(str(error.cause)) from None
+    asked = time.time()
+    _answer(controller.scale.remote(args.num_hosts))
     while not args.no_wait:
-        status, _ = ray.get(controller.status.remote())
-        serving = sum(host.what == "serves" for host in status.hosts)
-        if serving == args.num_hosts or status.target != args.num_hosts:
+        status, _ = _answer(controller.status.remote())
+        if status.target != args.num_hosts:
+            whys = [note.what for note in status.noted if note.at >= asked and "no room" in note.what]
+            why = whys[-1] if whys else "another number was asked for meanwhile"
+            raise ValueError(f"{args.num_hosts} hosts do not serve, {status.target} do or will: {why}")
+        if sum(host.what == "serves" for host in status.hosts) == args.num_hosts:
             break
         time.sleep(_LOOK_S)
     err.print(f"{args.num_hosts} hosts {'are asked for' if args.no_wait else 'serve'}", markup=False)
@@ -101,3 +102,17 @@ def _controller(args: argparse.Namespace) -> Any:
         raise ValueError(f"this needs Ray, which is not installed ({error}); pip install 'moeflow[ray]'") from None
     connect_ray(args.address or "auto")
     return find_resident(args.controller)
+
+
+def _answer(reference: Any) -> Any:
+    """What the controller answers. Raises ValueError with its sentence, and if it has ended or does not answer."""
+    import ray
+
+    try:
+        return ray.get(reference, timeout=_ANSWER_S)
+    except ray.exceptions.RayTaskError as error:
+        raise ValueError(str(error.cause)) from None
+    except ray.exceptions.GetTimeoutError:
+        raise ValueError(f"the controller did not answer within {_ANSWER_S:g} s") from None
+    except ray.exceptions.RayActorError:
+        raise ValueError("the controller has ended") from None

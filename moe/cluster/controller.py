@@ -13,6 +13,7 @@ import ray
 from moe.cluster.crew import Crew
 from moe.cluster.front import Front
 from moe.cluster.policy import ClusterError, State
+from moe.cluster.shown import status_of
 from moe.cluster.stats import ClusterStatus, Noted
 from moe.config import EngineConfig
 from moe.engine.requests import Request
@@ -92,7 +93,7 @@ class ClusterEngine(Front):
 
     def status(self) -> ClusterStatus:
         """Hosts, generation, plan and load, as `moe ray status` shows them."""
-        return self.crew.status(self.blueprint.folder.name)
+        return status_of(self.crew, self.blueprint.folder.name)
 
     def state(self) -> EngineState:
         """Of all hosts together."""

@@ -7,7 +7,6 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from moe.cluster.lines import Lines
 from moe.cluster.messages import Ended, Placed, Serve, Where
 from moe.cluster.plans import Placements
 from moe.cluster.policy import ClusterError, FailurePolicy, State, first_sentence
-from moe.cluster.stats import ClusterStats, ClusterStatus, HostStatus, Noted
+from moe.cluster.stats import ClusterStats, Noted
 from moe.config import EngineConfig
 from moe.engine.limits import Limits
 from moe.placement.plan import Plan
@@ -80,7 +79,7 @@ class Crew:
             raise ValueError(f"hosts ({num_hosts}) must be >= 1")
         self.target = num_hosts
         there = len(self.alive) + len(self.spare) + len(self.loading)
-        self._start(max(0, num_hosts + self.config.cluster.spares - there))
+        self._start(max(0, num_hosts + self.config.cluster.spares - there), is_growth=True)
         if num_hosts < len(self.alive):
             self._change(self.alive[:num_hosts])
 
@@ -111,6 +110,7 @@ class Crew:
                 self._has_placed(reference)
             elif reference in self.loading:
                 self._loaded(reference)
+        self._drop_homeless()
         if self._drop_dead_spares():
             self._take_back(self.alive)
             self._replace(len(self.alive))
@@ -144,42 +144,6 @@ class Crew:
         counts.placement = self.placements.stats
         return counts
 
-    def status(self, model: str) -> ClusterStatus:
-        """From any thread: what it shows may be a step old."""
-        rows, plan = [], self.plan
-        for what, hosts in (("serves", self.alive), ("waits", self.spare), ("loads", list(self.loading.values()))):
-            for place, host in enumerate(hosts):
-                rank = place if what == "serves" else None
-                experts = 0 if plan is None or rank is None else int(plan.hosted[:, :, rank].sum())
-                rows.append(self._status_of(host, what, rank, experts))
-        return ClusterStatus(
-            model=model,
-            state=self.state.name.lower(),
-            generation=self.generation,
-            target=self.target,
-            hosts=tuple(rows),
-            plan=plan,
-            counts=replace(self.counted()),
-            noted=tuple(self.noted[-20:]),
-        )
-
-    def _status_of(self, host: Host, what: str, rank: int | None, experts: int) -> HostStatus:
-        info, line = host.info, self.lines.get(host.number)
-        silent, _ = (0.0, 0.0) if line is None else self.lines.since(line)
-        return HostStatus(
-            number=host.number,
-            what=what,
-            rank=rank,
-            node="" if info is None else info.node,
-            pid=0 if info is None else info.pid,
-            requests=self.ledger.load(host.number),
-            experts=experts,
-            loaded=None if info is None else info.state,
-            free_blocks=0 if line is None else line.free_blocks,
-            steps=0 if line is None else line.steps,
-            silent_s=silent,
-        )
-
     def _hear(self) -> None:
         """What hosts have said; the words of one that was given up are of no request any more."""
         for number, said in self.lines.take_words():
@@ -205,13 +169,30 @@ class Crew:
                 for note in self.placements.moved(placed):
                     self._note(f"placement: {note}", [host], {})
 
-    def _start(self, count: int) -> None:
-        hosts = self.fleet.start(count, self.target) if count else []
+    def _start(self, count: int, *, is_growth: bool = False) -> None:
+        hosts = self.fleet.start(count, self.target, is_growth=is_growth) if count else []
         self.loading |= {self.fleet.ask_ready(host): host for host in hosts}
 
     def _replace(self, num_alive: int) -> None:
         waiting = len(self.loading) + len(self.spare)
         self._start(self.policy.hosts_to_start(self.target, num_alive, waiting))
+
+    def _drop_homeless(self) -> None:
+        """Growth that Ray has no room for is given up; a replacement waits for room while others serve.
+
+        Raises ClusterError if nobody serves.
+        """
+        if not (homeless := self.fleet.homeless(self.loading.values())):
+            return
+        why = self.fleet.no_room(len(homeless))
+        self._note(why, homeless, {})
+        if self.state is State.WAITING and len(homeless) == len(self.loading):
+            raise ClusterError(f"{why}; no host is left that serves, and finished work is kept")
+        grown = [host for host in homeless if host.is_growth]
+        self.loading = {reference: host for reference, host in self.loading.items() if host not in grown}
+        for host in grown:
+            self._end(host)
+        self.target = max(1, len(self.alive), self.target - len(grown))
 
     def _wait_for_first(self) -> None:
         """Until all hosts of the start have loaded. Raises what made one of them fail."""

@@ -1,12 +1,18 @@
 """The actors of a cluster: started in bundles of a placement group, watched by their lines, ended by a helper there."""
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from moe.cluster.host import NodeKeeper, actor_class
@@ -25,6 +31,8 @@ class Host:
     bundle: int  # of the group
     info: HostInfo | None = None
     placed: int = 0  # number of the last `Placed` of it that has come
+    is_growth: bool = False  # asked for by a change of the number of hosts, not by a loss
+    asked: float = field(default_factory=time.monotonic)  # when Ray was asked for its place, or last looked at
     is_over: bool = False  # it was given up: what it may still say counts for nothing
 
 
@@ -49,8 +57,8 @@ class Fleet:
         self._last: list[Any] = []  # groups of the hosts that were started last
         self._next = 0
 
-    def start(self, count: int, num_ranks: int) -> list[Host]:
-        """Hosts that load, each a share of `num_ranks`. Raises ValueError if Ray has no room for them."""
+    def start(self, count: int, num_ranks: int, *, is_growth: bool = False) -> list[Host]:
+        """Hosts that load, each a share of `num_ranks`, as soon as Ray has room for them."""
         places = [self._free.pop() for _ in range(min(count, len(self._free)))]
         if missing := count - len(places):
             labels = [self._labels] * missing if self._labels else None
@@ -70,20 +78,36 @@ class Fleet:
             actor = self._actor_class.options(
                 scheduling_strategy=bundle, num_cpus=self._bundle["CPU"], num_gpus=self._bundle.get("GPU", 0)
             ).remote(self.folder, self.config, number, (number, num_ranks), self.where)
-            hosts.append(Host(number, actor, group, index))
+            hosts.append(Host(number, actor, group, index, is_growth=is_growth))
         return hosts
 
     def check_room(self) -> None:
         """Raises ValueError if the last hosts that were started have no place after `cluster.room_s`."""
         for group in self._last:
             if not group.wait(self.config.cluster.room_s):
-                resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-                labelled = f" on nodes labelled {self._labels}" if self._labels else ""
-                have = {k: v for k, v in resources.items() if k in ("CPU", "GPU")}
-                raise ValueError(
-                    f"Ray has no room for {group.bundle_count} bundles of {self._bundle}{labelled}: the cluster has "
-                    f"{have}; ask for fewer hosts, or give them less"
-                )
+                raise ValueError(self.no_room(group.bundle_count))
+
+    def homeless(self, hosts: Iterable[Host]) -> list[Host]:
+        """Those of `hosts` that have no place `cluster.room_s` after Ray was asked. Each is told once in that time."""
+        now, found = time.monotonic(), []
+        for host in hosts:
+            if now - host.asked > self.config.cluster.room_s:
+                host.asked = now
+                if host.info is None and placement_group_table(host.group)["state"] != "CREATED":
+                    found.append(host)
+        return found
+
+    def no_room(self, count: int) -> str:
+        """A sentence: what `count` hosts ask for, and what there is."""
+        labelled = f" on nodes labelled {self._labels}" if self._labels else ""
+        have, free = (
+            {k: round(resources.get(k, 0.0), 2) for k in self._bundle}
+            for resources in (ray.cluster_resources(), ray.available_resources())  # type: ignore[no-untyped-call]
+        )
+        return (
+            f"Ray has no room for {count} bundles of {self._bundle}{labelled}: after {self.config.cluster.room_s:g} s "
+            f"the cluster has {have}, of which {free} are free; ask for fewer hosts, or give them less"
+        )
 
     def ask_ready(self, host: Host) -> Any:
         """A reference to its HostInfo, which comes when it has loaded."""
@@ -138,6 +162,6 @@ def group_prefix(controller: str) -> str:
 def give_back_groups(controller: str) -> None:
     """Bundles of a controller that has ended, and whoever is still in them: Ray keeps them as long as the driver that
     started it."""
-    for number, found in ray.util.placement_group_table().items():
+    for number, found in placement_group_table().items():
         if found["name"].startswith(group_prefix(controller)) and found["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))

@@ -281,12 +281,29 @@ def test_more_hosts_than_there_is_room_for(nodes):
         ClusterEngine(DEMO, config_of(), 0)
 
 
+def test_growth_without_room_ends_and_the_hosts_serve_on(nodes, expected):
+    """Those that Ray cannot place are given up after `room_s`, with the numbers; then a number that fits is reached."""
+    with LLM(DEMO, config_of("cluster.room_s=2"), hosts=2) as llm:
+        engine = llm.engine
+        engine.scale(40)
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
+        until(engine, lambda: engine.crew.target == 2, 60)
+        (why,) = {note.what for note in engine.crew.noted if "no room" in note.what}
+        assert re.search(
+            r"no room for 38 bundles of {'CPU': 0.5}: after 2 s the cluster has {'CPU': 8.0}, of which", why
+        )
+        assert (len(engine.crew.alive), len(engine.crew.loading), engine.crew.counts.lost_hosts) == (2, 0, 0)
+        engine.scale(3)
+        until(engine, lambda: len(engine.crew.alive) == 3)
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
+
+
 def test_a_service_on_hosts(nodes, tmp_path, capsys):
     """Callers see the loss of a host, of the controller and a change of the number of hosts as a pause."""
     prompt, length = "Once upon a time, there was", 150
     with LLM(DEMO, config_of("max_context=256")) as alone:
         right = alone.generate(prompt, SamplingParams(max_tokens=length, ignore_eos=True))[0].outputs[0].text
-    settings = [f"--set={one}" for one in (*SETTINGS, "max_context=256")]
+    settings = [f"--set={one}" for one in (*SETTINGS, "max_context=256", "cluster.room_s=5")]
     args = _parser().parse_args(["serve", str(DEMO), "--hosts", "2", "--controller", "test", *settings])
     with loaded(args, engine_config(args)) as llm:
         service = Service(llm)
@@ -314,6 +331,8 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
         for number in (3, 2):
             assert streamed(partial(main, ["ray", "scale", str(number), "--controller", "test"])) == right
             assert serving() == number
+        assert main(["ray", "scale", "40", "--controller", "test"]) == 2
+        assert "40 hosts do not serve, 2 do or will: Ray has no room for 38 bundles" in capsys.readouterr().err
         assert main(["ray", "status", "--controller", "test"]) == 0
         assert "tinymoe: serving, generation" in capsys.readouterr().out
         assert httpx.get(f"{url}/metrics").text.count("lost_hosts") > 0
@@ -328,7 +347,8 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
         assert (plan != Plan.contiguous(*plan.shape).hosted).any(), "hosts that came and went have changed it"
         assert streamed(lambda: ray.kill(before)) == right
         assert (llm.engine.plan.hosted == plan).all(), "the successor begins with the plan as it was"
-        assert main(["ray", "scale", "0", "--controller", "test"]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            main(["ray", "scale", "0", "--controller", "test"])
         copy = shutil.copytree(DEMO, tmp_path / "other")
         with pytest.raises(ValueError, match=r"the controller 'test' serves .*tinymoe, not .*other"):
             RemoteEngine(copy, engine_config(args), 2, "test")
