@@ -1,0 +1,157 @@
+"""Slow, failing, short and reordered reads, requests cancelled at any step: tokens stay, for every store, policy,
+predictor and schedule, nothing waits for ever, and the slots' laws hold after every step."""
+
+import os
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain, repeat
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_parallel import prompts_of, tokens_alone
+
+import moe.offload.cache as cache_module
+from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.llm import LLM
+from moe.offload.stores import FileStore, MmapStore, RamStore
+from moe.params import SamplingParams
+from tests.families import tiny_checkpoint
+
+PARAMS = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+ACTS = ("plain", "slow", "fail", "short")
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    folder = tiny_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"))
+    prompts = prompts_of(5)
+    return folder, prompts, tokens_alone(folder, prompts)
+
+
+@dataclass
+class Faults:
+    """What happens to the reads that come next, whichever thread they come from, then nothing; `done` counts."""
+
+    acts: list[str]
+
+    def __post_init__(self) -> None:
+        self.lock, self.halved = threading.Lock(), threading.local()
+        self.coming, self.done = chain(self.acts, repeat("plain")), Counter()
+
+    def act(self) -> None:
+        with self.lock:
+            act = next(self.coming)
+            self.done[act] += 1
+        self.halved.now = act == "short"
+        if act == "slow":
+            time.sleep(0.002)  # others overtake it
+        if act == "fail":
+            raise OSError(5, "the disk is gone", "shard-7")
+
+    def preadv(self, file, parts, offset):
+        """Half of the first part at most, where this read is a short one."""
+        if getattr(self.halved, "now", False) and len(parts[0]) > 1:
+            parts = [parts[0][: len(parts[0]) // 2]]
+        return _preadv(file, parts, offset)
+
+
+_preadv = os.preadv
+
+
+def faulty(monkeypatch, faults):
+    """Every store's reads act first; a short one is a file's."""
+    for kind in (FileStore, MmapStore, RamStore):
+        real = kind.read_into
+
+        def read_into(self, layer, expert, out, real=real):
+            faults.act()
+            return real(self, layer, expert, out)
+
+        monkeypatch.setattr(kind, "read_into", read_into)
+    monkeypatch.setattr(os, "preadv", faults.preadv)
+
+
+@st.composite
+def configs(draw):
+    prefetch = draw(st.sampled_from(["off", "transition", "router", "learned", "auto"]))
+    sequences = draw(st.sampled_from([1, 2, 7]))
+    return EngineConfig(
+        dtype="float32",
+        offload=OffloadConfig(
+            budget=draw(st.sampled_from(["1 expert", "3", "0.25", "0.5", "0.75"])),
+            policy=draw(st.sampled_from(["lru", "lfu"])),
+            store=draw(st.sampled_from(["file", "file", "mmap", "ram"])),
+            readers=draw(st.integers(prefetch not in ("off", "auto"), 3)),
+            prefetch=prefetch,
+        ),
+        batch=BatchConfig(
+            max_tokens=48,
+            max_sequences=sequences,
+            pool=draw(st.sampled_from([None, sequences + 3])),
+            packed=draw(st.booleans()),
+            kv_tokens=1024,
+        ),
+    )
+
+
+@pytest.mark.heavy
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    config=configs(),
+    acts=st.lists(st.sampled_from([*["plain"] * 8, *ACTS]), min_size=1, max_size=40).filter(
+        lambda a: set(a) != {"fail"}
+    ),
+    cancelled=st.dictionaries(st.integers(0, 30), st.integers(0, 6), max_size=3),
+)
+def test_no_token_changes_whatever_reads_do(mixtral, config, acts, cancelled):
+    folder, prompts, expected = mixtral
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "INLINE_READ_BYTES", 0)
+        with LLM(folder, config) as llm:
+            if llm.engine.experts.lookahead is not None:
+                llm.engine.experts.lookahead.prefetcher._trial = None
+            faults = Faults(acts)
+            faulty(patch, faults)
+            said = serve(llm, prompts, cancelled)
+            patch.undo()
+            cache = llm.engine.experts.cache
+            assert llm.engine.why_not_whole() is None
+            cache.ahead.finish()
+            cache.check()
+            again = [o.outputs[0].token_ids for o in llm.generate(prompts, PARAMS, use_tqdm=False)]
+    assert said == expected
+    assert again == expected
+
+
+def serve(llm, prompts, cancelled):
+    """All prompts' answers; what is cancelled, or lost by a failed read, is asked for again. No run is endless."""
+    running = {n: llm.add(prompt, PARAMS) for n, prompt in enumerate(prompts)}
+    said: list[list[int] | None] = [None] * len(prompts)
+    for step in range(1000):
+        if not running:
+            return said
+        if (n := cancelled.get(step)) in running:
+            llm.abort([running[n]])
+            running[n] = llm.add(prompts[n], PARAMS)
+        try:
+            llm.step()
+        except OSError as error:
+            if "the disk is gone" not in str(error):
+                raise
+        cache = llm.engine.experts.cache
+        cache.check()
+        stats = cache.stats
+        accounted = sum(cache.ahead.unused.values()) + sum(
+            s.useful_bytes + s.late_bytes + s.wasted_bytes for s in stats
+        )
+        assert sum(s.prefetch_bytes for s in stats) == accounted
+        for n, one in list(running.items()):
+            if one.request.finish_reason == "length":
+                said[n] = one.token_ids
+                del running[n]
+            elif one.request.finish_reason is not None:
+                running[n] = llm.add(prompts[n], PARAMS)
+    raise AssertionError(f"after 1000 steps {sorted(running)} have no answer")
