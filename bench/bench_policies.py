@@ -3,7 +3,8 @@
 Limit: `Belady`, the least number of misses any policy can have. Misses become bytes and stall only with an expert's
 size and a disk, so read this beside bench_stores.py. Routing: the .npz files of a folder, each with `expert_ids`
 [tokens, layers, K]; every token is one decode step of a batch of one. All slots are shared by all layers; "per layer"
-is LRU with the slots divided among the layers, which cannot follow a layer that needs more.
+is LRU with the slots divided among the layers, which cannot follow a layer that needs more; "by demand" is the default
+with slots of its own for every layer, as many as saved most misses on the tokens before (PLEC).
 
     python bench/bench_policies.py TRACES_FOLDER [--first 1000] [--tokens 400]
 """
@@ -26,6 +27,23 @@ def misses_per_layer(accesses: list[Access], num_layers: int, num_experts: int, 
     return sum(simulate(Lru([num_experts] * num_layers), steps, per_layer) for steps in each)
 
 
+def misses_by_demand(before: np.ndarray, ids: np.ndarray, num_experts: int, num_slots: int, step: int = 3) -> int:
+    """ids [tokens, L, K]. Every layer has K slots; `step` more go where they saved most on `before`."""
+    _, num_layers, top_k = ids.shape
+
+    def of(rows: np.ndarray, layer: int, slots: int) -> int:
+        return simulate(Lfu([num_experts]), [Access(0, row.astype(np.int64)) for row in rows[:, layer]], slots)
+
+    sizes = range(top_k, num_experts + 1, step)
+    curves = np.array([[of(before, layer, size) for size in sizes] for layer in range(num_layers)])
+    have = np.zeros(num_layers, int)
+    for _ in range((num_slots - top_k * num_layers) // step):
+        more = np.minimum(have + 1, len(sizes) - 1)
+        rows = np.arange(num_layers)
+        have[(curves[rows, have] - curves[rows, more]).argmax()] += 1
+    return sum(of(ids, layer, sizes[n]) for layer, n in enumerate(have.clip(max=len(sizes) - 1)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -36,12 +54,16 @@ def main() -> None:
     print(f"python {' '.join(sys.argv)}\n")
     part = slice(arguments.first, arguments.first + arguments.tokens)
     traces = {p.stem: np.load(p)["expert_ids"][part] for p in sorted(arguments.folder.glob("deepseek*.npz"))}
+    earlier = slice(max(0, part.start - arguments.tokens), part.start)
+    before = {p.stem: np.load(p)["expert_ids"][earlier] for p in sorted(arguments.folder.glob("deepseek*.npz"))}
     third = arguments.tokens // len(traces)
     traces["all, one after another"] = np.concatenate([ids[:third] for ids in traces.values()])
+    before["all, one after another"] = np.concatenate([ids[:third] for ids in before.values()])
     num_layers, num_experts = traces["all, one after another"].shape[1], 64
     sizes = [num_experts] * num_layers
-    print("hit rate %\n\n| routing | slots % | LRU | LRU per layer | LFU, no recency | LFU (default) | oracle |")
-    print("|---|---|---|---|---|---|---|")
+    print("hit rate %\n")
+    print("| routing | slots % | LRU | LRU per layer | LFU, no recency | LFU (default) | by demand | oracle |")
+    print("|---" * 8 + "|")
     rows = []
     for name, ids in traces.items():
         accesses = [
@@ -59,9 +81,10 @@ def main() -> None:
             }
             misses = {key: simulate(policy, accesses, num_slots) for key, policy in policies.items()}
             misses["lru_per_layer"] = misses_per_layer(accesses, num_layers, num_experts, num_slots)
+            misses["lfu_by_demand"] = misses_by_demand(before[name], ids, num_experts, num_slots)
             assert misses["oracle"] == min(misses.values()), misses
             rate = {key: 100 * (1 - count / ids.size) for key, count in misses.items()}
-            order = ("lru", "lru_per_layer", "lfu_no_recency", "lfu", "oracle")
+            order = ("lru", "lru_per_layer", "lfu_no_recency", "lfu", "lfu_by_demand", "oracle")
             print(f"| {name} | {100 * share:g} | " + " | ".join(f"{rate[key]:.1f}" for key in order) + " |", flush=True)
             rows.append({"routing": name, "share": share} | rate)
     print(json.dumps(rows))
