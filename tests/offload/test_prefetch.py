@@ -136,14 +136,18 @@ def gated(monkeypatch):
     cache.close()
 
 
-def let_after(store, count, owner, name):
-    """Permits `count` reads once a method of `owner` has been called: in this order however busy the machine is."""
+def let_after(store, count, owner, name, *expected):
+    """Permits `count` reads once a method of `owner` has been called: in this order however busy the machine is.
+
+    expected: its arguments; none: whatever they are. Other calls pass.
+    """
     method = getattr(owner, name)
 
     def then_let(*args, **kwargs):
-        setattr(owner, name, method)
         found = method(*args, **kwargs)
-        store.let(count)
+        if not expected or args == expected[0]:
+            setattr(owner, name, method)
+            store.let(count)
         return found
 
     setattr(owner, name, then_let)
@@ -311,7 +315,7 @@ def test_speculation_takes_no_slot_that_is_held_and_gives_way_to_misses(gated):
     cache.prefetch(1, [5, 6, 7])
     assert len(cache.ahead.coming) == 3
     store.wait_begun(3)  # of which two were of layer 0
-    let_after(store, 10, cache._readers, "take_back")
+    let_after(store, 10, cache._readers, "take_back", ())  # of all layers: room for misses
     assert take(cache, 2, [0, 1, 2]) == [0, 1, 2]  # needs all slots
     settle(cache)
     assert (1, 7) not in store.reads

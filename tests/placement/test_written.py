@@ -107,7 +107,9 @@ def calls_that_write(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            is_open = name == "open" and any(isinstance(a, ast.Constant) and "w" in str(a.value) for a in node.args)
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            is_nowhere = [ast.unparse(a) for a in node.args[:1]] == ["os.devnull"]
+            is_open = name == "open" and not is_nowhere and any("w" in str(mode) for mode in modes)
             if is_open or name in ("write_text", "write_bytes", "save_file", "savez", "savez_compressed", "savefig"):
                 yield node
 
