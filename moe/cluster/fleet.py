@@ -71,14 +71,14 @@ class Fleet:
             self._groups.append(group)
             places += [(group, index) for index in range(missing)]
         self._last = [group for group, _ in places]
-        hosts = []
+        hosts, asked = [], time.monotonic()  # of all together, so that those without room are told in one sentence
         for group, index in places:
             number, self._next = self._next, self._next + 1
             bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             actor = self._actor_class.options(
                 scheduling_strategy=bundle, num_cpus=self._bundle["CPU"], num_gpus=self._bundle.get("GPU", 0)
             ).remote(self.folder, self.config, number, (number, num_ranks), self.where)
-            hosts.append(Host(number, actor, group, index, is_growth=is_growth))
+            hosts.append(Host(number, actor, group, index, is_growth=is_growth, asked=asked))
         return hosts
 
     def check_room(self) -> None:
