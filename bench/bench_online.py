@@ -14,8 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +21,8 @@ from typing import Any
 
 import torch
 
-from bench.bench_ranks import DEMO, ROOT
-from bench.bench_serving_rule import params, prompts
+from bench.bench_ranks import DEMO
+from bench.bench_serving_rule import params, prompts, told_by_ranks
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig, PlacementConfig
 from moe.engine.modes import Ranks
@@ -91,12 +89,7 @@ def measure(ranks: int, sequences: int, num_tokens: int) -> dict[str, Any]:
         answers = llm.generate(prompts(sequences * ranks), params(num_tokens))
         expected = [one.outputs[0].token_ids for one in answers]
     with tempfile.TemporaryDirectory() as name:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-        command = [*start, "-m", "bench.bench_online", "--worker", name, "--sequences", str(sequences)]
-        subprocess.run(
-            [*command, "--tokens", str(num_tokens)], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        told = [json.loads((Path(name) / f"{rank}.out").read_text()) for rank in range(ranks)]
+        told = told_by_ranks("bench.bench_online", Path(name), ranks, sequences, num_tokens)
     for rank, one in enumerate(told):
         assert one["tokens"] == expected[rank::ranks], rank
     assert told[0]["load"] >= 1, "rank 0 has looked at a window"

@@ -100,7 +100,7 @@ def worker(folder: Path, sequences: int, num_tokens: int) -> None:
             tokens, seconds, steps = decode(llm, own, num_tokens, timed)
             told[name] = {"tokens": tokens, "seconds": seconds, "steps": steps, "rule": timed}
             rank = groups.rank
-    (folder / f"{rank}.json.out").write_text(json.dumps(told))
+    (folder / f"{rank}.out").write_text(json.dumps(told))
 
 
 def alone_us(sequences: int, ranks: int, rounds: int = 200) -> tuple[float, float]:
@@ -117,6 +117,14 @@ def alone_us(sequences: int, ranks: int, rounds: int = 200) -> tuple[float, floa
     return statistics.median(seconds["compiled"]) * 1e6, statistics.median(seconds["numpy"]) * 1e6
 
 
+def told_by_ranks(module: str, folder: Path, ranks: int, sequences: int, num_tokens: int) -> list[dict[str, Any]]:
+    """What each rank of `python -m module --worker FOLDER` under torchrun wrote to FOLDER/RANK.out."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    command += ["-m", module, "--worker", str(folder), "--sequences", str(sequences), "--tokens", str(num_tokens)]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return [json.loads((folder / f"{rank}.out").read_text()) for rank in range(ranks)]
+
+
 def measure(ranks: int, sequences: int, num_tokens: int, rounds: int) -> dict[str, Any]:
     with load(None, sequences * ranks) as llm:
         expected, seconds, steps = decode(llm, prompts(sequences * ranks), num_tokens, None)
@@ -127,12 +135,7 @@ def measure(ranks: int, sequences: int, num_tokens: int, rounds: int) -> dict[st
             folder = Path(name)
             plan_of(ranks, SPARE).save(folder / "replicas.json")
             plan_of(ranks, 0).save(folder / "plain.json")
-            start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-            command = [*start, "-m", "bench.bench_serving_rule", "--worker", name, "--sequences", str(sequences)]
-            subprocess.run(
-                [*command, "--tokens", str(num_tokens)], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-            told = [json.loads((folder / f"{rank}.json.out").read_text()) for rank in range(ranks)]
+            told = told_by_ranks("bench.bench_serving_rule", folder, ranks, sequences, num_tokens)
         for rank, one in enumerate(told):
             for of_plan in ("replicas", "plain"):
                 assert one[of_plan]["tokens"] == expected[rank::ranks], (of_plan, rank)

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moe.config import EngineConfig
 from moe.params import SamplingParams
@@ -18,40 +18,31 @@ def named_path(text: str) -> Path:
 
 
 _MOST = 2**31 - 1  # of what has no limit of its own
+_Number = TypeVar("_Number", int, float)
 
 
 def whole(least: int, most: int = _MOST) -> Callable[[str], int]:
     """Of an argument that is a whole number from `least` to `most`."""
-
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-        _check_range(text, number, least, most)
-        return number
-
-    return read
+    return _within(int, "whole number", least, most)
 
 
 def real(least: float, most: float = _MOST) -> Callable[[str], float]:
     """Of an argument that is a number from `least` to `most`, and so no NaN."""
+    return _within(float, "number", least, most)
 
-    def read(text: str) -> float:
+
+def _within(parse: Callable[[str], _Number], said: str, least: float, most: float) -> Callable[[str], _Number]:
+    def read(text: str) -> _Number:
         try:
-            number = float(text)
+            number = parse(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
-        _check_range(text, number, least, most)
+            raise argparse.ArgumentTypeError(f"{text!r} is no {said}") from None
+        if not least <= number <= most:  # nor is NaN
+            wanted = f"be >= {least:g}" if most == _MOST and not number > most else f"lie in [{least:g}, {most}]"
+            raise argparse.ArgumentTypeError(f"{text} must {wanted}")
         return number
 
     return read
-
-
-def _check_range(text: str, number: float, least: float, most: float) -> None:
-    if not least <= number <= most:  # nor is NaN
-        wanted = f"be >= {least:g}" if most == _MOST and not number > most else f"lie in [{least:g}, {most}]"
-        raise argparse.ArgumentTypeError(f"{text} must {wanted}")
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -70,12 +70,13 @@ def scale(args: argparse.Namespace) -> int:
     Raises ValueError when Ray has no room for them after `cluster.room_s`: then those that were there serve on.
     """
     controller = _controller(args)
-    asked = time.time()
+    before, _ = _answer(controller.status.remote())
+    asked = max((note.at for note in before.noted), default=0.0)  # by the controller's clock
     _answer(controller.scale.remote(args.num_hosts))
     while not args.no_wait:
         status, _ = _answer(controller.status.remote())
         if status.target != args.num_hosts:
-            whys = [note.what for note in status.noted if note.at >= asked and "no room" in note.what]
+            whys = [note.what for note in status.noted if note.at > asked and "no room" in note.what]
             why = whys[-1] if whys else "another number was asked for meanwhile"
             raise ValueError(f"{args.num_hosts} hosts do not serve, {status.target} do or will: {why}")
         if sum(host.what == "serves" for host in status.hosts) == args.num_hosts:

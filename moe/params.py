@@ -184,10 +184,9 @@ class SamplingParams:
                 map(len, self.stop)
             )
             <= _MOST_STOP,
-            f"bad_words must be at most {_MOST_WORDS}, which every step looks for": max(
-                len(self.bad_words), len(self.bad_words_ids)
-            )
-            <= 2 * _MOST_WORDS,
+            f"bad_words must be at most {_MOST_WORDS}, of two forms each, which every step looks for": (
+                len(self.bad_words) <= _MOST_WORDS and len(self.bad_words_ids) <= 2 * _MOST_WORDS
+            ),
             "bad_words must not be empty texts": all(self.bad_words) and all(self.bad_words_ids),
             "logit_bias must lie in [-100, 100]": all(-100 <= b <= 100 for b in self.logit_bias.values()),
             "allowed_token_ids must name at least one token": allowed is None or bool(allowed),

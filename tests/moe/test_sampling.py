@@ -314,3 +314,10 @@ def test_a_frequency_penalty_counts_every_token_once():
     tokens = [1, 2, 3, 2, 2, 1]
     edits = Sampler(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), 1).edits(tokens, 10)
     assert dict(edits.subtracted) == {t: 0.5 + 0.25 * tokens[1:].count(t) for t in {1, 2, 3}}
+
+
+def test_words_that_every_step_looks_for_have_an_end():
+    SamplingParams(bad_words=["x"] * 10_000, bad_words_ids=[[1]] * 20_000)
+    for words in ({"bad_words": ["x"] * 10_001}, {"bad_words_ids": [[1]] * 20_001}):
+        with pytest.raises(ValueError, match="bad_words must be at most 10000, of two forms each"):
+            SamplingParams(**words)

@@ -1,0 +1,110 @@
+"""What a command line takes, of every command alike: numbers have ranges, files are there or can be written."""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from moe.launch import ray_cluster, torchrun
+from moe.launch.cli import _parser, main
+from moe.launch.options import check_inputs, check_outputs, named_path
+from moe.params import SamplingParams
+from tests.moe.moe_cases import TINYMOE
+
+
+def written_files():
+    """Every option and argument of a command that names a file to write, by its help."""
+    found = []
+    for name, parser in _parser()._subparsers._group_actions[0].choices.items():
+        for action in parser._actions:
+            says = f"{action.help} {action.dest}"
+            if action.type is named_path and name != "pack" and re.search(r"\bwrit|\bout(put)?\b|append|^\.npz", says):
+                found.append((name, action.dest))
+    return found
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(capfd, tmp_path):
+    found = written_files()
+    assert {name for name, _ in found} >= {"batch", "serve", "trace", "report", "analyze", "place", "fit-lookahead"}
+    (tmp_path / "folder").mkdir()
+    for command, dest in found:
+        for path, words in ((tmp_path / "no" / "x", "there is no folder"), (tmp_path / "folder", "is a folder")):
+            with pytest.raises(ValueError, match=words):
+                check_outputs(argparse.Namespace(command=command, **{dest: path}))
+    assert main(["fit-lookahead", str(TINYMOE), "none.txt", "-o", str(tmp_path / "no" / "x.safetensors")]) == 2
+    assert "there is no folder" in capfd.readouterr().err
+
+
+def test_a_path_that_is_empty_is_not_the_present_folder(capsys):
+    """Of every command: `Path("")` is "."."""
+    for name, parser in _parser()._subparsers._group_actions[0].choices.items():
+        for action in parser._actions:
+            assert action.type is not Path, (name, action.dest)
+    for arguments in (["info", ""], ["batch", str(TINYMOE), "", "out"], ["place", "a", "--out", ""]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "it is empty; name a file or a folder" in capsys.readouterr().err
+
+
+def all_parsers(parser):
+    """Of a command line, and of the commands within it."""
+    yield parser
+    for action in parser._actions:
+        for inner in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from all_parsers(inner)
+
+
+def numbers():
+    """(command, option, its type) of everything that is a number on a command line."""
+    for parser in [p for top in (_parser(), torchrun.parser(), ray_cluster.make_parser()) for p in all_parsers(top)]:
+        for action in parser._actions:
+            told = isinstance(action.default, (int, float)) and not isinstance(action.default, bool)
+            of_range = getattr(action.type, "__module__", "") == named_path.__module__ and action.type is not named_path
+            if told or of_range or action.type in (int, float):
+                yield parser.prog, action.dest, action.type
+
+
+def test_every_number_of_a_command_line_has_a_range():
+    """Those of a request are checked where requests of all ways are."""
+    of_requests = {field.name for field in dataclasses.fields(SamplingParams)}
+    found = list(numbers())
+    assert len(found) > 40
+    for command, dest, kind in found:
+        if dest in of_requests and kind in (int, float):
+            continue
+        assert kind not in (int, float, None), (command, dest)
+        for text in ("nan", "-1", "x", "", "1e300", "-inf"):
+            with pytest.raises(argparse.ArgumentTypeError, match=r"must (be >=|lie in)|is no (whole )?number"):
+                kind(text)
+
+
+def test_a_number_out_of_range_names_its_option(capsys):
+    for words, said in (
+        (["plan", "model", "--ranks", "0"], "--ranks: 0 must lie in [1, 4096]"),
+        (["place", "trace.npz", "--out", "p.json", "--seconds", "nan"], "--seconds: nan must be >= 0"),
+        (["serve", "model", "--port", "70000"], "--port: 70000 must lie in [0, 65535]"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert said in capsys.readouterr().err
+
+
+def read_files():
+    """Every option and argument of a command that names a file to read, but a model's folder."""
+    written = set(written_files())
+    for name, parser in _parser()._subparsers._group_actions[0].choices.items():
+        for action in parser._actions:
+            own = {"state", "config", "model", "trace", "plan", "folder", "out"}  # made, or said by what reads them
+            if action.type is named_path and (name, action.dest) not in written and action.dest not in own:
+                yield name, action.dest, action.nargs is not None
+
+
+def test_a_file_that_is_not_there_is_said_before_anything_is_computed(tmp_path):
+    found = list(read_files())
+    assert {name for name, *_ in found} >= {"batch", "serve", "report", "analyze", "place", "evaluate", "pack"}
+    for command, dest, is_many in found:
+        path = tmp_path / "nothing"
+        with pytest.raises(ValueError, match="there is no"):
+            check_inputs(argparse.Namespace(command=command, **{dest: [path] if is_many else path}))
