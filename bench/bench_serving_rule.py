@@ -30,6 +30,7 @@ from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.llm import LLM
 from moe.params import SamplingParams
+from moe.placement.helper import load_helper
 from moe.placement.plan import Plan
 from moe.placement.replicas import ServingTable, choose_in_numpy, choose_replicas
 
@@ -183,6 +184,7 @@ def main() -> None:
     if args.worker:
         worker(args.worker, args.sequences, args.tokens)
         return
+    assert load_helper() is not None, "the compiled rule is what is measured; install it"
     rows = [measure(ranks, sequences, args.tokens, args.rounds) for ranks in RANKS for sequences in SEQUENCES]
     head = (
         f"`python -m bench.bench_serving_rule --tokens {args.tokens} --rounds {args.rounds}`: "
