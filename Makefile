@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 install: $(VENV)/.installed
 
-SOURCES := pyproject.toml setup.py $(wildcard kernels/*.[ch] placement/*.[ch] placement/solve/*.c)
+SOURCES := pyproject.toml setup.py $(wildcard comm/*.c kernels/*.[ch] placement/*.[ch] placement/solve/*.c)
 NEWEST := .venv-newest
 
 ifneq ($(VENV),$(NEWEST))

@@ -47,6 +47,7 @@ setup(
             depends=[f"kernels/cpu_{name}.h" for name in CPU_HEADERS],
             optional=True,
         ),
+        Extension("moe.comm._line", ["comm/line.c"], extra_compile_args=COMMON, optional=True),
         Extension(
             "moe.placement._placement",
             ["placement/solve/anneal.c", "placement/solve/assign.c", "placement/serve.c"],

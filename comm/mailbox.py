@@ -4,9 +4,12 @@ gloo sends only what the receiver has asked for, so that each round of a collect
 number is not known yet cost two rounds: counts, then rows. Here every member keeps buffers posted for every peer. A
 message says its own length: up to the size of the buffers it is there after one way, counts and rows together; what
 is longer follows at its exact size by gloo's own protocol. Small batches win on every link, slow ones most.
+
+Between ranks of one node the buffers are lines through memory that both map (`lines.py`).
 """
 
 from collections import deque
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -14,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from moe.comm.lines import Lines
 
 DEPTH = 2  # buffers per peer: it may be a message ahead
 _SHORT, _LONG = 1, 2  # tags; messages of one tag between two members keep their order
@@ -31,16 +36,25 @@ class Mailbox:
 
     num_bytes: the largest message that needs no second one, its counts included. Memory: DEPTH such buffers per peer.
     timeout_s: of each wait (gloo's own would be the one that the group was made with, whatever is set later).
+    lines: to the members of this node, numbered there by `on_lines`; None: gloo for all.
     """
 
-    def __init__(self, group: ProcessGroup, num_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        num_bytes: int,
+        timeout_s: float,
+        lines: Lines | None = None,
+        on_lines: Mapping[int, int] | None = None,
+    ) -> None:
         self.group, self.num_bytes, self.timeout = group, num_bytes, timedelta(seconds=timeout_s)
+        self.lines = lines
+        self.on_lines = {} if lines is None or on_lines is None else dict(on_lines)
         self._posted: list[deque[tuple[dist.Work, Tensor]]] = [deque() for _ in range(group.size())]
         self._read: list[list[Tensor]] = [[] for _ in range(group.size())]  # buffers to post again
-        for member in range(group.size()):
-            if member != group.rank():
-                self._read[member] = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(DEPTH)]
-                self._post(member)
+        for member in set(range(group.size())) - {group.rank()} - set(self.on_lines):
+            self._read[member] = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(DEPTH)]
+            self._post(member)
 
     def _post(self, member: int) -> None:
         for buffer in self._read[member]:
@@ -49,8 +63,12 @@ class Mailbox:
 
     def send(self, member: int, head: Tensor, body: Tensor) -> list[Moving]:
         """head: int64 [1 + C], len(body) and C counts, as the receiver expects them; body: uint8 [B]."""
-        self._post(member)  # here, so that both reach the member at once
         head = head.view(torch.uint8)
+        if self.lines is not None and (on_line := self.on_lines.get(member)) is not None:
+            is_short = len(head) + len(body) <= self.lines.num_bytes
+            self.lines.send(on_line, head, body if is_short else body[:0])
+            return [] if is_short else [Moving(self.group.send([body], member, _LONG), body)]
+        self._post(member)  # here, so that both reach the member at once
         if len(head) + len(body) <= self.num_bytes:
             parts = {_SHORT: torch.cat([head, body])}
         else:
@@ -63,14 +81,21 @@ class Mailbox:
         The body may be overwritten after the next `send` or `receive` of this member. Raises RuntimeError when no
         message comes within the time-out.
         """
+        if self.lines is not None and (on_line := self.on_lines.get(member)) is not None:
+            buffer = self.lines.receive(on_line)
+        else:
+            buffer = self._receive_by_gloo(member)
+        end = 8 * (1 + num_counts)
+        length, *counts = buffer[:end].view(torch.int64).tolist()
+        if end + length <= len(buffer):
+            return counts, buffer[end : end + length], []
+        body = torch.empty(length, dtype=torch.uint8)
+        return counts, body, [Moving(self.group.recv([body], member, _LONG), body)]
+
+    def _receive_by_gloo(self, member: int) -> Tensor:
         if not self._posted[member]:
             self._post(member)
         work, buffer = self._posted[member].popleft()
         work.wait(self.timeout)
         self._read[member].append(buffer)
-        end = 8 * (1 + num_counts)
-        length, *counts = buffer[:end].view(torch.int64).tolist()
-        if end + length <= self.num_bytes:
-            return counts, buffer[end : end + length], []
-        body = torch.empty(length, dtype=torch.uint8)
-        return counts, body, [Moving(self.group.recv([body], member, _LONG), body)]
+        return buffer

@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -33,8 +33,10 @@ from torch.distributed.rendezvous import rendezvous
 from moe.comm.defaults import EAGER_BYTES
 from moe.comm.errors import CommError, MissingPeers, Task, first_line
 from moe.comm.groups import Groups, ranks_by_node
+from moe.comm.lines import Lines, file_bytes, load_helper
 from moe.comm.lost import in_collective
 from moe.comm.mailbox import Mailbox
+from moe.comm.together import map_together
 
 # Public from torch 2.14 on, where the private name warns.
 _set_timeout = getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)
@@ -86,7 +88,7 @@ def join_groups(
     meet_s: until the ranks that are missing are given up; connect_s: of gloo, for each connection to one that has come
     (nothing frees a rank that waits for a peer which has died since), None = meet_s, as for NCCL;
     timeout_s: of every collective afterwards. eager_bytes: on the CPU, the size of the buffers that each rank keeps
-    posted for every peer (`Mailbox`), 0 = collectives only.
+    posted for every peer of another node (`Mailbox`), 0 = collectives only, also between those of one.
     Raises ValueError for what does not fit, MissingPeers, which names them, when ranks do not come.
     """
     world_size, number = len(generation.nodes), generation.number
@@ -135,6 +137,9 @@ def leave_groups(groups: Groups, *, wait: bool = True) -> None:
             with in_collective(groups, Task("the end of the run")):
                 dist.barrier(group=groups.world)
     finally:
+        for mailbox in groups.mailboxes.values():
+            if mailbox.lines is not None:
+                mailbox.lines.close()
         dist.destroy_process_group()
 
 
@@ -145,6 +150,9 @@ def interrupt(groups: Groups) -> None:
     afterwards. Whoever calls knows who is lost, so that the freed rank does not wait for the word of others.
     """
     groups.freed.set()
+    for mailbox in groups.mailboxes.values():
+        if mailbox.lines is not None:
+            mailbox.lines.rouse()
     for group in {groups.world, groups.side, groups.local, groups.cross} - {None}:
         assert group is not None
         if groups.device.type == "cuda":
@@ -276,10 +284,7 @@ def _groups_of(nodes: tuple[int, ...], rank: int, start: Start, device: torch.de
     distinct = {id(group): group for group in (world, local, cross, side) if group is not None}.values()
     for group in distinct:
         _set_timeout(timedelta(seconds=start.timeout_s), group)
-    mailboxes: dict[ProcessGroup, Mailbox] = {}
-    if eager_bytes and device.type == "cpu":
-        mailboxes = {group: Mailbox(group, eager_bytes, start.timeout_s) for group in distinct if group is not side}
-    return Groups(
+    groups = Groups(
         rank=rank,
         nodes=nodes,
         generation=start.generation,
@@ -291,8 +296,50 @@ def _groups_of(nodes: tuple[int, ...], rank: int, start: Start, device: torch.de
         cross=cross,
         side=side,
         store=start.store,
-        mailboxes=mailboxes,
     )
+    if not eager_bytes or device.type != "cpu":
+        return groups
+    lines = _lines_of(groups)
+    members = ((world, groups.world_ranks), (local, groups.local_ranks), (cross, groups.cross_ranks))
+    of_group = {group: ranks for group, ranks in members if group is not None}
+    return replace(
+        groups,
+        mailboxes={
+            group: Mailbox(
+                group, eager_bytes, start.timeout_s, lines.get(group), _on_lines(ranks, groups.local_ranks, rank)
+            )
+            for group, ranks in of_group.items()
+        },
+    )
+
+
+def _lines_of(groups: Groups) -> dict[ProcessGroup, Lines]:
+    """The lines of this rank to those of its node, of each group that may need them. A collective of the node."""
+    local = groups.local
+    if local is None:
+        return {}
+    with in_collective(groups, Task("agreeing on lines"), groups.local_ranks):
+        can = torch.tensor([load_helper() is not None])
+        dist.all_reduce(can, dist.ReduceOp.MIN, group=local)
+    if not can.item():
+        return {}
+    lines: dict[ProcessGroup, Lines] = {}
+    size = len(groups.local_ranks)
+    for group in dict.fromkeys((groups.world, local)):
+        assert group is not None
+        one = map_together(
+            groups,
+            file_bytes(size),
+            lambda path: Lines(path, groups.local_rank, size, groups.timeout_s, groups.freed),
+        )
+        if one is not None:
+            lines[group] = one
+    return lines
+
+
+def _on_lines(members: Sequence[int], local_ranks: Sequence[int], rank: int) -> dict[int, int]:
+    """Where members of a group are among the ranks of this node; not `rank` itself."""
+    return {i: local_ranks.index(one) for i, one in enumerate(members) if one in local_ranks and one != rank}
 
 
 def _own_device(device: torch.device, local_rank: int) -> torch.device:

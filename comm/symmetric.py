@@ -5,26 +5,23 @@ processes on one machine over a mapped file; `symmetric_torch.py` has the one be
 kernel needs NVSHMEM (`kernels.intrinsics.peer_pointer`, `release_*` and `wait_*` become its put, signal and wait).
 """
 
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from moe.comm.errors import Task
-from moe.comm.groups import Groups
-from moe.comm.lost import in_collective
 from moe.kernels.fused import FusedExperts, polls_within
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.tiles import TileConfig
 from moe.kernels.weights import ExpertWeights
 
 PAGE = 4096
-Opened = TypeVar("Opened")
+
+
+def padded(nbytes: int) -> int:
+    """Whole pages."""
+    return -(-nbytes // PAGE) * PAGE
 
 
 class SymmetricHeap(Protocol):
@@ -43,7 +40,7 @@ class VirtualHeap:
     """All ranks on one device, in one process: for tests, and for timing the single launch on one GPU."""
 
     def __init__(self, world_size: int, nbytes: int, device: torch.device | str = "cpu") -> None:
-        self.parts = torch.zeros(world_size, -(-nbytes // PAGE) * PAGE, dtype=torch.uint8, device=device)
+        self.parts = torch.zeros(world_size, padded(nbytes), dtype=torch.uint8, device=device)
         self.bases = torch.tensor([part.data_ptr() for part in self.parts], device=device)
         self.first_rank, self.num_ranks = 0, world_size
 
@@ -58,36 +55,11 @@ class MappedHeap:
     def __init__(self, path: Path, rank: int, world_size: int, nbytes: int) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank ({rank}) must lie in [0, {world_size})")
-        stride = -(-nbytes // PAGE) * PAGE
+        stride = padded(nbytes)
         memory = torch.from_file(str(path), shared=True, size=world_size * stride, dtype=torch.uint8)
         self.parts = memory.view(world_size, stride)
         self.bases = torch.tensor([part.data_ptr() for part in self.parts])
         self.first_rank, self.num_ranks = rank, 1
-
-
-def map_together(groups: Groups, open_file: Callable[[str], Opened]) -> Opened:
-    """`open_file` of the name of a new file in memory, one for all ranks of this node. A collective.
-
-    The name is gone when it returns; the memory goes with the last rank that has it open.
-    """
-    name = bytes(64)
-    if groups.local_rank == 0:
-        file, path = tempfile.mkstemp(prefix="moe-heap-", dir="/dev/shm")
-        os.close(file)
-        name = path.encode().ljust(64, b"\0")
-    shared = torch.frombuffer(bytearray(name), dtype=torch.uint8).to(groups.device)
-    what = Task("sharing memory on a node")
-    with in_collective(groups, what, groups.local_ranks):
-        dist.broadcast(shared, groups.local_ranks[0], group=groups.local)
-    path = bytes(shared.cpu().numpy()).rstrip(b"\0").decode()
-    try:
-        opened = open_file(path)
-        with in_collective(groups, what, groups.local_ranks):
-            dist.barrier(group=groups.local)  # all have it open
-    finally:
-        if groups.local_rank == 0:
-            os.unlink(path)
-    return opened
 
 
 class SymmetricDispatcher:

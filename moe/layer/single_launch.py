@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from moe.comm.control import Control
 from moe.comm.errors import Task
 from moe.comm.lost import lost_peer
-from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, SymmetricHeap, map_together
+from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, SymmetricHeap, padded
 from moe.comm.symmetric_torch import TorchSymmetricHeap
+from moe.comm.together import map_together
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name, medians_us
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.weights import ExpertWeights
@@ -176,5 +177,12 @@ class RankLaunch:
             assert groups.world is not None
             heap = TorchSymmetricHeap(nbytes, groups.world, groups.device)
         else:
-            heap = map_together(groups, lambda path: MappedHeap(Path(path), groups.rank, groups.world_size, nbytes))
+            size = groups.world_size * padded(nbytes)
+            mapped = map_together(groups, size, lambda path: MappedHeap(path, groups.rank, groups.world_size, nbytes))
+            if mapped is None:
+                raise OSError(
+                    f"the single launch of {groups.world_size} ranks needs {size / 2**20:.1f} MiB of shared memory, "
+                    "which /dev/shm does not have left; make it larger, or set kernel.path=grouped"
+                )
+            heap = mapped
         return SymmetricDispatcher(shape, heap, timeout_s=groups.timeout_s)

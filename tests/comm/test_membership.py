@@ -123,9 +123,9 @@ def test_a_collective_may_wait_longer_than_a_meeting():
     spawn(2, meets_briefly)
 
 
-def lives_through_three() -> list:
+def lives_through_three(nodes: str) -> list:
     """Generation 1 of three, of which rank 1 is killed in a layer; generation 2 of the others; 3 after a clean end."""
-    groups = join_groups(store(), Generation(1, ("a",) * 3), own_rank(), meet_s=20, timeout_s=20)
+    groups = join_groups(store(), Generation(1, tuple(nodes)), own_rank(), meet_s=20, timeout_s=20)
     answers = [ask_all(groups)]
     if groups.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -135,21 +135,21 @@ def lives_through_three() -> list:
     assert caught.value.peers == (1,)
     leave_groups(groups, wait=False)
     for number in (2, 3):
-        groups = join_groups(store(), Generation(number, ("a",) * 2), own_rank() // 2, meet_s=20)
+        groups = join_groups(store(), Generation(number, (nodes[0], nodes[2])), own_rank() // 2, meet_s=20)
         answers.append(ask_all(groups))
         leave_groups(groups)
     return answers
 
 
-def test_survivors_form_the_next_generation_in_the_same_process():
-    first, _, third = spawn(3, lives_through_three, may_die=[1])
+@pytest.mark.parametrize("nodes", ["aaa", "abc", "aab"])
+def test_survivors_form_the_next_generation_in_the_same_process(nodes):
+    """By lines, by messages of gloo, and by both."""
+    first, _, third = spawn(3, lives_through_three, nodes, may_die=[1])
     assert first == third == [[3.0] * 2, [2.0] * 2, [2.0] * 2]
 
 
-def is_freed(eager_bytes: int) -> float | None:
-    groups = join_groups(
-        store(), Generation(0, ("a", "a")), own_rank(), meet_s=20, timeout_s=60, eager_bytes=eager_bytes
-    )
+def is_freed(nodes: tuple[str, ...], eager_bytes: int) -> float | None:
+    groups = join_groups(store(), Generation(0, nodes), own_rank(), meet_s=20, timeout_s=60, eager_bytes=eager_bytes)
     ask_all(groups)
     if groups.rank == 1:
         store().wait(["freed"])
@@ -165,10 +165,10 @@ def is_freed(eager_bytes: int) -> float | None:
     return 1.0
 
 
-@pytest.mark.parametrize("eager_bytes", [0, 1 << 12])
-def test_a_rank_that_waits_for_a_living_peer_can_be_freed(eager_bytes):
-    """Its own limit is 60 s, the test's 40 s."""
-    assert spawn(2, is_freed, eager_bytes, time_limit_s=40) == [1.0, None]
+@pytest.mark.parametrize(("nodes", "eager_bytes"), [("aa", 0), ("aa", 1 << 12), ("ab", 1 << 12)])
+def test_a_rank_that_waits_for_a_living_peer_can_be_freed(nodes, eager_bytes):
+    """Its own limit is 60 s, the test's 40 s. In a collective, on a line, in a message of gloo."""
+    assert spawn(2, is_freed, tuple(nodes), eager_bytes, time_limit_s=40) == [1.0, None]
 
 
 def is_freed_from_one_while_another_has_left(leaver: int) -> float | None:
