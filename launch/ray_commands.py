@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
+from moe.config import ClusterConfig
 from moe.launch.console import err, out
 
 _LOOK_S = 0.5
-_ANSWER_S = 30.0  # for the controller to answer; it may be settling a generation
+_ANSWER_S = 2 * ClusterConfig().answer_s  # for the controller to answer; what it waits for itself has half of it
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +68,8 @@ def show_status(args: argparse.Namespace) -> int:
 def scale(args: argparse.Namespace) -> int:
     """Returns when args.num_hosts serve, or at once with args.no_wait.
 
-    Raises ValueError when Ray has no room for them after `cluster.room_s`: then those that were there serve on.
+    Raises ValueError when Ray has no room for them after `cluster.room_s`, or one did not load and may not be replaced:
+    then those that were there serve on.
     """
     controller = _controller(args)
     before, _ = _answer(controller.status.remote())
@@ -76,7 +78,8 @@ def scale(args: argparse.Namespace) -> int:
     while not args.no_wait:
         status, _ = _answer(controller.status.remote())
         if status.target != args.num_hosts:
-            whys = [note.what for note in status.noted if note.at > asked and "no room" in note.what]
+            notes = [note.what for note in status.noted if note.at > asked]
+            whys = [what for what in notes if "no room" in what or "did not load" in what]
             why = whys[-1] if whys else "another number was asked for meanwhile"
             raise ValueError(f"{args.num_hosts} hosts do not serve, {status.target} do or will: {why}")
         if sum(host.what == "serves" for host in status.hosts) == args.num_hosts:
@@ -90,7 +93,7 @@ def stop(args: argparse.Namespace) -> int:
     from moe.cluster.resident import stop_resident
 
     _controller(args)
-    stop_resident(args.controller)
+    stop_resident(args.controller, _ANSWER_S)
     return 0
 
 

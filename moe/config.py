@@ -183,10 +183,12 @@ class ClusterConfig:
     leave_s: float = 1.0  # for hosts to leave a generation by themselves, until they are freed from what they wait for
     meet_s: float = 10.0  # for the hosts of a generation to meet
     room_s: float = 60.0  # until Ray must have placed all hosts
+    load_s: float = 1800.0  # for a host that has a place to load the model
+    answer_s: float = 30.0  # for an actor of this job to answer what it answers at once
 
     def __post_init__(self) -> None:
         _parse_fields(self)
-        for name in ("silence_s", "stuck_s", "leave_s", "meet_s", "room_s"):
+        for name in ("silence_s", "stuck_s", "leave_s", "meet_s", "room_s", "load_s", "answer_s"):
             _require(getattr(self, name) > 0, f"cluster.{name} ({getattr(self, name)}) must be positive")
         for name in ("cpus_per_host", "spares", "least_in_memory", "max_losses", "silence_steps"):
             _require(getattr(self, name) >= 0, f"cluster.{name} ({getattr(self, name)}) must be >= 0")

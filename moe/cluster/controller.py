@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from moe.cluster.crew import Crew
+from moe.cluster.fleet import Fleet
 from moe.cluster.front import Front
 from moe.cluster.policy import ClusterError, State
 from moe.cluster.shown import status_of
@@ -46,7 +47,7 @@ class ClusterEngine(Front):
         self._why_over: str | None = None
         self._starts_ray = connect_ray(address)
         try:
-            self.crew = Crew(folder, config, num_hosts, self.ledger, name, begin)
+            self.crew = Crew(Fleet(folder, config, name), config, num_hosts, self.ledger, begin)
             self.limits = self.crew.limits
         except BaseException:
             if self._starts_ray:

@@ -4,21 +4,17 @@ SERVING ─ a host is lost, has come, or is wanted no more ─▶ SETTLING: leav
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import ray
 from torch._C._distributed_c10d import TCPStore
 
-from moe.cluster.fleet import Fleet, Host
+from moe.cluster.fleet import Fleet, Host, HostEnded
 from moe.cluster.ledger import Ledger
-from moe.cluster.lines import Lines
-from moe.cluster.messages import Ended, Placed, Serve, Where
+from moe.cluster.messages import Ended, Placed, Serve
 from moe.cluster.plans import Placements
-from moe.cluster.policy import ClusterError, FailurePolicy, State, first_sentence
+from moe.cluster.policy import ClusterError, FailurePolicy, State
 from moe.cluster.stats import ClusterStats, Noted
 from moe.config import EngineConfig
 from moe.engine.limits import Limits
@@ -31,24 +27,21 @@ _FREED_S = 0.2  # for the others to leave by themselves where one host is lost
 
 
 class Crew:
-    """The hosts that serve `folder`, and what they are told; `ledger` has what they are to answer. One thread.
+    """The hosts of `fleet`, and what they are told; `ledger` has what they are to answer. One thread.
 
-    Ray is initialised already. begin: a plan over the config's. Raises ValueError for what cannot be served or placed.
+    begin: a plan over the config's. Raises ValueError for what cannot be served or placed, and ClusterError for a host
+    that does not load.
     """
 
     def __init__(
-        self, folder: str | Path, config: EngineConfig, num_hosts: int, ledger: Ledger, name: str, begin: Plan | None
+        self, fleet: Fleet, config: EngineConfig, num_hosts: int, ledger: Ledger, begin: Plan | None = None
     ) -> None:
         self.config, self.ledger, self.target = config, ledger, num_hosts
         self.policy, self.state, self.generation = FailurePolicy(config.cluster), State.STARTING, 0
         self.placements = Placements(config.parallel.plan, begin)
         self.counts, self.noted, self._next_look = ClusterStats(), list[Noted](), 0.0
-        here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._store: TCPStore | None = None  # of the generation that serves
-        word = secrets.token_hex(16)
-        self.lines = Lines(here, word)
-        self._where = where = Where(here, self.lines.port, word, secrets.token_hex(6))
-        self.fleet = Fleet(str(Path(folder).resolve()), config, where, self.lines, name)
+        self.fleet, self.lines = fleet, fleet.lines
         self.alive: list[Host] = []  # by rank
         self.spare: list[Host] = []  # loaded
         self.loading: dict[Any, Host] = {}
@@ -103,14 +96,14 @@ class Crew:
             return
         self._next_look = time.monotonic() + _LOOK_S
         self._ask_for_placed()
-        references = [*self._serving, *self._placing, *self.loading]
-        done, _ = ray.wait(references, num_returns=len(references), timeout=0) if references else ([], [])
+        done = self.fleet.done([*self._serving, *self._placing, *self.loading])
         for reference in done:
             if reference in self._placing:
                 self._has_placed(reference)
             elif reference in self.loading:
                 self._loaded(reference)
         self._drop_homeless()
+        self._drop_stuck()
         if self._drop_dead_spares():
             self._take_back(self.alive)
             self._replace(len(self.alive))
@@ -158,8 +151,8 @@ class Crew:
     def _has_placed(self, reference: Any) -> None:
         host = self._placing.pop(reference)
         try:
-            self._take_placed(host, ray.get(reference))
-        except ray.exceptions.RayError:
+            self._take_placed(host, self.fleet.answer(reference))
+        except HostEnded:
             return  # its line says so too, or its `serve`
 
     def _take_placed(self, host: Host, placed: Placed | None) -> None:
@@ -196,16 +189,19 @@ class Crew:
 
     def _wait_for_first(self) -> None:
         """Until all hosts of the start have loaded. Raises what made one of them fail."""
-        for reference, host in list(self.loading.items()):
-            try:
-                host.info = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                raise (cause if isinstance(cause, (ValueError, OSError)) else ClusterError(str(error))) from None
-            except ray.exceptions.RayActorError as error:
-                raise ClusterError(f"host {host.number} ended while it loaded: {first_sentence(error)}") from None
-            del self.loading[reference]
-            self.spare.append(host)
+        while self.loading:
+            for reference in self.fleet.done(list(self.loading), _LOOK_S):
+                host = self.loading[reference]  # closed with the others if it did not load
+                try:
+                    host.info = self.fleet.answer(reference)
+                except HostEnded as error:
+                    raise error.cause or ClusterError(f"host {host.number} did not load: {error}") from None
+                del self.loading[reference]
+                self.spare.append(host)
+            for host in self.loading.values():
+                if why := self._why_not_loading(host):
+                    raise ClusterError(f"host {host.number} did not load: {why}")
+        self.spare.sort(key=lambda host: host.number)
         serving, self.spare = self.spare[: self.target], self.spare[self.target :]
         if not self._fits(serving):
             have = sum(host.info.state.slots for host in serving if host.info is not None)
@@ -224,22 +220,41 @@ class Crew:
         plan = self.placements.form([host.number for host in hosts], infos[0].shape, nodes)
         self._limits = min((info.limits for info in infos), key=lambda limits: limits.num_blocks)
         self.alive = hosts
-        self._store = TCPStore(self._where.address, 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(self.fleet.where.address, 0, is_master=True, wait_for_workers=False)
         for rank, host in enumerate(hosts):
             order = Serve(self.generation, self._store.port, nodes, rank, plan)
             self._serving[host.actor.serve.remote(order)] = host
+            self.lines.begins(host.number)
         self.state = State.SERVING
         self._note("serves", hosts, seconds)
 
     def _loaded(self, reference: Any) -> None:
         host = self.loading.pop(reference)
         try:
-            host.info = ray.get(reference)
+            host.info = self.fleet.answer(reference)
             self.spare.append(host)
-        except ray.exceptions.RayError as error:
-            self._note(f"a host did not load: {first_sentence(error)}", [host], {})
-            self._lose([host])
-            self._replace(len(self.alive))
+        except HostEnded as error:
+            self._does_not_load(host, str(error))
+
+    def _drop_stuck(self) -> None:
+        """Hosts that load and give no sign of life any more, or take too long: stopped, or a file system that hangs."""
+        for reference, host in list(self.loading.items()):
+            if why := self._why_not_loading(host):
+                del self.loading[reference]
+                self._does_not_load(host, f"{why}: killed")
+
+    def _why_not_loading(self, host: Host) -> str | None:
+        line = self.lines.get(host.number)
+        silent = 0.0 if line is None else self.lines.since(line)[0]
+        return self.policy.why_not_loading(silent, self.lines.now() - host.asked)
+
+    def _does_not_load(self, host: Host, why: str) -> None:
+        """Another is loaded in its place; where none may be, nobody waits for it any more."""
+        self._note(f"a host did not load: {why}", [host], {})
+        self._lose([host])
+        self._replace(len(self.alive))
+        if host.is_growth and not self.config.cluster.replaces:
+            self.target = max(1, len(self.alive), self.target - 1)
 
     def _is_lost(self, host: Host) -> bool:
         """By its line: closed, or silent for longer than the policy allows; then it is killed."""
@@ -309,13 +324,12 @@ class Crew:
             if freed is None and self.lines.now() > until:
                 self._free()
                 freed = self.lines.now()
-            done, _ = ray.wait(list(self._serving), num_returns=1, timeout=0.01)
-            for reference in done:
+            for reference in self.fleet.done(list(self._serving), 0.01):
                 host = self._serving.pop(reference)
                 try:
-                    ended: Ended = ray.get(reference)
-                except ray.exceptions.RayError as error:
-                    self._note(f"ended: {first_sentence(error)}", [host], {})
+                    ended: Ended = self.fleet.answer(reference)
+                except HostEnded as error:
+                    self._note(f"ended: {error}", [host], {})
                     continue
                 left.append(host)
                 self._last_words(host, ended)

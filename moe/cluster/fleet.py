@@ -1,9 +1,9 @@
 """The actors of a cluster: started in bundles of a placement group, watched by their lines, ended by a helper there."""
 
 import secrets
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from moe.cluster.host import NodeKeeper, actor_class
 from moe.cluster.lines import Lines
 from moe.cluster.messages import HostInfo, Where
+from moe.cluster.policy import ClusterError, first_sentence
 from moe.config import EngineConfig
 
 
@@ -32,15 +33,28 @@ class Host:
     info: HostInfo | None = None
     placed: int = 0  # number of the last `Placed` of it that has come
     is_growth: bool = False  # asked for by a change of the number of hosts, not by a loss
-    asked: float = field(default_factory=time.monotonic)  # when Ray was asked for its place, or last looked at
+    asked: float = 0.0  # by `Lines.now`: when Ray was asked for it, or last had no room for it
+    is_placed: bool = False  # as far as was looked
     is_over: bool = False  # it was given up: what it may still say counts for nothing
 
 
-class Fleet:
-    """Starts hosts, and ends them."""
+class HostEnded(ClusterError):
+    """A host raised, or ended, instead of answering. cause: what it raised, if a user can do something about it."""
 
-    def __init__(self, folder: str, config: EngineConfig, where: Where, lines: Lines, name: str) -> None:
-        self.folder, self.config, self.where, self.lines = folder, config, where, lines
+    def __init__(self, sentence: str, cause: Exception | None = None) -> None:
+        super().__init__(sentence)
+        self.cause = cause
+
+
+class Fleet:
+    """Starts hosts, asks them and ends them: all that a crew needs of Ray, which is initialised already."""
+
+    def __init__(self, folder: str | Path, config: EngineConfig, name: str) -> None:
+        self.folder, self.config = str(Path(folder).resolve()), config
+        here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        word = secrets.token_hex(16)
+        self.lines = Lines(here, word)
+        self.where = Where(here, self.lines.port, word, secrets.token_hex(6))
         self._group_name = group_prefix(name)
         if name:
             give_back_groups(name)
@@ -71,7 +85,7 @@ class Fleet:
             self._groups.append(group)
             places += [(group, index) for index in range(missing)]
         self._last = [group for group, _ in places]
-        hosts, asked = [], time.monotonic()  # of all together, so that those without room are told in one sentence
+        hosts, asked = [], self.lines.now()  # of all together, so that those without room are told in one sentence
         for group, index in places:
             number, self._next = self._next, self._next + 1
             bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
@@ -84,26 +98,32 @@ class Fleet:
     def check_room(self) -> None:
         """Raises ValueError if the last hosts that were started have no place after `cluster.room_s`."""
         for group in self._last:
-            if not group.wait(self.config.cluster.room_s):
+            if not group.wait(timeout_seconds=self.config.cluster.room_s):
                 raise ValueError(self.no_room(group.bundle_count))
 
     def homeless(self, hosts: Iterable[Host]) -> list[Host]:
         """Those of `hosts` that have no place `cluster.room_s` after Ray was asked. Each is told once in that time."""
-        now, found = time.monotonic(), []
+        now, found = self.lines.now(), []
         for host in hosts:
-            if now - host.asked > self.config.cluster.room_s:
-                host.asked = now
-                if host.info is None and placement_group_table(host.group)["state"] != "CREATED":
+            if not host.is_placed and now - host.asked > self.config.cluster.room_s:
+                host.is_placed = self.has_place(host)
+                if not host.is_placed:
+                    host.asked = now
                     found.append(host)
         return found
+
+    def has_place(self, host: Host) -> bool:
+        """Whether Ray has room for it, and for those that were started with it."""
+        return bool(placement_group_table(host.group)["state"] == "CREATED")
+
+    def resources(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What the cluster has, and what of it is free."""
+        return ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
 
     def no_room(self, count: int) -> str:
         """A sentence: what `count` hosts ask for, and what there is."""
         labelled = f" on nodes labelled {self._labels}" if self._labels else ""
-        have, free = (
-            {k: round(resources.get(k, 0.0), 2) for k in self._bundle}
-            for resources in (ray.cluster_resources(), ray.available_resources())  # type: ignore[no-untyped-call]
-        )
+        have, free = ({k: round(resources.get(k, 0.0), 2) for k in self._bundle} for resources in self.resources())
         return (
             f"Ray has no room for {count} bundles of {self._bundle}{labelled}: after {self.config.cluster.room_s:g} s "
             f"the cluster has {have}, of which {free} are free; ask for fewer hosts, or give them less"
@@ -112,6 +132,24 @@ class Fleet:
     def ask_ready(self, host: Host) -> Any:
         """A reference to its HostInfo, which comes when it has loaded."""
         return host.actor.ready.remote()
+
+    def done(self, references: Sequence[Any], wait_s: float = 0.0) -> list[Any]:
+        """Those of `references` that have come or failed: all by now, or the first within `wait_s`."""
+        if not references:
+            return []
+        done: list[Any]
+        done, _ = ray.wait(list(references), num_returns=1 if wait_s else len(references), timeout=wait_s)
+        return done
+
+    def answer(self, reference: Any) -> Any:
+        """Of one that is done. Raises HostEnded."""
+        try:
+            return ray.get(reference, timeout=self.config.cluster.answer_s)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, (ValueError, OSError)) else None
+            raise HostEnded(first_sentence(error), cause) from None
+        except ray.exceptions.RayError as error:
+            raise HostEnded(first_sentence(error)) from None
 
     def kill(self, host: Host) -> None:
         """Ends a host now, whatever it does; also one that is stopped. One that is out of reach ends when it hears of

@@ -21,6 +21,7 @@ from moe.engine.assemble import Share
 from moe.engine.engine import Engine
 from moe.engine.join import shareable_shape
 from moe.models.blueprint import read_blueprint
+from moe.models.kv import BlockPool
 from moe.placement.plan import Plan
 
 CONTROL = ("submit", "cancel", "placed", "leave", "interrupt")
@@ -33,15 +34,17 @@ class ExpertHost:
     def __init__(self, folder: str, config: EngineConfig, host: int, share: tuple[int, int], where: Where) -> None:
         started = time.perf_counter()
         self.config, self.where, self.node = config, where, "here"
-        rank, num_ranks = share
-        self.engine = Engine(folder, config, share=_share(folder, config, rank, num_ranks, where.job))
         self.desk = Desk()
+        self._pool: BlockPool | None = None  # until the model is loaded
         self._steps = self._num_sent = 0
         self._leaves = self._freed = -1  # the generation that is to end; that ended while this host met the others
         self._placed: Placed | None = None
         self._groups: Groups | None = None
+        # Before the model: one that is stopped while it loads is seen by its silence, as any other.
         self._lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self._lifeline.start(self._beat)
+        self.engine = Engine(folder, config, share=_share(folder, config, *share, where.job))
+        self._pool = self.engine.scheduler.pool
         self._load_seconds = time.perf_counter() - started
 
     def end(self) -> None:
@@ -77,7 +80,7 @@ class ExpertHost:
         first, said = self.desk.collect(self._num_sent, wait_s)
         self._num_sent = first + len(said)
         placed = 0 if self._placed is None else self._placed.number
-        return Beat(self._steps, self.engine.scheduler.pool.num_available, placed, said)
+        return Beat(self._steps, 0 if self._pool is None else self._pool.num_available, placed, said)
 
     def leave(self, generation: int) -> None:
         """All ranks end this generation after the step that they are in."""

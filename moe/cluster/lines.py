@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from moe.cluster.messages import Beat, Said
 
 BEAT_S = 0.25
+_CALL_S = 10.0  # for a connection, and for the name of who calls
 _MOST_S = 2 * BEAT_S  # that count between two beats of this process: the rest is its own delay
 
 
@@ -99,6 +100,12 @@ class Lines:
             words, self._words = self._words, []
             return words
 
+    def begins(self, host: int) -> None:
+        """Its steps are counted from now on: while it waited it had none to finish."""
+        with self._changed:
+            if (line := self._lines.get(host)) is not None:  # else it moves when it calls
+                line.moved = self.now()
+
     def hang_up(self, host: int) -> None:
         """Tells a host that it was given up; no effect if its line is closed."""
         line = self.get(host)
@@ -135,10 +142,12 @@ class Lines:
     def _listen(self, connection: socket.socket) -> None:
         host = None
         try:
+            connection.settimeout(_CALL_S)
             with connection.makefile("rb") as words:
                 hello = words.readline(256).decode(errors="replace").split()
                 if len(hello) != 2 or not hmac.compare_digest(hello[0], self._word) or not hello[1].isdigit():
                     return
+                connection.settimeout(None)  # who is silent is the policy's affair
                 host = int(hello[1])
                 now = self.now()
                 with self._changed:
@@ -176,7 +185,7 @@ class Lifeline:
     def __init__(
         self, address: str, port: int, word: str, host: int, on_end: Callable[[], None] = lambda: None
     ) -> None:
-        self._socket = socket.create_connection((address, port), timeout=10)
+        self._socket = socket.create_connection((address, port), timeout=_CALL_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(f"{word} {host}\n".encode())
         self._socket.settimeout(None)  # a controller that is stopped reads later; one that has ended hangs up

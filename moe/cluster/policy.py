@@ -7,6 +7,8 @@ from statistics import median
 from moe.comm.errors import CommError
 from moe.config import ClusterConfig
 
+_LOADING = 10  # times as long as one that serves may one be silent that loads: imports hold a whole process
+
 
 class State(enum.Enum):
     """Of a cluster. The arrows: STARTING → SERVING → SETTLING → SERVING …; any → CLOSED."""
@@ -32,6 +34,24 @@ class FailurePolicy:
     def is_hung(self, silent_s: float, stuck_s: float, is_busy: bool, step_seconds: list[float]) -> bool:
         """silent_s: since its last sign of life; stuck_s: since its last finished step."""
         return silent_s > self.silence_limit(step_seconds) or (is_busy and stuck_s > self.limits.stuck_s)
+
+    def why_not_loading(self, silent_s: float, asked_s: float) -> str | None:
+        """Why one that loads is given up, if it is. silent_s: since its last sign of life, 0 before the first; asked_s:
+        since Ray was asked for it, or last had no room for it."""
+        limits = self.limits
+        if silent_s > (most := _LOADING * limits.silence_s):
+            return f"silent for {silent_s:.1f} s while it loads, more than {_LOADING} x cluster.silence_s ({most:g} s)"
+        if asked_s > limits.room_s + limits.load_s:
+            return (
+                f"not ready {asked_s:.0f} s after it was asked for, more than cluster.room_s ({limits.room_s:g}) and "
+                f"cluster.load_s ({limits.load_s:g}) together; raise cluster.load_s if loading takes so long"
+            )
+        return None
+
+    def controller_starts_s(self) -> float:
+        """How long a controller may take until its hosts serve: its own start and theirs, and their meeting."""
+        limits = self.limits
+        return limits.room_s + limits.load_s + limits.meet_s + limits.answer_s
 
     def does_not_leave(self, since_freed_s: float, step_seconds: list[float]) -> bool:
         """Of one that gives signs of life. It may be in a long step, or wait for the connection of a peer that died

@@ -7,6 +7,7 @@ another is started and goes on where that one was.
 import contextlib
 import logging
 import secrets
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import ray
 
 from moe.cluster.controller import connect_ray
 from moe.cluster.front import Front
-from moe.cluster.policy import ClusterError, first_sentence
-from moe.cluster.resident import Attached, start_resident, stop_resident
+from moe.cluster.policy import ClusterError, FailurePolicy, first_sentence
+from moe.cluster.resident import Attached, answer_of, start_resident, stop_resident
 from moe.cluster.stats import ClusterStats, ClusterStatus, Noted
 from moe.config import EngineConfig
 from moe.engine.requests import Request
@@ -58,17 +59,20 @@ class RemoteEngine(Front):
     def _attach(self) -> Attached:
         """To the controller of our name, as a new session."""
         self._collecting: Any = None
-        self._session, self._seen = secrets.token_hex(8), 0
+        self._session, self._seen, self._waited = secrets.token_hex(8), 0, 0.0
+        starts = FailurePolicy(self.config.cluster).controller_starts_s()
         self._actor, folder = start_resident(self.name, *self._arguments, self._plan), self._arguments[0]
         try:
-            if (other := ray.get(self._actor.served.remote())) != folder:
+            if (other := answer_of(self.name, self._actor.served.remote(), starts)) != folder:
                 raise ValueError(
                     f"the controller {self.name!r} serves {other}, not {folder}; give another --controller, or end it "
                     "with `moe ray stop`"
                 )
-            attached: Attached = ray.get(self._actor.attach.remote(self._session))
+            reference = self._actor.attach.remote(self._session)
+            attached: Attached = answer_of(self.name, reference, starts)
         except ray.exceptions.RayTaskError as error:
-            stop_resident(self.name)  # it has no hosts: what it is told is what making them raised
+            # It has no hosts: what it is told is what making them raised.
+            stop_resident(self.name, self.config.cluster.answer_s)
             raise _cause(error) from None
         except ray.exceptions.RayActorError as error:
             raise ClusterError(f"the controller {self.name!r} ended: {first_sentence(error)}") from None
@@ -93,10 +97,16 @@ class RemoteEngine(Front):
                 self._actor.submit.remote(self._session, requests)
             if self._collecting is None:
                 self._collecting = self._actor.collect.remote(self._session, self._seen, _POLL_S)
+            started = time.monotonic()
             done, _ = ray.wait([self._collecting], timeout=wait_s)
-            if done:
-                self._collecting = None
-                first, said, plan = ray.get(done[0])
+            if not done:
+                # Not the time since it was asked: this process may have been stopped meanwhile.
+                self._waited += min(wait_s, time.monotonic() - started)
+                if self._waited > self.config.cluster.answer_s + _POLL_S:
+                    self._give_up_controller()
+            else:
+                self._collecting, self._waited = None, 0.0
+                first, said, plan = ray.get(done[0], timeout=self.config.cluster.answer_s)
                 self._plan = plan or self._plan
                 self.ledger.hear(_CONTROLLER, said[max(0, self._seen - first) :])
                 self._seen = max(self._seen, first + len(said))
@@ -104,16 +114,25 @@ class RemoteEngine(Front):
             self._why_over = str(_cause(error))
             raise _cause(error) from None
         except ray.exceptions.RayActorError as error:
-            log.warning("the controller %r is lost (%s); another is started", self.name, first_sentence(error))
-            self.ledger.take_back([])
-            self._attach()
+            self._start_another(first_sentence(error))
+
+    def _give_up_controller(self) -> None:
+        """It is stopped, or out of reach."""
+        with contextlib.suppress(ValueError):  # it ended meanwhile
+            stop_resident(self.name, self.config.cluster.answer_s)
+        self._start_another(f"no answer for {self._waited:.1f} s, more than cluster.answer_s")
+
+    def _start_another(self, why: str) -> None:
+        log.warning("the controller %r is lost (%s); another is started", self.name, why)
+        self.ledger.take_back([])
+        self._attach()
 
     def drop(self, request: Request, host: int) -> None:
         self._actor.cancel.remote(self._session, [request.id])
 
     def scale(self, num_hosts: int) -> None:
         """As `ClusterEngine.scale`."""
-        ray.get(self._actor.scale.remote(num_hosts))
+        answer_of(self.name, self._actor.scale.remote(num_hosts), 2 * self.config.cluster.answer_s)
 
     def why_not_whole(self) -> str | None:
         return self._why_over
@@ -137,7 +156,7 @@ class RemoteEngine(Front):
         if ray.is_initialized() and not self._is_closed and self._why_over is None:
             self._is_closed = True
             with contextlib.suppress(ValueError):  # somebody has ended it
-                stop_resident(self.name)
+                stop_resident(self.name, self.config.cluster.answer_s)
             if self._starts_ray:
                 ray.shutdown()
 

@@ -7,6 +7,7 @@ and what the one before had asked for is dropped.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from moe.cluster.controller import ClusterEngine
 from moe.cluster.desk import Desk
 from moe.cluster.fleet import give_back_groups
 from moe.cluster.messages import Dealt, Said
-from moe.cluster.policy import ClusterError
+from moe.cluster.policy import ClusterError, FailurePolicy
 from moe.cluster.stats import ClusterStats, ClusterStatus
 from moe.config import BatchConfig, EngineConfig
 from moe.engine.limits import Limits
@@ -25,6 +26,7 @@ from moe.placement.plan import Plan
 
 NAMESPACE = "moe"
 CONTROL = ("served", "attach", "submit", "cancel", "collect", "scale", "status")
+_LOOK_S = 0.1  # between two looks at what somebody waits for
 _IDLE_S = 0.1  # between two looks at the hosts while nobody asks for anything
 
 
@@ -79,7 +81,8 @@ class Resident:
 
     def attach(self, session: str) -> Attached:
         """From now on requests of this session alone are served. Raises what making the engine raised."""
-        self._order(lambda: self._take_over(session))
+        limits = self._arguments[1].cluster  # the caller gives up sooner, and leaves this controller as it is
+        self._order(lambda: self._take_over(session), FailurePolicy(limits).controller_starts_s() + limits.answer_s)
         engine = self.engine
         return Attached(engine.limits, tuple(engine.notes), engine.config.batch)
 
@@ -100,7 +103,7 @@ class Resident:
         """As `ClusterEngine.scale`; hosts come and go afterwards, as `status` shows."""
         if num_hosts < 1:
             raise ValueError(f"hosts ({num_hosts}) must be >= 1")
-        self._order(lambda: self.engine.scale(num_hosts))
+        self._order(lambda: self.engine.scale(num_hosts), self._arguments[1].cluster.answer_s)
 
     def status(self) -> tuple[ClusterStatus, ClusterStats]:
         return self.engine.status(), self.engine.crew.counted()
@@ -112,8 +115,9 @@ class Resident:
             raise ClusterError("another server has taken this cluster over; only one at a time hands in requests")
         return self.desk
 
-    def _order(self, order: Callable[[], None]) -> None:
-        """Done by the thread that steps, before its next step. Raises what the order raises."""
+    def _order(self, order: Callable[[], None], limit_s: float) -> None:
+        """Done by the thread that steps, before its next step. Raises what the order raises, and ClusterError if it is
+        not done within `limit_s`."""
         done, raised = threading.Event(), list[BaseException]()
 
         def obey() -> None:
@@ -125,9 +129,14 @@ class Resident:
 
         with self._changed:
             self._orders.append(obey)
-        while not done.wait(0.1):
+        deadline = time.monotonic() + limit_s
+        while not done.wait(_LOOK_S):
             if self._over is not None:
                 raise self._over
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the hosts load, or a step lasts: after {limit_s:g} s it is not done yet; look at `moe ray status`"
+                )
         if raised:
             raise raised[0]
 
@@ -156,13 +165,19 @@ class Resident:
 
 def find_resident(name: str) -> Any:
     """The actor. Raises ValueError if this cluster has none of this name."""
-    try:
-        return ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError:
+    if (actor := _resident(name)) is None:
         raise ValueError(
             f"no controller {name!r} runs in this Ray cluster; `moe serve MODEL --hosts N` starts one, and a batch "
             "file has its own in its driver"
-        ) from None
+        )
+    return actor
+
+
+def _resident(name: str) -> Any | None:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
 
 
 def start_resident(name: str, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None = None) -> Any:
@@ -174,7 +189,26 @@ def start_resident(name: str, folder: str, config: EngineConfig, num_hosts: int,
     return actor.options(**named).remote(name, folder, config, num_hosts, begin)
 
 
-def stop_resident(name: str) -> None:
-    """Ends it and its hosts. Raises ValueError if there is none of this name."""
-    ray.kill(find_resident(name))
+def answer_of(name: str, reference: Any, seconds: float) -> Any:
+    """What the controller `name` answers. Raises ClusterError if it does not within `seconds`, and Ray's own errors."""
+    try:
+        return ray.get(reference, timeout=seconds)
+    except ray.exceptions.GetTimeoutError:
+        raise ClusterError(
+            f"the controller {name!r} did not answer within {seconds:g} s: its process may be stopped, or its node out "
+            "of reach; `moe ray stop` ends it, and a server that is started again begins with another"
+        ) from None
+
+
+def stop_resident(name: str, limit_s: float) -> None:
+    """Ends it and its hosts; another of this name may be started then. Raises ValueError if there is none, ClusterError
+    if Ray has it still after `limit_s`."""
+    actor = find_resident(name)
+    deadline = time.monotonic() + limit_s
+    while actor is not None:
+        ray.kill(actor)
+        if time.monotonic() > deadline:
+            raise ClusterError(f"Ray has not ended the controller {name!r} after {limit_s:g} s; see `ray status`")
+        time.sleep(_LOOK_S)
+        actor = _resident(name)
     give_back_groups(name)

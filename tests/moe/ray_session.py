@@ -40,14 +40,18 @@ def two_nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = f"/tmp/moe-{secrets.token_hex(3)}"  # a path of sockets must be short
+    # Where Ray writes the address of a cluster for tools, which is the machine's otherwise, and must be there.
+    before, os.environ["RAY_TMPDIR"] = os.environ.get("RAY_TMPDIR"), folder
+    os.makedirs(f"{folder}/ray")
     common = {"object_store_memory": 80 << 20}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     # Jobs are submitted to the dashboard, which is of `ray[default]`.
     dashboard = {"include_dashboard": find_spec("aiohttp") is not None, "dashboard_port": port}
     head = {"num_cpus": 4, "temp_dir": folder, **dashboard, **common}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = None
     try:
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         # A folder of its own, as on a machine of its own: a node deletes the working folders of jobs that it has not.
         name, _, value = LABEL.partition("=")
         cluster.add_node(num_cpus=4, num_gpus=4, labels={name: value}, temp_dir=f"{folder}b", **common)
@@ -55,7 +59,12 @@ def two_nodes() -> Iterator[Any]:
         yield cluster
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        if cluster is not None:
+            cluster.shutdown()
+        if before is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = before
         for one in (folder, f"{folder}b"):
             shutil.rmtree(one, ignore_errors=True)
 
