@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 
 from moe.batch import run_batch
@@ -32,7 +33,7 @@ from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from moe.service import Service
 from tests.launch.test_server import run_server
-from tests.moe import chaos_cluster
+from tests.moe import chaos_cluster, ray_matrix
 from tests.moe.ray_session import DEMO, LABEL, ROOT, SETTINGS, config_of, two_nodes, until
 
 ray = pytest.importorskip("ray")
@@ -248,6 +249,14 @@ def test_a_job_that_is_submitted(nodes, lines, tmp_path):
     assert chaos_cluster.answers(target) == right
 
 
+@pytest.mark.parametrize("case", ray_matrix.SAMPLE, ids="-".join)
+def test_four_three_and_two_hosts_say_what_one_process_says(nodes, case, tmp_path):
+    """A sample; the table of all is in bench/results/hosts_matrix.md."""
+    seen = list(ray_matrix.run_case(case, ray_matrix.folder_of(case.model, tmp_path)))
+    assert [(one.hosts, one.equal) for one in seen] == [(count, seen[0].answers) for count in ray_matrix.HOSTS]
+    assert seen[0].nodes == 2
+
+
 def test_gpus_labels_and_too_little_memory_left(nodes, lines, tmp_path):
     """Declared GPUs, computed on the CPU, on the one node with the label; then a host is lost and not replaced."""
     folder, _, right = lines
@@ -304,7 +313,7 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
     prompt, length = "Once upon a time, there was", 150
     with LLM(DEMO, config_of("max_context=256")) as alone:
         right = alone.generate(prompt, SamplingParams(max_tokens=length, ignore_eos=True))[0].outputs[0].text
-    settings = [f"--set={one}" for one in (*SETTINGS, "max_context=256", "cluster.room_s=5")]
+    settings = [f"--set={one}" for one in (*SETTINGS, "max_context=256", "cluster.room_s=5", "cluster.answer_s=6")]
     args = _parser().parse_args(["serve", str(DEMO), "--hosts", "2", "--controller", "test", *settings])
     with loaded(args, engine_config(args)) as llm:
         service = Service(llm)
@@ -326,6 +335,11 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
 
         def serving() -> int:
             return sum(host.what == "serves" for host in llm.engine.status().hosts)
+
+        def stop_controller() -> None:
+            children = psutil.Process().children(recursive=True)
+            (controller,) = [one for one in children if (one.cmdline() or [""])[0].startswith("ray::Controller")]
+            controller.suspend()
 
         assert streamed(lambda: None) == right
         assert streamed(kill_one) == right
@@ -350,6 +364,8 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
         assert (plan != Plan.contiguous(*plan.shape).hosted).any(), "hosts that came and went have changed it"
         assert streamed(lambda: ray.kill(before)) == right
         assert (llm.engine.plan.hosted == plan).all(), "the successor begins with the plan as it was"
+        assert streamed(stop_controller) == right
+        assert (llm.engine.plan.hosted == plan).all(), "of one that was stopped, too"
         with pytest.raises(SystemExit, match="2"):
             main(["ray", "scale", "0", "--controller", "test"])
         copy = shutil.copytree(DEMO, tmp_path / "other")
