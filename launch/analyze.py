@@ -1,8 +1,9 @@
 """`moe analyze`: what recorded routing says of caches, of placement and of reading ahead."""
 
 import argparse
+import html
 
-from moe.launch.gain import GAINS, rows_of_gains
+from moe.launch.gain import GAINS, GAINS_TOLD, rows_of_gains
 from moe.launch.place import read_trace, show
 from moe.placement.plan import merge_models
 from moe.placement.stats.affinity import expert_load, transition_counts
@@ -64,17 +65,18 @@ def run_analyze(args: argparse.Namespace) -> int:
     pictures = {"Load": Picture(expert_load(trace), "layer", "expert", "tokens")}
     if trace.num_layers > 1:
         pictures["Transitions of tokens from layer 0 to 1"] = Picture(
-            transition_counts(trace)[0], "from", "to expert of layer 1", "tokens"
+            transition_counts(trace)[0], "expert of layer 0", "expert of layer 1", "tokens"
         )
     if args.html:
         parts = [
-            f"<p>{found['verdict']}</p>",
+            f"<p>{html.escape(found['model'])} {found['verdict']}.</p>",
             table_html(rows, ("", "value")),
             "<h2>Hit rate by size of the cache</h2>",
-            f"<p>Mean over layers; the oracle knows {found['segment']} tokens ahead.</p>",
+            f"<p>Share of the experts that a token needs which are in a slot, mean over layers; the oracle knows "
+            f"{found['segment']} tokens ahead, LRU evicts what was used least recently.</p>",
             table_html(cache, ("slots per layer", "oracle", "LRU")),
             "<h2>What reading ahead can win</h2>",
-            f"<p>One sequence in virtual time, {basis}.</p>",
+            f"<p>One sequence in virtual time, {basis}. {GAINS_TOLD}</p>",
             table_html(ahead, GAINS),
         ]
         write_page(

@@ -119,6 +119,12 @@ GAINS = (
     "x Belady",
     "transitions win",
 )
+GAINS_TOLD = (
+    "slots: of all layers together; foretold: share of the misses that recorded transitions name before their layer "
+    "comes; stall share: of the time that waits for reads, without reading ahead; x: speed over that, reading ahead by "
+    "transitions, by the next layer's experts themselves, and with Belady's evictions alone; the last column: how much "
+    "of what the next layer's experts would win transitions do."
+)
 
 
 def rows_of_gains(trace: RoutingTrace) -> tuple[list[tuple[Any, ...]], str]:

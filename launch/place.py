@@ -105,6 +105,7 @@ def run_place(args: argparse.Namespace) -> int:
         before = plans["present" if present is not None else "contiguous"]
         parts = [
             table_html(rows, _HEADER),
+            _TOLD,
             grid_svg(before, title="Experts by rank, before", load=load),
             grid_svg(plan, title="Experts by rank, after", load=load),
             bars_svg(
@@ -134,12 +135,13 @@ def run_simulate(args: argparse.Namespace) -> int:
     links = [(name, *(int(b) for b in row)) for name, row in zip(names, result.link_bytes, strict=True)]
     show("bytes by link, from row to column", ("", *names), links)
     pictures = {
-        "Bytes by link": Picture(result.link_bytes, "from", "to rank", "bytes"),
+        "Bytes by link": Picture(result.link_bytes, "sending rank", "receiving rank", "bytes"),
         "Load": Picture(result.load, "layer", "rank", "tokens"),
     }
     if args.html:
         parts = [
             table_html(rows, _HEADER),
+            _TOLD,
             grid_svg(plan, title="Experts by rank", load=expert_load(trace)),
             *(heatmap_svg(one, title=name, cell=24) for name, one in pictures.items()),
         ]
@@ -306,7 +308,12 @@ _HEADER = (
     "a2a s",
     "step ms",
 )
-
+_TOLD = (
+    "<p>Per token and layer: bytes that go to other ranks and back, of them between nodes, copies of the token that "
+    "leave its rank, of them between nodes. max/mean: the busiest rank's load over the mean rank's, of all tokens, and "
+    "as it is in a step. miss rate: of experts that are not in a slot. a2a s: seconds of exchange, all steps together. "
+    "step ms: what a step takes by the topology.</p>"
+)
 
 _ANY_SIZES = ModelSizes(hidden_size=1, dtype="float32", expert_bytes=1)  # copies and load do not depend on them
 

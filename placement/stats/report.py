@@ -29,7 +29,8 @@ STYLE = (
     "table{border-collapse:collapse;margin:.8em 0;display:block;overflow-x:auto}"
     "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #8885}"
     "td:first-child,th:first-child{text-align:left}figure{margin:1.6em 0}figcaption{font-size:.85em;opacity:.8}"
-    "svg{display:block;width:100%;height:auto}svg text{font-size:11px;fill:currentColor}"
+    ".wide{overflow-x:auto}svg{display:block;width:100%;height:auto;shape-rendering:crispEdges}"
+    "svg text{font-size:11px;fill:currentColor}"
 )
 CACHE_RATIOS = (1.0, 1.5, 2.0, 3.0, 4.0)
 
@@ -93,6 +94,8 @@ class Picture(NamedTuple):
 
 
 _TOP, _LEFT, _BELOW = 6, 62, 34  # pixels around a picture, for its axes
+_SHORT = 6  # letters of a word that stands in front of a picture
+_SHRINKS = 0.8  # the smallest share of its size that it is shown at: letters of 9 pixels
 
 
 def heatmap_svg(picture: Picture, *, title: str, cell: int = 8) -> str:
@@ -115,10 +118,12 @@ def heatmap_svg(picture: Picture, *, title: str, cell: int = 8) -> str:
     for step in range(steps):
         y = _TOP + (steps - 1 - step) * 5
         cells.append(f'<rect x="{at}" y="{y}" width="12" height="5" fill="{_shade(step / (steps - 1))}"/>')
-    amount = (f"{most:,.0f}" if most >= 1000 else f"{most:.4g}") + f" {picture.unit}"
-    cells += [_text(at + 17, _TOP + 9, amount), _text(at + 17, _TOP + steps * 5, "0")]
-    width = at + 40 + 7 * len(amount)
-    return _figure_html(width, _TOP + max(rows * cell, steps * 5) + _BELOW, title, cells)
+    amount = f"{most:,.0f}" if most >= 1000 else f"{most:.4g}"
+    largest = f"{amount} {picture.unit}"
+    cells += [_text(at + 17, _TOP + 9, largest), _text(at + 17, _TOP + steps * 5, "0")]
+    width = at + 40 + 7 * len(largest)
+    told = f"Rows: {picture.rows}; columns: {picture.columns}; darker: more {picture.unit}, up to {amount}."
+    return _figure_html(width, _TOP + max(rows * cell, steps * 5) + _BELOW, title, cells, told)
 
 
 def grid_svg(plan: Plan, *, title: str, load: NDArray[np.float64] | None = None, cell: int = 9) -> str:
@@ -231,13 +236,13 @@ def _figure(pictures: dict[str, Picture]) -> Any:
 def _figure_html(
     width: float, height: float, title: str, cells: Sequence[str], told: str = "", *, is_html: bool = False
 ) -> str:
-    """A picture that shrinks to the page, under its title and over what it tells."""
-    caption = told if is_html else html.escape(told)
+    """A picture under its title and over what it tells. It shrinks to the page as long as its words can be read; on a
+    phone it is moved sideways."""
+    caption, least = told if is_html else html.escape(told), _SHRINKS * width
     return (
-        f'<figure><strong>{html.escape(title)}</strong><svg xmlns="http://www.w3.org/2000/svg" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px">{"".join(cells)}</svg>'
-        + (f"<figcaption>{caption}</figcaption>" if told else "")
-        + "</figure>"
+        f'<figure><strong>{html.escape(title)}</strong><div class="wide"><svg xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px;min-width:{least:.0f}px">'
+        f"{''.join(cells)}</svg></div>" + (f"<figcaption>{caption}</figcaption>" if told else "") + "</figure>"
     )
 
 
@@ -251,8 +256,9 @@ def _frame(width: float, height: float) -> str:
 
 
 def _row_names(word: str, rows: int, cell: int) -> list[str]:
-    """The first and the last, and the word for them."""
-    names = [(0, f"{word} 0"), (rows - 1, str(rows - 1))][: 1 + (rows * cell >= 2 * 12 and rows > 1)]
+    """The first and the last, and the word for them if there is place for it."""
+    first = f"{word} 0" if len(word) <= _SHORT else "0"
+    names = [(0, first), (rows - 1, str(rows - 1))][: 1 + (rows * cell >= 2 * 12 and rows > 1)]
     return [_text(_LEFT - 6, _TOP + (y + 0.5) * cell + 4, name, "end") for y, name in names]
 
 

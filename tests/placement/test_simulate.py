@@ -212,6 +212,9 @@ def test_pictures_have_axes_scales_and_legends():
     load = np.arange(12.0).reshape(3, 4) * 1000
     heat = heatmap_svg(picture(load), title="Load", cell=8)
     assert all(f">{text}</text>" in heat for text in ("layer 0", "0", "3", "expert", "11,000 tokens"))
+    assert "Rows: layer; columns: expert; darker: more tokens, up to 11,000." in heat
+    links = heatmap_svg(Picture(load, "sending rank", "receiving rank", "bytes"), title="Links", cell=24)
+    assert ">sending rank 0<" not in links, "it would be cut"
     plan = Plan.contiguous(3, 64, 8)
     grid = grid_svg(plan, title="Experts", load=np.ones((3, 64)))
     assert ">rank 7</text>" in grid
@@ -220,9 +223,11 @@ def test_pictures_have_axes_scales_and_legends():
     assert "copies per token: " in bars
     assert "a &amp; b" in bars
     assert ">2</text>" in bars
-    for one in (heat, grid, bars):
+    for one in (heat, links, grid, bars):
         svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", one)[0])
         _, _, width, height = map(float, svg.get("viewBox").split())
+        least = float(re.search(r"min-width:(\d+)px", svg.get("style"))[1])
+        assert 11 * least / width >= 8.5, "on a phone its letters could not be read"
         for text in svg.iter("{http://www.w3.org/2000/svg}text"):
             x, y, wide = float(text.get("x")), float(text.get("y")), 6.2 * len(text.text)
             start = x - {"start": 0, "middle": wide / 2, "end": wide}[text.get("text-anchor")]
