@@ -19,13 +19,15 @@ from moe.comm.wire import Wire, traffic_of
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """What one rank will do in a step. told, handed: bytes of its lines for all ranks, and for rank 0."""
+    """What one rank will do in a step. told, handed: bytes of its lines for all ranks, and for rank 0. asks: it wants
+    to be told what all have routed (moe/engine/online.py)."""
 
     forwards: int
     tokens: int
     told: int
     handed: int
     leaves: bool  # it asks all to end this generation after the step
+    asks: bool = False
 
     @property
     def is_idle(self) -> bool:
@@ -52,6 +54,11 @@ class Agreement:
         return all(rank.is_idle for rank in self.ranks)
 
     @property
+    def is_asked(self) -> bool:
+        """Some rank wants to be told."""
+        return any(rank.asks for rank in self.ranks)
+
+    @property
     def is_last(self) -> bool:
         """Some rank asked to end the generation: all leave it after this step."""
         return any(rank.leaves for rank in self.ranks)
@@ -68,7 +75,7 @@ class Control:
         self._to_first: list[bytes] = []
         self._heard: list[list[bytes]] = [[] for _ in groups.world_ranks]
         self._received: list[bytes] = []
-        self._leaves = False
+        self._leaves = self._asks = False
 
     def tell(self, line: bytes) -> None:
         """A line for all ranks, this one included; it ends with a newline and goes with the next step."""
@@ -85,6 +92,10 @@ class Control:
     def leave(self) -> None:
         """Asks all ranks to end this generation after the next step."""
         self._leaves = True
+
+    def ask(self) -> None:
+        """Asks all ranks, in the next step, for what they have routed: no round of its own."""
+        self._asks = True
 
     @property
     def has_heard(self) -> bool:
@@ -103,9 +114,12 @@ class Control:
     def agree(self, forwards: int, tokens: int) -> Agreement:
         """Tells all ranks what this one will do in this step, and brings the lines. A collective."""
         told, handed = b"".join(self._to_all), b"".join(self._to_first)
-        own = torch.tensor([forwards, tokens, len(told), len(handed), self._leaves], dtype=torch.int64)
+        own = torch.tensor([forwards, tokens, len(told), len(handed), self._leaves, self._asks], dtype=torch.int64)
         figures = [row.tolist() for row in self._gather(own, "the agreement on a step")]
-        self.agreement = Agreement(tuple(Intent(row[0], row[1], row[2], row[3], bool(row[4])) for row in figures))
+        self.agreement = Agreement(
+            tuple(Intent(row[0], row[1], row[2], row[3], bool(row[4]), bool(row[5])) for row in figures)
+        )
+        self._asks = False
         for lines in self._exchange_lines(handed, [rank.handed for rank in self.agreement.ranks]):
             self._received += lines if self.groups.rank == 0 else []
         for heard, lines in zip(self._heard, self._exchange_lines(told, [rank.told for rank in self.agreement.ranks])):

@@ -18,7 +18,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from moe.placement.loop_options import LoopOptions
 from moe.placement.migrate import Migration
 from moe.placement.plan import Plan
+from moe.placement.solve.program import Floats, Ints
 from moe.placement.turn import Figures, Machine, Question, Turn, Window, take_turn
 
 log = logging.getLogger(__name__)
 
-CHECKS = 16  # looks at the window per window of tokens
+CHECKS = 16  # looks at the window per window of tokens, at most
 PATIENCE = 0.5  # of a window: so many tokens of the same traffic must have been uneven
 PARTS = 16  # of a window, between which traffic may be seen to change
 RESTS = 8  # windows after which a turn is tried again that moved nothing, though the load never was calm
@@ -122,24 +123,62 @@ def answer_questions() -> None:
         sys.stdout.buffer.flush()
 
 
+class Part(NamedTuple):
+    """Some tokens, one after another: how often each expert was chosen, int64 [L, E], and what each rank then serves,
+    int64 [L, G]."""
+
+    window: Window
+    counts: Ints
+    busy: Ints
+
+
 class Recent:
-    """The latest `size` tokens; older ones are dropped. Parts of a step are kept as they came."""
+    """The latest `size` tokens, counted once, as they come: in parts of a sixteenth of them, but not below what comes
+    between two looks.
 
-    def __init__(self, size: int) -> None:
-        self.size, self.num_tokens = size, 0
-        self._parts: deque[Window] = deque()
+    Whole parts are dropped, so that up to one more than `size` is held. Costs a look only what is new since the last.
+    """
 
-    def add(self, part: Window) -> None:
-        part = part.part(slice(max(0, len(part.ids) - self.size), None))
-        self._parts.append(part)
-        self.num_tokens += len(part.ids)
-        while self.num_tokens - len(self._parts[0].ids) >= self.size:
-            self.num_tokens -= len(self._parts.popleft().ids)
+    def __init__(self, size: int, plan: Plan, machine: Machine) -> None:
+        self.size, self.plan, self.machine = size, plan, machine
+        self.num_tokens = 0
+        self._parts: deque[Part] = deque()
+        self._pending: deque[Window] = deque()
 
-    def window(self) -> Window:
-        parts = list(self._parts)
-        whole = Window(np.concatenate([p.ids for p in parts]), np.concatenate([p.home for p in parts]))
-        return whole.part(slice(max(0, len(whole.ids) - self.size), None))
+    def add(self, window: Window) -> None:
+        window = window.part(slice(max(0, len(window.ids) - self.size), None))
+        if len(window.ids):
+            self._pending.append(window)
+            self.num_tokens += len(window.ids)
+            self._drop_oldest()
+
+    def parts(self) -> list[Part]:
+        """Oldest first, none is empty."""
+        if self._pending:
+            new = Window.joined(self._pending)
+            self._pending.clear()
+            number = max(1, len(new.ids) // max(1, self.size // PARTS))
+            edges = [len(new.ids) * n // number for n in range(number + 1)]
+            self._parts += [self._counted(new.part(slice(a, b))) for a, b in pairwise(edges) if b > a]
+        self._drop_oldest()
+        return list(self._parts)
+
+    def use(self, plan: Plan) -> None:
+        """Who serves what from now on, and would have."""
+        self.plan = plan
+        self._parts = deque(self._counted(part.window) for part in self._parts)
+
+    def _drop_oldest(self) -> None:
+        while self.num_tokens > self.size:
+            oldest = self._parts[0].window if self._parts else self._pending[0]
+            if self.num_tokens - len(oldest.ids) < self.size:
+                return
+            self.num_tokens -= len(oldest.ids)
+            (self._parts or self._pending).popleft()
+
+    def _counted(self, window: Window) -> Part:
+        counts = window.counts(self.plan.num_experts)
+        return Part(window, counts, window.busy(self.plan, self.machine.rates(window.ids.shape[2]), counts))
 
 
 class Trigger:
@@ -164,31 +203,41 @@ class Trigger:
         self._rests = 0 if has_moved else RESTS * self.options.window
 
 
-def newest_alike(ids: NDArray[np.int16], num_experts: int) -> int:
-    """How many of the newest tokens are of one traffic: all since the experts chosen changed most, if they changed.
+def newest_alike(counts: Ints, num_tokens: int) -> int:
+    """How many of the newest parts are of one traffic: all since the experts chosen changed most, if they changed.
 
-    ids: [N, L, K], oldest first. The split into two multinomials per layer with the greatest likelihood, where it beats
-    one by Schwarz's criterion (L * (E - 1) more parameters, half a logarithm each). Costs O(N L K + PARTS L E).
+    counts: int64 [P, L, E], oldest first. The split into two multinomials per layer with the greatest likelihood, where
+    it beats one by Schwarz's criterion (L * (E - 1) more parameters, half a logarithm of the tokens each). Costs
+    O(P L E).
     """
-    size, (num_layers, _) = max(1, len(ids) // PARTS), ids.shape[1:]
-    starts = np.arange(len(ids) % size, len(ids), size)
-    offset = np.arange(num_layers)[:, None] * (num_experts + 1)
-    width = num_layers * (num_experts + 1)
-    codes = np.where(ids >= 0, ids, num_experts) + offset
-    edges = [0, *starts[1:].tolist(), len(ids)]
-    counts = np.stack([np.bincount(codes[a:b].ravel(), minlength=width) for a, b in pairwise(edges)])
-    counts = counts.reshape(-1, num_layers, num_experts + 1)[:, :, :-1].astype(np.float64)
-
-    def likelihood(of: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of multinomials [..., L, E] at their own frequencies."""
-        total = np.maximum(of.sum(axis=-1, keepdims=True), 1)
-        return np.asarray((of * np.log(np.maximum(of, 1e-12) / total)).sum(axis=(-2, -1)))
-
+    parts, num_layers, num_experts = len(counts), *counts.shape[1:]
+    if parts < 2:
+        return parts
     older = counts.cumsum(axis=0)
-    gains = likelihood(older[:-1]) + likelihood(older[-1] - older[:-1]) - likelihood(older[-1])
-    penalty = num_layers * (num_experts - 1) / 2 * math.log(max(2, len(ids)))
-    best = int(gains.argmax()) if len(gains) else 0
-    return len(ids) - edges[best + 1] if len(gains) and gains[best] > penalty else len(ids)
+    pairs = older.sum(axis=2)
+    entropy = _x_log_x(int(pairs.max(initial=0)))
+
+    def likelihood(of: Ints, total: Ints) -> Floats:
+        """Of multinomials [..., L, E] at their own frequencies."""
+        return np.asarray(entropy[of].sum(axis=(-2, -1)) - entropy[total].sum(axis=-1))
+
+    gains = likelihood(older[:-1], pairs[:-1]) + likelihood(older[-1] - older[:-1], pairs[-1] - pairs[:-1])
+    gains -= likelihood(older[-1], pairs[-1])
+    penalty = num_layers * (num_experts - 1) / 2 * math.log(max(2, num_tokens))
+    best = int(gains.argmax())
+    return parts - 1 - best if gains[best] > penalty else parts
+
+
+def _x_log_x(most: int) -> Floats:
+    """Of all integers up to `most`."""
+    x = np.arange(most + 1, dtype=np.float64)
+    return np.asarray(x * np.log(np.maximum(x, 1)))
+
+
+def _imbalance(parts: list[Part]) -> float:
+    """As `Window.imbalance` of their tokens."""
+    busy = np.sum([part.busy for part in parts], axis=0)
+    return float((busy.max(axis=1) / np.maximum(busy.mean(axis=1), 1e-12)).mean())
 
 
 def imbalance_of_chance(num_pairs: int, num_ranks: int) -> float:
@@ -251,7 +300,8 @@ class OnlineLoop:
         self.history: list[tuple[Turn, Figures, Figures | None]] = []
         self.notes: list[str] = []
         self.stats = PlacementStats()
-        self._recent, self._trigger = Recent(options.window), Trigger(options)
+        self._recent = Recent(options.window, plan, machine)
+        self._trigger = Trigger(options)
         self._sums, self._unseen = Sums(), 0
         self._is_asked = self._is_over = False
         self._measuring: int | None = None  # place in the history of the turn that moved last
@@ -277,19 +327,20 @@ class OnlineLoop:
             return self._answered()
         if self._recent.num_tokens < PATIENCE * self.options.window or self._unseen * CHECKS < self.options.window:
             return None
-        window = self._recent.window()
-        num_layers, top_k = window.ids.shape[1:]
-        rates = self.machine.rates(top_k)
+        parts = self._recent.parts()
+        num_layers, top_k = parts[0].window.ids.shape[1:]
         if self._measuring is not None and self._sums.tokens >= self.options.window:
-            self._measured(self._measuring, window.imbalance(self.plan, rates), num_layers)
-        alike = window.part(slice(-newest_alike(window.ids, self.plan.num_experts), None))
-        imbalance = self.stats.placement_load = alike.imbalance(self.plan, rates)
-        chance = imbalance_of_chance(len(alike.ids) * top_k, self.plan.num_ranks)
-        fires = self._trigger.fires(imbalance, len(alike.ids), self._unseen, chance)
+            self._measured(self._measuring, _imbalance(parts), num_layers)
+        alike = parts[-newest_alike(np.stack([part.counts for part in parts]), self._recent.num_tokens) :]
+        num_alike = sum(len(part.window.ids) for part in alike)
+        imbalance = self.stats.placement_load = _imbalance(alike)
+        chance = imbalance_of_chance(num_alike * top_k, self.plan.num_ranks)
+        fires = self._trigger.fires(imbalance, num_alike, self._unseen, chance)
         self._unseen = 0
         if fires:
             self._before = self._sums.figures(imbalance, num_layers)
-            self.solver.ask(Question(self.plan, alike, self.machine, self.options))
+            window = Window.joined([part.window for part in alike])
+            self.solver.ask(Question(self.plan, window, self.machine, self.options))
             self._is_asked = True
         return None
 
@@ -317,6 +368,7 @@ class OnlineLoop:
         most = max(received) * self.machine.sizes.expert_bytes
         assert most <= self.options.bytes_per_step, (most, self.options.bytes_per_step)
         self.plan, self._moving = migration.target, len(migration.steps) + 1
+        self._recent.use(self.plan)
         self._measuring = len(self.history) - 1
         self.stats.moved_experts += sum(received)
         self.stats.moved_bytes += migration.num_bytes

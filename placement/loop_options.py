@@ -11,7 +11,8 @@ class LoopOptions:
     been exceeded by half a window of tokens of one traffic; calm: below it the next may start after a turn that moved
     nothing.
     most_moved: share of all copies that a turn may move. bytes_per_step: of experts that come, on all ranks together.
-    payback: tokens within which a migration must pay for itself. Raises ValueError for numbers that make no sense.
+    payback: tokens within which a migration must pay for itself. share: of the CPU time of rank 0's steps, at most, in
+    which it hears what was routed and looks at it. Raises ValueError for numbers that make no sense.
     """
 
     window: int = 896
@@ -20,6 +21,7 @@ class LoopOptions:
     most_moved: float = 0.15
     bytes_per_step: int = 1 << 28
     payback: int = 1_000_000
+    share: float = 0.005
 
     def __post_init__(self) -> None:
         if self.window < 8 or self.payback < 1 or self.bytes_per_step < 1:
@@ -29,5 +31,6 @@ class LoopOptions:
             )
         if not 1.0 <= self.calm <= self.imbalance:
             raise ValueError(f"calm ({self.calm}) must lie between 1 and imbalance ({self.imbalance})")
-        if not 0 < self.most_moved <= 1:
-            raise ValueError(f"most_moved ({self.most_moved}) must lie in (0, 1]")
+        for name, value in (("most_moved", self.most_moved), ("share", self.share)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} ({value}) must lie in (0, 1]")

@@ -5,6 +5,7 @@ nothing there. If they pay, they are found again on the whole window, and schedu
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from moe.placement.migrate import Migration, plan_migration, relabel
 from moe.placement.plan import Plan
 from moe.placement.simulate import Simulation, Workload, simulate
 from moe.placement.solve.few_moves import LayerWindow, Rates, few_moves
+from moe.placement.solve.program import Ints
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 from moe.placement.wire_format import ModelSizes, WireFormat
@@ -65,6 +67,26 @@ class Window(NamedTuple):
 
     def part(self, rows: slice) -> "Window":
         return Window(self.ids[rows], self.home[rows])
+
+    @staticmethod
+    def joined(parts: "Sequence[Window]") -> "Window":
+        """At least one."""
+        return Window(np.concatenate([one.ids for one in parts]), np.concatenate([one.home for one in parts]))
+
+    def counts(self, num_experts: int) -> Ints:
+        """How often each expert was chosen: [L, E]."""
+        num_layers = self.ids.shape[1]
+        places = np.where(self.ids >= 0, self.ids, num_experts) + np.arange(num_layers)[:, None] * (num_experts + 1)
+        counted = np.bincount(places.ravel(), minlength=num_layers * (num_experts + 1))
+        return np.asarray(counted.reshape(num_layers, -1)[:, :num_experts], np.int64)
+
+    def busy(self, plan: Plan, rates: Rates, counts: Ints) -> Ints:
+        """Pairs that each rank serves: [L, G]; by the counts of all layers, and token by token in those with copies."""
+        busy = np.einsum("le,leg->lg", counts, plan.hosted)
+        for layer in np.flatnonzero((plan.hosted.sum(axis=2) > 1).any(axis=1)):
+            served = LayerWindow(self.ids[:, layer], self.home, rates).served(plan.hosted[layer])
+            busy[layer] = np.bincount(served.ravel(), minlength=plan.num_ranks + 1)[:-1]
+        return np.asarray(busy, np.int64)
 
     def imbalance(self, plan: Plan, rates: Rates) -> float:
         """Busiest rank's pairs over the mean as the plan serves them, mean over layers."""

@@ -179,7 +179,7 @@ def test_experts_move_while_hosts_serve_and_a_loss_starts_from_where_they_are(no
     assignment = np.stack([np.argsort(one) // 8 for one in order])
     Plan.from_assignment(assignment, 2).save(tmp_path / "uneven.json")
     settings = ["placement.online=true", "placement.window=64", "placement.imbalance=1.3", "placement.most_moved=0.5"]
-    settings += ["cluster.spares=1", f"parallel.plan={tmp_path / 'uneven.json'}"]
+    settings += ["placement.share=1", "cluster.spares=1", f"parallel.plan={tmp_path / 'uneven.json'}"]
     with LLM(DEMO, config_of(*settings), hosts=2) as llm:
         engine = llm.engine
         assert serve(engine) == expected

@@ -98,14 +98,33 @@ def test_what_a_layer_costs_is_what_the_serving_rule_serves():
     assert cost.imbalance == 4 / (8 / RANKS)  # rank 1 serves 5, 4, 5, 6
 
 
-def test_recent_keeps_so_many_tokens():
-    recent, whole = Recent(50), routing(203, 0, seed=1)
-    for begin in range(0, 203, 7):
+@pytest.mark.parametrize("looks", [1, 4, 100])
+@pytest.mark.parametrize("present", [Plan.contiguous(LAYERS, EXPERTS, RANKS), replicated()], ids=["plain", "replicas"])
+def test_recent_counts_each_of_so_many_tokens_once(present, looks):
+    """Against tokens counted anew; looks: additions between two."""
+    recent, whole = Recent(50, Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE), routing(203, 0, seed=1)
+    whole.ids[5, 1] = -1
+    assert recent.parts() == []
+    for number, begin in enumerate(range(0, 203, 7), 1):
         recent.add(whole.part(slice(begin, begin + 7)))
-        assert recent.num_tokens < 50 + 7
-    kept = recent.window()
-    assert (kept.ids == whole.ids[-50:]).all()
-    assert (kept.home == whole.home[-50:]).all()
+        recent.add(whole.part(slice(0, 0)))
+        assert min(50, begin + 7) <= recent.num_tokens < 50 + 7
+        if number % looks == 0:
+            recent.parts()
+        if begin == 105:
+            recent.use(present)
+    parts = recent.parts()
+    kept = Window.joined([part.window for part in parts])
+    assert len(kept.ids) == recent.num_tokens < 50 + 7
+    assert (kept.ids == whole.ids[-len(kept.ids) :]).all()
+    assert (kept.home == whole.home[-len(kept.ids) :]).all()
+    for window, counts, busy in parts:
+        assert counts.sum() == (window.ids >= 0).sum()
+        for layer in range(LAYERS):
+            assert (counts[layer] == [(window.ids[:, layer] == e).sum() for e in range(EXPERTS)]).all()
+            one = window.layers(MACHINE.rates(TOP_K))[layer]
+            served = one.served(present.hosted[layer])
+            assert (busy[layer] == [(served == rank).sum() for rank in range(RANKS)]).all()
     recent.add(whole)
     assert recent.num_tokens == 50
 
@@ -129,15 +148,22 @@ def test_the_trigger_is_patient_and_rests_until_calm():
 @pytest.mark.parametrize("new", [0, 1, 48, 100, 200, 256])
 def test_the_newest_tokens_of_one_traffic_are_told_apart_from_those_before(new):
     ids = np.concatenate([routing(256 - new, 2, seed=7).ids, routing(new, 9, seed=8).ids])
-    found = newest_alike(ids, EXPERTS)
+    found = alike_of(ids)
     if new in (0, 1, 256):
         assert found == 256, "one traffic, or too little of another to be told"
     else:
         assert abs(found - new) <= 256 // PARTS
     ids[5] = -1  # a token that has no expert counts nowhere
-    assert abs(newest_alike(ids, EXPERTS) - found) <= 256 // PARTS
-    assert newest_alike(ids[:0], EXPERTS) == 0
-    assert newest_alike(ids[:1], EXPERTS) == 1
+    assert abs(alike_of(ids) - found) <= 256 // PARTS
+    assert alike_of(ids[:1]) == 1
+
+
+def alike_of(ids: np.ndarray) -> int:
+    recent = Recent(256, Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE)
+    recent.add(Window(ids, np.zeros(len(ids), np.int64)))
+    parts = recent.parts()
+    newest = newest_alike(np.stack([part.counts for part in parts]), len(ids))
+    return sum(len(part.window.ids) for part in parts[-newest:])
 
 
 def test_chance_is_what_even_traffic_shows_at_most():
