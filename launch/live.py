@@ -53,7 +53,10 @@ def _ranks_of(plan: "Plan | None") -> list[list[int]] | None:
 
 def top(args: argparse.Namespace) -> int:
     """A table that follows the service at args.url until Ctrl-C. args.once: print it once."""
-    import httpx  # of the extra `serve`
+    try:
+        import httpx
+    except ModuleNotFoundError as error:
+        raise ValueError(f"moe top needs httpx ({error}): pip install 'moeflow[serve]'") from None
     from rich.live import Live
 
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
@@ -88,10 +91,13 @@ def _table(now: dict[str, Any], before: dict[str, Any] | None) -> Any:
     table.add_row("tokens/s", f"{(now['tokens'] - earlier['tokens']) / seconds:.1f}")
     table.add_row("requests", f"{now['open']} open, {now['running']} running, {now['waiting']} waiting for a place")
     table.add_row("KV blocks", f"{now['blocks'] - now['free_blocks']} of {now['blocks']} in use")
-    rate = now["hits"] / max(1, now["hits"] + now["misses"])
-    table.add_row("experts", f"{now['slots']} of {now['experts']} in slots, {rate:.1%} hits")
-    read = shown((now["bytes_read"] - earlier["bytes_read"]) / seconds, "bytes")
-    table.add_row("read", f"{read}/s, waited {now['stall_seconds']:.1f} s in all")
+    held = f"{now['slots']} of {now['experts']} in slots"
+    if uses := now["hits"] + now["misses"]:  # hosts keep theirs
+        table.add_row("experts", f"{held}, {now['hits'] / uses:.1%} hits")
+        read = shown((now["bytes_read"] - earlier["bytes_read"]) / seconds, "bytes")
+        table.add_row("read", f"{read}/s, waited {now['stall_seconds']:.1f} s in all")
+    else:
+        table.add_row("experts", held)
     table.add_row("time to first token", f"at most {now['first_token_p50'] * 1000:.0f} ms (median)")
     table.add_row("between tokens", f"at most {now['token_p99'] * 1000:.0f} ms (99 %)")
     return table

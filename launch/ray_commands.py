@@ -117,6 +117,9 @@ def _answer(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise ValueError(str(error.cause)) from None
     except ray.exceptions.GetTimeoutError:
-        raise ValueError(f"the controller did not answer within {_ANSWER_S:g} s") from None
+        raise ValueError(
+            f"the controller did not answer within {_ANSWER_S:g} s: it may be stopped; `moe ray stop` ends it, "
+            "and its server starts another"
+        ) from None
     except ray.exceptions.RayActorError:
         raise ValueError("the controller has ended") from None

@@ -19,7 +19,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
-import httpx
+try:
+    import httpx
+except ModuleNotFoundError as error:
+    raise ImportError(f"moe.Client needs httpx ({error}): pip install 'moeflow[serve]'") from None
 
 from moe.openai import CHAT, COMPLETIONS, lines_of
 

@@ -213,7 +213,7 @@ def write_page(path: str | PathLike[str], title: str, parts: Sequence[str]) -> N
 
 
 def save_png(path: str | PathLike[str], pictures: dict[str, Picture]) -> None:
-    """Heatmaps side by side as PNG. Raises ModuleNotFoundError with the remedy if matplotlib is absent."""
+    """Heatmaps side by side as PNG. Raises ValueError with the remedy if matplotlib is absent."""
     with written_whole(path) as part:
         _figure(pictures).savefig(part, dpi=120)
 
@@ -222,9 +222,7 @@ def _figure(pictures: dict[str, Picture]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "PNG pictures need matplotlib: pip install 'moeflow[bench]', or write HTML instead"
-        ) from error
+        raise ValueError("PNG pictures need matplotlib: pip install 'moeflow[bench]', or write HTML instead") from error
     figure = Figure(figsize=(5 * len(pictures), 4), layout="constrained")
     for axis, (name, one) in zip(np.atleast_1d(figure.subplots(1, len(pictures))), pictures.items(), strict=True):
         image = axis.imshow(one.values, aspect="auto", interpolation="nearest")

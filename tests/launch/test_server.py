@@ -453,11 +453,14 @@ def test_our_client(served, right, tmp_path):
         nobody.generate("A")
 
 
-def test_top(served, capfd):
+def test_top(served, capfd, monkeypatch):
     assert main(["top", served.url, "--once"]) == 0
     assert "48 of 96 in slots" in capfd.readouterr().out
     assert main(["top", "http://127.0.0.1:9", "--once"]) == 2
     assert "does not answer" in capfd.readouterr().err
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    assert main(["top", served.url, "--once"]) == 2
+    assert "pip install 'moeflow[serve]'" in capfd.readouterr().err
 
 
 def test_api_key(served):
