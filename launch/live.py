@@ -91,13 +91,19 @@ def _table(now: dict[str, Any], before: dict[str, Any] | None) -> Any:
     table.add_row("tokens/s", f"{(now['tokens'] - earlier['tokens']) / seconds:.1f}")
     table.add_row("requests", f"{now['open']} open, {now['running']} running, {now['waiting']} waiting for a place")
     table.add_row("KV blocks", f"{now['blocks'] - now['free_blocks']} of {now['blocks']} in use")
-    held = f"{now['slots']} of {now['experts']} in slots"
+    slots, experts = now["slots"], now["experts"]
+    # Replicas, and hosts whose share has become smaller, have more slots than the model has experts.
+    held = f"{slots} of {experts} in slots" if slots <= experts else f"{slots} slots for {experts} experts"
     if uses := now["hits"] + now["misses"]:  # hosts keep theirs
         table.add_row("experts", f"{held}, {now['hits'] / uses:.1%} hits")
         read = shown((now["bytes_read"] - earlier["bytes_read"]) / seconds, "bytes")
         table.add_row("read", f"{read}/s, waited {now['stall_seconds']:.1f} s in all")
     else:
         table.add_row("experts", held)
-    table.add_row("time to first token", f"at most {now['first_token_p50'] * 1000:.0f} ms (median)")
-    table.add_row("between tokens", f"at most {now['token_p99'] * 1000:.0f} ms (99 %)")
+    table.add_row("time to first token", _at_most(now["first_token_p50"], "median"))
+    table.add_row("between tokens", _at_most(now["token_p99"], "99 %"))
     return table
+
+
+def _at_most(seconds: float, which: str) -> str:
+    return f"at most {seconds * 1000:.0f} ms ({which})" if seconds else "–"

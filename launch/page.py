@@ -56,6 +56,7 @@ function bytes(n) {
   return n.toFixed(u ? 1 : 0) + " " + units[u];
 }
 const color = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const atMost = s => s ? "≤ " + (1000 * s).toFixed(0) + " ms" : "–";
 const shown = n => n >= 100 || Number.isInteger(n) ? n.toFixed(0) : n.toFixed(1);
 function nice(most) {  // the next of 1, 2, 5 times a power of ten
   const p = 10 ** Math.floor(Math.log10(Math.max(most, 1e-9)));
@@ -154,9 +155,9 @@ function draw() {
   const figures = [["tokens/s", mean("tokens", p.rate).toFixed(1)], ["requests open", now.open],
     ["running / waiting for a place", now.running + " / " + now.waiting],
     ["KV blocks in use", (now.blocks - now.free_blocks) + " of " + now.blocks],
-    ["first token, median", "≤ " + (1000 * now.first_token_p50).toFixed(0) + " ms"],
-    ["between tokens, 99\\u00a0%", now.token_p99 === null ? "–" : "≤ " + (1000 * now.token_p99).toFixed(0) + " ms"]];
-  if (now.experts) figures.push(["experts in slots", now.slots + " of " + now.experts],
+    ["first token, median", atMost(now.first_token_p50)], ["between tokens, 99\\u00a0%", atMost(now.token_p99)]];
+  if (now.experts) figures.push(now.slots > now.experts ? ["slots for " + now.experts + " experts", now.slots]
+    : ["experts in slots", now.slots + " of " + now.experts],
     ["found in a slot", all ? (100 * share[0] / all).toFixed(1) + " %" : "–"],
     ["read", bytes(mean("bytes_read", p.read)) + "/s"]);
   if (now.planned_rate) figures.push(["decoding, tokens/s", now.decode_rate.toFixed(1)],

@@ -58,7 +58,10 @@ class ClusterEngine(Front):
     def notes(self) -> list[str]:
         infos = [host.info for host in self.crew.alive if host.info is not None]
         nodes = len({info.node for info in infos})
-        return [*(infos[0].notes if infos else ()), f"{len(infos)} hosts on {nodes} nodes serve the experts"]
+        return [
+            *(infos[0].notes if infos else ()),
+            f"{len(infos)} hosts on {nodes} node{'s' * (nodes > 1)} serve the experts",
+        ]
 
     @property
     def noted(self) -> list[Noted]:

@@ -69,6 +69,6 @@ class ClusterError(CommError):
 
 
 def first_sentence(error: BaseException) -> str:
-    """Without Ray's boxes and tracebacks."""
+    """Without Ray's boxes, tracebacks and guesses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(" Worker exit type: ")[0] if lines else type(error).__name__
