@@ -3,7 +3,8 @@
 DeepSeek-V2-Lite's recorded routing goes, step by step, through the loop of a running job (placement/loop.py); only the
 model is left out. A domain's tokens are one tape cut into as many streams as there are sequences at once, so that
 sequences are at different places. The first plan is solved on the first domain. The solver's answer is held back for
-the steps that its CPU time takes at --step-ms each. Baseline: the first plan for ever.
+the steps that its CPU time takes at --step-ms each, and ranks tell as moe/engine/online.py lets them: two steps after
+rank 0 has asked, which it does as seldom as its share of the steps' time buys. Baseline: the first plan for ever.
 
 Load: busiest rank's pairs over the mean, mean over layers, of all tokens of the domain from --within after the change
 on, under the plan that is in force there. What limits: few tokens say little of 64 experts, moved experts cost bytes.
@@ -23,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from moe.placement.importers import from_deepseek_esft_npz
-from moe.placement.loop import OnlineLoop
+from moe.placement.loop import CHECKS, OnlineLoop
 from moe.placement.loop_options import LoopOptions
+from moe.placement.migrate import Migration
 from moe.placement.plan import Plan
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
@@ -43,9 +45,12 @@ class SolverLater:
     def __init__(self, step_seconds: float) -> None:
         self.step_seconds, self.left = step_seconds, 0
         self.turn: Turn | None = None
+        self.spent = 0.0  # CPU seconds that are another process's
 
     def ask(self, question: Question) -> None:
+        began = time.thread_time()
         self.turn = take_turn(question)
+        self.spent += time.thread_time() - began
         self.left = int(np.ceil(self.turn.seconds / self.step_seconds))
 
     def poll(self) -> Turn | None:
@@ -57,6 +62,32 @@ class SolverLater:
 
     def close(self) -> None:
         pass
+
+
+class Asking:
+    """When what was routed is heard. share: as `placement.share`, of steps of `step_seconds`."""
+
+    def __init__(self, loop: OnlineLoop, solver: SolverLater) -> None:
+        self.loop, self.solver, self.bought = loop, solver, loop.options.share * solver.step_seconds
+        self.owed, self.routed, self.on_their_way = 0.0, list[Window](), list[list[Window]]()
+
+    def step(self) -> Migration | None:
+        """Between two steps."""
+        self.owed = max(0.0, self.owed - self.bought)
+        began = time.thread_time() - self.solver.spent
+        heard = self.on_their_way.pop(0) if self.on_their_way else []
+        for rank in range(RANKS) if heard else ():
+            part = Window.joined(heard)
+            ids = part.ids[part.home == rank]
+            self.loop.observe(ids, rank, len(ids), 0)
+        migration = self.loop.step()
+        if heard:
+            self.owed += time.thread_time() - self.solver.spent - began
+        enough = sum(len(part.ids) for part in self.routed) * CHECKS >= self.loop.options.window
+        if not self.owed and enough and not self.on_their_way:
+            self.on_their_way = [[], self.routed]
+            self.routed = []
+        return migration
 
 
 def stream(trace: RoutingTrace, batch: int) -> Window:
@@ -76,8 +107,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     machine = Machine(sizes=sizes, wire=WireFormat(), topology=Topology.preset("h200x8"))
     options = LoopOptions(window=args.window, bytes_per_step=args.bytes_per_step)
     rates = machine.rates(first.top_k)
-    loop = OnlineLoop(start, machine, options, SolverLater(args.step_ms / 1e3))
-    rows, present, coming = [], start, []
+    solver = SolverLater(args.step_ms / 1e3)
+    loop = OnlineLoop(start, machine, options, solver)
+    rows, present, coming, asking = [], start, list[Plan](), Asking(loop, solver)
     for number, domain in enumerate(args.domains):
         window = stream(traces[domain], args.batch)
         turns, moved, most_bytes, last = len(loop.history), 0, 0, 0
@@ -89,11 +121,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 came = int((state.hosted & ~present.hosted).sum())
                 moved, most_bytes, present, last = moved + came, max(most_bytes, came * sizes.expert_bytes), state, at
                 begins.append((at, state))
-            part = window.part(slice(at, at + args.batch))
-            for rank in range(RANKS):
-                ids = part.ids[part.home == rank]
-                loop.observe(ids, rank, len(ids), 0)
-            migration = loop.step()
+            migration = asking.step()
+            asking.routed.append(window.part(slice(at, at + args.batch)))
             coming += [] if migration is None else list(migration.states())
         early = [plan for at, plan in begins if at <= args.within][-1]
         later = window.part(slice(args.within, None))

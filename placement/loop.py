@@ -27,7 +27,7 @@ from moe.placement.loop_options import LoopOptions
 from moe.placement.migrate import Migration
 from moe.placement.plan import Plan
 from moe.placement.solve.program import Floats, Ints
-from moe.placement.turn import Figures, Machine, Question, Turn, Window, take_turn
+from moe.placement.turn import Figures, Machine, Question, Serving, Turn, Window, take_turn
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +139,8 @@ class Recent:
     Whole parts are dropped, so that up to one more than `size` is held. Costs a look only what is new since the last.
     """
 
-    def __init__(self, size: int, plan: Plan, machine: Machine) -> None:
-        self.size, self.plan, self.machine = size, plan, machine
+    def __init__(self, size: int, plan: Plan, *, is_exact: bool) -> None:
+        self.size, self._serving = size, Serving(plan, is_exact=is_exact)
         self.num_tokens = 0
         self._parts: deque[Part] = deque()
         self._pending: deque[Window] = deque()
@@ -165,7 +165,7 @@ class Recent:
 
     def use(self, plan: Plan) -> None:
         """Who serves what from now on, and would have."""
-        self.plan = plan
+        self._serving = Serving(plan, is_exact=self._serving.is_exact)
         self._parts = deque(self._counted(part.window) for part in self._parts)
 
     def _drop_oldest(self) -> None:
@@ -177,8 +177,8 @@ class Recent:
             (self._parts or self._pending).popleft()
 
     def _counted(self, window: Window) -> Part:
-        counts = window.counts(self.plan.num_experts)
-        return Part(window, counts, window.busy(self.plan, self.machine.rates(window.ids.shape[2]), counts))
+        counts = window.counts(self._serving.plan.num_experts)
+        return Part(window, counts, self._serving.busy(window, counts))
 
 
 class Trigger:
@@ -300,7 +300,7 @@ class OnlineLoop:
         self.history: list[tuple[Turn, Figures, Figures | None]] = []
         self.notes: list[str] = []
         self.stats = PlacementStats()
-        self._recent = Recent(options.window, plan, machine)
+        self._recent = Recent(options.window, plan, is_exact=machine.wire.is_exact)
         self._trigger = Trigger(options)
         self._sums, self._unseen = Sums(), 0
         self._is_asked = self._is_over = False

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moe.placement.loop_options import LoopOptions
 from moe.placement.migrate import Migration, plan_migration, relabel
 from moe.placement.plan import Plan
+from moe.placement.replicas import ServingTable, choose_replicas
 from moe.placement.simulate import Simulation, Workload, simulate
 from moe.placement.solve.few_moves import LayerWindow, Rates, few_moves
 from moe.placement.solve.program import Ints
@@ -80,18 +81,28 @@ class Window(NamedTuple):
         counted = np.bincount(places.ravel(), minlength=num_layers * (num_experts + 1))
         return np.asarray(counted.reshape(num_layers, -1)[:, :num_experts], np.int64)
 
-    def busy(self, plan: Plan, rates: Rates, counts: Ints) -> Ints:
-        """Pairs that each rank serves: [L, G]; by the counts of all layers, and token by token in those with copies."""
-        busy = np.einsum("le,leg->lg", counts, plan.hosted)
-        for layer in np.flatnonzero((plan.hosted.sum(axis=2) > 1).any(axis=1)):
-            served = LayerWindow(self.ids[:, layer], self.home, rates).served(plan.hosted[layer])
-            busy[layer] = np.bincount(served.ravel(), minlength=plan.num_ranks + 1)[:-1]
-        return np.asarray(busy, np.int64)
-
     def imbalance(self, plan: Plan, rates: Rates) -> float:
         """Busiest rank's pairs over the mean as the plan serves them, mean over layers."""
         layers = zip(self.layers(rates), plan.hosted, strict=True)
         return float(np.mean([one.cost(one.served(hosted), plan.num_ranks).imbalance for one, hosted in layers]))
+
+
+class Serving:
+    """Who serves what as a plan places it; its tables are made once."""
+
+    def __init__(self, plan: Plan, *, is_exact: bool) -> None:
+        self.plan, self.is_exact = plan, is_exact
+        copied = np.flatnonzero((plan.hosted.sum(axis=2) > 1).any(axis=1)).tolist()
+        self._tables = {layer: ServingTable.of(plan, layer) for layer in copied}
+
+    def busy(self, window: Window, counts: Ints) -> Ints:
+        """Pairs that each rank serves: [L, G]; by their counts, and token by token in layers with copies."""
+        busy = np.einsum("le,leg->lg", counts, self.plan.hosted)
+        for layer, table in self._tables.items():
+            served = choose_replicas(window.ids[:, layer], window.home, table, home_first=self.is_exact)
+            ranks = served[served >= 0] // self.plan.physical_per_rank
+            busy[layer] = np.bincount(ranks, minlength=self.plan.num_ranks)
+        return np.asarray(busy, np.int64)
 
 
 class Figures(NamedTuple):

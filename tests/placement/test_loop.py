@@ -102,7 +102,7 @@ def test_what_a_layer_costs_is_what_the_serving_rule_serves():
 @pytest.mark.parametrize("present", [Plan.contiguous(LAYERS, EXPERTS, RANKS), replicated()], ids=["plain", "replicas"])
 def test_recent_counts_each_of_so_many_tokens_once(present, looks):
     """Against tokens counted anew; looks: additions between two."""
-    recent, whole = Recent(50, Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE), routing(203, 0, seed=1)
+    recent, whole = Recent(50, Plan.contiguous(LAYERS, EXPERTS, RANKS), is_exact=True), routing(203, 0, seed=1)
     whole.ids[5, 1] = -1
     assert recent.parts() == []
     for number, begin in enumerate(range(0, 203, 7), 1):
@@ -159,7 +159,7 @@ def test_the_newest_tokens_of_one_traffic_are_told_apart_from_those_before(new):
 
 
 def alike_of(ids: np.ndarray) -> int:
-    recent = Recent(256, Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE)
+    recent = Recent(256, Plan.contiguous(LAYERS, EXPERTS, RANKS), is_exact=True)
     recent.add(Window(ids, np.zeros(len(ids), np.int64)))
     parts = recent.parts()
     newest = newest_alike(np.stack([part.counts for part in parts]), len(ids))
