@@ -337,8 +337,9 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
             return sum(host.what == "serves" for host in llm.engine.status().hosts)
 
         def stop_controller() -> None:
-            children = psutil.Process().children(recursive=True)
-            (controller,) = [one for one in children if (one.cmdline() or [""])[0].startswith("ray::Controller")]
+            children = psutil.Process().children(recursive=True)  # zombies have no command line
+            alive = [one for one in children if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+            (controller,) = [one for one in alive if "".join(one.cmdline()).startswith("ray::Controller")]
             controller.suspend()
 
         assert streamed(lambda: None) == right
