@@ -1,5 +1,6 @@
-"""When to read ahead, and when to stop for a while: prefetch must pay, in time and in bytes, or it ends itself."""
+"""What is worth reading ahead, and when to stop for a while: it must pay in time, and may waste so many bytes."""
 
+import math
 import time
 from statistics import median
 
@@ -42,19 +43,59 @@ class Trial:
         return median(self.seconds[True]) < median(self.seconds[False])
 
 
+class WasteBudget:
+    """How sure a guess must be, so that what is read ahead in vain stays below `LIMIT` of all bytes read.
+
+    share: what was wasted, and what was read ahead and has not served yet, of all that was read, where a byte counts
+    half when `HALF_LIFE` experts' worth more were read; at the start FEWEST count as read. least: the expected tokens
+    from which an expert is read ahead: LEAST_EXPECTED up to a share of EASY, from there on more and more; nothing is
+    enough from LIMIT on, until the share is EASY again. Reads on demand alone bring it there.
+    """
+
+    LIMIT = 0.15
+    EASY = 0.14
+    HALF_LIFE = 1024
+    FEWEST = 64
+
+    def __init__(self, blob_bytes: int) -> None:
+        self._blob_bytes = blob_bytes
+        self._last = (0.0, 0.0)
+        self._read = self._wasted = self.share = 0.0
+        self.least = LEAST_EXPECTED
+
+    def judge(self, read: float, wasted: float, unused: float) -> None:
+        """Bytes read and wasted from the start on, and those read ahead that are still unused."""
+        now = read, wasted
+        if read < self._last[0]:  # counted anew
+            self._last = (0.0, 0.0)
+        grown, wasted_since = (a - b for a, b in zip(now, self._last))
+        self._last = now
+        fading = 0.5 ** (grown / (self.HALF_LIFE * self._blob_bytes))
+        self._read, self._wasted = self._read * fading + grown, self._wasted * fading + wasted_since
+        self.share = (self._wasted + unused) / max(self._read, self.FEWEST * self._blob_bytes)
+        used_up = (self.share - self.EASY) / (self.LIMIT - self.EASY)
+        if used_up <= 0:
+            self.least = LEAST_EXPECTED
+        elif used_up >= 1 or math.isinf(self.least):
+            self.least = math.inf
+        else:
+            self.least = LEAST_EXPECTED - math.log(1 - used_up)
+
+
 class Prefetcher:
     """Hands what is expected of a layer to the cache, for as long as that pays.
 
-    verdict: one sentence, None before the first. is_stopped: nothing is read ahead. A verdict holds for TERM forwards;
-    then routing, batch or disk may be others, and it is tried again. trial=False leaves out the comparison of times
-    (for measurements), not that of bytes.
+    budget: of bytes, which raises and lowers what must be expected of an expert. verdict: of times, one sentence, None
+    before the first. is_stopped: it does not pay, nothing is read ahead. A verdict holds for TERM forwards; then
+    routing, batch or disk may be others, and it is tried again. trial=False leaves out the comparison of times (for
+    measurements).
     """
 
-    LEAST_BYTES = 64  # experts' worth of finished speculation before bytes are judged
     TERM = 4096
 
     def __init__(self, cache: ExpertCache, trial: bool = True) -> None:
         self.cache, self._compares_times = cache, trial
+        self.budget = WasteBudget(cache.blob_bytes)
         self.verdict: str | None = None
         self._begin_term()
 
@@ -63,27 +104,21 @@ class Prefetcher:
         self._trial = Trial() if self._compares_times else None
         self._began: tuple[float, int] | None = None  # time, experts asked for until then
         self._num_decided = 0  # forwards since the verdict
-        self._before = self._speculated()
-
-    def _speculated(self) -> tuple[int, int]:
-        """Bytes read ahead that were never used, and that were."""
-        stats = self.cache.stats
-        return sum(s.wasted_bytes for s in stats), sum(s.useful_bytes + s.late_bytes for s in stats)
 
     @property
     def is_asking(self) -> bool:
-        """Whether anything is read ahead in this forward: nothing where all that is asked for is in slots for good."""
-        if self.is_stopped or self.cache.pinned is not None:
+        """Whether anything may be read ahead in this forward: nothing where what is asked for is in slots for good."""
+        if self.is_stopped or self.cache.pinned is not None or math.isinf(self.budget.least):
             return False
         return self._trial is None or self._trial.is_on
 
     def begin_forward(self) -> None:
         if self.cache.pinned is not None:
             return
-        wasted, hidden = (now - before for now, before in zip(self._speculated(), self._before))
-        if not self.is_stopped and wasted > hidden and wasted + hidden >= self.LEAST_BYTES * self.cache.blob_bytes:
-            self._stop(f"{wasted} bytes read ahead were never used, {hidden} were")
-        elif self._trial is not None:
+        stats = self.cache.stats
+        read, wasted = sum(s.bytes_read for s in stats), sum(s.wasted_bytes for s in stats)
+        self.budget.judge(read, wasted, sum(self.cache.ahead.unused.values()))
+        if self._trial is not None:
             self._try(self._trial)
         elif self._num_decided == self.TERM:
             self._begin_term()
@@ -94,7 +129,7 @@ class Prefetcher:
         """expected: how many tokens will want each expert of `layer` here, [E]. Returns at once."""
         if not self.is_asking:
             return
-        likely = np.flatnonzero(expected >= LEAST_EXPECTED)
+        likely = np.flatnonzero(expected >= self.budget.least)
         self.cache.prefetch(layer, likely[np.argsort(-expected[likely], kind="stable")])
 
     def _try(self, trial: Trial) -> None:
@@ -108,13 +143,6 @@ class Prefetcher:
             return
         on, off = (median(trial.seconds[key]) * 1e6 for key in (True, False))
         figures = f"{on:.0f} µs per expert asked for with it, {off:.0f} without"
-        if pays:
-            self.verdict = f"on: {figures}"
-            self._trial, self._num_decided = None, 0
-        else:
-            self._stop(figures)
-
-    def _stop(self, reason: str) -> None:
-        self.is_stopped = True
+        self.is_stopped = not pays
         self._trial, self._num_decided = None, 0
-        self.verdict = f"stopped, it does not pay: {reason}"
+        self.verdict = f"on: {figures}" if pays else f"stopped, it does not pay: {figures}"

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moe.offload.policy import Access, Keys, Policy
+from moe.offload.predictor import Floats
+from moe.offload.prefetch import WasteBudget
 
 
 class Costs(NamedTuple):
@@ -28,6 +30,16 @@ class Costs(NamedTuple):
     layer: float
     expert: float
     guess: float = 0.0
+
+
+class Bounded(NamedTuple):
+    """What guesses may waste: `budget`, in experts, judged at the start of a forward, takes what it finds sure enough.
+
+    expected: by visit, how many tokens are expected to want each key that is guessed.
+    """
+
+    budget: WasteBudget
+    expected: Sequence[Floats]
 
 
 @dataclass(slots=True)
@@ -102,6 +114,7 @@ def replay(
     num_slots: int,
     costs: Costs,
     *,
+    bounded: Bounded | None = None,
     warm: int = 0,
 ) -> Replay:
     """All visits in order; what is returned is of those from number `warm` on.
@@ -117,6 +130,8 @@ def replay(
         if visit == warm:
             before = Replay(**{name: getattr(total, name) for name in Replay.__slots__})
             before.seconds = now
+        if bounded is not None and visit and layer <= accesses[visit - 1].layer:
+            bounded.budget.judge(total.read + total.ahead, total.wasted, len(slots.unused))
         now += costs.layer
         total.ahead += disk.begin_until(now)
         slots.num_free += len(disk.pending)  # what has not begun gives its slot back
@@ -147,7 +162,10 @@ def replay(
         total.read += len(missing)
         if guesses is not None:
             now += costs.guess
-            _ask(guesses[visit], keys, slots, disk, total, now)
+            guess = guesses[visit]
+            if bounded is not None:
+                guess = guess[bounded.expected[visit] >= bounded.budget.least]
+            _ask(guess, keys, slots, disk, total, now)
         now += len(hits) * costs.expert
         for at in sorted(arrivals):
             total.stall += max(0.0, at - now)

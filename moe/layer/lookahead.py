@@ -25,7 +25,7 @@ from moe.layer.routing import Routing, StepContext
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertSite
 from moe.offload.predictor import Floats, Transitions
-from moe.offload.prefetch import Prefetcher
+from moe.offload.prefetch import LEAST_EXPECTED, Prefetcher
 
 # (layer, x [T, H], topk_ids [T, K]) -> expected tokens per expert of layer + 1 [E]; None after the last layer.
 Guess = Callable[[int, Tensor, npt.NDArray[np.int64]], Floats | None]
@@ -45,7 +45,8 @@ def transition_guess(num_experts: Sequence[int], top_k: int) -> Guess:
 def router_guess(model: Any, sites: Sequence[ExpertSite], top_k: int) -> Guess:
     """model: the one that runs. Raises ValueError if a layer has not exactly one weight [E, H] beside its experts.
 
-    Bias corrections and groups of the router are left out: it is a guess.
+    What the next router would choose counts as expected, from LEAST_EXPECTED of a token where it stands at the cut to
+    nearly one far above it. Bias corrections and groups of the router are left out: it is a guess.
     """
     if (reason := why_no_router_guess(model, sites)) is not None:
         raise ValueError(f"offload.prefetch=router {reason}; set offload.prefetch=transition")
@@ -55,9 +56,13 @@ def router_guess(model: Any, sites: Sequence[ExpertSite], top_k: int) -> Guess:
         if layer + 1 == len(routers):
             return None
         weight = routers[layer + 1]
-        chosen = torch.topk(x.to(weight.dtype) @ weight.T, top_k).indices
-        counts = torch.bincount(chosen.flatten(), minlength=len(weight))
-        return counts.numpy(force=True).astype(np.float32)  # host sync
+        scores = x.to(weight.dtype) @ weight.T
+        best, chosen = scores.topk(min(top_k + 1, len(weight)))
+        spread = (scores - scores.mean(dim=1, keepdim=True)).square().mean(dim=1, keepdim=True).sqrt()
+        above = (best - best[:, -1:]) / spread.clamp(min=1e-6)
+        unsure = (1 - LEAST_EXPECTED) * np.exp(-above[:, :top_k].float().numpy(force=True))  # host sync
+        ids = chosen[:, :top_k].numpy(force=True)
+        return np.bincount(ids.ravel(), (1 - unsure).ravel(), len(weight)).astype(np.float32)
 
     return guess
 

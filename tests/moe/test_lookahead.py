@@ -13,6 +13,7 @@ from moe.comm.membership import process_groups
 from moe.config import EngineConfig, OffloadConfig
 from moe.layer.lookahead import router_guess, transition_guess
 from moe.llm import LLM
+from moe.offload.prefetch import LEAST_EXPECTED
 from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
@@ -83,7 +84,7 @@ def test_the_trial_ends_with_a_verdict(mixtral):
             llm.generate(prompts_of(1)[:1], replace(PARAMS, max_tokens=60))
         prefetcher = llm.engine.experts.lookahead.prefetcher
         assert prefetcher.verdict is not None
-        assert "µs per expert" in prefetcher.verdict or "never used" in prefetcher.verdict
+        assert "µs per expert" in prefetcher.verdict
         assert prefetcher.is_stopped == prefetcher.verdict.startswith("stopped")
 
 
@@ -117,8 +118,12 @@ def test_the_router_guess_is_the_router(family, tmp_path):
         for layer, site in enumerate(sites[1:]):
             weight = model.get_submodule(site.module.rpartition(".")[0]).gate.weight
             chosen = (x @ weight.T).sigmoid().topk(3).indices
-            expected = [(chosen == e).sum() for e in range(site.num_experts)]
-            assert guess(layer, x, np.zeros((9, 3), np.int64)).tolist() == expected
+            counts = np.array([int((chosen == e).sum()) for e in range(site.num_experts)])
+            expected = guess(layer, x, np.zeros((9, 3), np.int64))
+            assert (expected >= LEAST_EXPECTED * counts - 1e-6).all()
+            assert (expected <= counts).all()
+            one = guess(layer, x[:1], np.zeros((1, 3), np.int64))
+            assert np.argsort(-one)[:3].tolist() == chosen[0].tolist()  # the surest first
         assert guess(len(sites) - 1, x, np.zeros((9, 3), np.int64)) is None
         assert guess(0, x[:0], np.zeros((0, 3), np.int64)).tolist() == [0] * sites[0].num_experts
         model.get_submodule(sites[1].module.rpartition(".")[0]).gate = torch.nn.Linear(3, 5)

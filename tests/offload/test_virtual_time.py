@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.offload.policy import Access, Belady, Lfu, Lru, misses_of
-from moe.offload.virtual_time import Costs, replay
+from moe.offload.predictor import Transitions
+from moe.offload.prefetch import LEAST_EXPECTED, WasteBudget
+from moe.offload.virtual_time import Bounded, Costs, replay
 
 E, LAYERS = 5, 3
 COSTS = Costs(read=1.0, layer=0.5, expert=0.25)
@@ -60,3 +62,44 @@ def test_a_wrong_guess_costs_bytes_and_what_has_not_begun_is_dropped():
     wrong = [np.array([E + 2, E + 3], np.int64)] + [np.zeros(0, np.int64)] * 5
     seen = replay(accesses, wrong, Lfu([E, E]), 4, COSTS)
     assert (seen.ahead, seen.useful, seen.late, seen.misses) == (1, 0, 0, 2)
+
+
+RECORDED = 64  # experts of a layer of the recorded routing
+
+
+def guessed_by_transitions(ids, least):
+    """Accesses of recorded tokens, and what transitions guess of the next layer: (accesses, keys, expected)."""
+    num_layers, top_k = ids.shape[1:]
+    predictor = Transitions([RECORDED] * num_layers, top_k)
+    accesses, guesses, sure = [], [], []
+    for token in ids:
+        for layer, chosen in enumerate(token):
+            accesses.append(Access(layer, np.sort(chosen) + RECORDED * layer))
+            expected = predictor.expected(layer, chosen[None])
+            expected = np.zeros(0, np.float32) if expected is None else expected
+            likely = np.flatnonzero(expected >= least)
+            likely = likely[np.argsort(-expected[likely], kind="stable")]
+            guesses.append(likely + RECORDED * (layer + 1))
+            sure.append(expected[likely])
+    return accesses, guesses, sure
+
+
+@pytest.mark.parametrize("share", [0.125, 0.25, 0.5])
+@pytest.mark.parametrize("domain", ["intent", "translation"])
+def test_the_budget_holds_on_recorded_routing(shared_data, domain, share):
+    """Guesses down to one in ten waste more than the budget has, and with it no more; sure ones are as they were."""
+    ids = np.load(shared_data / "traces" / f"deepseek_v2_lite_{domain}.npz")["expert_ids"][:160, :8].astype(np.int64)
+    sizes, num_slots, costs = [RECORDED] * ids.shape[1], int(share * RECORDED * ids.shape[1]), Costs(0.1, 0.5, 0.05)
+
+    def run(least, is_bounded):
+        accesses, guesses, sure = guessed_by_transitions(ids, least)
+        budget = WasteBudget(1)
+        bounded = Bounded(budget, [s + LEAST_EXPECTED - least for s in sure]) if is_bounded else None
+        found = replay(accesses, guesses, Lfu(sizes), num_slots, costs, bounded=bounded)
+        return found, found.wasted / (found.read + found.ahead)
+
+    (_, free), (_, held) = run(0.1, False), run(0.1, True)
+    assert free > WasteBudget.LIMIT >= held > 0.1
+    (plain, share_of_sure), (same, _) = run(0.4, False), run(0.4, True)
+    assert share_of_sure < WasteBudget.EASY
+    assert same.useful + same.late >= 0.97 * (plain.useful + plain.late)
