@@ -292,7 +292,8 @@ class OnlineLoop:
     """What decides, for all ranks. plan: where the run starts. Memory: `options.window` tokens of routing.
 
     `observe` takes what was routed, `step` is called once between two steps and never waits. history: every turn, and
-    what was measured over a window before and one after it, None until then; notes: the same in words.
+    what was measured over a window before and one after it, None until then; notes: the same in words; is_over: nothing
+    more will come, as its solver has ended.
     """
 
     def __init__(self, plan: Plan, machine: Machine, options: LoopOptions, solver: Solver) -> None:
@@ -303,7 +304,7 @@ class OnlineLoop:
         self._recent = Recent(options.window, plan, is_exact=machine.wire.is_exact)
         self._trigger = Trigger(options)
         self._sums, self._unseen = Sums(), 0
-        self._is_asked = self._is_over = False
+        self._is_asked = self.is_over = False
         self._measuring: int | None = None  # place in the history of the turn that moved last
         self._moving = 0  # steps until the last state of a migration
 
@@ -321,7 +322,7 @@ class OnlineLoop:
             if not self._moving:
                 self._sums = Sums()
             return None
-        if self._is_over:
+        if self.is_over:
             return None
         if self._is_asked:
             return self._answered()
@@ -352,7 +353,7 @@ class OnlineLoop:
             turn = self.solver.poll()
         except RuntimeError as error:  # a run goes on without: its answers do not depend on it
             self._note(f"placement.online is off from here on, the present plan stays: {error}")
-            self._is_over = True
+            self.is_over = True
             return None
         if turn is None:
             return None

@@ -112,7 +112,9 @@ class OnlinePlacement:
         tokens = agreement.tokens
         self._all += sum(tokens)
         self._own += tokens[self.control.groups.rank]
-        if self.loop is not None and not self._owed and self._all * CHECKS >= self.window:
+        if self.loop is None or self.loop.is_over or self._owed:
+            return
+        if self._all * CHECKS >= self.window:
             self.control.ask()
 
     def close(self) -> None:

@@ -354,9 +354,9 @@ def test_the_process_answers_as_the_thread_does_and_a_dead_one_is_told():
         loop = OnlineLoop(question.present, MACHINE, OPTIONS, solver)
         taken = run(loop, routing(600, 0, seed=5))
         assert taken == []
-        while loop._is_asked and not loop._is_over:
+        while loop._is_asked and not loop.is_over:
             loop.step()
             time.sleep(0.01)
-        assert loop._is_over
+        assert loop.is_over
     finally:
         solver.close()
