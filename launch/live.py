@@ -41,7 +41,7 @@ def live_state(llm: "LLM", service: "Service | None" = None) -> dict[str, Any]:
         "first_token_p50": engine.stats.time_to_first_token.quantile(0.5),
         "token_p99": None if service is None else service.stats.time_between_tokens.quantile(0.99),
         "layers": [[s.hits, s.misses] for s in layers],
-        "events": [{"time": one.at, "what": one.what} for one in getattr(engine, "noted", ())],
+        "events": [{"time": one.at, "what": one.told()} for one in getattr(engine, "noted", ())],
         "plan": _ranks_of(getattr(engine, "plan", None)),
         "heat": [] if cache is None else [(cache.resident_slots(n) >= 0).tolist() for n in range(len(layers))],
     }

@@ -157,9 +157,9 @@ function draw() {
     ["KV blocks in use", (now.blocks - now.free_blocks) + " of " + now.blocks],
     ["first token, median", atMost(now.first_token_p50)], ["between tokens, 99\\u00a0%", atMost(now.token_p99)]];
   if (now.experts) figures.push(now.slots > now.experts ? ["slots for " + now.experts + " experts", now.slots]
-    : ["experts in slots", now.slots + " of " + now.experts],
-    ["found in a slot", all ? (100 * share[0] / all).toFixed(1) + " %" : "–"],
-    ["read", bytes(mean("bytes_read", p.read)) + "/s"]);
+    : ["experts in slots", now.slots + " of " + now.experts]);
+  if (now.hits + now.misses) figures.push(["found in a slot", all ? (100 * share[0] / all).toFixed(1) + " %" : "–"],
+    ["read", bytes(mean("bytes_read", p.read)) + "/s"]);  // hosts count their own
   if (now.planned_rate) figures.push(["decoding, tokens/s", now.decode_rate.toFixed(1)],
     ["planned (" + now.planned_binds + " binds)", now.planned_rate.toFixed(1)]);
   const since = recorded ? ", recorded " + new Date(1000 * points[0].time).toLocaleString() : "";

@@ -61,7 +61,7 @@ def show_status(args: argparse.Namespace) -> int:
     out.print(table)
     for note in status.noted[-8:]:
         when = time.strftime("%H:%M:%S", time.localtime(note.at))
-        out.print(f"{when} generation {note.generation}, hosts {list(note.hosts)}: {note.what}", markup=False)
+        out.print(f"{when} {note.told()}", markup=False)
     return 0
 
 

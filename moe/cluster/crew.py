@@ -392,4 +392,4 @@ class Crew:
     def _note(self, what: str, hosts: Sequence[Host], seconds: dict[str, float]) -> None:
         noted = Noted(time.time(), what, tuple(host.number for host in hosts), self.generation, seconds)
         self.noted.append(noted)
-        log.info("generation %d, hosts %s: %s", noted.generation, list(noted.hosts), what)
+        log.info(noted.told())

@@ -39,6 +39,11 @@ class Noted(NamedTuple):
     generation: int
     seconds: dict[str, float]
 
+    def told(self) -> str:
+        """As a sentence for people."""
+        hosts = f"host{'s' * (len(self.hosts) != 1)} {', '.join(map(str, self.hosts)) or '–'}"
+        return f"generation {self.generation}, {hosts}: {self.what}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostStatus:

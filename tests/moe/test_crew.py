@@ -273,6 +273,8 @@ def test_a_replacement_waits_for_room_while_others_serve():
     crew.fleet.room = 2
     pump_until(crew, lambda: len(crew.alive) == 2)
     assert serves(crew) == [1, 2]
+    assert crew.noted[-1].told() == f"generation {crew.generation}, hosts 1, 2: serves"
+    assert next(note for note in crew.noted if note.what == "lost").told() == "generation 1, host 0: lost"
     crew.close()
 
 
