@@ -86,7 +86,8 @@ class Observer(Protocol):
         """A forward begins; the one before may have been interrupted."""
 
     def routed(self, x: Tensor, routing: Routing, step: StepContext) -> None:
-        """x: [T, H], what the router saw. It may not be kept after the forward, nor changed."""
+        """x: [T, H], what the router saw. It may not be kept after the forward, nor changed; ids and weights are new in
+        every forward and nobody writes to them, so that they may be kept."""
 
 
 class RoutingSeam:
