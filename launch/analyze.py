@@ -3,7 +3,7 @@
 import argparse
 import html
 
-from moe.launch.gain import GAINS, GAINS_TOLD, rows_of_gains
+from moe.launch.gain import GAINS, GAINS_TOLD, LEARNED, TOKENS, rows_of_gains
 from moe.launch.place import read_trace, show
 from moe.placement.plan import merge_models
 from moe.placement.stats.affinity import expert_load, transition_counts
@@ -18,9 +18,11 @@ from moe.placement.stats.report import (
 )
 from moe.placement.trace import RoutingTrace
 
+SHORTEST, LONGEST = 16, 256  # tokens of an answer that is recorded
 
-def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
-    """Records the model's routing of the prompts and of short answers to them."""
+
+def trace_of_model(args: argparse.Namespace) -> RoutingTrace:
+    """Records the model's routing of the prompts and of answers, as long as reading ahead needs to be judged."""
     from moe.launch.prompts import read_prompts
     from moe.llm import LLM
     from moe.params import SamplingParams
@@ -29,8 +31,10 @@ def _trace_of_model(args: argparse.Namespace) -> RoutingTrace:
         raise ValueError(f"{args.trace} is a model; give prompts to record its routing: --prompts prompts.jsonl")
     prompts = read_prompts(args.prompts, None)
     with LLM(args.trace) as llm:
+        each = 1 + -(-(LEARNED + TOKENS) // max(1, len(prompts)))  # the last token of an answer is routed nowhere
+        length = min(max(each, SHORTEST), LONGEST)
         recorder = llm.engine.record()
-        llm.generate(prompts, SamplingParams(max_tokens=16))
+        llm.generate(prompts, SamplingParams(max_tokens=length, ignore_eos=True))
         return recorder.trace()
 
 
@@ -38,7 +42,7 @@ def run_analyze(args: argparse.Namespace) -> int:
     """Print the locality, affinity and cache report of a trace."""
     if args.prompts is not None and not args.trace.is_dir():
         raise ValueError(f"--prompts are for a model's folder, and {args.trace} is a recorded trace; leave them out")
-    trace = _trace_of_model(args) if args.trace.is_dir() else read_trace(args.trace)
+    trace = trace_of_model(args) if args.trace.is_dir() else read_trace(args.trace)
     others = [read_trace(path) for path in args.against]
     found = analyse(trace, segment=args.segment)
     rows = [(key, found[key]) for key in ("model", "tokens", "layers", "experts", "top_k")]

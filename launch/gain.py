@@ -128,12 +128,14 @@ GAINS_TOLD = (
 
 
 def rows_of_gains(trace: RoutingTrace) -> tuple[list[tuple[Any, ...]], str]:
-    """A row for each share of slots, in the order of `GAINS`, and what their costs are."""
+    """A row for each share of slots, in the order of `GAINS`, and what their costs and a short trace are."""
     costs = costs_of(trace, probed(EngineConfig()))
     basis = "nothing probed: reads as slow as layers"
     if costs is not None:
         layer = costs.layer + trace.top_k * costs.expert
         basis = f"reads of {1e3 * costs.read:.2g} ms, layers of {1e3 * layer:.2g} ms"
+    if trace.num_tokens < LEARNED + TOKENS:
+        basis += f"; {trace.num_tokens} tokens recorded, fewer than the {LEARNED + TOKENS} that transitions learn from"
     found = gains(trace, costs or even_costs(trace.top_k))
     return [
         (g.slots, g.misses, g.found, g.stall, g.stall * g.found, g.transition, g.known, g.belady, str(g)) for g in found

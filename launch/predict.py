@@ -63,5 +63,12 @@ def evaluate(args: argparse.Namespace) -> int:
     with loaded(args, engine_config(args)) as llm, _shown("windows") as show:
         found = evaluation.evaluate(llm, read_windows(llm, args.texts, args.window, args.limit), show)
         mode = llm.engine.config.routing.pregate
+    if mode == "off":
+        out.print(
+            f"{found.num_tokens} tokens: loss {found.exact_loss:.4f}. This is the exact run itself, so there is none "
+            "to compare it with: set routing.pregate=restrict:M and routing.lookahead, or give --against MODEL",
+            markup=False,
+        )
+        return 0
     out.print(f"routing.pregate={mode}: {found}", markup=False)
     return 0

@@ -1,16 +1,20 @@
 """What `moe analyze` says of reading ahead: gains in their order, from figures of the machine or from none."""
 
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moe.launch.gain import Gain, costs_of, even_costs, gains
+from moe.launch.analyze import trace_of_model
+from moe.launch.gain import Gain, costs_of, even_costs, gains, rows_of_gains
 from moe.placement.machine import Rate
 from moe.placement.trace import RoutingTrace
 from moe.placement.wire_format import ModelSizes
 from tests.launch.test_measure import figures
 
+TINYMOE = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 SIZES = ModelSizes(hidden_size=64, dtype="bfloat16", expert_bytes=1 << 18)
 
 
@@ -65,3 +69,13 @@ def test_costs_are_the_machines():
     assert found.read == pytest.approx((1 << 18) / 5e8)
     assert found.expert == pytest.approx((1 << 17) * 1e-10)
     assert found.layer == pytest.approx(machine.overhead.layer + 4 * 64 * 64 * 1e-9)
+
+
+def test_a_short_trace_is_said_and_a_models_answers_are_long_enough(tmp_path):
+    long, short = trace_of(followed(), 16), trace_of(followed(200), 16)
+    assert "tokens recorded" not in rows_of_gains(long)[1]
+    assert rows_of_gains(short)[1].endswith("; 200 tokens recorded, fewer than the 1600 that transitions learn from")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\n" * 16)
+    recorded = trace_of_model(Namespace(trace=TINYMOE, prompts=prompts))
+    assert recorded.num_tokens >= 1600

@@ -226,6 +226,10 @@ def test_the_commands(tmp_path, capsys):
     settings = ["--set", f"routing.lookahead={out}", "--set", "routing.pregate=restrict:4"]
     assert main(["evaluate", *common, *settings]) == 0
     assert "routing.pregate=restrict:4: 470 tokens: loss " in capsys.readouterr().out
+    assert main(["evaluate", *common]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("470 tokens: loss ")
+    assert "the exact run itself, so there is none to compare it with: set routing.pregate=restrict:M" in said
     assert main(["evaluate", str(TINYMOE), str(tmp_path / "missing.txt")]) == 2
 
 
