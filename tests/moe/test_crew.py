@@ -31,7 +31,7 @@ from moe.params import SamplingParams
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = 2, 8
 LOOK_S = 2.0  # that pass by the clock of the crew between two looks at its hosts
-LIMITS = {"silence_s": 3.0, "room_s": 5.0, "load_s": 50.0, "stuck_s": 20.0}
+LIMITS = {"silence_s": 3.0, "room_s": 5.0, "load_s": 30.0, "stuck_s": 20.0}
 
 
 class Clock(Lines):
