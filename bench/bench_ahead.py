@@ -10,6 +10,8 @@ router             the next layer's own router is asked
 learned d          the lookahead file, 1 .. d layers ahead, what is due sooner first
 oracle d           the same with the truth: the bound of d layers of foresight
 Belady             the best eviction, nothing ahead
+all                every expert of the next layer is read, whatever is expected
+ring               the same, and what goes is what lies farthest ahead in the cycle of layers: SE-MoE's ring of sections
 restrict:M         lossy, another run: the router chooses among the forecast's best M, all of which are read; its `x` is
                    over the best exact way that foresees no more than a program can
 
@@ -33,12 +35,25 @@ from moe.layer.ridge import Forecast
 from moe.layer.routers import PlainRouter, plain_routers
 from moe.layer.routing import Routing, StepContext
 from moe.llm import LLM
-from moe.offload.policy import Access, Belady, Keys, Lfu
+from moe.offload.policy import Access, Belady, Keys, Lfu, smallest
 from moe.offload.prefetch import LEAST_EXPECTED
 from moe.offload.virtual_time import Costs, Replay, replay
 from moe.params import SamplingParams
 
 FAR = 3
+
+
+class Ring:
+    """Evicts what its layer's next visit is farthest for: a policy over `num_layers` layers of E experts each."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_layers, self.num_experts, self.now = num_layers, num_experts, 0
+
+    def used(self, layer: int, keys: Keys) -> None:
+        self.now = layer
+
+    def victims(self, keys: Keys, count: int) -> Keys:
+        return smallest(-((keys // self.num_experts - self.now - 1) % self.num_layers).astype(np.float64), count)
 
 
 class Visit(NamedTuple):
@@ -174,6 +189,11 @@ def main() -> None:
                 for name, guesses in ways_of(visits, num_layers).items()
             }
             found["Belady"] = replay(accesses, None, Belady(total, accesses), num_slots, costs, warm=warm)
+            per_layer = total // num_layers
+            coming = [v.layer + 1 for v in visits]
+            every = [np.arange(n * per_layer, (n + 1) * per_layer * (n < num_layers)) for n in coming]
+            for name, policy in (("all", Lfu(num_experts)), ("ring", Ring(num_layers, per_layer))):
+                found[name] = replay(accesses, every, policy, num_slots, costs, warm=warm)
             gap = found["on demand"].seconds / found["oracle 1"].seconds - 1
             best = min(found[name].seconds for name in ("on demand", "router", "learned 1"))
             for name, lossy in restricted.items():
