@@ -12,6 +12,11 @@
 #define ISA "avx512_dot"
 #define TARGET __attribute__((target(AVX512 ",avx512bf16")))
 #define VDOT(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+/* Nibbles j and, above it, 4 + j of each lane as bf16; the lookup takes 5 bits, of which the highest is another nibble's. */
+#define VNIBBLES(p, j, table)                                                                                   \
+    _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(_mm512_loadu_si512(p), 4 * (unsigned)(j)), \
+                                                 _mm512_castps_si512(table)))
+#define DOT_TABLE(from) NAME(dot_table)(from)
 #else
 #define NAME(x) moe_avx512_##x
 #define ISA "avx512"
@@ -68,6 +73,13 @@ static inline __attribute__((always_inline)) TARGET void NAME(sum)(int mr, VEC a
 }
 
 SCALAR TARGET TABLE NAME(table_at)(const float *from) { return _mm512_loadu_ps(from); }
+
+#ifdef WITH_DOT
+SCALAR TARGET TABLE NAME(dot_table)(const float *from) { /* twice the 16 in bf16, in which they are exact */
+    __m256i once = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from));
+    return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1));
+}
+#endif
 
 SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* u is 0; the lookup takes the low 4 bits */
     (void)u;

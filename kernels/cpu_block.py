@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from moe.kernels.cpu import load_helper
 from moe.kernels.cpu_struct import BLOCK, MATRIX, STEP, pack_matrix
+from moe.kernels.formats import Coding, decode
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 MAX_DIM = 256  # elements of a head
@@ -21,10 +22,23 @@ MAX_TOP_K = 64
 
 
 class Linear(NamedTuple):
-    """weight: [N, K], contiguous; bias: [N] or None."""
+    """weight: [N, K], contiguous; bias: [N] or None. coding: weight is codes [N, bytes] of K = `columns`."""
 
     weight: Tensor
     bias: Tensor | None
+    coding: Coding | None = None
+    columns: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[1] if self.coding is None else self.columns
+
+    def reference(self, x: Tensor) -> Tensor:
+        """What it computes, in plain torch. Codes are decoded in float32."""
+        if self.coding is None:
+            return F.linear(x, self.weight, self.bias)
+        weight, bias = decode(self.weight, self.coding, self.columns, 0), self.bias
+        return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
 class Block(NamedTuple):
@@ -146,11 +160,14 @@ def why_not(block: Block, keys: Tensor, values: Tensor) -> str | None:
     if load_helper() is None:
         return "the compiled helper is not there"
     linears = [one for one in (block.q, block.k, block.v, block.o, block.router) if one is not None]
-    tensors = [t for one in linears for t in one if t is not None]
+    tensors = [t for one in linears if one.coding is None for t in (one.weight, one.bias) if t is not None]
     tensors += [t for t in (block.norm, block.next_norm, block.q_norm, block.k_norm, keys, values) if t is not None]
     dtype = block.norm.dtype
     if dtype not in KINDS or any(t.dtype != dtype or not t.is_cpu or not t.is_contiguous() for t in tensors):
         return f"weights and cache must all be float32 or all bfloat16, contiguous, on cpu (a norm is {dtype})"
+    coded = [t for one in linears if one.coding is not None for t in (one.weight, one.bias) if t is not None]
+    if any(not t.is_cpu or not t.is_contiguous() for t in coded):
+        return "codes must be contiguous and on cpu"
     if block.dim > MAX_DIM or block.rotary > block.dim or block.rotary % 2:
         return f"heads have {block.dim} elements, of which {block.rotary} turn; at most {MAX_DIM} are taken"
     if block.router is not None and not 0 < block.top_k <= min(MAX_TOP_K, len(block.router.weight)):
@@ -164,7 +181,7 @@ def why_not(block: Block, keys: Tensor, values: Tensor) -> str | None:
 
 def _matrix(linear: Linear) -> bytes:
     bias = None if linear.bias is None else linear.bias[None]
-    return pack_matrix(linear.weight[None], bias, None, linear.weight.shape[1])
+    return pack_matrix(linear.weight[None], bias, linear.coding, linear.width)
 
 
 def block_reference(
@@ -173,7 +190,7 @@ def block_reference(
     """What `CpuBlock` computes, in plain torch: h after attention, and the result. Changes the pool, not h."""
     h = h if add is None else h + add
     x = norm_reference(h, block.norm, block.eps)
-    q, k, v = (F.linear(x, *one) for one in (block.q, block.k, block.v))
+    q, k, v = (one.reference(x) for one in (block.q, block.k, block.v))
     q, k = (head_norm_reference(t, w, block.dim, block.head_eps) for t, w in ((q, block.q_norm), (k, block.k_norm)))
     q, k, v = (t.view(len(h), -1, block.dim) for t in (q, k, v))
     q, k = (rotated_reference(t, step.cos, step.sin, block.rotary) for t in (q, k))
@@ -186,11 +203,11 @@ def block_reference(
             end = length - len(new) + i + 1
             seen = rows[max(0, end - block.window) if block.window else 0 : end]
             out[token] = _attend(block, q[token].float(), keys[seen].float(), values[seen].float()).to(h.dtype)
-    h = h + F.linear(out.flatten(1), *block.o)
+    h = h + block.o.reference(out.flatten(1))
     x = norm_reference(h, block.next_norm, block.eps)
     if block.router is None:
         return h, BlockResult(x, None, None)
-    chosen, ids = F.linear(x, *block.router).float().softmax(-1).topk(block.top_k)
+    chosen, ids = block.router.reference(x).float().softmax(-1).topk(block.top_k)
     if block.normalize:
         chosen = chosen / chosen.sum(-1, keepdim=True)
     return h, BlockResult(x, ids, chosen.to(h.dtype) if block.round_weights else chosen)

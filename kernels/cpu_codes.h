@@ -5,6 +5,7 @@
  *
  *   NATURAL  an element a byte: spans of 16 to KC elements, which have one scale
  *   EIGHTS   an element a nibble: spans of 128, of which a lane has 8 neighbours and, where groups are smaller, its own scale
+ *   DOT8     the same sums, two elements an instruction: x and the values of the nibbles are bf16
  *
  * Few rows of x read codes where they lie; more read them decoded into scratch, with the same sums. The end of a row that
  * fills no vector is copied, padded, and summed apart. Columns that are grouped otherwise (act-order, odd groups) are
@@ -14,16 +15,17 @@
  * functions table_at, nibble, byte_e4m3, byte_int8, sum_codes.
  */
 
-enum { NAME(decoded) = CODES };   /* beside the codes: fp32 values in scratch */
+enum { NAME(decoded) = CODES, NAME(dot), NAME(dot_decoded) }; /* beside the codes: values in scratch; DOT8, likewise */
 enum { NAME(few_rows) = 3 * MR }; /* rows of x up to which codes are read where they lie (measured) */
 #define PRAGMA(x) _Pragma(#x)
 #define UNROLL(n) PRAGMA(GCC unroll n)
 
 struct NAME(codes) { /* what all rows of a matrix have in common */
     const struct matrix *w;
-    int by_lane, code;
+    int by_lane, code, decoded; /* code: as any_code_panel takes it; decoded: in scratch */
     int64_t unit, span, bits; /* elements that vectors are made of, and that share their scales; bits of one */
     int64_t per_span, floats; /* scales from span to span; of a row */
+    int64_t lane_step;        /* elements of x in a lane of a vector: 2 in DOT8, else 1 */
     int32_t lane[LANES];      /* EIGHTS: which of a span's scales is this lane's */
 };
 
@@ -42,7 +44,13 @@ static inline __attribute__((always_inline)) TARGET VEC NAME(value)(int code, in
     if (half == 2) j++;
     if (code == INT8) return NAME(byte_int8)(p + j * LANES + u * WIDTH);
     if (code == NAME(decoded)) return VLOAD((const float *)(const void *)p + j * CODE_NR * LANES + u * WIDTH);
-    return NAME(nibble)(p, (int)j, u, table);
+    return NAME(nibble)(p, EIGHTH((int)j), u, table);
+}
+
+SCALAR TARGET VEC NAME(two_values)(int code, const char *p, int64_t j, TABLE table) { /* of DOT8, where SUB is 1 */
+    (void)j, (void)table; /* of sets without it */
+    if (code == NAME(dot_decoded)) return VLOAD((const float *)(const void *)p + j * CODE_NR * LANES);
+    return VNIBBLES(p, j, table);
 }
 
 static inline __attribute__((always_inline)) TARGET VEC NAME(of_span)(int by_lane, const float *from,
@@ -82,7 +90,18 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
             __builtin_prefetch(w + n * row + (at) + ahead, 0, 2); \
     }
         int64_t j = 0;
-        if (by_lane) {
+        if (code == NAME(dot) || code == NAME(dot_decoded)) {
+            if (code == NAME(dot)) { PREFETCH(0) }
+            UNROLL(4)
+            for (int i = 0; i < 4; i++)
+                UNROLL(8)
+                for (int n = 0; n < CODE_NR; n++) {
+                    VEC value = NAME(two_values)(code, w + n * row, i, table[n]);
+                    UNROLL(8)
+                    for (int m = 0; m < mr; m++) sum[m][n] = VDOT(sum[m][n], VLOAD(x + (i * mr + m) * LANES), value);
+                }
+            j = vectors;
+        } else if (by_lane) {
             PREFETCH(0)
             UNROLL(8)
             for (int i = 0; i < 8; i++) { VECTOR(i, 0) }
@@ -116,7 +135,8 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
         const char *w = w0;
         TABLE table[CODE_NR];
         UNROLL(8)
-        for (int n = 0; n < CODE_NR; n++) table[n] = NAME(table_at)(r->table[n]);
+        for (int n = 0; n < CODE_NR; n++)
+            table[n] = code == NAME(dot) ? DOT_TABLE(r->table[n]) : NAME(table_at)(r->table[n]);
         for (int64_t left = k->n / LANES, first = k->first, at = at0; left > 0; first = 0) {
             int64_t some = least(left, KC / LANES);
             VEC acc[MR][CODE_NR][SUB];
@@ -130,7 +150,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
             for (int64_t vectors; some > 0; some -= vectors, w += step, at += per_span) {
                 vectors = by_lane ? 8 : least(whole, some);
                 NAME(add_span)(mr, code, has_zero, by_lane, x, w, row, vectors, r, q->lane, at, ahead, table, acc);
-                x += vectors * mr * LANES;
+                x += vectors * mr * LANES / (code == NAME(dot) || code == NAME(dot_decoded) ? 2 : 1);
             }
             NAME(sum_codes)(mr, acc, c, k->ldc, first);
         }
@@ -144,7 +164,11 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(
 #define PANEL(M, CODE, ZERO, LANE) NAME(code_panel)(M, CODE, ZERO, LANE, q, k, x, w, r, at, c)
 #define CASE(M)                                  \
     case M:                                      \
-        if (code == NAME(decoded) && q->by_lane) \
+        if (HAS_DOT && code == NAME(dot_decoded)) \
+            PANEL(M, NAME(dot_decoded), 0, 1);   \
+        else if (HAS_DOT && code == NAME(dot))   \
+            PANEL(M, NAME(dot), 0, 1);           \
+        else if (code == NAME(decoded) && q->by_lane) \
             PANEL(M, NAME(decoded), 0, 1);       \
         else if (code == NAME(decoded))          \
             PANEL(M, NAME(decoded), 0, 0);       \
@@ -179,10 +203,12 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(
 
 /* ---- scales and zero points ---- */
 
-static struct NAME(codes) NAME(codes_of)(const struct matrix *w) {
+static struct NAME(codes) NAME(codes_of)(int order, const struct matrix *w) {
     const struct coding *q = &w->coding;
     int nibbles = is_nibble(q);
     struct NAME(codes) p = {.w = w, .by_lane = nibbles, .code = nibbles ? INT4 : (int)q->code};
+    if (order == DOT8) p.code = NAME(dot);
+    p.decoded = order == DOT8 ? NAME(dot_decoded) : NAME(decoded), p.lane_step = order == DOT8 ? 2 : 1;
     p.bits = nibbles ? 4 : 8, p.unit = nibbles ? 8 * LANES : LANES, p.span = nibbles ? p.unit : KC, p.floats = 1;
     if (q->columns >= w->k) return p; /* one group: nothing moves from span to span */
     if (!nibbles) p.span = least(q->columns & -q->columns, KC);
@@ -275,7 +301,7 @@ struct NAME(tile_job) {
 static TARGET void NAME(blocks)(const struct NAME(tile_job) *t, int code, struct NAME(sum) *k, int64_t k0, const char *w,
                                 const struct NAME(rows) *r, int64_t m, float *c) {
     int64_t mr = least(MR, t->rows - m), at = k0 / t->q.span * t->q.per_span;
-    const float *x = t->x + (m * t->vectors + k0 / LANES * mr) * LANES;
+    const float *x = t->x + (m * t->vectors + k0 / LANES / t->q.lane_step * mr) * LANES;
     NAME(any_code_panel)(mr, code, &t->q, k, x, w, r, at, c + m * t->ldc);
 }
 
@@ -308,16 +334,22 @@ static TARGET void NAME(straight)(const struct NAME(tile_job) *t, const struct N
     }
 }
 
-/* Elements [k0, k0 + n) of a row as [vectors][CODE_NR][16] floats, less its zero points. */
+/* Elements [k0, k0 + n) of a row as [vectors][CODE_NR][16] floats, less its zero points; of DOT8, of two bf16. */
 static TARGET void NAME(decode)(const struct NAME(codes) *q, const struct NAME(rows) *r, int i, const char *from,
                                 int64_t k0, int64_t n, float *to) {
     int64_t per_span = q->span / LANES, at = k0 / q->span * q->per_span, j = 0;
     int has_zero = q->w->coding.zero != NULL;
-    TABLE table = NAME(table_at)(r->table[i]);
+    TABLE table = q->code == NAME(dot) ? DOT_TABLE(r->table[i]) : NAME(table_at)(r->table[i]);
+    for (int64_t left = n / LANES / 2; left > 0 && q->code == NAME(dot); left--, to += CODE_NR * LANES) {
+        VEC values = VNIBBLES(from, j, table);
+        memcpy(to + i * LANES, &values, sizeof values);
+        if (++j == 4) j = 0, from += q->span * q->bits / 8;
+    }
+    if (q->code == NAME(dot)) return;
     for (int64_t left = n / LANES; left > 0; left--, to += CODE_NR * LANES) {
         UNROLL(4)
         for (int u = 0; u < SUB; u++) {
-            VEC value = q->by_lane         ? NAME(nibble)(from, (int)j, u, table)
+            VEC value = q->by_lane         ? NAME(nibble)(from, EIGHTH((int)j), u, table)
                         : q->code == E4M3 ? NAME(byte_e4m3)(from + j * LANES, 0, u)
                                           : NAME(byte_int8)(from + j * LANES + u * WIDTH);
             if (has_zero) value = VSUB(value, NAME(of_span)(q->by_lane, r->zero[i] + at, q->lane, u));
@@ -341,18 +373,17 @@ static TARGET void NAME(by_decoding)(const struct NAME(tile_job) *t, const struc
                 if (k0 == whole) NAME(copy_end)(q, from, 1, k0, end);
                 NAME(decode)(q, r + g / CODE_NR, i, k0 == whole ? end : from + k0 * q->bits / 8, k0, n, decoded + g * KC);
             }
-        struct NAME(sum) k = {n, LANES * 4, q->span * CODE_NR * 4, k0 == 0, t->ldc, 0, 0, CODE_NR * KC * 4};
+        struct NAME(sum) k = {n, LANES * 4, q->span * CODE_NR * 4 / q->lane_step, k0 == 0, t->ldc, 0, 0, CODE_NR * KC * 4};
         k.groups = (count + CODE_NR - 1) / CODE_NR;
         for (int64_t m = 0; m < t->rows; m += MR)
-            NAME(blocks)(t, NAME(decoded), &k, k0, (const char *)decoded, r, m, c);
+            NAME(blocks)(t, q->decoded, &k, k0, (const char *)decoded, r, m, c);
     }
 }
 
 /* Like tile, for W stored as codes that are fast. */
-static TARGET void NAME(tile_codes)(const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0,
+static TARGET void NAME(tile_codes)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0,
                                     int64_t count, float *c, int64_t ldc, float *scratch) {
-    int64_t vectors = vectors_of(is_nibble(&w->coding) ? EIGHTS : NATURAL, w->k);
-    struct NAME(tile_job) t = {NAME(codes_of)(w), x, rows, vectors, ldc};
+    struct NAME(tile_job) t = {NAME(codes_of)(order, w), x, rows, vectors_of(order, w->k), ldc};
     struct NAME(rows) r[DOWN_TILE / CODE_NR];
     int64_t most = (CODE_FLOATS - LANES) / (2 * t.q.floats) / CODE_NR * CODE_NR; /* rows whose scales there is room for */
     for (int64_t i = 0, some; i < count; i += some, c += some) {

@@ -23,21 +23,35 @@ static inline __attribute__((always_inline)) TARGET void NAME(spread_pairs)(int 
         }
 }
 
-/* The same, of every 128 a lane has 8 neighbours. */
+/* The same, of every 128 a lane has 8 neighbours, in the order of EIGHTS. */
 static inline __attribute__((always_inline)) TARGET void NAME(spread_eights)(int kind, const char *from, int64_t n,
                                                                             float *to, int64_t stride) {
     for (; n > 0; n -= 8 * LANES, from += 8 * LANES * size_of(kind), to += 8 * stride)
         for (int64_t j = 0; j < 8; j++)
             if (n >= 8 * LANES)
-                for (int64_t i = 0; i < LANES; i++) to[j * stride + i] = widen_one(kind, from, 8 * i + j);
+                for (int64_t i = 0; i < LANES; i++) to[j * stride + i] = widen_one(kind, from, 8 * i + EIGHTH(j));
             else
-                for (int64_t i = 0; i < LANES; i++) to[j * stride + i] = 8 * i + j < n ? widen_one(kind, from, 8 * i + j) : 0.0f;
+                for (int64_t i = 0; i < LANES; i++)
+                    to[j * stride + i] = 8 * i + EIGHTH(j) < n ? widen_one(kind, from, 8 * i + EIGHTH(j)) : 0.0f;
 }
 
 static void NAME(copy_pairs)(const char *from, int64_t n, float *to, int64_t stride) {
     for (; n > 0; n -= 2 * LANES, from += 4 * LANES, to += stride) {
         if (n < 2 * LANES) memset(to, 0, 4 * LANES);
         memcpy(to, from, 2 * least(n, 2 * LANES));
+    }
+}
+
+/* bf16 of every 128 into four vectors: in lane l of the j-th, 8l + j and above it 8l + 4 + j. */
+static TARGET void NAME(copy_eights)(const char *from, int64_t n, float *to, int64_t stride) {
+    for (; n > 0; n -= 8 * LANES, from += 16 * LANES, to += 4 * stride) {
+        uint16_t x[8 * LANES] = {0};
+        memcpy(x, from, 2 * (size_t)least(n, 8 * LANES));
+        for (int64_t j = 0; j < 4; j++) {
+            uint32_t both[LANES];
+            for (int64_t i = 0; i < LANES; i++) both[i] = x[8 * i + j] | (uint32_t)x[8 * i + 4 + j] << 16;
+            memcpy(to + j * stride, both, sizeof both);
+        }
     }
 }
 
@@ -55,8 +69,10 @@ static TARGET void NAME(pack_x)(int order, int kind, const char *from, int64_t n
         EACH(NAME(spread_pairs))
     } else if (order == EIGHTS) {
         EACH(NAME(spread_eights))
-    } else {
+    } else if (order == DOT) {
         NAME(copy_pairs)(from, n, to, stride);
+    } else {
+        NAME(copy_eights)(from, n, to, stride);
     }
 #undef EACH
 }

@@ -74,10 +74,21 @@ static void up_product(struct run *r, const struct rows *p, int64_t n0, int64_t 
 static void pack_h(struct run *r, const struct rows *p, const float *h, int64_t i0, int64_t n) {
     for (int64_t m = 0, stride; m < p->count; m++, h += UP_TILE) {
         float *to = packed_row(r->k, rows_at(r->h, &r->down, p), r->down.vectors, p->count, m, &stride);
-        if (r->down.order == EIGHTS) {
+        if (r->down.order == EIGHTS || r->down.order == DOT8) {
             int64_t lane = i0 / 8 % LANES, lanes = i0 + n == r->l->down.k ? LANES - lane : UP_TILE / 8;
-            to += i0 / (8 * LANES) * 8 * stride + lane;
-            for (int64_t i = 0; i < 8 * lanes; i++) to[i % 8 * stride + i / 8] = i < n ? h[i] : 0.0f;
+            to += vectors_of(r->down.order, i0 / (8 * LANES) * (8 * LANES)) * stride + lane;
+            if (r->down.order == EIGHTS)
+                for (int64_t i = 0; i < 8 * lanes; i++) {
+                    int64_t from = i / 8 * 8 + EIGHTH(i % 8);
+                    to[i % 8 * stride + i / 8] = from < n ? h[from] : 0.0f;
+                }
+            else /* rounded to bf16 already */
+                for (int64_t i = 0; i < 4 * lanes; i++) {
+                    int64_t from = i / 4 * 8 + i % 4;
+                    uint32_t low = from < n ? as_bits(h[from]) >> 16 : 0;
+                    uint32_t both = low | (from + 4 < n ? as_bits(h[from + 4]) & 0xffff0000u : 0);
+                    memcpy(to + i % 4 * stride + i / 4, &both, sizeof both);
+                }
             continue;
         }
         to += vectors_of(r->down.order, i0) * stride;

@@ -122,7 +122,7 @@ void moe_product(const struct kernels *k, int order, const struct matrix *w, int
     if (!w->is_coded)
         k->tile(order, x, rows, w, w->data + slot * w->slot, n0, n, c, ldc, scratch);
     else if (codes_are_fast(w))
-        k->tile_codes(x, rows, w, slot, n0, n, c, ldc, scratch);
+        k->tile_codes(order, x, rows, w, slot, n0, n, c, ldc, scratch);
     else
         moe_decoded_tile(k, x, rows, w, slot, n0, n, c, ldc, scratch);
     if (w->bias) {

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe.kernels.cpu import load_helper
+from moe.kernels.cpu_block import Linear
 from moe.kernels.cpu_linear import CpuLinear
 from moe.kernels.cpu_struct import MOST_COLUMNS
 from moe.offload.formats.stored import StoredMatrix
@@ -26,6 +27,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name.lstrip(".") or "codes", view, persistent=False)
         self.bias = bias
         coding = matrix.format.coding(views, "")
+        self.described = Linear(views[""][0], bias, coding, self.in_features)
         self._linear = CpuLinear(views[""][0], bias, coding=coding, columns=self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe.kernels.cpu_block import Block, CpuBlock, Linear, Step, norm_reference, why_not
 from moe.models.dense_cpu import CompiledRmsNorm
+from moe.models.dense_packed import PackedLinear
 from moe.models.kv import PagedKV
 from moe.models.watch import by_modules, small_cache, stand_in_experts, watch_attention, window_of
 
@@ -162,7 +163,10 @@ def _layers_of(model: Any) -> list[Any]:
     base = model.base_model
     if set(dict(base.named_children())) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         raise Unplanned(f"{type(base).__name__} is made of {', '.join(sorted(dict(base.named_children())))}")
-    if not isinstance(getattr(model, "lm_head", None), nn.Linear) or type(base.embed_tokens) is not nn.Embedding:
+    if (
+        not isinstance(getattr(model, "lm_head", None), nn.Linear | PackedLinear)
+        or type(base.embed_tokens) is not nn.Embedding
+    ):
         raise Unplanned("its embedding or its head is no plain layer")
     return list(base.layers)
 
@@ -236,6 +240,8 @@ def _rotary_width(model: Any) -> int:
 
 
 def _linear(module: Any) -> Linear:
+    if isinstance(module, PackedLinear):
+        return module.described
     if not isinstance(module, nn.Linear):
         raise Unplanned(f"a projection is {type(module).__name__}")
     return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
