@@ -17,6 +17,9 @@
     _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(_mm512_loadu_si512(p), 4 * (unsigned)(j)), \
                                                  _mm512_castps_si512(table)))
 #define DOT_TABLE(from) NAME(dot_table)(from)
+/* Floats that are exact in bf16 as such, two to a lane. */
+#define VTWO(low, high) \
+    _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(high), _mm512_srli_epi32(_mm512_castps_si512(low), 16)))
 #else
 #define NAME(x) moe_avx512_##x
 #define ISA "avx512"

@@ -3,9 +3,10 @@
  * Codes become numbers in registers. Elements that share a scale (a span) are summed first, lane by lane, and the sum times
  * the scale is added to the lane's total: acc = fma(sum of x * (value - zero), scale, acc). Two orders (cpu_experts.h):
  *
- *   NATURAL  an element a byte: spans of 16 to KC elements, which have one scale
+ *   HALVES   an element a byte: spans of 32 to KC elements, which have one scale
+ *   NATURAL  likewise, where groups are no multiples of 32: spans of 16
  *   EIGHTS   an element a nibble: spans of 128, of which a lane has 8 neighbours and, where groups are smaller, its own scale
- *   DOT8     the same sums, two elements an instruction: x and the values of the nibbles are bf16
+ *   DOT8, DOT16   the same sums of both, two elements an instruction: x and the values of the codes are bf16
  *
  * Few rows of x read codes where they lie; more read them decoded into scratch, with the same sums. The end of a row that
  * fills no vector is copied, padded, and summed apart. Columns that are grouped otherwise (act-order, odd groups) are
@@ -15,7 +16,8 @@
  * functions table_at, nibble, byte_e4m3, byte_int8, sum_codes.
  */
 
-enum { NAME(decoded) = CODES, NAME(dot), NAME(dot_decoded) }; /* beside the codes: values in scratch; DOT8, likewise */
+/* Beside the codes: fp32 values in scratch; and of DOT8 and DOT16, which are all beyond it. */
+enum { NAME(decoded) = CODES, NAME(dot_nibble), NAME(dot_int8), NAME(dot_e4m3), NAME(dot_decoded) };
 enum { NAME(few_rows) = 3 * MR }; /* rows of x up to which codes are read where they lie (measured) */
 #define PRAGMA(x) _Pragma(#x)
 #define UNROLL(n) PRAGMA(GCC unroll n)
@@ -23,9 +25,10 @@ enum { NAME(few_rows) = 3 * MR }; /* rows of x up to which codes are read where 
 struct NAME(codes) { /* what all rows of a matrix have in common */
     const struct matrix *w;
     int by_lane, code, decoded; /* code: as any_code_panel takes it; decoded: in scratch */
+    int in_pairs;               /* bytes: HALVES or DOT16 */
     int64_t unit, span, bits; /* elements that vectors are made of, and that share their scales; bits of one */
     int64_t per_span, floats; /* scales from span to span; of a row */
-    int64_t lane_step;        /* elements of x in a lane of a vector: 2 in DOT8, else 1 */
+    int64_t lane_step;        /* elements of x in a lane of a vector: 2 in DOT8 and DOT16, else 1 */
     int32_t lane[LANES];      /* EIGHTS: which of a span's scales is this lane's */
 };
 
@@ -47,10 +50,19 @@ static inline __attribute__((always_inline)) TARGET VEC NAME(value)(int code, in
     return NAME(nibble)(p, EIGHTH((int)j), u, table);
 }
 
-SCALAR TARGET VEC NAME(two_values)(int code, const char *p, int64_t j, TABLE table) { /* of DOT8, where SUB is 1 */
-    (void)j, (void)table; /* of sets without it */
+/* The j-th vector of a span of DOT8 or DOT16, where SUB is 1. */
+SCALAR TARGET VEC NAME(two_values)(int code, const char *p, int64_t j, VEC zero, TABLE table) {
+    (void)table; /* of sets without them */
     if (code == NAME(dot_decoded)) return VLOAD((const float *)(const void *)p + j * CODE_NR * LANES);
-    return VNIBBLES(p, j, table);
+    if (code == NAME(dot_nibble)) return VNIBBLES(p, j, table);
+    VEC low, high;
+    p += 2 * j * LANES;
+    if (code == NAME(dot_e4m3))
+        low = NAME(byte_e4m3)(p, 1, 0), high = NAME(byte_e4m3)(p, 2, 0);
+    else
+        low = VSUB(NAME(byte_int8)(p), zero), high = VSUB(NAME(byte_int8)(p + LANES), zero);
+    (void)low, (void)high;
+    return VTWO(low, high);
 }
 
 static inline __attribute__((always_inline)) TARGET VEC NAME(of_span)(int by_lane, const float *from,
@@ -63,7 +75,8 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
                                                                        const float *x, const char *w, int64_t row,
                                                                        int64_t vectors,
                                                                        const struct NAME(rows) *r, const int32_t *lane,
-                                                                       int64_t at, int64_t ahead, const TABLE *table,
+                                                                       int64_t at, int64_t ahead, int in_pairs,
+                                                                       const TABLE *table,
                                                                        VEC acc[MR][CODE_NR][SUB]) {
     UNROLL(4)
     for (int u = 0; u < SUB; u++) {
@@ -90,16 +103,25 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
             __builtin_prefetch(w + n * row + (at) + ahead, 0, 2); \
     }
         int64_t j = 0;
-        if (code == NAME(dot) || code == NAME(dot_decoded)) {
-            if (code == NAME(dot)) { PREFETCH(0) }
-            UNROLL(4)
-            for (int i = 0; i < 4; i++)
-                UNROLL(8)
-                for (int n = 0; n < CODE_NR; n++) {
-                    VEC value = NAME(two_values)(code, w + n * row, i, table[n]);
-                    UNROLL(8)
-                    for (int m = 0; m < mr; m++) sum[m][n] = VDOT(sum[m][n], VLOAD(x + (i * mr + m) * LANES), value);
-                }
+#define TWO(j)                                                                                            \
+    UNROLL(8)                                                                                             \
+    for (int n = 0; n < CODE_NR; n++) {                                                                   \
+        VEC value = NAME(two_values)(code, w + n * row, (j), zero[n], table[n]);                          \
+        (void)value; /* of sets without VDOT */                                                           \
+        UNROLL(8)                                                                                         \
+        for (int m = 0; m < mr; m++) sum[m][n] = VDOT(sum[m][n], VLOAD(x + ((j) * mr + m) * LANES), value); \
+    }
+        if (code > NAME(decoded) && by_lane) {
+            if (code == NAME(dot_nibble)) { PREFETCH(0) }
+            TWO(0) TWO(1) TWO(2) TWO(3)
+            j = vectors;
+        } else if (code > NAME(decoded)) {
+            int64_t i = 0;
+            for (; i + 2 <= vectors / 2; i += 2) {
+                if (code != NAME(dot_decoded)) { PREFETCH(2 * i * LANES) }
+                TWO(i) TWO(i + 1)
+            }
+            if (i < vectors / 2) { TWO(i) }
             j = vectors;
         } else if (by_lane) {
             PREFETCH(0)
@@ -109,11 +131,20 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
         }
         for (; j + 4 <= vectors; j += 4) { /* a line of codes of each row */
             if (code != NAME(decoded)) { PREFETCH(j * LANES) }
-            VECTOR(j, 1) VECTOR(j, 2) VECTOR(j + 2, 1) VECTOR(j + 2, 2)
+            if (in_pairs) {
+                VECTOR(j, 2) VECTOR(j, 1) VECTOR(j + 2, 2) VECTOR(j + 2, 1)
+            } else {
+                VECTOR(j, 1) VECTOR(j, 2) VECTOR(j + 2, 1) VECTOR(j + 2, 2)
+            }
+        }
+        if (in_pairs && j < vectors) {
+            VECTOR(j, 2) VECTOR(j, 1)
+            j = vectors;
         }
         for (; j < vectors; j++) { VECTOR(j, 0) }
 #undef PREFETCH
 #undef VECTOR
+#undef TWO
         UNROLL(8)
         for (int n = 0; n < CODE_NR; n++) {
             VEC scale = NAME(of_span)(by_lane, r->scale[n] + at, lane, u);
@@ -136,7 +167,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
         TABLE table[CODE_NR];
         UNROLL(8)
         for (int n = 0; n < CODE_NR; n++)
-            table[n] = code == NAME(dot) ? DOT_TABLE(r->table[n]) : NAME(table_at)(r->table[n]);
+            table[n] = code == NAME(dot_nibble) ? DOT_TABLE(r->table[n]) : NAME(table_at)(r->table[n]);
         for (int64_t left = k->n / LANES, first = k->first, at = at0; left > 0; first = 0) {
             int64_t some = least(left, KC / LANES);
             VEC acc[MR][CODE_NR][SUB];
@@ -149,8 +180,8 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
             left -= some;
             for (int64_t vectors; some > 0; some -= vectors, w += step, at += per_span) {
                 vectors = by_lane ? 8 : least(whole, some);
-                NAME(add_span)(mr, code, has_zero, by_lane, x, w, row, vectors, r, q->lane, at, ahead, table, acc);
-                x += vectors * mr * LANES / (code == NAME(dot) || code == NAME(dot_decoded) ? 2 : 1);
+                NAME(add_span)(mr, code, has_zero, by_lane, x, w, row, vectors, r, q->lane, at, ahead, q->in_pairs, table, acc);
+                x += vectors * mr * LANES / (code > NAME(decoded) ? 2 : 1);
             }
             NAME(sum_codes)(mr, acc, c, k->ldc, first);
         }
@@ -164,10 +195,18 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(
 #define PANEL(M, CODE, ZERO, LANE) NAME(code_panel)(M, CODE, ZERO, LANE, q, k, x, w, r, at, c)
 #define CASE(M)                                  \
     case M:                                      \
-        if (HAS_DOT && code == NAME(dot_decoded)) \
+        if (HAS_DOT && code == NAME(dot_decoded) && q->by_lane) \
             PANEL(M, NAME(dot_decoded), 0, 1);   \
-        else if (HAS_DOT && code == NAME(dot))   \
-            PANEL(M, NAME(dot), 0, 1);           \
+        else if (HAS_DOT && code == NAME(dot_decoded)) \
+            PANEL(M, NAME(dot_decoded), 0, 0);   \
+        else if (HAS_DOT && code == NAME(dot_nibble)) \
+            PANEL(M, NAME(dot_nibble), 0, 1);    \
+        else if (HAS_DOT && code == NAME(dot_e4m3)) \
+            PANEL(M, NAME(dot_e4m3), 0, 0);      \
+        else if (HAS_DOT && code == NAME(dot_int8) && has_zero) \
+            PANEL(M, NAME(dot_int8), 1, 0);      \
+        else if (HAS_DOT && code == NAME(dot_int8)) \
+            PANEL(M, NAME(dot_int8), 0, 0);      \
         else if (code == NAME(decoded) && q->by_lane) \
             PANEL(M, NAME(decoded), 0, 1);       \
         else if (code == NAME(decoded))          \
@@ -207,9 +246,10 @@ static struct NAME(codes) NAME(codes_of)(int order, const struct matrix *w) {
     const struct coding *q = &w->coding;
     int nibbles = is_nibble(q);
     struct NAME(codes) p = {.w = w, .by_lane = nibbles, .code = nibbles ? INT4 : (int)q->code};
-    if (order == DOT8) p.code = NAME(dot);
-    p.decoded = order == DOT8 ? NAME(dot_decoded) : NAME(decoded), p.lane_step = order == DOT8 ? 2 : 1;
-    p.bits = nibbles ? 4 : 8, p.unit = nibbles ? 8 * LANES : LANES, p.span = nibbles ? p.unit : KC, p.floats = 1;
+    if (order >= DOT) p.code = nibbles ? NAME(dot_nibble) : q->code == E4M3 ? NAME(dot_e4m3) : NAME(dot_int8);
+    p.decoded = order >= DOT ? NAME(dot_decoded) : NAME(decoded), p.lane_step = order >= DOT ? 2 : 1;
+    p.in_pairs = order == HALVES || order == DOT16;
+    p.bits = nibbles ? 4 : 8, p.unit = nibbles ? 8 * LANES : p.in_pairs ? 2 * LANES : LANES, p.span = nibbles ? p.unit : KC, p.floats = 1;
     if (q->columns >= w->k) return p; /* one group: nothing moves from span to span */
     if (!nibbles) p.span = least(q->columns & -q->columns, KC);
     p.per_span = q->columns < p.span ? p.span / q->columns : 1;
@@ -337,24 +377,23 @@ static TARGET void NAME(straight)(const struct NAME(tile_job) *t, const struct N
 /* Elements [k0, k0 + n) of a row as [vectors][CODE_NR][16] floats, less its zero points; of DOT8, of two bf16. */
 static TARGET void NAME(decode)(const struct NAME(codes) *q, const struct NAME(rows) *r, int i, const char *from,
                                 int64_t k0, int64_t n, float *to) {
-    int64_t per_span = q->span / LANES, at = k0 / q->span * q->per_span, j = 0;
+    int64_t per_span = q->span / LANES / q->lane_step, at = k0 / q->span * q->per_span, j = 0;
     int has_zero = q->w->coding.zero != NULL;
-    TABLE table = q->code == NAME(dot) ? DOT_TABLE(r->table[i]) : NAME(table_at)(r->table[i]);
-    for (int64_t left = n / LANES / 2; left > 0 && q->code == NAME(dot); left--, to += CODE_NR * LANES) {
-        VEC values = VNIBBLES(from, j, table);
-        memcpy(to + i * LANES, &values, sizeof values);
-        if (++j == 4) j = 0, from += q->span * q->bits / 8;
-    }
-    if (q->code == NAME(dot)) return;
-    for (int64_t left = n / LANES; left > 0; left--, to += CODE_NR * LANES) {
-        UNROLL(4)
-        for (int u = 0; u < SUB; u++) {
-            VEC value = q->by_lane         ? NAME(nibble)(from, EIGHTH((int)j), u, table)
-                        : q->code == E4M3 ? NAME(byte_e4m3)(from + j * LANES, 0, u)
-                                          : NAME(byte_int8)(from + j * LANES + u * WIDTH);
-            if (has_zero) value = VSUB(value, NAME(of_span)(q->by_lane, r->zero[i] + at, q->lane, u));
-            memcpy(to + i * LANES + u * WIDTH, &value, sizeof value);
-        }
+    TABLE table = q->code == NAME(dot_nibble) ? DOT_TABLE(r->table[i]) : NAME(table_at)(r->table[i]);
+    for (int64_t left = n / LANES / q->lane_step; left > 0; left--, to += CODE_NR * LANES) {
+        if (q->code > NAME(decoded)) {
+            VEC zero = has_zero ? VSET(r->zero[i][at]) : VZERO;
+            VEC values = NAME(two_values)(q->code, from, j, zero, table);
+            memcpy(to + i * LANES, &values, sizeof values);
+        } else
+            UNROLL(4)
+            for (int u = 0; u < SUB; u++) {
+                VEC value = q->by_lane         ? NAME(nibble)(from, EIGHTH((int)j), u, table)
+                            : q->code == E4M3 ? NAME(byte_e4m3)(from + j * LANES, 0, u)
+                                              : NAME(byte_int8)(from + j * LANES + u * WIDTH);
+                if (has_zero) value = VSUB(value, NAME(of_span)(q->by_lane, r->zero[i] + at, q->lane, u));
+                memcpy(to + i * LANES + u * WIDTH, &value, sizeof value);
+            }
         if (++j == per_span) j = 0, from += q->span * q->bits / 8, at += q->per_span;
     }
 }

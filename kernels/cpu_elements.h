@@ -55,6 +55,17 @@ static TARGET void NAME(copy_eights)(const char *from, int64_t n, float *to, int
     }
 }
 
+/* bf16 of every 32 into a vector: in lane l, l and above it l + 16. */
+static TARGET void NAME(copy_halves)(const char *from, int64_t n, float *to, int64_t stride) {
+    for (; n > 0; n -= 2 * LANES, from += 4 * LANES, to += stride) {
+        uint16_t x[2 * LANES] = {0};
+        uint32_t both[LANES];
+        memcpy(x, from, 2 * (size_t)least(n, 2 * LANES));
+        for (int64_t i = 0; i < LANES; i++) both[i] = x[i] | (uint32_t)x[LANES + i] << 16;
+        memcpy(to, both, sizeof both);
+    }
+}
+
 static TARGET void NAME(pack_x)(int order, int kind, const char *from, int64_t n, float *to, int64_t stride) {
 #define EACH(SPREAD)                              \
     if (kind == F32)                              \
@@ -63,16 +74,20 @@ static TARGET void NAME(pack_x)(int order, int kind, const char *from, int64_t n
         SPREAD(BF16, from, n, to, stride);        \
     else                                          \
         SPREAD(F16, from, n, to, stride);
-    if (order == NATURAL) {
+    if (order == NATURAL || order == HALVES) {
         EACH(NAME(spread))
+        int64_t filled = (n + LANES - 1) / LANES;
+        if (order == HALVES && filled % 2) memset(to + filled * stride, 0, 4 * LANES);
     } else if (order == PAIRS) {
         EACH(NAME(spread_pairs))
     } else if (order == EIGHTS) {
         EACH(NAME(spread_eights))
     } else if (order == DOT) {
         NAME(copy_pairs)(from, n, to, stride);
-    } else {
+    } else if (order == DOT8) {
         NAME(copy_eights)(from, n, to, stride);
+    } else {
+        NAME(copy_halves)(from, n, to, stride);
     }
 #undef EACH
 }

@@ -93,9 +93,9 @@ static void pack_h(struct run *r, const struct rows *p, const float *h, int64_t 
         }
         to += vectors_of(r->down.order, i0) * stride;
         uint16_t narrow[UP_TILE];
-        if (r->down.order == DOT) /* rounded to bf16 already */
+        int is_dot = r->down.order >= DOT;
+        if (is_dot) /* rounded to bf16 already */
             for (int64_t i = 0; i < n; i++) narrow[i] = (uint16_t)(as_bits(h[i]) >> 16);
-        int is_dot = r->down.order == DOT;
         r->k->pack_x(r->down.order, is_dot ? BF16 : F32, is_dot ? (const char *)narrow : (const char *)h, n, to, stride);
     }
 }

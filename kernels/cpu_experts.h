@@ -5,11 +5,13 @@
  * storage has 16 lanes; each lane sums its elements in turn; after every KC elements lanes i and i+8, i+4, i+2, i+1 are
  * added, and that is added to the result. Which elements a lane has is the `order`, which x is packed in:
  *
- *   NATURAL  lane l: k = l mod 16                                 fp32, fp16 and codes of a byte
+ *   NATURAL  lane l: k = l mod 16                                 fp32, fp16, codes of a byte in odd groups
+ *   HALVES   lane l: of every 32, l + 16, then l                  other codes of a byte; x is packed as for NATURAL
  *   PAIRS    lane l: of every 32, 2l + 1, then 2l                 bf16 weights: what vdpbf16ps does, and as fast without it
  *   EIGHTS   lane l: of every 128, 8l + 4, 8l, 8l + 5, 8l + 1, … nibbles (cpu_codes.h)
  *   DOT      the sums of PAIRS, by vdpbf16ps; x stays in bf16     bf16 weights and x, where that instruction is fast
  *   DOT8     the sums of EIGHTS, likewise                         nibbles that are exact in bf16
+ *   DOT16    the sums of HALVES, likewise                         codes of a byte
  *
  * So a result depends on its own row of x alone, and is the same on every machine with fused multiply-add (numbers below
  * 2^-126 apart, which vdpbf16ps takes for zero).
@@ -26,7 +28,7 @@ enum { F32, BF16, F16 };                              /* storage; the order of c
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS }; /* the order of cpu.py's _ACTIVATIONS */
 enum { E4M3, INT8, INT4, E2M1, LUT4, NESTED, CODES }; /* the order of cpu.py's _CODES */
 enum { E8M0 = 3, E4M3_SCALE, INT8_ZERO };             /* scales may also be of these kinds */
-enum { NATURAL, PAIRS, EIGHTS, DOT, DOT8 };
+enum { NATURAL, HALVES, PAIRS, EIGHTS, DOT, DOT8, DOT16 };
 #define EIGHTH(i) ((i) % 2 ? (i) / 2 : 4 + (i) / 2) /* of a lane's eight elements, the i-th that EIGHTS sums */
 enum { LANES = 16, KC = 1024 }; /* they define the order of sums; do not tune per machine */
 enum { AHEAD = 8192 };          /* bytes to prefetch ahead, at least (measured) */
@@ -85,7 +87,7 @@ struct gather {
 struct kernels {
     const char *name;
     int64_t mr;      /* rows of x in a block; packed x: blocks of [vectors][rows][16 floats] */
-    int64_t has_dot; /* can run DOT and DOT8 */
+    int64_t has_dot; /* can run DOT, DOT8 and DOT16 */
     void (*pack_x)(int order, int kind, const char *from, int64_t n, float *to, int64_t stride);
     void (*tile)(int order, const float *x, int64_t rows, const struct matrix *w, const char *base, int64_t n0,
                  int64_t count, float *c, int64_t ldc, float *scratch);
@@ -139,8 +141,10 @@ SCALAR int codes_are_fast(const struct matrix *w) {
 /* How x must be packed for w. */
 SCALAR int order_of(const struct kernels *k, const struct matrix *w, int64_t x_kind) {
     int can_dot = k->has_dot && x_kind == BF16;
-    if (w->is_coded && !(is_nibble(&w->coding) && codes_are_fast(w))) return NATURAL;
-    if (w->is_coded) return can_dot && w->coding.code != LUT4 && !w->coding.zero ? DOT8 : EIGHTS;
+    if (w->is_coded && !codes_are_fast(w)) return NATURAL;
+    if (w->is_coded && is_nibble(&w->coding)) return can_dot && w->coding.code != LUT4 && !w->coding.zero ? DOT8 : EIGHTS;
+    if (w->is_coded && w->coding.columns < w->k && w->coding.columns % (2 * LANES)) return NATURAL;
+    if (w->is_coded) return can_dot ? DOT16 : HALVES;
     if (w->kind != BF16) return NATURAL;
     return can_dot ? DOT : PAIRS;
 }
@@ -149,7 +153,7 @@ SCALAR int order_of(const struct kernels *k, const struct matrix *w, int64_t x_k
 SCALAR int64_t vectors_of(int order, int64_t n) {
     int64_t lane = order == NATURAL ? 1 : order == EIGHTS || order == DOT8 ? 8 : 2;
     int64_t steps = (n + LANES * lane - 1) / (LANES * lane);
-    return order == DOT || order == DOT8 ? lane / 2 * steps : lane * steps;
+    return order >= DOT ? lane / 2 * steps : lane * steps;
 }
 
 /* The place of row i of `count` rows in packed form; `*stride` floats from one vector to the next. */
