@@ -17,6 +17,7 @@
     _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(_mm512_loadu_si512(p), 4 * (unsigned)(j)), \
                                                  _mm512_castps_si512(table)))
 #define DOT_TABLE(from) NAME(dot_table)(from)
+#define VLESS_ZERO(p, j, zero) NAME(less_zero)(p, j, zero)
 /* Floats that are exact in bf16 as such, two to a lane. */
 #define VTWO(low, high) \
     _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(high), _mm512_srli_epi32(_mm512_castps_si512(low), 16)))
@@ -81,6 +82,22 @@ SCALAR TARGET TABLE NAME(table_at)(const float *from) { return _mm512_loadu_ps(f
 SCALAR TARGET TABLE NAME(dot_table)(const float *from) { /* twice the 16 in bf16, in which they are exact */
     __m256i once = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from));
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1));
+}
+
+/* As VNIBBLES of int4, less the zero points, -8 to 8 in fp32, a lane's own: -16 to 15, looked up by its low 5 bits. */
+SCALAR TARGET VEC NAME(less_zero)(const char *p, int64_t j, VEC zero) {
+    static const uint16_t whole[32] = {
+        0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
+        0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130,
+        0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+    }; /* 0 to 15, then -16 to -1, in bf16 */
+    __m512i from = _mm512_srli_epi16(_mm512_loadu_si512(p), j % 2 ? 4 : 0);
+    from = _mm512_and_si512(from, _mm512_set1_epi16(0x0f0f)); /* of each word nibbles j and j + 2 */
+    if (j >= 2) from = _mm512_srli_epi16(from, 8);
+    __m512i eight = _mm512_cvtps_epi32(_mm512_add_ps(zero, _mm512_set1_ps(8.0f)));
+    eight = _mm512_or_si512(eight, _mm512_slli_epi32(eight, 16)); /* 0 to 16, in both words */
+    __m512i at = _mm512_sub_epi16(from, eight);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(at, _mm512_loadu_si512(whole)));
 }
 #endif
 

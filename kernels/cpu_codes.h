@@ -51,10 +51,10 @@ static inline __attribute__((always_inline)) TARGET VEC NAME(value)(int code, in
 }
 
 /* The j-th vector of a span of DOT8 or DOT16, where SUB is 1. */
-SCALAR TARGET VEC NAME(two_values)(int code, const char *p, int64_t j, VEC zero, TABLE table) {
-    (void)table; /* of sets without them */
+SCALAR TARGET VEC NAME(two_values)(int code, int has_zero, const char *p, int64_t j, VEC zero, TABLE table) {
+    (void)has_zero, (void)table; /* of sets without them */
     if (code == NAME(dot_decoded)) return VLOAD((const float *)(const void *)p + j * CODE_NR * LANES);
-    if (code == NAME(dot_nibble)) return VNIBBLES(p, j, table);
+    if (code == NAME(dot_nibble)) return has_zero ? VLESS_ZERO(p, j, zero) : VNIBBLES(p, j, table);
     VEC low, high;
     p += 2 * j * LANES;
     if (code == NAME(dot_e4m3))
@@ -106,7 +106,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
 #define TWO(j)                                                                                            \
     UNROLL(8)                                                                                             \
     for (int n = 0; n < CODE_NR; n++) {                                                                   \
-        VEC value = NAME(two_values)(code, w + n * row, (j), zero[n], table[n]);                          \
+        VEC value = NAME(two_values)(code, has_zero, w + n * row, (j), zero[n], table[n]);                          \
         (void)value; /* of sets without VDOT */                                                           \
         UNROLL(8)                                                                                         \
         for (int m = 0; m < mr; m++) sum[m][n] = VDOT(sum[m][n], VLOAD(x + ((j) * mr + m) * LANES), value); \
@@ -199,6 +199,8 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(
             PANEL(M, NAME(dot_decoded), 0, 1);   \
         else if (HAS_DOT && code == NAME(dot_decoded)) \
             PANEL(M, NAME(dot_decoded), 0, 0);   \
+        else if (HAS_DOT && code == NAME(dot_nibble) && has_zero) \
+            PANEL(M, NAME(dot_nibble), 1, 1);    \
         else if (HAS_DOT && code == NAME(dot_nibble)) \
             PANEL(M, NAME(dot_nibble), 0, 1);    \
         else if (HAS_DOT && code == NAME(dot_e4m3)) \
@@ -382,8 +384,8 @@ static TARGET void NAME(decode)(const struct NAME(codes) *q, const struct NAME(r
     TABLE table = q->code == NAME(dot_nibble) ? DOT_TABLE(r->table[i]) : NAME(table_at)(r->table[i]);
     for (int64_t left = n / LANES / q->lane_step; left > 0; left--, to += CODE_NR * LANES) {
         if (q->code > NAME(decoded)) {
-            VEC zero = has_zero ? VSET(r->zero[i][at]) : VZERO;
-            VEC values = NAME(two_values)(q->code, from, j, zero, table);
+            VEC zero = has_zero ? NAME(of_span)(q->by_lane, r->zero[i] + at, q->lane, 0) : VZERO;
+            VEC values = NAME(two_values)(q->code, has_zero, from, j, zero, table);
             memcpy(to + i * LANES, &values, sizeof values);
         } else
             UNROLL(4)

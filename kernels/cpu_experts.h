@@ -10,7 +10,7 @@
  *   PAIRS    lane l: of every 32, 2l + 1, then 2l                 bf16 weights: what vdpbf16ps does, and as fast without it
  *   EIGHTS   lane l: of every 128, 8l + 4, 8l, 8l + 5, 8l + 1, … nibbles (cpu_codes.h)
  *   DOT      the sums of PAIRS, by vdpbf16ps; x stays in bf16     bf16 weights and x, where that instruction is fast
- *   DOT8     the sums of EIGHTS, likewise                         nibbles that are exact in bf16
+ *   DOT8     the sums of EIGHTS, likewise                         nibbles that are exact in bf16, less zero points
  *   DOT16    the sums of HALVES, likewise                         codes of a byte
  *
  * So a result depends on its own row of x alone, and is the same on every machine with fused multiply-add (numbers below
@@ -142,7 +142,7 @@ SCALAR int codes_are_fast(const struct matrix *w) {
 SCALAR int order_of(const struct kernels *k, const struct matrix *w, int64_t x_kind) {
     int can_dot = k->has_dot && x_kind == BF16;
     if (w->is_coded && !codes_are_fast(w)) return NATURAL;
-    if (w->is_coded && is_nibble(&w->coding)) return can_dot && w->coding.code != LUT4 && !w->coding.zero ? DOT8 : EIGHTS;
+    if (w->is_coded && is_nibble(&w->coding)) return can_dot && w->coding.code != LUT4 ? DOT8 : EIGHTS;
     if (w->is_coded && w->coding.columns < w->k && w->coding.columns % (2 * LANES)) return NATURAL;
     if (w->is_coded) return can_dot ? DOT16 : HALVES;
     if (w->kind != BF16) return NATURAL;
