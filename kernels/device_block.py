@@ -36,13 +36,13 @@ class DeviceBlock:
         """
         block = self.block
         x = add_norm(h, add, block.norm, block.eps)
-        q, k, v = (F.linear(x, *one) for one in (block.q, block.k, block.v))
+        q, k, v = (F.linear(x, one.weight, one.bias) for one in (block.q, block.k, block.v))
         q, k = turned(q, k, cos, sin, self._turn)
         out = attention.paged_attention(q, (k, v.view(k.shape)), self.pool, pages, self._scores)
-        x = add_norm(h, F.linear(out.flatten(1), *block.o), block.next_norm, block.eps)
+        x = add_norm(h, F.linear(out.flatten(1), block.o.weight, block.o.bias), block.next_norm, block.eps)
         if block.router is None:
             return BlockResult(x, None, None)
-        ids, weights = gate(F.linear(x, *block.router), self._gate)
+        ids, weights = gate(F.linear(x, block.router.weight, block.router.bias), self._gate)
         return BlockResult(x, ids.long(), weights.to(h.dtype) if block.round_weights else weights)
 
 

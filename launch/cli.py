@@ -170,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4, fp8 or nested: lossy")
     pack.add_argument(
+        "--dense",
+        metavar="FORMAT",
+        help="round other linear layers to int8 or int4: lossy; run with dense=packed",
+    )
+    pack.add_argument(
         "--group", type=whole(1), help="columns that share a scale, of int8 (a row), int4 (32), nested (64)"
     )
     pack.add_argument(

@@ -21,6 +21,7 @@ from moe.launch.recording import recording
 from moe.launch.report import batch_progress, print_choices, print_report, print_rounding
 from moe.llm import LLM
 from moe.models.blueprint import Blueprint, read_blueprint
+from moe.models.dense_packed import roundable
 from moe.models.gguf import open_gguf
 from moe.models.neighbours import why_not_packed
 from moe.offload.budget import format_bytes, slots_within
@@ -29,6 +30,7 @@ from moe.offload.checkpoint import Checkpoint
 from moe.offload.memory import available_memory
 from moe.offload.pack import pack as pack_experts
 from moe.offload.requantise import sizes, target_format
+from moe.offload.rounded_dense import RoundedDense
 from moe.offload.segments import ExpertIndex
 from moe.params import SamplingParams
 from moe.prompts import Prompt
@@ -180,14 +182,19 @@ def pack(args: argparse.Namespace) -> int:
         if args.calibrate:
             raise ValueError(f"{args.model} cannot be run to calibrate; pack it first, then the packed folder again")
         with open_gguf(args.model, args.config) as source:
-            return _pack(args, source.checkpoint, source.experts)
+            if args.dense:
+                raise ValueError(f"{args.model}: --dense rounds the layers of a folder of safetensors, not of a .gguf")
+            return _pack(args, source.checkpoint, source.experts, None)
     if args.config is not None:
         raise ValueError(f"--config belongs to a .gguf; {args.model} has its own configuration")
     blueprint = read_blueprint(args.model, trust_remote_code=args.trust_remote_code)
-    return _pack(args, blueprint.checkpoint, blueprint.index)
+    dense = RoundedDense(blueprint.checkpoint, roundable(blueprint), args.dense) if args.dense else None
+    if dense is not None and not dense.names:
+        raise ValueError(f"{args.model}: no weight in floats is a linear layer of its own; leave --dense out")
+    return _pack(args, blueprint.checkpoint, blueprint.index, dense)
 
 
-def _pack(args: argparse.Namespace, checkpoint: Checkpoint, index: ExpertIndex) -> int:
+def _pack(args: argparse.Namespace, checkpoint: Checkpoint, index: ExpertIndex, dense: RoundedDense | None) -> int:
     num_experts = sum(site.num_experts for site in index.sites)
     if not num_experts:
         raise ValueError(f"{args.model} has no experts to pack")
@@ -207,8 +214,15 @@ def _pack(args: argparse.Namespace, checkpoint: Checkpoint, index: ExpertIndex) 
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, figures=format_bytes(done))
 
-        pack_experts(checkpoint, index, args.out, experts=to, calibration=seen, progress=show)
+        pack_experts(checkpoint, index, args.out, experts=to, calibration=seen, dense=dense, progress=show)
     out.print(f"{args.out}: {num_experts} experts packed", markup=False)
+    if dense is not None:
+        errors = dense.errors.values()
+        out.print(
+            f"{len(errors)} other weights became {dense.format}; |rounded - original| / |original| is "
+            f"{sum(errors) / max(1, len(errors)):.3%}, at most {max(errors, default=0.0):.3%}",
+            markup=False,
+        )
     if to is not None:
         print_rounding(args.out, index, out)
     return 0

@@ -21,6 +21,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 from moe.offload.budget import format_bytes
 from moe.offload.checkpoint import DTYPE_NAMES, DTYPES, PACKED_FILE, PACKED_VERSION, Checkpoint, TensorInfo
 from moe.offload.formats.slot import MatrixFormat
@@ -30,6 +32,7 @@ from moe.offload.nested import checksums as level_checksums
 from moe.offload.nested import is_nested
 from moe.offload.packed import PACKED_PREFIX, describe_layer
 from moe.offload.requantise import Calibration, Requantised, requantised
+from moe.offload.rounded_dense import Kind, RoundedDense
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import FileStore, aligned_bytes
 
@@ -53,23 +56,26 @@ def pack(
     *,
     experts: MatrixFormat | None = None,
     calibration: Calibration | None = None,
+    dense: RoundedDense | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes the packed form of `checkpoint` to `out_folder`, which must not exist, and returns it.
 
     experts: what their matrices are rounded to (`requantise.target_format`); None: as they are, without loss.
     calibration: inputs on which rounding should change the answers least; None: to nearest.
+    dense: other weights that are rounded; None: all as they are.
     progress(bytes written, bytes in all) is called after each expert and dense tensor. Memory: one expert or dense
     tensor. The folder appears whole or not at all: it is written beside its place, synced and renamed. Raises
     ValueError for a bad request, OSError for a full disk or any other failed write, and leaves nothing behind.
     """
     out = Path(out_folder)
     if checkpoint.packed is not None and experts is None:
-        raise ValueError(f"{checkpoint.folder} is packed already; copy the folder instead")
+        what = "copy the folder instead" if dense is None else "round its dense layers from the original checkpoint"
+        raise ValueError(f"{checkpoint.folder} is packed already; {what}")
     if out.exists():
         raise ValueError(f"{out} exists already; remove it or choose another folder")
-    dense = sorted(set(checkpoint.tensors) - index.expert_keys)
-    total = sum(checkpoint.tensors[name].nbytes for name in dense)
+    others = _Others(checkpoint, sorted(set(checkpoint.tensors) - index.expert_keys), dense)
+    total = others.nbytes
     layouts = (
         index.layouts
         if experts is None
@@ -88,7 +94,7 @@ def pack(
         files = FileStore(index)
         try:
             store = files if experts is None else Requantised(files, index.sites, experts, calibration)
-            return _pack_whole(checkpoint, index, store, dense, out, _Progress(progress, total))
+            return _pack_whole(checkpoint, index, store, others, out, _Progress(progress, total))
         finally:
             files.close()
 
@@ -118,7 +124,7 @@ def _pack_whole(
     checkpoint: Checkpoint,
     index: ExpertIndex,
     store: FileStore | Requantised,
-    dense: list[str],
+    others: "_Others",
     out: Path,
     progress: _Progress,
 ) -> Path:
@@ -127,7 +133,7 @@ def _pack_whole(
     work.mkdir()
     try:
         try:
-            _write_folder(checkpoint, index, store, dense, work, progress)
+            _write_folder(checkpoint, index, store, others, work, progress)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -144,11 +150,46 @@ def _pack_whole(
     return out
 
 
+class _Others:
+    """The tensors that are no experts'."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str], rounded: RoundedDense | None) -> None:
+        self.checkpoint, self.names, self.rounded = checkpoint, names, rounded
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kind.dtype.itemsize * prod(kind.shape) for name in self.names for kind in self._kinds(name).values())
+
+    def _kinds(self, name: str) -> dict[str, Kind]:
+        if self.rounded is not None and name in self.rounded.names:
+            return self.rounded.kinds(name)
+        info = self.checkpoint.tensors[name]
+        return {name: Kind(info.dtype, info.shape)}
+
+    def write(self, file: BinaryIO, progress: _Progress) -> dict[str, int]:
+        """Header and data; returns the checksum of each tensor."""
+        kinds = {key: kind for name in self.names for key, kind in self._kinds(name).items()}
+        _write_header(file, {key: (DTYPE_NAMES[kind.dtype], kind.shape) for key, kind in kinds.items()}, {})
+        sums = {}
+        for name in self.names:
+            if self.rounded is None or name not in self.rounded.names:
+                info = self.checkpoint.tensors[name]
+                sums[name] = _copy(info, file)
+                progress.add(info.nbytes)
+                continue
+            for key, tensor in self.rounded.tensors(name).items():
+                raw = tensor.contiguous().view(-1).view(torch.uint8)
+                sums[key] = checksum(raw)
+                file.write(raw.numpy().data)
+                progress.add(len(raw))
+        return sums
+
+
 def _write_folder(
     checkpoint: Checkpoint,
     index: ExpertIndex,
     store: FileStore | Requantised,
-    dense: list[str],
+    others: "_Others",
     folder: Path,
     progress: _Progress,
 ) -> None:
@@ -175,18 +216,15 @@ def _write_folder(
             _flush(file)
     files.append("dense.safetensors")
     with (folder / files[-1]).open("wb") as file:
-        infos = {name: checkpoint.tensors[name] for name in dense}
-        _write_header(file, {name: (DTYPE_NAMES[i.dtype], i.shape) for name, i in infos.items()}, {})
-        sums = {}
-        for name, info in infos.items():
-            sums[name] = _copy(info, file)
-            progress.add(info.nbytes)
+        sums = others.write(file, progress)
         _flush(file)
     for source in sorted(checkpoint.folder.iterdir()):
         is_old = source.name == PACKED_FILE or source.name.endswith(".index.json")
         if source.is_file() and source.suffix not in _WEIGHTS and not is_old:
             shutil.copyfile(source, folder / source.name)
     description = {"version": PACKED_VERSION, "layers": layers, "files": files, "checksums": checksums, "dense": sums}
+    if others.rounded is not None:
+        description["dense_errors"] = others.rounded.errors
     if isinstance(store, Requantised):
         description["errors"] = store.errors
         if store.to.bits:

@@ -13,6 +13,8 @@ from moe.kernels.cpu import load_helper
 from moe.kernels.cpu_block import Linear
 from moe.kernels.cpu_linear import CpuLinear
 from moe.kernels.cpu_struct import MOST_COLUMNS
+from moe.models.blueprint import Blueprint
+from moe.offload.checkpoint import TensorInfo
 from moe.offload.formats.stored import StoredMatrix
 
 
@@ -44,6 +46,29 @@ def packable(skeleton: nn.Module, matrix: StoredMatrix) -> bool:
     except AttributeError:
         return False
     return type(module) is nn.Linear and tuple(module.weight.shape) == matrix.shape
+
+
+def roundable(blueprint: Blueprint) -> list[str]:
+    """Weights of the checkpoint, in floats, that the model keeps as plain linear layers, its routers left out."""
+    names = []
+    for name in sorted(set(blueprint.checkpoint.tensors) - blueprint.index.expert_keys):
+        info, path = blueprint.checkpoint.tensors[name], name.removesuffix(".weight")
+        if path == name or not info.dtype.is_floating_point or info.dtype.itemsize < 2 or len(info.shape) != 2:
+            continue
+        try:
+            module: Any = blueprint.skeleton.get_submodule(path)
+        except AttributeError:
+            continue
+        is_plain = type(module) is nn.Linear and tuple(module.weight.shape) == info.shape
+        if is_plain and not _routes(blueprint, path, info):
+            names.append(name)
+    return names
+
+
+def _routes(blueprint: Blueprint, path: str, info: TensorInfo) -> bool:
+    """Whether a layer chooses or weighs experts: it stands beside some, and has an output for each, or one."""
+    beside = {site.module.rpartition(".")[0]: site.num_experts for site in blueprint.index.sites}
+    return info.shape[0] in (1, beside.get(path.rpartition(".")[0]))
 
 
 def pack_dense(model: nn.Module, matrices: list[StoredMatrix]) -> None:
