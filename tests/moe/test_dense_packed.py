@@ -14,7 +14,6 @@ from moe.models.dense_packed import PackedLinear
 from moe.offload.integrity import check_dense
 from moe.params import SamplingParams
 
-
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 
 
