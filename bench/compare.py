@@ -178,16 +178,19 @@ def _make_files(work: Path, candidates: Sequence[Candidate]) -> None:
 
 
 def packed_of(folder: Path, experts: str | None = None) -> Path:
-    """experts: what they are rounded to; None: nothing is lost."""
+    """experts: what they and the linear layers are rounded to, as GGUF's are; None: nothing is lost."""
     from moe.models.blueprint import read_blueprint
+    from moe.models.dense_packed import roundable
     from moe.offload.pack import pack
     from moe.offload.requantise import target_format
+    from moe.offload.rounded_dense import RoundedDense
 
-    out = folder.with_name(f"{folder.name}-{experts or 'packed'}")
+    out = folder.with_name(f"{folder.name}-{experts or 'packed'}{'-all' if experts else ''}")
     if not (out / "config.json").exists():
         blueprint = read_blueprint(folder)
         to = None if experts is None else target_format(experts, None)
-        pack(blueprint.checkpoint, blueprint.index, out, experts=to)
+        dense = None if experts is None else RoundedDense(blueprint.checkpoint, roundable(blueprint), experts)
+        pack(blueprint.checkpoint, blueprint.index, out, experts=to, dense=dense)
     return out
 
 
@@ -209,7 +212,7 @@ def offload_candidates(work: Path, folder: Path, share: float, expert_bytes: int
     yield Candidate("ours packed", "ours", {**packed, "set": budget})
     best = [*budget, "offload.direct=true", "offload.prefetch=router"]
     yield Candidate("ours best", "ours", {**packed, "set": best})
-    same_bytes = [f"offload.budget={int(share * expert_bytes) >> 20}MiB", "batch.kv_tokens=2048"]
+    same_bytes = [f"offload.budget={int(share * expert_bytes) >> 20}MiB", "batch.kv_tokens=2048", "dense=packed"]
     for kind in ("int8", "int4"):
         yield Candidate(f"ours {kind}", "ours", {**packed, "packed": kind, "set": same_bytes})
     for kind in ("f16", "q8_0", "q4_0"):
