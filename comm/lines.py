@@ -77,6 +77,7 @@ class Lines:
         self._memory = torch.from_file(str(path), shared=True, size=file_bytes(num_members), dtype=torch.uint8)
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         if error := helper.moe_line_live(self._file, member):
+            self.close()
             raise OSError(error, os.strerror(error), str(path))
         peers = [one for one in range(num_members) if one != member]
         self.peers = tuple(peers)

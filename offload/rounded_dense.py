@@ -59,6 +59,8 @@ class RoundedDense:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """As `kinds` says. Reads the weight and notes its error."""
         weight = self.checkpoint.load(name).float()
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} holds numbers that are not finite; it cannot be rounded")
         assert self.format.code is not None
         codes, scale = encode(weight, self.format.code, self.format.block, self.format.scale_dtype)
         if not bool(scale.isfinite().all()):
