@@ -1,69 +1,143 @@
-"""An offline batch, layer by layer: one step for all prompts reads an expert once for all of them.
+"""An offline batch in one memory: 16 sequences a step, and what batch.schedule=layer_major makes of it.
 
-The same prompts with batch.max_sequences 16 and as many as there are prompts, an eighth of the experts in slots, page
-cache bypassed, in turn; greedy tokens must be equal. Bytes bind: what a step reads is shared by all of its tokens.
+The memory is an eighth of the experts (--share) and the KV of 16 sequences; both ways have these bytes for KV and slots
+together, page cache bypassed, and greedy tokens must be equal. Bytes bind: what a step reads is shared by all of its
+tokens. --widen F fills every expert with zeros to F times its size: the same tokens and routing in experts whose size,
+beside that of a sequence's KV, is that of larger models.
 
-    python bench/bench_wide.py PACKED --texts FOLDER [--prompts 256] [--tokens 8] [--share 0.125] [--repeats 1]
+    python bench/bench_wide.py MODEL --texts FOLDER [--widen 8] [--prompts 256] [--tokens 32] [--share 0.125]
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from bench_lookahead import texts
+from safetensors.torch import load_file, save_file
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.engine.layer_major import USUAL, Sizes, Workload, read_bytes, sizes_of
 from moe.llm import LLM
+from moe.models.blueprint import read_blueprint
+from moe.offload.pack import pack
 from moe.params import SamplingParams
+
+_EXPERT = re.compile(r"\.experts\.\d+\.(w[123])\.weight$")
+
+
+def widened(model: Path, out: Path, times: int) -> Path:
+    """Its Mixtral experts with `times` their intermediate size, zeros from the old one on."""
+    weights = load_file(model / "model.safetensors")
+    for name, old in weights.items():
+        if kind := _EXPERT.search(name):
+            dim = 1 if kind[1] == "w2" else 0
+            zeros = torch.zeros([n * (times - 1) if d == dim else n for d, n in enumerate(old.shape)], dtype=old.dtype)
+            weights[name] = torch.cat([old, zeros], dim)
+    for path in model.iterdir():
+        if path.suffix == ".json":
+            (out / path.name).write_bytes(path.read_bytes())
+    told = json.loads((model / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(told | {"intermediate_size": times * told["intermediate_size"]}))
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def packed(model: Path, folder: Path, times: int) -> Path:
+    """A folder that can be read past the page cache."""
+    if times > 1:
+        (folder / "wide").mkdir()
+        model = widened(model, folder / "wide", times)
+    blueprint = read_blueprint(model)
+    if blueprint.checkpoint.packed:
+        return model
+    pack(blueprint.checkpoint, blueprint.index, folder / "packed")
+    return folder / "packed"
+
+
+def ways(
+    model: Path, prompts: Sequence[str], num_new: int, share: float
+) -> tuple[dict[str, EngineConfig], Workload, Sizes]:
+    """Both with the same bytes for KV and slots."""
+    offload = OffloadConfig(budget=str(share), direct=True, io="preadv", readers=2, prefetch="off")
+    with LLM(model, EngineConfig(threads=1, offload=offload, batch=BatchConfig(kv_tokens=1024))) as llm:
+        loaded = llm.engine.loaded
+        sizes = sizes_of(loaded.read.blueprint, BatchConfig(), loaded.dense.tried.kv_bytes, loaded.dense.vocabulary)
+        work = Workload([len(llm.encode(prompt)) for prompt in prompts], [num_new] * len(prompts))
+        num_slots = llm.engine.state().slots
+    block = sizes.block_size
+    longest = sorted((-(-(tokens + num_new) // block) * block for tokens in work.prompts), reverse=True)
+    kv_tokens = sum(longest[:USUAL])
+    memory = sizes.slab(num_slots) + kv_tokens * sizes.kv_bytes
+    usual = EngineConfig(
+        threads=1, offload=replace(offload, budget=f"{num_slots} experts"), batch=BatchConfig(kv_tokens=kv_tokens)
+    )
+    chosen = EngineConfig(
+        threads=1, offload=replace(offload, budget=f"{memory}B"), batch=BatchConfig(schedule="layer_major")
+    )
+    return {f"{USUAL} sequences": usual, "layer_major": chosen}, work, sizes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--widen", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--share", type=float, default=0.125)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     some = list(texts(args.texts).values())
     prompts = [some[n % len(some)][60 * (n // len(some)) :][:60] for n in range(args.prompts)]
     params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
-    rows: dict[int, list[dict[str, float]]] = {}
-    said = None
     load = f"load {os.getloadavg()[0]:.1f} at start"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {load}, torch {torch.__version__}, one thread\n")
-    for _ in range(args.repeats):
-        for size in (16, args.prompts):
-            config = EngineConfig(
-                threads=1,
-                offload=OffloadConfig(budget=str(args.share), direct=True, io="preadv", readers=2, prefetch="off"),
-                batch=BatchConfig(max_sequences=size, max_tokens=512, kv_tokens=64 * args.prompts),
-            )
-            with LLM(args.model, config) as llm:
-                began, cpu = time.perf_counter(), time.thread_time()
-                answers = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
-                wall, cpu = time.perf_counter() - began, time.thread_time() - cpu
-                stats = llm.engine.layer_stats()
-            said = answers if said is None else said
-            assert said == answers, "tokens differ"
-            row = {"tokens_per_s": args.prompts * args.tokens / wall, "cpu_s": cpu}
-            row["stall_s"] = sum(s.stall_seconds for s in stats)
-            row["mib"] = sum(s.bytes_read for s in stats) / 2**20
-            rows.setdefault(size, []).append(row)
-    print("| sequences a step | tokens/s | x | CPU s of the main thread | stall s | MiB read |\n" + "|---" * 6 + "|")
-    for size, runs in rows.items():
-        ratio = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(runs, rows[16]))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {load}, torch {torch.__version__}, one thread")
+    print(f"python {' '.join(sys.argv)}\n")
+    rows: dict[str, list[dict[str, float]]] = {}
+    said = None
+    with tempfile.TemporaryDirectory(dir=args.model.parent) as folder:
+        model = packed(args.model, Path(folder), args.widen)
+        configs, work, sizes = ways(model, prompts, args.tokens, args.share)
+        for _ in range(args.repeats):
+            for name, config in configs.items():
+                with LLM(model, config, workload=work) as llm:
+                    began, cpu = time.perf_counter(), time.thread_time()
+                    answers = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+                    wall, cpu = time.perf_counter() - began, time.thread_time() - cpu
+                    stats, state = llm.engine.layer_stats(), llm.engine.state()
+                    sequences = llm.engine.config.batch.max_sequences
+                said = answers if said is None else said
+                assert said == answers, "tokens differ"
+                row = {"tokens_per_s": args.prompts * args.tokens / wall, "cpu_s": cpu, "sequences": sequences}
+                row["stall_s"] = sum(s.stall_seconds for s in stats)
+                row["mib"] = sum(s.bytes_read for s in stats) / 2**20
+                row["expected_mib"] = read_bytes(work, sizes, sequences, state.slots) / 2**20
+                row["kv_mib"] = state.blocks * sizes.block_size * sizes.kv_bytes / 2**20
+                row["slots"], row["slots_mib"] = state.slots, state.slot_bytes / 2**20
+                rows.setdefault(name, []).append(row)
+    heads = "way | sequences a step | KV MiB | slots, MiB | MiB read | expected | tokens/s | x | CPU s | stall s"
+    print(f"| {heads} |\n" + "|---" * 10 + "|")
+    first = next(iter(rows.values()))
+    for name, runs in rows.items():
+        ratio = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(runs, first))
         mid = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        print(f"| {size} | {mid['tokens_per_s']:.1f} | {ratio:.2f} | {mid['cpu_s']:.1f} | {mid['stall_s']:.1f} "
-              f"| {mid['mib']:.0f} |")  # fmt: skip
-    print(json.dumps({str(size): runs for size, runs in rows.items()}))
+        print(
+            f"| {name} | {mid['sequences']:.0f} | {mid['kv_mib']:.1f} | {mid['slots']:.0f}, {mid['slots_mib']:.1f} "
+            f"| {mid['mib']:.0f} | {mid['expected_mib']:.0f} | {mid['tokens_per_s']:.0f} | {ratio:.2f} "
+            f"| {mid['cpu_s']:.1f} | {mid['stall_s']:.1f} |"
+        )
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

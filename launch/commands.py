@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 from rich.table import Table
 
-from moe.batch import first_requests
+from moe.batch import batch_workload, first_requests
 from moe.config import EngineConfig, OffloadConfig
+from moe.engine.layer_major import Workload
 from moe.launch.calibrate import expert_inputs
 from moe.launch.console import err, out
 from moe.launch.demo import run_demo
@@ -38,11 +39,11 @@ from moe.verify import verify
 
 
 @contextmanager
-def loaded(args: argparse.Namespace, config: EngineConfig) -> Iterator[LLM]:
+def loaded(args: argparse.Namespace, config: EngineConfig, workload: Workload | None = None) -> Iterator[LLM]:
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
     measure_first_run(args.model, config)
-    with LLM(args.model, config) as llm:
+    with LLM(args.model, config, workload=workload) as llm:
         if args.show_config:
             print_choices(llm.engine)
         for note in llm.notes:
@@ -145,7 +146,10 @@ def _write(text: str) -> None:
 
 def batch(args: argparse.Namespace) -> int:
     config = engine_config(args)
-    with loaded(args, config) as llm:
+    is_planned = config.batch.schedule == "layer_major"
+    work = batch_workload(args.model, config, args.input, args.output) if is_planned else None
+    with loaded(args, config, work) as llm:
+        config = llm.engine.config
         with recording(args.record, lambda: {**live_state(llm), **checked_state(llm.engine)}):
             serve_file(llm, args.input, args.output)
         print_report(llm.engine, err, args.per_layer)

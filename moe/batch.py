@@ -20,9 +20,15 @@ from typing import Any, BinaryIO
 
 from moe.answers import response_body
 from moe.comm.control import Control
+from moe.config import EngineConfig
+from moe.engine.layer_major import Workload
 from moe.llm import LLM, Generation
+from moe.models.blueprint import read_blueprint
+from moe.models.load import load_tokenizer
 from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, json_of, lines_of, parse_batch_line
 from moe.outputs import Completion
+from moe.prompts import PromptEncoder
+from moe.tools import format_of
 
 _START = b'{"id": "line-'  # of every result
 
@@ -96,6 +102,31 @@ def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
             continue
         prompts.append(entry.tokens)
     return prompts
+
+
+def batch_workload(model: str | Path, config: EngineConfig, source: str | Path, target: str | Path) -> Workload:
+    """What `run_batch` will compute of these files, before the model is loaded: lines that can be read, every sample.
+
+    Raises ValueError for a folder or a file that it would refuse.
+    """
+    blueprint = read_blueprint(model, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(Path(model), trust_remote_code=config.trust_remote_code)
+    encoder, tools = PromptEncoder(tokenizer, Path(model).name), format_of(getattr(tokenizer, "chat_template", None))
+    recommended = blueprint.generation.recommended
+    lines, target = lines_of(Path(source).read_bytes(), str(source)), Path(target)
+    content = target.read_bytes() if target.is_file() else b""
+    done = {line for line, _, _ in _results_in(target, content[: content.rfind(b"\n") + 1])}
+    found: list[tuple[int, int | None]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or number in done:
+            continue
+        try:
+            ask = parse_batch_line(json_of(line), recommended, tools)
+            tokens = encoder.encode_chat(ask.messages, ask.template) if ask.is_chat else encoder.encode(ask.prompts[0])
+        except Exception:  # of any kind, as when the line is served: its result will say so
+            continue
+        found += [(len(tokens), ask.params.max_tokens)] * ask.params.n
+    return Workload([prompt for prompt, _ in found], [answer for _, answer in found])
 
 
 class _Run:
@@ -207,6 +238,21 @@ def failed_line(number: int, custom_id: str | None, code: str, sentence: str) ->
     return {"id": f"line-{number}", "custom_id": custom_id, "response": None, "error": error}
 
 
+def _results_in(path: Path, content: bytes) -> list[tuple[int, str | None, bool]]:
+    """(input line, custom_id, whether it failed) of every line of an output file. Raises ValueError for another's."""
+    found: list[tuple[int, str | None, bool]] = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            word, _, place = entry["id"].partition("-")
+            if word != "line":
+                raise ValueError
+            found.append((int(place), entry["custom_id"], entry["error"] is not None))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}, line {number}, is no result of this program; give another output file") from None
+    return found
+
+
 def _check_same_file(lines: list[bytes], done: dict[int, str | None], target: Path) -> None:
     for number, custom_id in done.items():
         if not 1 <= number <= len(lines):
@@ -302,28 +348,14 @@ class ResultFile:
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
-        done = self._parse(content[:whole])
+        results = _results_in(self.path, content[:whole])
+        self.progress.failed += sum(is_failed for _, _, is_failed in results)
+        done = {line: custom_id for line, custom_id, _ in results}
         _check_same_file(lines, done, self.path)
         if not (content[whole:].startswith(_START) or _START.startswith(content[whole:])):
             raise ValueError(f"the end of {self.path} is no result of this program; give another output file")
         if whole < len(content):
             self._file.truncate(whole)
-        return done
-
-    def _parse(self, content: bytes) -> dict[int, str | None]:
-        done: dict[int, str | None] = {}
-        for number, line in enumerate(content.splitlines(), 1):
-            try:
-                entry = json.loads(line)
-                word, _, place = entry["id"].partition("-")
-                if word != "line":
-                    raise ValueError
-                done[int(place)] = entry["custom_id"]
-                self.progress.failed += entry["error"] is not None
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(
-                    f"{self.path}, line {number}, is no result of this program; give another output file"
-                ) from None
         return done
 
     def write(self, entry: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from moe.comm.groups import Groups
 from moe.config import EngineConfig
 from moe.engine.engine import Engine
 from moe.engine.grammar import Grammars
+from moe.engine.layer_major import Workload
 from moe.engine.requests import Request
 from moe.engine.sampling import Logprobs
 from moe.engine.text import TextStream
@@ -62,8 +63,8 @@ class LLM:
     a `with` block. groups: of a run of several ranks; each then has prompts of its own (there may be none), and
     `generate` is a collective. hosts: that many actors of a Ray cluster (at `address`, None = a local one) serve the
     model instead of this process, and any of them may be lost (docs/ray.md); controller: by a detached actor of that
-    name, which outlives this process. options: what offline scripts for vLLM
-    pass (docs/porting.md). One thread at a time.
+    name, which outlives this process. workload: all requests that will come, which batch.schedule=layer_major splits
+    the memory for. options: what offline scripts for vLLM pass (docs/porting.md). One thread at a time.
 
     Raises ValueError, with the remedy, for whatever cannot be served; UnusableError if it is closed or not ours.
     """
@@ -78,13 +79,16 @@ class LLM:
         hosts: int | None = None,
         address: str | None = None,
         controller: str | None = None,
+        workload: Workload | None = None,
         **options: Any,
     ) -> None:
         config, notes = porting.with_options(config or EngineConfig(), options)
         if experts_in_memory is not None:
             config = config.with_budget(experts_in_memory)
         self.engine = (
-            Engine(model, config, groups) if hosts is None else _on_hosts(model, config, hosts, address, controller)
+            Engine(model, config, groups, work=workload)
+            if hosts is None
+            else _on_hosts(model, config, hosts, address, controller)
         )
         self.notes = [*notes, *self.engine.notes]
         if self.recommended:
@@ -184,11 +188,7 @@ class LLM:
     @property
     def recommended(self) -> dict[str, Any]:
         """The sampling that the model's generation_config.json recommends, by the names of SamplingParams."""
-        said: dict[str, Any] = dict(self.engine.blueprint.generation.sampling)
-        if "max_new_tokens" in said:
-            said["max_tokens"] = said.pop("max_new_tokens")
-        kinds = {"top_k": int, "max_tokens": int}
-        return {name: kinds.get(name, float)(value) for name, value in said.items()}
+        return self.engine.blueprint.generation.recommended
 
     @property
     def tool_format(self) -> ToolFormat | None:
@@ -382,6 +382,8 @@ def _on_hosts(
     model: str | Path, config: EngineConfig, hosts: int, address: str | None, controller: str | None
 ) -> Engine:
     """It has of an engine what this module, batch files and a service use."""
+    if config.batch.schedule == "layer_major":
+        raise ValueError("batch.schedule=layer_major splits the memory of one process, not of hosts; leave it out")
     try:
         from moe.cluster.controller import ClusterEngine  # Ray is an optional extra
         from moe.cluster.remote import RemoteEngine

@@ -7,14 +7,12 @@ apart (moe/engine/join.py), for it can be done again with other peers.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, probed, told_choices, why_not_ahead
@@ -22,6 +20,7 @@ from moe.engine.device import find_device, free_memory
 from moe.engine.device_paths import use_graphs
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
+from moe.engine.layer_major import Workload, sizes_of, split_memory, why_not_split
 from moe.engine.notes import lossy_modes, notes_on
 from moe.engine.runner import (
     PackedRunner,
@@ -30,10 +29,10 @@ from moe.engine.runner import (
     make_paged_kv,
     paged_runner,
     planned_runner,
-    run_a_token,
     why_threads_count,
 )
 from moe.engine.scheduler import Scheduler
+from moe.engine.tried import TriedToken, try_a_token
 from moe.engine.turns import Turns
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, kernel_notes, layer_kernels
@@ -53,21 +52,8 @@ from moe.offload.stores import ExpertStore, MmapStore, RamStore
 from moe.placement.plan import Plan
 from moe.placement.wire_format import ModelSizes
 
+_SHARE_OF_FREE = 0.9  # the rest is for activations, buffers and the rest of the machine
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class TriedToken(NamedTuple):
-    """What a forward of one token showed. kv: its keys and values by layer, none where it does not run packed.
-
-    dispatch_shapes: (rows per token, K of a row) of every layer's experts.
-    """
-
-    kv: list[tuple[Tensor, Tensor]]
-    dispatch_shapes: list[tuple[int, int]]
-
-    @property
-    def kv_bytes(self) -> int:
-        return sum(t.numel() * t.itemsize for layer in self.kv for t in layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +160,15 @@ class Loaded:
         self.experts.close()
 
 
-def load(read: Read, share: Share | None = None) -> Loaded:
-    """The stages after `read_model` but for the ranks; meets nobody. share: None = all experts.
+def load(read: Read, share: Share | None = None, work: Workload | None = None) -> Loaded:
+    """The stages after `read_model` but for the ranks; meets nobody. share: None = all experts. work: all requests
+    that will come, if they are known.
 
     Raises ValueError for a folder, a budget or a setting that cannot be served; then no thread, file or memory is left.
     """
     dense = load_model(read, tries_experts=share is not None)
+    if read.config.batch.schedule == "layer_major":
+        read = _split_memory(read, dense, work, is_alone=share is None)
     memory = make_memory(read, dense)
     threads = _settle_threads(read, memory.runner, is_alone=share is None)
     to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
@@ -195,6 +184,17 @@ def load(read: Read, share: Share | None = None) -> Loaded:
         loaded = Loaded(read, dense, memory, experts, grammars, chosen)
         undo.pop_all()
     return loaded
+
+
+def _split_memory(read: Read, dense: Dense, work: Workload | None, is_alone: bool) -> Read:
+    """With sequences, KV and slots as they serve `work`, and a note that says so."""
+    reason = why_not_split(read.blueprint, dense.is_packed, is_alone)
+    if reason is not None:
+        raise ValueError(f"batch.schedule=layer_major cannot serve {read.blueprint.folder}: {reason}; leave it out")
+    sizes = sizes_of(read.blueprint, read.config.batch, dense.tried.kv_bytes, dense.vocabulary)
+    room = free_memory(read.device) * _SHARE_OF_FREE
+    config, said = split_memory(read.config, None if work is None else work.within(dense.max_context), sizes, room)
+    return replace(read, config=config, notes=(*read.notes, *([] if said is None else [said])))
 
 
 def _settle_threads(read: Read, runner: Runner, is_alone: bool) -> AutoChoice | None:
@@ -299,7 +299,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     own = [list(range(n)) for n in counts] if share is None else experts_of_rank(share.plan, share.rank)
     num_own = [len(experts) for experts in own]
     available = free_memory(read.device)
-    room = max(0, available - reserved_bytes) * 9 // 10  # activations, buffers, the rest of the machine
+    room = int(max(0, available - reserved_bytes) * _SHARE_OF_FREE)
     can_mix = config.offload.store != "ram" and read.device.type == "cpu"
     num_slots = slots_for(config.offload.budget, blueprint.index, num_own, room, can_mix=can_mix)
     foresight = Foresight(blueprint, model, config)
@@ -346,17 +346,6 @@ def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeigh
     return [layout.weights(cache.views(n), found.activation) for n, (found, layout) in enumerate(layers)]
 
 
-def try_a_token(model: Any, blueprint: Blueprint, is_packed: bool, is_parallel: bool) -> TriedToken:
-    """Runs one token with experts that return zeros, where anyone needs to know what it shows."""
-    kv: list[tuple[Tensor, Tensor]] = []
-    with _zero_experts(model, blueprint) as shapes:
-        if is_packed:
-            kv = run_a_token(model)
-        elif is_parallel:
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-    return TriedToken(kv, list(shapes))
-
-
 def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:
     if offload.store == "mmap":
         return MmapStore(blueprint.index, check=offload.check)
@@ -370,29 +359,3 @@ def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | Non
         return SharedStore(files, f"{share.host_copy}-{model}")
     finally:
         files.close()
-
-
-@contextmanager
-def _zero_experts(model: Any, blueprint: Blueprint) -> Iterator[Sequence[tuple[int, int]]]:
-    """Inside this block experts return zeros, so that the dense part can run before the slots exist.
-
-    Yields each layer's (rows per token, K of a row) as experts are dispatched, filled by the first forward.
-    """
-    modules = [model.get_submodule(site.module) for site in blueprint.index.sites]
-    shapes = [(1, 1)] * len(modules)
-
-    def zeros(layer: int) -> Any:
-        def compute(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, scale_input: bool) -> Tensor:
-            top_k = topk_ids.shape[1]
-            shapes[layer] = (top_k, 1) if scale_input else (1, top_k)
-            return torch.zeros_like(x)
-
-        return compute
-
-    for layer, module in enumerate(modules):
-        module.compute = zeros(layer)
-    try:
-        yield shapes
-    finally:
-        for module in modules:
-            module.compute = None

@@ -22,6 +22,7 @@ from moe.engine.assemble import Loaded, Share, load, read_model
 from moe.engine.choices import AutoChoice
 from moe.engine.coherent import CoherentRunner
 from moe.engine.join import Decisions, Place, forget_host_copy, join, share_of, shareable_shape, stay_alone
+from moe.engine.layer_major import Workload
 from moe.engine.limits import Limits
 from moe.engine.modes import Coherent, Ranks
 from moe.engine.online import OnlinePlacement
@@ -43,7 +44,8 @@ class Engine:
     """One model in this process. Not thread-safe; one thread adds requests and steps.
 
     With `groups` the experts are shared by their ranks, and every call of `start` and `step` is a collective. `share`:
-    what this process will have of the experts, for one that loads before it meets its peers (`join`).
+    what this process will have of the experts, for one that loads before it meets its peers (`join`). `work`: all
+    requests that will come, if they are known. `config`, once loaded, has what batch.schedule=layer_major chose.
 
     Raises ValueError for a folder, a budget or a setting that cannot be served; then no thread, file or memory is left.
     """
@@ -55,14 +57,16 @@ class Engine:
         groups: Groups | None = None,
         *,
         share: Share | None = None,
+        work: Workload | None = None,
     ) -> None:
-        self.config = config = config or EngineConfig()
+        config = config or EngineConfig()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         read = read_model(folder, config)
         if groups is not None:
             share = share_of(read.blueprint, groups, config.parallel)
-        self.loaded: Loaded = load(read, share)
+        self.loaded: Loaded = load(read, share, work)
+        self.config = self.loaded.read.config
         self.eos_ids = self.loaded.dense.eos_ids
         self.stats = StepStats()
         self.last_logits: dict[int, list[Tensor]] | None = None  # by request, when `keep_logits` was called

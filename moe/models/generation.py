@@ -20,6 +20,15 @@ class GenerationDefaults:
     decoder_start_token_id: int | None = None
     is_from_file: bool = False  # whether the folder has a generation_config.json
 
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """`sampling` by the names of SamplingParams."""
+        said: dict[str, Any] = dict(self.sampling)
+        if "max_new_tokens" in said:
+            said["max_tokens"] = said.pop("max_new_tokens")
+        kinds = {"top_k": int, "max_tokens": int}
+        return {name: kinds.get(name, float)(value) for name, value in said.items()}
+
 
 def read_generation(folder: Path, config: Any) -> GenerationDefaults:
     """Raises ValueError for a file that is no JSON object or has values of other kinds."""
