@@ -256,7 +256,7 @@ class FileStore:
         """As `PartedStore` says; experts that no direct read can put in place come in one part."""
         runs = runs_of(self.index.segments(layer, expert))
         file, direct = self._files[runs[0].path] if runs else (-1, False)
-        is_straight = direct and len(runs) == 1 and not self.index.conversions(layer, expert)
+        is_straight = direct and len(runs) == 1 and not any(c.tensors for c in self.index.conversions(layer, expert))
         if not is_straight or not _is_aligned(runs[0], out) or runs[0].nbytes <= PART_BYTES:
             yield self.read_into(layer, expert, out)
             return
@@ -265,6 +265,7 @@ class FileStore:
             end = min(begin + PART_BYTES, run.nbytes)
             self._read(run, file, [memory[begin:end]], run.offset + begin, end - begin)
             if end == run.nbytes:
+                convert(self.index, layer, expert, out)
                 self._check.check(layer, expert, out)
             yield end
 

@@ -20,11 +20,45 @@ static uint32_t next(void) {
 
 static float small(void) { return (float)(next() % 2001) / 1000.0f - 1.0f; }
 
+static char *fill(char *to, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = (char)next();
+    return to + count;
+}
+
+static char *fill_f16(char *to, int64_t count) { /* of about 1 / 100 */
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t bits = (uint16_t)(0x2000 | (next() & 0x3ff));
+        memcpy(to + 2 * i, &bits, 2);
+    }
+    return to + 2 * count;
+}
+
+/* Planes of 2, 1, 1 and 4 bits at `to`, their scales at `scales`; slots say that they are of 2 or 4, of 3 and of 8 bits. */
+static struct matrix make_nested(char *to, char *scales, char *levels, int64_t parts, int64_t rows, int64_t k, int64_t columns) {
+    int64_t groups = (k + columns - 1) / columns, each = parts * rows * groups, row = (2 * k + 7) / 8;
+    int32_t bits[SLOTS] = {columns % 3 ? 2 : 4, 3, 8};
+    struct coding q = {.scale = scales, .scale_slot = 2 * each, .code = NESTED, .scale_kind = F16, .rows = 1, .columns = columns};
+    q.groups = groups, q.row_blocks = rows, q.parts = parts;
+    struct matrix w = {.data = to, .slot = parts * rows * row, .row = row, .n = parts * rows, .k = k, .is_coded = 1};
+    to = fill(to, SLOTS * w.slot), scales = fill_f16(scales, SLOTS * each);
+    memcpy(levels, bits, sizeof bits);
+    q.residual[0] = levels, q.residual_slot[0] = 4;
+    for (int i = 1; i < 7; i += 2) {
+        int64_t plane = parts * rows * (((i == 5 ? 4 : 1) * k + 7) / 8);
+        q.residual[i] = to, q.residual_slot[i] = plane, q.residual[i + 1] = scales;
+        q.residual_slot[i + 1] = i == 5 ? 2 * each : each;
+        to = fill(to, SLOTS * plane), scales = i == 5 ? fill_f16(scales, SLOTS * each) : fill(scales, SLOTS * each);
+    }
+    w.coding = q;
+    return w;
+}
+
 /* A matrix [rows, k] in each slot at `to`: of `kind`, or of `code` with groups of `columns`. */
 static struct matrix make(char *to, float *scales, int8_t *zeros, int64_t parts, int64_t rows, int64_t k, int kind, int code,
                           int64_t columns) {
     static float table[16], factor[2] = {0.5f, 0.25f};
     int64_t row = code < 0 ? k * size_of(kind) : code >= INT4 ? (k + 1) / 2 : k, groups = (k + columns - 1) / columns;
+    if (code == NESTED) return make_nested(to, (char *)scales, (char *)zeros, parts, rows, k, columns);
     for (int64_t i = 0; i < SLOTS * parts * rows * row; i++) to[i] = (char)((next() & 0xff) % 0x7f);
     if (code < 0)
         for (int64_t i = 0; i < SLOTS * parts * rows * k; i++) {
@@ -61,7 +95,7 @@ int main(int argc, char **argv) {
     for (int kind = F32; kind <= F16 + CODES; kind++)
         for (int64_t columns = 8; columns <= 1024; columns *= 2) {
             int code = kind > F16 ? kind - F16 - 1 : -1;
-            if (code == NESTED) continue; /* planes that lie elsewhere */
+            if (code == NESTED && columns % 16) continue;
             struct layer l = {.slots = SLOTS, .gated = 1, .act = SILU};
             l.up = make(up, scales[0], zeros[0], 2, I, H, kind, code, columns);
             l.down = make(down, scales[1], zeros[1], 1, H, I, kind, code, columns);

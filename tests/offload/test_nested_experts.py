@@ -11,6 +11,7 @@ from moe.kernels.nested import LEVELS
 from moe.launch.cli import main
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
+from moe.offload.deepnvme import DeepNvmeStore
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.nested import Sensitivity, at_level, plan_bits, read_sensitivity, serve, sizes_of
 from moe.offload.pack import pack
@@ -18,6 +19,7 @@ from moe.offload.requantise import target_format
 from moe.offload.stores import FileStore, MmapStore, aligned_bytes
 from moe.params import SamplingParams
 from tests.families import tiny_checkpoint
+from tests.offload.test_deepnvme import Sectors
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +50,11 @@ def test_fewer_bits_are_a_prefix(folder, bits):
     layout, full = index.layouts[0], whole.index.layouts[0]
     assert layout.pieces == full.pieces[: len(layout.pieces)]
     assert layout.nbytes <= full.nbytes
-    blobs = [aligned_bytes(layout.nbytes) for _ in range(2)]
-    for store, blob in zip((FileStore(index, check="always"), MmapStore(index, check="always")), blobs):
+    blobs = [aligned_bytes(layout.nbytes) for _ in range(3)]
+    stores = FileStore(index, check="always"), MmapStore(index, check="always")
+    for store, blob in zip((*stores, DeepNvmeStore(index, check="always", handles=Sectors)), blobs):
         assert store.read_into(0, 1, blob) == layout.nbytes
-    assert torch.equal(*blobs)
+        assert torch.equal(blob, blobs[0])
     views = layout.views(blobs[0][None])
     assert int(views["gate_up.bits"]) == int(views["down.bits"]) == int(bits)
     blob = aligned_bytes(full.nbytes)
@@ -59,6 +62,34 @@ def test_fewer_bits_are_a_prefix(folder, bits):
     for name, view in views.items():
         stored = full.views(blob[None])[name]
         assert name.endswith("bits") or torch.equal(view.view(torch.uint8), stored.view(torch.uint8))
+
+
+@pytest.mark.parametrize("bits", ["2", "3", "4", "8"])
+def test_fewer_bits_ahead_of_their_use_come_in_parts(folder, bits, monkeypatch):
+    """One part a read; the last one says how many bits there are, and is what a flipped bit is found after."""
+    whole = read_blueprint(folder)
+    index = serve(whole.checkpoint, whole.index, bits, None)
+    nbytes = index.layouts[1].nbytes
+    expected, out = (aligned_bytes(nbytes) for _ in range(2))
+    MmapStore(index, check="always").read_into(1, 2, expected)
+    monkeypatch.setattr("moe.offload.stores.PART_BYTES", 4096)
+    moved = list(FileStore(index, direct=True, check="always").read_parts(1, 2, out))
+    assert moved == list(range(4096, nbytes + 1, 4096))
+    assert len(moved) > 1
+    assert torch.equal(out, expected)
+    (segment,) = index.segments(1, 2)
+    flip_a_bit(segment.path, segment.offset + 4000)
+    with pytest.raises(OSError, match="layer 1, expert 2"):
+        list(FileStore(index, direct=True).read_parts(1, 2, out))
+    flip_a_bit(segment.path, segment.offset + 4000)
+
+
+def flip_a_bit(path, at):
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
 
 
 @pytest.mark.parametrize("bits", ["2", "3", "4", "8"])
