@@ -113,7 +113,12 @@ def run_ranks(
         ranks = []
         for rank in range(world_size):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+            environment |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": threads,
+                "OMP_WAIT_POLICY": "PASSIVE",
+            }
             full = os.environ | {key: str(value) for key, value in environment.items()}
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=full, stdout=subprocess.PIPE, text=True))
         printed = [rank.communicate(timeout=300)[0] for rank in ranks]

@@ -32,8 +32,6 @@ from moe.launch.options import (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. What a user can fix ends with one sentence on standard error and exit status 2."""
-    # Before torch is loaded: threads that spin while another process has their core make a step 10 to 50 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = _parsed(sys.argv[1:] if arguments is None else arguments)
     return run_guarded(f"moe {args.command}", args, lambda: _function(args.run)(args))

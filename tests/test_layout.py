@@ -1,6 +1,9 @@
 """Imports go only downward, and no folder is imported by its bare name."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,11 +69,17 @@ def test_root_folders_are_not_regular_packages():
 
 
 def test_import_is_cheap():
-    import subprocess
-    import sys
-
     code = "import sys, moe; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_waiting_threads_sleep_before_torch_is_loaded(given):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    program = "import os, sys, moe; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [given or "PASSIVE", "False"]
 
 
 def test_every_folder_of_code_is_a_told_package():
