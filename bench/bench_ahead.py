@@ -10,7 +10,7 @@ router             the next layer's own router is asked
 learned d          the lookahead file, 1 .. d layers ahead, what is due sooner first
 oracle d           the same with the truth: the bound of d layers of foresight
 Belady             the best eviction, nothing ahead
-all                every expert of the next layer is read, whatever is expected
+all                every expert of the next layer is read, whatever is expected and whatever was wasted
 ring               the same, and what goes is what lies farthest ahead in the cycle of layers: SE-MoE's ring of sections
 restrict:M         lossy, another run: the router chooses among the forecast's best M, all of which are read; its `x` is
                    over the best exact way that foresees no more than a program can
@@ -36,8 +36,7 @@ from moe.layer.routers import PlainRouter, plain_routers
 from moe.layer.routing import Routing, StepContext
 from moe.llm import LLM
 from moe.offload.policy import Access, Belady, Keys, Lfu, smallest
-from moe.offload.prefetch import LEAST_EXPECTED
-from moe.offload.virtual_time import Costs, Replay, replay
+from moe.offload.virtual_time import Costs, Guess, Replay, replay
 from moe.params import SamplingParams
 
 FAR = 3
@@ -60,8 +59,8 @@ class Visit(NamedTuple):
     layer: int
     keys: Keys
     tokens: int
-    router: Keys  # what is asked for of the next layer
-    learned: tuple[Keys, ...]  # of the next, the one after, …
+    router: Guess  # of the next layer
+    learned: tuple[Guess, ...]  # of the next, the one after, …
 
 
 class Recorder:
@@ -79,7 +78,7 @@ class Recorder:
         if not self.is_decode:
             return
         n, last = routing.layer, len(self.num_experts) - 1
-        by_router = self.first[:0]
+        by_router = Guess.joined([])
         if n < last:
             chosen = self.routers[n + 1].logits(x).topk(self.routers[n + 1].top_k).indices
             by_router = self._likely(n + 1, torch.bincount(chosen.flatten(), minlength=self.num_experts[n + 1]).float())
@@ -93,9 +92,8 @@ class Recorder:
         keys = np.unique(routing.topk_ids.numpy()).astype(np.int64) + self.first[n]
         self.visits.append(Visit(n, keys, len(x), by_router, learned))
 
-    def _likely(self, layer: int, expected: Tensor) -> Keys:
-        order = expected.argsort(descending=True)
-        return order[expected[order] >= LEAST_EXPECTED].numpy() + self.first[layer]
+    def _likely(self, layer: int, expected: Tensor) -> Guess:
+        return Guess.of(expected.numpy(), self.first[layer])
 
 
 def record(args: argparse.Namespace, batch: int, pregate: str = "off") -> tuple[list[Visit], Costs, int, int]:
@@ -140,15 +138,13 @@ def record(args: argparse.Namespace, batch: int, pregate: str = "off") -> tuple[
     )
 
 
-def ways_of(visits: list[Visit], num_layers: int) -> dict[str, list[Keys] | None]:
-    none = np.zeros(0, np.int64)
-
-    def truth(n: int, far: int) -> Keys:
+def ways_of(visits: list[Visit], num_layers: int) -> dict[str, list[Guess] | None]:
+    def truth(n: int, far: int) -> Guess:
         ahead = [visits[n + d].keys for d in range(1, far + 1) if visits[n].layer + d < num_layers]
-        return np.concatenate([none, *ahead])
+        return Guess.joined([Guess.sure(keys) for keys in ahead])
 
-    ways: dict[str, list[Keys] | None] = {"on demand": None, "router": [v.router for v in visits]}
-    ways |= {f"learned {d}": [np.concatenate([none, *v.learned[:d]]) for v in visits] for d in range(1, FAR + 1)}
+    ways: dict[str, list[Guess] | None] = {"on demand": None, "router": [v.router for v in visits]}
+    ways |= {f"learned {d}": [Guess.joined(v.learned[:d]) for v in visits] for d in range(1, FAR + 1)}
     return ways | {f"oracle {d}": [truth(n, d) for n in range(len(visits))] for d in range(1, FAR + 1)}
 
 
@@ -191,14 +187,14 @@ def main() -> None:
             found["Belady"] = replay(accesses, None, Belady(total, accesses), num_slots, costs, warm=warm)
             per_layer = total // num_layers
             coming = [v.layer + 1 for v in visits]
-            every = [np.arange(n * per_layer, (n + 1) * per_layer * (n < num_layers)) for n in coming]
+            every = [Guess.sure(np.arange(n * per_layer, (n + 1) * per_layer * (n < num_layers))) for n in coming]
             for name, policy in (("all", Lfu(num_experts)), ("ring", Ring(num_layers, per_layer))):
                 found[name] = replay(accesses, every, policy, num_slots, costs, warm=warm)
             gap = found["on demand"].seconds / found["oracle 1"].seconds - 1
             best = min(found[name].seconds for name in ("on demand", "router", "learned 1"))
             for name, lossy in restricted.items():
                 own = [Access(v.layer, v.keys) for v in lossy]
-                guesses = [v.learned[0] if v.learned else v.keys[:0] for v in lossy]
+                guesses = [Guess.joined(v.learned[:1]) for v in lossy]
                 found[name] = replay(own, guesses, Lfu(num_experts), num_slots, costs, warm=warm)
             for name, r in found.items():
                 base = best if name in restricted else found["on demand"].seconds

@@ -6,10 +6,9 @@ import numpy as np
 
 from moe.config import EngineConfig
 from moe.engine.choices import probed
-from moe.offload.policy import Access, Belady, Keys, Lfu
+from moe.offload.policy import Access, Belady, Lfu
 from moe.offload.predictor import Transitions
-from moe.offload.prefetch import LEAST_EXPECTED
-from moe.offload.virtual_time import Costs, replay
+from moe.offload.virtual_time import Costs, Guess, replay
 from moe.placement.machine import Machine
 from moe.placement.trace import RoutingTrace
 
@@ -72,21 +71,17 @@ def gains(trace: RoutingTrace, costs: Costs, shares: tuple[float, ...] = SHARES)
     num_experts = [trace.num_experts] * num_layers
     first = np.arange(num_layers) * trace.num_experts
     predictor = Transitions(num_experts, top_k)
+    nothing = Guess.joined([])
     accesses: list[Access] = []
-    said: list[Keys] = []
+    said: list[Guess] = []
     for now, token in enumerate(ids):
         for layer, chosen in enumerate(token):
             expected = predictor.expected(layer, chosen[None])
             if now < num_before:
                 continue
             accesses.append(Access(layer, np.sort(chosen[chosen >= 0]) + first[layer]))
-            likely = np.zeros(0, np.int64)
-            if expected is not None:
-                likely = np.flatnonzero(expected >= LEAST_EXPECTED)
-                likely = likely[np.argsort(-expected[likely], kind="stable")] + first[layer + 1]
-            said.append(likely)
-    nothing = accesses[0].keys[:0]
-    truth = [then.keys if then.layer else nothing for then in accesses[1:]] + [nothing]
+            said.append(nothing if expected is None else Guess.of(expected, first[layer + 1]))
+    truth = [Guess.sure(then.keys) if then.layer else nothing for then in accesses[1:]] + [nothing]
     warm = num_tokens // 2 * num_layers
     found = []
     for share in shares:

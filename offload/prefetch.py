@@ -5,6 +5,7 @@ import time
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 
 from moe.offload.cache import ExpertCache
 from moe.offload.predictor import Floats
@@ -82,6 +83,12 @@ class WasteBudget:
             self.least = LEAST_EXPECTED - math.log(1 - used_up)
 
 
+def likely(expected: Floats, least: float = LEAST_EXPECTED) -> npt.NDArray[np.intp]:
+    """What is worth reading ahead of a layer, best first. expected: tokens that will want each of its experts, [E]."""
+    found = np.flatnonzero(expected >= least)
+    return found[np.argsort(-expected[found], kind="stable")]
+
+
 class Prefetcher:
     """Hands what is expected of a layer to the cache, for as long as that pays.
 
@@ -129,8 +136,7 @@ class Prefetcher:
         """expected: how many tokens will want each expert of `layer` here, [E]. Returns at once."""
         if not self.is_asking:
             return
-        likely = np.flatnonzero(expected >= self.budget.least)
-        self.cache.prefetch(layer, likely[np.argsort(-expected[likely], kind="stable")])
+        self.cache.prefetch(layer, likely(expected, self.budget.least))
 
     def _try(self, trial: Trial) -> None:
         now, asked = time.perf_counter(), sum(s.hits + s.misses for s in self.cache.stats)

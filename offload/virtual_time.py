@@ -17,7 +17,7 @@ import numpy as np
 
 from moe.offload.policy import Access, Keys, Policy
 from moe.offload.predictor import Floats
-from moe.offload.prefetch import WasteBudget
+from moe.offload.prefetch import WasteBudget, likely
 
 
 class Costs(NamedTuple):
@@ -32,14 +32,30 @@ class Costs(NamedTuple):
     guess: float = 0.0
 
 
-class Bounded(NamedTuple):
-    """What guesses may waste: `budget`, in experts, judged at the start of a forward, takes what it finds sure enough.
+class Guess(NamedTuple):
+    """Distinct keys that coming layers will want, best first. expected: how many tokens will want each, it seems.
 
-    expected: by visit, how many tokens are expected to want each key that is guessed.
+    What infinitely many want is read ahead whatever was wasted before.
     """
 
-    budget: WasteBudget
-    expected: Sequence[Floats]
+    keys: Keys
+    expected: Floats
+
+    @staticmethod
+    def of(expected: Floats, first_key: int) -> "Guess":
+        """What the cache would be asked for at most. expected: of one layer, [E]; first_key: of its experts."""
+        experts = likely(expected).astype(np.int64)
+        return Guess(experts + first_key, expected[experts])
+
+    @staticmethod
+    def sure(keys: Keys) -> "Guess":
+        return Guess(keys, np.full(len(keys), np.inf, np.float32))
+
+    @staticmethod
+    def joined(guesses: "Sequence[Guess]") -> "Guess":
+        """Of several layers, what is due sooner first; of none too."""
+        none = Guess.sure(np.zeros(0, np.int64))
+        return Guess(*(np.concatenate(parts) for parts in zip(none, *guesses)))
 
 
 @dataclass(slots=True)
@@ -109,29 +125,28 @@ class _Slots:
 
 def replay(
     accesses: Sequence[Access],
-    guesses: Sequence[Keys] | None,
+    guesses: Sequence[Guess] | None,
     policy: Policy,
     num_slots: int,
     costs: Costs,
     *,
-    bounded: Bounded | None = None,
     warm: int = 0,
 ) -> Replay:
     """All visits in order; what is returned is of those from number `warm` on.
 
-    guesses: by visit, distinct keys that coming layers will want, best first, known when the visit's routing is; they
-    take slots that no other guess of the same visit and no key in use has. No access may be larger than num_slots.
+    guesses: by visit, known when its routing is; they take slots that no other guess of the same visit and no key in
+    use has, and waste no more than the cache's budget lets them. No access may be larger than num_slots.
     """
-    every = [*(keys for _, keys in accesses), *(guesses or ())]
+    every = [*(keys for _, keys in accesses), *(guess.keys for guess in guesses or ())]
     num_keys = 1 + max((int(keys.max()) for keys in every if len(keys)), default=0)
     slots, disk = _Slots(policy, num_keys, num_slots), _Disk(costs.read)
-    total, before, now = Replay(), Replay(), 0.0
+    total, before, now, budget = Replay(), Replay(), 0.0, WasteBudget(1)
     for visit, (layer, keys) in enumerate(accesses):
         if visit == warm:
             before = Replay(**{name: getattr(total, name) for name in Replay.__slots__})
             before.seconds = now
-        if bounded is not None and visit and layer <= accesses[visit - 1].layer:
-            bounded.budget.judge(total.read + total.ahead, total.wasted, len(slots.unused))
+        if visit and layer <= accesses[visit - 1].layer:  # a forward begins
+            budget.judge(total.read + total.ahead, total.wasted, len(slots.unused))
         now += costs.layer
         total.ahead += disk.begin_until(now)
         slots.num_free += len(disk.pending)  # what has not begun gives its slot back
@@ -162,10 +177,8 @@ def replay(
         total.read += len(missing)
         if guesses is not None:
             now += costs.guess
-            guess = guesses[visit]
-            if bounded is not None:
-                guess = guess[bounded.expected[visit] >= bounded.budget.least]
-            _ask(guess, keys, slots, disk, total, now)
+            guess, expected = guesses[visit]
+            _ask(guess[expected >= budget.least], keys, slots, disk, total, now)
         now += len(hits) * costs.expert
         for at in sorted(arrivals):
             total.stall += max(0.0, at - now)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from moe.offload.policy import Access, Belady, Lfu, Lru, misses_of
 from moe.offload.predictor import Transitions
-from moe.offload.prefetch import LEAST_EXPECTED, WasteBudget
-from moe.offload.virtual_time import Bounded, Costs, replay
+from moe.offload.prefetch import LEAST_EXPECTED, WasteBudget, likely
+from moe.offload.virtual_time import Costs, Guess, replay
 
 E, LAYERS = 5, 3
 COSTS = Costs(read=1.0, layer=0.5, expert=0.25)
@@ -33,7 +33,7 @@ def test_laws(choices, guesses, num_slots, read):
         assert (plain.ahead, plain.useful, plain.late, plain.wasted) == (0, 0, 0, 0)
         work = len(accesses) * costs.layer + asked * costs.expert
         assert plain.seconds == pytest.approx(work + plain.stall)
-    some = [np.array(sorted(g), np.int64) + E * ((n + 1) % LAYERS) for n, g in enumerate(guesses)]
+    some = [Guess.sure(np.array(sorted(g), np.int64) + E * ((n + 1) % LAYERS)) for n, g in enumerate(guesses)]
     some = (some * len(accesses))[: len(accesses)]
     ahead = replay(accesses, some, Lfu([E] * LAYERS), num_slots, costs)
     assert ahead.hits + ahead.misses == asked
@@ -48,7 +48,7 @@ def test_by_hand():
     accesses = [Access(n % 2, np.array([E * (n % 2) + n // 2], np.int64)) for n in range(8)]
     plain = replay(accesses, None, Lru([E, E]), 2, COSTS)
     assert plain.seconds == pytest.approx(8 * (0.5 + 1.0 + 0.25))
-    known = [a.keys if a.layer else a.keys[:0] for a in accesses[1:]] + [accesses[0].keys[:0]]
+    known = [Guess.sure(a.keys if a.layer else a.keys[:0]) for a in accesses[1:]] + [Guess.joined([])]
     ahead = replay(accesses, known, Lru([E, E]), 2, COSTS)
     # Layer 1's read begins when layer 0's has ended; its expert's 0.25 and layer 1's 0.5 hide three quarters of it.
     assert ahead.late == 4
@@ -59,7 +59,7 @@ def test_by_hand():
 
 def test_a_wrong_guess_costs_bytes_and_what_has_not_begun_is_dropped():
     accesses = [Access(n % 2, np.array([E * (n % 2)], np.int64)) for n in range(6)]
-    wrong = [np.array([E + 2, E + 3], np.int64)] + [np.zeros(0, np.int64)] * 5
+    wrong = [Guess.sure(np.array([E + 2, E + 3], np.int64))] + [Guess.joined([])] * 5
     seen = replay(accesses, wrong, Lfu([E, E]), 4, COSTS)
     assert (seen.ahead, seen.useful, seen.late, seen.misses) == (1, 0, 0, 2)
 
@@ -68,20 +68,18 @@ RECORDED = 64  # experts of a layer of the recorded routing
 
 
 def guessed_by_transitions(ids, least):
-    """Accesses of recorded tokens, and what transitions guess of the next layer: (accesses, keys, expected)."""
+    """Accesses of recorded tokens, and what transitions guess of the next layer."""
     num_layers, top_k = ids.shape[1:]
     predictor = Transitions([RECORDED] * num_layers, top_k)
-    accesses, guesses, sure = [], [], []
+    accesses, guesses = [], []
     for token in ids:
         for layer, chosen in enumerate(token):
             accesses.append(Access(layer, np.sort(chosen) + RECORDED * layer))
             expected = predictor.expected(layer, chosen[None])
             expected = np.zeros(0, np.float32) if expected is None else expected
-            likely = np.flatnonzero(expected >= least)
-            likely = likely[np.argsort(-expected[likely], kind="stable")]
-            guesses.append(likely + RECORDED * (layer + 1))
-            sure.append(expected[likely])
-    return accesses, guesses, sure
+            found = likely(expected, least)
+            guesses.append(Guess(found + RECORDED * (layer + 1), expected[found]))
+    return accesses, guesses
 
 
 @pytest.mark.parametrize("share", [0.125, 0.25, 0.5])
@@ -92,10 +90,9 @@ def test_the_budget_holds_on_recorded_routing(shared_data, domain, share):
     sizes, num_slots, costs = [RECORDED] * ids.shape[1], int(share * RECORDED * ids.shape[1]), Costs(0.1, 0.5, 0.05)
 
     def run(least, is_bounded):
-        accesses, guesses, sure = guessed_by_transitions(ids, least)
-        budget = WasteBudget(1)
-        bounded = Bounded(budget, [s + LEAST_EXPECTED - least for s in sure]) if is_bounded else None
-        found = replay(accesses, guesses, Lfu(sizes), num_slots, costs, bounded=bounded)
+        accesses, guesses = guessed_by_transitions(ids, least)
+        as_sure = [Guess(k, s + LEAST_EXPECTED - least) if is_bounded else Guess.sure(k) for k, s in guesses]
+        found = replay(accesses, as_sure, Lfu(sizes), num_slots, costs)
         return found, found.wasted / (found.read + found.ahead)
 
     (_, free), (_, held) = run(0.1, False), run(0.1, True)
