@@ -68,8 +68,6 @@ class Lines:
     a wait. All raise RuntimeError when the peer's process ends, at once, or takes longer than `timeout_s`.
     """
 
-    num_bytes = LINE_BYTES  # the longest message
-
     def __init__(self, path: Path, member: int, num_members: int, timeout_s: float, freed: threading.Event) -> None:
         helper = load_helper()
         assert helper is not None
@@ -100,15 +98,23 @@ class Lines:
     def receive(self, peer: int) -> Tensor:
         """The next message of a peer, uint8 [LINE_BYTES] of which it fills the beginning, until the next `receive`."""
         at = self._in[peer]
-        line = self._memory.data_ptr() + at
-        if self._is_read[peer]:
-            self._is_read[peer] = False
-            self._num_taken[peer] += 1
-            self._helper.moe_line_take(line)
-        self._wait(peer, partial(self._helper.moe_line_await_message, line))
+        self._take(peer)
+        self._wait(peer, partial(self._helper.moe_line_await_message, self._memory.data_ptr() + at))
         self._is_read[peer] = True
         at += self._helper.moe_line_head() + self._num_taken[peer] % DEPTH * LINE_BYTES
         return self._memory[at : at + LINE_BYTES]
+
+    def receive_into(self, peer: int, to: Tensor) -> None:
+        """The next message of a peer, as long as `to`, uint8 [B]."""
+        to.copy_(self.receive(peer)[: len(to)])
+        self._take(peer)
+
+    def _take(self, peer: int) -> None:
+        """Gives the buffer that lies open back to the peer."""
+        if self._is_read[peer]:
+            self._is_read[peer] = False
+            self._num_taken[peer] += 1
+            self._helper.moe_line_take(self._memory.data_ptr() + self._in[peer])
 
     def rouse(self) -> None:
         """Lets a wait of another thread of this process look around."""

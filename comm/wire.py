@@ -6,6 +6,7 @@ On the CPU an all-to-all is a message to every peer (`Mailbox`), elsewhere, or i
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -149,6 +150,7 @@ class Wire:
         waiting: list[tuple[int, Moving]] = []
         peers = [(self.index + i) % self.size for i in range(1, self.size)]
         waits_for: list[int] = list(self.ranks)
+        is_long = partial(self.mailbox.is_in_pieces, num_counts=counts.shape[1])
         try:
             for peer in peers:
                 waits_for = [self.ranks[peer]]
@@ -160,6 +162,9 @@ class Wire:
                     waits_for = [self.ranks[peer]]
                     come[peer], bodies[peer], following = self.mailbox.receive(peer, counts.shape[1])
                     waiting += [(peer, one) for one in following]
+            out, into = ([(p, of[p]) for p in peers if is_long(p, num_bytes=len(of[p]))] for of in (parts, bodies))
+            for peer in self.mailbox.pass_pieces(out, into):
+                waits_for = [self.ranks[peer]]
             for peer, one in waiting:
                 waits_for = [self.ranks[peer]]
                 one.work.wait(self.mailbox.timeout)

@@ -44,7 +44,8 @@ def test_ranks_of_a_node_have_lines_and_others_do_not():
     ]
 
 
-SIZES = (0, 1, LINE_BYTES - 16, LINE_BYTES - 15, LINE_BYTES + 1, 3 * LINE_BYTES)  # 16: its length and one count
+# 16: its length and one count. Longer ones come in pieces of LINE_BYTES.
+SIZES = (0, 1, LINE_BYTES - 16, LINE_BYTES - 15, LINE_BYTES, LINE_BYTES + 1, 3 * LINE_BYTES, 7 * LINE_BYTES - 1)
 
 
 def rank_sends_every_size():
@@ -101,6 +102,33 @@ def rank_sees_an_end(how):
 def test_the_end_of_a_peer_is_seen_long_before_the_time_out(how):
     seconds, _ = spawn(2, rank_sees_an_end, how, may_die=[1] if how == "killed" else ())
     assert seconds < 30  # of 60
+
+
+def rank_ends_between_pieces():
+    """Rank 1 dies when it has sent its head and two of its eight pieces."""
+    groups = start_groups(timeout_s=60)
+    wire = own_wire(groups)
+    if groups.rank == 1:
+        lines, sent = wire.mailbox.lines, []
+        send = lines.send
+
+        def send_or_die(peer, head, body):
+            if len(sent) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sent.append(len(body))
+            send(peer, head, body)
+
+        lines.send = send_or_die
+    rows = torch.zeros(8 * LINE_BYTES, dtype=torch.uint8)
+    sizes = [0, len(rows)] if groups.rank == 0 else [len(rows), 0]
+    with pytest.raises(LostPeer, match="ended or left") as caught:
+        wire.exchange(rows, sizes, sizes, Task("rows"))
+    leave_groups(groups, wait=False)
+    return caught.value.peers
+
+
+def test_a_peer_that_ends_between_pieces_is_named():
+    assert spawn(2, rank_ends_between_pieces, may_die=[1])[0] == (1,)
 
 
 def rank_without_memory(folder):

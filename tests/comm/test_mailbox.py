@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from moe.comm import lines, mailbox
 from moe.comm.errors import Task
 from moe.comm.membership import process_groups
 from moe.comm.wire import Wire, traffic_of
@@ -12,8 +13,9 @@ from tests.distributed import spawn
 WORLD, STEPS, COUNTS = 3, 40, 3
 
 
-def rank_exchanges(eager_bytes):
+def rank_exchanges(eager_bytes, line_bytes=lines.LINE_BYTES):
     """Known and unknown sizes in turn, many of them 0, so that a rank that waits for no one runs ahead."""
+    lines.LINE_BYTES = mailbox.LINE_BYTES = line_bytes
     with process_groups(timeout_s=20, eager_bytes=eager_bytes) as groups:
         wire = Wire(groups, groups.world, groups.world_ranks, traffic_of(groups))
         assert (wire.mailbox is None) == (eager_bytes == 0)
@@ -45,3 +47,4 @@ def test_messages_bring_what_collectives_bring():
     collectives = spawn(WORLD, rank_exchanges, 0)
     assert [spawn(WORLD, rank_exchanges, size, ranks_per_node=1) for size in (72, 4096)] == [collectives] * 2
     assert spawn(WORLD, rank_exchanges, 4096) == collectives
+    assert spawn(WORLD, rank_exchanges, 4096, 64) == collectives  # most bodies in pieces
