@@ -245,7 +245,7 @@ class Crew:
 
     def _why_not_loading(self, host: Host) -> str | None:
         line = self.lines.get(host.number)
-        silent = 0.0 if line is None else self.lines.since(line)[0]
+        silent = None if line is None else self.lines.since(line)[0]
         return self.policy.why_not_loading(silent, self.lines.now() - host.asked)
 
     def _does_not_load(self, host: Host, why: str) -> None:

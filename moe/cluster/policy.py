@@ -7,7 +7,7 @@ from statistics import median
 from moe.comm.errors import CommError
 from moe.config import ClusterConfig
 
-_LOADING = 10  # times as long as one that serves may one be silent that loads: imports hold a whole process
+_LOADING = 10  # times as long as one that serves may one be silent that loads or starts: imports hold a whole process
 
 
 class State(enum.Enum):
@@ -35,11 +35,21 @@ class FailurePolicy:
         """silent_s: since its last sign of life; stuck_s: since its last finished step."""
         return silent_s > self.silence_limit(step_seconds) or (is_busy and stuck_s > self.limits.stuck_s)
 
-    def why_not_loading(self, silent_s: float, asked_s: float) -> str | None:
-        """Why one that loads is given up, if it is. silent_s: since its last sign of life, 0 before the first; asked_s:
-        since Ray was asked for it, or last had no room for it."""
+    def starts_s(self) -> float:
+        """How long an actor that was asked for may take until its first sign of life: a place, a process, imports."""
+        return self.limits.room_s + _LOADING * self.limits.answer_s
+
+    def why_not_loading(self, silent_s: float | None, asked_s: float) -> str | None:
+        """Why one that loads is given up, if it is. silent_s: since its last sign of life, None before the first;
+        asked_s: since Ray was asked for it, or last had no room for it."""
         limits = self.limits
-        if silent_s > (most := _LOADING * limits.silence_s):
+        if silent_s is None and asked_s > self.starts_s():
+            return (
+                f"no sign of life {asked_s:.0f} s after it was asked for, more than cluster.room_s "
+                f"({limits.room_s:g}) and {_LOADING} x cluster.answer_s ({limits.answer_s:g}) together; raise "
+                "cluster.answer_s if a process takes so long to start"
+            )
+        if silent_s is not None and silent_s > (most := _LOADING * limits.silence_s):
             return f"silent for {silent_s:.1f} s while it loads, more than {_LOADING} x cluster.silence_s ({most:g} s)"
         if asked_s > limits.room_s + limits.load_s:
             return (

@@ -60,16 +60,16 @@ class RemoteEngine(Front):
         """To the controller of our name, as a new session."""
         self._collecting: Any = None
         self._session, self._seen, self._waited = secrets.token_hex(8), 0, 0.0
-        starts = FailurePolicy(self.config.cluster).controller_starts_s()
+        policy = FailurePolicy(self.config.cluster)
         self._actor, folder = start_resident(self.name, *self._arguments, self._plan), self._arguments[0]
         try:
-            if (other := answer_of(self.name, self._actor.served.remote(), starts)) != folder:
+            if (other := answer_of(self.name, self._actor.served.remote(), policy.starts_s())) != folder:
                 raise ValueError(
                     f"the controller {self.name!r} serves {other}, not {folder}; give another --controller, or end it "
                     "with `moe ray stop`"
                 )
             reference = self._actor.attach.remote(self._session)
-            attached: Attached = answer_of(self.name, reference, starts)
+            attached: Attached = answer_of(self.name, reference, policy.controller_starts_s())
         except ray.exceptions.RayTaskError as error:
             # It has no hosts: what it is told is what making them raised.
             stop_resident(self.name, self.config.cluster.answer_s)

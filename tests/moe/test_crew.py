@@ -31,7 +31,7 @@ from moe.params import SamplingParams
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = 2, 8
 LOOK_S = 2.0  # that pass by the clock of the crew between two looks at its hosts
-LIMITS = {"silence_s": 3.0, "room_s": 5.0, "load_s": 30.0, "stuck_s": 20.0}
+LIMITS = {"silence_s": 3.0, "room_s": 5.0, "load_s": 30.0, "stuck_s": 20.0, "answer_s": 1.0}
 
 
 class Clock(Lines):
@@ -232,16 +232,17 @@ def notes(crew: Crew, word: str) -> list[str]:
     ("loads", "sentence"),
     [
         ("stopped", r"host 1 did not load: silent for \S+ s while it loads, more than 10 x cluster.silence_s \(30 s"),
-        ("before it calls", r"host 1 did not load: not ready \d+ s after .* raise cluster.load_s if loading takes"),
+        ("before it calls", r"host 1 did not load: no sign of life (16|17) s after it .* 10 x cluster.answer_s \(1\)"),
+        ("for ever", r"host 1 did not load: not ready (36|37) s after .* raise cluster.load_s if loading takes"),
     ],
-    ids=["loading", "starting"],
+    ids=["loading", "starting", "never ready"],
 )
 def test_a_first_host_that_stops_while_it_loads_ends_the_start(loads, sentence):
     with pytest.raises(ClusterError, match=sentence):
         crew_of(2, 2, h1=loads)
 
 
-@pytest.mark.parametrize("loads", ["stopped", "before it calls"])
+@pytest.mark.parametrize("loads", ["stopped", "before it calls", "for ever"])
 def test_growth_by_a_host_that_stops_while_it_loads_is_reached_by_another(loads):
     crew = crew_of(1, 3, h1=loads)
     crew.scale(2)
