@@ -13,7 +13,7 @@ from moe.launch.calibrate import expert_inputs
 from moe.launch.console import err, out
 from moe.launch.demo import run_demo
 from moe.launch.first_run import measure_first_run
-from moe.launch.jobs import serve_file
+from moe.launch.jobs import is_served, serve_file
 from moe.launch.live import live_state
 from moe.launch.options import engine_config, sampling_params
 from moe.launch.plan_check import checked_state
@@ -146,6 +146,8 @@ def _write(text: str) -> None:
 
 def batch(args: argparse.Namespace) -> int:
     config = engine_config(args)
+    if not args.verify and args.record is None and is_served(args.input, args.output):
+        return 0
     is_planned = config.batch.schedule == "layer_major"
     work = batch_workload(args.model, config, args.input, args.output) if is_planned else None
     with loaded(args, config, work) as llm:

@@ -1,8 +1,8 @@
-"""A batch file served with its progress shown: what `moe batch` and the ranks under torchrun share."""
+"""A batch file served with its progress shown: what `moe batch`, ranks under torchrun and hosts of Ray share."""
 
 from pathlib import Path
 
-from moe.batch import BatchProgress, run_batch
+from moe.batch import BatchProgress, finished_batch, run_batch
 from moe.launch.console import err
 from moe.launch.report import batch_progress, progress_text
 from moe.llm import LLM
@@ -18,9 +18,21 @@ def serve_file(llm: LLM, source: Path, target: Path, *, is_first: bool = True) -
 
         state = run_batch(llm, source, target, show)
     if is_first:
-        err.print(
-            f"{state.finished} of {state.total} lines are in {target}"
-            f" ({state.resumed} from an earlier run, {state.failed} with errors)",
-            markup=False,
-        )
+        _print_end(state, target)
     return state
+
+
+def is_served(source: Path, target: Path) -> bool:
+    """Whether no line of the file is left, which is said then: nothing need be loaded."""
+    state = finished_batch(source, target)
+    if state is not None:
+        _print_end(state, target)
+    return state is not None
+
+
+def _print_end(state: BatchProgress, target: Path) -> None:
+    err.print(
+        f"{state.finished} of {state.total} lines are in {target}"
+        f" ({state.resumed} from an earlier run, {state.failed} with errors)",
+        markup=False,
+    )

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from moe.comm.control import Control
 from moe.comm.errors import LostPeer
 from moe.comm.groups import Groups
 from moe.comm.lost import speaks_for_job
@@ -10,7 +11,7 @@ from moe.comm.membership import process_groups
 from moe.config import EngineConfig
 from moe.engine.device import find_device
 from moe.launch.console import err
-from moe.launch.jobs import serve_file
+from moe.launch.jobs import is_served, serve_file
 from moe.launch.options import engine_config
 from moe.launch.report import gather_links, gather_reports, print_choices
 from moe.llm import LLM
@@ -37,6 +38,9 @@ def _serve(args: argparse.Namespace, config: EngineConfig, groups: Groups) -> in
     is_first = groups.rank == 0
     if is_first and args.show_config:
         err.print(config.describe(), style="dim", markup=False)
+    served = is_first and is_served(args.input, args.output)
+    if Control(groups).numbers_of_first([1] if served else []):  # the others need not have the file
+        return 0
     with LLM(args.model, config, groups=groups) as llm:
         if is_first and args.show_config:
             print_choices(llm.engine)

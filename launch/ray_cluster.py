@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from moe.launch.cli import run_guarded
 from moe.launch.console import err
-from moe.launch.jobs import serve_file
+from moe.launch.jobs import is_served, serve_file
 from moe.launch.options import add_batch_options, engine_config, whole
 from moe.llm import LLM
 
@@ -40,6 +40,8 @@ def _run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
+    if is_served(args.input, args.output):
+        return 0
     with LLM(args.model, config, hosts=args.hosts, address=args.address) as llm:
         for note in llm.notes:
             err.print(note, markup=False)

@@ -76,6 +76,8 @@ def run_batch(
         run = _Run(llm, NamesOfLines(lines), results, deque(todo[rank::world_size]))
         with llm.guard as guard:
             llm.engine.start()
+            if on_progress is not None:
+                on_progress(progress)
             try:
                 while run.has_work:
                     run.step()
@@ -87,6 +89,20 @@ def run_batch(
             finally:  # after an error the same engine can go on
                 llm.abort(run.samples())
     return progress
+
+
+def finished_batch(source: str | Path, target: str | Path) -> BatchProgress | None:
+    """What `run_batch` would return if no line is left to be served, so that no model need be loaded; None if one is.
+
+    Raises as `run_batch` does.
+    """
+    lines = lines_of(Path(source).read_bytes(), str(source))
+    progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
+    if progress.total and not Path(target).exists():
+        return None
+    with ResultFile(Path(target), progress) as results:
+        progress.resumed = progress.finished = len(results.finished_lines(lines))
+    return progress if progress.finished == progress.total else None
 
 
 def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:

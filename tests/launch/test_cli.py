@@ -13,6 +13,7 @@ from moe.launch.cli import main, run_guarded
 from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.placement.trace import RoutingTrace
+from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import ROOT, TINYMOE, config
 
@@ -170,8 +171,12 @@ def test_batch_and_verify(capfd, llm, tmp_path):
     before = target.read_bytes()
     status, _, err = run(capfd, *arguments)
     assert status == 0
+    assert "5 of 5 lines are in" in err
     assert "(5 from an earlier run, 2 with errors)" in err
+    assert "experts in memory" not in err  # nothing was loaded
     assert target.read_bytes() == before
+    status, _, err = run(capfd, *arguments, "--verify", 4)  # the model is loaded for it
+    assert (status, "5/5" in err, "0/?" in err, target.read_bytes()) == (0, True, False, before)
 
 
 def test_trace(capfd, llm, tmp_path):
@@ -311,6 +316,28 @@ def test_closed_output_is_no_failure():
         moe = ["-m", "moe", "info", str(TINYMOE)]
         command = f"import os, sys; {words}; os.execv(sys.executable, [sys.executable, *{moe}])"
         assert subprocess.run([sys.executable, "-c", command], capture_output=True, timeout=90).returncode == 0
+
+
+def rank_runs(arguments):
+    return torchrun.main(arguments)
+
+
+def test_a_finished_batch_needs_no_model_no_host_and_no_rank(capfd, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('not json\n\n{"custom_id": "x"}\n')
+    error = {"code": "invalid_request", "message": "m"}
+    rows = [
+        {"id": f"line-{n}", "custom_id": name, "response": None, "error": error} for n, name in ((3, "x"), (1, None))
+    ]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before, arguments = target.read_bytes(), [str(tmp_path / "no model"), str(source), str(target)]
+    said = "2 of 2 lines are in"
+    status, _, err = run(capfd, "batch", *arguments)
+    assert (status, said in " ".join(err.split())) == (0, True), err
+    assert ray_cluster.main([*arguments, "--hosts", "2"]) == 0
+    assert said in " ".join(capfd.readouterr().err.split())
+    assert spawn(2, rank_runs, arguments) == [0, 0]
+    assert target.read_bytes() == before
 
 
 @pytest.mark.parametrize("parser", [torchrun.parser, ray_cluster.make_parser])
