@@ -225,9 +225,28 @@ def _visit_seconds(sizes: Sizes, machine: Machine, use: Use, visits: Visits, res
             ahead = max(0.0, reading.seconds(misses - early) - float(compute[at]) + last)
             wait[at] = plain + use.ahead * (min(plain, ahead) - plain)
             tokens = visits.pairs[at] / sizes.top_k
-            hand[at] += over.miss + tokens * over.miss_row + (misses - 1) * (over.wave + rows * over.wave_row)
+            wave = over.wave + rows * over.wave_row
+            further = _further_waves(misses, reading, float(compute[at]) - misses * last, last, wave)
+            hand[at] += over.miss + tokens * over.miss_row + further * wave
     slowest = (compute + wait + hand).argmax(axis=0)
     return tuple(float(np.take_along_axis(a, slowest[None], 0).mean()) for a in (compute, wait, hand))  # type: ignore[return-value]
+
+
+def _further_waves(misses: int, reading: _Reading, before: float, each: float, wave: float) -> int:
+    """Waves after the first that brings experts: what has arrived while one is computed comes together in the next.
+
+    before: seconds until the hits are computed; each: of an expert's computing; wave: what one costs beyond that.
+    """
+    clock, taken, waves = before, 0, 0
+    while taken < misses:
+        clock = max(clock, reading.alone + taken * reading.each)
+        come = (
+            misses if not reading.each else min(misses, math.floor((clock - reading.alone) / reading.each + 1e-9) + 1)
+        )
+        come = max(come, taken + 1)
+        clock += (come - taken) * each + (wave if waves else 0.0)
+        taken, waves = come, waves + 1
+    return waves - 1
 
 
 def _exchange(sizes: Sizes, machine: Machine, use: Use, tokens: int) -> float:

@@ -63,6 +63,21 @@ def test_reads_hide_behind_all_but_the_last_expert():
     assert decode_step(SIZES, quick, USE, visits([2, 2], [1, 1], [2, 2])).waiting == 0
 
 
+def test_experts_that_arrive_while_others_are_computed_share_a_wave():
+    sizes, asked = replace(SIZES, num_experts=8), visits([8, 8], [8, 0], [8, 8])
+
+    def further(bytes_per_s):  # waves, of 0.3 s each; an expert is computed for 1 s
+        machine = replace(MACHINE, disks={"d": (Reads("direct", 1000, 1, bytes_per_s),)})
+        none, some = (decode_step(sizes, machine, USE, visits([8, 8], [n, 0], [8, 8])).overhead for n in (1, 8))
+        return round((some - none) / 0.3, 6)
+
+    assert decode_step(sizes, MACHINE, USE, asked).overhead > 1.72
+    assert further(250.0) == 7  # 4 s each: every one alone
+    assert further(1e6) == 1  # all others are there when the first is done
+    # One every 0.5 s: 1 at 0.5, done at 1.5 when 2 more are there, done at 3.8 with 4 more, at 8.1 with the last
+    assert further(2000.0) == 3
+
+
 def test_more_rows_cost_more_only_beyond_the_measured_ones():
     few = decode_step(SIZES, MACHINE, replace(USE, sequences=2), visits([2, 2], [0, 0], [4, 4]))
     assert few.experts == pytest.approx(8.0)  # two rows each: in proportion beyond the one that was measured
