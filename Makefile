@@ -67,7 +67,7 @@ test-deepspeed: install
 	$(BIN)/python -m pip install --quiet "deepspeed>=0.19,<0.20"
 	export PATH=$(CURDIR)/$(BIN):$$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/$(VENV)/deepspeed_ops OMP_NUM_THREADS=1; \
 	$(BIN)/python -c "from moe.offload.deepnvme import aio_handles; aio_handles()" && \
-	$(BIN)/python -m pytest -m deepspeed -rs tests/offload && $(BIN)/python bench/bench_deepnvme.py
+	$(BIN)/python -m pytest -m deepspeed -rs tests/offload tests/moe/test_parallel.py && $(BIN)/python bench/bench_deepnvme.py
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build *.egg-info

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -194,15 +196,18 @@ def test_a_plan_of_another_model_or_world_is_refused(deepseek_v3, tmp_path):
             LLM(deepseek_v3, config_of("1.0", str(tmp_path / "layers.json"), "all_to_all"), groups=groups)
 
 
-def torchrun(output: Path, *settings: str, num_lines: int | None = None, wait: bool = True):
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+def torchrun(output: Path, *settings: str, num_lines: int | None = None, wait: bool = True, launcher=TORCHRUN):
     source = ROOT / "examples" / "batch.jsonl"
     if num_lines is not None:
         lines = source.read_text().splitlines()
         source = output.with_suffix(".in")
         entries = [json.loads(lines[i % len(lines)]) | {"custom_id": f"c{i}"} for i in range(num_lines)]
         source.write_text("\n".join(json.dumps(e) for e in entries))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "moe.launch.torchrun", str(DEMO), str(source), str(output), "--experts-in-memory", "0.25"]
+    command = [sys.executable, "-m", *launcher, "moe.launch.torchrun"]
+    command += [str(DEMO), str(source), str(output), "--experts-in-memory", "0.25"]
     command += [f"--set={s}" for s in ("dtype=float32", "threads=1", "parallel.timeout_seconds=20", *settings)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -217,8 +222,25 @@ def results_of(path: Path) -> dict:
     }
 
 
-def test_torchrun_writes_the_batch_of_one_process(tmp_path):
-    process, printed = torchrun(tmp_path / "two.jsonl")
+def deepspeed() -> list[str]:
+    """Its launcher, of two ranks on this machine at a free port."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return ["deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={port}", "--no_local_rank", "--module"]
+
+
+WITH_DEEPSPEED = [
+    pytest.mark.deepspeed,
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="make test-deepspeed installs it"),
+]
+
+
+@pytest.mark.parametrize(
+    "launcher", [lambda: TORCHRUN, pytest.param(deepspeed, marks=WITH_DEEPSPEED)], ids=["torchrun", "deepspeed"]
+)
+def test_launchers_write_the_batch_of_one_process(launcher, tmp_path):
+    process, printed = torchrun(tmp_path / "two.jsonl", launcher=launcher())
     assert process.returncode == 0, printed
     with LLM(DEMO, EngineConfig(dtype="float32")) as llm:
         run_batch(llm, ROOT / "examples" / "batch.jsonl", tmp_path / "one.jsonl")
