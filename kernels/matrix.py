@@ -6,9 +6,9 @@ The formats are those of `formats.py`; their twin is its `decode`. How a kernel 
     row      one scale a row: codes become activations' numbers, which hold them exactly; the sum is scaled at its end
     blocks   a scale for a block of columns: the sum over each block is scaled, in float32
     exact    code times scale is a number of the activations' dtype (FP4 with power-of-two or E4M3 scales): no rounding
-    wide     decoded in float32 as the twin does it: tables, columns that are grouped freely, blocks of odd sizes. With
-             bfloat16 activations multiplied in three parts of bfloat16, which is exact; else in float32, without matrix
-             instructions
+    wide     decoded in float32 as the twin does it: tables, columns that are grouped freely, blocks of odd sizes,
+             nested precision. With bfloat16 activations multiplied in three parts of bfloat16, which is exact; else in
+             float32, without matrix instructions
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -20,11 +20,36 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe.kernels.formats import NIBBLE_CODES, Coding
+from moe.kernels.formats import NIBBLE_CODES, Coding, Residual
 from moe.kernels.intrinsics import INTERPRETED, cast, device_function, dot, same_dtype
 from moe.kernels.weights import ExpertWeights
 
 Reading = Literal["float", "row", "blocks", "exact", "wide"]
+
+
+class Planes(NamedTuple):
+    """What refines a matrix in nested precision beyond two bits: each slot's level, then codes and scales by plane.
+
+    Those of planes that no slot holds are None.
+    """
+
+    bits: Any
+    codes3: Any
+    scale3: Any
+    codes4: Any
+    scale4: Any
+    codes8: Any
+    scale8: Any
+    stride_bits: Any  # of slots
+    stride_codes3: Any
+    stride_scale3: Any
+    stride_codes4: Any
+    stride_scale4: Any
+    stride_codes8: Any
+    stride_scale8: Any
+    stride_row3: Any
+    stride_row4: Any
+    stride_row8: Any
 
 
 class Matrix(NamedTuple):
@@ -37,6 +62,7 @@ class Matrix(NamedTuple):
     factor: Any
     table: Any
     group_of: Any
+    planes: Any  # `Planes`; None but of nested precision
     stride_slot: Any
     stride_row: Any
     stride_bias: Any  # of slots
@@ -64,6 +90,7 @@ class Part(NamedTuple):
     coding: Coding | None
     number: int  # which part of the coding
     columns: int
+    rows: slice  # of the matrix that it is a part of
 
     def reading(self, dtype: torch.dtype) -> Reading:
         return reading(self.coding, self.columns, dtype)
@@ -74,9 +101,7 @@ def reading(coding: Coding | None, columns: int, dtype: torch.dtype) -> Reading:
     if coding is None:
         return "float"
     group = coding.block[1]
-    if coding.code == "nested":
-        raise ValueError("Triton's kernels do not read nested precision; set kernel=reference, or pack as int4")
-    if coding.code == "lut4" or coding.group_of is not None:
+    if coding.code in ("lut4", "nested") or coding.group_of is not None:
         return "wide"
     if group >= columns:
         return "row"
@@ -100,10 +125,11 @@ def parts_of(weights: ExpertWeights) -> tuple[Part, Part, Part]:
     else:
         rows = [slice(None, half), slice(half, None)]
     gate, up = (
-        Part(first[:, r], None if bias is None else bias[:, r], coding, p if act.gated else 0, weights.hidden_size)
+        Part(first[:, r], None if bias is None else bias[:, r], coding, p if act.gated else 0, weights.hidden_size, r)
         for p, r in enumerate(rows)
     )
-    return gate, up, Part(weights.down, weights.down_bias, weights.down_coding, 0, weights.intermediate_size)
+    inter = weights.intermediate_size
+    return gate, up, Part(weights.down, weights.down_bias, weights.down_coding, 0, inter, slice(None))
 
 
 def argument(part: Part, dtype: torch.dtype, *, tma_box: tuple[int, int] | None, has_e4m3: bool) -> Matrix:
@@ -139,12 +165,20 @@ def argument(part: Part, dtype: torch.dtype, *, tma_box: tuple[int, int] | None,
         factor,
         table,
         group_of,
+        None if coding is None or coding.residual is None else _planes(coding.residual, part),
         *strides,
         steps[0],
         1 if bias is None else bias.stride(1),
         *steps[1:],
         *map(tl.constexpr, constants),
     )
+
+
+def _planes(residual: Residual, part: Part) -> Planes:
+    bits, *planes = residual
+    own = [None if t is None else t[:, part.number] if t.dim() == 4 else t[:, part.rows] for t in planes]
+    slots = [0 if t is None else t.stride(0) for t in (bits, *own)]
+    return Planes(bits, *own, *slots, *(0 if codes is None else codes.stride(1) for codes in own[::2]))
 
 
 @device_function
@@ -189,11 +223,14 @@ def multiply(
         else:
             group = tl.load(m.group_of + slot.to(tl.int64) * m.stride_group + ks, mask=ks < K, other=0)
         there = (ks < K)[:, None] & (cols < N)[None, :]
-        zero = _zero(m, slot, cols[None, :], group[:, None], there)
-        scale = _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols[None, :], group[:, None], there))
-        if m.factor is not None:
-            scale = scale * tl.load(m.factor + slot.to(tl.int64) * m.stride_factor)
-        return _dot_wide(x, _values(m, codes, zero, slot) * scale, acc)
+        if m.CODE == "nested":
+            return _dot_wide(x, _nested(m, slot, cols, k0, there, N, BLOCK_K), acc)
+        else:
+            zero = _zero(m, slot, cols[None, :], group[:, None], there)
+            scale = _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols[None, :], group[:, None], there))
+            if m.factor is not None:
+                scale = scale * tl.load(m.factor + slot.to(tl.int64) * m.stride_factor)
+            return _dot_wide(x, _values(m, codes, zero, slot) * scale, acc)
 
 
 @device_function
@@ -214,7 +251,9 @@ def finish(acc, m, slot, n0, N: tl.constexpr, BLOCK_N: tl.constexpr):
 def _codes(m, ptrs, slot, n0, k0, cols, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     # [BLOCK_K, BLOCK_N], a code each
     WHOLE: tl.constexpr = K % BLOCK_K == 0 and N % BLOCK_N == 0
-    if m.NIBBLES:
+    if m.CODE == "nested":
+        return 0  # `_nested` loads them
+    elif m.NIBBLES:
         if m.TMA:
             pairs = tl.reshape(m.codes.load([slot, n0, k0 // 2]), (BLOCK_N, BLOCK_K // 2))
         elif WHOLE:
@@ -251,6 +290,40 @@ def _values(m, codes, zero, slot):
     if m.zero is not None:
         value = value - zero.to(tl.float32)
     return value
+
+
+@device_function
+def _nested(m, slot, cols, k0, there, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # [BLOCK_K, BLOCK_N] in float32 at the slot's level, added plane by plane as kernels/nested.py says
+    p, slot, ks = m.planes, slot.to(tl.int64), k0 + tl.arange(0, BLOCK_K)
+    level = tl.load(p.bits + slot * p.stride_bits) + tl.zeros((1, 1), tl.int32)  # interpreted, masks are blocks
+    if m.SCALE_K % BLOCK_K == 0:
+        group, known = k0 // m.SCALE_K + tl.zeros((1, 1), tl.int32), (cols < N)[None, :]
+    else:
+        group, known = (ks // m.SCALE_K)[:, None], there
+    scale = _in_block(m, m.scale, m.stride_scale, slot, cols[None, :], group, known).to(tl.float32)
+    w = (2 * _fields(m.codes + slot * m.stride_slot, m.stride_row, cols, ks, 2, there) - 3).to(tl.float32) * scale
+    if p.codes3 is not None:
+        stored = _in_block(m, p.scale3, p.stride_scale3, slot, cols[None, :], group, known & (level >= 3))
+        codes = _fields(p.codes3 + slot * p.stride_codes3, p.stride_row3, cols, ks, 1, there & (level >= 3))
+        w += (2 * codes - 1).to(tl.float32) * (scale * (stored.to(tl.float32) * 0.00390625))
+    if p.codes4 is not None:
+        stored = _in_block(m, p.scale4, p.stride_scale4, slot, cols[None, :], group, known & (level >= 4))
+        codes = _fields(p.codes4 + slot * p.stride_codes4, p.stride_row4, cols, ks, 1, there & (level >= 4))
+        w += (2 * codes - 1).to(tl.float32) * (scale * (stored.to(tl.float32) * 0.00390625))
+    if p.codes8 is not None:
+        stored = _in_block(m, p.scale8, p.stride_scale8, slot, cols[None, :], group, known & (level >= 8))
+        codes = _fields(p.codes8 + slot * p.stride_codes8, p.stride_row8, cols, ks, 4, there & (level >= 8))
+        w += (codes.to(tl.float32) - 7.5) * stored.to(tl.float32)
+    return w
+
+
+@device_function
+def _fields(plane, stride_row, cols, ks, BITS: tl.constexpr, mask):
+    # Fields of BITS bits, lowest first, of columns ks of W's rows cols: int32 [BLOCK_K, BLOCK_N], 0 where masked
+    at = cols[None, :] * stride_row.to(tl.int32) + (ks * BITS // 8)[:, None]  # a matrix is below 2 GiB
+    byte = tl.load(plane + at, mask=mask, other=0).to(tl.int32)
+    return (byte >> (ks * BITS % 8)[:, None]) & ((1 << BITS) - 1)
 
 
 @device_function

@@ -54,7 +54,9 @@ def tiles_for(config: TileConfig, weights: ExpertWeights, dtype: torch.dtype) ->
     """
     parts = parts_of(weights)
     readings = {part.reading(dtype) for part in parts}
-    if "wide" in readings:  # three tiles of each: ahead of time, more spills on sm_100 and does not fit gfx942
+    if "nested" in weights.formats:  # up to eight loads for a weight: ahead of time, triton 3.6 spills with more
+        config = config._replace(block_n1=32, block_n2=32, block_k=32, num_warps=8)
+    elif "wide" in readings:  # three tiles of each: ahead of time, more spills on sm_100 and does not fit gfx942
         n1, n2, k = (min(size, most) for size, most in zip(config[1:4], (64, 64, 32)))
         config = config._replace(block_n1=n1, block_n2=n2, block_k=k)
     if config.block_m >= 64 and is_decoded(weights, dtype):  # ahead of time: else spills in the loop
@@ -110,6 +112,8 @@ def can_use_tma(weights: ExpertWeights, dtype: torch.dtype, capability: int, blo
 def _fits_tma(part: Part, dtype: torch.dtype, block_k: int) -> bool:
     codes = part.codes
     if part.coding is None and codes.dtype != dtype:
+        return False
+    if part.coding is not None and part.coding.code == "nested":  # planes of several strides
         return False
     row = block_k * codes.itemsize // (2 if codes.dtype == torch.uint8 else 1)
     steps = (codes.data_ptr(), codes.stride(0) * codes.itemsize, codes.stride(1) * codes.itemsize, row)

@@ -11,19 +11,20 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels.combine import _combine_kernel
-from moe.kernels.formats import CODE_DTYPES, CodeName, Coding, bytes_per_row
+from moe.kernels.formats import CODE_DTYPES, CodeName, Coding, Residual, bytes_per_row
 from moe.kernels.fused import fused_constants
 from moe.kernels.fused_kernel import fused_experts_kernel
 from moe.kernels.gate import _gate_kernel
 from moe.kernels.grouped_gemm import _down_kernel, _gate_up_kernel
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.intrinsics import tl_dtype
-from moe.kernels.matrix import Matrix
+from moe.kernels.matrix import Matrix, Planes
+from moe.kernels.nested import PLANES, plane_bytes
 from moe.kernels.permute import _small_dense_routing_kernel, _small_routing_kernel
 from moe.kernels.tiles import TileConfig, is_decoded, matrices, pick_tiles, tiles_for
 from moe.kernels.weights import Activation, ExpertWeights
 
-STORED = ("fp8", "int8", "int4", "mxfp4", "nf4")  # between them every way in which kernels read a matrix
+STORED = ("fp8", "int8", "int4", "mxfp4", "nf4", "nested")  # between them every way in which kernels read a matrix
 _MAP_NORESERVE = 0x4000  # Linux; the module has no name for it
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -115,6 +116,8 @@ def cases(arch: str) -> Iterator[Case]:
         for tma in (False, True) if capability(arch) >= 90 else (False,):
             config = pick_tiles(rows, torch.bfloat16, capability(arch), tma=tma)
             for stored in ("bf16", *STORED) if phase != "mid" else ("bf16",):
+                if tma and stored == "nested":  # planes of several strides come by pointers
+                    continue
                 name = f"{phase}{'' if stored == 'bf16' else '_' + stored}{'_tma' if tma else ''}"
                 yield from _grouped_cases(name, config, weights_stored(stored, hidden, inter), top_k, arch, tma)
             if phase == "mid":
@@ -138,7 +141,7 @@ def cases(arch: str) -> Iterator[Case]:
 def weights_stored(
     stored: str, hidden: int, inter: int, slots: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> ExpertWeights:
-    """Experts of no values, as the formats are published: FP8 of DeepSeek-V3, int8, GPTQ's int4, gpt-oss, NF4."""
+    """Experts of no values, as published: FP8 of DeepSeek-V3, int8, GPTQ's int4, gpt-oss, NF4; or our nested ones."""
     if stored == "bf16":
         first, second = (_unbacked((slots, n, k), dtype) for n, k in ((2 * inter, hidden), (hidden, inter)))
         return ExpertWeights(first, second, None, None, Activation())
@@ -150,6 +153,7 @@ def weights_stored(
         "mxfp4": ("e2m1", (1, 32), torch.float8_e8m0fnu),
         "nvfp4": ("e2m1", (1, 16), torch.float8_e4m3fn),
         "nf4": ("lut4", (1, 64), torch.float32),
+        "nested": ("nested", (1, 64), torch.float16),
     }
     code, block, scale = formats[stored]
     codes, codings = [], []
@@ -164,9 +168,19 @@ def weights_stored(
                 torch.empty(grid, dtype=torch.int8) if stored == "int4" else None,
                 torch.empty(grid[:2]) if stored == "nvfp4" else None,
                 torch.empty(*grid[:2], 16) if stored == "nf4" else None,
+                residual=_residual(grid, rows, columns) if stored == "nested" else None,
             )
         )
     return ExpertWeights(codes[0], codes[1], None, None, Activation(), codings[0], codings[1])
+
+
+def _residual(grid: tuple[int, ...], rows: int, columns: int) -> Residual:
+    """Of slots of 8 bits."""
+    planes = []
+    for level, scale in ((3, torch.uint8), (4, torch.uint8), (8, torch.float16)):
+        codes = _unbacked((grid[0], grid[1] * rows, plane_bytes(PLANES[level], columns)), torch.uint8)
+        planes += [codes, torch.empty(grid, dtype=scale)]
+    return Residual(torch.empty(grid[0], 1, dtype=torch.int32), *planes)
 
 
 def _unbacked(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -178,10 +192,12 @@ def _unbacked(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def _argument(name: str, matrix: Matrix) -> tuple[Matrix, dict[tuple[str, int], Any]]:
     """Types of a matrix as a kernel's argument, and its constants."""
-    types: list[str] = []
+    types: list[Any] = []
     constants: dict[tuple[str, int], Any] = {}
     for i, value in enumerate(matrix):
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Planes):  # all of them are there
+            types.append(Planes(*(_POINTERS[of.dtype] if isinstance(of, torch.Tensor) else "i64" for of in value)))
+        elif isinstance(value, torch.Tensor):
             types.append(_POINTERS[value.dtype])
         elif isinstance(value, TensorDescriptor):
             kind = _POINTERS[value.base.dtype][1:]

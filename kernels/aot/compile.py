@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from triton.compiler import ASTSource
 
 from moe.kernels.aot.assembler import amd_facts, nvidia_facts
 from moe.kernels.aot.cases import Case
-from moe.kernels.matrix import Matrix
+from moe.kernels.matrix import Matrix, Planes
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MATRIX = {  # what the matrix loop must contain
@@ -60,14 +61,21 @@ def compile_case(case: Case, arch: str) -> Any:
     aligned: list[tuple[int, ...]] = []
     for i, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, Matrix):
-            fields = zip(Matrix._fields, kind)
-            aligned += [(i, j) for j, (f, t) in enumerate(fields) if t[0] == "*" or (t == "i64" and f[0] == "s")]
+            aligned += _aligned(kind, (i,))
         elif kind.startswith("*") or name.startswith("stride_"):
             aligned.append((i,))
     source = ASTSource(case.fn, signature, constants, {path: [["tt.divisibility", 16]] for path in aligned})
     stages = min(case.num_stages, 2) if arch.startswith("gfx") else case.num_stages
     options = {"num_warps": case.num_warps, "num_stages": stages, "enable_fp_fusion": False}
     return triton.compile(source, target=target(arch), options=options)
+
+
+def _aligned(fields: Matrix | Planes, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    for j, (name, kind) in enumerate(zip(fields._fields, fields)):
+        if isinstance(kind, Planes):
+            yield from _aligned(kind, (*path, j))
+        elif kind[0] == "*" or (kind == "i64" and name[0] == "s"):
+            yield (*path, j)
 
 
 def examine(case: Case, arch: str) -> Report:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernels_codes import coded_experts
 from kernels_experts import random_ids, relative_error
+from test_nested import matrices as nested_matrices
 
 from moe.kernels import grouped_gemm, tiles
 from moe.kernels.combine import combine
@@ -19,7 +20,7 @@ from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.matrix import reading
 from moe.kernels.reference import experts_reference
 from moe.kernels.tiles import TileConfig
-from moe.kernels.weights import Activation
+from moe.kernels.weights import Activation, ExpertWeights
 
 # y differs by the order of fp32 sums and scalings; where that tips the rounding of an intermediate, by an ulp of it.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 2e-4}
@@ -132,6 +133,33 @@ def test_e4m3_where_the_chip_has_none(monkeypatch):
     assert torch.equal(grouped_experts(x, ids, weights), native)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "group", "most", "dtype"),
+    [
+        ((33, 40), 32, 8, torch.float32),  # rows whose fields do not fill their last byte
+        ((64, 16), 16, 4, torch.float16),  # groups smaller than a tile
+        ((48, 33), 64, 2, torch.bfloat16),
+    ],
+)
+def test_nested_precision(sizes, group, most, dtype):
+    """Slots of all levels in one call, of all planes and of few: those above a slot's level are not read."""
+    torch.manual_seed(7)
+    (hidden, inter), made = sizes, []
+    for parts, n, k in ((2, inter, hidden), (1, hidden, inter)):
+        codes, coding = nested_matrices(5, parts, n, k, group)
+        planes = coding.residual
+        for level, first in ((8, 5), (4, 3), (3, 1)):
+            for name in planes._fields[first : first + 2] if most < level else ():
+                planes = planes._replace(**{name: None})
+        levels = planes.bits.clamp(max=most)
+        unread = levels[:, :, None] < 8
+        if planes.scale8 is not None:
+            planes = planes._replace(scale8=planes.scale8.masked_fill(unread[..., None], torch.nan))
+        made += [codes, coding._replace(residual=planes._replace(bits=levels))]
+    act = Activation(interleaved=most == 4)
+    check(ExpertWeights(made[0], made[2], None, None, act, made[1], made[3]), dtype, single=True)
+
+
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_e4m3_that_is_no_number(monkeypatch, code):
     """From bits it shows in every result that it is part of, as in the twin: 480 would be a weight.
@@ -166,6 +194,7 @@ def matrices_from_bits(matrices, weights, dtype, config, capability, *, tma):
         ("e2m1", (1, 32), torch.bfloat16, 2880, torch.bfloat16, "blocks"),
         ("int4", (1, 24), torch.float16, 2880, torch.bfloat16, "wide"),
         ("lut4", (1, 64), torch.float32, 2880, torch.bfloat16, "wide"),
+        ("nested", (1, 64), torch.float16, 2880, torch.bfloat16, "wide"),
     ],
 )
 def test_how_a_matrix_is_read(code, block, scale, columns, dtype, expected):

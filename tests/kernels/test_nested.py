@@ -6,7 +6,6 @@ import torch
 from moe.kernels.cpu import CpuExperts, instruction_sets
 from moe.kernels.encode_nested import encode_nested
 from moe.kernels.formats import Coding, Residual, decode
-from moe.kernels.matrix import reading
 from moe.kernels.nested import LEVELS, nested_values, pack_plane, plane_bytes, unpack_plane
 from moe.kernels.reference import check_expert_weights, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
@@ -96,8 +95,6 @@ def test_planes_that_a_slot_does_not_hold_are_not_read():
     for slot in range(3):  # of 2, 3 and 4 bits
         fewer = decode(codes[slot], coding._replace(residual=held), 64, slot)
         assert torch.equal(fewer, decode(codes[slot], coding, 64, slot))
-    with pytest.raises(ValueError, match="do not read nested precision"):
-        reading(coding, 64, torch.bfloat16)
     (first, up), bad = matrices(3, 1, 64, 64, 64), coding._replace(block=(1, 24))
     with pytest.raises(ValueError, match="float16 scales"):
         check_expert_weights(ExpertWeights(first, first, None, None, Activation(gated=False), up, bad))
