@@ -88,7 +88,7 @@ def info(args: argparse.Namespace) -> int:
         table.add_row("fits here", f"{fits} experts, {fits / b.num_experts:.0%} of all, in the memory that is free now")
         for target, (total, largest) in sizes(b.index).items():
             share = min(b.num_experts, free // largest) / b.num_experts
-            table.add_row(f"rounded to {target}", f"{format_bytes(total)} in all, {share:.0%} of them fit here; lossy")
+            table.add_row(f"as {target}", f"{format_bytes(total)} in all, {share:.0%} of them fit here; lossy")
     else:
         table.add_row("experts", "none in slots: the whole model is kept in memory")
     out.print(table)

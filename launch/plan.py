@@ -23,6 +23,7 @@ from moe.launch.recording import read_recording
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.offload.budget import format_bytes, parse_budget, slots_within
 from moe.offload.memory import available_memory
+from moe.offload.requantise import sizes as rounded
 from moe.placement.cost import Sizes, Terms, Use, decode_step, prefill_step
 from moe.placement.gpus import DISK, HOST, gpus_of, machine_link, memory_of, published
 from moe.placement.machine import How, Machine, disk_of, save_machine
@@ -67,6 +68,12 @@ def run(args: argparse.Namespace) -> int:
             told(step),
         )
     out.print(table)
+    if args.slots is None:
+        _, room = _room(args, case, sizes, work, counts[0], True)
+        total = sizes.num_layers * sizes.num_experts
+        fits = [f"{name} {min(total, int(room // of[1])) / total:.0%}" for name, of in rounded(blueprint.index).items()]
+        if fits:
+            out.print(f"experts that the same memory holds in other formats, which are lossy: {'; '.join(fits)}")
     routing = "even routing is assumed, which no cache wins on (--trace tells)" if args.trace is None else args.trace
     experts = "contiguous blocks" if plan is None else str(args.plan)
     out.print(f"experts in slots: {routing}; on ranks: {experts}", markup=False)
@@ -157,6 +164,16 @@ def told(step: Terms) -> str:
     return ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in parts if seconds)
 
 
+def _room(
+    args: argparse.Namespace, case: Case, sizes: Sizes, work: Workload, ranks: int, is_shared: bool
+) -> tuple[float, float]:
+    """Bytes of a rank, and those left for slots in all ranks that share the experts: in one, if each has all."""
+    ram = available_memory() if args.ram is None else _bytes(args.ram, "--ram")
+    memory = ram / ranks if case.memory is None else case.memory
+    kv = sizes.kv_bytes * (work.prompt + work.new) * -(-work.sequences // ranks)
+    return memory, max(0, (ranks if is_shared else 1) * (memory - sizes.dense_bytes - kv))
+
+
 def _slots(
     args: argparse.Namespace,
     case: Case,
@@ -171,13 +188,8 @@ def _slots(
     sharing = ranks if is_shared else 1
     if args.slots is not None:
         return max(sharing, int(args.slots * total))
-    ram = available_memory() if args.ram is None else _bytes(args.ram, "--ram")
-    memory = ram / ranks if case.memory is None else case.memory  # of a rank
-    kv = sizes.kv_bytes * (work.prompt + work.new) * -(-work.sequences // ranks)
-    left = sharing * (memory - sizes.dense_bytes - kv)
-    slots = slots_within(
-        max(0, left), [x.nbytes for x in blueprint.index.layouts], [sizes.num_experts] * sizes.num_layers
-    )
+    memory, left = _room(args, case, sizes, work, ranks, is_shared)
+    slots = slots_within(left, [x.nbytes for x in blueprint.index.layouts], [sizes.num_experts] * sizes.num_layers)
     if slots < sharing:
         raise ValueError(
             f"{format_bytes(memory)} of a rank hold no expert beside dense weights and KV cache; raise --ram, or take "

@@ -23,7 +23,7 @@ from moe.kernels.reference import activation_reference, dequantized
 from moe.kernels.weights import Activation
 from moe.offload.formats.slot import WHOLE, MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
-from moe.offload.nested import set_bits
+from moe.offload.nested import at_level, set_bits
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import ExpertStore, aligned_bytes
 
@@ -60,16 +60,25 @@ def requantised(site: ExpertSite, layout: ExpertLayout, to: MatrixFormat) -> Exp
 
 
 def sizes(index: ExpertIndex) -> dict[str, tuple[int, int]]:
-    """For each target that makes the experts smaller: bytes of all of them, and of the largest one."""
-    now = sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, index.layouts))
-    found = {}
+    """For each target that makes the experts smaller: bytes of all of them, and of the largest one.
+
+    Nested precision counts as it is read: in each of its widths.
+    """
+    found: dict[str, tuple[int, int]] = {}
     for target in get_args(Target):
         to = target_format(target, None)
         layouts = [requantised(site, layout, to) for site, layout in zip(index.sites, index.layouts)]
-        total = sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, layouts))
-        if total < now:
-            found[target] = total, max(layout.nbytes for layout in layouts)
-    return found
+        forms = {target: layouts}
+        if target == "nested":
+            forms = {f"nested, {n} bits": [at_level(s, l, n) for s, l in zip(index.sites, layouts)] for n in LEVELS}
+        found |= {name: _bytes(index, each) for name, each in forms.items()}
+    now = _bytes(index, index.layouts)[0]
+    return {name: nbytes for name, nbytes in found.items() if nbytes[0] < now}
+
+
+def _bytes(index: ExpertIndex, layouts: Sequence[ExpertLayout]) -> tuple[int, int]:
+    total = sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, layouts))
+    return total, max(layout.nbytes for layout in layouts)
 
 
 class Calibration(Protocol):

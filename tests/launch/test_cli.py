@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -79,6 +80,8 @@ def test_info(capfd, tmp_path):
     assert "packed, continuous" in out
     assert "at least 24 experts" in out
     assert "1 expert (" in out
+    for target in ("int8", "int4", *(f"nested, {bits} bits" for bits in (2, 3, 4, 8))):
+        assert re.search(rf"as {target} +\d.* in all, \d+% of them fit here; lossy", out), (target, out)
     dense = sum(t.nbytes for n, t in tensors(TINYMOE).items() if "experts" not in n)
     assert f"{dense / 2**20:.1f} MiB" in out
     status, out, _ = run(capfd, "info", tiny_checkpoint("jamba", tmp_path))

@@ -14,6 +14,7 @@ from moe.launch.cli import main
 from moe.launch.plan_inputs import even_routing, replay, settled, sizes_of
 from moe.models.blueprint import read_blueprint
 from moe.offload.policy import Access, Lfu, misses_of, simulate
+from moe.offload.requantise import sizes
 from moe.placement.cost import Use
 from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads, disk_of, save_machine
 from moe.placement.plan import Plan
@@ -53,6 +54,20 @@ def test_a_slower_disk_makes_reads_bind(capfd, probe_file):
         assert words in " ".join(out.split()), out
     _, slow, _ = plan(capfd, "--probe-file", probe_file, "--slots", 0.25, "--nvme", "1MB/s")
     assert "waiting" in slow
+
+
+def test_memory_holds_more_in_fewer_bits(capfd, probe_file):
+    status, out, _ = plan(capfd, "--probe-file", probe_file, "--workload", "1x16+8", "--ram", "5MB")
+    assert status == 0
+    flat = " ".join(out.split())
+    held = int(re.search(r"(\d+) of 96", flat)[1])
+    shares = dict(re.findall(r"[:;] ([a-z0-9]+(?:, \d bits)?) (\d+)%", flat))
+    assert set(shares) == {"int8", "int4", "mxfp4", "fp8", *(f"nested, {bits} bits" for bits in (2, 3, 4, 8))}
+    index = read_blueprint(TINYMOE).index
+    least, most = (100 * slots * index.layouts[0].nbytes for slots in (held, held + 1))
+    for name, (total, _) in sizes(index).items():
+        assert min(100, least / total) - 1 <= int(shares[name]) <= min(100, most / total) + 1, name  # per cent, rounded
+    assert int(shares["int8"]) < int(shares["int4"]) < int(shares["nested, 2 bits"])
 
 
 def test_more_ranks_or_replicas(capfd, probe_file):

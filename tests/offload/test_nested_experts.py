@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.kernels.nested import LEVELS
 from moe.launch.cli import main
@@ -16,8 +17,10 @@ from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.nested import Sensitivity, at_level, plan_bits, read_sensitivity, serve, sizes_of
 from moe.offload.pack import pack
 from moe.offload.requantise import target_format
+from moe.offload.shared import SharedStore
 from moe.offload.stores import FileStore, MmapStore, aligned_bytes
 from moe.params import SamplingParams
+from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 from tests.offload.test_deepnvme import Sectors
 
@@ -97,6 +100,28 @@ def test_the_kernel_says_what_its_twin_says(folder, bits):
     said, _, notes = says(folder, bits, budget="3")
     assert said == says(folder, bits, kernel="reference")[0]
     assert any(f"in {bits} bits; `moe evaluate`" in note for note in notes)
+
+
+def as_ranks(folder, bits):
+    """One rank: its prompt's answer, and bytes of an expert in the host copy that the node's ranks share."""
+    offload = OffloadConfig(budget="2", bits=bits, store="ram")
+    config = EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(kv_tokens=256))
+    with process_groups(timeout_s=60) as groups, LLM(folder, config, groups=groups) as llm:
+        prompts = [[5, 9, 30], [7]][groups.rank :: 2]
+        (output,) = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
+        llm.engine.experts.cache.check()
+        store = llm.engine.experts.cache.store
+        assert isinstance(store, SharedStore)
+        return output.outputs[0].token_ids, store.blobs[0].shape[1]
+
+
+@pytest.mark.parametrize("bits", ["2", "4"])
+def test_two_ranks_share_a_host_copy_of_these_bits(folder, bits):
+    whole = read_blueprint(folder)
+    nbytes = at_level(whole.index.sites[0], whole.index.layouts[0], int(bits)).nbytes
+    answers = spawn(2, as_ranks, folder, bits)
+    assert [tokens for tokens, _ in answers] == says(folder, bits)[0]
+    assert [held for _, held in answers] == [nbytes] * 2
 
 
 def test_four_bits_are_as_large_as_int4():
