@@ -73,6 +73,7 @@ class Lines:
         assert helper is not None
         self._helper, self._timeout_s, self._freed = helper, timeout_s, freed
         self._memory = torch.from_file(str(path), shared=True, size=file_bytes(num_members), dtype=torch.uint8)
+        # After the mapping: whoever closes any descriptor of the file in this process gives the lock up.
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         if error := helper.moe_line_live(self._file, member):
             self.close()

@@ -125,5 +125,6 @@ def connect_ray(address: str | None) -> bool:
             socket.create_connection((host, int(port)), timeout=_REACH_S).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     except OSError as error:
-        raise ValueError(f"no Ray cluster answers at {address or 'this machine'}: {error}") from None
+        where = "this machine" if address in (None, "auto") else address
+        raise ValueError(f"no Ray cluster answers at {where}: {error}") from None
     return True
