@@ -102,6 +102,12 @@ def takes(schema: dict[str, Any], content_type: str = "application/json") -> dic
     return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}
 
 
+def pages(most: int) -> dict[str, Any]:
+    """`openapi_extra` of a route that lists: at most so many at a time, those after another."""
+    kinds = {"limit": {"type": "integer", "minimum": 1, "maximum": most}, "after": {"type": "string"}}
+    return {"parameters": [{"name": name, "in": "query", "schema": kind} for name, kind in kinds.items()]}
+
+
 def answers(*statuses: int, stream: bool = False) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that can refuse with these. stream: whether 200 may also be server-sent events."""
     content = {"application/json": {"schema": ERROR}}

@@ -7,9 +7,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from moe.answers import error_body
-from moe.launch.openapi import BATCH, FILE, answers, takes
+from moe.launch.openapi import BATCH, FILE, answers, pages, takes
 from moe.launch.uploads import Uploads
 from moe.openai import BadRequest, json_of
+
+_MOST_FILES, _MOST_BATCHES = 10_000, 100  # of one page
 
 
 def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
@@ -26,9 +28,9 @@ def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
             content = await file.read()
             return JSONResponse(await asyncio.to_thread(uploads.add_file, file.filename or "file", "batch", content))
 
-    @app.get("/v1/files")
-    async def files() -> Response:
-        return JSONResponse(_page(uploads.files()))
+    @app.get("/v1/files", responses=answers(400), openapi_extra=pages(_MOST_FILES))
+    async def files(request: Request) -> Response:
+        return _page(uploads.files(), request, _MOST_FILES, _MOST_FILES)
 
     @app.get("/v1/files/{id}", responses=answers(404))
     async def file(id: str) -> Response:
@@ -64,9 +66,9 @@ def _add_batch_routes(app: FastAPI, uploads: Uploads) -> None:
         except ValueError as error:
             return _error(400, str(error))
 
-    @app.get("/v1/batches")
-    async def batches() -> Response:
-        return JSONResponse(_page(uploads.batches()))
+    @app.get("/v1/batches", responses=answers(400), openapi_extra=pages(_MOST_BATCHES))
+    async def batches(request: Request) -> Response:
+        return _page(uploads.batches(), request, 20, _MOST_BATCHES)
 
     @app.get("/v1/batches/{id}", responses=answers(404))
     async def batch(id: str) -> Response:
@@ -77,9 +79,19 @@ def _add_batch_routes(app: FastAPI, uploads: Uploads) -> None:
         return _missing("batch", id) if uploads.batch(id) is None else JSONResponse(uploads.cancel_batch(id))
 
 
-def _page(records: list[dict[str, Any]]) -> dict[str, Any]:
-    first, last = (records[0]["id"], records[-1]["id"]) if records else (None, None)
-    return {"object": "list", "data": records, "first_id": first, "last_id": last, "has_more": False}
+def _page(records: list[dict[str, Any]], request: Request, usual: int, most: int) -> Response:
+    """Those that `limit` (None: `usual`) and `after` of the query ask for."""
+    limit, after = request.query_params.get("limit", str(usual)), request.query_params.get("after")
+    if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or not 1 <= int(limit) <= most:
+        return _error(400, f"limit ({limit[:20]!r}) must be a whole number from 1 to {most}", "limit")
+    ids = [record["id"] for record in records]
+    if after is not None and after not in ids:
+        return _error(400, f"after ({after[:80]!r}) is none that is listed", "after")
+    rest = records if after is None else records[ids.index(after) + 1 :]
+    page = rest[: int(limit)]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    more = len(page) < len(rest)
+    return JSONResponse({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": more})
 
 
 def _found(record: dict[str, Any] | None, kind: str, id: str) -> Response:

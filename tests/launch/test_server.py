@@ -295,6 +295,23 @@ def test_files_and_batches_by_the_official_client(client, right):
         client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
 
 
+def test_lists_come_in_pages(served, client):
+    mine = [client.files.create(file=(f"{i}.jsonl", batch_lines(2)), purpose="batch").id for i in range(3)]
+    page = client.files.list(limit=2)
+    assert len(page.data) == 2
+    assert page.has_more
+    assert [f.id for f in page] == [f.id for f in client.files.list()]  # the client asks for the pages that follow
+    assert set(mine) <= {f.id for f in page}
+    assert not client.files.list(limit=2, after=[f.id for f in page][-2]).has_more
+    with httpx.Client(base_url=served.url) as http:
+        for path in ("files", "batches"):
+            for query in ("limit=0", "limit=-1", "limit=abc", "limit=", "limit=99999999999999999999", "after=none"):
+                refused = http.get(f"/v1/{path}?{query}")
+                assert refused.status_code == 400, (path, query)
+                assert refused.json()["error"]["param"] == query.split("=")[0]
+        assert http.get("/v1/batches?limit=101").status_code == 400
+
+
 def test_a_file_that_is_deleted_while_all_are_listed(served, client):
     class Folder:
         def glob(self, pattern):
