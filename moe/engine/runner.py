@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -140,6 +140,14 @@ def why_threads_count(runner: Runner) -> str | None:
     return None
 
 
+class _Kept(NamedTuple):
+    """What a request's forward left: its first `end` tokens, as transformers keeps them."""
+
+    end: int
+    encoded: Any
+    cache: Any
+
+
 class SequentialRunner:
     """Each request by itself, with the cache that transformers makes for this architecture.
 
@@ -162,20 +170,30 @@ class SequentialRunner:
     def _forward_one(self, chunk: Chunk) -> Tensor:
         request, device = chunk.request, self.model.device
         new = request.tokens[chunk.start : chunk.end]
+        kept: _Kept | None = request.state
+        # A step that fails leaves caches half changed, and those of the requests before it ahead: then all is computed
+        # again.
+        request.state = None
+        if kept is not None and kept.end != chunk.start:
+            kept = None
+        encoded = past = None
         arguments: dict[str, Any] = {}
         if self.is_encoder_decoder:
             prompt = torch.tensor([request.tokens[: request.num_prompt]], device=device)
-            if request.state is None:
+            if kept is None:
                 encoded = self.model.get_encoder()(input_ids=prompt)
                 start = self.model.generation_config.decoder_start_token_id
                 start = self.model.config.decoder_start_token_id if start is None else start
-                request.state = (encoded, None)
                 new = [start, *request.tokens[request.num_prompt :]]
-            encoded, past = request.state
+            else:
+                encoded, past = kept.encoded, kept.cache
             arguments = {"encoder_outputs": encoded, "decoder_input_ids": torch.tensor([new], device=device)}
         else:
-            first, past = chunk.start, request.state
-            past = self._declared_cache(request.num_prompt) if past is None else past
+            first = chunk.start
+            if kept is None:
+                first, past, new = 0, self._declared_cache(request.num_prompt), request.tokens[: chunk.end]
+            else:
+                past = kept.cache
             if self.recomputed_beyond is not None and first <= self.recomputed_beyond < chunk.end:
                 first, past, new = 0, None, request.tokens[: chunk.end]
             positions = torch.arange(first, chunk.end, device=device)[None]
@@ -183,8 +201,7 @@ class SequentialRunner:
         span = Span(request.id, chunk.end - len(new), chunk.end, request.num_prompt, request.owner)
         self.routing.begin(StepContext((span,)))
         out = self.model(**arguments, **{CACHE_NAME: past}, use_cache=True)
-        cache = getattr(out, CACHE_NAME)
-        request.state = (encoded, cache) if self.is_encoder_decoder else cache
+        request.state = _Kept(chunk.end, encoded, getattr(out, CACHE_NAME))
         return out.logits[0, -chunk.num_rows :].float()  # type: ignore[no-any-return]
 
     def _declared_cache(self, num_prompt: int) -> DynamicCache | None:

@@ -126,6 +126,28 @@ def test_no_token_changes_whatever_reads_do(mixtral, config, acts, cancelled):
     assert again == expected
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_others_of_a_failed_step_say_what_they_would_have(mixtral, packed, layers, monkeypatch):
+    """A read that fails in any layer, of any request of a step: nobody is asked for again, the step is."""
+    folder, prompts, expected = mixtral
+    batch = BatchConfig(max_tokens=48, max_sequences=7, kv_tokens=1024, packed=packed)
+    offload = OffloadConfig(budget="1 expert", store="ram", readers=0, prefetch="off")
+    with LLM(folder, EngineConfig(dtype="float32", offload=offload, batch=batch)) as llm:
+        fails = 0
+        for number in range(5, 200, 40):
+            with monkeypatch.context() as patch:
+                faulty(patch, Faults(["plain"] * number + ["fail"] * layers))
+                running = [llm.add(prompt, PARAMS) for prompt in prompts]
+                while any(one.request.finish_reason is None for one in running):
+                    try:
+                        llm.step()
+                    except OSError:
+                        fails += 1
+                assert [one.token_ids for one in running] == expected, number
+    assert fails == 5 * layers
+
+
 def serve(llm, prompts, cancelled):
     """All prompts' answers; what is cancelled, or lost by a failed read, is asked for again. No run is endless."""
     running = {n: llm.add(prompt, PARAMS) for n, prompt in enumerate(prompts)}
