@@ -148,6 +148,26 @@ def test_others_of_a_failed_step_say_what_they_would_have(mixtral, packed, layer
     assert fails == 5 * layers
 
 
+@pytest.mark.parametrize("family", ["switch_transformers", "jamba"])
+def test_so_do_those_that_keep_another_state(family, tmp_path, monkeypatch):
+    """An encoder's output, and recurrent layers'."""
+    folder, prompts = tiny_checkpoint(family, tmp_path), prompts_of(3)
+    offload = OffloadConfig(budget="1 expert", store="ram", readers=0, prefetch="off")
+    with LLM(folder, EngineConfig(dtype="float32", offload=offload)) as llm:
+        expected = [one.outputs[0].token_ids for one in llm.generate(prompts, PARAMS, use_tqdm=False)]
+        for number in (5, 31):
+            with monkeypatch.context() as patch:
+                faulty(patch, Faults(["plain"] * number + ["fail"]))
+                running, fails = [llm.add(prompt, PARAMS) for prompt in prompts], 0
+                while any(one.request.finish_reason is None for one in running):
+                    try:
+                        llm.step()
+                    except OSError:
+                        fails += 1
+                assert fails == 1
+                assert [one.token_ids for one in running] == expected, number
+
+
 def serve(llm, prompts, cancelled):
     """All prompts' answers; what is cancelled, or lost by a failed read, is asked for again. No run is endless."""
     running = {n: llm.add(prompt, PARAMS) for n, prompt in enumerate(prompts)}
