@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 SCHEDULE = "2q4dq"  # struct Schedule of solve/pace.h
 ANNEAL = Struct(f"=7q{SCHEDULE}d7q")  # struct Problem of solve/anneal.c
-ASSIGN = Struct(f"=8qd{SCHEDULE}8q")  # struct Assign of solve/assign.c
+ASSIGN = Struct(f"=7q4d{SCHEDULE}7q")  # struct Assign of solve/assign.c
 SERVE = Struct("=6q5q")  # struct Serve of serve.c
 MOST_RANKS = 64
 MOST_TOP = 64

@@ -1,4 +1,5 @@
-/* Simulated annealing of one layer's experts, one copy each: ranks (and nodes) that tokens touch, and pairs above caps.
+/* Simulated annealing of one layer's experts, one copy each: ranks (and nodes) that tokens touch, pairs of a rank above a
+ * cap, and a rank's second moment, a sum over every two of its experts, above another.
  *
  * A rank keeps two sets of tokens as bits: those that touch it, and those that touch it for two reasons or more. What a
  * swap of two experts changes is then counted from four sets, whatever the number of experts on a rank: O(tokens / 64).
@@ -12,16 +13,13 @@
 #include "pace.h"
 #include "random.h"
 
-#define LANES 8
-
 typedef struct {
     int64_t tokens, top, items, ranks, places; /* items = ranks * places: experts, and empty places after them */
-    int64_t nodes, lanes;                      /* lanes: columns of loads, a multiple of LANES */
-    int64_t seed;
-    double node_weight;
+    int64_t nodes, seed;
+    double node_weight, cap, price, moment_cap; /* price: of a pair above the cap */
     Schedule schedule;
-    const double *caps, *penalties;  /* [lanes] */
-    const double *loads;             /* [items, lanes] */
+    const double *loads;             /* [items] pairs */
+    const double *moments;           /* [items, items] symmetric, 0 for empty places */
     const int16_t *ids;              /* [tokens, top], -1 = none */
     const int32_t *pin;              /* [tokens] rank that is touched anyway, -1 = none */
     const int32_t *node;             /* [ranks] */
@@ -67,16 +65,23 @@ static Change fastest(void) {
     return change_plain;
 }
 
-/* What a rank's loads above the caps cost. */
-static double overload(const Assign *p, const double *load) {
-    double sum[LANES] = {0}, total = 0;
-    for (int64_t f = 0; f < p->lanes; f += LANES)
-        for (int64_t i = 0; i < LANES; i++) {
-            double over = load[f + i] - p->caps[f + i];
-            sum[i] += (over > 0 ? over : 0) * p->penalties[f + i];
-        }
-    for (int64_t i = 0; i < LANES; i++) total += sum[i];
-    return total;
+/* What a rank serves: pairs, and their second moment over pieces of the traffic. */
+typedef struct {
+    double load, moment;
+} Rank;
+
+static double overload(const Assign *p, Rank r) {
+    double over = r.load - p->cap, uneven = r.moment - p->moment_cap;
+    return (over > 0 ? over * p->price : 0) + (uneven > 0 ? uneven : 0);
+}
+
+/* A rank with item `in` instead of `out`, which stands in its place `at`. */
+static Rank traded(const Assign *p, Rank r, int64_t rank, int64_t at, int32_t out, int32_t in) {
+    const double *come = p->moments + in * p->items, *go = p->moments + out * p->items;
+    const int32_t *held = p->now + rank * p->places;
+    double sum = 0;
+    for (int64_t k = 0; k < p->places; k++) sum += k == at ? 0 : come[held[k]] - go[held[k]];
+    return (Rank){r.load + p->loads[in] - p->loads[out], r.moment + 2 * sum + come[in] - go[out]};
 }
 
 /* The sets of a group anew: what `from` to `to` of `place` holds. Adds to what was there if `more`. */
@@ -102,21 +107,23 @@ static int64_t members(const uint64_t *set, int64_t words) {
 }
 
 typedef struct {
-    double visits, over; /* `over`: of load above the caps, before the severity */
+    double visits, over; /* `over`: of what ranks serve above their caps, before the severity */
 } Cost;
 
 static double worth(Cost cost, double severity) { return cost.visits + severity * cost.over; }
 
 /* Sets, loads and cost of `now`. */
-static Cost whole(const Assign *p, const uint64_t *bits, Sets rank, Sets node, int64_t words, double *load, double *of) {
+static Cost whole(const Assign *p, const uint64_t *bits, Sets rank, Sets node, int64_t words, Rank *of) {
     Cost cost = {0, 0};
-    memset(load, 0, (size_t)(p->ranks * p->lanes) * 8);
     for (int64_t g = 0; g < p->ranks; g++) {
         gather(p, bits, rank, g, g, words, 0);
-        for (int64_t k = 0; k < p->places; k++)
-            for (int64_t f = 0; f < p->lanes; f++)
-                load[g * p->lanes + f] += p->loads[p->now[g * p->places + k] * p->lanes + f];
-        cost.over += of[g] = overload(p, load + g * p->lanes);
+        of[g] = (Rank){0, 0};
+        for (int64_t k = 0; k < p->places; k++) {
+            int32_t e = p->now[g * p->places + k];
+            of[g].load += p->loads[e];
+            for (int64_t j = 0; j < p->places; j++) of[g].moment += p->moments[e * p->items + p->now[g * p->places + j]];
+        }
+        cost.over += overload(p, of[g]);
         cost.visits += (double)members(rank.once + g * words, words);
     }
     for (int64_t n = 0; n < p->nodes; n++) {
@@ -133,10 +140,10 @@ EXPORT double moe_assign(const Assign *p) {
     int64_t words = (p->tokens + 63) / 64, groups = p->ranks + p->nodes, size = p->ranks * p->places;
     uint64_t *bits = calloc((size_t)(p->items * words + 1), 8), *sets = malloc((size_t)(2 * groups * words + 1) * 8);
     uint64_t *pins = calloc((size_t)(groups * words + 1), 8);
-    double *load = malloc((size_t)(p->ranks * p->lanes) * 8), *trial = malloc((size_t)(2 * p->lanes) * 8);
-    double *of = malloc((size_t)p->ranks * 8), result = -1;
+    Rank *of = malloc((size_t)p->ranks * sizeof *of);
+    double result = -1;
     int32_t *kept = malloc((size_t)size * 4);
-    if (!bits || !sets || !pins || !load || !trial || !of || !kept) goto done;
+    if (!bits || !sets || !pins || !of || !kept) goto done;
     Sets rank = {sets, sets + groups * words, pins};
     Sets node = {rank.once + p->ranks * words, rank.twice + p->ranks * words, pins + p->ranks * words};
     for (int64_t t = 0; t < p->tokens; t++) {
@@ -150,9 +157,9 @@ EXPORT double moe_assign(const Assign *p) {
     Change change = fastest();
     memcpy(kept, p->now, (size_t)size * 4);
     memcpy(p->now, p->best, (size_t)size * 4);
-    Cost best = whole(p, bits, rank, node, words, load, of);
+    Cost best = whole(p, bits, rank, node, words, of);
     memcpy(p->now, kept, (size_t)size * 4);
-    Cost cost = whole(p, bits, rank, node, words, load, of);
+    Cost cost = whole(p, bits, rank, node, words, of);
     Random random = seeded((uint64_t)p->seed);
     Pace pace = paced(&p->schedule, 60 + 2 * words);
     for (int64_t step = 0; step < pace.total && p->ranks > 1; step++, pace.temperature *= pace.cooling) {
@@ -166,12 +173,9 @@ EXPORT double moe_assign(const Assign *p) {
         b += b >= a;
         int64_t i = a * p->places + below(&random, p->places), j = b * p->places + below(&random, p->places);
         int32_t e = p->now[i], f = p->now[j];
-        double most = -pace.temperature * log(uniform(&random) + 1e-300), *la = trial, *lb = trial + p->lanes;
-        for (int64_t k = 0; k < p->lanes; k++) {
-            double more = p->loads[f * p->lanes + k] - p->loads[e * p->lanes + k];
-            la[k] = load[a * p->lanes + k] + more, lb[k] = load[b * p->lanes + k] - more;
-        }
-        double over_a = overload(p, la), over_b = overload(p, lb), over = over_a + over_b - of[a] - of[b], delta = 0;
+        double most = -pace.temperature * log(uniform(&random) + 1e-300), delta = 0;
+        Rank of_a = traded(p, of[a], a, i - a * p->places, e, f), of_b = traded(p, of[b], b, j - b * p->places, f, e);
+        double over = overload(p, of_a) + overload(p, of_b) - overload(p, of[a]) - overload(p, of[b]);
         const uint64_t *out = bits + e * words, *in = bits + f * words;
         delta += (double)change(rank.once + a * words, rank.twice + a * words, out, in, words);
         delta += (double)change(rank.once + b * words, rank.twice + b * words, in, out, words);
@@ -185,13 +189,12 @@ EXPORT double moe_assign(const Assign *p) {
         p->now[i] = f, p->now[j] = e;
         gather(p, bits, rank, a, a, words, 0), gather(p, bits, rank, b, b, words, 0);
         if (na != nb) gather_node(p, bits, node, na, words), gather_node(p, bits, node, nb, words);
-        memcpy(load + a * p->lanes, la, (size_t)p->lanes * 8), memcpy(load + b * p->lanes, lb, (size_t)p->lanes * 8);
-        of[a] = over_a, of[b] = over_b, cost.visits += delta, cost.over += over;
+        of[a] = of_a, of[b] = of_b, cost.visits += delta, cost.over += over;
     }
     if (worth(cost, pace.severity) < worth(best, pace.severity) - 1e-6)
         best = cost, memcpy(p->best, p->now, (size_t)size * 4);
     result = worth(best, pace.severity);
 done:
-    free(bits), free(sets), free(pins), free(load), free(trial), free(of), free(kept);
+    free(bits), free(sets), free(pins), free(of), free(kept);
     return result;
 }

@@ -1,8 +1,9 @@
 """Simulated annealing of one layer's experts, one copy each, in compiled code (assign.c).
 
-A plan is fitted on some traffic and serves other. What keeps its load there is that the busiest rank is capped not only
-over all of the fitted tokens, but over random halves of them: in none may it be far above what the EPLB-style greedy's
-plan has there. A rank whose experts are hot together is over its cap in the halves that have many of these tokens.
+A plan is fitted on some traffic and serves other. What keeps its load there is that ranks are even not only over all of
+the fitted tokens but in pieces of them: the second moment of what a rank serves in a piece, summed over the pieces, may
+not be far above what the EPLB-style greedy's ranks have. It is a sum over every two experts of the rank of how hot both
+are in the same pieces, so that a plan with few visits, which puts experts of one subject together, pays for it.
 """
 
 from typing import Any, NamedTuple
@@ -16,15 +17,13 @@ from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.schedule import Schedule
 from moe.placement.solve.swaps import CopyOptions
 
-PIECES_OF_TRAFFIC = 16  # consecutive tokens each; a half is eight of them
-HALVES = 31
-HALF_CAP = 0.98  # of the greedy's busiest rank in a half
-HALF_PRICES = ((4, 0.15), (8, 0.3))  # from so many ranks on: rank visits that a pair above the cap of a half costs
+PIECE = 128  # consecutive tokens, about, in which ranks should be even
+MOMENT_PRICE = 0.25  # rank visits, times the ranks: of a pair in a piece's mean load squared over the load
+MOMENT_CAP = 0.9  # of the greedy's greatest
 CAP_PRICE = 10.0  # of a pair above the cap of all tokens
 SEVERITY = (0.1, 1.0)  # of the prices, first and last
 TEMPERATURES = (0.2, 0.01)  # first and last, in uses of the mean expert
 PER_ROUND = 600  # moves tried per round and expert
-LANES = 8  # what the compiled code adds at once
 MOST_TOKENS = 16384  # that are annealed; loads are of all
 SKETCH = 4096  # tokens of a first, short search
 SKETCH_PART = 0.1  # of the rounds, and at most of the time
@@ -32,35 +31,35 @@ SKETCH_SECONDS = 4.5  # at most, of all layers: a first plan is there after 5 s 
 
 
 class Limits(NamedTuple):
-    """Caps on what a rank serves, over all tokens and over parts of them.
+    """What a rank may serve: pairs of all tokens, and their second moment over pieces of them.
 
-    loads: [E, F] pairs of each expert in each part; caps: [F]; prices: [F] rank visits that a pair above a cap costs.
+    load: [E] pairs of each expert; cap: above it a pair costs `CAP_PRICE` rank visits. moments: [E, E] rank visits,
+    symmetric, of which a rank has the sum over its experts squared; moment_cap: up to here they cost nothing.
     """
 
-    loads: Floats
-    caps: Floats
-    prices: Floats
+    load: Floats
+    cap: float
+    moments: Floats
+    moment_cap: float
 
     @staticmethod
     def of(expert_ids: NDArray[np.integer[Any]], greedy: Ints, num_ranks: int, slack: float) -> "Limits":
-        """Of a layer's tokens, [N, K] with -1 = none, by what the greedy's assignment [E] has: all, and the halves."""
+        """Of a layer's tokens, [N, K] with -1 = none, by what the greedy's assignment [E] has."""
         tokens, experts = len(expert_ids), len(greedy)
-        piece = np.arange(tokens) * PIECES_OF_TRAFFIC // max(tokens, 1)
+        number = max(1, tokens // PIECE)
+        piece = np.arange(tokens) * number // max(tokens, 1)
         flat = (piece[:, None] * (experts + 1) + np.where(expert_ids < 0, experts, expert_ids)).reshape(-1)
-        pieces = np.bincount(flat, minlength=PIECES_OF_TRAFFIC * (experts + 1)).reshape(PIECES_OF_TRAFFIC, -1)[:, :-1]
-        rng = np.random.default_rng(0)
-        halves = np.stack([rng.permutation(PIECES_OF_TRAFFIC) < PIECES_OF_TRAFFIC // 2 for _ in range(HALVES)])
-        loads = np.concatenate([pieces.sum(axis=0)[None], halves @ pieces]).T.astype(np.float64)
-        busiest = np.stack([np.bincount(greedy, weights=part, minlength=num_ranks) for part in loads.T]).max(axis=1)
-        price = max((p for ranks, p in HALF_PRICES if num_ranks >= ranks), default=HALF_PRICES[0][1])
-        factors, prices = np.full(HALVES + 1, HALF_CAP), np.full(HALVES + 1, price)
-        factors[0], prices[0] = 1.0, CAP_PRICE
-        return Limits(loads, slack * factors * busiest, prices)
+        counts = np.bincount(flat, minlength=number * (experts + 1)).reshape(number, -1)[:, :-1].astype(np.float64)
+        mean = np.maximum(counts.sum(axis=1, keepdims=True) / num_ranks, 1)
+        moments = MOMENT_PRICE * num_ranks * counts.T @ (counts / mean)
+        at = np.eye(num_ranks)[greedy]  # [E, G]
+        of_greedy = (at * (moments @ at)).sum(axis=0)
+        load = counts.sum(axis=0)
+        return Limits(load, slack * float((load @ at).max()), moments, slack * MOMENT_CAP * float(of_greedy.max()))
 
-    @staticmethod
-    def one(load: Floats, cap: float, price: float = CAP_PRICE) -> "Limits":
-        """A cap on all tokens, none on parts of them."""
-        return Limits(load[:, None].astype(np.float64), np.array([cap]), np.array([price]))
+    def times(self, share: float) -> "Limits":
+        """For so much of the traffic."""
+        return Limits(share * self.load, share * self.cap, share * self.moments, share * self.moment_cap)
 
 
 class Layer(NamedTuple):
@@ -71,15 +70,14 @@ class Layer(NamedTuple):
     limits: Limits
 
     def sample(self, count: int, seed: int) -> "Layer":
-        """`count` of the tokens, with the caps at their share of the pairs."""
+        """`count` of the tokens, with the limits at their share of the pairs."""
         tokens = len(self.expert_ids)
         if tokens <= count:
             return self
         few = np.sort(np.random.default_rng(seed).permutation(tokens)[:count])
         ids = self.expert_ids[few]
         share = (ids >= 0).sum() / max((self.expert_ids >= 0).sum(), 1)
-        limits = self.limits._replace(loads=self.limits.loads * share, caps=self.limits.caps * share)
-        return Layer(ids, None if self.pin is None else self.pin[few], limits)
+        return Layer(ids, None if self.pin is None else self.pin[few], self.limits.times(share))
 
 
 def anneal_assignment(
@@ -94,34 +92,32 @@ def anneal_assignment(
 ) -> tuple[Ints, Ints, float]:
     """(where `now` ended, the best seen, its cost): ranks of experts, [E], with ceil(E / G) places on each.
 
-    Cost: ranks touched (pins among them) + node_weight x nodes touched + the prices of load above the caps. A move
-    swaps two experts, or an expert and an empty place. O(iterations N / 64). Raises ValueError for sizes that do not
-    fit, RuntimeError without the helper.
+    Cost: ranks touched (pins among them) + node_weight x nodes touched + the prices of load and second moments above
+    their caps. A move swaps two experts, or an expert and an empty place. O(iterations (N / 64 + E / G)). Raises
+    ValueError for sizes that do not fit, RuntimeError without the helper.
     """
     helper = load_helper()
     if helper is None:
         raise RuntimeError("the compiled helper is not there; reinstall with gcc or clang at hand")
-    experts, (loads, caps, prices) = len(now), layer.limits
+    experts, limits = len(now), layer.limits
     places = -(-experts // num_ranks)
     tokens, top = layer.expert_ids.shape
-    lanes = -(-len(caps) // LANES) * LANES
     ids = np.ascontiguousarray(layer.expert_ids, np.int16)
     pin = np.full(tokens, -1, np.int32) if layer.pin is None else np.ascontiguousarray(layer.pin, np.int32)
     node = np.ascontiguousarray(options.nodes or np.zeros(num_ranks), np.int32)
     nodes = int(node.max()) + 1 if options.node_weight else 0
-    wide = np.zeros((num_ranks * places, lanes))
-    if loads.shape != (experts, len(caps)) or caps.shape != prices.shape or pin.shape != (tokens,):
-        raise ValueError(f"loads {loads.shape}, {len(caps)} caps, {len(prices)} prices, pins {pin.shape} do not fit")
+    if limits.load.shape != (experts,) or limits.moments.shape != (experts, experts) or pin.shape != (tokens,):
+        raise ValueError(f"loads {limits.load.shape}, moments {limits.moments.shape}, pins {pin.shape} do not fit")
     if ids.max(initial=-1) >= experts or pin.max(initial=-1) >= num_ranks or node.shape != (num_ranks,):
         raise ValueError(f"expert {ids.max(initial=-1)} or rank {pin.max(initial=-1)} is out of range, or {node.shape}")
-    wide[:experts, : len(caps)] = loads
-    all_caps, all_prices = (np.pad(a, (0, lanes - len(caps))) for a in (caps, prices))
+    empty = num_ranks * places - experts
+    loads, moments = np.pad(limits.load, (0, empty)), np.pad(limits.moments, (0, empty))
     state = [_places(ranks, num_ranks, places) for ranks in (now, best)]
-    arrays: list[NDArray[Any]] = [all_caps, all_prices, wide, ids, pin, node, *state]
+    arrays: list[NDArray[Any]] = [loads, moments, ids, pin, node, *state]
     pace = Pace(schedule.deadline, schedule.iterations)
     call = ASSIGN.pack(
-        tokens, top, num_ranks * places, num_ranks, places, nodes, lanes, seed, options.node_weight,
-        *schedule.packed(pace), *(a.ctypes.data for a in arrays),
+        tokens, top, num_ranks * places, num_ranks, places, nodes, seed, options.node_weight, limits.cap, CAP_PRICE,
+        limits.moment_cap, *schedule.packed(pace), *(a.ctypes.data for a in arrays),
     )  # fmt: skip
     cost = float(helper.moe_assign(call))
     if cost < 0:

@@ -1,4 +1,4 @@
-"""Annealed assignments without replicas: the cost by its definition, optima of small layers, caps of halves."""
+"""Annealed assignments without replicas: the cost by its definition, optima of small layers, caps of moments."""
 
 from itertools import product
 
@@ -8,8 +8,10 @@ import pytest
 from moe.placement.deadline import NEVER
 from moe.placement.helper import load_helper
 from moe.placement.solve.assign import (
-    HALF_CAP,
-    HALVES,
+    CAP_PRICE,
+    MOMENT_CAP,
+    MOMENT_PRICE,
+    PIECE,
     Layer,
     Limits,
     anneal_assignment,
@@ -33,9 +35,11 @@ def cost(layer, ranks, options):
         total += len(touched)
         if options.node_weight:
             total += options.node_weight * len({options.nodes[g] for g in touched})
-    for load, cap, price in zip(layer.limits.loads.T, layer.limits.caps, layer.limits.prices):
-        for rank in range(int(max(ranks)) + 1):
-            total += price * max(0.0, float(load[np.asarray(ranks) == rank].sum()) - cap)
+    limits = layer.limits
+    for rank in range(int(max(ranks)) + 1):
+        held = np.flatnonzero(np.asarray(ranks) == rank)
+        total += CAP_PRICE * max(0.0, float(limits.load[held].sum()) - limits.cap)
+        total += max(0.0, float(limits.moments[np.ix_(held, held)].sum()) - limits.moment_cap)
     return total
 
 
@@ -43,7 +47,8 @@ def random_layer(rng, tokens, experts, ranks, *, pinned):
     ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :3].astype(np.int16)
     ids[rng.random(ids.shape) < 0.2] = -1
     pin = rng.integers(-1, ranks, tokens) if pinned else None
-    return Layer(ids, pin, Limits(rng.integers(0, 9, (experts, 3)) * 1.0, np.array([9.0, 5, 7]), np.array([0.7, 2, 1])))
+    counts = rng.integers(0, 3, (5, experts))
+    return Layer(ids, pin, Limits(counts.sum(axis=0) * 1.0, 14.0, counts.T @ counts * 0.7, 35.0))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 63, 65, 130])
@@ -80,28 +85,29 @@ def test_the_best_of_a_small_layer_is_found(seed):
     assert min(cost(layer, rows, options) for rows in found) == pytest.approx(best)
 
 
-def test_halves_are_of_the_tokens_and_their_caps_of_the_greedys_plan():
+def test_moments_are_of_pieces_and_their_cap_of_the_greedys_plan():
     rng = np.random.default_rng(0)
-    ids = rng.integers(-1, 9, (320, 2))
+    ids = rng.integers(-1, 9, (5 * PIECE, 2))
     greedy = np.arange(9) % 3
     limits = Limits.of(ids, greedy, 3, 1.1)
-    counts = np.stack([(ids == e).sum(axis=1) for e in range(9)])
-    assert limits.loads.shape == (9, 1 + HALVES)
-    np.testing.assert_array_equal(limits.loads[:, 0], counts.sum(axis=1))
-    pieces = counts.reshape(9, 16, 20).sum(axis=2)
-    for load, cap in zip(limits.loads.T[1:], limits.caps[1:]):
-        chosen = np.linalg.lstsq(pieces.astype(float), load, rcond=None)[0]
-        assert (pieces @ chosen) == pytest.approx(load)  # a sum of pieces
-        assert cap == pytest.approx(1.1 * HALF_CAP * max(load[greedy == g].sum() for g in range(3)))
-    assert limits.loads[:, 1:].sum(axis=0).mean() == pytest.approx(counts.sum() / 2, rel=0.05)
+    pieces = np.stack([(ids == e).reshape(5, -1).sum(axis=1) for e in range(9)])  # [E, 5]
+    np.testing.assert_array_equal(limits.load, pieces.sum(axis=1))
+    mean = pieces.sum(axis=0) / 3
+    moments = [MOMENT_PRICE * 3 * (pieces[greedy == g].sum(axis=0) ** 2 / mean).sum() for g in range(3)]
+    assert limits.moment_cap == pytest.approx(1.1 * MOMENT_CAP * max(moments))
+    assert limits.moments[np.ix_(greedy == 0, greedy == 0)].sum() == pytest.approx(moments[0])
+    assert limits.cap == pytest.approx(1.1 * max(limits.load[greedy == g].sum() for g in range(3)))
     few = Layer(ids, None, limits).sample(32, seed=1)
     share = (few.expert_ids >= 0).sum() / (ids >= 0).sum()
-    assert few.limits.caps == pytest.approx(limits.caps * share)
+    assert few.limits.cap == pytest.approx(limits.cap * share)
+    assert few.limits.moment_cap == pytest.approx(limits.moment_cap * share)
+    assert Limits.of(ids[:0], greedy, 3, 1.0).cap == 0
 
 
 def test_experts_that_are_hot_together_part():
-    """Two topics of two experts; over all tokens either pairing is even, within the halves only mixed ones are."""
-    ids = np.concatenate([np.tile([[0], [1]], (80, 1)), np.tile([[2], [3]], (80, 1))])
+    """Two topics of two experts; over all tokens either pairing is even, within pieces of them only mixed ones are."""
+    half = PIECE // 2
+    ids = np.concatenate([np.tile([[0], [1]], (half, 1)), np.tile([[2], [3]], (half, 1))])
     layer = Layer(ids, None, Limits.of(ids, np.array([0, 1, 0, 1]), 2, 1.0))
     found = search_assignment(layer, np.array([0, 0, 1, 1]), 2, rounds=5, seed=0, deadline=NEVER, options=CopyOptions())
     assert found[0] != found[1]
