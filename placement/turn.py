@@ -158,12 +158,13 @@ def take_turn(question: Question) -> Turn:
     half = len(window.ids) // 2
     older, newer = window.part(slice(0, half)), window.part(slice(half, None))
 
-    def plan_of(hosted: NDArray[np.bool_]) -> Plan:
+    def near(part: Window) -> Plan:
+        hosted = few_moves(part.layers(rates), present.hosted, most)
         return relabel(present, Plan.from_hosted(hosted, model=present.model, solver="few moves", sizes=present.sizes))
 
     before = predict(newer, present, machine)
-    trial = few_moves(older.layers(rates), present.hosted, most)
-    after = predict(newer, plan_of(trial), machine)
+    trial = near(older)
+    after = predict(newer, trial, machine)
 
     def stays(reason: str) -> Turn:
         return Turn(None, reason, before, after, time.process_time() - began)
@@ -173,7 +174,7 @@ def take_turn(question: Question) -> Turn:
     try:
         migration = plan_migration(
             present,
-            plan_of(few_moves(window.layers(rates), present.hosted, most, trial)),
+            near(window),
             machine.topology,
             expert_bytes=machine.sizes.expert_bytes,
             bytes_per_step=options.bytes_per_step,

@@ -117,19 +117,13 @@ class Found(NamedTuple):
         return self.gain / max(self.size, FREE)
 
 
-def few_moves(
-    windows: list[LayerWindow], hosted: NDArray[np.bool_], most: int, begin: NDArray[np.bool_] | None = None
-) -> NDArray[np.bool_]:
-    """Copies [L, E, G] of which at most `most` are new, at a cost on the windows that is no higher than of `begin`.
-
-    begin: where the search starts, of which at most `most` are new; None = hosted.
+def few_moves(windows: list[LayerWindow], hosted: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
+    """Copies [L, E, G] of which at most `most` are new, at a cost on the windows that is no higher.
 
     Best gain per new copy first, over all layers; a copy that has moved may move again, or back, for nothing. Costs
     O(C² N) per move for C copies and N tokens of a layer.
     """
-    begin = hosted if begin is None else begin
-    layers = [_Layer(*one) for one in zip(windows, hosted, begin, strict=True)]
-    most -= int((begin & ~hosted).sum())
+    layers = [_Layer(window, own) for window, own in zip(windows, hosted, strict=True)]
     queue: list[tuple[float, int, Found]] = []
 
     def offer(number: int) -> None:
@@ -189,10 +183,10 @@ def _to_the_norm(x: NDArray[Any]) -> Floats:
 
 
 class _Layer:
-    def __init__(self, window: LayerWindow, first: Hosted, begin: Hosted) -> None:
-        self.window, self.first = window, first
-        served = window.served(begin)
-        self.take(begin, served, window.cost(served, begin.shape[1]))
+    def __init__(self, window: LayerWindow, hosted: Hosted) -> None:
+        self.window, self.first = window, hosted
+        served = window.served(hosted)
+        self.take(hosted, served, window.cost(served, hosted.shape[1]))
 
     def take(self, hosted: Hosted, served: Ints, cost: Cost) -> None:
         self.hosted, self.served, self.now = hosted, served, cost

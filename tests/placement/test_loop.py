@@ -200,9 +200,17 @@ def test_unchanged_traffic_moves_nothing(seed):
 
 @pytest.mark.parametrize("present", [Plan.contiguous(LAYERS, EXPERTS, RANKS), replicated()], ids=["plain", "replicas"])
 def test_a_turn_moves_what_pays_within_its_budgets(present):
-    turn = take_turn(Question(present, routing(256, 0, seed=2), MACHINE, OPTIONS))
+    window, most = routing(256, 0, seed=2), int(0.25 * present.hosted.sum())
+    turn = take_turn(Question(present, window, MACHINE, OPTIONS))
     assert turn.migration is not None, turn.reason
-    assert 0 < turn.num_moved <= 0.25 * present.hosted.sum()
+    assert 0 < turn.num_moved <= most
+    whole, older = (
+        few_moves(part.layers(MACHINE.rates(TOP_K, LAYERS)), present.hosted, most)
+        for part in (window, window.part(slice(0, 128)))
+    )
+    loads = [window.imbalance(p, MACHINE.rates(TOP_K)) for p in (turn.migration.target, Plan.from_hosted(whole))]
+    assert loads[0] == loads[1], "the whole window decides what moves"
+    assert loads[0] < window.imbalance(Plan.from_hosted(older), MACHINE.rates(TOP_K))
     assert turn.after.imbalance < turn.before.imbalance - 0.1
     table = present.phy2log
     for state in turn.migration.states():
