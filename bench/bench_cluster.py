@@ -1,6 +1,6 @@
 """What Ray's control path costs: one batch file by two hosts of a cluster, and by two ranks as torchrun starts them.
 
-    python -m bench.bench_cluster [--rounds 12]
+    python -m bench.bench_cluster [--rounds 12] [--model FOLDER]
 
 Both compute with the same engine, dispatcher and slots; the ranks deal lines by number and write through rank 0, the
 hosts are dealt requests by the driver and tell it every token. Rounds alternate; whoever does not run is stopped (an
@@ -34,7 +34,7 @@ from moe.llm import LLM
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "tinymoe"
 SETTINGS = [
-    "dtype=float32", "threads=1", "offload.budget=1.0", "batch.kv_tokens=8192", "batch.max_sequences=8",
+    "threads=1", "offload.budget=1.0", "batch.kv_tokens=8192", "batch.max_sequences=8",
     "parallel.dispatcher=all_to_all", "cluster.cpus_per_host=0.5", "cluster.silence_s=100000",
 ]  # fmt: skip
 
@@ -53,9 +53,13 @@ def texts(path: Path) -> dict[str, str]:
     return {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
 
 
-def rank(source: Path) -> None:
+def config_for(model: Path) -> EngineConfig:
+    return EngineConfig.load(None, [*SETTINGS, *(["dtype=float32"] if model == DEMO else [])])
+
+
+def rank(model: Path, source: Path) -> None:
     """One rank: serves the file again for every name of an output file that comes in; prints when it is done."""
-    with process_groups(timeout_s=600) as groups, LLM(DEMO, EngineConfig.load(None, SETTINGS), groups=groups) as llm:
+    with process_groups(timeout_s=600) as groups, LLM(model, config_for(model), groups=groups) as llm:
         print("ready", flush=True)
         for name in sys.stdin:
             run_batch(llm, source, Path(name.strip()))
@@ -65,14 +69,15 @@ def rank(source: Path) -> None:
 class Ranks:
     """Two processes with the environment of torchrun."""
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, model: Path, source: Path) -> None:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         common |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
         self._store = store
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "bench.bench_cluster", "--rank", str(source)], cwd=ROOT, text=True,
+                [sys.executable, "-m", "bench.bench_cluster", "--rank", str(source), "--model", str(model)],
+                cwd=ROOT, text=True,
                 env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )
@@ -116,9 +121,10 @@ def main() -> None:
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--lines", type=int, default=96)
+    parser.add_argument("--model", type=Path, default=DEMO, help="a folder with a tokenizer")
     args = parser.parse_args()
     if args.rank is not None:
-        rank(args.rank)
+        rank(args.model, args.rank)
         return
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ |= {"RAY_worker_niceness": "0"}  # Ray starts actors at 15: whatever else runs would come first
@@ -128,10 +134,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "in.jsonl"
         write_lines(source, args.lines)
-        ranks = Ranks(source)
+        ranks = Ranks(args.model, source)
         ray.init(num_cpus=4, include_dashboard=False, _temp_dir=session, object_store_memory=100 << 20)
         try:
-            with LLM(DEMO, EngineConfig.load(None, SETTINGS), hosts=2) as llm:
+            with LLM(args.model, config_for(args.model), hosts=2) as llm:
                 rows = measure(llm, ranks, source, args.rounds)
         finally:
             ranks.close()
@@ -169,7 +175,8 @@ def measure(llm: Any, ranks: Ranks, source: Path, rounds: int) -> list[dict[str,
 
 def report(rows: list[dict[str, float]], args: argparse.Namespace) -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, torch {torch.__version__}")
-    print(f"command: python -m bench.bench_cluster --rounds {args.rounds} --lines {args.lines}\n")
+    model = "" if args.model == DEMO else " --model FOLDER"
+    print(f"command: python -m bench.bench_cluster --rounds {args.rounds} --lines {args.lines}{model}\n")
     print("| | two hosts of Ray | two ranks | hosts / ranks |\n|---|---|---|---|")
     for kind, suffix in (("seconds", ""), ("CPU seconds", " cpu")):
         hosts, ranks = [r[f"hosts{suffix}"] for r in rows], [r[f"ranks{suffix}"] for r in rows]

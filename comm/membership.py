@@ -7,6 +7,7 @@ controller, or torchrun's); whatever holds a group is made from one generation a
     leave_groups(groups, wait=False)
     groups = join_groups(store, Generation(2, ("a", "b")), rank=0)        # model, slots, KV and requests are as before
 
+On the CPU the ranks of a node run on cores of their own from `join_groups` to `leave_groups` (moe/comm/cores.py).
 Ranks that meet can be called off by ending the server of their store: all raise MissingPeers at once.
 
 `start_groups` is the one generation of a torchrun job. A process belongs to one generation at a time (torch's default
@@ -30,6 +31,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from moe.comm import cores
 from moe.comm.defaults import EAGER_BYTES
 from moe.comm.errors import CommError, MissingPeers, Task, first_line
 from moe.comm.groups import Groups, ranks_by_node
@@ -104,7 +106,7 @@ def join_groups(
     own = PrefixStore(f"moe_generation_{number}", store)
     started = time.monotonic()
     try:
-        _meet(own, number, rank, world_size, meet_s)
+        allowed = _meet(own, number, rank, world_size, meet_s)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=own,
@@ -114,7 +116,7 @@ def join_groups(
             device_id=device if device.type == "cuda" else None,
         )
         name = own.compare_set("name", "", secrets.token_hex(8)).decode()  # the first rank's
-        return _groups_of(nodes, rank, Start(number, name, connect_s, timeout_s, own), device, eager_bytes)
+        groups = _groups_of(nodes, rank, Start(number, name, connect_s, timeout_s, own), device, eager_bytes)
     except MissingPeers:
         raise
     except RuntimeError as error:
@@ -125,6 +127,9 @@ def join_groups(
             f"({time.monotonic() - started:.1f} s; {first_line(error)})",
             generation=number,
         ) from error
+    if device.type == "cpu":
+        cores.run_on(cores.share_of([allowed[r] for r in groups.local_ranks], groups.local_rank))
+    return groups
 
 
 def leave_groups(groups: Groups, *, wait: bool = True) -> None:
@@ -132,6 +137,7 @@ def leave_groups(groups: Groups, *, wait: bool = True) -> None:
     after an error."""
     if groups.world is None or not dist.is_initialized():
         return
+    cores.run_on(cores.allowed_cores())
     try:
         if wait:
             with in_collective(groups, Task("the end of the run")):
@@ -246,9 +252,10 @@ def _check(rank: int, world_size: int, timeout_s: float, eager_bytes: int) -> No
         raise ValueError(f"eager_bytes ({eager_bytes}) must be 0 or >= {least}, the counts of {world_size} ranks")
 
 
-def _meet(store: Store, number: int, rank: int, world_size: int, meet_s: float) -> None:
-    """Each rank says that it is here, before anything that only torch's own time-out could end."""
-    store.set(f"here_{rank}", "1")
+def _meet(store: Store, number: int, rank: int, world_size: int, meet_s: float) -> list[cores.Cores]:
+    """Each rank says that it is here, before anything that only torch's own time-out could end. Returns the cores that
+    each may run on."""
+    store.set(f"here_{rank}", cores.to_text(cores.allowed_cores()))
     keys = [f"here_{r}" for r in range(world_size)]
     try:
         store.wait(keys, timedelta(seconds=meet_s))
@@ -259,6 +266,7 @@ def _meet(store: Store, number: int, rank: int, world_size: int, meet_s: float) 
             generation=number,
             peers=missing,
         ) from error
+    return [cores.from_text(store.get(key).decode()) for key in keys]
 
 
 class Start(NamedTuple):

@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moe.engine.text import TextStream
+from moe.engine.text import TextStream, decoder_of
 from moe.models.load import load_tokenizer
 from moe.params import SamplingParams
 from tests.moe.moe_cases import TINYMOE
@@ -116,6 +116,26 @@ def test_half_a_character_is_held_back_and_shown_at_the_end():
     assert text.delta(False) == "a"
     text.finish()
     assert text.delta(True) == tokenizer.decode(ids_of("byte fallback", "a你")[:-1])[1:] != ""
+
+
+def word_pieces(kind, cleans_up):
+    vocabulary = {token: n for n, token in enumerate(["[UNK]", "hello", "world", ",", "##s"])}
+    pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece(cleanup=False)
+    return kind(tokenizer_object=pieces, clean_up_tokenization_spaces=cleans_up)
+
+
+class Shouting(PreTrainedTokenizerFast):
+    def _decode(self, *arguments, **options):
+        return super()._decode(*arguments, **options).upper()
+
+
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, Shouting])
+@pytest.mark.parametrize("cleans_up", [False, True])
+def test_what_a_tokenizer_does_of_its_own_is_not_passed_by(kind, cleans_up):
+    tokenizer, ids = word_pieces(kind, cleans_up), [1, 3, 2, 4]
+    assert decoder_of(tokenizer, True)(ids) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert tokenizer.decode(ids).casefold() == ("hello, worlds" if cleans_up else "hello , worlds")
 
 
 def test_without_tokenizer_there_is_no_text():
