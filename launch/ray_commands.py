@@ -4,12 +4,15 @@ import argparse
 import dataclasses
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from moe.config import ClusterConfig
 from moe.launch.console import err, out
+
+if TYPE_CHECKING:
+    from moe.cluster.resident import Controllers
 
 _LOOK_S = 0.5
 _ANSWER_S = 2 * ClusterConfig().answer_s  # for the controller to answer; what it waits for itself has half of it
@@ -21,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
 def show_status(args: argparse.Namespace) -> int:
     """Hosts, generation, plan and load; args.json: as one document."""
-    status, _ = _answer(_controller(args).status.remote())
+    controllers = _controllers(args)
+    status, _ = controllers.answer(controllers.find().status.remote(), _ANSWER_S)
     if args.json:
         plan = status.plan and {"solver": status.plan.solver, "hosted": status.plan.hosted.astype(int).tolist()}
         print(json.dumps(dataclasses.asdict(dataclasses.replace(status, plan=None)) | {"plan": plan}, default=str))
@@ -71,12 +75,13 @@ def scale(args: argparse.Namespace) -> int:
     Raises ValueError when Ray has no room for them after `cluster.room_s`, or one did not load and may not be replaced:
     then those that were there serve on.
     """
-    controller = _controller(args)
-    before, _ = _answer(controller.status.remote())
+    controllers = _controllers(args)
+    controller, answer = controllers.find(), controllers.answer
+    before, _ = answer(controller.status.remote(), _ANSWER_S)
     asked = max((note.at for note in before.noted), default=0.0)  # by the controller's clock
-    _answer(controller.scale.remote(args.num_hosts))
+    answer(controller.scale.remote(args.num_hosts), _ANSWER_S)
     while not args.no_wait:
-        status, _ = _answer(controller.status.remote())
+        status, _ = answer(controller.status.remote(), _ANSWER_S)
         if status.target != args.num_hosts:
             notes = [note.what for note in status.noted if note.at > asked]
             whys = [what for what in notes if "no room" in what or "did not load" in what]
@@ -90,36 +95,16 @@ def scale(args: argparse.Namespace) -> int:
 
 
 def stop(args: argparse.Namespace) -> int:
-    from moe.cluster.resident import stop_resident
-
-    _controller(args)
-    stop_resident(args.controller, _ANSWER_S)
+    controllers = _controllers(args)
+    controllers.find()
+    controllers.stop(_ANSWER_S)
     return 0
 
 
-def _controller(args: argparse.Namespace) -> Any:
-    """Raises ValueError if no cluster answers, or none of this name runs there."""
+def _controllers(args: argparse.Namespace) -> "Controllers":
+    """Raises ValueError if no cluster answers."""
     try:
-        from moe.cluster.controller import connect_ray
-        from moe.cluster.resident import find_resident
+        from moe.cluster.resident import Controllers
     except ImportError as error:
         raise ValueError(f"this needs Ray, which is not installed ({error}); pip install 'moeflow[ray]'") from None
-    connect_ray(args.address or "auto")
-    return find_resident(args.controller)
-
-
-def _answer(reference: Any) -> Any:
-    """What the controller answers. Raises ValueError with its sentence, and if it has ended or does not answer."""
-    import ray
-
-    try:
-        return ray.get(reference, timeout=_ANSWER_S)
-    except ray.exceptions.RayTaskError as error:
-        raise ValueError(str(error.cause)) from None
-    except ray.exceptions.GetTimeoutError:
-        raise ValueError(
-            f"the controller did not answer within {_ANSWER_S:g} s: it may be stopped; `moe ray stop` ends it, "
-            "and its server starts another"
-        ) from None
-    except ray.exceptions.RayActorError:
-        raise ValueError("the controller has ended") from None
+    return Controllers(args.controller, args.address or "auto")

@@ -387,8 +387,9 @@ def _on_hosts(
     try:
         from moe.cluster.controller import ClusterEngine  # Ray is an optional extra
         from moe.cluster.remote import RemoteEngine
+        from moe.cluster.resident import Controllers
     except ImportError as error:
         raise ValueError(f"hosts need Ray, which is not installed ({error}); pip install 'moeflow[ray]'") from None
     if controller is not None:
-        return cast(Engine, RemoteEngine(model, config, hosts, controller, address=address))
+        return cast(Engine, RemoteEngine(model, config, hosts, Controllers(controller, address)))
     return cast(Engine, ClusterEngine(model, config, hosts, address=address))

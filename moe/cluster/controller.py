@@ -4,6 +4,7 @@ It owns every request with its tokens so far; hosts are told what to serve and s
 """
 
 import logging
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import ray
 from moe.cluster.crew import Crew
 from moe.cluster.fleet import Fleet
 from moe.cluster.front import Front
-from moe.cluster.policy import ClusterError, State
+from moe.cluster.policy import ClusterError, State, first_sentence
 from moe.cluster.shown import status_of
 from moe.cluster.stats import ClusterStatus, Noted
 from moe.config import EngineConfig
@@ -21,7 +22,7 @@ from moe.engine.requests import Request
 from moe.engine.stats import State as EngineState
 from moe.placement.plan import Plan
 
-_REACH_S = 10.0
+_REACH_S = 5.0
 
 
 class ClusterEngine(Front):
@@ -119,12 +120,12 @@ def connect_ray(address: str | None) -> bool:
     """Whether this call did it. Raises ValueError if there is no cluster at `address`."""
     if ray.is_initialized():
         return False
-    host, colon, port = (address or "").rpartition(":")
+    where = os.environ.get("RAY_ADDRESS", "") if address in (None, "auto") else address or ""
+    host, _, port = where.removeprefix("ray://").rpartition(":")
     try:
-        if colon and port.isdigit() and "/" not in host:  # Ray itself asks for minutes
-            socket.create_connection((host, int(port)), timeout=_REACH_S).close()
+        if port.isdigit() and "/" not in host:  # Ray itself asks for a minute
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except OSError as error:
-        where = "this machine" if address in (None, "auto") else address
-        raise ValueError(f"no Ray cluster answers at {where}: {error}") from None
+    except (OSError, OverflowError, UnicodeError, RuntimeError) as error:
+        raise ValueError(f"no Ray cluster answers at {where or 'this machine'}: {first_sentence(error)}") from None
     return True

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import ray
 
-from moe.cluster.controller import ClusterEngine
+from moe.cluster.controller import ClusterEngine, connect_ray
 from moe.cluster.desk import Desk
 from moe.cluster.fleet import give_back_groups
 from moe.cluster.messages import Dealt, Said
-from moe.cluster.policy import ClusterError, FailurePolicy
+from moe.cluster.policy import ClusterError, FailurePolicy, first_sentence
 from moe.cluster.stats import ClusterStats, ClusterStatus
 from moe.config import BatchConfig, EngineConfig
 from moe.engine.limits import Limits
@@ -32,11 +32,13 @@ _IDLE_S = 0.1  # between two looks at the hosts while nobody asks for anything
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What a session must know. batch: of all hosts together."""
+    """What a session must know. batch: of all hosts together; status, counts: as they are."""
 
     limits: Limits
     notes: tuple[str, ...]
     batch: BatchConfig
+    status: ClusterStatus
+    counts: ClusterStats
 
 
 class Collected(NamedTuple):
@@ -84,7 +86,7 @@ class Resident:
         limits = self._arguments[1].cluster  # the caller gives up sooner, and leaves this controller as it is
         self._order(lambda: self._take_over(session), FailurePolicy(limits).controller_starts_s() + limits.answer_s)
         engine = self.engine
-        return Attached(engine.limits, tuple(engine.notes), engine.config.batch)
+        return Attached(engine.limits, tuple(engine.notes), engine.config.batch, *self.status())
 
     def submit(self, session: str, requests: list[Dealt]) -> None:
         self._desk_of(session).submit(requests)
@@ -163,52 +165,85 @@ class Resident:
         self.desk, self.session, self._told = Desk(), session, None
 
 
-def find_resident(name: str) -> Any:
-    """The actor. Raises ValueError if this cluster has none of this name."""
-    if (actor := _resident(name)) is None:
-        raise ValueError(
-            f"no controller {name!r} runs in this Ray cluster; `moe serve MODEL --hosts N` starts one, and a batch "
-            "file has its own in its driver"
-        )
-    return actor
+class ControllerEnded(ClusterError):
+    """Its process, or its node, is gone."""
 
 
-def _resident(name: str) -> Any | None:
-    try:
-        return ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError:
-        return None
+class ControllerSilent(ClusterError):
+    """It did not answer in time: stopped, or out of reach."""
 
 
-def start_resident(name: str, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None = None) -> Any:
-    """The actor of this name, started if it is not there; `attach` waits until its hosts have loaded."""
-    methods = {m: ray.method(concurrency_group="control")(getattr(Resident, m)) for m in CONTROL}
-    options: dict[str, Any] = {"concurrency_groups": {"control": 8}, "max_restarts": 0, "max_task_retries": 0}
-    actor: Any = ray.remote(**options)(type("Controller", (Resident,), methods))
-    named = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0}
-    return actor.options(**named).remote(name, folder, config, num_hosts, begin)
+class Controllers:
+    """All that a service's end and `moe ray` ask of Ray: the detached controller `name` of the cluster at `address`.
 
+    address: None = the cluster that this process is in, or a new local one, which ends with this process. Raises
+    ValueError if there is none.
+    """
 
-def answer_of(name: str, reference: Any, seconds: float) -> Any:
-    """What the controller `name` answers. Raises ClusterError if it does not within `seconds`, and Ray's own errors."""
-    try:
-        return ray.get(reference, timeout=seconds)
-    except ray.exceptions.GetTimeoutError:
-        raise ClusterError(
-            f"the controller {name!r} did not answer within {seconds:g} s: its process may be stopped, or its node out "
-            "of reach; `moe ray stop` ends it, and a server that is started again begins with another"
-        ) from None
+    def __init__(self, name: str, address: str | None = None) -> None:
+        self.name = name
+        self._starts_ray = connect_ray(address)
 
+    def find(self) -> Any:
+        """The actor. Raises ValueError if this cluster has none of this name."""
+        if (actor := self._actor()) is None:
+            raise ValueError(
+                f"no controller {self.name!r} runs in this Ray cluster; `moe serve MODEL --hosts N` starts one, and a "
+                "batch file has its own in its driver"
+            )
+        return actor
 
-def stop_resident(name: str, limit_s: float) -> None:
-    """Ends it and its hosts; another of this name may be started then. Raises ValueError if there is none, ClusterError
-    if Ray has it still after `limit_s`."""
-    actor = find_resident(name)
-    deadline = time.monotonic() + limit_s
-    while actor is not None:
-        ray.kill(actor)
-        if time.monotonic() > deadline:
-            raise ClusterError(f"Ray has not ended the controller {name!r} after {limit_s:g} s; see `ray status`")
-        time.sleep(_LOOK_S)
-        actor = _resident(name)
-    give_back_groups(name)
+    def start(self, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None = None) -> Any:
+        """The actor, started if it is not there; `attach` waits until its hosts have loaded."""
+        methods = {m: ray.method(concurrency_group="control")(getattr(Resident, m)) for m in CONTROL}
+        options: dict[str, Any] = {"concurrency_groups": {"control": 8}, "max_restarts": 0, "max_task_retries": 0}
+        actor: Any = ray.remote(**options)(type("Controller", (Resident,), methods))
+        named = {"name": self.name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        return actor.options(**named, num_cpus=0).remote(self.name, folder, config, num_hosts, begin)
+
+    def has_come(self, reference: Any, wait_s: float) -> bool:
+        """Whether its answer is there, within `wait_s`."""
+        done, _ = ray.wait([reference], timeout=wait_s)
+        return bool(done)
+
+    def answer(self, reference: Any, limit_s: float) -> Any:
+        """What it answers. Raises what it raised, ControllerSilent after `limit_s`, and ControllerEnded."""
+        try:
+            return ray.get(reference, timeout=limit_s)
+        except ray.exceptions.GetTimeoutError:
+            raise ControllerSilent(
+                f"the controller {self.name!r} did not answer within {limit_s:g} s: its process may be stopped, or its "
+                "node out of reach; `moe ray stop` ends it, and a server that is started again begins with another"
+            ) from None
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            is_told = isinstance(cause, (ValueError, OSError, ClusterError))
+            raise cause if is_told else ClusterError(first_sentence(error)) from None
+        except ray.exceptions.RayActorError as error:
+            raise ControllerEnded(f"the controller {self.name!r} ended: {first_sentence(error)}") from None
+
+    def stop(self, limit_s: float) -> None:
+        """Ends it, if it is there, and its hosts; another of this name may be started then. Raises ClusterError if Ray
+        has it still after `limit_s`."""
+        if not ray.is_initialized():  # Ray would start a cluster to look for it
+            return
+        deadline = time.monotonic() + limit_s
+        while (actor := self._actor()) is not None:
+            ray.kill(actor)
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"Ray has not ended the controller {self.name!r} after {limit_s:g} s; see `ray status`"
+                )
+            time.sleep(_LOOK_S)
+        give_back_groups(self.name)
+
+    def close(self) -> None:
+        """Ends Ray where it was started here."""
+        if self._starts_ray and ray.is_initialized():
+            ray.shutdown()
+
+    def _actor(self) -> Any | None:
+        try:
+            return ray.get_actor(self.name, namespace=NAMESPACE)
+        except ValueError:
+            return None

@@ -40,6 +40,7 @@ ray = pytest.importorskip("ray")
 from moe.cluster.controller import ClusterEngine  # noqa: E402
 from moe.cluster.policy import ClusterError  # noqa: E402
 from moe.cluster.remote import RemoteEngine  # noqa: E402
+from moe.cluster.resident import Controllers  # noqa: E402
 
 pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore")]  # Ray warns about its own code
 NUM_REQUESTS = 15
@@ -371,9 +372,9 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
             main(["ray", "scale", "0", "--controller", "test"])
         copy = shutil.copytree(DEMO, tmp_path / "other")
         with pytest.raises(ValueError, match=r"the controller 'test' serves .*tinymoe, not .*other"):
-            RemoteEngine(copy, engine_config(args), 2, "test")
+            RemoteEngine(copy, engine_config(args), 2, Controllers("test"))
         # A server that was lost without a word leaves its controller; the next one takes it over.
-        other = RemoteEngine(DEMO, engine_config(args), 2, "test")
+        other = RemoteEngine(DEMO, engine_config(args), 2, Controllers("test"))
         request = other.add_request(PROMPTS[0], PARAMS[0])
         until(other, lambda: request.finish_reason is not None)
         with pytest.raises(openai.InternalServerError, match="another server has taken"):
@@ -383,7 +384,7 @@ def test_a_service_on_hosts(nodes, tmp_path, capsys):
     other.close()
     assert main(["ray", "status", "--controller", "test"]) == 2
     with pytest.raises(ValueError, match="Ray has no room"):
-        RemoteEngine(DEMO, config_of("cluster.cpus_per_host=50", "cluster.room_s=2"), 2, "test")
+        RemoteEngine(DEMO, config_of("cluster.cpus_per_host=50", "cluster.room_s=2"), 2, Controllers("test"))
     assert main(["ray", "stop", "--controller", "test"]) == 2
 
 
