@@ -207,7 +207,7 @@ class Exchange:
     def wait(self) -> Tensor:
         if self.work is not None:
             try:
-                self.work.wait()
+                self.work.wait()  # no limit: the group has one
             except RuntimeError as error:
                 raise self.wire.failed(self.what, self.started, error) from error
             self.work = None

@@ -146,7 +146,7 @@ def memory_bytes_per_s(slab: Tensor, threads: int) -> float:
     start = threading.Barrier(threads)
 
     def seconds(part: Tensor) -> float:
-        start.wait()
+        start.wait(60)
         return usual_seconds(lambda _: part @ vector, 1, 5)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -175,7 +175,7 @@ def computing(slab: Tensor) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join()
+        thread.join()  # no limit: after one product
 
 
 def expert_rates(

@@ -32,7 +32,7 @@ def measure_exchange(ranks: int) -> Exchange:
         for layers, hidden in product((2, 10), (NARROW, WIDE)):
             write_toy(_toy(folder, layers, hidden), layers, hidden)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        done = subprocess.run(
+        done = subprocess.run(  # no limit: its ranks have one for each other
             [*command, "-m", "moe.launch.measure_ranks", folder],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,

@@ -46,7 +46,7 @@ def recording(path: Path | None, state: Callable[[], dict[str, Any]], seconds: f
             yield
         finally:
             done.set()
-            thread.join()
+            thread.join()  # no limit: after one look at the state, which has one
             write()
 
 

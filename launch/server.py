@@ -218,7 +218,7 @@ async def _whole(call: _Call, request: Request, seconds: float) -> Response:
             if gone.done():
                 return Response(status_code=499)
             return _refused(504, f"the answer was not complete after {seconds:g} s", "timeout_error")
-        ends = collected.result()
+        ends = await collected
     finally:
         gone.cancel()
         collected.cancel()
@@ -241,7 +241,7 @@ async def _collected(call: _Call) -> list[Delta]:
     """The ends of all samples in order, or as many as there were when one failed."""
     ends: dict[int, Delta] = {}
     while len(ends) < call.ticket.num_samples:
-        delta = await call.deltas.get()
+        delta = await call.deltas.get()  # no limit: who collects has one
         if delta.completion is not None:
             ends[delta.sample] = delta
             if delta.completion.error is not None:

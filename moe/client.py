@@ -119,9 +119,9 @@ class Client:
                             break
                     if not open_ones:
                         return failed
-                    ended, open_ones = wait(open_ones, return_when=FIRST_COMPLETED)
+                    ended, open_ones = wait(open_ones, return_when=FIRST_COMPLETED)  # no limit: each call has one
                     for future in ended:
-                        entry = future.result()
+                        entry = future.result(0)
                         file.write(json.dumps(entry).encode() + b"\n")
                         finished, failed = finished + 1, failed + (entry["error"] is not None)
                         if on_progress is not None:
@@ -201,7 +201,7 @@ class AsyncClient:
                 yield piece
         finally:
             if coming is not None and not coming.done():  # cancelled: what runs in a thread cannot be closed yet
-                await asyncio.wait({coming})
+                await asyncio.wait({coming})  # no limit: the call has one
                 coming.exception()
             await asyncio.to_thread(pieces.close)  # type: ignore[attr-defined]
 

@@ -3,6 +3,7 @@
 submit ─▶ queue ─▶ the thread: add samples as there is room, step, hand out ─▶ deliver(delta), in that thread
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +18,10 @@ from moe.llm import LLM, Event, Generation
 from moe.openai import PromptLogprobs
 from moe.outputs import Completion
 from moe.params import Logprob, SamplingParams
+
+log = logging.getLogger(__name__)
+
+_STEP_S = 60.0  # for the last step: hosts may be in the middle of a recovery
 
 
 class Delta(NamedTuple):
@@ -105,15 +110,19 @@ class Service:
         """Drops what is not finished; nothing more is delivered. No effect on a finished request."""
         self._commands.put(lambda: self._cancel(ticket))
 
-    def close(self, seconds: float = 0.0) -> None:
-        """Takes nothing in any more, lets what is open end for up to so many seconds, then drops it."""
+    def close(self, seconds: float = 0.0, step_s: float = _STEP_S) -> None:
+        """Takes nothing in any more, lets what is open end for up to so many seconds, then drops it. A step that has
+        not ended `step_s` later (a disk, or hosts that do not answer) is left behind, and the model cannot be closed.
+        """
         with self._counting:
             self._is_closing = True
         deadline = time.monotonic() + seconds
         while self.stats.open and self.why_ill is None and time.monotonic() < deadline:
             time.sleep(0.02)
         self._commands.put(self._stop)
-        self._thread.join()
+        self._thread.join(step_s)
+        if self._thread.is_alive():
+            log.warning("the step that was begun has not ended after %g s; it is left behind", step_s)
 
     def _stop(self) -> None:
         raise SystemExit
@@ -138,7 +147,7 @@ class Service:
 
     def _obey(self, wait: bool) -> None:
         try:
-            self._commands.get(block=wait)()
+            self._commands.get(block=wait)()  # no limit: nothing is open, and `close` wakes it
             while True:
                 self._commands.get_nowait()()
         except Empty:

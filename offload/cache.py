@@ -308,7 +308,7 @@ class ExpertCache:
             batch.is_cancelled = True
             while batch.num_reading:  # the consumer stopped early: wait for what is being read right now
                 batch.num_reading -= 1
-                self._enter(batch.done.get())
+                self._enter(batch.next_arrival())
 
     def _hold(self, slots: Ids) -> None:
         self.map.hold(slots)
@@ -368,7 +368,7 @@ class ExpertCache:
         entered: list[Job] = []
         start = time.perf_counter()
         while batch.num_reading and (not entered or not batch.done.empty()):
-            arrival = batch.done.get()
+            arrival = batch.next_arrival()
             job = arrival.job
             batch.num_reading -= 1
             self._enter(arrival)

@@ -21,7 +21,7 @@ class LaneEvent:
         self._come = threading.Event()
 
     def synchronize(self) -> None:
-        self._come.wait()
+        self._come.wait()  # no limit: as of a device's
 
     def come(self) -> None:
         self._come.set()
@@ -42,10 +42,10 @@ class _Lane:
 
     def close(self) -> None:
         self._work.put(None)
-        self._thread.join()
+        self._thread.join()  # no limit: as of a device's
 
     def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
+        while (work := self._work.get()) is not None:  # no limit: `close` ends it
             time.sleep(self._random.random() * self._most)
             work()
 

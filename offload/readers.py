@@ -1,11 +1,17 @@
 """The threads that read experts into slots, and what they do first: misses, then speculation, by when it is due."""
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+_SAY_S = 30.0  # between two words of a read that does not end
+_CLOSE_S = 10.0  # for reads to end when the threads do
 
 
 class Batch:
@@ -15,6 +21,16 @@ class Batch:
         self.done: SimpleQueue[Arrival] = SimpleQueue()
         self.num_reading = 0
         self.is_cancelled = False
+
+    def next_arrival(self) -> "Arrival":
+        """Waits for it, and says so where that takes long: nobody can end a read that the system does not."""
+        waited = 0.0
+        while True:
+            try:
+                return self.done.get(timeout=_SAY_S)
+            except Empty:
+                waited += _SAY_S
+                log.warning("waits for experts since %g s: the disk, or its file system, does not answer", waited)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,13 +126,16 @@ class Readers:
         return not job.is_cancelled
 
     def close(self) -> None:
-        """Ends the threads once all misses are read; speculation that has not begun is dropped."""
+        """Ends the threads once all misses are read; speculation that has not begun is dropped, and so is a thread
+        whose read does not end."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         if self._has_started:
             for thread in self.threads:
-                thread.join()
+                thread.join(_CLOSE_S)
+                if thread.is_alive():
+                    log.warning("a read has not ended after %g s, and is left behind", _CLOSE_S)
 
     def _start(self) -> None:
         if not self._has_started:
@@ -135,7 +154,7 @@ class Readers:
                     job = self._ahead.popleft()
                     self._reading_ahead.add(job)
                     return job
-                self._changed.wait()
+                self._changed.wait()  # no limit: until there is a job, or `close`
 
     def _serve(self) -> None:
         while (job := self._next()) is not None:

@@ -6,9 +6,11 @@ alone does all of it, one that dies in the middle leaves an unlocked part for th
 finds everything read.
 """
 
+import errno
 import fcntl
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,17 +22,21 @@ from moe.offload.stores import ExpertStore, RamStore
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "moe-experts-"
 _NUM_PARTS = 64
+_PART_S = 1800.0  # for another process to read one of them
 
 
 class SharedStore(RamStore):
     """A `RamStore` whose blobs all processes that give the same `name` map once per node.
 
     The name stays until the last of them closes, or until `forget_name`. Files whose processes have all been killed
-    are removed by whoever makes the next one. Raises OSError, naming the file, if memory does not suffice.
+    are removed by whoever makes the next one. part_s: for another process to read a part that it has begun. Raises
+    OSError, naming the file, if memory does not suffice, or that process does not go on.
     """
 
-    def __init__(self, source: ExpertStore, name: str, folder: Path = SHARED_MEMORY) -> None:
-        self.path = folder / f"{_PREFIX}{name}"
+    def __init__(
+        self, source: ExpertStore, name: str, folder: Path = SHARED_MEMORY, *, part_s: float = _PART_S
+    ) -> None:
+        self.path, self._part_s = folder / f"{_PREFIX}{name}", part_s
         sizes = [count * layout.nbytes for count, layout in zip(source.num_experts, source.layouts)]
         _remove_abandoned(folder, keep=self.path)
         self._file: int | None = _open_in_use(self.path)
@@ -65,7 +71,7 @@ class SharedStore(RamStore):
 
     def _read_part(self, source: ExpertStore, part: int, places: Iterable[tuple[int, int, Tensor]]) -> None:
         assert self._file is not None
-        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, part)  # ends with the process, however that ends
+        self._lock(self._file, part)
         try:
             if not self._marks[part]:  # nobody read it while this process waited
                 for layer, expert, blob in places:
@@ -73,6 +79,21 @@ class SharedStore(RamStore):
                 self._marks[part] = 1
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, part)
+
+    def _lock(self, file: int, part: int) -> None:
+        deadline = time.monotonic() + self._part_s
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)  # ends with the process, however that ends
+                return
+            except (BlockingIOError, PermissionError):  # another has it
+                if time.monotonic() > deadline:
+                    message = (
+                        f"another process has not read its part of the host copy of all experts in {self._part_s:g} s: "
+                        "it may be stopped; end it, or leave offload.store=ram out"
+                    )
+                    raise OSError(errno.ETIMEDOUT, message, str(self.path)) from None
+            time.sleep(0.01)
 
 
 def _map(file: int, nbytes: int, path: Path) -> mmap.mmap:
@@ -88,7 +109,7 @@ def _open_in_use(path: Path) -> int:
     """The file, made if it is missing, with a mark that a process uses it."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(file, fcntl.LOCK_SH)
+        fcntl.flock(file, fcntl.LOCK_SH)  # no limit: another has it alone just while it removes the file
         if _is_at(file, path):
             return file
         os.close(file)  # another process removed it in between, as its last user

@@ -63,7 +63,7 @@ class Speculation:
 
     def collect_one(self) -> Job:
         """Waits for a read and takes it into the map."""
-        arrival = self.batch.done.get()
+        arrival = self.batch.next_arrival()
         if arrival.job in self.cancelled:
             self.cancelled.remove(arrival.job)
         else:

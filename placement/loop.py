@@ -80,14 +80,14 @@ class SolverProcess:
             return None
         answer, self._answer = self._answer, None
         try:
-            return answer.result()
+            return answer.result(0)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise RuntimeError(f"the process that solves placements has ended ({error!r})") from error
 
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.wait()  # no limit: it was killed
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self._process is not None and self._process.stdin and self._process.stdout:
             self._process.stdout.close()

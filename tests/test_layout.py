@@ -154,3 +154,47 @@ def test_no_two_files_of_tests_have_one_name():
     """pytest imports them by their base names: with two alike no run of both begins."""
     names = [path.name for path in (ROOT / "tests").glob("**/test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+WAITS = {"wait": 1, "join": 1, "acquire": 1, "result": 1, "get": 1, "wait_for": 2}  # arguments of a call with a limit
+ENDLESS = {"accept", "readline", "communicate", "recv"}  # what limits them is set elsewhere
+PROCESSES = {"run", "call", "check_call", "check_output"}
+OWN = {"comm/wire.py", "comm/gather.py", "moe/engine/coherent.py", "moe/layer/lookahead.py"}  # `Exchange.wait`
+
+
+def is_endless(call: ast.Call) -> bool:
+    """Whether nothing in the call says how long it may wait."""
+    if any((keyword.arg or "").startswith(("timeout", "blocking")) for keyword in call.keywords):
+        return False
+    if isinstance(call.func, ast.Name):
+        return call.func.id in ("wait", "as_completed")
+    if not isinstance(call.func, ast.Attribute):
+        return False
+    owner, name = ast.unparse(call.func.value), call.func.attr
+    if owner == "subprocess":
+        return name in PROCESSES
+    if owner == "ray":
+        return name in ("get", "wait")
+    if owner == "asyncio":
+        return name in ("wait", "as_completed")
+    if owner == "fcntl":
+        return "LOCK_NB" not in ast.unparse(call) and "LOCK_UN" not in ast.unparse(call)
+    if isinstance(call.func.value, (ast.Constant, ast.JoinedStr)):  # "".join
+        return False
+    return (name in WAITS and len(call.args) < WAITS[name]) or (name in ENDLESS and len(call.args) < 2)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_wait_has_a_limit_or_a_reason(folder):
+    """A process that is stopped, a disk or a peer out of reach answers never. The reason stands in the line."""
+    found = []
+    for path in sources(folder):
+        text, name = path.read_text(), str(path.relative_to(ROOT))
+        tree, lines = ast.parse(text), text.splitlines()
+        limited = [n.args[0] for n in ast.walk(tree) if isinstance(n, ast.Call) and n.args[1:]
+                   and ast.unparse(n.func) == "asyncio.wait_for"]  # fmt: skip
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and n not in limited and is_endless(n)):
+            is_own = name in OWN and ast.unparse(call.func).endswith(".wait")
+            if not is_own and not any("# no limit: " in line for line in lines[call.lineno - 1 : call.end_lineno]):
+                found.append(f"{name}:{call.lineno}: {ast.unparse(call)}")
+    assert not found, found

@@ -128,4 +128,4 @@ def _spills_in_loops(code: list[str], loops: list[tuple[int, int]], matrix: re.P
 
 
 def _tool(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout

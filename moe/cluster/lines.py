@@ -132,9 +132,12 @@ class Lines:
     def _accept(self) -> None:
         while True:
             try:
-                connection, _ = self._server.accept()
+                connection, _ = self._server.accept()  # no limit: `close` ends it
             except OSError:
-                return  # closed
+                if not self._is_open:
+                    return
+                time.sleep(BEAT_S)  # no descriptor is free at the moment, say: hosts wait, and call again
+                continue
             with self._changed:
                 self._open.add(connection)
             threading.Thread(target=self._listen, args=(connection,), name="moe-line", daemon=True).start()
@@ -144,15 +147,15 @@ class Lines:
         try:
             connection.settimeout(_CALL_S)
             with connection.makefile("rb") as words:
-                hello = words.readline(256).decode(errors="replace").split()
+                hello = words.readline(256).decode(errors="replace").split()  # no limit: the connection has one
                 if len(hello) != 2 or not hmac.compare_digest(hello[0], self._word) or not hello[1].isdigit():
                     return
-                connection.settimeout(None)  # who is silent is the policy's affair
+                connection.settimeout(None)
                 host = int(hello[1])
                 now = self.now()
                 with self._changed:
                     self._lines[host] = Line(connection, now, now)
-                while beat := words.readline():
+                while beat := words.readline():  # no limit: who is silent is the policy's affair
                     self._note(host, Beat.from_line(beat))
         except (OSError, ValueError):
             return  # the line broke: the same as its end

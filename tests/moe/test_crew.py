@@ -4,13 +4,11 @@ Lines, ledger, policy and plans are the real ones; `Hosts` stands for Ray, its h
 time passes only when the crew looks at them.
 """
 
-import ast
 import re
 import socket
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +26,6 @@ from moe.engine.requests import Request
 from moe.engine.stats import State as EngineState
 from moe.params import SamplingParams
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPE = 2, 8
 LOOK_S = 2.0  # that pass by the clock of the crew between two looks at its hosts
 LIMITS = {"silence_s": 3.0, "room_s": 5.0, "load_s": 30.0, "stuck_s": 20.0, "answer_s": 1.0}
@@ -310,24 +307,3 @@ def test_a_spare_that_waited_longer_than_a_step_may_take_is_not_stuck_when_it_be
     assert (crew.ledger.load(1), crew.fleet.killed) == (1, [0])
     pump_until(crew, lambda: notes(crew, "no step for"))
     crew.close()
-
-
-WAITS = {"wait": 1, "wait_for": 2, "join": 1, "acquire": 1, "result": 1}  # arguments of a call that has a limit
-
-
-def test_no_wait_of_a_cluster_is_without_a_limit():
-    """A process that is stopped, or out of reach, answers never."""
-    found = []
-    for path in [*(ROOT / "moe/cluster").glob("*.py"), *(ROOT / "launch").glob("ray_*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
-                continue
-            owner, name = ast.unparse(node.func.value), node.func.attr
-            limits = [k.arg for k in node.keywords if k.arg is not None and k.arg.startswith("timeout")]
-            if owner == "ray" and name in ("get", "wait"):
-                is_unlimited = not limits
-            else:
-                is_unlimited = name in WAITS and len(node.args) < WAITS[name] and not limits
-            if is_unlimited:
-                found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
-    assert not found

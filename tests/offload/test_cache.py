@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe.offload.cache as cache_module
+import moe.offload.readers as readers_module
 from moe.offload.cache import ExpertCache
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.policy import Access, Lfu, Lru, simulate
+from moe.offload.readers import Batch, Job
 from moe.offload.slot_map import State
 from moe.offload.stores import RamStore
 
@@ -153,6 +155,36 @@ def test_everything_in_every_layer(num_slots, threads):
         assert [s.misses for s in cache.stats] == NUM_EXPERTS
         assert not cache.map.num_free(0)
     cache.close()
+
+
+class Stuck(Slow):
+    """Its reads end when it is told."""
+
+    def __init__(self, store):
+        super().__init__(store, 0)
+        self.answers = threading.Event()
+
+    def read_into(self, layer, expert, out):
+        self.answers.wait(60)
+        return super().read_into(layer, expert, out)
+
+
+def test_a_disk_that_does_not_answer_is_told_and_left_behind(monkeypatch, caplog):
+    monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
+    monkeypatch.setattr(readers_module, "_SAY_S", 0.05)
+    monkeypatch.setattr(readers_module, "_CLOSE_S", 0.05)
+    store = Stuck(make_store())
+    cache = ExpertCache(store, 4)
+    threading.Timer(0.3, store.answers.set).start()
+    run(cache, store, [(0, [1, 2])])  # all is as ever when it answers
+    assert "waits for experts since 0.1 s: the disk, or its file system, does not answer" in caplog.text
+    store.answers.clear()
+    cache._readers.put(Job(0, 3, cache.map.take(0), Batch()))
+    cache.close()
+    assert "a read has not ended after 0.05 s, and is left behind" in caplog.text
+    store.answers.set()
+    for thread in cache._readers.threads:
+        thread.join(20)
 
 
 def test_hits_come_first_while_misses_are_read(monkeypatch):

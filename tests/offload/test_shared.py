@@ -1,8 +1,10 @@
 """One host copy per node without a collective: whoever comes first reads, a dead reader's part is read again."""
 
+import fcntl
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from moe.models.blueprint import read_blueprint
 from moe.offload.index import ExpertIndex
-from moe.offload.shared import SharedStore
+from moe.offload.shared import SharedStore, _open_in_use
 from moe.offload.stores import FileStore, RamStore
 from tests.families import tiny_checkpoint
 
@@ -78,6 +80,26 @@ def test_what_a_killed_process_had_read_is_kept_and_the_rest_is_read(index, tmp_
     source = Counting(index)
     store = SharedStore(source, "job", tmp_path)
     assert source.reads == total(index) - min(at, total(index))
+    assert same(store, index)
+    store.close()
+
+
+def begin_and_stop(path: Path, sender) -> None:
+    fcntl.lockf(_open_in_use(path), fcntl.LOCK_EX, 1, 7)
+    sender.send("reads part 7")
+    time.sleep(60)
+
+
+def test_a_process_that_does_not_go_on_with_its_part_is_not_waited_for_for_ever(index, tmp_path):
+    receiver, sender = FORK.Pipe(duplex=False)
+    stopped = FORK.Process(target=begin_and_stop, args=(tmp_path / "moe-experts-job", sender))
+    stopped.start()
+    receiver.recv()
+    with pytest.raises(OSError, match=r"has not read its part .* in 0\.1 s: it may be stopped.*moe-experts-job"):
+        SharedStore(Counting(index), "job", tmp_path, part_s=0.1)
+    stopped.kill()
+    stopped.join(60)
+    store = SharedStore(Counting(index), "job", tmp_path)
     assert same(store, index)
     store.close()
 
