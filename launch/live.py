@@ -78,13 +78,18 @@ def top(args: argparse.Namespace) -> int:
         with Live(_table(now, before), console=out, refresh_per_second=2) as live:
             while True:
                 time.sleep(1)
-                before, now = now, fetch()
-                live.update(_table(now, before))
+                try:
+                    before, now = now, fetch()
+                    live.update(_table(now, before))
+                except ValueError as error:  # it may be started again
+                    live.update(str(error))
 
 
 def _table(now: dict[str, Any], before: dict[str, Any] | None) -> Any:
     from rich.table import Table
 
+    if before is not None and before["tokens"] > now["tokens"]:  # it was started again
+        before = None
     earlier = before or {"time": now["time"] - 1, "tokens": now["tokens"], "bytes_read": now["bytes_read"]}
     seconds = max(1e-9, now["time"] - earlier["time"])
     table = Table(title=now["model"] if now["ill"] is None else f"{now['model']}: {now['ill']}", show_header=False)

@@ -103,8 +103,12 @@ def takes(schema: dict[str, Any], content_type: str = "application/json") -> dic
 
 
 def pages(most: int) -> dict[str, Any]:
-    """`openapi_extra` of a route that lists: at most so many at a time, those after another."""
-    kinds = {"limit": {"type": "integer", "minimum": 1, "maximum": most}, "after": {"type": "string"}}
+    """`openapi_extra` of a route that lists: at most so many at a time, those after another, newest or oldest first."""
+    kinds: dict[str, dict[str, Any]] = {
+        "limit": {"type": "integer", "minimum": 1, "maximum": most},
+        "after": {"type": "string"},
+        "order": {"enum": ["desc", "asc"]},
+    }
     return {"parameters": [{"name": name, "in": "query", "schema": kind} for name, kind in kinds.items()]}
 
 

@@ -138,7 +138,8 @@ function drawEvents(now) {
 }
 const points = []; let before = null;
 function take(now) {
-  const old = before || now, seconds = Math.max(now.time - old.time, 1e-9);
+  const old = before && before.tokens <= now.tokens ? before : now;  // else it was started again
+  const seconds = Math.max(now.time - old.time, 1e-9);
   const per = key => (now[key] - old[key]) / seconds;
   if (now.plan && JSON.stringify(now.plan) !== JSON.stringify(plan)) { formerPlan = plan; plan = now.plan; }
   points.push({time: now.time, rate: before ? per("tokens") : 0, open: now.open, running: now.running,
@@ -181,8 +182,14 @@ function draw() {
   drawPlan(now); drawEvents(now);
 }
 async function step() {
-  try { take(await (await fetch("live")).json()); draw(); }
-  catch (error) { $("ill").textContent = "the service does not answer"; }
+  const key = decodeURIComponent(location.hash.slice(1));  // what follows # is sent to nobody
+  let why = "the service does not answer";
+  try {
+    const answer = await fetch("live", key ? {headers: {Authorization: "Bearer " + key}} : {});
+    if (answer.status === 401) why = "the service asks for its key: put it behind the address of this page, #KEY";
+    if (!answer.ok) throw answer;
+    take(await answer.json()); draw();
+  } catch (error) { $("ill").textContent = why; }
   setTimeout(step, 1000);
 }
 addEventListener("resize", () => before && draw());

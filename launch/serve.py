@@ -1,8 +1,11 @@
 """`moe serve MODEL`: loads the model and answers HTTP until it is told to end."""
 
 import argparse
+import errno
 import os
+import socket
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from moe.config import EngineConfig
@@ -20,7 +23,7 @@ def serve(args: argparse.Namespace) -> int:
         from moe.launch.plan_check import checked_state
         from moe.launch.recording import recording
         from moe.launch.server import Limits, make_app, make_server, serve_until_told
-        from moe.launch.uploads import Uploads
+        from moe.launch.uploads import Uploads, only_server_of
         from moe.service import Service
     except ImportError as error:
         raise ValueError(
@@ -31,7 +34,12 @@ def serve(args: argparse.Namespace) -> int:
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
     limits = Limits(body_bytes=args.max_body, seconds=args.max_seconds, drain_seconds=args.drain_seconds)
-    with tempfile.TemporaryDirectory() as temporary, loaded(args, config) as llm:
+    check_port(args.host, args.port)
+    with ExitStack() as stack:
+        # Before the model: a second server by mistake must not take the hosts of the first.
+        folder = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(only_server_of(folder))
+        llm = stack.enter_context(loaded(args, config))
         if args.show_config and args.hosts is None:
             print_choices(llm.engine)
         for note in llm.notes:
@@ -39,13 +47,30 @@ def serve(args: argparse.Namespace) -> int:
         if args.state is None:
             err.print("note: files and batches end with the server; --state FOLDER keeps them", style="yellow")
         service = Service(llm, args.max_open)
-        uploads = Uploads(service, args.state or Path(temporary))
+        uploads = Uploads(service, folder)
         app = make_app(service, uploads, limits, key)
         server = make_server(app, limits, args.host, args.port)
         err.print(f"{llm.name} is served at http://{args.host}:{args.port} (the live page, and /v1 beside it)")
         with recording(args.record, lambda: {**live_state(llm, service), **checked_state(llm.engine)}):
             serve_until_told(server)
     return 0
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ValueError if nothing can listen there."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
+            try:
+                with socket.socket(family, kind, protocol) as one:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    one.bind(address)
+            except OSError as error:
+                is_absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # localhost without IPv6, say
+                if not is_absent or len(found) == 1:
+                    raise
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"port {port} of {host} cannot be listened on ({error}); give another --port") from None
 
 
 def loaded(args: argparse.Namespace, config: EngineConfig) -> LLM:

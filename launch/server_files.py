@@ -1,6 +1,7 @@
 """`/v1/files` and `/v1/batches` of the server."""
 
 import asyncio
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -8,10 +9,11 @@ from fastapi.responses import JSONResponse, Response
 
 from moe.answers import error_body
 from moe.launch.openapi import BATCH, FILE, answers, pages, takes
-from moe.launch.uploads import Uploads
+from moe.launch.uploads import BATCH_ID, FILE_ID, Uploads
 from moe.openai import BadRequest, json_of
 
 _MOST_FILES, _MOST_BATCHES = 10_000, 100  # of one page
+_ORDERS = ("desc", "asc")
 
 
 def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
@@ -30,7 +32,9 @@ def add_file_routes(app: FastAPI, uploads: Uploads) -> None:
 
     @app.get("/v1/files", responses=answers(400), openapi_extra=pages(_MOST_FILES))
     async def files(request: Request) -> Response:
-        return _page(uploads.files(), request, _MOST_FILES, _MOST_FILES)
+        purpose = request.query_params.get("purpose")
+        records = [one for one in uploads.files() if purpose in (None, one["purpose"])]
+        return _page(records, FILE_ID, request, _MOST_FILES, _MOST_FILES)
 
     @app.get("/v1/files/{id}", responses=answers(404))
     async def file(id: str) -> Response:
@@ -68,7 +72,7 @@ def _add_batch_routes(app: FastAPI, uploads: Uploads) -> None:
 
     @app.get("/v1/batches", responses=answers(400), openapi_extra=pages(_MOST_BATCHES))
     async def batches(request: Request) -> Response:
-        return _page(uploads.batches(), request, 20, _MOST_BATCHES)
+        return _page(uploads.batches(), BATCH_ID, request, 20, _MOST_BATCHES)
 
     @app.get("/v1/batches/{id}", responses=answers(404))
     async def batch(id: str) -> Response:
@@ -79,15 +83,21 @@ def _add_batch_routes(app: FastAPI, uploads: Uploads) -> None:
         return _missing("batch", id) if uploads.batch(id) is None else JSONResponse(uploads.cancel_batch(id))
 
 
-def _page(records: list[dict[str, Any]], request: Request, usual: int, most: int) -> Response:
-    """Those that `limit` (None: `usual`) and `after` of the query ask for."""
+def _page(records: list[dict[str, Any]], kind: str, request: Request, usual: int, most: int) -> Response:
+    """Those that `limit` (None: `usual`), `after` and `order` of the query ask for. records: the newest first; kind:
+    how their ids begin. What was deleted may still be what the next page comes after."""
     limit, after = request.query_params.get("limit", str(usual)), request.query_params.get("after")
+    order = request.query_params.get("order", _ORDERS[0])
     if not limit.isascii() or not limit.isdigit() or len(limit) > 9 or not 1 <= int(limit) <= most:
         return _error(400, f"limit ({limit[:20]!r}) must be a whole number from 1 to {most}", "limit")
-    ids = [record["id"] for record in records]
-    if after is not None and after not in ids:
-        return _error(400, f"after ({after[:80]!r}) is none that is listed", "after")
-    rest = records if after is None else records[ids.index(after) + 1 :]
+    if after is not None and not re.fullmatch(f"{kind}[0-9a-f]{{24}}", after):
+        return _error(400, f"after ({after[:80]!r}) must be an id of this list, {kind}…", "after")
+    if order not in _ORDERS:
+        return _error(400, f"order ({order[:20]!r}) must be {' or '.join(_ORDERS)}", "order")
+    if order == "asc":
+        rest = [one for one in reversed(records) if after is None or one["id"] > after]
+    else:
+        rest = [one for one in records if after is None or one["id"] < after]
     page = rest[: int(limit)]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     more = len(page) < len(rest)

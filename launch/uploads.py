@@ -2,13 +2,19 @@
 
 FOLDER/files/ID        what was uploaded or written        FOLDER/files/ID.json    its record, as the client sees it
 FOLDER/batches/ID.json a batch                             FOLDER/batches/ID.jsonl its results so far, resumable
+FOLDER/lock            held by the one server of the folder
+
+Ids grow with time, so that a list goes on after one that was deleted meanwhile.
 """
 
+import fcntl
 import json
 import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,19 @@ from moe.service import Delta, QueueFull, Service
 
 _WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer
 _DAY = 24 * 3600
+FILE_ID, BATCH_ID = "file-", "batch_"  # before 24 hexadecimal digits
+
+
+@contextmanager
+def only_server_of(folder: Path) -> Iterator[Path]:
+    """The folder, which is made if it is not there; nobody else has it until the end. Raises ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("ab") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of when it is closed, or we end
+        except BlockingIOError:
+            raise ValueError(f"another server keeps its files in {folder}; give another folder, --state") from None
+        yield folder
 
 
 class Uploads:
@@ -36,12 +55,12 @@ class Uploads:
     def close(self) -> None:
         self._is_closing = True
         self._wake.set()
-        self._thread.join()
+        self._thread.join()  # no limit: it looks up every 0.2 s
 
     # Files.
 
     def add_file(self, name: str, purpose: str, content: bytes) -> dict[str, Any]:
-        id = f"file-{secrets.token_hex(12)}"
+        id = f"{FILE_ID}{_later()}"
         with written_whole(self._file(id)) as part:
             part.write_bytes(content)
         record = {
@@ -57,6 +76,7 @@ class Uploads:
         return record
 
     def files(self) -> list[dict[str, Any]]:
+        """The newest first."""
         return _newest_first(self.folder / "files")
 
     def file(self, id: str) -> dict[str, Any] | None:
@@ -87,7 +107,7 @@ class Uploads:
             raise BadRequest("completion_window must be '24h'", "completion_window")
         now = int(time.time())
         batch = {
-            "id": f"batch_{secrets.token_hex(12)}",
+            "id": f"{BATCH_ID}{_later()}",
             "object": "batch",
             "endpoint": endpoint,
             "input_file_id": source,
@@ -106,6 +126,7 @@ class Uploads:
         return batch
 
     def batches(self) -> list[dict[str, Any]]:
+        """The newest first."""
         return _newest_first(self.folder / "batches")
 
     def batch(self, id: str) -> dict[str, Any] | None:
@@ -134,7 +155,8 @@ class Uploads:
                 except Exception as error:  # of any kind: later batches must not wait for ever
                     code = "invalid_request" if isinstance(error, ValueError) else "server_error"
                     self._give_up(batch, code, str(error) or type(error).__name__)
-            self._wake.wait(None if not self._is_closing else 0)
+            if not self._is_closing:
+                self._wake.wait()  # no limit: until there is a batch, or `close`
 
     def _give_up(self, batch: dict[str, Any], code: str, sentence: str) -> None:
         errors = {"object": "list", "data": [{"code": code, "message": sentence}]}
@@ -144,6 +166,8 @@ class Uploads:
             time.sleep(1.0)
 
     def _work_off(self, batch: dict[str, Any]) -> None:
+        if self.file(batch["input_file_id"]) is None:
+            raise ValueError(f"the file {batch['input_file_id']} was deleted before the batch had ended")
         lines = lines_of(self.content(batch["input_file_id"]), "the file")
         progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
         path = self.folder / "batches" / f"{batch['id']}.jsonl"
@@ -253,6 +277,11 @@ def _result(number: int, name: str, ask: Ask, ends: list[Delta], num_prompt: int
         return failed_line(number, name, "server_error", f"{type(error).__name__}: {error}")
 
 
+def _later() -> str:
+    """What follows all that came before, as text."""
+    return f"{time.time_ns():016x}{secrets.token_hex(4)}"
+
+
 def _now() -> int:
     return int(time.time())
 
@@ -284,4 +313,4 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 def _newest_first(folder: Path) -> list[dict[str, Any]]:
     records = [found for path in folder.glob("[!.]*.json") if (found := _record(path)) is not None]
-    return sorted(records, key=lambda r: (r["created_at"], r["id"]), reverse=True)
+    return sorted(records, key=lambda record: str(record["id"]), reverse=True)

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import time
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
 from moe.launch.cli import main
 from moe.launch.page import PAGE, recorded_page
 from moe.launch.recording import read_recording, recording
+from moe.launch.server import Limits
+from tests.launch.test_server import run_server
 from tests.moe.moe_cases import TINYMOE
 from tests.placement.test_written import files_of_at_most
 
@@ -39,23 +42,33 @@ def states(count=60):
     return found
 
 
-def browse(page, tmp_path, width, *options):
-    """The document after its script ran, and its picture."""
+def as_file(page, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(page)
+    return file.as_uri()
+
+
+def browse(address, tmp_path, width, *options):
+    """The document after its script ran, and its picture."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--timeout=20000"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1400", "--virtual-time-budget=3000"]
     dom = subprocess.run(
-        [*command, *options, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=300, check=True
+        [*command, *options, "--dump-dom", address], capture_output=True, text=True, timeout=300, check=True
     )
     picture = tmp_path / "page.png"
     subprocess.run(
-        [*command, *options, f"--screenshot={picture}", file.as_uri()], capture_output=True, timeout=300, check=True
+        [*command, *options, f"--screenshot={picture}", address], capture_output=True, timeout=300, check=True
     )
     return dom.stdout, picture
 
 
 class Texts(HTMLParser):
+    @classmethod
+    def of(cls, dom):
+        parser = cls()
+        parser.feed(dom)
+        return " | ".join(parser.found)
+
     def __init__(self):
         super().__init__()
         self.found, self.is_script = [], False
@@ -75,10 +88,8 @@ class Texts(HTMLParser):
 @in_browser
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_recorded_run_is_drawn(tmp_path, width):
-    dom, picture = browse(recorded_page(states()), tmp_path, width)
-    parser = Texts()
-    parser.feed(dom)
-    texts = " | ".join(parser.found)
+    dom, picture = browse(as_file(recorded_page(states()), tmp_path), tmp_path, width)
+    texts = Texts.of(dom)
     for expected in ("100.0", "59", "16 / 2", "30 of 40", "48 of 96", "83.3 %", "1.0 MiB/s", "≤ 30 ms", "20 %"):
         assert expected in texts, (expected, texts)
     for axis in ("layer 0", "expert 0", "15", "before:", "now:", "host 3 was lost"):
@@ -99,8 +110,28 @@ def test_a_recorded_run_is_drawn(tmp_path, width):
 @pytest.mark.heavy
 @in_browser
 def test_a_service_that_does_not_answer_is_said(tmp_path):
-    dom, _ = browse(PAGE, tmp_path, 800)
+    dom, _ = browse(as_file(PAGE, tmp_path), tmp_path, 800)
     assert "the service does not answer" in dom
+
+
+@pytest.mark.heavy
+@in_browser
+def test_the_page_of_a_service_with_a_key_that_is_started_again(tmp_path, monkeypatch):
+    """Its totals begin anew while the page is open: no rate is below nothing."""
+    face = SimpleNamespace(llm=None, why_ill=None, close=lambda seconds: None)
+    told = [states(7)[n] for n in (4, 5, 6, 0, 1)]
+    monkeypatch.setattr("moe.launch.server.live_state", lambda *_: told.pop(0) if told[1:] else told[0])
+    url, stop = run_server(face, SimpleNamespace(close=lambda: None), Limits(), "secret")
+    try:
+        without, _ = browse(url, tmp_path, 800)
+        assert "the service asks for its key" in without
+        dom, _ = browse(f"{url}/#secret", tmp_path, 800)
+        assert "model" in Texts.of(dom)
+        assert "the service" not in dom.split("<script>")[0]
+        assert len(told) < 3, "it was looked at after the new start"
+        assert not re.search(r">-\d", dom.split("<script>")[0])
+    finally:
+        stop()
 
 
 def test_nothing_comes_from_elsewhere():

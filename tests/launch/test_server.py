@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import json
 import pkgutil
+import re
 import signal
 import socket
 import subprocess
@@ -24,8 +25,9 @@ from pydantic import BaseModel
 from moe.batch import run_batch
 from moe.client import AsyncClient, Client, ServerError
 from moe.launch.cli import main
+from moe.launch.console import out
 from moe.launch.server import Limits, make_app, make_server
-from moe.launch.uploads import Uploads, _newest_first
+from moe.launch.uploads import Uploads, _newest_first, only_server_of
 from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.service import Service
@@ -303,9 +305,25 @@ def test_lists_come_in_pages(served, client):
     assert [f.id for f in page] == [f.id for f in client.files.list()]  # the client asks for the pages that follow
     assert set(mine) <= {f.id for f in page}
     assert not client.files.list(limit=2, after=[f.id for f in page][-2]).has_more
+    assert [f.id for f in page if f.id in mine] == mine[::-1], "the newest first, within a second, too"
+    assert [f.id for f in client.files.list(limit=2, order="asc")] == [f.id for f in page][::-1]
+    assert set(mine) <= {f.id for f in client.files.list(limit=1, purpose="batch")}
+    assert not set(mine) & {f.id for f in client.files.list(purpose="batch_output")}
+    for one in client.files.list(limit=1):  # each page comes after one that is deleted by then
+        if one.id in mine:
+            client.files.delete(one.id)
+    assert not set(mine) & {f.id for f in client.files.list()}
     with httpx.Client(base_url=served.url) as http:
         for path in ("files", "batches"):
-            for query in ("limit=0", "limit=-1", "limit=abc", "limit=", "limit=99999999999999999999", "after=none"):
+            for query in (
+                "limit=0",
+                "limit=-1",
+                "limit=abc",
+                "limit=",
+                "limit=99999999999999999999",
+                "after=none",
+                "order=up",
+            ):
                 refused = http.get(f"/v1/{path}?{query}")
                 assert refused.status_code == 400, (path, query)
                 assert refused.json()["error"]["param"] == query.split("=")[0]
@@ -324,6 +342,39 @@ def test_a_file_that_is_deleted_while_all_are_listed(served, client):
     assert kept.id in [record["id"] for record in _newest_first(Folder())]
     with httpx.Client(base_url=served.url) as http:
         assert http.get(f"/v1/files/{'a' * 300}").status_code == 404  # longer than a name may be
+
+
+def test_a_batch_whose_file_was_deleted(tmp_path):
+    uploads = Uploads(None, tmp_path)
+    uploads.close()
+    file = uploads.add_file("in.jsonl", "batch", batch_lines(2))
+    body = {"endpoint": "/v1/completions", "completion_window": "24h", "input_file_id": file["id"]}
+    batch = uploads.add_batch(body)
+    uploads.delete_file(file["id"])
+    uploads = Uploads(None, tmp_path)  # as after a restart
+    deadline = time.monotonic() + 20
+    while (found := uploads.batch(batch["id"]))["status"] != "failed":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert found["errors"]["data"][0]["message"] == f"the file {file['id']} was deleted before the batch had ended"
+    uploads.close()
+
+
+def test_a_port_or_a_folder_that_another_server_has(served, tmp_path, monkeypatch, capsys):
+    """Seen before anything is loaded, or the hosts of the first are taken over."""
+
+    def fail(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("moe.launch.serve.loaded", fail)
+    port = served.url.rpartition(":")[2]
+    assert main(["serve", str(tmp_path), "--port", port]) == 2
+    assert re.search(
+        rf"port {port} of 127.0.0.1 cannot be listened on .*; give another --port", capsys.readouterr().err
+    )
+    with only_server_of(tmp_path):
+        assert main(["serve", str(tmp_path), "--port", "0", "--state", str(tmp_path)]) == 2
+    assert f"another server keeps its files in {tmp_path}; give another folder" in capsys.readouterr().err
 
 
 def test_a_name_that_is_used_twice_and_a_file_that_is_no_utf8(served, client):
@@ -412,6 +463,27 @@ def test_a_service_whose_thread_ends_says_so(folder, monkeypatch):
         service.close()
 
 
+def test_a_step_that_does_not_end_is_left_behind(caplog):
+    goes_on, begun = threading.Event(), threading.Event()
+
+    def step():
+        begun.set()
+        goes_on.wait(60)
+        return []
+
+    engine = SimpleNamespace(config=SimpleNamespace(batch=SimpleNamespace(num_running=1)), start=lambda: None)
+    llm = SimpleNamespace(engine=engine, check_request=lambda *_: None, add=lambda *_: object(), step=step)
+    llm.abort = lambda samples: None
+    service = Service(llm)
+    service.submit([[1]], SamplingParams(), lambda delta: None)
+    assert begun.wait(60)
+    service.close(step_s=0.1)
+    assert "the step that was begun has not ended after 0.1 s" in caplog.text
+    goes_on.set()
+    service.close()
+    assert not service._thread.is_alive()
+
+
 def test_a_batch_is_cancelled(served, client):
     file = client.files.create(file=("in.jsonl", batch_lines(2000)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
@@ -478,6 +550,56 @@ def test_top(served, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     assert main(["top", served.url, "--once"]) == 2
     assert "pip install 'moeflow[serve]'" in capfd.readouterr().err
+
+
+def test_top_goes_on_when_a_service_is_started_again(capsys, monkeypatch):
+    """Totals begin anew: no rate is below nothing."""
+    face = SimpleNamespace(llm=None, why_ill=None, close=lambda seconds: None)
+    state = {
+        "model": "m",
+        "ill": None,
+        "open": 0,
+        "running": 0,
+        "waiting": 0,
+        "free_blocks": 1,
+        "blocks": 1,
+        "slots": 1,
+    }
+    state |= {"experts": 1, "hits": 0, "misses": 0, "stall_seconds": 0, "first_token_p50": 0, "token_p99": None}
+    told = [
+        state | {"time": at, "tokens": tokens, "bytes_read": 0} for at, tokens in ((1, 500), (2, 7), (3, 9), (4, 9))
+    ]
+    monkeypatch.setattr("moe.launch.server.live_state", lambda *_: told[0])
+    url, stop = run_server(face, SimpleNamespace(close=lambda: None), Limits())
+    acts = iter([lambda: told.pop(0), lambda: told.pop(0), stop])
+    seen = []
+
+    class Shown:
+        def __init__(self, table, **_):
+            seen.append(table)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def update(self, table):
+            seen.append(table)
+
+    def sleep(seconds):
+        if (act := next(acts, None)) is None:
+            raise KeyboardInterrupt
+        act()
+
+    monkeypatch.setattr("rich.live.Live", Shown)
+    monkeypatch.setattr("moe.launch.live.time", SimpleNamespace(sleep=sleep))
+    assert main(["top", url]) == 130
+    *tables, last = seen
+    for table in tables:
+        out.print(table)
+    assert re.findall(r"tokens/s +\S (\S+)", capsys.readouterr().out) == ["0.0", "0.0", "2.0"]
+    assert "does not answer as a moe service" in last
 
 
 def test_api_key(served):
