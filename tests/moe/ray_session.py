@@ -1,6 +1,6 @@
 """One Ray cluster of two nodes for all tests of a session, with a token and a folder of its own; never `ray stop`.
 
-The second node has a label and says that it has GPUs; hosts compute on the CPU wherever they are.
+The second node has the label of the example's workers and says that it has GPUs; hosts compute on the CPU anyway.
 """
 
 import os
@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moe.config import EngineConfig
 
 # Other clusters of the machine are nobody's business; Ray reads it when it is imported.
@@ -22,7 +24,9 @@ os.environ |= {"RAY_worker_niceness": "0"}  # Ray starts actors at 15: whatever 
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "tinymoe"
-LABEL = "moe-test=second"
+EXAMPLE = yaml.safe_load((ROOT / "examples" / "launch" / "ray_cluster.yaml").read_text())
+((NAME, VALUE),) = EXAMPLE["available_node_types"]["expert_host"]["labels"].items()
+LABEL = f"{NAME}={VALUE}"
 SETTINGS = [
     "dtype=float32", "threads=1", "offload.budget=40", "batch.kv_tokens=4096", "batch.max_sequences=3",
     "cluster.cpus_per_host=0.5", "cluster.gpus_per_host=0",
@@ -53,8 +57,7 @@ def two_nodes() -> Iterator[Any]:
     try:
         cluster = Cluster(initialize_head=True, head_node_args=head)
         # A folder of its own, as on a machine of its own: a node deletes the working folders of jobs that it has not.
-        name, _, value = LABEL.partition("=")
-        cluster.add_node(num_cpus=4, num_gpus=4, labels={name: value}, temp_dir=f"{folder}b", **common)
+        cluster.add_node(num_cpus=4, num_gpus=4, labels={NAME: VALUE}, temp_dir=f"{folder}b", **common)
         ray.init(address=cluster.address, log_to_driver=False)
         yield cluster
     finally:

@@ -25,6 +25,8 @@ from moe.config import ClusterConfig, EngineConfig
 from moe.engine.requests import Request
 from moe.engine.sampling import Logprobs
 from moe.launch import ray_cluster
+from moe.launch.cli import _parser
+from moe.launch.options import engine_config
 from moe.launch.ray_data import Answers
 from moe.params import SamplingParams
 from moe.placement.loop import PlacementStats
@@ -442,6 +444,13 @@ def test_commands_and_files_for_clusters_can_be_read():
     for command in commands:
         assert ray_cluster.make_parser().parse_args(shlex.split(command)).hosts >= 3
     cluster = yaml.safe_load((ROOT / "examples/launch/ray_cluster.yaml").read_text())
-    assert len(cluster["available_node_types"]) == 2
+    head, workers = (cluster["available_node_types"][name] for name in ("head", "expert_host"))
+    asked = re.search(r"moe (serve .*?)'", (ROOT / "examples/launch/ray_cluster.yaml").read_text(), re.S)[1]
+    args = _parser().parse_args(shlex.split(asked.replace("#", "").replace("\\\n", " ")))
+    wanted = engine_config(args).cluster
+    assert wanted.label_selector().items() <= workers["labels"].items()
+    assert (workers["resources"]["GPU"], head["resources"]["GPU"]) == (1, 0)
+    assert workers["min_workers"] < args.hosts + wanted.spares <= workers["max_workers"], "one machine is yet to start"
+    assert wanted.room_s >= 1200
     util = pytest.importorskip("ray.autoscaler._private.util")
     util.validate_config(util.prepare_config(cluster))
