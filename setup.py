@@ -13,7 +13,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.editable_wheel import editable_wheel
 
 SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
-CPU_SOURCES = ("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain", "norm", "block")
+CPU_SOURCES = (
+    *("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain", "norm", "block", "expected"),
+)
 CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "attention", "codes", "isa")
 COMMON = ["-O3", "-std=c11", "-fvisibility=hidden", *SAME_BITS]
 

@@ -49,6 +49,10 @@ def load_helper() -> ctypes.CDLL | None:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     helper.moe_cpu_linear.argtypes = [ctypes.c_char_p, pointer, integer, integer, integer, pointer, integer, integer]
     helper.moe_cpu_linear.restype = integer
+    helper.moe_cpu_expected.argtypes = [
+        *(ctypes.c_char_p, pointer, integer, integer, integer, integer, ctypes.c_float, pointer, integer, integer),
+    ]
+    helper.moe_cpu_expected.restype = integer
     helper.moe_cpu_rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, integer, ctypes.c_float]
     helper.moe_cpu_rms_norm.restype = None
     helper.moe_cpu_block.argtypes, helper.moe_cpu_block.restype = [ctypes.c_char_p, ctypes.c_char_p], integer

@@ -9,6 +9,7 @@ router about this layer's hidden states, `learned` asks a regression from these 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from moe.comm.errors import Task
 from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic
+from moe.kernels.cpu_expected import CpuExpected, can_expect
 from moe.layer.parallel import ExpertParallel
 from moe.layer.ridge import Forecast, RidgeFit
 from moe.layer.routing import Routing, StepContext
@@ -50,21 +52,27 @@ def router_guess(model: Any, sites: Sequence[ExpertSite], top_k: int) -> Guess:
     """
     if (reason := why_no_router_guess(model, sites)) is not None:
         raise ValueError(f"offload.prefetch=router {reason}; set offload.prefetch=transition")
-    routers = [_router_weights(model, site)[0] for site in sites]
+    weights = [_router_weights(model, site)[0] for site in sites]
+    routers: list[Callable[[Tensor], Floats]] = [
+        CpuExpected(w, top_k, LEAST_EXPECTED) if can_expect(w) else partial(expected_by_router, w, top_k=top_k)
+        for w in weights
+    ]
 
     def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
-        if layer + 1 == len(routers):
-            return None
-        weight = routers[layer + 1]
-        scores = x.to(weight.dtype) @ weight.T
-        best, chosen = scores.topk(min(top_k + 1, len(weight)))
-        spread = (scores - scores.mean(dim=1, keepdim=True)).square().mean(dim=1, keepdim=True).sqrt()
-        above = (best - best[:, -1:]) / spread.clamp(min=1e-6)
-        unsure = (1 - LEAST_EXPECTED) * np.exp(-above[:, :top_k].float().numpy(force=True))  # host sync
-        ids = chosen[:, :top_k].numpy(force=True)
-        return np.bincount(ids.ravel(), (1 - unsure).ravel(), len(weight)).astype(np.float32)
+        return None if layer + 1 == len(routers) else routers[layer + 1](x)
 
     return guess
+
+
+def expected_by_router(weight: Tensor, x: Tensor, top_k: int) -> Floats:
+    """weight: [E, H], x: [T, H]. fp32 [E]; a host sync on an accelerator."""
+    scores = (x.to(weight.dtype) @ weight.T).float()
+    best, chosen = scores.topk(min(top_k + 1, len(weight)))
+    spread = (scores - scores.mean(dim=1, keepdim=True)).square().mean(dim=1, keepdim=True).sqrt()
+    above = (best - best[:, -1:]) / spread.clamp(min=1e-6)
+    unsure = (1 - LEAST_EXPECTED) * np.exp(-above[:, :top_k].numpy(force=True))
+    ids = chosen[:, :top_k].numpy(force=True)
+    return np.bincount(ids.ravel(), (1 - unsure).ravel(), len(weight)).astype(np.float32)
 
 
 def why_no_router_guess(model: Any, sites: Sequence[ExpertSite]) -> str | None:
