@@ -158,15 +158,16 @@ class Recent:
             new = Window.joined(self._pending)
             self._pending.clear()
             number = max(1, len(new.ids) // max(1, self.size // PARTS))
-            edges = [len(new.ids) * n // number for n in range(number + 1)]
-            self._parts += [self._counted(new.part(slice(a, b))) for a, b in pairwise(edges) if b > a]
+            self._parts += self._counted(new, [len(new.ids) * n // number for n in range(1, number)])
         self._drop_oldest()
         return list(self._parts)
 
     def use(self, plan: Plan) -> None:
         """Who serves what from now on, and would have."""
         self._serving = Serving(plan, is_exact=self._serving.is_exact)
-        self._parts = deque(self._counted(part.window) for part in self._parts)
+        if self._parts:
+            ends = np.cumsum([len(part.window.ids) for part in self._parts])
+            self._parts = deque(self._counted(Window.joined([part.window for part in self._parts]), ends[:-1].tolist()))
 
     def _drop_oldest(self) -> None:
         while self.num_tokens > self.size:
@@ -176,9 +177,11 @@ class Recent:
             self.num_tokens -= len(oldest.ids)
             (self._parts or self._pending).popleft()
 
-    def _counted(self, window: Window) -> Part:
-        counts = window.counts(self._serving.plan.num_experts)
-        return Part(window, counts, self._serving.busy(window, counts))
+    def _counted(self, window: Window, cuts: list[int]) -> list[Part]:
+        """Parts that end at the cuts and at the end; dealt as one batch."""
+        parts = [window.part(slice(a, b)) for a, b in pairwise([0, *cuts, len(window.ids)])]
+        counts = np.stack([part.counts(self._serving.plan.num_experts) for part in parts])
+        return [Part(*one) for one in zip(parts, counts, self._serving.busy(window, cuts, counts), strict=True)]
 
 
 class Trigger:

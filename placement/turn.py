@@ -95,13 +95,18 @@ class Serving:
         copied = np.flatnonzero((plan.hosted.sum(axis=2) > 1).any(axis=1)).tolist()
         self._tables = {layer: ServingTable.of(plan, layer) for layer in copied}
 
-    def busy(self, window: Window, counts: Ints) -> Ints:
-        """Pairs that each rank serves: [L, G]; by their counts, and token by token in layers with copies."""
-        busy = np.einsum("le,leg->lg", counts, self.plan.hosted)
+    def busy(self, window: Window, cuts: Sequence[int], counts: Ints) -> Ints:
+        """Pairs that each rank serves of each of P parts, which end at the cuts and at the end: [P, L, G].
+
+        counts: [P, L, E] of the parts, which say it but for layers with copies; there token by token.
+        """
+        busy = np.einsum("ple,leg->plg", counts, self.plan.hosted)
+        number, ranks = len(counts), self.plan.num_ranks
+        first = np.searchsorted(np.asarray(cuts), np.arange(len(window.ids)), side="right")[:, None] * ranks
         for layer, table in self._tables.items():
             served = choose_replicas(window.ids[:, layer], window.home, table, home_first=self.is_exact)
-            ranks = served[served >= 0] // self.plan.physical_per_rank
-            busy[layer] = np.bincount(ranks, minlength=self.plan.num_ranks)
+            at = (first + served // self.plan.physical_per_rank)[served >= 0]
+            busy[:, layer] = np.bincount(at, minlength=number * ranks).reshape(number, ranks)
         return np.asarray(busy, np.int64)
 
 
