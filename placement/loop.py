@@ -8,17 +8,15 @@ bench/bench_drift.py on recorded traces).
 """
 
 import logging
-import math
 import os
 import pickle
 import subprocess
 import sys
 import time
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +24,17 @@ from numpy.typing import NDArray
 from moe.placement.loop_options import LoopOptions
 from moe.placement.migrate import Migration
 from moe.placement.plan import Plan
-from moe.placement.solve.program import Floats, Ints
-from moe.placement.turn import Figures, Machine, Question, Serving, Turn, Window, take_turn
+from moe.placement.recent import Recent, imbalance_of, imbalance_of_chance, newest_alike
+from moe.placement.turn import Figures, Machine, Question, Turn, Window, take_turn
 
 log = logging.getLogger(__name__)
 
 CHECKS = 16  # looks at the window per window of tokens, at most
 PATIENCE = 0.5  # of a window: so many tokens of the same traffic must have been uneven
-PARTS = 16  # of a window, between which traffic may be seen to change
-RESTS = 8  # windows after which a turn is tried again that moved nothing, though the load never was calm
+RESTS = (
+    8  # windows after which a turn is tried again that moved nothing, though the load never was calm, and after which
+)
+# traffic that did not change may move experts anew
 
 
 class Solver(Protocol):
@@ -123,67 +123,6 @@ def answer_questions() -> None:
         sys.stdout.buffer.flush()
 
 
-class Part(NamedTuple):
-    """Some tokens, one after another: how often each expert was chosen, int64 [L, E], and what each rank then serves,
-    int64 [L, G]."""
-
-    window: Window
-    counts: Ints
-    busy: Ints
-
-
-class Recent:
-    """The latest `size` tokens, counted once, as they come: in parts of a sixteenth of them, but not below what comes
-    between two looks.
-
-    Whole parts are dropped, so that up to one more than `size` is held. Costs a look only what is new since the last.
-    """
-
-    def __init__(self, size: int, plan: Plan, *, is_exact: bool) -> None:
-        self.size, self._serving = size, Serving(plan, is_exact=is_exact)
-        self.num_tokens = 0
-        self._parts: deque[Part] = deque()
-        self._pending: deque[Window] = deque()
-
-    def add(self, window: Window) -> None:
-        window = window.part(slice(max(0, len(window.ids) - self.size), None))
-        if len(window.ids):
-            self._pending.append(window)
-            self.num_tokens += len(window.ids)
-            self._drop_oldest()
-
-    def parts(self) -> list[Part]:
-        """Oldest first, none is empty."""
-        if self._pending:
-            new = Window.joined(self._pending)
-            self._pending.clear()
-            number = max(1, len(new.ids) // max(1, self.size // PARTS))
-            self._parts += self._counted(new, [len(new.ids) * n // number for n in range(1, number)])
-        self._drop_oldest()
-        return list(self._parts)
-
-    def use(self, plan: Plan) -> None:
-        """Who serves what from now on, and would have."""
-        self._serving = Serving(plan, is_exact=self._serving.is_exact)
-        if self._parts:
-            ends = np.cumsum([len(part.window.ids) for part in self._parts])
-            self._parts = deque(self._counted(Window.joined([part.window for part in self._parts]), ends[:-1].tolist()))
-
-    def _drop_oldest(self) -> None:
-        while self.num_tokens > self.size:
-            oldest = self._parts[0].window if self._parts else self._pending[0]
-            if self.num_tokens - len(oldest.ids) < self.size:
-                return
-            self.num_tokens -= len(oldest.ids)
-            (self._parts or self._pending).popleft()
-
-    def _counted(self, window: Window, cuts: list[int]) -> list[Part]:
-        """Parts that end at the cuts and at the end; dealt as one batch."""
-        parts = [window.part(slice(a, b)) for a, b in pairwise([0, *cuts, len(window.ids)])]
-        counts = np.stack([part.counts(self._serving.plan.num_experts) for part in parts])
-        return [Part(*one) for one in zip(parts, counts, self._serving.busy(window, cuts, counts), strict=True)]
-
-
 class Trigger:
     """Fires when the load of the traffic of late has been too uneven; after a turn in vain not before it was calm."""
 
@@ -204,51 +143,6 @@ class Trigger:
         """A turn was taken."""
         self._uneven = 0
         self._rests = 0 if has_moved else RESTS * self.options.window
-
-
-def newest_alike(counts: Ints, num_tokens: int) -> int:
-    """How many of the newest parts are of one traffic: all since the experts chosen changed most, if they changed.
-
-    counts: int64 [P, L, E], oldest first. The split into two multinomials per layer with the greatest likelihood, where
-    it beats one by Schwarz's criterion (L * (E - 1) more parameters, half a logarithm of the tokens each). Costs
-    O(P L E).
-    """
-    parts, num_layers, num_experts = len(counts), *counts.shape[1:]
-    if parts < 2:
-        return parts
-    older = counts.cumsum(axis=0)
-    pairs = older.sum(axis=2)
-    entropy = _x_log_x(int(pairs.max(initial=0)))
-
-    def likelihood(of: Ints, total: Ints) -> Floats:
-        """Of multinomials [..., L, E] at their own frequencies."""
-        return np.asarray(entropy[of].sum(axis=(-2, -1)) - entropy[total].sum(axis=-1))
-
-    gains = likelihood(older[:-1], pairs[:-1]) + likelihood(older[-1] - older[:-1], pairs[-1] - pairs[:-1])
-    gains -= likelihood(older[-1], pairs[-1])
-    penalty = num_layers * (num_experts - 1) / 2 * math.log(max(2, num_tokens))
-    best = int(gains.argmax())
-    return parts - 1 - best if gains[best] > penalty else parts
-
-
-def _x_log_x(most: int) -> Floats:
-    """Of all integers up to `most`."""
-    x = np.arange(most + 1, dtype=np.float64)
-    return np.asarray(x * np.log(np.maximum(x, 1)))
-
-
-def _imbalance(parts: list[Part]) -> float:
-    """As `Window.imbalance` of their tokens."""
-    busy = np.sum([part.busy for part in parts], axis=0)
-    return float((busy.max(axis=1) / np.maximum(busy.mean(axis=1), 1e-12)).mean())
-
-
-def imbalance_of_chance(num_pairs: int, num_ranks: int) -> float:
-    """What the busiest of G ranks has over the mean where pairs go to ranks by even chance, in expectation, at most.
-
-    The maximum of G sums of about N / G draws: 1 + sqrt(2 ln G * G / N), the bound for sub-Gaussian variables.
-    """
-    return 1 + math.sqrt(2 * math.log(max(2, num_ranks)) * num_ranks / max(1, num_pairs))
 
 
 def _received(migration: Migration) -> list[int]:
@@ -307,6 +201,8 @@ class OnlineLoop:
         self._recent = Recent(options.window, plan, is_exact=machine.wire.is_exact)
         self._trigger = Trigger(options)
         self._sums, self._unseen = Sums(), 0
+        self._heard = self._asked_at = 0  # tokens, in all and when the latest question was asked
+        self._moved = 0  # copies that came, since traffic changed
         self._is_asked = self.is_over = False
         self._measuring: int | None = None  # place in the history of the turn that moved last
         self._moving = 0  # steps until the last state of a migration
@@ -314,6 +210,7 @@ class OnlineLoop:
     def observe(self, ids: NDArray[np.int16], home: int, tokens: int, num_bytes: int) -> None:
         """ids: [T, L, K], of some of the `tokens` that rank `home` computed; num_bytes: that it sent for them."""
         self._recent.add(Window(ids, np.full(len(ids), home, np.int64)))
+        self._heard += len(ids)
         self._sums.tokens += tokens
         self._sums.bytes += num_bytes
         self._unseen += tokens
@@ -334,18 +231,24 @@ class OnlineLoop:
         parts = self._recent.parts()
         num_layers, top_k = parts[0].window.ids.shape[1:]
         if self._measuring is not None and self._sums.tokens >= self.options.window:
-            self._measured(self._measuring, _imbalance(parts), num_layers)
+            self._measured(self._measuring, imbalance_of(parts), num_layers)
         alike = parts[-newest_alike(np.stack([part.counts for part in parts]), self._recent.num_tokens) :]
         num_alike = sum(len(part.window.ids) for part in alike)
-        imbalance = self.stats.placement_load = _imbalance(alike)
+        imbalance = self.stats.placement_load = imbalance_of(alike)
         chance = imbalance_of_chance(num_alike * top_k, self.plan.num_ranks)
         fires = self._trigger.fires(imbalance, num_alike, self._unseen, chance)
         self._unseen = 0
-        if fires:
+        has_changed = len(alike) < len(parts) and self._heard - num_alike >= self._asked_at
+        if has_changed or self._heard - self._asked_at >= RESTS * self.options.window:
+            self._moved = 0
+        copies = int(self.plan.hosted.sum())
+        left = int(self.options.most_moved * copies) - self._moved
+        if fires and left > 0:
             self._before = self._sums.figures(imbalance, num_layers)
             window = Window.joined([part.window for part in alike])
-            self.solver.ask(Question(self.plan, window, self.machine, self.options))
-            self._is_asked = True
+            options = replace(self.options, most_moved=left / copies)
+            self.solver.ask(Question(self.plan, window, self.machine, options))
+            self._is_asked, self._asked_at = True, self._heard
         return None
 
     def close(self) -> None:
@@ -374,6 +277,7 @@ class OnlineLoop:
         self.plan, self._moving = migration.target, len(migration.steps) + 1
         self._recent.use(self.plan)
         self._measuring = len(self.history) - 1
+        self._moved += sum(received)
         self.stats.moved_experts += sum(received)
         self.stats.moved_bytes += migration.num_bytes
         self.stats.predicted_load = turn.after.imbalance

@@ -10,9 +10,10 @@ class LoopOptions:
     window: tokens whose routing decides. imbalance: busiest rank's load over the mean which starts a turn once it has
     been exceeded by half a window of tokens of one traffic; calm: below it the next may start after a turn that moved
     nothing.
-    most_moved: share of all copies that a turn may move. bytes_per_step: of experts that come, on all ranks together.
-    payback: tokens within which a migration must pay for itself. share: of the CPU time of rank 0's steps, at most, in
-    which it hears what was routed and looks at it. Raises ValueError for numbers that make no sense.
+    most_moved: share of all copies that may move after a change of traffic, and after eight windows without one, in one
+    turn or several. bytes_per_step: of experts that come, on all ranks together. payback: tokens within which a
+    migration must pay for itself. share: of the CPU time of rank 0's steps, at most, in which it hears what was routed
+    and looks at it. Raises ValueError for numbers that make no sense.
     """
 
     window: int = 896
