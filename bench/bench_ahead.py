@@ -12,8 +12,9 @@ oracle d           the same with the truth: the bound of d layers of foresight
 Belady             the best eviction, nothing ahead
 all                every expert of the next layer is read, whatever is expected and whatever was wasted
 ring               the same, and what goes is what lies farthest ahead in the cycle of layers: SE-MoE's ring of sections
-restrict:M         lossy, another run: the router chooses among the forecast's best M, all of which are read; its `x` is
-                   over the best exact way that foresees no more than a program can
+restrict:M, d      lossy, another run: the router chooses among the forecast's best M, all of which are read, and what
+                   is likely 2 .. d layers ahead behind them; with Belady's evictions: a bound. Its `x` is over the best
+                   exact way that foresees no more than a program can
 
     python bench/bench_ahead.py PACKED --lookahead FILE --texts FOLDER [--batches 1 4 16] [--tokens 48]
 """
@@ -85,10 +86,10 @@ class Recorder:
         learned = tuple(
             self._likely(n + d, self.forecast.probability(n, d, x).sum(0)) for d in range(1, FAR + 1) if n + d <= last
         )
-        if self.width and n < last:
+        if self.width and n < last:  # the next layer's is known; what is said of those behind stays a guess
             scores = self.forecast.scores(n, 1, x)
             counts = torch.bincount(scores.topk(self.width).indices.flatten(), minlength=scores.shape[1])
-            learned = (self._likely(n + 1, counts.float()),)
+            learned = (self._likely(n + 1, counts.float()), *learned[1:])
         keys = np.unique(routing.topk_ids.numpy()).astype(np.int64) + self.first[n]
         self.visits.append(Visit(n, keys, len(x), by_router, learned))
 
@@ -194,14 +195,21 @@ def main() -> None:
             best = min(found[name].seconds for name in ("on demand", "router", "learned 1"))
             for name, lossy in restricted.items():
                 own = [Access(v.layer, v.keys) for v in lossy]
-                guesses = [Guess.joined(v.learned[:1]) for v in lossy]
-                found[name] = replay(own, guesses, Lfu(num_experts), num_slots, costs, warm=warm)
+                for far in range(1, FAR + 1):
+                    guesses = [Guess.joined(v.learned[:far]) for v in lossy]
+                    of = f"{name}, {far} ahead"
+                    found[of] = replay(own, guesses, Lfu(num_experts), num_slots, costs, warm=warm)
+                bound = Belady(total, own)
+                found[f"{name}, 1 ahead, Belady"] = replay(
+                    own, [Guess.joined(v.learned[:1]) for v in lossy], bound, num_slots, costs, warm=warm
+                )
             for name, r in found.items():
-                base = best if name in restricted else found["on demand"].seconds
+                is_lossy = name.startswith("restrict")
+                base = best if is_lossy else found["on demand"].seconds
                 x, waste = base / r.seconds, r.wasted / max(1, r.read + r.ahead)
                 closed = (
                     ""
-                    if name == "on demand" or name in restricted
+                    if name == "on demand" or is_lossy
                     else "nothing to win"
                     if gap < 0.05
                     else f"{(x - 1) / gap:.0%}"

@@ -1,17 +1,20 @@
 """An offline batch in one memory: 16 sequences a step, and what batch.schedule=layer_major makes of it.
 
-The memory is an eighth of the experts (--share) and the KV of 16 sequences; both ways have these bytes for KV and slots
+The memory is an eighth of the experts (--share) and the KV of 16 sequences; all ways have these bytes for KV and slots
 together, page cache bypassed, and greedy tokens must be equal. Bytes bind: what a step reads is shared by all of its
-tokens. --widen F fills every expert with zeros to F times its size: the same tokens and routing in experts whose size,
-beside that of a sequence's KV, is that of larger models.
+tokens. "stays" is the split that was chosen beforehand, kept; the last way moves it while it runs. --foretold F:
+requests may say F times --tokens, and end after 1 to twice --tokens, which nobody knows beforehand. --widen F fills
+every expert with zeros to F times its size: the same tokens and routing in experts whose size, beside that of a
+sequence's KV, is that of larger models.
 
-    python bench/bench_wide.py MODEL --texts FOLDER [--widen 8] [--prompts 256] [--tokens 32] [--share 0.125]
+    python bench/bench_wide.py MODEL --texts FOLDER [--widen 8] [--foretold 4] [--prompts 256] [--tokens 32]
 """
 
 import argparse
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -25,8 +28,9 @@ import torch
 from bench_lookahead import texts
 from safetensors.torch import load_file, save_file
 
+import moe.engine.moving_split as moving_split
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.layer_major import USUAL, Sizes, Workload, read_bytes, sizes_of
+from moe.engine.layer_major import USUAL, Sizes, Uniform, Workload, left_of, read_bytes, sizes_of
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
@@ -84,7 +88,18 @@ def ways(
     chosen = EngineConfig(
         threads=1, offload=replace(offload, budget=f"{memory}B"), batch=BatchConfig(schedule="layer_major")
     )
-    return {f"{USUAL} sequences": usual, "layer_major": chosen}, work, sizes
+    return {f"{USUAL} sequences": usual, "layer_major, stays": chosen, "layer_major": chosen}, work, sizes
+
+
+def served(llm: LLM, prompts: Sequence[str], params: SamplingParams, lengths: Sequence[int]) -> list[list[int]]:
+    """The answers, each ended after its length."""
+    asked = [llm.add(llm.encode(prompt), params) for prompt in prompts]
+    length_of = {id(one): length for one, length in zip(asked, lengths)}
+    while llm.engine.has_work:
+        for event in llm.step():
+            if len(event.generation.token_ids) == length_of[id(event.generation)] and event.finish is None:
+                llm.abort([event.generation])
+    return [one.token_ids for one in asked]
 
 
 def main() -> None:
@@ -95,12 +110,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--share", type=float, default=0.125)
+    parser.add_argument("--foretold", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     some = list(texts(args.texts).values())
     prompts = [some[n % len(some)][60 * (n // len(some)) :][:60] for n in range(args.prompts)]
-    params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=args.foretold * args.tokens, ignore_eos=True)
+    lengths = [args.tokens] * args.prompts
+    if args.foretold > 1:
+        lengths = random.Random(0).choices(range(1, 2 * args.tokens + 1), k=args.prompts)
+    least_gain = moving_split.LEAST_GAIN
     load = f"load {os.getloadavg()[0]:.1f} at start"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {load}, torch {torch.__version__}, one thread")
     print(f"python {' '.join(sys.argv)}\n")
@@ -108,35 +128,48 @@ def main() -> None:
     said = None
     with tempfile.TemporaryDirectory(dir=args.model.parent) as folder:
         model = packed(args.model, Path(folder), args.widen)
-        configs, work, sizes = ways(model, prompts, args.tokens, args.share)
+        configs, work, sizes = ways(model, prompts, args.foretold * args.tokens, args.share)
         for _ in range(args.repeats):
             for name, config in configs.items():
+                moving_split.LEAST_GAIN = 1.0 if name.endswith("stays") else least_gain
                 with LLM(model, config, workload=work) as llm:
+                    before = llm.engine.state()
                     began, cpu = time.perf_counter(), time.thread_time()
-                    answers = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+                    answers = served(llm, prompts, params, lengths)
                     wall, cpu = time.perf_counter() - began, time.thread_time() - cpu
                     stats, state = llm.engine.layer_stats(), llm.engine.state()
-                    sequences = llm.engine.config.batch.max_sequences
+                    batch, split = llm.engine.config.batch, llm.engine.loaded.split
                 said = answers if said is None else said
                 assert said == answers, "tokens differ"
-                row = {"tokens_per_s": args.prompts * args.tokens / wall, "cpu_s": cpu, "sequences": sequences}
+                row = {"tokens_per_s": sum(lengths) / wall, "cpu_s": cpu}
+                row |= {"sequences": batch.max_sequences, "step_tokens": batch.max_tokens}
+                row["splits"] = 0 if split is None else split.stats.splits
                 row["stall_s"] = sum(s.stall_seconds for s in stats)
                 row["mib"] = sum(s.bytes_read for s in stats) / 2**20
-                row["expected_mib"] = read_bytes(work, sizes, sequences, state.slots) / 2**20
-                row["kv_mib"] = state.blocks * sizes.block_size * sizes.kv_bytes / 2**20
-                row["slots"], row["slots_mib"] = state.slots, state.slot_bytes / 2**20
+                foretold = read_bytes(
+                    left_of(work, sizes), Uniform(sizes), batch.max_sequences, batch.max_tokens, before.slots
+                )
+                row["expected_mib"] = foretold / 2**20
+                for when, one in (("", before), ("last_", state)):
+                    row[f"{when}kv_mib"] = one.blocks * sizes.block_size * sizes.kv_bytes / 2**20
+                    row[f"{when}slots"], row[f"{when}slots_mib"] = one.slots, one.slot_bytes / 2**20
                 rows.setdefault(name, []).append(row)
-    heads = "way | sequences a step | KV MiB | slots, MiB | MiB read | expected | tokens/s | x | CPU s | stall s"
-    print(f"| {heads} |\n" + "|---" * 10 + "|")
+    heads = "way | sequences, tokens a step | KV MiB: first, last | slots: first, last | moved | MiB read | expected"
+    print(f"| {heads} | tokens/s | x | CPU s | stall s |\n" + "|---" * 11 + "|")
     first = next(iter(rows.values()))
     for name, runs in rows.items():
         ratio = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(runs, first))
         mid = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        print(
-            f"| {name} | {mid['sequences']:.0f} | {mid['kv_mib']:.1f} | {mid['slots']:.0f}, {mid['slots_mib']:.1f} "
-            f"| {mid['mib']:.0f} | {mid['expected_mib']:.0f} | {mid['tokens_per_s']:.0f} | {ratio:.2f} "
-            f"| {mid['cpu_s']:.1f} | {mid['stall_s']:.1f} |"
-        )
+        cells = [
+            name,
+            f"{mid['sequences']:.0f}, {mid['step_tokens']:.0f}",
+            f"{mid['kv_mib']:.1f}, {mid['last_kv_mib']:.1f}",
+            f"{mid['slots']:.0f}, {mid['last_slots']:.0f}",
+            *(f"{mid[key]:.0f}" for key in ("splits", "mib", "expected_mib", "tokens_per_s")),
+            f"{ratio:.2f}",
+            *(f"{mid[key]:.1f}" for key in ("cpu_s", "stall_s")),
+        ]
+        print(f"| {' | '.join(cells)} |")
     print(json.dumps(rows))
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from rich.table import Table
 
-from moe.batch import batch_workload, first_requests
+from moe.batch import batch_workload, first_requests, lines_done
 from moe.config import EngineConfig, OffloadConfig
 from moe.engine.layer_major import Workload
 from moe.launch.calibrate import expert_inputs
@@ -149,7 +149,7 @@ def batch(args: argparse.Namespace) -> int:
     if not args.verify and args.record is None and is_served(args.input, args.output):
         return 0
     is_planned = config.batch.schedule == "layer_major"
-    work = batch_workload(args.model, config, args.input, args.output) if is_planned else None
+    work = batch_workload(args.model, config, args.input, lines_done(args.output)) if is_planned else None
     with loaded(args, config, work) as llm:
         config = llm.engine.config
         with recording(args.record, lambda: {**live_state(llm), **checked_state(llm.engine)}):

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from moe.batch import batch_workload, lines_done
 from moe.comm.control import Control
 from moe.comm.errors import LostPeer
 from moe.comm.groups import Groups
@@ -41,7 +42,11 @@ def _serve(args: argparse.Namespace, config: EngineConfig, groups: Groups) -> in
     served = is_first and is_served(args.input, args.output)
     if Control(groups).numbers_of_first([1] if served else []):  # the others need not have the file
         return 0
-    with LLM(args.model, config, groups=groups) as llm:
+    work = None
+    if config.batch.schedule == "layer_major":
+        done = Control(groups).numbers_of_first([*lines_done(args.output)] if is_first else [])
+        work = batch_workload(args.model, config, args.input, done, slice(groups.rank, None, groups.world_size))
+    with LLM(args.model, config, groups=groups, workload=work) as llm:
         if is_first and args.show_config:
             print_choices(llm.engine)
         for note in llm.notes if is_first else ():

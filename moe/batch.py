@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,22 +120,26 @@ def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
     return prompts
 
 
-def batch_workload(model: str | Path, config: EngineConfig, source: str | Path, target: str | Path) -> Workload:
-    """What `run_batch` will compute of these files, before the model is loaded: lines that can be read, every sample.
+def lines_done(target: str | Path) -> set[int]:
+    """The lines that an output file has results of; there may be no such file. Raises ValueError for another's."""
+    content = Path(target).read_bytes() if Path(target).is_file() else b""
+    return {line for line, _, _ in _results_in(Path(target), content[: content.rfind(b"\n") + 1])}
 
-    Raises ValueError for a folder or a file that it would refuse.
+
+def batch_workload(
+    model: str | Path, config: EngineConfig, source: str | Path, done: Collection[int], part: slice = slice(None)
+) -> Workload:
+    """What `run_batch` will compute of this file, before the model is loaded: lines that can be read, every sample.
+
+    done: lines that have results already; part: which of the others. Raises ValueError for what it would refuse.
     """
     blueprint = read_blueprint(model, trust_remote_code=config.trust_remote_code)
     tokenizer = load_tokenizer(Path(model), trust_remote_code=config.trust_remote_code)
     encoder, tools = PromptEncoder(tokenizer, Path(model).name), format_of(getattr(tokenizer, "chat_template", None))
     recommended = blueprint.generation.recommended
-    lines, target = lines_of(Path(source).read_bytes(), str(source)), Path(target)
-    content = target.read_bytes() if target.is_file() else b""
-    done = {line for line, _, _ in _results_in(target, content[: content.rfind(b"\n") + 1])}
+    lines = enumerate(lines_of(Path(source).read_bytes(), str(source)), 1)
     found: list[tuple[int, int | None]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or number in done:
-            continue
+    for line in [line for number, line in lines if line.strip() and number not in done][part]:
         try:
             ask = parse_batch_line(json_of(line), recommended, tools)
             tokens = encoder.encode_chat(ask.messages, ask.template) if ask.is_chat else encoder.encode(ask.prompts[0])

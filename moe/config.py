@@ -97,8 +97,8 @@ class BatchConfig:
     kv_tokens: int | None = None  # capacity of the KV cache; None: max_sequences contexts, in 1/4 of free memory
     prefix_sharing: bool = True
     packed: bool = True  # false runs one sequence at a time even where the architecture allows packing
-    # layer_major, where all requests are known beforehand (`moe batch`): as many sequences a step as read least, and
-    # offload.budget is split between their KV and the experts.
+    # layer_major, where all requests are known beforehand (`moe batch`): as many sequences and tokens a step as read
+    # least, and offload.budget is split between their KV and the experts, anew while it runs.
     schedule: Literal["as_they_come", "layer_major"] = "as_they_come"
 
     @property
@@ -129,7 +129,7 @@ class BatchConfig:
             f"batch.kv_tokens ({self.kv_tokens}) must be >= batch.block_size ({self.block_size})",
         )
         if self.schedule == "layer_major":
-            chosen = {"max_sequences": 16, "kv_tokens": None, "pool": None, "packed": True}
+            chosen = {"max_tokens": 512, "max_sequences": 16, "kv_tokens": None, "pool": None, "packed": True}
             told = [name for name, default in chosen.items() if getattr(self, name) != default]
             said = ", ".join(f"batch.{name}={getattr(self, name)}" for name in told)
             _require(not told, f"batch.schedule=layer_major chooses by itself, not with {said}; leave that out")

@@ -383,7 +383,10 @@ def _on_hosts(
 ) -> Engine:
     """It has of an engine what this module, batch files and a service use."""
     if config.batch.schedule == "layer_major":
-        raise ValueError("batch.schedule=layer_major splits the memory of one process, not of hosts; leave it out")
+        raise ValueError(
+            "batch.schedule=layer_major splits a process's memory for the requests that it will have, which hosts "
+            "hand to each other; use moe.launch.torchrun, or leave it out"
+        )
     try:
         from moe.cluster.controller import ClusterEngine  # Ray is an optional extra
         from moe.cluster.remote import RemoteEngine

@@ -26,9 +26,9 @@ from moe.offload.layer_stats import LayerStats
 from moe.offload.policy import Policy, named_policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
 from moe.offload.slab import Slab
+from moe.offload.slot_limit import SlotLimit
 from moe.offload.slot_map import Ids, Keys, SlotMap
 from moe.offload.slot_reads import SlotReads
-from moe.offload.slot_runs import slot_shares
 from moe.offload.speculation import Speculation
 from moe.offload.stores import ExpertStore
 
@@ -90,6 +90,7 @@ class ExpertCache:
         self._readers = Readers(num_readers, self._reads.read)
         self._reads.goes_on = self._readers.goes_on
         self.ahead = Speculation(self.map, self._readers, self._enter)
+        self.limit = SlotLimit(self.map, self.slab, self._blobs, self._make_room)
         self._num_waiting = 0  # misses of the open acquire that no slot could be had for yet
         self._num_visits = self._last_layer = 0
 
@@ -218,20 +219,6 @@ class ExpertCache:
         """Of the slots that are free."""
         return Slab.nbytes(self.slab.runs, self.map.free_of_run)
 
-    def raise_limit(self, num_slots: int, own: Sequence[int] | None = None) -> None:
-        """More slots from now on: on the host up to one per expert, elsewhere what was reserved. Nothing moves.
-
-        own: experts by layer that ask for slots now; None: all. A run keeps what it has, so there may be more in all.
-        Raises ValueError for fewer slots than there are, or more than there is room for.
-        """
-        if not self.num_slots <= num_slots <= self.map.room:
-            raise ValueError(
-                f"the number of slots ({num_slots}) must be between what there are ({self.num_slots}) and what was "
-                f"reserved ({self.map.room})"
-            )
-        shares = slot_shares(self.slab.runs, self.num_experts if own is None else own, num_slots)
-        self.map.raise_limit([*map(max, self.map.slots_of_run, map(min, shares, self.map.rooms))])
-
     @property
     def stats(self) -> list[LayerStats]:
         """By layer, as of now: read again for later figures. While experts are pinned a host sync."""
@@ -339,6 +326,11 @@ class ExpertCache:
                 batch.done.put(arrival)
             self._stats[layer].stall_seconds += time.perf_counter() - start
         self._num_waiting = len(missing)
+
+    def _make_room(self, layer: int, count: int) -> None:
+        """So many slots are free for experts of `layer`, if no more are held; nothing is being read."""
+        self.ahead.finish()
+        self._evict(layer, count - self.map.num_free(layer))
 
     def _evict(self, layer: int, count: int, ahead: bool = False, keep: Keys | None = None) -> None:
         """Frees up to `count` slots for experts of `layer`: the policy's choice of those no wave holds, not of `keep`.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.offload.layout import ALIGNMENT
 from moe.offload.slot_runs import SlotRun, slot_runs
-from moe.offload.stores import aligned_bytes
+from moe.offload.stores import aligned_bytes, give_back
 
 
 class Slab:
@@ -48,6 +48,11 @@ class Slab:
     @staticmethod
     def nbytes(runs: Sequence[SlotRun], rooms: Sequence[int]) -> int:
         return sum(run.nbytes * room for run, room in zip(runs, rooms))
+
+    def give_back(self, slots_of_run: Sequence[int]) -> None:
+        """Slots of each run from so many on take no memory until they are written again. On the host."""
+        for run, begin, used, end in zip(self.runs, self._begin, slots_of_run, self._begin[1:]):
+            give_back(self.memory[begin + used * run.nbytes : end])
 
     def of_layer(self, layer: int) -> Tensor:
         """uint8 [slots up to the end of the layer's run, bytes of one]: row s is slot s. Earlier rows mean nothing.

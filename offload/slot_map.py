@@ -56,6 +56,7 @@ class SlotMap:
         self.slots_of_run, self.rooms, self.room = list(num_slots), list(rooms), sum(rooms)
         self._first = np.concatenate([[0], np.cumsum(rooms)]).tolist()
         self._run_of_layer = [0] * len(num_experts) if run_of_layer is None else list(run_of_layer)
+        self.num_experts = list(num_experts)
         self._run_of_key = np.repeat(self._run_of_layer, num_experts)
         self._run_of_slot = np.repeat(np.arange(len(rooms)), rooms)
         self.first_key: Keys = np.concatenate([[0], np.cumsum(num_experts)]).astype(np.int64)
@@ -192,6 +193,28 @@ class SlotMap:
             first = self._first[run]
             self._free[run] = [*range(first + more - 1, first + now - 1, -1), *self._free[run]]
             self.slots_of_run[run] = more
+
+    def lower_limit(self, num_slots: Sequence[int]) -> list[tuple[int, int]]:
+        """Fewer slots of each run; experts in slots beyond move to free ones. Returns (from, to) of what is to copy.
+
+        Nothing may be held or loading, and so many of a run's slots must be free as it loses.
+        """
+        assert not self._num_loading, "experts are being read"
+        moves: list[tuple[int, int]] = []
+        for run, (now, fewer) in enumerate(zip(self.slots_of_run, num_slots)):
+            assert 0 < fewer <= now, (run, now, fewer)
+            end, last = self._first[run] + fewer, self._first[run] + now
+            beyond = [slot for slot in range(end, last) if self.state[slot] != _FREE]
+            self._free[run] = [slot for slot in self._free[run] if slot < end]
+            for slot in beyond:
+                key = int(self.key_of[slot])
+                to = self.take(self.layer_of(key))
+                self._move(slot, _RESIDENT, _FREE)
+                self.key_of[slot] = self.slot_of[key] = -1
+                self.fill(to, key)
+                moves.append((slot, to))
+            self.slots_of_run[run] = fewer
+        return moves
 
     def check(self) -> None:
         """Asserts the law above; nothing is in a slot beyond the limit of its run."""

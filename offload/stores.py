@@ -4,6 +4,7 @@
 allows it. `MmapStore` is its plain twin. `RamStore` keeps every blob in host memory; it is also the store for tests.
 """
 
+import ctypes
 import errno
 import logging
 import mmap
@@ -23,6 +24,7 @@ from moe.offload.memory import available_memory
 from moe.offload.segments import ExpertIndex, Segment
 
 log = logging.getLogger(__name__)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 PART_BYTES = 1 << 20  # 0.7 ms of this project's disk: what a miss waits for a reader at most
 
@@ -64,6 +66,14 @@ def aligned_bytes(nbytes: int, huge: bool = True) -> Tensor:
     elif nbytes >= 1 << 22:
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def give_back(memory: Tensor) -> None:
+    """The whole pages in this part of `aligned_bytes` are the system's again: zeros that take memory when written."""
+    begin = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    nbytes = (memory.data_ptr() + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+    if nbytes > 0 and _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), mmap.MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), f"madvise of {nbytes} bytes")
 
 
 class Run(NamedTuple):

@@ -23,13 +23,15 @@ from moe.offload.prefetch import WasteBudget, likely
 class Costs(NamedTuple):
     """Seconds: to read one expert; of a layer before its routing is known; to compute one expert that is there.
 
-    guess: to guess and to ask for what was guessed, before the layer's experts.
+    guess: to guess and to ask for what was guessed, before the layer's experts. first: share of an expert, of its bytes
+    and of its work, that could be computed while the rest is read; the cache waits for all of it, which is 0.
     """
 
     read: float
     layer: float
     expert: float
     guess: float = 0.0
+    first: float = 0.0
 
 
 class Guess(NamedTuple):
@@ -181,8 +183,10 @@ def replay(
             _ask(guess[expected >= budget.least], keys, slots, disk, total, now)
         now += len(hits) * costs.expert
         for at in sorted(arrivals):
-            total.stall += max(0.0, at - now)
-            now = max(now, at) + costs.expert
+            for come, work in ((at - (1 - costs.first) * costs.read, costs.first), (at, 1 - costs.first)):
+                if work:
+                    total.stall += max(0.0, come - now)
+                    now = max(now, come) + work * costs.expert
         slots.is_resident[absent] = True
     total.seconds = now
     return Replay(**{name: getattr(total, name) - getattr(before, name) for name in Replay.__slots__})

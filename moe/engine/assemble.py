@@ -20,7 +20,8 @@ from moe.engine.device import find_device, free_memory
 from moe.engine.device_paths import use_graphs
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
-from moe.engine.layer_major import Workload, sizes_of, split_memory, why_not_split
+from moe.engine.layer_major import Shared, Workload, sizes_of, split_memory, why_not_split
+from moe.engine.moving_split import MovingSplit
 from moe.engine.notes import lossy_modes, notes_on
 from moe.engine.runner import (
     PackedRunner,
@@ -66,6 +67,11 @@ class Share:
     plan: Plan
     rank: int
     host_copy: str = ""
+
+    @property
+    def experts(self) -> list[list[int]]:
+        """By layer."""
+        return experts_of_rank(self.plan, self.rank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +141,7 @@ class Loaded:
     experts: Experts
     grammars: Grammars
     chosen: tuple[AutoChoice, ...] = ()
+    split: MovingSplit | None = None  # of KV and slots, where it moves while the model runs
 
     @property
     def choices(self) -> tuple[AutoChoice, ...]:
@@ -167,9 +174,10 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
     Raises ValueError for a folder, a budget or a setting that cannot be served; then no thread, file or memory is left.
     """
     dense = load_model(read, tries_experts=share is not None)
+    shared = None
     if read.config.batch.schedule == "layer_major":
-        read = _split_memory(read, dense, work, is_alone=share is None)
-    memory = make_memory(read, dense)
+        read, shared = _split_memory(read, dense, work, share)
+    memory = make_memory(read, dense, None if shared is None else shared.most_blocks)
     threads = _settle_threads(read, memory.runner, is_alone=share is None)
     to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
     with ExitStack() as undo:
@@ -181,20 +189,38 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
         graphs = use_graphs(read.config, read.device, memory.runner, experts.slots, dense.max_context)
         chosen = tuple(one for one in (threads, graphs) if one is not None)
-        loaded = Loaded(read, dense, memory, experts, grammars, chosen)
+        split = _moving_split(shared, memory, experts, share)
+        loaded = Loaded(read, dense, memory, experts, grammars, chosen, split)
         undo.pop_all()
     return loaded
 
 
-def _split_memory(read: Read, dense: Dense, work: Workload | None, is_alone: bool) -> Read:
-    """With sequences, KV and slots as they serve `work`, and a note that says so."""
-    reason = why_not_split(read.blueprint, dense.is_packed, is_alone)
+def _split_memory(read: Read, dense: Dense, work: Workload | None, share: Share | None) -> tuple[Read, Shared | None]:
+    """With sequences, KV and slots as they serve `work`, a note that says so, and what may move while it runs."""
+    reason, config = why_not_split(read.blueprint, dense.is_packed), read.config
+    if share is not None and config.parallel.dispatcher == "coherent":
+        reason = "parallel.dispatcher=coherent gives every rank the KV of all ranks' requests"
     if reason is not None:
         raise ValueError(f"batch.schedule=layer_major cannot serve {read.blueprint.folder}: {reason}; leave it out")
-    sizes = sizes_of(read.blueprint, read.config.batch, dense.tried.kv_bytes, dense.vocabulary)
+    if share is not None and config.parallel.dispatcher == "auto":
+        config = replace(config, parallel=replace(config.parallel, dispatcher="all_to_all"))
+    own, num_ranks = (None, 1) if share is None else ([len(of) for of in share.experts], share.plan.num_ranks)
+    kv_bytes = dense.tried.kv_bytes
+    sizes = sizes_of(read.blueprint, config.batch, kv_bytes, dense.vocabulary, own=own, num_ranks=num_ranks)
     room = free_memory(read.device) * _SHARE_OF_FREE
-    config, said = split_memory(read.config, None if work is None else work.within(dense.max_context), sizes, room)
-    return replace(read, config=config, notes=(*read.notes, *([] if said is None else [said])))
+    config, shared, said = split_memory(config, work, sizes, room, dense.max_context)
+    if said is not None and read.device.type != "cpu":
+        shared, said = None, f"{said}; on a GPU it stays so"
+    return replace(read, config=config, notes=(*read.notes, *([] if said is None else [said]))), shared
+
+
+def _moving_split(shared: Shared | None, memory: Memory, experts: Experts, share: Share | None) -> MovingSplit | None:
+    if shared is None:
+        return None
+    assert isinstance(memory.runner, PackedRunner), "why_not_split has refused others"
+    assert experts.slots is not None, "why_not_split has refused a model without experts"
+    own = None if share is None else share.experts
+    return MovingSplit(shared, memory.scheduler, memory.runner.kv, experts.slots, own)
 
 
 def _settle_threads(read: Read, runner: Runner, is_alone: bool) -> AutoChoice | None:
@@ -250,14 +276,15 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     return Dense(model, RoutingSeam(), tried, is_packed, context, blueprint.generation.eos_ids, notes)
 
 
-def make_memory(read: Read, dense: Dense) -> Memory:
+def make_memory(read: Read, dense: Dense, most_blocks: int | None = None) -> Memory:
+    """most_blocks: of KV, if there may be more later."""
     batch, turns = read.config.batch, _turns(read.blueprint, read.config.batch)
     if not dense.is_packed:
         unlimited = BlockPool(batch.num_running, dense.max_context, sharing=False)
         return Memory(
             Scheduler(batch, unlimited, can_chunk=False, turns=turns), SequentialRunner(dense.model, dense.routing), 0
         )
-    pool = BlockPool(num_blocks(batch, dense), batch.block_size, batch.prefix_sharing)
+    pool = BlockPool(num_blocks(batch, dense), batch.block_size, batch.prefix_sharing, most_blocks)
     kv = make_paged_kv(dense.model, pool)
     kernel = chosen_kernel(read.config.kernel, read.device)
     if read.device.type != "cpu":
@@ -296,7 +323,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     if not blueprint.experts:
         return Experts(None, ())
     counts = [site.num_experts for site in blueprint.index.sites]
-    own = [list(range(n)) for n in counts] if share is None else experts_of_rank(share.plan, share.rank)
+    own = [list(range(n)) for n in counts] if share is None else share.experts
     num_own = [len(experts) for experts in own]
     available = free_memory(read.device)
     room = int(max(0, available - reserved_bytes) * _SHARE_OF_FREE)

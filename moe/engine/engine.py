@@ -208,7 +208,7 @@ class Engine:
             vocabulary,
             self.max_context,
             pool.block_size,
-            pool.num_blocks,
+            pool.room,
             frozenset(self.eos_ids),
             self.blueprint.config.is_encoder_decoder,
         )
@@ -290,7 +290,8 @@ class Engine:
         layers = [(stats, {"layer": str(layer)}) for layer, stats in enumerate(self.layer_stats())]
         traffic = [(one, {"part": str(part), "carries": one.carries}) for part, one in enumerate(self.traffic)]
         moved = [] if self.online is None else [(self.online.stats, dict[str, str]())]
-        return [(self.stats, {}), (self.state(), {}), *moved, *layers, *traffic]
+        split = [] if self.loaded.split is None else [(self.loaded.split.stats, dict[str, str]())]
+        return [(self.stats, {}), (self.state(), {}), *moved, *split, *layers, *traffic]
 
     def layer_stats(self) -> list[LayerStats]:
         return [] if self.experts is None else self.experts.cache.stats

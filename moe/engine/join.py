@@ -90,7 +90,7 @@ def shareable_shape(blueprint: Blueprint) -> tuple[int, int]:
 def stay_alone(loaded: Loaded) -> Place:
     if loaded.experts.slots is not None:
         loaded.experts.slots.use_ranks(None)
-    return Place(Alone(loaded.memory.scheduler, loaded.memory.runner), None, Decisions(), ())
+    return Place(Alone(loaded.memory.scheduler, loaded.memory.runner, loaded.split), None, Decisions(), ())
 
 
 def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None = None) -> Place:
@@ -146,8 +146,8 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
         wanted = resolve_slots(budget, sizes=sizes, counts=counts)
     if wanted > max(most, cache.num_slots) and budget is not None:
         notes.append(f"offload.budget ({budget}) of {num_own} experts is {wanted} slots, there is room for {most}")
-    if min(wanted, most) >= cache.num_slots:  # as many may have to be shared otherwise
-        cache.raise_limit(min(wanted, most), counts)
+    if loaded.split is None and min(wanted, most) >= cache.num_slots:  # as many may have to be shared otherwise
+        cache.limit.raise_to(min(wanted, most), counts)
     if not cache.map.num_lacking(parallel.hosted):
         cache.preload(parallel.hosted)
         slots.settle()
@@ -218,6 +218,7 @@ def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, deci
         hidden_size=loaded.read.blueprint.index.sites[0].hidden_size,
         dtype=loaded.dense.model.dtype,
         online=_online(loaded, parallel, control),
+        split=loaded.split,
     )
 
 

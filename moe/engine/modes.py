@@ -14,6 +14,7 @@ from moe.comm.control import Control
 from moe.comm.wire import Traffic
 from moe.engine.coherent import CoherentRunner
 from moe.engine.mirror import RequestMirror
+from moe.engine.moving_split import MovingSplit
 from moe.engine.online import OnlinePlacement
 from moe.engine.requests import Chunk, Request
 from moe.engine.runner import Runner
@@ -68,10 +69,10 @@ class StepMode(Protocol):
 
 
 class Alone:
-    """One process."""
+    """One process. split: moved between two steps."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
-        self.scheduler, self.runner = scheduler, runner
+    def __init__(self, scheduler: Scheduler, runner: Runner, split: MovingSplit | None = None) -> None:
+        self.scheduler, self.runner, self.split = scheduler, runner, split
 
     @property
     def control(self) -> Control | None:
@@ -89,6 +90,8 @@ class Alone:
         return []
 
     def plan(self) -> list[Chunk]:
+        if self.split is not None:
+            self.split.step()
         return self.scheduler.schedule()
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -123,7 +126,7 @@ class Ranks(Alone):
     """Each rank has requests of its own; a rank with fewer forwards joins those of the others with T = 0.
 
     shapes: (rows per token, K of a row) by layer, as `SlotExperts.join` takes them. online: what changes the plan while
-    it runs.
+    it runs; split: as of `Alone`, each rank's own.
     """
 
     def __init__(
@@ -138,8 +141,9 @@ class Ranks(Alone):
         hidden_size: int,
         dtype: torch.dtype,
         online: OnlinePlacement | None = None,
+        split: MovingSplit | None = None,
     ) -> None:
-        super().__init__(scheduler, runner)
+        super().__init__(scheduler, runner, split)
         self.online = online
         self._control, self.parallel, self.experts = control, parallel, experts
         self._joined_with = hidden_size, dtype, list(shapes)
@@ -161,7 +165,7 @@ class Ranks(Alone):
         return [self.parallel.dispatcher.traffic, *(ahead.traffic if ahead is not None else ())]
 
     def plan(self) -> list[Chunk]:
-        chunks = self.scheduler.schedule()
+        chunks = super().plan()
         self._agree(self.runner.num_forwards(chunks), sum(c.end - c.start for c in chunks))
         return chunks
 

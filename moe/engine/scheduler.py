@@ -1,6 +1,7 @@
 """Which tokens the next step computes: continuous batching with chunked prefill and shared prefixes."""
 
 from collections import deque
+from collections.abc import Mapping
 
 from moe.config import BatchConfig
 from moe.engine.requests import Chunk, Request
@@ -14,14 +15,17 @@ class Scheduler:
 
     Out of blocks, the youngest running request is put back to wait and is computed again later.
     `can_chunk`: whether a prompt may be computed in parts. turns: who chooses where more run than decode in a step.
+    places: sequences that run at once (`let_in`). num_added, num_put_back: requests so far, and how often one was.
     """
 
     def __init__(
         self, config: BatchConfig, pool: BlockPool, can_chunk: bool = True, turns: Turns | None = None
     ) -> None:
         self.config, self.pool, self.can_chunk, self.turns = config, pool, can_chunk, turns
+        self.places, self.max_tokens = config.max_sequences if turns is None else turns.places, config.max_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.num_added = self.num_put_back = 0
 
     @property
     def has_work(self) -> bool:
@@ -33,16 +37,17 @@ class Scheduler:
         if request.num_output:
             place = next((n for n, other in enumerate(self.waiting) if not other.num_output), place)
         self.waiting.insert(place, request)
+        self.num_added += 1
 
     def schedule(self) -> list[Chunk]:
         """The chunks of one step; empty only if there is no work."""
         chunks: list[Chunk] = []
-        left = self.config.max_tokens
+        left = self.max_tokens
         for request in self._whose_turn():
             if left and request in self.running and (chunk := self._continue(request, left)):
                 chunks.append(chunk)
                 left -= chunk.end - chunk.start
-        while left and self.waiting and len(self.running) < self._num_places:
+        while left and self.waiting and len(self.running) < self.places:
             if not (chunk := self._admit(self.waiting[0], left, alone=not chunks)):
                 break
             self.running.append(self.waiting.popleft())
@@ -65,14 +70,20 @@ class Scheduler:
         request.finish_reason = reason
         self._take_out(request)
 
+    def let_in(self, places: int) -> None:
+        """So many sequences run at once from now on, each with a token in a step at least; those that run stay."""
+        assert self.turns is None, "turns have places of their own"
+        self.places, self.max_tokens = places, max(self.config.max_tokens, places)
+
+    def renumber(self, moved: Mapping[int, int]) -> None:
+        """Blocks have other numbers: new by old."""
+        for request in self.running:
+            request.blocks = [moved.get(block, block) for block in request.blocks]
+
     def hand_over(self) -> None:
         """Another scheduler goes on with the requests."""
         for request in [*self.running, *self.waiting]:
             self._take_out(request)
-
-    @property
-    def _num_places(self) -> int:
-        return self.config.max_sequences if self.turns is None else self.turns.places
 
     def _whose_turn(self) -> list[Request]:
         """Running requests that this step goes on with, oldest first: all, or prompts and those whose turn it is."""
@@ -129,6 +140,7 @@ class Scheduler:
         self.running.remove(request)
         self._forget(request)
         request.num_preempted += 1
+        self.num_put_back += 1
         self.waiting.appendleft(request)
 
     def _forget(self, request: Request) -> None:

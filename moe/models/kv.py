@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moe.models.attention import Alone, PagedLayer, StepLayout
+from moe.offload.stores import give_back
 
 # What this version of transformers calls a forward's cache, as an argument and in its output (`cache` from 5.24 on).
 CACHE_NAME: Final = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in {"cache", "past_key_values"})
@@ -26,12 +27,15 @@ class BlockPool:
 
     A full block may be shared: its key is its tokens and the identity of the block before it, so that equal keys mean
     equal prefixes (no hashes to collide). A kept block is given up, oldest first, when no free one is left.
+    room: how many blocks there may ever be; None: as many as there are.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, sharing: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int, sharing: bool = True, room: int | None = None) -> None:
         self.num_blocks, self.block_size, self.sharing = num_blocks, block_size, sharing
+        self.room = num_blocks if room is None else room
+        assert num_blocks <= self.room, (num_blocks, room)
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._users = [0] * num_blocks
+        self._users = [0] * self.room
         self._key_of: dict[int, _Key] = {}
         self._shared: dict[_Key, int] = {}
         self._identity: dict[int, int] = {}  # of a keyed block; never used twice
@@ -41,6 +45,10 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         return len(self._free) + len(self._kept)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_available
 
     def take(self, count: int) -> list[int]:
         """`count` blocks, each with one user. The caller has looked at `num_available`."""
@@ -91,6 +99,25 @@ class BlockPool:
         self._identity[blocks[index]] = self._next_identity
         self._next_identity += 1
 
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """As many blocks from now on, no fewer than are used. Those beyond get other numbers: returns new by old, whose
+        tokens the caller copies. Kept blocks are given up where there is no place for them.
+        """
+        assert self.num_used <= num_blocks <= self.room, (self.num_used, num_blocks, self.room)
+        while self.num_used + len(self._kept) > num_blocks:
+            self._free.append(self._evict())
+        before, self.num_blocks = self.num_blocks, num_blocks
+        self._free = [*range(num_blocks - 1, before - 1, -1), *(b for b in self._free if b < num_blocks)]
+        beyond = [b for b in range(num_blocks, before) if self._users[b] or b in self._kept]
+        moved = {block: self._free.pop() for block in beyond}
+        for old, new in moved.items():
+            self._users[new], self._users[old] = self._users[old], 0
+            if old in self._key_of:
+                key = self._key_of[new] = self._key_of.pop(old)
+                self._shared[key], self._identity[new] = new, self._identity.pop(old)
+        self._kept = OrderedDict((moved.get(block, block), None) for block in self._kept)
+        return moved
+
     def _evict(self) -> int:
         block, _ = self._kept.popitem(last=False)
         del self._shared[self._key_of.pop(block)], self._identity[block]
@@ -104,6 +131,7 @@ class BlockPool:
         assert not used & (free | kept), (used, free, kept)
         assert not free & kept, (free, kept)
         assert len(used) + len(free) + len(kept) == self.num_blocks
+        assert max(used | free | kept, default=-1) < self.num_blocks, "a block that there is no more"
         assert {self._shared[k]: k for k in self._shared} == self._key_of
 
 
@@ -113,7 +141,7 @@ class PagedKV:
     def __init__(self, num_layers: int, pool: BlockPool, device: torch.device) -> None:
         self.pool = pool
         self.device = device
-        self.layers = [PagedLayer(pool.num_blocks * pool.block_size) for _ in range(num_layers)]
+        self.layers = [PagedLayer(pool.room * pool.block_size) for _ in range(num_layers)]
         self.cache: Any = Cache(layers=list(self.layers))
         self.alone: LayOut | None = None  # who attends for tokens that are their sequence's only new one
 
@@ -122,6 +150,17 @@ class PagedKV:
         for layer, (keys, values) in zip(self.layers, like):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
+
+    @torch.inference_mode()  # which the pools may have been made in
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """As `BlockPool.resize`, tokens and all: memory of blocks that are no more is the system's. On the host."""
+        moved, size = self.pool.resize(num_blocks), self.pool.block_size
+        for tensor in (t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)):
+            if moved:
+                blocks = tensor.view(self.pool.room, size, *tensor.shape[1:])
+                blocks[list(moved.values())] = blocks[list(moved)]
+            give_back(tensor[num_blocks * size :])
+        return moved
 
     def begin(self, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> StepLayout:
         """Lays out a step that computes the tokens [start, end) of each sequence with these blocks."""

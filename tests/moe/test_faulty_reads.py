@@ -15,6 +15,7 @@ from test_parallel import prompts_of, tokens_alone
 
 import moe.offload.cache as cache_module
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.engine.layer_major import Workload
 from moe.llm import LLM
 from moe.offload.stores import FileStore, MmapStore, RamStore
 from moe.params import SamplingParams
@@ -97,25 +98,38 @@ def configs(draw):
     )
 
 
+@st.composite
+def moving(draw):
+    """One memory for KV and slots, and to how many sequences it moves before each step, 0 = not."""
+    offload = OffloadConfig(
+        budget=draw(st.sampled_from(["192KiB", "288KiB"])),
+        store=draw(st.sampled_from(["file", "mmap", "ram"])),
+        readers=draw(st.integers(1, 3)),
+        prefetch=draw(st.sampled_from(["off", "router", "learned"])),
+    )
+    moves = draw(st.lists(st.integers(0, 9), min_size=1, max_size=20))
+    return EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(schedule="layer_major")), moves
+
+
 @pytest.mark.heavy
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    config=configs(),
+    config_and_moves=st.one_of(st.tuples(configs(), st.just([])), moving()),
     acts=st.lists(st.sampled_from([*["plain"] * 8, *ACTS]), min_size=1, max_size=40).filter(
         lambda a: set(a) != {"fail"}
     ),
     cancelled=st.dictionaries(st.integers(0, 30), st.integers(0, 6), max_size=3),
 )
-def test_no_token_changes_whatever_reads_do(mixtral, config, acts, cancelled):
-    folder, prompts, expected = mixtral
+def test_no_token_changes_whatever_reads_do(mixtral, config_and_moves, acts, cancelled):
+    (folder, prompts, expected), (config, moves) = mixtral, config_and_moves
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_module, "INLINE_READ_BYTES", 0)
-        with LLM(folder, config) as llm:
+        with LLM(folder, config, workload=work_of(prompts)) as llm:
             if llm.engine.experts.lookahead is not None:
                 llm.engine.experts.lookahead.prefetcher._trial = None
             faults = Faults(acts)
             faulty(patch, faults)
-            said = serve(llm, prompts, cancelled)
+            said = serve(llm, prompts, cancelled, moves)
             patch.undo()
             cache = llm.engine.experts.cache
             assert llm.engine.why_not_whole() is None
@@ -148,6 +162,24 @@ def test_others_of_a_failed_step_say_what_they_would_have(mixtral, packed, layer
     assert fails == 5 * layers
 
 
+@pytest.mark.parametrize("store", ["file", "ram"])
+@pytest.mark.parametrize("act", ["slow", "fail", "short"])
+def test_nor_while_kv_and_slots_move(mixtral, act, store, monkeypatch):
+    folder, prompts, expected = mixtral
+    monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
+    offload = OffloadConfig(budget="240KiB", store=store, readers=2, prefetch="router")
+    config = EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(schedule="layer_major"))
+    with LLM(folder, config, workload=work_of(prompts)) as llm:
+        llm.engine.experts.lookahead.prefetcher._trial = None
+        for number in (0, 17, 60):
+            with monkeypatch.context() as patch:
+                faults = Faults([*["plain"] * number, act, *["plain"] * 9, act, act])
+                faulty(patch, faults)
+                assert serve(llm, prompts, {}, [7, 1, 4, 0, 0, 2]) == expected, number
+                assert faults.done[act] == 3
+        assert llm.engine.loaded.split.stats.splits > 9
+
+
 @pytest.mark.parametrize("family", ["switch_transformers", "jamba"])
 def test_so_do_those_that_keep_another_state(family, tmp_path, monkeypatch):
     """An encoder's output, and recurrent layers'."""
@@ -168,8 +200,15 @@ def test_so_do_those_that_keep_another_state(family, tmp_path, monkeypatch):
                 assert [one.token_ids for one in running] == expected, number
 
 
-def serve(llm, prompts, cancelled):
-    """All prompts' answers; what is cancelled, or lost by a failed read, is asked for again. No run is endless."""
+def work_of(prompts) -> Workload:
+    return Workload([len(prompt) for prompt in prompts], [PARAMS.max_tokens] * len(prompts))
+
+
+def serve(llm, prompts, cancelled, moves=()):
+    """All prompts' answers; what is cancelled, or lost by a failed read, is asked for again. No run is endless.
+
+    moves: numbers of sequences that KV and slots are split for, again and again.
+    """
     running = {n: llm.add(prompt, PARAMS) for n, prompt in enumerate(prompts)}
     said: list[list[int] | None] = [None] * len(prompts)
     for step in range(1000):
@@ -178,13 +217,16 @@ def serve(llm, prompts, cancelled):
         if (n := cancelled.get(step)) in running:
             llm.abort([running[n]])
             running[n] = llm.add(prompts[n], PARAMS)
+        if moves and (sequences := moves[step % len(moves)]):
+            llm.engine.loaded.split.take(sequences)
         try:
             llm.step()
         except OSError as error:
             if "the disk is gone" not in str(error):
                 raise
-        cache = llm.engine.experts.cache
-        cache.check()
+        cache, split = llm.engine.experts.cache, llm.engine.loaded.split
+        assert llm.engine.why_not_whole() is None
+        assert split is None or split.nbytes <= split.shared.memory
         stats = cache.stats
         accounted = sum(cache.ahead.unused.values()) + sum(
             s.useful_bytes + s.late_bytes + s.wasted_bytes for s in stats

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.batch import batch_workload, run_batch
+from moe.batch import batch_workload, lines_done, run_batch
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.layer_major import Sizes, Workload, best_split
 from moe.llm import LLM
@@ -15,7 +15,7 @@ from moe.offload.slot_runs import slab_bytes
 from moe.params import SamplingParams
 from tests.moe.moe_cases import TINYMOE, check_whole
 
-SIZES = Sizes([64] * 2, [8] * 2, top_k=2, kv_bytes=3, row_bytes=5, block_size=4, max_tokens=8)
+SIZES = Sizes([64] * 2, [8] * 2, [8] * 2, num_ranks=1, top_k=2, kv_bytes=3, row_bytes=5, token_bytes=1, block_size=4)
 LAYER_MAJOR = BatchConfig(schedule="layer_major")
 PROMPTS = ["Once upon a time", "ROMEO:\nO, she", "def read(self", "Two plus two is"]
 
@@ -23,21 +23,24 @@ PROMPTS = ["Once upon a time", "ROMEO:\nO, she", "def read(self", "Two plus two 
 def least_bytes(work, sizes, memory, room):
     """Every number of sequences with every number of slots: (bytes, steps, sequences, slots) of the best."""
     found = []
-    total = sum(sizes.num_experts)
+    total, tokens = sum(sizes.num_experts), sum(work.prompts)
     contexts = sorted((p + a for p, a in zip(work.prompts, work.answers)), reverse=True)
+    of_size = [
+        sum(c for b, c in zip(sizes.expert_bytes, sizes.num_experts) if b == size) for size in sizes.expert_bytes
+    ]
+    in_step = max(512, min(tokens, int(room / 16)))
     for n in range(1, len(contexts) + 1):
         kv = sum(-(-c // sizes.block_size) for c in contexts[:n]) * sizes.block_size * sizes.kv_bytes
         steps = max(-(-sum(a - 1 for a in work.answers) // n), max(a - 1 for a in work.answers))
-        in_step = max(sizes.max_tokens, n)
-        chunks = -(-sum(work.prompts) // in_step)
-        for slots in range(min(2 * sizes.top_k, total), total + 1):
+        chunk = min(max(in_step, n), -(-tokens * n // len(contexts)))
+        for slots in range(min(max(2 * sizes.top_k, -(-total // min(of_size))), total), total + 1):
             used = kv + slab_bytes(sizes.expert_bytes, sizes.num_experts, slots)
             if used > memory or used + n * sizes.row_bytes > room:
                 continue
             read = 0.0
             for nbytes, count in zip(sizes.expert_bytes, sizes.num_experts):
-                for times, tokens in ((steps, n), (chunks, min(in_step, sum(work.prompts)))):
-                    read += times * count * nbytes * (1 - (1 - sizes.top_k / count) ** tokens) * (1 - slots / total)
+                for times, asking in ((steps, n), (-(-tokens // chunk), chunk)):
+                    read += times * count * nbytes * (1 - (1 - sizes.top_k / count) ** asking) * (1 - slots / total)
             found.append((read, steps, n, -slots))
     return min(found, default=None)
 
@@ -54,7 +57,11 @@ def least_bytes(work, sizes, memory, room):
 )
 def test_no_other_split_reads_less(requests, expert_bytes, counts, top_k, kv_bytes, memory, spare):
     sizes = SIZES._replace(
-        expert_bytes=expert_bytes, num_experts=[counts] * len(expert_bytes), top_k=top_k, kv_bytes=kv_bytes
+        expert_bytes=expert_bytes,
+        num_experts=[counts] * len(expert_bytes),
+        chosen_from=[counts] * len(expert_bytes),
+        top_k=top_k,
+        kv_bytes=kv_bytes,
     )
     work = Workload([p for p, _ in requests], [a for _, a in requests])
     expected = least_bytes(work, sizes, memory, memory + spare)
@@ -74,7 +81,7 @@ def test_what_is_chosen_follows_what_is_scarce():
     assert best_split(answers, SIZES, 1e6, 1e6).slots == 16  # all of them: nothing to read, and then the fewest steps
     assert best_split(answers, SIZES, 1e6, 1e6).sequences == 64
     # Prompts read the same however many decode: where they are long and answers short, slots are worth more.
-    large = SIZES._replace(expert_bytes=[640] * 2, kv_bytes=1, max_tokens=64)
+    large = SIZES._replace(expert_bytes=[640] * 2, kv_bytes=1, token_bytes=1000)
     long_prompts = best_split(Workload([70] * 64, [2] * 64), large, 9000, 1e6)
     long_answers = best_split(answers, large, 9000, 1e6)
     assert (long_prompts.sequences, long_prompts.slots) == (8, 13)
@@ -108,12 +115,13 @@ def test_a_file_has_the_same_tokens_and_reads_less(tmp_path):
     for name, batch in {"usual": BatchConfig(), "layer_major": LAYER_MAJOR}.items():
         config = EngineConfig(threads=1, batch=batch, offload=OffloadConfig(budget="3MiB", prefetch="off"))
         target = tmp_path / f"{name}.jsonl"
-        work = batch_workload(TINYMOE, config, source, target) if batch is LAYER_MAJOR else None
+        work = batch_workload(TINYMOE, config, source, lines_done(target)) if batch is LAYER_MAJOR else None
         with LLM(TINYMOE, config, workload=work) as llm:
+            state = llm.engine.state()
             run_batch(llm, source, target)
             check_whole(llm)
             read[name], said[name] = sum(s.bytes_read for s in llm.engine.layer_stats()), texts(target)
-            state, preempted, notes = llm.engine.state(), llm.engine.stats.preemptions, llm.notes
+            preempted, notes = llm.engine.stats.preemptions, llm.notes
     assert said["usual"] == said["layer_major"]
     assert len(said["usual"]) == 41
     assert read["layer_major"] < 0.7 * read["usual"]
@@ -125,12 +133,12 @@ def test_a_file_has_the_same_tokens_and_reads_less(tmp_path):
     assert "of 41 requests" in note
     assert f"{state.slots} of 96 experts" in note
     # What is left of a run that was stopped, and of one that is done.
-    work = batch_workload(TINYMOE, EngineConfig(), source, target)
+    work = batch_workload(TINYMOE, EngineConfig(), source, lines_done(target))
     assert work == Workload([], [])
     lines = target.read_text().splitlines(keepends=True)
     kept = [line for line in lines if not line.startswith('{"id": "line-4"')]
     target.write_text("".join(kept))
-    assert batch_workload(TINYMOE, EngineConfig(), source, target).answers == [16, 16]
+    assert batch_workload(TINYMOE, EngineConfig(), source, lines_done(target)).answers == [16, 16]
     with LLM(TINYMOE, config, workload=work) as llm:
         assert llm.generate("A", SamplingParams(max_tokens=2), use_tqdm=False)
 
@@ -157,8 +165,8 @@ def test_refusals(settings, workload, said):
 
 
 def test_what_it_chooses_is_not_set():
-    for told in ({"max_sequences": 8}, {"kv_tokens": 512}, {"pool": 64}, {"packed": False}):
+    for told in ({"max_tokens": 1024}, {"max_sequences": 8}, {"kv_tokens": 512}, {"pool": 64}, {"packed": False}):
         with pytest.raises(ValueError, match=f"not with batch.{next(iter(told))}="):
             replace(LAYER_MAJOR, **told)
-    with pytest.raises(ValueError, match="not of hosts"):
+    with pytest.raises(ValueError, match="which hosts hand to each other"):
         LLM(TINYMOE, EngineConfig(batch=LAYER_MAJOR), hosts=2)

@@ -6,6 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe.comm.wire import Traffic
+from moe.engine.moving_split import SplitStats
 from moe.engine.stats import State, StepStats
 from moe.histogram import Histogram
 from moe.llm import LLM
@@ -14,7 +15,7 @@ from moe.offload.layer_stats import LayerStats
 from tests.moe.moe_cases import TINYMOE, config, greedy
 
 
-@pytest.mark.parametrize("record", [StepStats, State, LayerStats, Traffic])
+@pytest.mark.parametrize("record", [StepStats, State, SplitStats, LayerStats, Traffic])
 def test_every_counted_field_is_declared_with_its_help(record):
     names = {m.name for m in declared(record)}
     fields = {f.name for f in dataclasses.fields(record)}

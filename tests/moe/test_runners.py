@@ -116,7 +116,7 @@ def test_runners_change_when_all_have_come_and_back(kernel):
         right = engine_says(llm, PROMPTS)
         experts.settle()
         assert experts.runner is experts.waves
-        cache.raise_limit(96)
+        cache.limit.raise_to(96)
         cache.preload()
         kinds = []
         for _ in range(2):

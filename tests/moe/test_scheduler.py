@@ -19,9 +19,9 @@ class World:
     The next token is a function of the tokens before it, so that equal prompts stay equal.
     """
 
-    def __init__(self, config: BatchConfig, num_blocks: int, can_chunk: bool = True) -> None:
+    def __init__(self, config: BatchConfig, num_blocks: int, can_chunk: bool = True, room: int | None = None) -> None:
         self.config, self.can_chunk = config, can_chunk
-        self.pool = BlockPool(num_blocks, config.block_size, config.prefix_sharing)
+        self.pool = BlockPool(num_blocks, config.block_size, config.prefix_sharing, room)
         self.scheduler = Scheduler(config, self.pool, can_chunk)
         self.memory: dict[tuple[int, int], int] = {}  # (block, place) -> token
         self.sequences: list[Request] = []
@@ -61,6 +61,13 @@ class World:
                     self.scheduler.finish(request, "length")
         self.pool.check()
         self.steps += 1
+
+    def resize(self, num_blocks: int) -> None:
+        moved = self.pool.resize(max(num_blocks, self.pool.num_used))
+        self.pool.check()
+        self.scheduler.renumber(moved)
+        self.memory |= {(moved[b], place): token for (b, place), token in self.memory.items() if b in moved}
+        self.memory = {at: token for at, token in self.memory.items() if at[0] < self.pool.num_blocks}
 
     def check(self, chunks, oldest) -> None:
         self.pool.check()
@@ -109,12 +116,13 @@ configs = st.builds(
 @given(configs, requests, st.integers(0, 12), st.data())
 def test_every_sequence_finishes_and_nothing_is_lost(config, asked, spare, data):
     needed = max(-(-(len(p) + n) // config.block_size) for p, n in asked)
-    world = World(config, needed + spare)
+    world = World(config, needed + spare, room=needed + 12)
     for prompt, num_new in asked:
         world.add(prompt, num_new)
         for _ in range(data.draw(st.integers(0, 3))):
             if world.scheduler.has_work:
                 world.step()
+                world.resize(needed + data.draw(st.integers(0, 12)))
         unfinished = [s for s in world.sequences if s.finish_reason is None]
         if unfinished and data.draw(st.integers(0, 5)) == 0:
             world.scheduler.finish(data.draw(st.sampled_from(unfinished)), "abort")

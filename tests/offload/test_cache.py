@@ -214,8 +214,8 @@ def test_pinned_slots_survive_everything_else(threads):
     run(cache, store, [(0, [2, 3])])
     held = cache.acquire(0, [2, 3])
     wave = next(held)
-    run_other = [e for w in cache.acquire(1, list(range(8))) for e in w.experts.tolist()]
-    assert sorted(run_other) == list(range(8))
+    partother = [e for w in cache.acquire(1, list(range(8))) for e in w.experts.tolist()]
+    assert sorted(partother) == list(range(8))
     check_wave(cache, store, 0, wave)
     held.close()
     assert not (cache.map.state == State.HELD).any()
@@ -353,9 +353,48 @@ def test_more_slots_later_serve_more(is_mixed):
     run(cache, store, everything)
     before = cache.slot_bytes
     with pytest.raises(ValueError, match="must be between"):
-        cache.raise_limit(17)
-    cache.raise_limit(16)
+        cache.limit.raise_to(17)
+    cache.limit.raise_to(16)
     assert cache.slot_bytes == sum(n * layout.nbytes for n, layout in zip(NUM_EXPERTS, store.layouts)) > before
     run(cache, store, everything)
     assert cache.empty_bytes == 0
+    cache.close()
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_fewer_slots_keep_what_the_policy_keeps_and_give_memory_back(is_mixed):
+    store = make_store(is_mixed=is_mixed)
+    cache = ExpertCache(store, 16)
+    everything = [(layer, list(range(n))) for layer, n in enumerate(NUM_EXPERTS)]
+    run(cache, store, everything)
+    for num_slots in (11, 4, 4):
+        cache.limit.lower_to(num_slots)
+        assert cache.num_slots == num_slots
+        cache.check()
+        for layer, slot_of in enumerate(cache.map.of_layer):  # what stays is whole, wherever it went
+            for expert in np.flatnonzero(slot_of >= 0):
+                blob = store.blobs[layer][expert]
+                assert torch.equal(cache.slab.of_layer(layer)[slot_of[expert], : len(blob)], blob)
+        assert (cache.map.slot_of >= 0).sum() == num_slots
+        first = 0
+        for part, used, room in zip(cache.slab.runs, cache.map.slots_of_run, cache.map.rooms):
+            assert not cache.slab.of_layer(part.layers[0])[first + used : first + room].any()
+            first += room
+        run(cache, store, everything)
+    cache.limit.raise_to(16)
+    run(cache, store, everything)
+    assert cache.empty_bytes == 0
+    if is_mixed:
+        with pytest.raises(ValueError, match="must give each of 3 sizes of experts a slot"):
+            cache.limit.lower_to(2)
+    cache.close()
+
+
+def test_which_experts_go_when_there_are_fewer_slots():
+    store = make_store()
+    cache = ExpertCache(store, 15, policy="lru")
+    run(cache, store, [(layer, list(range(n))) for layer, n in enumerate(NUM_EXPERTS)])
+    run(cache, store, [(0, [4]), (2, [0, 2]), (1, [7])])
+    cache.limit.lower_to(4)
+    assert [np.flatnonzero(slot_of >= 0).tolist() for slot_of in cache.map.of_layer] == [[4], [7], [0, 2]]
     cache.close()

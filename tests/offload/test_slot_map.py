@@ -9,7 +9,9 @@ from moe.offload.slot_map import SlotMap, State
 
 NUM_EXPERTS = (3, 5)
 ROOMS = {1: (8,), 2: (4, 6)}
-STEPS = st.lists(st.tuples(st.sampled_from(["take", "fill", "drop", "evict", "hold", "release"]), st.integers(0, 30)))
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["take", "fill", "drop", "evict", "hold", "release", "limit"]), st.integers(0, 30))
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -24,7 +26,7 @@ def test_any_order_keeps_the_law(steps, num_slots):
         layer = number % 2
         if step == "take" and slots.num_free(layer):
             begin = 0 if len(num_slots) == 1 else layer * ROOMS[2][0]
-            assert begin <= slots.take(layer) < begin + num_slots[layer % len(num_slots)]
+            assert begin <= slots.take(layer) < begin + slots.slots_of_run[layer % len(num_slots)]
         elif step == "fill" and len(loading) and len(absent):
             slot = int(loading[number % len(loading)])
             if len(num_slots) == 2:
@@ -41,6 +43,14 @@ def test_any_order_keeps_the_law(steps, num_slots):
             slots.hold(waves[-1])
         elif step == "release" and waves:
             slots.release(waves.pop(number % len(waves)))
+        elif step == "limit" and not waves and not len(loading):
+            resident = [now - free for now, free in zip(slots.slots_of_run, slots.free_of_run)]
+            slots.raise_limit([max(1, now, number % room) for now, room in zip(slots.slots_of_run, slots.rooms)])
+            before = slots.slot_of.copy()
+            fewer = [max(1, kept, number % now) for kept, now in zip(resident, slots.slots_of_run)]
+            moves = dict(slots.lower_limit(fewer))
+            assert slots.slots_of_run == fewer
+            assert [moves.get(slot, slot) for slot in before.tolist()] == slots.slot_of.tolist()
         slots.check()
         held = {s for wave in waves for s in wave.tolist()}
         assert set(np.flatnonzero(slots.state == State.HELD)) == held

@@ -53,6 +53,10 @@ def test_by_hand():
     # Layer 1's read begins when layer 0's has ended; its expert's 0.25 and layer 1's 0.5 hide three quarters of it.
     assert ahead.late == 4
     assert ahead.seconds == pytest.approx(4 * (0.5 + 1.0 + 0.25) + 4 * (0.5 + 0.25 + 0.25))
+    # Two thirds of an expert's 0.25 are computed while its last third is read.
+    parts = replay(accesses, None, Lru([E, E]), 2, COSTS._replace(first=2 / 3))
+    assert parts.seconds == pytest.approx(8 * (0.5 + 1.0 + 0.25 / 3))
+    assert parts.stall == pytest.approx(8 * (1.0 - 0.5 / 3))
     later = replay(accesses, known, Lru([E, E]), 2, COSTS, warm=4)
     assert (later.late, later.seconds) == (2, pytest.approx(ahead.seconds / 2))
 
