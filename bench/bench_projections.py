@@ -6,7 +6,7 @@ an expert begins when all of it has come, or when two thirds have. Two calls in 
 threads, cost nothing here. What binds is the disk; what can be won is at most the first two thirds of the last expert
 of a layer that misses one.
 
-    python bench/bench_projections.py TRACE.npz … --hidden 2048 --inner 1408 [--formats bfloat16 int4] [--disk FOLDER]
+    python bench/bench_projections.py ESFT.npz … --hidden 2048 --inner 1408 [--formats bfloat16 int4] [--disk FOLDER]
 """
 
 import argparse
@@ -30,6 +30,7 @@ from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.policy import Access, Lfu
 from moe.offload.requantise import target_format
 from moe.offload.virtual_time import Costs, Guess, replay
+from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.trace import RoutingTrace
 
 FIRST = 2 / 3
@@ -38,7 +39,7 @@ MEMORY = 1 << 29  # weights that are computed with in turn: more than any cache
 
 
 def compute_seconds(layout: ExpertLayout, hidden: int) -> float:
-    """Of one row by one expert, median of rounds over experts that no cache holds."""
+    """Of this thread, for one row by one expert: the median over experts that no cache holds."""
     count = max(2, MEMORY // layout.nbytes)
     views = layout.views(torch.randint(0, 256, (count, layout.nbytes), dtype=torch.uint8))
     for view in views.values():
@@ -47,9 +48,10 @@ def compute_seconds(layout: ExpertLayout, hidden: int) -> float:
     kernel = CpuExperts(layout.weights(views, Activation()))
     x, times = torch.randn(1, hidden, dtype=torch.bfloat16), []
     for n in range(2 * count):
-        began = time.perf_counter()
-        kernel.experts(x, torch.tensor([[n % count]]))
-        times.append(time.perf_counter() - began)
+        slot = torch.tensor([[n % count]])
+        began = time.thread_time()
+        kernel.experts(x, slot)
+        times.append(time.thread_time() - began)
     return statistics.median(times[count:])
 
 
@@ -112,7 +114,7 @@ def main() -> None:
         dense = 4 * args.hidden**2 * expert / (3 * args.hidden * args.inner)  # as many weights as attention has
         for batch in args.batches:
             for path in args.traces:
-                trace = RoutingTrace.load(path)
+                trace = from_deepseek_esft_npz(path)
                 accesses, nothing = visits(trace, batch), Guess.joined([])
                 known = [Guess.sure(a.keys) if a.layer else nothing for a in accesses[1:]] + [nothing]
                 num_experts = [trace.num_experts] * trace.num_layers
