@@ -30,7 +30,8 @@ from moe.placement.turn import Figures, Machine, Question, Turn, Window, take_tu
 log = logging.getLogger(__name__)
 
 CHECKS = 16  # looks at the window per window of tokens, at most
-PATIENCE = 0.5  # of a window: so many tokens of the same traffic must have been uneven
+PATIENCE = 0.6  # of a window: so many tokens of the same traffic decide, at least
+PATIENCE_WITH_COPIES = 0.5  # whose search takes twice as long
 RESTS = (
     8  # windows after which a turn is tried again that moved nothing, though the load never was calm, and after which
 )
@@ -126,8 +127,9 @@ def answer_questions() -> None:
 class Trigger:
     """Fires when the load of the traffic of late has been too uneven; after a turn in vain not before it was calm."""
 
-    def __init__(self, options: LoopOptions) -> None:
-        self.options = options
+    def __init__(self, options: LoopOptions, patience: float) -> None:
+        """patience: tokens of one traffic that must be there; half as long they must have been uneven."""
+        self.options, self.patience = options, patience
         self._uneven = 0  # tokens for which the load has been
         self._rests = 0  # tokens until it may fire without having been calm
 
@@ -136,8 +138,7 @@ class Trigger:
         `imbalance_of_chance`, what chance alone may show is neither uneven nor not calm."""
         self._rests = 0 if imbalance < max(self.options.calm, chance) else max(0, self._rests - tokens)
         self._uneven = self._uneven + tokens if imbalance > max(self.options.imbalance, chance) else 0
-        patience = PATIENCE * self.options.window
-        return alike >= patience and self._uneven >= patience / 2 and not self._rests
+        return alike >= self.patience and self._uneven >= self.patience / 2 and not self._rests
 
     def took(self, has_moved: bool) -> None:
         """A turn was taken."""
@@ -199,7 +200,8 @@ class OnlineLoop:
         self.notes: list[str] = []
         self.stats = PlacementStats()
         self._recent = Recent(options.window, plan, is_exact=machine.wire.is_exact)
-        self._trigger = Trigger(options)
+        patience = PATIENCE_WITH_COPIES if (plan.replicas > 1).any() else PATIENCE
+        self._trigger = Trigger(options, patience * options.window)
         self._sums, self._unseen = Sums(), 0
         self._heard = self._asked_at = 0  # tokens, in all and when the latest question was asked
         self._moved = 0  # copies that came, since traffic changed
@@ -226,7 +228,7 @@ class OnlineLoop:
             return None
         if self._is_asked:
             return self._answered()
-        if self._recent.num_tokens < PATIENCE * self.options.window or self._unseen * CHECKS < self.options.window:
+        if self._recent.num_tokens < self._trigger.patience or self._unseen * CHECKS < self.options.window:
             return None
         parts = self._recent.parts()
         num_layers, top_k = parts[0].window.ids.shape[1:]
