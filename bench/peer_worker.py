@@ -59,12 +59,16 @@ class Engine(Protocol):
 
 
 class Ours:
-    """{"set": ["offload.budget=0.25", …]}"""
+    """{"set": ["offload.budget=0.25", …], "profile": false}
+
+    profile: what the compiled calls take, and the weights that they read, are among the figures.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         from moe.config import EngineConfig
         from moe.llm import LLM
 
+        self.profile: dict[str, float] = _timed_calls() if job.get("profile") else {}
         settings = [f"threads={job['threads']}", "batch.prefix_sharing=false", *job.get("set", [])]
         self.llm = LLM(job["folder"], EngineConfig.load(None, settings))
 
@@ -83,8 +87,46 @@ class Ours:
         return [s.tokens[s.num_prompt :] for s in running], {name: after[name] - before[name] for name in after}
 
     def _figures(self) -> dict[str, float]:
-        layers = self.llm.engine.layer_stats()
-        return {name: float(sum(getattr(s, name) for s in layers)) for name in ("hits", "misses", "bytes_read")}
+        layers, names = self.llm.engine.layer_stats(), ("hits", "misses", "bytes_read", "stall_seconds")
+        figures = {name: float(sum(getattr(s, name) for s in layers)) for name in names}
+        asked = (figures["hits"] + figures["misses"]) * self.llm.engine.experts.cache.blob_bytes
+        return figures | {"expert_bytes": asked} | self.profile
+
+
+def _timed_calls() -> dict[str, float]:
+    """Seconds in the compiled calls of experts and of dense layers, and bytes of the latter's weights, so far."""
+    from moe.kernels.cpu import CpuExperts
+    from moe.kernels.cpu_block import CpuBlock
+    from moe.kernels.cpu_linear import CpuLinear
+
+    sums = {"expert_seconds": 0.0, "dense_seconds": 0.0, "dense_bytes": 0.0}
+
+    def nbytes(linear: Any) -> int:
+        if linear is None:
+            return 0
+        tensors = [linear.weight, *(linear.coding or ())]
+        return sum(t.nbytes for t in tensors if hasattr(t, "nbytes"))
+
+    def parts(one: Any) -> Sequence[Any]:
+        return (one,) if isinstance(one, CpuLinear) else (one.block.q, one.block.k, one.block.v, one.block.o)
+
+    def timed(kind: Any, method: str, what: str) -> None:
+        plain = getattr(kind, method)
+
+        def call(self: Any, *arguments: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            result = plain(self, *arguments, **options)
+            sums[f"{what}_seconds"] += time.perf_counter() - begin
+            if what == "dense":
+                sums["dense_bytes"] += sum(map(nbytes, parts(self)))
+            return result
+
+        setattr(kind, method, call)
+
+    timed(CpuExperts, "_call", "expert")
+    timed(CpuBlock, "__call__", "dense")
+    timed(CpuLinear, "__call__", "dense")
+    return sums
 
 
 class Transformers:

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from bench import compare
+from bench import bench_rounded, compare
 from bench.walk_model import TINY, answers_to, prompts_of, write
 
 
@@ -32,3 +32,25 @@ def test_the_walk_is_one_cycle(tmp_path):
     folder = write(tmp_path / "model", TINY)
     (answer,) = answers_to(folder, prompts_of(folder, 1, 4, 0), TINY.vocab)
     assert sorted(answer) == list(range(TINY.vocab))
+
+
+def test_a_rounded_models_step_is_foretold_from_bytes_alone():
+    plain = {"step": 10.0, "expert_seconds": 6.0, "dense_seconds": 2.0, "stall_seconds": 0.0}
+    plain |= {"expert_bytes": 100.0, "dense_bytes": 40.0, "bytes_read": 0.0}
+    rounded = {"expert_bytes": 50.0, "dense_bytes": 10.0, "bytes_read": 0.0}
+    assert bench_rounded.foretold(plain, rounded) == 3.0 + 0.5 + 2.0
+
+
+@pytest.mark.heavy
+def test_rounded_models_walk_the_same_way_and_their_steps_are_divided(tmp_path):
+    args = argparse.Namespace(work=tmp_path, rounds=1, tiny=True)
+    rows = bench_rounded.measure(args, write(tmp_path / "model", TINY), "0.25")
+    for by_name in rows.values():
+        (plain,), *others = by_name.values()
+        assert list(by_name) == ["bf16", "int8", "int4"]
+        assert 0 < plain["expert_seconds"] + plain["dense_seconds"] + plain["stall_seconds"] < plain["step"]
+        for key in ("expert_bytes", "dense_bytes", "bytes_read"):
+            sizes = [plain[key], *(rounds[0][key] for rounds in others)]
+            assert sizes == sorted(sizes, reverse=True), key
+            assert sizes[-1] > 0
+    assert "| 1 sequence | int4 | " in "\n".join(bench_rounded.table(rows))
