@@ -105,8 +105,8 @@ def combine_reference(y: Tensor, topk_weights: Tensor, dtype: torch.dtype | None
     if y.shape[:2] != topk_weights.shape:
         raise ValueError(f"topk_weights has shape {tuple(topk_weights.shape)}, y needs {tuple(y.shape[:2])}")
     out = torch.zeros(y.shape[0], y.shape[2], dtype=torch.float32, device=y.device)
-    for k in range(y.shape[1]):
-        out = out + topk_weights[:, k, None].float() * y[:, k].float()
+    for weight, one in zip(topk_weights.float()[:, :, None].unbind(1), y.unbind(1)):
+        out += weight * one.float()
     return out.to(dtype or y.dtype)
 
 

@@ -101,8 +101,11 @@ def _add_wave(kernel: LayerKernel, x: Tensor, slots: Ids, y: Tensor | None) -> T
     if y is None:
         return kernel.experts(x, torch.from_numpy(slots).to(x.device))
     rows = np.flatnonzero((slots >= 0).any(axis=1))  # on the host: a device would be waited for
+    if len(rows) == len(slots):  # adds to zeros only: exact, here and below
+        y += kernel.experts(x, torch.from_numpy(slots).to(x.device))
+        return y
     at = torch.from_numpy(rows).to(x.device)
-    y[at] += kernel.experts(x[at], torch.from_numpy(slots[rows]).to(x.device))  # adds to zeros only: exact
+    y[at] += kernel.experts(x[at], torch.from_numpy(slots[rows]).to(x.device))
     return y
 
 
