@@ -41,7 +41,7 @@ LEAST_GAIN = 0.1  # of what is left to read
 PRIOR_TOKENS = 16.0  # that all experts are asked for alike counts as so many tokens
 MEMORY = 0.5  # of what was seen before a look, the weight at the next
 FINENESS = 1.15  # from one number of sequences that is looked at to the next
-PRIOR_ANSWERS = 16.0  # that answers have the most tokens they may counts as so many that have
+PRIOR_ANSWERS = 4.0  # that answers have the most tokens they may counts as so many that have
 CAUTION = 1.25  # times the tokens of an answer, each time that KV was too little
 
 Floats = npt.NDArray[np.float64]

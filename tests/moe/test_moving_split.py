@@ -151,7 +151,7 @@ def test_answers_that_end_early_leave_their_memory(monkeypatch):
 
 
 def test_how_long_answers_are():
-    """Five that ended at two tokens, and five that have three and go on, with none known to be longer than eight."""
+    """Fifty have ended at two tokens, five have three and go on, six have none yet; none may have more than eight."""
     lengths = moving_split.AnswerLengths()
     most = np.full(11, 8)
     now = np.array([0, *[3] * 5, *[0] * 5])
@@ -159,7 +159,9 @@ def test_how_long_answers_are():
     for n in range(50):
         lengths.add(Request(n, [1, 2, 3], SamplingParams(seed=0), 1, finish_reason="stop"))
     goes_on = 1 - 50 / (50 + 5 + moving_split.PRIOR_ANSWERS)  # beyond two
-    assert lengths.expected(now, most).tolist() == [int(np.ceil(2 + 6 * goes_on))] + [8] * 5 + [4] * 5
+    new = int(np.ceil(2 + 6 * goes_on))
+    assert lengths.expected(now, most).tolist() == [new] + [8] * 5 + [new] * 5
+    assert 2 < new < 8
     lengths.caution = 1.5
     assert lengths.expected(now, most)[0] == int(np.ceil(1.5 * (2 + 6 * goes_on)))
     lengths.add(Request(50, [1] * 9, SamplingParams(seed=0), 1, finish_reason="length"))
