@@ -23,6 +23,7 @@ from moe.engine.stats import State as EngineState
 from moe.placement.plan import Plan
 
 _REACH_S = 5.0
+_CLIENT_PORT = "10001"  # where Ray Client listens if nothing else is said
 
 
 class ClusterEngine(Front):
@@ -122,6 +123,8 @@ def connect_ray(address: str | None) -> bool:
         return False
     where = os.environ.get("RAY_ADDRESS", "") if address in (None, "auto") else address or ""
     host, _, port = where.removeprefix("ray://").rpartition(":")
+    if where.startswith("ray://") and not host:
+        host, port = port, _CLIENT_PORT
     try:
         if port.isdigit() and "/" not in host:  # Ray itself asks for a minute
             socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()

@@ -1,7 +1,9 @@
 """The actors of a cluster: started in bundles of a placement group, watched by their lines, ended by a helper there."""
 
+import logging
 import secrets
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from moe.cluster.lines import Lines
 from moe.cluster.messages import HostInfo, Where
 from moe.cluster.policy import ClusterError, first_sentence
 from moe.config import EngineConfig
+
+log = logging.getLogger(__name__)
+
+_LAST_KILLS_S = 2.0  # for those that were begun when all ends
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +72,8 @@ class Fleet:
         self._bundle = {"CPU": asked.cpus_per_host} | ({"GPU": gpus} if gpus else {})
         self._actor_class = actor_class()
         self._keepers: dict[str, Any] = {}
+        # Killing asks Ray's head for this and that; where it does not answer, hosts that live serve on.
+        self._kills = ThreadPoolExecutor(1, thread_name_prefix="moe-kills")
         self._groups: list[Any] = []
         self._free: list[tuple[Any, int]] = []  # bundles of groups whose host has ended: the next host takes one
         self._last: list[Any] = []  # groups of the hosts that were started last
@@ -155,36 +163,48 @@ class Fleet:
         """Ends a host now, whatever it does; also one that is stopped. One that is out of reach ends when it hears of
         it."""
         self.lines.hang_up(host.number)
-        if host.info is not None:
-            node = host.info.node
-            if node not in self._keepers:
-                where = NodeAffinitySchedulingStrategy(node, soft=False)
-                keeper = ray.remote(NodeKeeper).options(num_cpus=0, scheduling_strategy=where)
-                self._keepers[node] = keeper.remote()
-            self._keepers[node].kill.remote(host.info.pid)
-        ray.kill(host.actor)
-        self._give_back(host)
+        self._kills.submit(self._kill, host, self._give_back(host))
+
+    def _kill(self, host: Host, group: PlacementGroup | None) -> None:
+        try:
+            if host.info is not None:
+                self._keeper(host.info.node).kill.remote(host.info.pid)
+            ray.kill(host.actor)
+            if group is not None:
+                remove_placement_group(group)
+        except Exception as error:  # of any kind: it is given up anyway
+            log.warning("host %d may still run: %s", host.number, first_sentence(error))
+
+    def _keeper(self, node: str) -> Any:
+        if node not in self._keepers:
+            where = NodeAffinitySchedulingStrategy(node, soft=False)
+            self._keepers[node] = ray.remote(NodeKeeper).options(num_cpus=0, scheduling_strategy=where).remote()
+        return self._keepers[node]
 
     def close(self, hosts: Sequence[Host]) -> None:
+        wait([self._kills.submit(lambda: None)], timeout=_LAST_KILLS_S)
+        self._kills.shutdown(wait=False, cancel_futures=True)
         for host in hosts:
             ray.kill(host.actor)
-        for keeper in self._keepers.values():
+        for keeper in list(self._keepers.values()):
             ray.kill(keeper)
         for group in self._groups:
             remove_placement_group(group)
         self._groups.clear()
         self._free.clear()
 
-    def _give_back(self, host: Host) -> None:
-        """Its bundle is for the next host; a group without any host is given back to Ray."""
+    def _give_back(self, host: Host) -> PlacementGroup | None:
+        """Its bundle is for the next host. Returns its group if that has no host any more: it is for Ray."""
         place = host.group, host.bundle
         if host.group not in self._groups or place in self._free:
-            return
+            return None
         self._free.append(place)
-        if sum(group is host.group for group, _ in self._free) == host.group.bundle_count:
-            self._free = [other for other in self._free if other[0] is not host.group]
-            self._groups.remove(host.group)
-            remove_placement_group(host.group)
+        if sum(group is host.group for group, _ in self._free) < host.group.bundle_count:
+            return None
+        self._free = [other for other in self._free if other[0] is not host.group]
+        self._groups.remove(host.group)
+        emptied: PlacementGroup = host.group
+        return emptied
 
 
 def _cluster_has(kind: str) -> bool:

@@ -129,6 +129,23 @@ def test_a_killed_host_costs_no_token_and_a_spare_takes_its_place(cluster, expec
     assert len(cluster.crew.alive) == 2
 
 
+def test_a_host_is_lost_while_rays_head_does_not_answer(cluster, nodes, expected):
+    """Its process is stopped: what needs it waits, those that live do not."""
+    until(cluster, lambda: len(cluster.crew.spare) == 1 and len(cluster.crew.alive) == 2)
+    head = psutil.Process(nodes.head_node.all_processes["gcs_server"][0].process.pid)
+
+    def stop_and_kill() -> None:
+        head.suspend()
+        os.kill(pids(cluster)[1], signal.SIGKILL)
+
+    try:
+        assert serve(cluster, 60, stop_and_kill) == expected
+        assert head.status() == psutil.STATUS_STOPPED
+        assert len(cluster.crew.alive) == 2
+    finally:
+        head.resume()
+
+
 @pytest.mark.parametrize("place", range(3))
 def test_chaos(llm, lines, place):
     """A sample; the table of 30 seeds is in bench/results/chaos.md."""
