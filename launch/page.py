@@ -45,7 +45,7 @@ open: running, or waiting for a place</figcaption></figure>
 <i class="key" style="background:var(--off)"></i>not</figcaption></figure>
 <h2>Waiting for reads</h2><figure><svg id="stall"></svg>
 <figcaption>share of the time that steps waited for experts to arrive</figcaption></figure></section>
-<section id="plan" hidden><h2>Which host has which expert</h2>
+<section id="plan" hidden><h2>Which rank has which expert</h2>
 <div id="plans"></div><figcaption id="hosts"></figcaption></section>
 <section id="events" hidden><h2>What happened</h2><figure><svg id="line"></svg></figure><ol id="list"></ol></section>
 <script>
@@ -112,10 +112,10 @@ function drawPlan(now) {
   for (const [word, one] of [["before", formerPlan], ["now", plan]]) {
     if (!one) continue;
     const title = document.createElement("figcaption"), canvas = document.createElement("canvas");
-    title.textContent = word + ": a row is a layer, a column an expert, its colour the host of its first copy";
+    title.textContent = word + ": a row is a layer, a column an expert, its colour the rank of its first copy";
     paint(canvas, one, 8, hue); $("plans").append(title, canvas);
   }
-  $("hosts").textContent = "hosts:";
+  $("hosts").textContent = "ranks, in the order of the hosts below:";
   for (const host of [...new Set([...(formerPlan || []), ...plan].flat())].sort((a, b) => a - b)) {
     const key = document.createElement("i"); key.className = "key"; key.style.background = hue(host);
     $("hosts").append(key, String(host));
