@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -132,10 +133,13 @@ def test_a_killed_host_costs_no_token_and_a_spare_takes_its_place(cluster, expec
 def test_a_host_is_lost_while_rays_head_does_not_answer(cluster, nodes, expected):
     """Its process is stopped: what needs it waits, those that live do not."""
     until(cluster, lambda: len(cluster.crew.spare) == 1 and len(cluster.crew.alive) == 2)
+    cluster.crew.fleet._keepers.clear()  # as at the first loss
     head = psutil.Process(nodes.head_node.all_processes["gcs_server"][0].process.pid)
+    too_late = threading.Timer(30, head.resume)
 
     def stop_and_kill() -> None:
         head.suspend()
+        too_late.start()
         os.kill(pids(cluster)[1], signal.SIGKILL)
 
     try:
@@ -143,6 +147,7 @@ def test_a_host_is_lost_while_rays_head_does_not_answer(cluster, nodes, expected
         assert head.status() == psutil.STATUS_STOPPED
         assert len(cluster.crew.alive) == 2
     finally:
+        too_late.cancel()
         head.resume()
 
 
