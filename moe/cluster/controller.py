@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.utils import read_ray_address  # the note that Ray keeps of this machine's last cluster
 
 from moe.cluster.crew import Crew
 from moe.cluster.fleet import Fleet
@@ -121,14 +122,30 @@ def connect_ray(address: str | None) -> bool:
     """Whether this call did it. Raises ValueError if there is no cluster at `address`."""
     if ray.is_initialized():
         return False
-    where = os.environ.get("RAY_ADDRESS", "") if address in (None, "auto") else address or ""
+    address = ray_address(address)
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, RuntimeError) as error:
+        where = "this machine" if address in (None, "auto", "local") else address
+        raise ValueError(f"no Ray cluster answers at {where}: {first_sentence(error)}") from None
+    return True
+
+
+def ray_address(address: str | None) -> str | None:
+    """What to connect to, as `ray.init` takes it, where somebody listens: Ray itself asks for minutes, also where it
+    left a note of a cluster of this machine that was killed; None then becomes a new one. Raises ValueError."""
+    is_told = address not in (None, "auto")
+    told = address if is_told else os.environ.get("RAY_ADDRESS")
+    where = told or read_ray_address() or ""
     host, _, port = where.removeprefix("ray://").rpartition(":")
     if where.startswith("ray://") and not host:
         host, port = port, _CLIENT_PORT
+    if not port.isdigit() or "/" in host:
+        return address  # of no form that we know: Ray says what is the matter
     try:
-        if port.isdigit() and "/" not in host:  # Ray itself asks for a minute
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, OverflowError, UnicodeError, RuntimeError) as error:
-        raise ValueError(f"no Ray cluster answers at {where or 'this machine'}: {first_sentence(error)}") from None
-    return True
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        if address is None and not told:
+            return "local"
+        raise ValueError(f"no Ray cluster answers at {where}: {error}") from None
+    return address
