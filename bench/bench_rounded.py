@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.compare import Candidate, Job, Worker, _gguf, _processor, packed_of
+from bench.compare import Candidate, Job, Worker, gguf_of, packed_of, processor
 from bench.walk_model import LARGE, TINY, answers_to, prompts_of, write
 
 JOBS = (Job("1 sequence", 1, 64, 48), Job("8 sequences", 8, 64, 24))
@@ -39,7 +39,7 @@ def candidates(work: Path, folder: Path, budget: str, with_peers: bool) -> Itera
         told = [f"offload.budget={budget}", "offload.direct=true", *SETTINGS, *more]
         yield Candidate(kind, "ours", {"kind": "ours", "folder": str(path), "set": told, "profile": True})
     for name, kind in PEERS.items() if with_peers else ():
-        yield Candidate(name, "llama.cpp", {"kind": "llama.cpp", "file": _gguf(work, folder, kind), "gguf": kind})
+        yield Candidate(name, "llama.cpp", {"kind": "llama.cpp", "file": gguf_of(work, folder, kind), "gguf": kind})
 
 
 def measure(args: argparse.Namespace, folder: Path, budget: str) -> dict[str, dict[str, list[dict[str, float]]]]:
@@ -118,7 +118,7 @@ def main() -> None:
     folder = write(args.work / f"walk-{model.experts}x{model.hidden}{'' if args.tiny else '-large'}", model)
     text = [
         "# Rounded weights in the whole engine\n",
-        f"`python -m bench.bench_rounded --rounds {args.rounds}` on {_processor()}, {os.cpu_count()} cores, one "
+        f"`python -m bench.bench_rounded --rounds {args.rounds}` on {processor()}, {os.cpu_count()} cores, one "
         f"thread, torch {torch.__version__}; {model.expert_bytes / 1e9:.2f} GB of experts in bf16, parts of a step in "
         "ms, medians; ratios of the same rounds\n",
     ]

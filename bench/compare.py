@@ -147,7 +147,7 @@ def _python(work: Path, environment: str) -> str:
     return str(python)
 
 
-def _gguf(work: Path, folder: Path, kind: str) -> str:
+def gguf_of(work: Path, folder: Path, kind: str) -> str:
     out = work / f"{folder.name}-{kind}.gguf"
     if not out.exists():
         half = out.with_suffix(".part")
@@ -163,7 +163,7 @@ def _with_files(work: Path, candidate: Candidate) -> Candidate:
     """With the path of the file or folder that it reads, which is made at first use. Raises RuntimeError."""
     options = candidate.options
     if "gguf" in options:
-        options = {**options, "file": _gguf(work, Path(options["folder"]), options["gguf"])}
+        options = {**options, "file": gguf_of(work, Path(options["folder"]), options["gguf"])}
     if "packed" in options:
         options = {**options, "folder": str(packed_of(Path(options["folder"]), options["packed"]))}
     return Candidate(candidate.name, candidate.environment, options)
@@ -361,7 +361,7 @@ def main() -> None:
     command = "python -m bench.compare " + " ".join(sys.argv[1:])
     text = [
         f"# Beside the peers\n\n`{command}`\n",
-        f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}\n",
+        f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}\n",
     ]
     if "resident" in args.suites:
         text.append(run_resident(args, TINY if args.tiny else SMALL))
@@ -372,7 +372,7 @@ def main() -> None:
         args.out.write_text("\n".join(text))
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = [one for one in Path("/proc/cpuinfo").read_text().splitlines() if one.startswith("model name")]
     return lines[0].partition(":")[2].strip() if lines else platform.machine()
 

@@ -5,10 +5,13 @@ two of them on one core for many seconds while another core idles: on virtual ma
 taken. Then they take turns (bench/results/cluster.md: 2.2 x the time).
 """
 
+import logging
 import os
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cache
+
+log = logging.getLogger(__name__)
 
 Cores = frozenset[int]
 
@@ -27,16 +30,22 @@ def share_of(allowed: Sequence[Cores], index: int) -> Cores:
     own = allowed[index]
     sharers = [i for i, cores in enumerate(allowed) if cores == own]
     place, count, cores = sharers.index(index), len(sharers), sorted(own)
-    return (
-        frozenset(cores[len(cores) * place // count : len(cores) * (place + 1) // count]) if len(own) >= count else own
-    )
+    if len(cores) < count:
+        return own
+    return frozenset(cores[len(cores) * place // count : len(cores) * (place + 1) // count])
 
 
 def run_on(cores: Collection[int]) -> None:
-    """Moves every thread of this process; those that it starts later go with them. No effect without cores."""
-    for thread in os.listdir("/proc/self/task") if cores else ():
-        with suppress(ProcessLookupError):  # it has ended meanwhile
-            os.sched_setaffinity(int(thread), cores)
+    """Moves every thread of this process; those that it starts later go with them. No effect without cores; where the
+    system does not let it, threads stay where they are, and a line of the log says so."""
+    try:
+        for thread in os.listdir("/proc/self/task") if cores else ():
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread), cores)
+    except OSError as error:
+        log.warning(
+            "threads stay on the processor cores that they have, not on %s: %s", to_text(frozenset(cores)), error
+        )
 
 
 def to_text(cores: Cores) -> str:

@@ -1,7 +1,7 @@
 """What a router would choose of a layer's tokens, in one compiled call on CPUs (cpu_expected.c).
 
-A guess is made in every layer of every step: torch's ten operations took 0.1 ms of a layer's 1.1 at one sequence. The
-slow twin is `moe.layer.lookahead.expected_by_router`.
+A guess is made in every layer of every step: torch's ten operations took 0.13 ms of a layer's 1.1 at one sequence, this
+0.03. The slow twin is `moe.layer.lookahead.expected_by_router`.
 """
 
 import numpy as np

@@ -10,7 +10,7 @@ _REPLACEMENT = "�"  # what an unfinished byte sequence decodes to
 def decoder_of(tokenizer: Any, skips_special: bool) -> Callable[[list[int]], str]:
     """What turns token ids into text as `tokenizer.decode` does.
 
-    Where that only asks its compiled tokenizer, this one is asked directly: the way there takes six times as long.
+    Where that only asks its compiled tokenizer, this one is asked directly: the way there takes longer than it does.
     """
     from transformers import PreTrainedTokenizerBase, TokenizersBackend
 

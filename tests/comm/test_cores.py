@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from moe.comm.cores import allowed_cores, from_text, share_of, to_text
+from moe.comm.cores import allowed_cores, from_text, run_on, share_of, to_text
 from moe.comm.membership import leave_groups, start_groups
 from tests.distributed import spawn
 
@@ -34,6 +34,15 @@ def test_who_was_put_on_cores_of_its_own_keeps_them():
 def test_they_travel_as_text():
     assert from_text(to_text(cores(7, 0, 12))) == cores(0, 7, 12)
     assert from_text(to_text(cores())) == cores()
+
+
+def test_where_threads_may_not_be_moved_they_stay_and_that_is_said(monkeypatch, caplog):
+    def refuses(thread, where):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuses, raising=False)
+    run_on({0, 1})
+    assert "not on 0,1: not here" in caplog.text
 
 
 def while_together():
