@@ -255,7 +255,7 @@ static struct NAME(codes) NAME(codes_of)(int order, const struct matrix *w) {
     if (q->columns >= w->k) return p; /* one group: nothing moves from span to span */
     if (!nibbles) p.span = least(q->columns & -q->columns, KC);
     p.per_span = q->columns < p.span ? p.span / q->columns : 1;
-    p.floats = q->columns <= p.span ? q->groups : (w->k + p.span - 1) / p.span;
+    p.floats = (w->k + p.span - 1) / p.span * p.per_span; /* lanes beyond the end of a row have scales too: zeros */
     for (int i = 0; i < LANES; i++) p.lane[i] = (int32_t)(i * p.per_span / LANES);
     return p;
 }
@@ -283,18 +283,20 @@ static TARGET void NAME(widen_scales)(int kind, const char *from, int64_t n, flo
 #undef EACH
 }
 
-/* `blocks` rows of scales or zero points, q->floats each; groups wider than a span are told again for each of its spans. */
+/* `blocks` rows of scales or zero points, q->floats each: groups wider than a span are told again for each of its spans, and
+ * lanes of a row's last span that are beyond its end have 0, never what scratch held or another row's. */
 static TARGET void NAME(lay_out)(const struct NAME(codes) *q, int kind, const char *from, int64_t blocks, float factor,
                                  float *to) {
-    int64_t groups = q->w->coding.groups;
+    int64_t groups = q->w->coding.groups, columns = q->w->coding.columns;
     if (q->floats == groups) {
         NAME(widen_scales)(kind, from, blocks * groups, factor, to);
         return;
     }
     for (int64_t b = 0; b < blocks; b++, to += q->floats, from += groups * scale_size(kind)) {
-        float *own = to + q->floats - groups; /* and then forwards, never over what is still needed */
+        int is_wide = columns > q->span;
+        float *own = is_wide ? to + q->floats - groups : to; /* and then forwards, never over what is still needed */
         NAME(widen_scales)(kind, from, groups, factor, own);
-        for (int64_t s = 0; s < q->floats; s++) to[s] = own[s * q->span / q->w->coding.columns];
+        for (int64_t s = is_wide ? 0 : groups; s < q->floats; s++) to[s] = is_wide ? own[s * q->span / columns] : 0.0f;
     }
 }
 

@@ -96,6 +96,8 @@ static void scratch_free(void *p) {
     free(p);
 }
 
+static int is_poisoned;
+
 static void scratch_create_key(void) { pthread_key_create(&scratch_key, scratch_free); }
 
 char *moe_scratch(size_t size) {
@@ -112,6 +114,7 @@ char *moe_scratch(size_t size) {
         if (posix_memalign(&data, 4096, size)) return NULL;
         b->data = data, b->size = size;
     }
+    if (is_poisoned) memset(b->data, 0xff, size); /* not a number in every format */
     return b->data;
 }
 
@@ -140,6 +143,9 @@ EXPORT const char *moe_cpu_isa(int64_t i) {
     const struct kernels *k = moe_kernels(i);
     return k ? k->name : NULL;
 }
+
+/* For tests: whether scratch memory is filled with what is no number before each use. */
+EXPORT void moe_cpu_poison_scratch(int64_t on) { is_poisoned = on != 0; }
 
 /* The element functions alone, for tests: 0..4 = the activations, 5 = e^x, 6 and 7 = rounded to bf16 and fp16. */
 EXPORT void moe_cpu_elementwise(int64_t what, const float *in, float *out, int64_t n) {

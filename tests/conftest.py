@@ -14,9 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def poisoned_empty():
-    """`torch.empty` returns NaN, so that a forgotten write is seen."""
+    """`torch.empty` returns NaN, and scratch memory of the compiled helper holds it: a forgotten write is seen."""
+    from moe.kernels.cpu import load_helper
+
     torch.use_deterministic_algorithms(True, warn_only=False)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    helper = load_helper()
+    if helper is not None:
+        helper.moe_cpu_poison_scratch(1)
     yield
     torch.use_deterministic_algorithms(False)
 
