@@ -94,7 +94,7 @@ class BatchConfig:
     max_sequences: int = 16
     pool: int | None = None  # sequences that run at once; in a step max_sequences decode, those that share experts
     block_size: int = 16  # tokens of one KV block
-    kv_tokens: int | None = None  # capacity of the KV cache; None: max_sequences contexts, in 1/4 of free memory
+    kv_tokens: int | None = None  # most of the KV cache; None: max_sequences contexts, in 1/4 of free memory
     prefix_sharing: bool = True
     packed: bool = True  # false runs one sequence at a time even where the architecture allows packing
     # layer_major, where all requests are known beforehand (`moe batch`): as many sequences and tokens a step as read

@@ -75,9 +75,10 @@ def every_logit(engine: Engine, tokens: Sequence[int]) -> Tensor:
         logits: Tensor = engine.model(input_ids=ids, use_cache=False).logits
         return logits[0].float()
     num_blocks = -(-len(tokens) // pool.block_size)
+    engine.make_room(num_blocks)
     if num_blocks > pool.num_available:
         raise ValueError(
-            f"a window of {len(tokens)} tokens does not fit the KV cache of {pool.num_blocks * pool.block_size}; raise "
+            f"a window of {len(tokens)} tokens does not fit the KV cache of {pool.room * pool.block_size}; raise "
             "batch.kv_tokens or give shorter windows"
         )
     blocks = pool.take(num_blocks)

@@ -21,8 +21,10 @@ from moe.engine.device_paths import use_graphs
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
 from moe.engine.layer_major import Shared, Workload, sizes_of, split_memory, why_not_split
+from moe.engine.lent_kv import LentKV
 from moe.engine.moving_split import MovingSplit
 from moe.engine.notes import lossy_modes, notes_on
+from moe.engine.one_memory import OneMemory, Split
 from moe.engine.runner import (
     PackedRunner,
     Runner,
@@ -141,7 +143,7 @@ class Loaded:
     experts: Experts
     grammars: Grammars
     chosen: tuple[AutoChoice, ...] = ()
-    split: MovingSplit | None = None  # of KV and slots, where it moves while the model runs
+    split: Split | None = None  # of KV and slots, where it moves while the model runs
 
     @property
     def choices(self) -> tuple[AutoChoice, ...]:
@@ -189,7 +191,7 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
         graphs = use_graphs(read.config, read.device, memory.runner, experts.slots, dense.max_context)
         chosen = tuple(one for one in (threads, graphs) if one is not None)
-        split = _moving_split(shared, memory, experts, share)
+        split = _moving_split(shared, memory, experts, share) or _lent_kv(read, dense, memory, experts, share)
         loaded = Loaded(read, dense, memory, experts, grammars, chosen, split)
         undo.pop_all()
     return loaded
@@ -221,6 +223,19 @@ def _moving_split(shared: Shared | None, memory: Memory, experts: Experts, share
     assert experts.slots is not None, "why_not_split has refused a model without experts"
     own = None if share is None else share.experts
     return MovingSplit(shared, memory.scheduler, memory.runner.kv, experts.slots, own)
+
+
+def _lent_kv(read: Read, dense: Dense, memory: Memory, experts: Experts, share: Share | None) -> LentKV | None:
+    """Where nobody said what experts may take, and they would take more."""
+    slots, runner = experts.slots, memory.runner
+    if slots is None or share is not None or read.device.type != "cpu" or read.config.offload.budget is not None:
+        return None
+    if why_not_split(read.blueprint, dense.is_packed) is not None or not slots.cache.map.num_lacking():
+        return None
+    assert isinstance(runner, PackedRunner), "why_not_split has refused others"
+    sizes = sizes_of(read.blueprint, read.config.batch, dense.tried.kv_bytes, dense.vocabulary)
+    both = memory.kv_bytes + slots.cache.slot_bytes
+    return LentKV(OneMemory(sizes, both, memory.scheduler, runner.kv, slots))
 
 
 def _settle_threads(read: Read, runner: Runner, is_alone: bool) -> AutoChoice | None:

@@ -23,6 +23,7 @@ from moe.engine.choices import AutoChoice
 from moe.engine.coherent import CoherentRunner
 from moe.engine.join import Decisions, Place, forget_host_copy, join, share_of, shareable_shape, stay_alone
 from moe.engine.layer_major import Workload
+from moe.engine.lent_kv import LentKV
 from moe.engine.limits import Limits
 from moe.engine.modes import Coherent, Ranks
 from moe.engine.online import OnlinePlacement
@@ -276,8 +277,8 @@ class Engine:
         return State(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            blocks=pool.num_blocks,
-            free_blocks=pool.num_available,
+            blocks=pool.room,
+            free_blocks=pool.room - pool.num_used,
             slots=cache.num_slots if cache else 0,
             experts=self.blueprint.num_experts,
             slot_bytes=cache.slot_bytes if cache else 0,
@@ -295,6 +296,11 @@ class Engine:
 
     def layer_stats(self) -> list[LayerStats]:
         return [] if self.experts is None else self.experts.cache.stats
+
+    def make_room(self, blocks: int) -> None:
+        """So many blocks of KV that nobody uses, or as many as there may be: from slots, where they have its memory."""
+        if isinstance(self.loaded.split, LentKV):
+            self.loaded.split.make_room(blocks)
 
     def why_not_whole(self) -> str | None:
         """What is wrong with the bookkeeping of blocks and slots; None if nothing is."""

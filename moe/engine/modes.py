@@ -14,7 +14,7 @@ from moe.comm.control import Control
 from moe.comm.wire import Traffic
 from moe.engine.coherent import CoherentRunner
 from moe.engine.mirror import RequestMirror
-from moe.engine.moving_split import MovingSplit
+from moe.engine.one_memory import Split
 from moe.engine.online import OnlinePlacement
 from moe.engine.requests import Chunk, Request
 from moe.engine.runner import Runner
@@ -71,7 +71,7 @@ class StepMode(Protocol):
 class Alone:
     """One process. split: moved between two steps."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, split: MovingSplit | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, split: Split | None = None) -> None:
         self.scheduler, self.runner, self.split = scheduler, runner, split
 
     @property
@@ -141,7 +141,7 @@ class Ranks(Alone):
         hidden_size: int,
         dtype: torch.dtype,
         online: OnlinePlacement | None = None,
-        split: MovingSplit | None = None,
+        split: Split | None = None,
     ) -> None:
         super().__init__(scheduler, runner, split)
         self.online = online

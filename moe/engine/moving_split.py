@@ -12,8 +12,7 @@ How long answers become is measured too (`AnswerLengths`): beforehand each count
 the end fewer sequences than fit leave their KV to the experts. Every `PERIOD` steps the split that reads least for the
 rest of the run is found again, and taken if that saves `LEAST_GAIN` of the reading and steps do wait for reads: below
 that it stays, so that it does not swing. Where KV was too little, and a request was put back to be computed again
-later, every answer counts as longer from then on. Nothing moves in memory but experts and blocks beside a border: both
-have addresses for the most they may ever be, pages beyond the border are the system's.
+later, every answer counts as longer from then on.
 
 For more slots the split waits until as many requests have ended as must: none is put back for it.
 """
@@ -21,12 +20,12 @@ For more slots the split waits until as many requests have ended as must: none i
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from moe.engine.layer_major import Left, Shared, Sizes, read_bytes
+from moe.engine.one_memory import OneMemory, SplitStats
 from moe.engine.requests import Request
 from moe.engine.scheduler import Scheduler
 from moe.layer.experts import SlotExperts
@@ -45,15 +44,6 @@ PRIOR_ANSWERS = 4.0  # that answers have the most tokens they may counts as so m
 CAUTION = 1.25  # times the tokens of an answer, each time that KV was too little
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(slots=True)
-class SplitStats:
-    """What was moved."""
-
-    splits: int = field(default=0, metadata={"help": "Times that memory moved between KV and slots"})
-    kv_gained_bytes: int = field(default=0, metadata={"help": "Moved from slots to KV", "unit": "bytes"})
-    slots_gained_bytes: int = field(default=0, metadata={"help": "Moved from KV to slots", "unit": "bytes"})
 
 
 class Measured:
@@ -147,23 +137,20 @@ class MovingSplit:
         experts: SlotExperts,
         own: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        assert kv.device.type == "cpu", kv.device
         self.shared, self.scheduler, self.kv, self.experts = shared, scheduler, kv, experts
-        self.stats = SplitStats()
         sizes = shared.sizes
+        self.one = OneMemory(sizes, shared.memory, scheduler, kv, experts)
         self.demand, self.lengths = Measured(sizes, own), AnswerLengths()
         self._seen: list[Request] = []
         self._put_back = 0
         experts.routing.observers.append(WholeForwards(len(sizes.num_experts), self._learn))
-        self._block_bytes = sizes.block_size * sizes.kv_bytes
         self._steps = self._tokens = 0
         self._before = self._counted()
         self._wanted: int | None = None  # sequences of the split that waits until no more run
 
     @property
-    def nbytes(self) -> int:
-        """What KV and slots have now."""
-        return self.kv.pool.num_blocks * self._block_bytes + self.experts.cache.slot_bytes
+    def stats(self) -> SplitStats:
+        return self.one.stats
 
     def step(self) -> None:
         """Between two steps: looks again where it is time, and moves what may be moved."""
@@ -257,28 +244,16 @@ class MovingSplit:
 
     def _move(self, sequences: int, blocks: int) -> None:
         """So many blocks from now on, if no more are used, and slots in the memory that they leave."""
-        cache, pool, own = self.experts.cache, self.kv.pool, self.shared.sizes.num_experts
+        pool = self.kv.pool
         blocks = min(max(blocks, pool.num_used), pool.room)
-        slots = self._slots_beside(blocks, sequences)
         self.scheduler.let_in(sequences)
-        if (blocks, slots) == (pool.num_blocks, cache.num_slots):
-            return
-        kv_bytes, slot_bytes = pool.num_blocks * self._block_bytes, cache.slot_bytes
-        cache.unpin()
-        cache.limit.lower_to(slots, own)  # of each size of experts, where there are several
-        self.scheduler.renumber(self.kv.resize(blocks))
-        cache.limit.raise_to(slots, own)
-        self.experts.settle()
-        self.stats.splits += 1
-        self.stats.kv_gained_bytes += max(0, pool.num_blocks * self._block_bytes - kv_bytes)
-        self.stats.slots_gained_bytes += max(0, cache.slot_bytes - slot_bytes)
-        assert self.nbytes <= self.shared.memory, (self.nbytes, self.shared.memory)
+        self.one.give(blocks, self._slots_beside(blocks, sequences))
 
     def _slots_beside(self, blocks: int, sequences: int) -> int:
         """The most that the memory holds beside so many blocks, and the rows of a step."""
         shared = self.shared
         room = min(shared.memory, shared.room - sequences * shared.sizes.row_bytes)
-        return shared.sizes.slots_in(room - blocks * self._block_bytes)
+        return shared.sizes.slots_in(room - blocks * self.one.block_bytes)
 
     @property
     def _open(self) -> list[Request]:

@@ -16,6 +16,7 @@ class Scheduler:
     Out of blocks, the youngest running request is put back to wait and is computed again later.
     `can_chunk`: whether a prompt may be computed in parts. turns: who chooses where more run than decode in a step.
     places: sequences that run at once (`let_in`). num_added, num_put_back: requests so far, and how often one was.
+    num_begun, begun_tokens, shared_tokens: requests that were let in, their tokens, and those found computed.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_added = self.num_put_back = 0
+        self.num_begun = self.begun_tokens = self.shared_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -127,6 +129,9 @@ class Scheduler:
             self._forget(request)
             return None
         request.num_shared = max(request.num_shared, start)
+        self.num_begun += 1
+        self.begun_tokens += len(request.tokens)
+        self.shared_tokens += start
         return Chunk(request, start, end)
 
     def _reserve(self, request: Request, end: int) -> bool:

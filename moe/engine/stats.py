@@ -46,7 +46,7 @@ class State:
 
     running: int = field(metadata={"help": "Requests that are being computed", "kind": "gauge"})
     waiting: int = field(metadata={"help": "Requests that wait for a place", "kind": "gauge"})
-    blocks: int = field(metadata={"help": "KV blocks in all", "kind": "gauge"})
+    blocks: int = field(metadata={"help": "KV blocks that there may be", "kind": "gauge"})
     free_blocks: int = field(metadata={"help": "KV blocks that a request could take", "kind": "gauge"})
     slots: int = field(metadata={"help": "Expert slots", "kind": "gauge"})
     experts: int = field(metadata={"help": "Experts of the model", "kind": "gauge"})

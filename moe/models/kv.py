@@ -47,6 +47,11 @@ class BlockPool:
         return len(self._free) + len(self._kept)
 
     @property
+    def num_kept(self) -> int:
+        """For a prompt that begins the same way."""
+        return len(self._kept)
+
+    @property
     def num_used(self) -> int:
         return self.num_blocks - self.num_available
 

@@ -226,7 +226,7 @@ def serve(llm, prompts, cancelled, moves=()):
                 raise
         cache, split = llm.engine.experts.cache, llm.engine.loaded.split
         assert llm.engine.why_not_whole() is None
-        assert split is None or split.nbytes <= split.shared.memory
+        assert split is None or split.one.nbytes <= split.shared.memory
         stats = cache.stats
         accounted = sum(cache.ahead.unused.values()) + sum(
             s.useful_bytes + s.late_bytes + s.wasted_bytes for s in stats

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe.comm.wire import Traffic
-from moe.engine.moving_split import SplitStats
+from moe.engine.one_memory import SplitStats
 from moe.engine.stats import State, StepStats
 from moe.histogram import Histogram
 from moe.llm import LLM

@@ -69,7 +69,7 @@ def check(llm: LLM, split: MovingSplit) -> None:
     """Every law of both, and that together they have what they may."""
     assert llm.engine.why_not_whole() is None
     state, pool = llm.engine.state(), llm.engine.scheduler.pool
-    assert split.nbytes == state.slot_bytes + state.blocks * 16 * 2304 <= split.shared.memory
+    assert split.one.nbytes == state.slot_bytes + pool.num_blocks * 16 * 2304 <= split.shared.memory
     used = {b for r in llm.engine.scheduler.running for b in r.blocks}
     assert len(used) == pool.num_used <= pool.num_blocks <= pool.room
     assert 1 <= state.slots <= 96
@@ -198,7 +198,7 @@ def serve_on_ranks(folder, by_rank, moves):
                     split.move(moves[step % len(moves)])
                 llm.step()
                 assert llm.engine.why_not_whole() is None
-                assert split is None or split.nbytes <= split.shared.memory
+                assert split is None or split.one.nbytes <= split.shared.memory
                 step += 1
             splits = None if split is None else split.stats.splits
             return [one.token_ids for one in running], splits, llm.engine.config.parallel.dispatcher

@@ -1,0 +1,158 @@
+"""The default split of memory: slots have what KV does not use. No token changes, nobody is put back for it, and it
+moves when sequences need KV, and back when they have ended."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe.engine.assemble as assemble
+import moe.engine.lent_kv as lent_kv
+from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.engine.lent_kv import LentKV
+from moe.evaluate import every_logit
+from moe.llm import LLM
+from moe.params import SamplingParams
+from tests.moe.moe_cases import TINYMOE, random_prompts
+
+MEMORY = 12 << 20  # free, beside the dense weights; all experts are 13.5 MiB
+BLOCK = 16 * 2304  # bytes: 6 layers of K and V, 3 heads of 32 in bf16
+PROMPTS = random_prompts((9, 130, 3, 17, 40, 112, 25, 8, 1, 33), vocab_size=500)
+PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (12, 3, 20, 9, 1, 16, 7, 30, 5, 90)]
+
+
+@pytest.fixture(autouse=True)
+def little_memory(monkeypatch):
+    monkeypatch.setattr(assemble, "free_memory", lambda device: MEMORY)
+
+
+def make(*, budget=None, **batch) -> LLM:
+    offload = OffloadConfig(budget=budget, prefetch="off")
+    return LLM(TINYMOE, EngineConfig(threads=1, batch=BatchConfig(**batch), offload=offload))
+
+
+def lent(llm: LLM) -> LentKV:
+    split = llm.engine.loaded.split
+    assert isinstance(split, LentKV)
+    return split
+
+
+def fixed_slots(llm: LLM) -> int:
+    """Of a KV that has all it may."""
+    return lent(llm).one.slots_beside(llm.engine.scheduler.pool.room)
+
+
+def tokens_of(outputs):
+    return [o.outputs[0].token_ids for o in outputs]
+
+
+def check(llm: LLM) -> None:
+    engine, one = llm.engine, lent(llm).one
+    assert engine.why_not_whole() is None
+    pool, state = engine.scheduler.pool, engine.state()
+    assert one.nbytes == state.slot_bytes + pool.num_blocks * BLOCK <= one.memory
+    assert pool.num_used <= pool.num_blocks <= pool.room == state.blocks
+    assert fixed_slots(llm) <= state.slots <= 96
+
+
+@pytest.fixture(scope="module")
+def said():
+    with LLM(TINYMOE, EngineConfig(threads=1, offload=OffloadConfig(budget="1.0"))) as llm:
+        return tokens_of(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    gaps=st.lists(st.integers(0, 30), min_size=10, max_size=10),
+    cancelled=st.sets(st.integers(0, 40), max_size=3),
+    max_sequences=st.sampled_from([1, 3, 16]),
+)
+def test_no_token_changes_and_nobody_is_put_back(said, gaps, cancelled, max_sequences):
+    """Requests come one after another, some are cancelled; KV for all that can run is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "free_memory", lambda device: MEMORY)
+        patch.setattr(lent_kv, "PERIOD", 8)
+        with make(max_sequences=max_sequences, max_tokens=64) as llm:
+            running, coming = [], list(zip(gaps, PROMPTS, PARAMS))
+            for step in range(2000):
+                while coming and (not coming[0][0] or not llm.engine.has_work):
+                    running.append(llm.add(*coming.pop(0)[1:]))
+                if not llm.engine.has_work:
+                    break
+                if coming:
+                    coming[0] = (coming[0][0] - 1, *coming[0][1:])
+                if step in cancelled and running[-1].request.finish_reason is None:
+                    llm.abort([running[-1]])
+                llm.step()
+                check(llm)
+            assert llm.engine.scheduler.num_put_back == 0
+            for one, tokens in zip(running, said):
+                assert one.token_ids == tokens or one.request.finish_reason == "abort"
+
+
+def test_memory_goes_where_it_is_needed(monkeypatch):
+    """A short sequence leaves nearly all to slots, sixteen long ones have their KV, and later slots have it again."""
+    monkeypatch.setattr(lent_kv, "PERIOD", 8)
+    with make(prefix_sharing=False) as llm:
+        pool, at_first = llm.engine.scheduler.pool, llm.engine.state().slots
+        assert at_first > 1.25 * fixed_slots(llm)
+        llm.generate(PROMPTS[:1], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+        assert llm.engine.state().slots == at_first
+        tokens = pool.room // 16 * pool.block_size
+        many = random_prompts([tokens - 8] * 16, vocab_size=500)
+        llm.generate(many, SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+        assert (pool.num_blocks, llm.engine.state().slots) == (pool.room, fixed_slots(llm))
+        assert llm.engine.scheduler.num_put_back == 0
+        llm.generate(PROMPTS[:1], SamplingParams(max_tokens=24, ignore_eos=True), use_tqdm=False)
+        assert llm.engine.state().slots > 0.95 * at_first
+        assert lent(llm).stats.splits >= 3
+        assert lent(llm).stats.kv_gained_bytes > 0 < lent(llm).stats.slots_gained_bytes
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_kept_blocks_have_memory_where_prompts_share(is_chat, monkeypatch):
+    """A chat's turns find what was computed, as with a KV that has all it may; of prompts alone nothing is kept."""
+    monkeypatch.setattr(lent_kv, "PERIOD", 8)
+    params, found, begun = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), [], []
+    for lends in (True, False):
+        if not lends:
+            monkeypatch.setattr(assemble, "_lent_kv", lambda *given: None)
+        with make() as llm:
+            talk = PROMPTS[1]
+            for turn, fresh in enumerate(random_prompts([40] * 24, vocab_size=500)):
+                prompt = [*talk, *fresh][-480:] if is_chat and turn < 8 else [*talk, *fresh] if is_chat else fresh * 4
+                if is_chat:
+                    talk = talk + fresh[:8] if turn < 8 else talk
+                llm.generate([prompt], params, use_tqdm=False)
+                if lends:
+                    check(llm)
+            scheduler = llm.engine.scheduler
+            found.append(scheduler.shared_tokens), begun.append(scheduler.begun_tokens)
+            if lends:
+                assert lent(llm).keeps == is_chat
+                if not is_chat:
+                    assert scheduler.pool.num_kept < scheduler.pool.room // 4
+    assert begun[0] == begun[1]
+    assert found[0] == found[1]
+    assert (found[0] > 0.5 * begun[0]) == is_chat
+
+
+def test_what_is_told_stays():
+    with make(budget="30 experts") as llm:
+        assert llm.engine.loaded.split is None
+        assert llm.engine.state().slots == 30
+    with make(kv_tokens=64) as llm:
+        assert llm.engine.scheduler.pool.room == 4
+        with pytest.raises(ValueError, match="the KV cache holds 64"):
+            llm.engine.check_request([1] * 60, SamplingParams(max_tokens=5))
+        lent(llm)
+
+
+def test_a_window_to_evaluate_has_room():
+    with make() as llm:
+        pool = llm.engine.scheduler.pool
+        tokens = random_prompts([pool.room * pool.block_size], vocab_size=500)[0]
+        assert pool.num_blocks < pool.room
+        assert every_logit(llm.engine, tokens).shape == (len(tokens), llm.engine.loaded.dense.vocabulary)
+        with pytest.raises(ValueError, match="does not fit the KV cache"):
+            every_logit(llm.engine, [*tokens, 1])
+        assert pool.num_used == 0
