@@ -22,6 +22,7 @@ from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
 from moe.engine.layer_major import Shared, Workload, sizes_of, split_memory, why_not_split
 from moe.engine.lent_kv import LentKV
+from moe.engine.limits import context_of
 from moe.engine.moving_split import MovingSplit
 from moe.engine.notes import lossy_modes, notes_on
 from moe.engine.one_memory import OneMemory, Split
@@ -256,19 +257,6 @@ def read_model(folder: str | Path, config: EngineConfig) -> Read:
     blueprint = replace(blueprint, index=index)
     notes = (*notes_on(blueprint, config.dense), *lossy_modes(config))
     return Read(config, blueprint, find_device(config.device), notes)
-
-
-def context_of(wanted: int | None, own: int | None, text_config: Any) -> int:
-    """Tokens of a context. Raises ValueError for more than the model's positions, or their rope scaling, allow."""
-    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
-    scaled = int(factor * original) if isinstance(factor, (int, float)) and isinstance(original, int) else 0
-    if wanted is not None and own is not None and wanted > max(own, scaled):
-        raise ValueError(
-            f"max_context ({wanted}) is beyond the model's {max(own, scaled)} tokens; lower it, or give the model a "
-            "rope scaling in config.json that its makers describe"
-        )
-    return wanted or own or 1 << 30
 
 
 def load_model(read: Read, tries_experts: bool) -> Dense:

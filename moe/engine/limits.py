@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moe.params import MAX_SEED, SamplingParams
 
@@ -55,3 +56,16 @@ class Limits:
         room = min(self.max_context, self.num_blocks * self.block_size) - num_prompt
         seed = secrets.randbelow(MAX_SEED)
         return params.resolved(seed=seed, max_tokens=max(1, room), end_token_ids=self.eos_ids)
+
+
+def context_of(wanted: int | None, own: int | None, text_config: Any) -> int:
+    """Tokens of a context. Raises ValueError for more than the model's positions, or their rope scaling, allow."""
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    scaled = int(factor * original) if isinstance(factor, (int, float)) and isinstance(original, int) else 0
+    if wanted is not None and own is not None and wanted > max(own, scaled):
+        raise ValueError(
+            f"max_context ({wanted}) is beyond the model's {max(own, scaled)} tokens; lower it, or give the model a "
+            "rope scaling in config.json that its makers describe"
+        )
+    return wanted or own or 1 << 30

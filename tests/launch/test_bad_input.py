@@ -281,7 +281,7 @@ def test_bad_settings(capfd, monkeypatch, arguments, words):
 def test_a_longer_context_where_the_rope_scaling_allows_it():
     from types import SimpleNamespace
 
-    from moe.engine.assemble import context_of
+    from moe.engine.limits import context_of
 
     yarn = SimpleNamespace(
         rope_parameters={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
