@@ -16,7 +16,7 @@ SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # fr
 CPU_SOURCES = (
     *("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain", "norm", "block", "expected"),
 )
-CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "attention", "codes", "isa")
+CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "attention", "codes", "nested", "isa")
 COMMON = ["-O3", "-std=c11", "-fvisibility=hidden", *SAME_BITS]
 
 

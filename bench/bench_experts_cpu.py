@@ -32,7 +32,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe.kernels.cpu import CpuExperts, instruction_sets
-from moe.kernels.formats import CODE_DTYPES, NIBBLE_CODES, CodeName, Coding, bytes_per_row
+from moe.kernels.formats import CODE_DTYPES, NIBBLE_CODES, CodeName, Coding, Residual, bytes_per_row
+from moe.kernels.nested import LEVELS, PLANES, plane_bytes
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
 
@@ -42,7 +43,7 @@ BATCHED_LIMIT = 2 << 30  # bytes of gathered weights; batched_mm copies the weig
 ROUTINGS = 8
 OURS = "compiled"
 CODES_SHAPE = (2048, 768, 64, 8)  # H, I, E, K
-CODES_SETS = {16: 1, 8: 2, 4: 4}  # sets of E experts by bits of a weight: as many bytes of each
+CODES_BYTES = 600 << 20  # of each format, in sets of E experts: as many bytes as bf16 takes
 ROW = 1 << 20  # columns that share a scale: all of a row
 CODES: dict[str, tuple[CodeName, tuple[int, int], torch.dtype, bool]] = {  # code, block, scales, with zeros
     "fp8, blocks of 128 x 128": ("e4m3", (128, 128), torch.float32, False),
@@ -54,6 +55,7 @@ CODES: dict[str, tuple[CodeName, tuple[int, int], torch.dtype, bool]] = {  # cod
     "mxfp4": ("e2m1", (1, 32), torch.float8_e8m0fnu, False),
     "nvfp4": ("e2m1", (1, 16), torch.float8_e4m3fn, False),
     "nf4": ("lut4", (1, 64), torch.float32, False),
+    **{f"nested, {level} bits": ("nested", (1, 64), torch.float16, False) for level in LEVELS},
 }
 
 
@@ -160,7 +162,9 @@ def random_coded(name: str) -> tuple[ExpertWeights, int]:
     """Experts of random codes, and the bytes of one."""
     code, block, scale_dtype, with_zeros = CODES[name]
     hidden, inter, experts, _ = CODES_SHAPE
-    slots = experts * CODES_SETS[4 if code in NIBBLE_CODES else 8]
+    level = int(name.split()[1]) if code == "nested" else 0
+    bits = level or (4 if code in NIBBLE_CODES else 8)
+    slots = experts * round(CODES_BYTES * 8 / (experts * 3 * hidden * inter * bits))
     tensors, codings, nbytes = [], [], 0
     for parts, rows, columns in ((2, inter, hidden), (1, hidden, inter)):
         raw = torch.randint(0, 127, (slots, parts * rows, bytes_per_row(code, columns)), dtype=torch.uint8)
@@ -169,9 +173,21 @@ def random_coded(name: str) -> tuple[ExpertWeights, int]:
         zero = torch.randint(-8, 8, grid, dtype=torch.int8) if with_zeros else None
         table = torch.randn(slots, parts, 16) if code == "lut4" else None
         tensors.append(raw.view(CODE_DTYPES[code]))
-        codings.append(Coding(code, block, scale, zero, table=table))
-        nbytes += sum(t[0].nbytes for t in (raw, scale, zero) if t is not None)
+        residual = random_planes(level, (slots, parts, rows, columns), grid) if level else None
+        codings.append(Coding(code, block, scale, zero, table=table, residual=residual))
+        nbytes += sum(t[0].nbytes for t in (raw, scale, zero, *(residual or ())) if t is not None)
     return ExpertWeights(tensors[0], tensors[1], None, None, Activation(), *codings), nbytes
+
+
+def random_planes(level: int, shape: tuple[int, int, int, int], grid: tuple[int, ...]) -> Residual:
+    """What slots of `level` bits hold beyond the base."""
+    slots, parts, rows, columns = shape
+    made: dict[str, Tensor] = {"bits": torch.full((slots, 1), level, dtype=torch.int32)}
+    for bits in LEVELS[1 : LEVELS.index(level) + 1]:
+        plane = (slots, parts * rows, plane_bytes(PLANES[bits], columns))
+        made[f"codes{bits}"] = torch.randint(0, 256, plane, dtype=torch.uint8)
+        made[f"scale{bits}"] = torch.full(grid, 2.0**-12).half() if bits == 8 else torch.full(grid, 60).to(torch.uint8)
+    return Residual(**made)
 
 
 def measure_codes(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:

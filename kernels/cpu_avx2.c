@@ -81,6 +81,35 @@ SCALAR TARGET void NAME(sum_codes)(int mr, VEC a[3][1][2], float *c, int64_t ldc
     }
 }
 
+struct NAME(group) {
+    VEC first, third, fourth, last; /* first: by a code's two bits, twice */
+};
+
+SCALAR TARGET struct NAME(group) NAME(group_of)(int level, float scale, float third, float fourth, float last) {
+    (void)level;
+    VEC first = _mm256_mul_ps(_mm256_setr_ps(-3, -1, 1, 3, -3, -1, 1, 3), VSET(scale));
+    return (struct NAME(group)){first, VSET(third), VSET(fourth), VSET(last)};
+}
+
+/* + or - size, as bits 8u to 8u + 7 of the plane's 16 say. */
+SCALAR TARGET VEC NAME(with_sign)(VEC size, const char *plane, int u) {
+    const __m256i left = _mm256_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8);
+    __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi16((short)half_at(plane)), _mm256_sub_epi32(left, _mm256_set1_epi32(8 * u)));
+    return _mm256_xor_ps(size, _mm256_andnot_ps(_mm256_castsi256_ps(bits), VSET(-0.0f)));
+}
+
+SCALAR TARGET VEC NAME(nested)(int level, const char *const *plane, int64_t v, int u, const struct NAME(group) *g) {
+    const __m256i two = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), four = _mm256_add_epi32(two, two);
+    __m256i at = _mm256_srlv_epi32(_mm256_set1_epi32((int)(word_at(plane[0] + 4 * v) >> 16 * u)), two);
+    VEC w = _mm256_permutevar8x32_ps(g->first, at);
+    if (level >= 3) w = _mm256_add_ps(w, NAME(with_sign)(g->third, plane[1] + 2 * v, u));
+    if (level >= 4) w = _mm256_add_ps(w, NAME(with_sign)(g->fourth, plane[2] + 2 * v, u));
+    if (level < 8) return w;
+    __m256i last = _mm256_srlv_epi32(_mm256_set1_epi32((int)word_at(plane[3] + 8 * v + 4 * u)), four);
+    last = _mm256_and_si256(last, _mm256_set1_epi32(15));
+    return VFMA(VSUB(_mm256_cvtepi32_ps(last), VSET(7.5f)), g->last, w); /* the product is exact */
+}
+
 #include "cpu_isa.h"
 
 #endif

@@ -142,6 +142,38 @@ SCALAR TARGET void NAME(sum_codes)(int mr, VEC a[6][2][1], float *c, int64_t ldc
     }
 }
 
+struct NAME(group) {
+    VEC first, last; /* by a code's two bits and two signs; by its last four bits */
+};
+
+SCALAR TARGET struct NAME(group) NAME(group_of)(int level, float scale, float third, float fourth, float last) {
+    const VEC base = _mm512_setr_ps(-3, -1, 1, 3, -3, -1, 1, 3, -3, -1, 1, 3, -3, -1, 1, 3);
+    const VEC sign3 = _mm512_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1);
+    const VEC sign4 = _mm512_setr_ps(-1, -1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1, 1, 1);
+    const VEC steps = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f, 4.5f,
+                                     5.5f, 6.5f, 7.5f);
+    struct NAME(group) g = {_mm512_mul_ps(base, VSET(scale)), VZERO};
+    if (level >= 3) g.first = VFMA(sign3, VSET(third), g.first);
+    if (level >= 4) g.first = VFMA(sign4, VSET(fourth), g.first);
+    if (level >= 8) g.last = _mm512_mul_ps(steps, VSET(last));
+    return g;
+}
+
+SCALAR TARGET VEC NAME(nested)(int level, const char *const *plane, int64_t v, int u, const struct NAME(group) *g) {
+    const __m512i two = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i four = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    (void)u; /* 0; a lookup takes the low 4 bits */
+    __m512i at = _mm512_srlv_epi32(_mm512_set1_epi32((int)word_at(plane[0] + 4 * v)), two);
+    if (level >= 3) at = _mm512_and_si512(at, _mm512_set1_epi32(3));
+    if (level >= 3) at = _mm512_mask_or_epi32(at, half_at(plane[1] + 2 * v), at, _mm512_set1_epi32(4));
+    if (level >= 4) at = _mm512_mask_or_epi32(at, half_at(plane[2] + 2 * v), at, _mm512_set1_epi32(8));
+    VEC w = _mm512_permutexvar_ps(at, g->first);
+    if (level < 8) return w;
+    __m512i low = _mm512_set1_epi32((int)word_at(plane[3] + 8 * v));
+    __m512i last = _mm512_mask_set1_epi32(low, 0xff00, (int)word_at(plane[3] + 8 * v + 4));
+    return _mm512_add_ps(w, _mm512_permutexvar_ps(_mm512_srlv_epi32(last, four), g->last));
+}
+
 #include "cpu_isa.h"
 
 #endif

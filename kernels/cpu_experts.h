@@ -5,7 +5,7 @@
  * storage has 16 lanes; each lane sums its elements in turn; after every KC elements lanes i and i+8, i+4, i+2, i+1 are
  * added, and that is added to the result. Which elements a lane has is the `order`, which x is packed in:
  *
- *   NATURAL  lane l: k = l mod 16                                 fp32, fp16, codes of a byte in odd groups
+ *   NATURAL  lane l: k = l mod 16                                 fp32, fp16, nested precision, codes of a byte in odd groups
  *   HALVES   lane l: of every 32, l + 16, then l                  other codes of a byte; x is packed as for NATURAL
  *   PAIRS    lane l: of every 32, 2l + 1, then 2l                 bf16 weights: what vdpbf16ps does, and as fast without it
  *   EIGHTS   lane l: of every 128, 8l + 4, 8l, 8l + 5, 8l + 1, … nibbles (cpu_codes.h)
@@ -93,6 +93,8 @@ struct kernels {
                  int64_t count, float *c, int64_t ldc, float *scratch);
     void (*tile_codes)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count,
                        float *c, int64_t ldc, float *scratch);
+    void (*tile_nested)(const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count, float *c,
+                        int64_t ldc, float *scratch);
     void (*add_bias)(float *c, int64_t ldc, int64_t rows, const float *bias, int64_t n);
     void (*round)(int kind, float *v, int64_t n);
     void (*activate)(const struct layer *l, float *gate, const float *up, int64_t n);
@@ -129,7 +131,7 @@ SCALAR int64_t size_of(int64_t kind) { return kind == F32 ? 4 : 2; }
 
 SCALAR int is_nibble(const struct coding *q) { return q->code >= INT4 && q->code != NESTED; }
 
-/* Whether cpu_codes.h multiplies them: the columns of a vector, or of its lanes, share their scales. */
+/* Whether cpu_codes.h multiplies them (cpu_nested.h those of nested precision): the columns of a vector, or of its lanes, share their scales. */
 SCALAR int codes_are_fast(const struct matrix *w) {
     int64_t columns = w->coding.columns;
     if (w->coding.group_of || w->coding.code == NESTED) return 0;

@@ -27,6 +27,23 @@ static inline __attribute__((always_inline)) TARGET VEC NAME(fetch)(int kind, co
     return VLOAD((const float *)at + u * WIDTH);
 }
 
+/* c[m][n] (+)= the sum of acc[m][n]'s lanes. */
+static inline __attribute__((always_inline)) TARGET void NAME(add_lanes)(int mr, VEC acc[MR][NR][SUB], float *c,
+                                                                        int64_t ldc, int64_t first) {
+#ifdef SUM_BLOCK
+    SUM_BLOCK(mr, acc, c, ldc, first);
+#else
+    for (int m = 0; m < mr; m++)
+        for (int n = 0; n < NR; n++) {
+            float lane[LANES];
+            memcpy(lane, acc[m][n], sizeof lane);
+            for (int half = LANES / 2; half; half /= 2)
+                for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+            c[m * ldc + n] = first ? lane[0] : c[m * ldc + n] + lane[0];
+        }
+#endif
+}
+
 /* c[m][n] (+)= sum over `steps` of x row m times w row n, for `groups` groups of NR rows of w.
  * x: [steps][1, or 2 of bf16][mr][16] floats. w: row n of step s begins at w + n * row + s * step bytes. */
 static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int kind, const float *x0, const char *w0,
@@ -68,18 +85,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int
                 x += mr * LANES;
             }
         }
-#ifdef SUM_BLOCK
-        SUM_BLOCK(mr, acc, c, ldc, k->first);
-#else
-        for (int m = 0; m < mr; m++)
-            for (int n = 0; n < NR; n++) {
-                float lane[LANES];
-                memcpy(lane, acc[m][n], sizeof lane);
-                for (int half = LANES / 2; half; half /= 2)
-                    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-                c[m * ldc + n] = k->first ? lane[0] : c[m * ldc + n] + lane[0];
-            }
-#endif
+        NAME(add_lanes)(mr, acc, c, ldc, k->first);
     }
 }
 

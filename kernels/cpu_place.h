@@ -32,4 +32,16 @@ SCALAR struct place place_of(const struct matrix *w, int64_t slot, int64_t n) {
     return p;
 }
 
+SCALAR uint32_t word_at(const char *p) {
+    uint32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+SCALAR uint16_t half_at(const char *p) {
+    uint16_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
 #endif

@@ -73,4 +73,28 @@ SCALAR void NAME(sum_codes)(int mr, VEC a[MR][1][4], float *c, int64_t ldc, int6
     }
 }
 
+struct NAME(group) {
+    float scale, third, fourth, last;
+};
+
+SCALAR struct NAME(group) NAME(group_of)(int level, float scale, float third, float fourth, float last) {
+    (void)level;
+    return (struct NAME(group)){scale, third, fourth, last};
+}
+
+SCALAR VEC NAME(nested)(int level, const char *const *plane, int64_t v, int u, const struct NAME(group) *g) {
+    uint32_t two = word_at(plane[0] + 4 * v) >> 8 * u;
+    uint32_t third = level < 3 ? 0 : (uint32_t)half_at(plane[1] + 2 * v) >> 4 * u;
+    uint32_t fourth = level < 4 ? 0 : (uint32_t)half_at(plane[2] + 2 * v) >> 4 * u;
+    uint32_t last = level < 8 ? 0 : word_at(plane[3] + 8 * v + 4 * (u / 2)) >> u % 2 * 16;
+    VEC w;
+    for (int i = 0; i < 4; i++) {
+        w[i] = (float)((int32_t)(2 * (two >> 2 * i & 3)) - 3) * g->scale;
+        if (level >= 3) w[i] += (float)((int32_t)(2 * (third >> i & 1)) - 1) * g->third;
+        if (level >= 4) w[i] += (float)((int32_t)(2 * (fourth >> i & 1)) - 1) * g->fourth;
+        if (level >= 8) w[i] += ((float)(int32_t)(last >> 4 * i & 15) - 7.5f) * g->last;
+    }
+    return w;
+}
+
 #include "cpu_isa.h"

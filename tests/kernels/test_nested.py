@@ -62,12 +62,14 @@ def matrices(slots, parts, n, k, group):
     return codes[0], Coding("nested", (1, group), codes[1], residual=Residual(bits, *codes[2:]))
 
 
-@pytest.mark.parametrize(("hidden", "inter", "group"), [(200, 72, 64), (64, 48, 16), (33, 40, 64)])
-def test_kernels_say_what_the_twin_says(hidden, inter, group):
-    """Slots of all levels in one call; a row's bits do not depend on the rows beside it."""
+@pytest.mark.parametrize("interleaved", [False, True], ids=["apart", "interleaved"])
+@pytest.mark.parametrize(("hidden", "inter", "group"), [(200, 72, 64), (64, 48, 16), (33, 40, 64), (1064, 16, 48)])
+def test_kernels_say_what_the_twin_says(hidden, inter, group, interleaved):
+    """Slots of all levels in one call; a row's bits do not depend on the rows beside it, few or many."""
     torch.manual_seed(0)
     (first, up), (second, down) = matrices(5, 2, inter, hidden, group), matrices(5, 1, hidden, inter, group)
-    weights = ExpertWeights(first, second, None, None, Activation(), up, down)
+    activation = Activation(kind="gpt_oss", interleaved=True) if interleaved else Activation()
+    weights = ExpertWeights(first, second, None, None, activation, up, down)
     check_expert_weights(weights)
     results = []
     for isa in range(len(instruction_sets())):
