@@ -24,7 +24,7 @@ from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.service import QueueFull, Service
 from tests.launch.load_service import run
-from tests.launch.test_server import run_server
+from tests.launch.serving import run_server
 from tests.moe.moe_cases import TINYMOE, check_whole, config
 from tests.moe.test_openai import TEMPLATE, chat_folder
 

@@ -15,7 +15,7 @@ from moe.launch.cli import main
 from moe.launch.page import PAGE, recorded_page
 from moe.launch.recording import read_recording, recording
 from moe.launch.server import Limits
-from tests.launch.test_server import run_server
+from tests.launch.serving import run_server
 from tests.moe.moe_cases import TINYMOE
 from tests.placement.test_written import files_of_at_most
 

@@ -33,7 +33,7 @@ from moe.metrics import exposition
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from moe.service import Service
-from tests.launch.test_server import run_server
+from tests.launch.serving import run_server
 from tests.moe import chaos_cluster, ray_matrix
 from tests.moe.ray_session import DEMO, LABEL, ROOT, SETTINGS, config_of, two_nodes, until
 

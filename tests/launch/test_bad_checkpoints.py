@@ -1,0 +1,220 @@
+"""Checkpoints that are broken, incomplete or of another shape: each ends with one clear sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+from moe.llm import LLM
+from moe.models.blueprint import read_blueprint
+from moe.models.load import load_dense
+from tests.launch.refused import PROMPT, refused
+from tests.moe.moe_cases import NUM_NEW, check_whole, config, engine_says, greedy
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def change_config(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def change_tensors(folder, change):
+    """Every tensor through `change(name, tensor)`; None takes it out."""
+    for shard in shards(folder):
+        tensors = {name: change(name, tensor) for name, tensor in load_file(shard).items()}
+        save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, shard, {"format": "pt"})
+
+
+def missing_shard(folder):
+    shards(folder)[1].unlink()
+
+
+def truncated(folder):
+    shard = shards(folder)[1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def empty_shard(folder):
+    shards(folder)[0].write_bytes(b"")
+
+
+def garbage_header(folder):
+    shards(folder)[0].write_bytes(b"\x10" + bytes(7) + b"not json at all!" + bytes(100))
+
+
+def integer_experts(folder):
+    change_tensors(folder, lambda n, t: (t * 100).to(torch.int8) if ".experts." in n else t)
+
+
+def fp8_experts(folder):
+    change_tensors(folder, lambda n, t: t.to(torch.float8_e4m3fn) if ".experts." in n else t)
+
+
+def one_expert_of_another_dtype(folder):
+    change_tensors(folder, lambda n, t: t.bfloat16() if ".experts.3." in n else t)
+
+
+def integer_dense(folder):
+    change_tensors(folder, lambda n, t: (t * 100).to(torch.int32) if "q_proj" in n else t)
+
+
+def expert_missing(folder):
+    change_tensors(folder, lambda n, t: None if "layers.1.mlp.experts.5.up_proj" in n else t)
+
+
+def dense_missing(folder):
+    change_tensors(folder, lambda n, t: None if "layers.1.mlp.gate." in n else t)
+
+
+def other_expert_size(folder):
+    change_config(folder, moe_intermediate_size=23)
+
+
+def other_dense_size(folder):
+    change_config(folder, num_key_value_heads=6)
+
+
+def other_architecture(folder):
+    change_config(folder, mlp_only_layers=[0])
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def config_no_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def config_list(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def no_model_type(folder):
+    (folder / "config.json").write_text("{}")
+
+
+def unknown_architecture(folder):
+    change_config(folder, model_type="quantum_moe", architectures=["QuantumMoeForCausalLM"])
+
+
+def strange_values(folder):
+    change_config(folder, hidden_size="wide")
+
+
+def no_heads(folder):
+    change_config(folder, num_attention_heads=-1, head_dim=None)
+
+
+def broken_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 5}')
+
+
+def outside_the_folder(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"][first] = "../../secret.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def only_pickles(folder):
+    for shard in shards(folder):
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+
+
+def no_weights(folder):
+    only_pickles(folder)
+    (folder / "pytorch_model.bin").unlink()
+
+
+def removed(folder):
+    shutil.rmtree(folder)
+
+
+def a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+
+
+BROKEN = [
+    (missing_shard, ["is missing although model.safetensors.index.json lists it", "download it again"]),
+    (truncated, ["truncated", "download it again"]),
+    (empty_shard, ["is not a whole safetensors file"]),
+    (garbage_header, ["bad safetensors header"]),
+    (integer_experts, ["layer 0", "is stored as I8 without the scales that would decode it"]),
+    (fp8_experts, ["layer 0", "is stored as F8_E4M3 without the scales that would decode it"]),
+    (one_expert_of_another_dtype, ["stored as BF16, F32", "convert the checkpoint"]),
+    (integer_dense, ["q_proj", "is stored as I32 without the scales that would decode it"]),
+    (expert_missing, ["layer 1", "expert 5"]),
+    (dense_missing, ["1 dense tensors are missing", "layers.1.mlp.gate"]),
+    (other_expert_size, ["layer 0", "gate_up_proj of shape [34, 36] on disk, the config asks for [46, 36]"]),
+    (other_dense_size, ["k_proj", "[24, 36] on disk, [48, 36] asked for"]),
+    (other_architecture, ["3 dense tensors are missing", "layers.0.mlp.down_proj"]),
+    (no_config, ["has no config.json"]),
+    (config_no_json, ["config.json"]),
+    (config_list, ["config.json"]),
+    (no_model_type, ["config.json", "model_type"]),
+    (unknown_architecture, ["quantum_moe"]),
+    (strange_values, ["config.json", "hidden_size"]),
+    (no_heads, ["Qwen3MoeForCausalLM"]),
+    (broken_index, ["has no weight_map"]),
+    (outside_the_folder, ["../../secret.safetensors", "not a file name in this folder"]),
+    (only_pickles, ["only pickle files", "save_pretrained"]),
+    (no_weights, ["has neither model.safetensors nor"]),
+    (removed, ["is not a folder"]),
+    (a_file, ["is not a folder"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), BROKEN, ids=[spoil.__name__ for spoil, _ in BROKEN])
+def test_broken_checkpoint(capfd, small_copy, small_model, spoil, words):
+    spoil(small_copy)
+    sentence = refused(capfd, "generate", small_copy, *PROMPT)
+    for word in words:
+        assert word in sentence, sentence
+
+
+def test_a_refused_checkpoint_leaves_the_process_as_it_was(capfd, monkeypatch, small_copy, small_model):
+    """transformers' classes are patched while a model loads; an error in the midst must not leave them patched."""
+    before = modeling_qwen3_moe.Qwen3MoeExperts
+    other_dense_size(small_copy)
+    refused(capfd, "generate", small_copy, *PROMPT)
+    assert modeling_qwen3_moe.Qwen3MoeExperts is before
+
+    def interrupt(*_):
+        assert modeling_qwen3_moe.Qwen3MoeExperts is not before
+        raise KeyboardInterrupt
+
+    blueprint = read_blueprint(small_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_qwen3_moe.Qwen3MoeModel, "post_init", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load_dense(blueprint, torch.float32, "eager")
+    assert modeling_qwen3_moe.Qwen3MoeExperts is before
+    with LLM(small_model, config("1 expert")) as llm:
+        assert len(engine_says(llm, [[1, 2, 3]]).tokens[0]) == NUM_NEW
+
+
+def test_an_expert_that_cannot_be_read_any_more(small_copy):
+    """A file that is cut while the model runs: an error that names the expert, and an engine that is still whole."""
+    with LLM(small_copy, config("1 expert")) as llm:
+        right = engine_says(llm, [[1, 2, 3]])
+        kept = {shard: shard.read_bytes() for shard in shards(small_copy)}
+        for shard in kept:
+            shard.write_bytes(kept[shard][:200])
+        with pytest.raises(OSError, match=r"expert \d+ of layer \d+"):
+            llm.generate([[1, 2, 3]], greedy())
+        assert not llm.engine.has_work
+        check_whole(llm)
+        for shard, content in kept.items():
+            shard.write_bytes(content)
+        again = engine_says(llm, [[1, 2, 3]])
+        assert again.tokens == right.tokens

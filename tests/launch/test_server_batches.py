@@ -1,0 +1,171 @@
+"""Files and batches of the service."""
+
+import json
+import pkgutil
+import time
+
+import httpx
+import openai
+import pytest
+
+from moe.batch import run_batch
+from moe.launch.uploads import Uploads, _newest_first
+from moe.llm import LLM
+from tests.launch.serving import batch_lines, finished, idle
+from tests.moe.moe_cases import config
+
+
+def test_files_and_batches_by_the_official_client(client, right):
+    file = client.files.create(file=("in.jsonl", batch_lines(20)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    batch = finished(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 19, 1)
+    results = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert sorted(r["custom_id"] for r in results) == sorted(f"r{i}" for i in range(20) if i != 1)
+    assert {r["response"]["body"]["choices"][0]["text"] for r in results} == {right.text}
+    (failed,) = (json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines())
+    assert "top_p" in failed["error"]["message"]
+    assert batch.id in [b.id for b in client.batches.list()]
+    assert {file.id, batch.output_file_id} <= {f.id for f in client.files.list()}
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+    with pytest.raises(openai.BadRequestError, match="there is no file"):
+        client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+
+
+def test_lists_come_in_pages(served, client):
+    mine = [client.files.create(file=(f"{i}.jsonl", batch_lines(2)), purpose="batch").id for i in range(3)]
+    page = client.files.list(limit=2)
+    assert len(page.data) == 2
+    assert page.has_more
+    assert [f.id for f in page] == [f.id for f in client.files.list()]  # the client asks for the pages that follow
+    assert set(mine) <= {f.id for f in page}
+    assert not client.files.list(limit=2, after=[f.id for f in page][-2]).has_more
+    assert [f.id for f in page if f.id in mine] == mine[::-1], "the newest first, within a second, too"
+    assert [f.id for f in client.files.list(limit=2, order="asc")] == [f.id for f in page][::-1]
+    assert set(mine) <= {f.id for f in client.files.list(limit=1, purpose="batch")}
+    assert not set(mine) & {f.id for f in client.files.list(purpose="batch_output")}
+    for one in client.files.list(limit=1):  # each page comes after one that is deleted by then
+        if one.id in mine:
+            client.files.delete(one.id)
+    assert not set(mine) & {f.id for f in client.files.list()}
+    with httpx.Client(base_url=served.url) as http:
+        for path in ("files", "batches"):
+            for query in (
+                "limit=0",
+                "limit=-1",
+                "limit=abc",
+                "limit=",
+                "limit=99999999999999999999",
+                "after=none",
+                "order=up",
+            ):
+                refused = http.get(f"/v1/{path}?{query}")
+                assert refused.status_code == 400, (path, query)
+                assert refused.json()["error"]["param"] == query.split("=")[0]
+        assert http.get("/v1/batches?limit=101").status_code == 400
+
+
+def test_a_file_that_is_deleted_while_all_are_listed(served, client):
+    class Folder:
+        def glob(self, pattern):
+            return [
+                *(served.uploads.folder / "files").glob(pattern),
+                served.uploads.folder / "files" / "file-gone.json",
+            ]
+
+    kept = client.files.create(file=("in.jsonl", b"{}"), purpose="batch")
+    assert kept.id in [record["id"] for record in _newest_first(Folder())]
+    with httpx.Client(base_url=served.url) as http:
+        assert http.get(f"/v1/files/{'a' * 300}").status_code == 404  # longer than a name may be
+
+
+def test_a_batch_whose_file_was_deleted(tmp_path):
+    uploads = Uploads(None, tmp_path)
+    uploads.close()
+    file = uploads.add_file("in.jsonl", "batch", batch_lines(2))
+    body = {"endpoint": "/v1/completions", "completion_window": "24h", "input_file_id": file["id"]}
+    batch = uploads.add_batch(body)
+    uploads.delete_file(file["id"])
+    uploads = Uploads(None, tmp_path)  # as after a restart
+    deadline = time.monotonic() + 20
+    while (found := uploads.batch(batch["id"]))["status"] != "failed":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert found["errors"]["data"][0]["message"] == f"the file {file['id']} was deleted before the batch had ended"
+    uploads.close()
+
+
+def test_a_name_that_is_used_twice_and_a_file_that_is_no_utf8(served, client):
+    """As batch files have it: the second line of the name is refused; what is split at wrong bytes is not begun."""
+    lines = batch_lines(4).replace(b'"r3"', b'"r2"')
+    failed = {}
+    for name, content in {"twice": lines, "utf16": lines.decode().encode("utf-16")}.items():
+        file = client.files.create(file=("in.jsonl", content), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        failed[name] = finished(client, batch)
+    assert (failed["twice"].request_counts.completed, failed["twice"].request_counts.failed) == (2, 2)
+    assert "custom_id 'r2' was used by line 3" in client.files.content(failed["twice"].error_file_id).text
+    assert failed["utf16"].status == "failed"
+    assert "UTF-8 is wanted" in failed["utf16"].errors.data[0].message
+    idle(served)
+
+
+def test_a_batch_of_the_service_says_what_a_file_does(served, client, chat_llm, tmp_path):
+    body = {"prompt": [1, 2, 3], "max_tokens": 2, "temperature": 0, "logprobs": 1, "prompt_logprobs": 1, "n": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    content = json.dumps(line).encode() + b"\n"
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    (said,) = client.files.content(finished(client, batch).output_file_id).text.splitlines()
+    idle(served)
+    (tmp_path / "in.jsonl").write_bytes(content)
+    with LLM(chat_llm.engine.blueprint.folder, config("1.0")) as alone:
+        run_batch(alone, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    one, other = (json.loads(text)["response"]["body"] for text in (said, (tmp_path / "out.jsonl").read_text()))
+    assert [c.keys() for c in one["choices"]] == [c.keys() for c in other["choices"]]
+    assert one["choices"][0]["prompt_logprobs"] == other["choices"][0]["prompt_logprobs"] != None  # noqa: E711
+    assert [c["text"] for c in one["choices"]] == [c["text"] for c in other["choices"]]
+
+
+@pytest.mark.parametrize("where", ["moe.llm.LLM.completion", "moe.launch.uploads.result_line"])
+def test_what_fails_in_making_a_result_is_its_own(served, client, monkeypatch, where):
+    module, _, name = where.rpartition(".")
+    whole, calls = pkgutil.resolve_name(where), []
+
+    def fail_once(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise RecursionError("deep inside")
+        return whole(*given)
+
+    monkeypatch.setattr(pkgutil.resolve_name(module), name, fail_once)
+    file = client.files.create(file=("in.jsonl", batch_lines(6)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    batch = finished(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 4, 2)
+    assert "deep inside" in client.files.content(batch.error_file_id).text
+    idle(served)
+
+
+def test_a_batch_that_cannot_be_worked_off_is_failed_and_the_next_is_served(served, client, monkeypatch):
+    def fail(self, batch):
+        monkeypatch.undo()
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(Uploads, "_work_off", fail)
+    file = client.files.create(file=("in.jsonl", batch_lines(3)), purpose="batch")
+    first, second = (
+        client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        for _ in range(2)
+    )
+    assert {finished(client, first).status, finished(client, second).status} == {"failed", "completed"}
+
+
+def test_a_batch_is_cancelled(served, client):
+    file = client.files.create(file=("in.jsonl", batch_lines(2000)), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    client.batches.cancel(batch.id)
+    assert finished(client, batch).status == "cancelled"
+    idle(served)
