@@ -1,14 +1,18 @@
 """Files and batches of the service, kept in a folder so that a restarted server goes on with them.
 
-FOLDER/files/ID        what was uploaded or written        FOLDER/files/ID.json    its record, as the client sees it
+FOLDER/files/ID        what was uploaded                   FOLDER/files/ID.json    its record, as the client sees it
 FOLDER/batches/ID.json a batch                             FOLDER/batches/ID.jsonl its results so far, resumable
 FOLDER/lock            held by the one server of the folder
+
+A batch's output and its errors are files that have a record alone, with `results_of` beside what the client sees: their
+content is read from the results. So they take no room, and a batch that a full disk ended has them, too.
 
 Ids grow with time, so that a list goes on after one that was deleted meanwhile.
 """
 
 import fcntl
 import json
+import os
 import secrets
 import threading
 import time
@@ -25,6 +29,7 @@ from moe.service import Delta, QueueFull, Service
 
 _WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer
 _DAY = 24 * 3600
+_SERVED = b'"error": null}\n'  # how a result ends that is none of a failure
 FILE_ID, BATCH_ID = "file-", "batch_"  # before 24 hexadecimal digits
 
 
@@ -60,37 +65,41 @@ class Uploads:
     # Files.
 
     def add_file(self, name: str, purpose: str, content: bytes) -> dict[str, Any]:
-        id = f"{FILE_ID}{_later()}"
-        with written_whole(self._file(id)) as part:
+        record = _file_record(name, purpose, len(content))
+        with written_whole(self._file(record["id"])) as part:
             part.write_bytes(content)
-        record = {
-            "id": id,
-            "object": "file",
-            "bytes": len(content),
-            "created_at": int(time.time()),
-            "filename": name,
-            "purpose": purpose,
-            "status": "processed",
-        }
-        _write_json(self._file(id).with_suffix(".json"), record)
+        _write_json(self._record_of(record["id"]), record)
         return record
 
     def files(self) -> list[dict[str, Any]]:
         """The newest first."""
-        return _newest_first(self.folder / "files")
+        return [_as_shown(record) for record in _newest_first(self.folder / "files")]
 
     def file(self, id: str) -> dict[str, Any] | None:
-        return _read_json(self.folder / "files", id)
+        return None if (record := _read_json(self.folder / "files", id)) is None else _as_shown(record)
 
     def content(self, id: str) -> bytes:
-        return self._file(id).read_bytes()
+        record = _read_json(self.folder / "files", id)
+        if record is None or (batch := record.get("results_of")) is None:
+            return self._file(id).read_bytes()
+        return _split(self._results(batch).read_bytes())[record["is_of_errors"]]
 
     def delete_file(self, id: str) -> None:
-        self._file(id).with_suffix(".json").unlink()
-        self._file(id).unlink()
+        record = _read_json(self.folder / "files", id)
+        self._record_of(id).unlink()
+        if record is None or (batch := record.get("results_of")) is None:
+            self._file(id).unlink()
+        elif not any(other.get("results_of") == batch for other in _newest_first(self.folder / "files")):
+            self._results(batch).unlink()
 
     def _file(self, id: str) -> Path:
         return self.folder / "files" / id
+
+    def _record_of(self, id: str) -> Path:
+        return self._file(id).with_suffix(".json")
+
+    def _results(self, batch: str) -> Path:
+        return self.folder / "batches" / f"{batch}.jsonl"
 
     # Batches.
 
@@ -151,62 +160,69 @@ class Uploads:
             open_ones = [b for b in self.batches() if b["status"] in ("validating", "in_progress", "cancelling")]
             for batch in reversed(open_ones):
                 try:
-                    self._work_off(batch)
+                    status = self._work_off(batch)
                 except Exception as error:  # of any kind: later batches must not wait for ever
-                    code = "invalid_request" if isinstance(error, ValueError) else "server_error"
-                    self._give_up(batch, code, str(error) or type(error).__name__)
+                    batch["errors"] = {"object": "list", "data": [_error_of(error)]}
+                    status = "failed"
+                if status is not None:
+                    self._finish(batch, status)
             if not self._is_closing:
                 self._wake.wait()  # no limit: until there is a batch, or `close`
 
-    def _give_up(self, batch: dict[str, Any], code: str, sentence: str) -> None:
-        errors = {"object": "list", "data": [{"code": code, "message": sentence}]}
-        try:
-            self._save(batch | {"status": "failed", "failed_at": _now(), "errors": errors})
-        except OSError:  # a full disk: it stays as it was stored, and the next look tries again
-            time.sleep(1.0)
-
-    def _work_off(self, batch: dict[str, Any]) -> None:
+    def _work_off(self, batch: dict[str, Any]) -> str | None:
+        """Returns how it ended; None if a restart is to go on with it."""
         if self.file(batch["input_file_id"]) is None:
             raise ValueError(f"the file {batch['input_file_id']} was deleted before the batch had ended")
         lines = lines_of(self.content(batch["input_file_id"]), "the file")
         progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
-        path = self.folder / "batches" / f"{batch['id']}.jsonl"
-        with ResultFile(path, progress) as results:
+        with ResultFile(self._results(batch["id"]), progress) as results:
             done = results.finished_lines(lines)
             progress.finished = progress.resumed = len(done)
             todo = deque((n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done)
             run = _Run(self.service, results, batch["endpoint"], NamesOfLines(lines))
-            while (todo or run.num_open) and not self._is_closing:
-                with self._lock:
-                    stored = self.batch(batch["id"]) or batch
-                    is_cancelled = stored["status"] == "cancelling"
-                    if not is_cancelled:
-                        batch |= {"status": "in_progress", "in_progress_at": batch.get("in_progress_at") or _now()}
-                    else:
-                        batch |= stored
-                    self._save(batch | {"request_counts": _counts(progress)})
-                if is_cancelled:
-                    run.cancel()
-                    break
-                while todo and run.num_open < _WINDOW and run.begin(*todo[0]):
-                    todo.popleft()
-                run.wait(0.2)
-            if self._is_closing:
+            try:
+                while (todo or run.num_open) and not self._is_closing:
+                    if self._note_progress(batch, progress) == "cancelling":
+                        return "cancelled"
+                    while todo and run.num_open < _WINDOW and run.begin(*todo[0]):
+                        todo.popleft()
+                    run.wait(0.2)
+            finally:
                 run.cancel()
-                return  # a restart goes on from the results
-        self._finish(batch, path, progress)
+        batch["request_counts"] = _counts(progress)
+        return None if self._is_closing else "completed"
 
-    def _finish(self, batch: dict[str, Any], path: Path, progress: BatchProgress) -> None:
-        entries = [(line, json.loads(line)) for line in path.read_bytes().splitlines(keepends=True)]
-        good = b"".join(line for line, entry in entries if entry["error"] is None)
-        bad = b"".join(line for line, entry in entries if entry["error"] is not None)
-        name = f"{batch['id']}_output.jsonl"
-        if good:
-            batch["output_file_id"] = self.add_file(name, "batch_output", good)["id"]
-        if bad:
-            batch["error_file_id"] = self.add_file(name.replace("output", "error"), "batch_output", bad)["id"]
-        status = "cancelled" if batch["status"] == "cancelling" else "completed"
-        self._save(batch | {"status": status, f"{status}_at": _now(), "request_counts": _counts(progress)})
+    def _note_progress(self, batch: dict[str, Any], progress: BatchProgress) -> str:
+        """Returns its status, which a caller may have changed."""
+        with self._lock:
+            stored = self.batch(batch["id"]) or batch
+            if stored["status"] == "cancelling":
+                batch |= stored
+            else:
+                batch |= {"status": "in_progress", "in_progress_at": batch.get("in_progress_at") or _now()}
+            batch["request_counts"] = _counts(progress)
+            self._save(batch)
+            return str(batch["status"])
+
+    def _finish(self, batch: dict[str, Any], status: str) -> None:
+        """What there is of results becomes files that clients can fetch."""
+        results, made = self._results(batch["id"]), list[Path]()
+        parts = _split(results.read_bytes() if results.exists() else b"")
+        try:
+            for is_of_errors, kind in enumerate(("output", "error")):
+                if content := parts[is_of_errors]:
+                    record = _file_record(f"{batch['id']}_{kind}.jsonl", "batch_output", len(content))
+                    made.append(self._record_of(record["id"]))
+                    _write_json(made[-1], record | {"results_of": batch["id"], "is_of_errors": is_of_errors})
+                    batch[f"{kind}_file_id"] = record["id"]
+            completed, failed = (part.count(b"\n") for part in parts)
+            counts = batch["request_counts"] | {"completed": completed, "failed": failed}
+            self._save(batch | {"status": status, f"{status}_at": _now(), "request_counts": counts})
+        except OSError:  # a full disk: the batch stays as it was stored, and the next look goes on with it
+            for record_file in made:
+                record_file.unlink(missing_ok=True)
+            time.sleep(1.0)
+            self._wake.set()
 
 
 class _Run:
@@ -275,6 +291,39 @@ def _result(number: int, name: str, ask: Ask, ends: list[Delta], num_prompt: int
         return result_line(number, name, ask, answers, num_prompt, model, ends[0].of_prompt)
     except Exception as error:  # of any kind: readers of what the model wrote run here
         return failed_line(number, name, "server_error", f"{type(error).__name__}: {error}")
+
+
+def _error_of(error: Exception) -> dict[str, str]:
+    """What ended a batch, for its client."""
+    if isinstance(error, OSError) and error.errno is not None:
+        why = f"{os.strerror(error.errno)}: what is finished is in the files of this batch; see to the folder of the "
+        return {"code": "server_error", "message": why + "server's --state, and send the other lines again"}
+    code = "invalid_request" if isinstance(error, ValueError) else "server_error"
+    return {"code": code, "message": str(error) or type(error).__name__}
+
+
+def _file_record(name: str, purpose: str, size: int) -> dict[str, Any]:
+    """Of a new file, as clients see it."""
+    return {
+        "id": f"{FILE_ID}{_later()}",
+        "object": "file",
+        "bytes": size,
+        "created_at": _now(),
+        "filename": name,
+        "purpose": purpose,
+        "status": "processed",
+    }
+
+
+def _as_shown(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in ("results_of", "is_of_errors")}
+
+
+def _split(results: bytes) -> tuple[bytes, bytes]:
+    """Those of lines that were served, and those of lines that failed; one that was cut off is neither."""
+    whole = results[: results.rfind(b"\n") + 1].splitlines(keepends=True)
+    good = b"".join(line for line in whole if line.endswith(_SERVED))
+    return good, b"".join(line for line in whole if not line.endswith(_SERVED))
 
 
 def _later() -> str:

@@ -1,5 +1,6 @@
 """Files and batches of the service."""
 
+import fcntl
 import json
 import pkgutil
 import time
@@ -13,6 +14,7 @@ from moe.launch.uploads import Uploads, _newest_first
 from moe.llm import LLM
 from tests.launch.serving import batch_lines, finished, idle
 from tests.moe.moe_cases import config
+from tests.moe.test_batch_files import file_size_limit
 
 
 def test_files_and_batches_by_the_official_client(client, right):
@@ -161,6 +163,53 @@ def test_a_batch_that_cannot_be_worked_off_is_failed_and_the_next_is_served(serv
         for _ in range(2)
     )
     assert {finished(client, first).status, finished(client, second).status} == {"failed", "completed"}
+
+
+def test_what_is_finished_when_a_disk_is_full_can_be_fetched(served, client, right):
+    file = client.files.create(file=("in.jsonl", batch_lines(30)), purpose="batch")
+    asked = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    with file_size_limit(4000):
+        batch = finished(client, client.batches.create(**asked))
+    assert batch.status == "failed"
+    assert "File too large: what is finished is in the files of this batch" in batch.errors.data[0].message
+    idle(served)  # what was on its way was dropped
+    results = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert {r["response"]["body"]["choices"][0]["text"] for r in results} == {right.text}
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (30, len(results), 1)
+    assert 1 <= len({r["custom_id"] for r in results}) == len(results) < 29
+    assert "top_p" in client.files.content(batch.error_file_id).text
+    assert client.files.retrieve(batch.output_file_id).bytes == len(client.files.content(batch.output_file_id).content)
+    kept = served.uploads.folder / "batches" / f"{batch.id}.jsonl"
+    for id in (batch.output_file_id, batch.error_file_id):
+        assert kept.exists()
+        client.files.delete(id)
+    assert not kept.exists()
+
+
+def test_a_batch_goes_on_when_there_is_room_again(served, client):
+    """Not even its record could be written."""
+    file = client.files.create(file=("in.jsonl", batch_lines(200)), purpose="batch")
+    asked = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch = client.batches.create(**asked)
+    deadline = time.monotonic() + 100
+    while client.batches.retrieve(batch.id).request_counts.completed == 0:
+        assert time.monotonic() < deadline
+    with file_size_limit(10), (served.uploads.folder / "batches" / f"{batch.id}.jsonl").open("ab") as results:
+        while True:
+            try:
+                fcntl.flock(results, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the server has let go of them for a second
+                fcntl.flock(results, fcntl.LOCK_UN)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert client.batches.retrieve(batch.id).status == "in_progress"
+    batch = finished(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 199, 1)
+    results = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert sorted(r["custom_id"] for r in results) == sorted(f"r{i}" for i in range(200) if i != 1)
+    assert len([f for f in client.files.list() if f.filename.startswith(batch.id)]) == 2
 
 
 def test_a_batch_is_cancelled(served, client):
