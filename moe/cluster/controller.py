@@ -3,28 +3,22 @@
 It owns every request with its tokens so far; hosts are told what to serve and say what they have sampled.
 """
 
-import logging
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.utils import read_ray_address  # the note that Ray keeps of this machine's last cluster
 
+from moe.cluster.address import connect_ray
 from moe.cluster.crew import Crew
 from moe.cluster.fleet import Fleet
 from moe.cluster.front import Front
-from moe.cluster.policy import ClusterError, State, first_sentence
+from moe.cluster.policy import ClusterError, State
 from moe.cluster.shown import status_of
 from moe.cluster.stats import ClusterStatus, Noted
 from moe.config import EngineConfig
 from moe.engine.requests import Request
 from moe.engine.stats import State as EngineState
 from moe.placement.plan import Plan
-
-_REACH_S = 5.0
-_CLIENT_PORT = "10001"  # where Ray Client listens if nothing else is said
 
 
 class ClusterEngine(Front):
@@ -116,36 +110,3 @@ class ClusterEngine(Front):
         self.crew.close()
         if self._starts_ray and ray.is_initialized():
             ray.shutdown()
-
-
-def connect_ray(address: str | None) -> bool:
-    """Whether this call did it. Raises ValueError if there is no cluster at `address`."""
-    if ray.is_initialized():
-        return False
-    address = ray_address(address)
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, RuntimeError) as error:
-        where = "this machine" if address in (None, "auto", "local") else address
-        raise ValueError(f"no Ray cluster answers at {where}: {first_sentence(error)}") from None
-    return True
-
-
-def ray_address(address: str | None) -> str | None:
-    """What to connect to, as `ray.init` takes it, where somebody listens: Ray itself asks for minutes, also where it
-    left a note of a cluster of this machine that was killed; None then becomes a new one. Raises ValueError."""
-    is_told = address not in (None, "auto")
-    told = address if is_told else os.environ.get("RAY_ADDRESS")
-    where = told or read_ray_address() or ""
-    host, _, port = where.removeprefix("ray://").rpartition(":")
-    if where.startswith("ray://") and not host:
-        host, port = port, _CLIENT_PORT
-    if not port.isdigit() or "/" in host:
-        return address  # of no form that we know: Ray says what is the matter
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
-    except (OSError, OverflowError, UnicodeError) as error:
-        if address is None and not told:
-            return "local"
-        raise ValueError(f"no Ray cluster answers at {where}: {error}") from None
-    return address

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import ray
 
-from moe.cluster.controller import ClusterEngine, connect_ray
+from moe.cluster.address import connect_ray
+from moe.cluster.controller import ClusterEngine
 from moe.cluster.desk import Desk
 from moe.cluster.fleet import give_back_groups
 from moe.cluster.messages import Dealt, Said

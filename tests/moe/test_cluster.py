@@ -38,6 +38,7 @@ from tests.moe import chaos_cluster, ray_matrix
 from tests.moe.ray_session import DEMO, LABEL, ROOT, SETTINGS, config_of, two_nodes, until
 
 ray = pytest.importorskip("ray")
+from moe.cluster.address import noted_address, ray_address  # noqa: E402
 from moe.cluster.controller import ClusterEngine  # noqa: E402
 from moe.cluster.policy import ClusterError  # noqa: E402
 from moe.cluster.remote import RemoteEngine  # noqa: E402
@@ -304,6 +305,11 @@ def test_gpus_labels_and_too_little_memory_left(nodes, lines, tmp_path):
     kept = chaos_cluster.answers(target)
     assert len(kept) >= 10
     assert all(right[name] == answer for name, answer in kept.items())
+
+
+def test_rays_own_note_of_where_it_is(nodes):
+    assert noted_address() == nodes.address
+    assert ray_address("auto") == "auto"
 
 
 def test_more_hosts_than_there_is_room_for(nodes):

@@ -3,7 +3,6 @@
 Desk, ledger and policy are the real ones; `Starts` stands for Ray. A stopped controller answers when it goes on.
 """
 
-import re
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("ray")
-from moe.cluster.controller import ray_address
 from moe.cluster.desk import Desk
 from moe.cluster.policy import ClusterError
 from moe.cluster.remote import RemoteEngine
@@ -254,32 +252,3 @@ def test_a_server_whose_cluster_was_taken_over_ends_and_leaves_it():
     assert "another server" in str(engine.why_not_whole())
     engine.close()
     assert starts.actor is not None
-
-
-@pytest.mark.parametrize(
-    ("address", "of_environment", "note", "found"),
-    [
-        (None, None, None, None),
-        ("auto", None, None, "auto"),
-        (None, None, "127.0.0.1:9", "local"),  # a cluster of this machine that was killed
-        ("auto", None, "127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9: "),
-        (None, "127.0.0.1:9", None, "no Ray cluster answers at 127.0.0.1:9: "),
-        ("ray://127.0.0.1:9", None, None, "no Ray cluster answers at ray://127.0.0.1:9: "),
-        ("ray://[::1]:9", None, None, "no Ray cluster answers at ray://[::1]:9: "),
-        ("127.0.0.1:9", "127.0.0.1:8", None, "no Ray cluster answers at 127.0.0.1:9: "),
-        ("http://127.0.0.1:9", None, None, "http://127.0.0.1:9"),  # Ray says what is the matter
-    ],
-)
-def test_nobody_is_asked_for_minutes_at_an_address_where_nobody_listens(
-    address, of_environment, note, found, monkeypatch, tmp_path
-):
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setenv("RAY_ADDRESS", of_environment or "")
-    if note is not None:
-        (tmp_path / "ray").mkdir()
-        (tmp_path / "ray" / "ray_current_cluster").write_text(note)
-    if found is None or not found.startswith("no Ray"):
-        assert ray_address(address) == found
-    else:
-        with pytest.raises(ValueError, match=re.escape(found)):
-            ray_address(address)

@@ -1,0 +1,74 @@
+"""Where a Ray cluster is, and whether one answers there: Ray itself asks for minutes."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import ray
+
+from moe.cluster.policy import first_sentence
+
+_REACH_S = 5.0
+_ANSWER_S = 10.0
+_CLIENT_PORT = "10001"  # where Ray Client listens if nothing else is said
+# Ray speaks gRPC, which begins as HTTP/2 does (RFC 9113, 3.4): each side at once with a frame of SETTINGS.
+_SETTINGS = b"\x04"
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
+
+
+def connect_ray(address: str | None) -> bool:
+    """Whether this call did it. Raises ValueError if there is no cluster at `address`."""
+    if ray.is_initialized():
+        return False
+    address = ray_address(address)
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, RuntimeError) as error:
+        where = "this machine" if address in (None, "auto", "local") else address
+        raise ValueError(f"no Ray cluster answers at {where}: {first_sentence(error)}") from None
+    return True
+
+
+def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str | None:
+    """What to connect to, as `ray.init` takes it, where Ray answers; None becomes a new cluster if none does where Ray
+    noted one of this machine, which may have been killed. Raises ValueError."""
+    is_told = address not in (None, "auto")
+    told = address if is_told else os.environ.get("RAY_ADDRESS")
+    where = told or noted_address() or ""
+    host, _, port = where.removeprefix("ray://").rpartition(":")
+    if where.startswith("ray://") and not host:
+        host, port = port, _CLIENT_PORT
+    if not port.isdigit() or "/" in host:
+        return address  # of no form that we know: Ray says what is the matter
+    try:
+        why = _why_not_ray(host.strip("[]"), int(port), answer_s)
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = str(error)
+    if why is None:
+        return address
+    if address is None and not told:
+        return "local"
+    raise ValueError(f"no Ray cluster answers at {where}: {why}")
+
+
+def noted_address() -> str | None:
+    """Of this machine's last cluster, from the file that the documentation of `ray.init` names."""
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
+    note = Path(folder, "ray", "ray_current_cluster")
+    return note.read_text().strip() if note.exists() else None
+
+
+def _why_not_ray(host: str, port: int, answer_s: float) -> str | None:
+    """None where it may be Ray. Raises OSError if nobody listens."""
+    with socket.create_connection((host, port), timeout=_REACH_S) as line:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return None  # it answers those alone who have its certificate
+        line.settimeout(answer_s)
+        line.sendall(_PREFACE)
+        try:
+            with line.makefile("rb") as said:
+                frame = said.read(9)
+        except TimeoutError:
+            return f"who listens there says nothing for {answer_s:g} s; if it is Ray, see whether its gcs_server runs"
+    return None if frame[3:4] == _SETTINGS else "what listens there is not Ray"
