@@ -1,7 +1,4 @@
-"""Where requests come in and what is said of them goes out: between a thread that steps and callers of other threads.
-
-Results go by long poll: one call brings everything since a number, and the next call says what has arrived.
-"""
+"""Where requests come in and what is said of them goes out, between a thread that steps and callers of others."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -20,13 +17,39 @@ class TakesRequests(Protocol):
     def finish(self, request: Request, reason: FinishReason) -> None: ...
 
 
-class Desk:
+class Outbox:
+    """What was said, for a caller who asks by long poll: one call brings everything since a number, and the next call
+    says what has arrived."""
+
     def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._said: list[Said] = []
+        self._first_said = 0
+
+    def tell(self, said: Sequence[Said]) -> None:
+        with self._changed:
+            self._said += said
+            self._changed.notify_all()
+
+    def collect(self, after: int, wait_s: float) -> tuple[int, list[Said]]:
+        """What was said from number `after` on, and the number of its first; waits for one. What is before is dropped:
+        the caller has it."""
+        with self._changed:
+            self._said = self._said[max(0, after - self._first_said) :]
+            self._first_said = max(self._first_said, after)
+            if not self._said:
+                self._changed.wait_for(lambda: bool(self._said), wait_s)
+            return self._first_said, list(self._said)
+
+
+class Desk:
+    """tell: called by the thread that steps with what there is to say."""
+
+    def __init__(self, tell: Callable[[Sequence[Said]], None]) -> None:
+        self._tell = tell
         self._changed = threading.Condition()
         self._dealt: list[Dealt] = []
         self._cancelled: set[int] = set()
-        self._said: list[Said] = []
-        self._first_said = 0
         self._running: dict[int, tuple[int, Request]] = {}  # by the engine's id: the caller's, and the request
 
     # For callers.
@@ -40,22 +63,6 @@ class Desk:
         with self._changed:
             self._cancelled.update(ids)
             self._changed.notify_all()
-
-    def collect(self, after: int, wait_s: float) -> tuple[int, list[Said]]:
-        """What was said from number `after` on, and the number of its first; waits for one. What is before is dropped:
-        the caller has it."""
-        with self._changed:
-            self._said = self._said[max(0, after - self._first_said) :]
-            self._first_said = max(self._first_said, after)
-            if not self._said:
-                self._changed.wait_for(lambda: bool(self._said), wait_s)
-            return self._first_said, list(self._said)
-
-    @property
-    def num_said(self) -> int:
-        """Since the beginning."""
-        with self._changed:
-            return self._first_said + len(self._said)
 
     # For the thread that steps.
 
@@ -86,19 +93,14 @@ class Desk:
                 said.append(Said.of(request, self._running[request.id][0]))
                 if request.finish_reason is not None:
                     del self._running[request.id]
-        self._tell(said)
+        if said:
+            self._tell(said)
 
     def clear(self, engine: TakesRequests) -> None:
         """Ends all that runs: its caller is gone."""
         for _, request in self._running.values():
             engine.finish(request, "abort")
         self._running.clear()
-
-    def _tell(self, said: Sequence[Said]) -> None:
-        if said:
-            with self._changed:
-                self._said += said
-                self._changed.notify_all()
 
     def wait(self, seconds: float, condition: Callable[[], bool] = lambda: False) -> None:
         """Until a request comes or `condition` is true."""

@@ -2,17 +2,19 @@
 
 `serve` runs in the actor's one default thread, as long as the generation lasts. Everything else answers at once from
 threads of its own (`CONTROL`): requests in, and `interrupt`, which frees `serve` from a peer that will not answer.
-Tokens go out on the host's line: no step calls Ray. The class needs no Ray; `actor_class` makes it an actor.
+Tokens go out on the host's line, from the thread that steps: no step calls Ray, or wakes a thread. The class needs no
+Ray; `actor_class` makes it an actor.
 """
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from moe.cluster.desk import Desk
 from moe.cluster.lines import Lifeline
-from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Placed, Serve, Where
+from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Placed, Said, Serve, Where
 from moe.comm.errors import CommError, LostPeer
 from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, interrupt, join_groups, leave_groups
@@ -34,15 +36,15 @@ class ExpertHost:
     def __init__(self, folder: str, config: EngineConfig, host: int, share: tuple[int, int], where: Where) -> None:
         started = time.perf_counter()
         self.config, self.where, self.node = config, where, "here"
-        self.desk = Desk()
         self._pool: BlockPool | None = None  # until the model is loaded
-        self._steps = self._num_sent = 0
+        self._steps = 0
         self._leaves = self._freed = -1  # the generation that is to end; that ended while this host met the others
         self._placed: Placed | None = None
         self._groups: Groups | None = None
         # Before the model: one that is stopped while it loads is seen by its silence, as any other.
         self._lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self._lifeline.start(self._beat)
+        self.desk = Desk(self._lifeline.say)
         self.engine = Engine(folder, config, share=_share(folder, config, *share, where.job))
         self._pool = self.engine.scheduler.pool
         self._load_seconds = time.perf_counter() - started
@@ -75,10 +77,7 @@ class ExpertHost:
         """The last, if there was one."""
         return self._placed
 
-    def _beat(self, wait_s: float) -> Beat:
-        """The next one: when there is something to say, or after `wait_s`."""
-        first, said = self.desk.collect(self._num_sent, wait_s)
-        self._num_sent = first + len(said)
+    def _beat(self, said: Sequence[Said]) -> Beat:
         placed = 0 if self._placed is None else self._placed.number
         return Beat(self._steps, 0 if self._pool is None else self._pool.num_available, placed, said)
 
@@ -106,7 +105,7 @@ class ExpertHost:
             parallel = self.engine.parallel if has_joined else None
             plan, placed = None if parallel is None else parallel.plan, self._placed
             is_old = placed is not None and placed.generation != order.generation
-            return Ended(order.generation, lost, seconds, self.desk.num_said, plan, None if is_old else placed)
+            return Ended(order.generation, lost, seconds, self._lifeline.num_said, plan, None if is_old else placed)
 
         try:
             groups = self._groups = join_groups(
@@ -144,9 +143,10 @@ class ExpertHost:
             self.desk.hand_over(engine)
             if self._leaves == generation:
                 control.leave()
-            self.desk.stepped(engine.step())
-            self._look_at_placement(generation)
+            stepped = engine.step()
             self._steps += 1
+            self.desk.stepped(stepped)
+            self._look_at_placement(generation)
             seconds.setdefault("first step", time.perf_counter() - started)
             if not engine.has_work:
                 self.desk.wait(_IDLE_S, lambda: self._leaves == generation)

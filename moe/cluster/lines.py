@@ -1,8 +1,9 @@
 """One TCP connection from every host to the controller: its end is the end of the host, long before anyone else knows.
 
-A host says its name once and then, from a thread that does not step, a `Beat`: at least every BEAT_S, and as soon as it
-has something to say of its requests. So the controller can tell a process that ended (the kernel closes the line) from
-one that is silent (stopped, or out of reach), and hears every token, in order and once, without a call of Ray.
+A host says its name once and then a `Beat`: every BEAT_S from a thread that does not step, and as soon as it has
+something to say of its requests from the one that does. So the controller can tell a process that ended (the kernel
+closes the line) from one that is silent (stopped, or out of reach), and hears every token, in order and once, without
+a call of Ray.
 """
 
 import contextlib
@@ -193,14 +194,44 @@ class Lifeline:
         self._socket.sendall(f"{word} {host}\n".encode())
         self._socket.settimeout(None)  # a controller that is stopped reads later; one that has ended hangs up
         self._on_end = on_end
+        self._beat: Callable[[Sequence[Said]], Beat] | None = None
+        self._changed = threading.Condition()  # around all that follows, and around `send` by the thread that steps
+        self._late = b""  # what the line had no room for
+        self._is_sending = False  # the thread of the line sends what it has taken of that
+        self.num_said = 0  # words, since the beginning
 
-    def start(self, beat: Callable[[float], Beat]) -> None:
-        """From now on what `beat` returns is sent; it waits up to the seconds that it is given for something to say."""
-        threading.Thread(target=self._run, args=(beat,), name="moe-lifeline", daemon=True).start()
+    def start(self, beat: Callable[[Sequence[Said]], Beat]) -> None:
+        """From now on the host says `beat(())` every BEAT_S, and `beat(said)` of words."""
+        self._beat = beat
+        threading.Thread(target=self._run, name="moe-lifeline", daemon=True).start()
 
-    def _run(self, beat: Callable[[float], Beat]) -> None:
+    def say(self, said: Sequence[Said]) -> None:
+        """For the thread that steps: it waits for nobody. What the line has no room for is sent later, in order."""
+        assert self._beat is not None, "start first"
+        with self._changed:
+            self.num_said += len(said)
+            line = self._beat(said).to_line()
+            if not (self._is_sending or self._late):
+                line = line[self._send_now(line) :]
+            if line:
+                self._late += line
+                self._changed.notify_all()
+
+    def _send_now(self, line: bytes) -> int:
+        """How many bytes went."""
+        try:
+            return self._socket.send(line, socket.MSG_DONTWAIT)
+        except OSError:
+            return 0  # there is no room, or the line broke, which its own thread will see
+
+    def _run(self) -> None:
+        assert self._beat is not None
         while True:
-            line = beat(BEAT_S).to_line()
+            with self._changed:
+                self._is_sending = False
+                self._changed.wait_for(lambda: bool(self._late), BEAT_S)
+                line, self._late = self._late or self._beat(()).to_line(), b""
+                self._is_sending = True
             try:
                 self._socket.sendall(line)
             except OSError:

@@ -16,7 +16,7 @@ import ray
 
 from moe.cluster.address import connect_ray
 from moe.cluster.controller import ClusterEngine
-from moe.cluster.desk import Desk
+from moe.cluster.desk import Desk, Outbox
 from moe.cluster.fleet import give_back_groups
 from moe.cluster.messages import Dealt, Said
 from moe.cluster.policy import ClusterError, FailurePolicy, first_sentence
@@ -42,8 +42,21 @@ class Attached:
     counts: ClusterStats
 
 
+class Session(NamedTuple):
+    """Of whoever hands in requests. name: "" = of nobody yet."""
+
+    name: str
+    desk: Desk
+    outbox: Outbox
+
+    @staticmethod
+    def new(name: str) -> "Session":
+        outbox = Outbox()
+        return Session(name, Desk(outbox.tell), outbox)
+
+
 class Collected(NamedTuple):
-    """As `Desk.collect`; plan: that is served now, if this session was not told it yet."""
+    """As `Outbox.collect`; plan: that is served now, if this session was not told it yet."""
 
     first: int
     said: list[Said]
@@ -58,7 +71,7 @@ class Resident:
 
     def __init__(self, name: str, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None = None) -> None:
         self.folder = folder
-        self.desk, self.session = Desk(), ""
+        self._session = Session.new("")
         self._arguments = name, config, num_hosts, begin
         self._told: Plan | None = None  # to the session
         self._engine: ClusterEngine | None = None
@@ -90,14 +103,14 @@ class Resident:
         return Attached(engine.limits, tuple(engine.notes), engine.config.batch, *self.status())
 
     def submit(self, session: str, requests: list[Dealt]) -> None:
-        self._desk_of(session).submit(requests)
+        self._of(session).desk.submit(requests)
 
     def cancel(self, session: str, ids: list[int]) -> None:
-        self._desk_of(session).cancel(ids)
+        self._of(session).desk.cancel(ids)
 
     def collect(self, session: str, after: int, wait_s: float) -> Collected:
-        """As `Desk.collect`."""
-        first, said = self._desk_of(session).collect(after, wait_s)
+        """As `Outbox.collect`."""
+        first, said = self._of(session).outbox.collect(after, wait_s)
         plan = None if self._engine is None or self._engine.plan is self._told else self._engine.plan
         self._told = plan or self._told
         return Collected(first, said, plan)
@@ -111,12 +124,12 @@ class Resident:
     def status(self) -> tuple[ClusterStatus, ClusterStats]:
         return self.engine.status(), self.engine.crew.counted()
 
-    def _desk_of(self, session: str) -> Desk:
+    def _of(self, name: str) -> Session:
         if self._over is not None:
             raise self._over
-        if session != self.session:
+        if name != (session := self._session).name:
             raise ClusterError("another server has taken this cluster over; only one at a time hands in requests")
-        return self.desk
+        return session
 
     def _order(self, order: Callable[[], None], limit_s: float) -> None:
         """Done by the thread that steps, before its next step. Raises what the order raises, and ClusterError if it is
@@ -154,16 +167,17 @@ class Resident:
                     orders, self._orders = self._orders, []
                 for order in orders:
                     order()
-                self.desk.hand_over(self.engine)
-                self.desk.stepped(self.engine.step())
+                desk = self._session.desk
+                desk.hand_over(self.engine)
+                desk.stepped(self.engine.step())
                 if not self.engine.has_work:
-                    self.desk.wait(_IDLE_S, lambda: bool(self._orders))
+                    desk.wait(_IDLE_S, lambda: bool(self._orders))
         except Exception as error:  # whoever asks next is told
             self._over = error
 
     def _take_over(self, session: str) -> None:
-        self.desk.clear(self.engine)
-        self.desk, self.session, self._told = Desk(), session, None
+        self._session.desk.clear(self.engine)
+        self._session, self._told = Session.new(session), None
 
 
 class ControllerEnded(ClusterError):

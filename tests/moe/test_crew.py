@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -55,12 +56,12 @@ class Actor:
         self.number, self.where, self.ready_now = number, where, Future[HostInfo]()
         self.runs, self.said = threading.Event(), list[Said]()  # runs: unless it is stopped
         self.order: tuple[Serve, Future[Ended]] | None = None
-        self.num_told = 0
         self.line: Lifeline | None = None
         self.runs.set()
         if loads != "before it calls":
             self.line = Lifeline(where.address, where.line_port, where.word, number, self._hang_up)
             self.line.start(self._beat)
+            threading.Thread(target=self._speak, args=(self.line,), daemon=True).start()
         if loads == "stopped":
             self.runs.clear()
         elif loads == "well":
@@ -72,12 +73,16 @@ class Actor:
     def __getattr__(self, name: str) -> Any:
         return type("Method", (), {"remote": staticmethod(getattr(self, f"do_{name}"))})
 
-    def _beat(self, wait_s: float) -> Beat:
-        time.sleep(0.005)
+    def _beat(self, said: Sequence[Said]) -> Beat:
         self.runs.wait(20)
-        said, self.said = self.said, []
-        self.num_told += len(said)
         return Beat(0, 9, 0, said)
+
+    def _speak(self, line: Lifeline) -> None:
+        while line._socket.fileno() >= 0:
+            self.runs.wait(20)
+            said, self.said = self.said, []
+            line.say(said)
+            time.sleep(0.005)
 
     def _hang_up(self) -> None:
         assert self.line is not None
@@ -95,7 +100,7 @@ class Actor:
         if self.runs.is_set() and self.order is not None:
             order, ended = self.order
             self.order = None
-            ended.set_result(Ended(order.generation, None, {}, self.num_told + len(self.said), order.plan, None))
+            ended.set_result(Ended(order.generation, None, {}, self.line.num_said + len(self.said), order.plan, None))
 
     def do_interrupt(self, generation: int) -> None:
         return
@@ -154,9 +159,6 @@ class Hosts(Fleet):
     def resources(self) -> tuple[dict[str, float], dict[str, float]]:
         return {"CPU": self.room}, {"CPU": self.room - len(self.there)}
 
-    def ask_ready(self, host: Host) -> Any:
-        return Place(self, host)
-
     def done(self, references: Any, wait_s: float = 0.0) -> list[Any]:
         self._place()
         self.clock.pass_time(LOOK_S, [host.number for host in self.there if host.actor.beats])
@@ -166,6 +168,9 @@ class Hosts(Fleet):
             time.sleep(wait_s)
             return []
         return [futures[f] for f in wait(there, wait_s, FIRST_COMPLETED).done]
+
+    def ask_ready(self, host: Host) -> Any:
+        return Place(self, host)
 
     def answer(self, reference: Any) -> Any:
         return (reference.future if isinstance(reference, Place) else reference).result(0)

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("ray")
-from moe.cluster.desk import Desk
 from moe.cluster.policy import ClusterError
 from moe.cluster.remote import RemoteEngine
-from moe.cluster.resident import Attached, Collected, ControllerEnded, Controllers, ControllerSilent
+from moe.cluster.resident import Attached, Collected, ControllerEnded, Controllers, ControllerSilent, Session
 from moe.cluster.stats import ClusterStats, ClusterStatus
 from moe.config import BatchConfig, EngineConfig
 from moe.engine.limits import Limits
@@ -54,7 +53,7 @@ class Controller:
     """As `Resident`, by calls that give futures. how: what is the matter with it."""
 
     def __init__(self, folder: str, how: str) -> None:
-        self.folder, self.how, self.desk, self.engine, self.session = folder, how, Desk(), Engine(), ""
+        self.folder, self.how, self.engine, self.session = folder, how, Engine(), Session.new("")
         self.runs, self.has_ended = how != "stopped", False
         self.waiting: list[Callable[[], None]] = []
 
@@ -99,31 +98,31 @@ class Controller:
             raise ControllerEnded("the controller ended: its process has died")
         if self.how == "no room":
             raise ValueError("Ray has no room for 2 bundles")
-        self.desk, self.session = Desk(), session
+        self.session = Session.new(session)
         return Attached(Limits(2048, 512, 16, 99, frozenset()), (), BatchConfig(), *self.do_status())
 
     def do_submit(self, session: str, dealt: Any) -> None:
         self._check(session)
-        self.desk.submit(dealt)
+        self.session.desk.submit(dealt)
 
     def do_cancel(self, session: str, ids: Any) -> None:
         self._check(session)
-        self.desk.cancel(ids)
+        self.session.desk.cancel(ids)
 
     def do_collect(self, session: str, after: int, wait_s: float) -> Collected:
         self._check(session)
-        self.desk.hand_over(self.engine)
-        self.desk.stepped(self.engine.step())
-        return Collected(*self.desk.collect(after, 0.0), None)
+        self.session.desk.hand_over(self.engine)
+        self.session.desk.stepped(self.engine.step())
+        return Collected(*self.session.outbox.collect(after, 0.0), None)
 
     def do_status(self) -> tuple[ClusterStatus, ClusterStats]:
-        if not self.session:
+        if not self.session.name:
             raise ClusterError("the hosts load the model")
         of = {"state": "serving", "generation": 1, "target": 2, "hosts": (), "plan": None, "noted": ()}
         return ClusterStatus(model=self.how, counts=ClusterStats(), **of), ClusterStats()
 
     def _check(self, session: str) -> None:
-        if session != self.session:
+        if session != self.session.name:
             raise ClusterError("another server has taken this cluster over")
 
 
@@ -246,7 +245,7 @@ def test_a_server_whose_cluster_was_taken_over_ends_and_leaves_it():
     starts = Starts()
     engine = engine_of(starts)
     requests = ask(engine)
-    starts.started[0].session = "another"
+    starts.started[0].session = Session.new("another")
     with pytest.raises(ClusterError, match="another server has taken"):
         check_answers(engine, requests)
     assert "another server" in str(engine.why_not_whole())
