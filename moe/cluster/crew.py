@@ -50,7 +50,7 @@ class Crew:
         self._limits: Limits | None = None
         try:
             self._start(num_hosts + config.cluster.spares)
-            self.fleet.check_room()
+            self.fleet.check_room(list(self.loading.values()))
             self._wait_for_first()
         except BaseException:
             self.close()
@@ -164,7 +164,7 @@ class Crew:
 
     def _start(self, count: int, *, is_growth: bool = False) -> None:
         hosts = self.fleet.start(count, self.target, is_growth=is_growth) if count else []
-        self.loading |= {self.fleet.ask_ready(host): host for host in hosts}
+        self.loading |= {host.ready: host for host in hosts}
 
     def _replace(self, num_alive: int) -> None:
         waiting = len(self.loading) + len(self.spare)
@@ -175,9 +175,9 @@ class Crew:
 
         Raises ClusterError if nobody serves.
         """
-        if not (homeless := self.fleet.homeless(self.loading.values())):
+        homeless, why = self.fleet.homeless(self.loading.values())
+        if not homeless:
             return
-        why = self.fleet.no_room(len(homeless))
         self._note(why, homeless, {})
         if self.state is State.WAITING and len(homeless) == len(self.loading):
             raise ClusterError(f"{why}; no host is left that serves, and finished work is kept")

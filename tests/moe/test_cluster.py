@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -88,7 +89,7 @@ def lines(tmp_path_factory) -> tuple[Any, int, dict[str, Any]]:
     return folder, total, chaos_cluster.answers(folder / "right.jsonl")
 
 
-def serve(engine: ClusterEngine, at: int = -1, fault: Callable[[], None] = lambda: None) -> list[list[int]]:
+def serve(engine: ClusterEngine, at: int = -1, fault: Callable[[], Any] = lambda: None) -> list[list[int]]:
     """Answers of all requests; `fault` happens when `at` tokens have come."""
     requests: list[Request] = [engine.add_request(p, q) for p, q in zip(PROMPTS, PARAMS)]
     deadline = time.monotonic() + 120
@@ -124,32 +125,41 @@ def test_hosts_are_spread_and_node_by_node(cluster):
 
 @pytest.mark.parametrize(("which", "at"), [(0, 60), (1, 0)], ids=["decode", "prefill"])
 def test_a_killed_host_costs_no_token_and_a_spare_takes_its_place(cluster, expected, which, at):
-    until(cluster, lambda: len(cluster.crew.spare) == 1 and len(cluster.crew.alive) == 2)
+    until(cluster, lambda: is_whole(cluster))
     generation = cluster.crew.generation
     assert serve(cluster, at, lambda: os.kill(pids(cluster)[which], signal.SIGKILL)) == expected
     assert cluster.crew.generation > generation
     assert len(cluster.crew.alive) == 2
 
 
-def test_a_host_is_lost_while_rays_head_does_not_answer(cluster, nodes, expected):
-    """Its process is stopped: what needs it waits, those that live do not."""
-    until(cluster, lambda: len(cluster.crew.spare) == 1 and len(cluster.crew.alive) == 2)
-    cluster.crew.fleet._keepers.clear()  # as at the first loss
+@contextmanager
+def head_that_stops(nodes) -> Iterator[Callable[[], None]]:
+    """Yields what stops Ray's head; it is stopped still at the end: what needs it waits, those that live do not."""
     head = psutil.Process(nodes.head_node.all_processes["gcs_server"][0].process.pid)
     too_late = threading.Timer(30, head.resume)
 
-    def stop_and_kill() -> None:
+    def stop() -> None:
         head.suspend()
         too_late.start()
-        os.kill(pids(cluster)[1], signal.SIGKILL)
 
     try:
-        assert serve(cluster, 60, stop_and_kill) == expected
+        yield stop
         assert head.status() == psutil.STATUS_STOPPED
-        assert len(cluster.crew.alive) == 2
     finally:
         too_late.cancel()
         head.resume()
+
+
+def is_whole(engine: ClusterEngine) -> bool:
+    return len(engine.crew.spare) == 1 and len(engine.crew.alive) == 2
+
+
+def test_a_host_is_lost_while_rays_head_does_not_answer(cluster, nodes, expected):
+    until(cluster, lambda: is_whole(cluster))
+    cluster.crew.fleet._keepers.clear()  # as at the first loss
+    with head_that_stops(nodes) as stop:
+        assert serve(cluster, 60, lambda: (stop(), os.kill(pids(cluster)[1], signal.SIGKILL))) == expected
+        assert len(cluster.crew.alive) == 2
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -164,22 +174,23 @@ def test_chaos(llm, lines, place):
 
 
 def test_a_spare_that_ends_is_replaced_and_bundles_are_used_again(cluster):
-    def is_whole() -> bool:
-        return len(cluster.crew.spare) == 1 and len(cluster.crew.alive) == 2
-
-    until(cluster, is_whole)
+    until(cluster, lambda: is_whole(cluster))
     number = cluster.crew.spare[0].number
     os.kill(cluster.crew.spare[0].info.pid, signal.SIGKILL)
-    until(cluster, lambda: is_whole() and cluster.crew.spare[0].number != number)
+    until(cluster, lambda: is_whole(cluster) and cluster.crew.spare[0].number != number)
     fleet = cluster.crew.fleet
-    assert sum(group.bundle_count for group in fleet._groups) - len(fleet._free) == 3
+    assert sum(bundles.count for bundles in fleet._groups) - len(fleet._free) == 3
     assert len(fleet._free) <= 2  # a group without a host is given back
 
 
-def test_hosts_are_added_and_taken_away_in_the_middle_of_requests(cluster, expected):
-    until(cluster, lambda: len(cluster.crew.alive) == 2)
-    assert serve(cluster, 60, lambda: cluster.scale(3)) == expected
-    until(cluster, lambda: len(cluster.crew.alive) == 3)
+def test_hosts_are_added_and_taken_away_in_the_middle_of_requests(cluster, nodes, expected):
+    """Added while Ray's head does not answer: the spare comes, and another when the head goes on."""
+    until(cluster, lambda: is_whole(cluster))
+    cluster.crew.fleet._free.clear()  # as where no host has ended: Ray is asked for more room
+    with head_that_stops(nodes) as stop:
+        assert serve(cluster, 60, lambda: (stop(), cluster.scale(3))) == expected
+        assert len(cluster.crew.alive) == 3
+    until(cluster, lambda: len(cluster.crew.spare) == 1)
     assert serve(cluster, 60, lambda: cluster.scale(2)) == expected
     assert len(cluster.crew.alive) == 2
 

@@ -9,14 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
 
 pytest.importorskip("ray")
 from moe.cluster.crew import Crew
-from moe.cluster.fleet import Fleet, Host, HostEnded
+from moe.cluster.fleet import Bundles, Fleet, Host, HostEnded
 from moe.cluster.ledger import Ledger
 from moe.cluster.lines import Lifeline, Lines
 from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Said, Serve, Where
@@ -133,11 +133,13 @@ class Hosts(Fleet):
         self.asked_for: list[Host] = []
         self.killed: list[int] = []
         self._next = 0
+        self._asks = ThreadPoolExecutor(1)
 
     def start(self, count: int, num_ranks: int, *, is_growth: bool = False) -> list[Host]:
         hosts = []
         for _ in range(count):
-            host = Host(self._next, None, None, 0, is_growth=is_growth, asked=self.lines.now())
+            host = Host(self._next, Bundles(1), 0, is_growth=is_growth, asked=self.lines.now())
+            host.ready = Place(host)
             self._next += 1
             hosts.append(host)
         self.asked_for += hosts
@@ -150,11 +152,11 @@ class Hosts(Fleet):
             self.there.append(host)
             host.actor = Actor(host.number, self.where, self.loads.get(host.number, "well"))
 
-    def check_room(self) -> None:
+    def check_room(self, hosts: Any) -> None:
         assert not self.asked_for
 
-    def has_place(self, host: Host) -> bool:
-        return host in self.there
+    def has_place(self, bundles: Bundles) -> bool:
+        return any(host.bundles is bundles for host in self.there)
 
     def resources(self) -> tuple[dict[str, float], dict[str, float]]:
         return {"CPU": self.room}, {"CPU": self.room - len(self.there)}
@@ -169,9 +171,6 @@ class Hosts(Fleet):
             return []
         return [futures[f] for f in wait(there, wait_s, FIRST_COMPLETED).done]
 
-    def ask_ready(self, host: Host) -> Any:
-        return Place(self, host)
-
     def answer(self, reference: Any) -> Any:
         return (reference.future if isinstance(reference, Place) else reference).result(0)
 
@@ -184,6 +183,7 @@ class Hosts(Fleet):
                 known.remove(host)
 
     def close(self, hosts: Any) -> None:
+        self._asks.shutdown()
         for host in hosts:
             self._let_end(host)
 
@@ -195,7 +195,7 @@ class Hosts(Fleet):
 class Place:
     """A reference to the `ready` of a host that may have no actor yet."""
 
-    def __init__(self, fleet: Hosts, host: Host) -> None:
+    def __init__(self, host: Host) -> None:
         self.host = host
 
     @property
