@@ -187,7 +187,7 @@ class Fleet:
             return failed
         by_ray = {one.result(0) if isinstance(one, Future) else one: one for one in references if _is_asked(one)}
         if not by_ray:
-            wait(asked, wait_s, FIRST_COMPLETED)
+            wait(asked, timeout=wait_s, return_when=FIRST_COMPLETED)
             return []
         done, _ = ray.wait(list(by_ray), num_returns=1 if wait_s else len(by_ray), timeout=wait_s)
         return [by_ray[one] for one in done]
@@ -229,7 +229,7 @@ class Fleet:
             host.is_over = True
         ended = self._asks.submit(self._end_all, hosts)
         self._asks.shutdown(wait=False)
-        if not wait([ended], self.config.cluster.answer_s).done:
+        if not wait([ended], timeout=self.config.cluster.answer_s).done:
             log.warning("Ray's head does not answer: hosts may be there for some time")
 
     def _end_all(self, hosts: Sequence[Host]) -> None:
