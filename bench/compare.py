@@ -204,17 +204,15 @@ def resident_candidates(work: Path, folder: Path) -> Iterator[Candidate]:
         yield Candidate(f"llama.cpp {kind}", "llama.cpp", {"kind": "llama.cpp", "gguf": kind, "folder": str(folder)})
 
 
-def offload_candidates(work: Path, folder: Path, share: float, expert_bytes: int) -> Iterator[Candidate]:
-    """share: of the experts in 16 bits, `expert_bytes`; rounded ones get as many bytes of memory."""
-    budget = [f"offload.budget={share}", "batch.kv_tokens=2048"]
-    yield Candidate("ours default", "ours", {"kind": "ours", "folder": str(folder), "set": budget})
-    packed = {"kind": "ours", "folder": str(folder), "packed": None}
-    yield Candidate("ours packed", "ours", {**packed, "set": budget})
-    best = [*budget, "offload.direct=true", "offload.prefetch=router"]
-    yield Candidate("ours best", "ours", {**packed, "set": best})
-    same_bytes = [f"offload.budget={int(share * expert_bytes) >> 20}MiB", "batch.kv_tokens=2048", "dense=packed"]
+def offload_candidates(work: Path, folder: Path, share: float) -> Iterator[Candidate]:
+    """Ours finds out by itself what the limit leaves for experts. share: which accelerate must be told."""
+    ours = {"kind": "ours", "folder": str(folder)}
+    yield Candidate("ours default", "ours", ours)
+    yield Candidate("ours packed", "ours", {**ours, "packed": None})
+    best = ["offload.direct=true", "offload.prefetch=router"]
+    yield Candidate("ours best", "ours", {**ours, "packed": None, "set": best})
     for kind in ("int8", "int4"):
-        yield Candidate(f"ours {kind}", "ours", {**packed, "packed": kind, "set": same_bytes})
+        yield Candidate(f"ours {kind}", "ours", {**ours, "packed": kind, "set": ["dense=packed"]})
     for kind in ("f16", "q8_0", "q4_0"):
         yield Candidate(f"llama.cpp {kind}", "llama.cpp", {"kind": "llama.cpp", "gguf": kind, "folder": str(folder)})
     scratch = work / "accelerate"
@@ -329,9 +327,7 @@ def run_offload(args: argparse.Namespace, model: WalkModel) -> str:
     parts = []
     for share in args.shares:
         limit = BASE_BYTES + int(share * model.expert_bytes)
-        candidates = [
-            c for c in offload_candidates(args.work, folder, share, model.expert_bytes) if _wanted(c, args.only)
-        ]
+        candidates = [c for c in offload_candidates(args.work, folder, share) if _wanted(c, args.only)]
         _make_files(args.work, candidates)
         drop_page_cache()  # what made the files would pay for their pages, and no limit would count them
         with read_ahead(128), _started(candidates, args.threads, args.work, limit) as (workers, reasons):

@@ -53,6 +53,9 @@ class PartedStore(Protocol):
         """`read_into`, which yields after every part of `PART_BYTES` at most: the bytes moved so far."""
 
 
+LARGE_PAGE = 2 << 20  # bytes, where the system has them
+
+
 def aligned_bytes(nbytes: int, huge: bool = True) -> Tensor:
     """Zeroed uint8 [nbytes] that starts on a page and takes memory only where it is written.
 
@@ -63,7 +66,7 @@ def aligned_bytes(nbytes: int, huge: bool = True) -> Tensor:
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if not huge:
         pages.madvise(mmap.MADV_NOHUGEPAGE)
-    elif nbytes >= 1 << 22:
+    elif nbytes >= 2 * LARGE_PAGE:
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 

@@ -16,7 +16,7 @@ import torch
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, probed, told_choices, why_not_ahead
-from moe.engine.device import find_device, free_memory
+from moe.engine.device import find_device, free_memory, free_room
 from moe.engine.device_paths import use_graphs
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
@@ -56,7 +56,6 @@ from moe.offload.stores import ExpertStore, MmapStore, RamStore
 from moe.placement.plan import Plan
 from moe.placement.wire_format import ModelSizes
 
-_SHARE_OF_FREE = 0.9  # the rest is for activations, buffers and the rest of the machine
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -192,7 +191,7 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
         graphs = use_graphs(read.config, read.device, memory.runner, experts.slots, dense.max_context)
         chosen = tuple(one for one in (threads, graphs) if one is not None)
-        split = _moving_split(shared, memory, experts, share) or _lent_kv(read, dense, memory, experts, share)
+        split = _moving_split(shared, dense, memory, experts, share) or _lent_kv(read, dense, memory, experts, share)
         loaded = Loaded(read, dense, memory, experts, grammars, chosen, split)
         undo.pop_all()
     return loaded
@@ -210,19 +209,22 @@ def _split_memory(read: Read, dense: Dense, work: Workload | None, share: Share 
     own, num_ranks = (None, 1) if share is None else ([len(of) for of in share.experts], share.plan.num_ranks)
     kv_bytes = dense.tried.kv_bytes
     sizes = sizes_of(read.blueprint, config.batch, kv_bytes, dense.vocabulary, own=own, num_ranks=num_ranks)
-    room = free_memory(read.device) * _SHARE_OF_FREE
+    room = free_room(read.device, config, sizes)
     config, shared, said = split_memory(config, work, sizes, room, dense.max_context)
     if said is not None and read.device.type != "cpu":
         shared, said = None, f"{said}; on a GPU it stays so"
     return replace(read, config=config, notes=(*read.notes, *([] if said is None else [said]))), shared
 
 
-def _moving_split(shared: Shared | None, memory: Memory, experts: Experts, share: Share | None) -> MovingSplit | None:
+def _moving_split(
+    shared: Shared | None, dense: Dense, memory: Memory, experts: Experts, share: Share | None
+) -> MovingSplit | None:
     if shared is None:
         return None
     assert isinstance(memory.runner, PackedRunner), "why_not_split has refused others"
     assert experts.slots is not None, "why_not_split has refused a model without experts"
     own = None if share is None else share.experts
+    memory.runner.kv.prepare(dense.tried.kv)  # addresses only
     return MovingSplit(shared, memory.scheduler, memory.runner.kv, experts.slots, own)
 
 
@@ -235,7 +237,8 @@ def _lent_kv(read: Read, dense: Dense, memory: Memory, experts: Experts, share: 
         return None
     assert isinstance(runner, PackedRunner), "why_not_split has refused others"
     sizes = sizes_of(read.blueprint, read.config.batch, dense.tried.kv_bytes, dense.vocabulary)
-    both = memory.kv_bytes + slots.cache.slot_bytes
+    runner.kv.prepare(dense.tried.kv)  # addresses only
+    both = runner.kv.taken_by(runner.kv.pool.room) + slots.cache.slot_bytes
     return LentKV(OneMemory(sizes, both, memory.scheduler, runner.kv, slots))
 
 
@@ -328,8 +331,8 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     counts = [site.num_experts for site in blueprint.index.sites]
     own = [list(range(n)) for n in counts] if share is None else share.experts
     num_own = [len(experts) for experts in own]
-    available = free_memory(read.device)
-    room = int(max(0, available - reserved_bytes) * _SHARE_OF_FREE)
+    sizes = sizes_of(blueprint, config.batch, dense.tried.kv_bytes, dense.vocabulary)
+    room = max(0, free_room(read.device, config, sizes) - reserved_bytes)
     can_mix = config.offload.store != "ram" and read.device.type == "cpu"
     num_slots = slots_for(config.offload.budget, blueprint.index, num_own, room, can_mix=can_mix)
     foresight = Foresight(blueprint, model, config)

@@ -2,7 +2,13 @@
 
 import torch
 
+from moe.config import EngineConfig
+from moe.engine.layer_major import Sizes
 from moe.offload.memory import available_memory
+
+_SHARE_OF_FREE = 0.9  # the rest is for activations, buffers and the rest of the machine
+_READERS = 4  # whose buffers may hold an expert each, where nobody says how many
+_UNSEEN = 16 << 20  # what the allocator keeps, stacks of threads
 
 
 def find_device(name: str | None) -> torch.device:
@@ -26,3 +32,11 @@ def find_device(name: str | None) -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take where the model's tensors lie."""
     return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def free_room(device: torch.device, config: EngineConfig, sizes: Sizes) -> int:
+    """Bytes for KV and slots: a tenth of what is free stays, or what steps and reads take, if that is more."""
+    batch, free = config.batch, free_memory(device)
+    step = batch.max_tokens * sizes.token_bytes + batch.max_sequences * sizes.row_bytes
+    reads = (config.offload.readers or _READERS) * max(sizes.expert_bytes)
+    return free - max(int(free * (1 - _SHARE_OF_FREE)), step + reads + _UNSEEN)

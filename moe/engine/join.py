@@ -19,7 +19,6 @@ from moe.config import ParallelConfig
 from moe.engine.assemble import Loaded, Share, num_blocks
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
-from moe.engine.device import free_memory
 from moe.engine.mirror import RequestMirror
 from moe.engine.modes import Alone, Coherent, Ranks, StepMode
 from moe.engine.online import OnlinePlacement
@@ -137,8 +136,11 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
     assert slots is not None
     cache, counts, notes = slots.cache, [len(own) for own in parallel.hosted], []
     sizes, num_own = [layout.nbytes for layout in cache.store.layouts], sum(counts)
-    # Slots that are still empty will take what is free now, like at the start.
-    free = free_memory(read.device) * 9 // 10 - cache.empty_bytes
+    # Slots that are still empty will take what is free now, like at the start, and so will KV.
+    pool = loaded.memory.scheduler.pool
+    kv_to_come = loaded.memory.kv_bytes * (pool.room - pool.num_used) // pool.room if read.device.type == "cpu" else 0
+    of_model = sizes_of(read.blueprint, read.config.batch, loaded.dense.tried.kv_bytes, loaded.dense.vocabulary)
+    free = free_room(read.device, read.config, of_model) - cache.empty_bytes - kv_to_come
     most = min(max(cache.num_slots, slots_within(cache.slot_bytes + max(0, free), sizes, counts)), cache.map.room)
     budget = read.config.offload.budget
     wanted = num_own

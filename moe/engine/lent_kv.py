@@ -12,6 +12,7 @@ slots' sake; and slots never have fewer than beside that.
 Costs a sum over the running sequences a step; when the border moves, what one_memory.py says.
 """
 
+from bisect import bisect_right
 from itertools import islice
 
 from moe.engine.one_memory import OneMemory, SplitStats
@@ -71,8 +72,8 @@ class LentKV:
         """So many blocks, and what is left of the memory beside whole slots."""
         one, pool = self.one, self.one.kv.pool
         slots = one.slots_beside(min(max(blocks, pool.num_used, 1), pool.room))
-        beside = int(one.memory - one.sizes.slab(slots)) // one.block_bytes
-        one.give(max(1, min(beside, pool.room)), slots)
+        left = one.memory - one.sizes.slab(slots)
+        one.give(max(1, bisect_right(range(1, pool.room + 1), left, key=one.kv.taken_by)), slots)
 
     def _needed(self) -> tuple[int, int]:
         """Blocks at the next step, and some steps later."""

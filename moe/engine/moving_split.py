@@ -253,7 +253,7 @@ class MovingSplit:
         """The most that the memory holds beside so many blocks, and the rows of a step."""
         shared = self.shared
         room = min(shared.memory, shared.room - sequences * shared.sizes.row_bytes)
-        return shared.sizes.slots_in(room - blocks * self.one.block_bytes)
+        return shared.sizes.slots_in(room - self.kv.taken_by(blocks))
 
     @property
     def _open(self) -> list[Request]:

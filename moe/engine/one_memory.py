@@ -41,16 +41,15 @@ class OneMemory:
         self.sizes, self.memory = sizes, memory
         self.scheduler, self.kv, self.experts = scheduler, kv, experts
         self.stats = SplitStats()
-        self.block_bytes = sizes.block_size * sizes.kv_bytes
 
     @property
     def nbytes(self) -> int:
         """What KV and slots have now."""
-        return self.kv.pool.num_blocks * self.block_bytes + self.experts.cache.slot_bytes
+        return self.kv.taken_by(self.kv.pool.num_blocks) + self.experts.cache.slot_bytes
 
     def slots_beside(self, blocks: int) -> int:
         """The most that the memory holds beside so many blocks."""
-        return self.sizes.slots_in(self.memory - blocks * self.block_bytes)
+        return self.sizes.slots_in(self.memory - self.kv.taken_by(blocks))
 
     def give(self, blocks: int, slots: int) -> None:
         """So many from now on, together no more than the memory; no fewer blocks than are used.
@@ -60,13 +59,13 @@ class OneMemory:
         cache, pool, own = self.experts.cache, self.kv.pool, self.sizes.num_experts
         if (blocks, slots) == (pool.num_blocks, cache.num_slots):
             return
-        kv_bytes, slot_bytes = pool.num_blocks * self.block_bytes, cache.slot_bytes
+        kv_bytes, slot_bytes = self.kv.taken_by(pool.num_blocks), cache.slot_bytes
         cache.unpin()
         cache.limit.lower_to(slots, own)  # of each size of experts, where there are several
         self.scheduler.renumber(self.kv.resize(blocks))
         cache.limit.raise_to(slots, own)
         self.experts.settle()
         self.stats.splits += 1
-        self.stats.kv_gained_bytes += max(0, pool.num_blocks * self.block_bytes - kv_bytes)
+        self.stats.kv_gained_bytes += max(0, self.kv.taken_by(pool.num_blocks) - kv_bytes)
         self.stats.slots_gained_bytes += max(0, cache.slot_bytes - slot_bytes)
         assert self.nbytes <= self.memory, (self.nbytes, self.memory)

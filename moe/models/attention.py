@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import AttentionInterface
 
-from moe.offload.stores import aligned_bytes
+from moe.offload.stores import LARGE_PAGE, aligned_bytes
 
 ATTENTION_NAME = "moe_paged"
 
@@ -188,6 +188,11 @@ def _attend_by_hand(
     return logits.softmax(-1)[..., :-1].to(v.dtype) @ v
 
 
+LARGE = (
+    8 * LARGE_PAGE
+)  # bytes of a pool from which it is in large pages, in which long contexts are read up to 1.7 x as fast
+
+
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, [capacity, kv_heads, D] each; what they are is the model's choice (MLA: latents)."""
 
@@ -201,7 +206,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         def rows(like: Tensor) -> Tensor:
             shape = (self.capacity, like.shape[1], like.shape[3])
             if like.device.type == "cpu":  # takes memory as blocks are written, which torch.zeros does not
-                return aligned_bytes(prod(shape) * like.itemsize).view(like.dtype).view(shape)
+                nbytes = prod(shape) * like.itemsize
+                return aligned_bytes(nbytes, huge=nbytes >= LARGE).view(like.dtype).view(shape)
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
         self.keys, self.values = rows(key_states), rows(value_states)

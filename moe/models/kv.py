@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from moe.models.attention import Alone, PagedLayer, StepLayout
-from moe.offload.stores import give_back
+from moe.models.attention import LARGE, Alone, PagedLayer, StepLayout
+from moe.offload.stores import LARGE_PAGE, give_back
 
 # What this version of transformers calls a forward's cache, as an argument and in its output (`cache` from 5.24 on).
 CACHE_NAME: Final = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in {"cache", "past_key_values"})
@@ -155,6 +155,14 @@ class PagedKV:
         for layer, (keys, values) in zip(self.layers, like):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
+
+    def taken_by(self, num_blocks: int) -> int:
+        """Bytes of memory that so many blocks take, in whole pages. On the host, after `prepare`."""
+        taken, share = 0, num_blocks / max(1, self.pool.room)
+        for pool in (t for layer in self.layers for t in (layer.keys, layer.values)):
+            used = int(pool.nbytes * share)
+            taken += used if pool.nbytes < LARGE else min(pool.nbytes, (used // LARGE_PAGE + 1) * LARGE_PAGE)
+        return taken
 
     @torch.inference_mode()  # which the pools may have been made in
     def resize(self, num_blocks: int) -> dict[int, int]:

@@ -14,15 +14,20 @@ from moe.llm import LLM
 from moe.params import SamplingParams
 from tests.moe.moe_cases import TINYMOE, random_prompts
 
-MEMORY = 12 << 20  # free, beside the dense weights; all experts are 13.5 MiB
+MEMORY = 12 << 20  # for KV and experts, beside the dense weights; all experts are 13.5 MiB
 BLOCK = 16 * 2304  # bytes: 6 layers of K and V, 3 heads of 32 in bf16
 PROMPTS = random_prompts((9, 130, 3, 17, 40, 112, 25, 8, 1, 33), vocab_size=500)
 PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (12, 3, 20, 9, 1, 16, 7, 30, 5, 90)]
 
 
+def little(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(assemble, "free_memory", lambda device: MEMORY)
+    patch.setattr(assemble, "free_room", lambda device, config, sizes: MEMORY * 9 // 10)
+
+
 @pytest.fixture(autouse=True)
 def little_memory(monkeypatch):
-    monkeypatch.setattr(assemble, "free_memory", lambda device: MEMORY)
+    little(monkeypatch)
 
 
 def make(*, budget=None, **batch) -> LLM:
@@ -69,7 +74,7 @@ def said():
 def test_no_token_changes_and_nobody_is_put_back(said, gaps, cancelled, max_sequences):
     """Requests come one after another, some are cancelled; KV for all that can run is there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assemble, "free_memory", lambda device: MEMORY)
+        little(patch)
         patch.setattr(lent_kv, "PERIOD", 8)
         with make(max_sequences=max_sequences, max_tokens=64) as llm:
             running, coming = [], list(zip(gaps, PROMPTS, PARAMS))

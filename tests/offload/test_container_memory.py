@@ -10,6 +10,7 @@ import pytest
 
 from moe.offload.memory import available_memory
 from tests.moe.moe_cases import TINYMOE
+from tests.moe.test_memory import write_checkpoint
 
 MIB, GIB = 1 << 20, 1 << 30
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -106,26 +107,60 @@ def own_group():
     pytest.skip("this machine lets nobody here make a control group with a memory limit")
 
 
-def test_the_default_budget_keeps_within_a_real_group():
+def run_in_group(code: str, limit_mib: int) -> str:
+    """What a program said that joined a new group; `limit` there writes another limit, `MIB` above what is used."""
     folder, limit = own_group()
+    begin = (
+        f"import os; open({str(folder / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+        "def limit(more):\n"
+        "    anonymous = next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))\n"
+        f"    open({str(limit)!r}, 'w').write(str((anonymous << 10) + (more << 20)))\n"
+    )
     try:
         try:
-            limit.write_text(str(900 * MIB))
-            pids = folder / "cgroup.procs"
-            code = (
-                f"import os; open({str(pids)!r}, 'w').write(str(os.getpid()))\n"
-                "from moe import LLM, SamplingParams\n"
-                "from moe.offload.memory import available_memory\n"
-                "assert available_memory() <= 900 << 20, available_memory()\n"
-                f"with LLM({str(TINYMOE)!r}) as llm:\n"
-                "    print(len(llm.generate('Once', SamplingParams(max_tokens=4))[0].outputs[0].token_ids))\n"
+            limit.write_text(str(limit_mib * MIB))
+            run = subprocess.run(
+                [sys.executable, "-c", begin + code], capture_output=True, text=True, cwd=ROOT, timeout=200
             )
-            run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200)
         except PermissionError as error:
             pytest.skip(f"this machine lets nobody here set a memory limit: {error}")
         if "PermissionError" in run.stderr:
             pytest.skip("this machine lets nobody here join a control group")
-        assert run.returncode == 0, run.stderr[-2000:]
-        assert run.stdout.strip() == "4"
+        assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
+        return run.stdout
     finally:
         folder.rmdir()
+
+
+def test_the_default_budget_keeps_within_a_real_group():
+    said = run_in_group(
+        "from moe import LLM, SamplingParams\n"
+        "from moe.offload.memory import available_memory\n"
+        "assert available_memory() <= 900 << 20, available_memory()\n"
+        f"with LLM({str(TINYMOE)!r}) as llm:\n"
+        "    print(len(llm.generate('Once', SamplingParams(max_tokens=4))[0].outputs[0].token_ids))\n",
+        900,
+    )
+    assert said.strip() == "4"
+
+
+@pytest.mark.heavy
+def test_the_default_budget_has_room_for_kv_steps_and_reads(tmp_path):
+    """Experts that do not fit, wide steps of prompts, a KV that takes all it may: slots make way, nothing is killed."""
+    write_checkpoint(tmp_path / "model", 8, 16, 512, 640, 2048, heads=8)  # 240 MiB of experts, KV of 32 KiB a token
+    said = run_in_group(
+        "from moe import LLM, SamplingParams\n"
+        f"limit({180})\n"
+        f"with LLM({str(tmp_path / 'model')!r}) as llm:\n"
+        "    slots, pool = [llm.engine.state().slots], llm.engine.scheduler.pool\n"
+        "    for _ in range(2):\n"
+        "        tokens = pool.room // 16 * 16\n"
+        "        prompts = [[n + 1] * (tokens - 8) for n in range(16)]\n"
+        "        done = llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)\n"
+        "        assert [len(one.outputs[0].token_ids) for one in done] == [8] * 16\n"
+        "        slots.append(llm.engine.state().slots)\n"
+        "    print(pool.num_blocks == pool.room, slots[0] > slots[1], slots[0], *slots[1:])\n",
+        1200,
+    )
+    assert said.split()[:2] == ["True", "True"], said
+    assert 8 < int(said.split()[2]) < 128, said
