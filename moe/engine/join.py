@@ -19,6 +19,8 @@ from moe.config import ParallelConfig
 from moe.engine.assemble import Loaded, Share, num_blocks
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
+from moe.engine.device import free_room
+from moe.engine.layer_major import sizes_of
 from moe.engine.mirror import RequestMirror
 from moe.engine.modes import Alone, Coherent, Ranks, StepMode
 from moe.engine.online import OnlinePlacement
