@@ -11,33 +11,36 @@ from moe.cluster.policy import first_sentence
 
 _REACH_S = 5.0
 _ANSWER_S = 10.0
+_CLIENT = "ray://"
 _CLIENT_PORT = "10001"  # where Ray Client listens if nothing else is said
+_TOKEN = "if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
 # Ray speaks gRPC, which begins as HTTP/2 does (RFC 9113, 3.4): each side at once with a frame of SETTINGS.
 _SETTINGS = b"\x04"
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 
 
 def connect_ray(address: str | None) -> bool:
-    """Whether this call did it. Raises ValueError if there is no cluster at `address`."""
+    """Whether this call did it. Raises ValueError if there is no cluster at `address`, or none can be started."""
     if ray.is_initialized():
         return False
     address = ray_address(address)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, RuntimeError) as error:
-        where = "this machine" if address in (None, "auto", "local") else address
-        raise ValueError(f"no Ray cluster answers at {where}: {first_sentence(error)}") from None
+    except Exception as error:  # of any kind: Ray has none of its own for this
+        if address in (None, "local"):
+            raise ValueError(f"Ray does not start on this machine: {first_sentence(error)}") from None
+        where = "this machine" if address == "auto" else address
+        raise ValueError(f"no Ray cluster answers at {where}: {first_sentence(error)}; {_TOKEN}") from None
     return True
 
 
 def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str | None:
     """What to connect to, as `ray.init` takes it, where Ray answers; None becomes a new cluster if none does where Ray
     noted one of this machine, which may have been killed. Raises ValueError."""
-    is_told = address not in (None, "auto")
-    told = address if is_told else os.environ.get("RAY_ADDRESS")
+    told = _told(address)
     where = told or noted_address() or ""
-    host, _, port = where.removeprefix("ray://").rpartition(":")
-    if where.startswith("ray://") and not host:
+    host, _, port = where.removeprefix(_CLIENT).rpartition(":")
+    if where.startswith(_CLIENT) and not host:
         host, port = port, _CLIENT_PORT
     if not port.isdigit() or "/" in host:
         return address  # of no form that we know: Ray says what is the matter
@@ -50,6 +53,19 @@ def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str | None:
     if address is None and not told:
         return "local"
     raise ValueError(f"no Ray cluster answers at {where}: {why}")
+
+
+def check_inside(address: str | None) -> None:
+    """Raises ValueError for Ray Client's address: its process is in no cluster, and hosts could not call it."""
+    if (_told(address) or "").startswith(_CLIENT):
+        raise ValueError(
+            f"hosts call the process that asks for them, and through Ray Client ({_told(address)}) they cannot: start "
+            "it on a machine of the cluster, or by `ray job submit`"
+        )
+
+
+def _told(address: str | None) -> str | None:
+    return os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
 
 
 def noted_address() -> str | None:

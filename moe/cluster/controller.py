@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from moe.cluster.address import connect_ray
+from moe.cluster.address import check_inside, connect_ray
 from moe.cluster.crew import Crew
 from moe.cluster.fleet import Fleet
 from moe.cluster.front import Front
@@ -42,6 +42,7 @@ class ClusterEngine(Front):
     ) -> None:
         super().__init__(folder, config, num_hosts)
         self._why_over: str | None = None
+        check_inside(address)
         self._starts_ray = connect_ray(address)
         try:
             self.crew = Crew(Fleet(folder, config, name), config, num_hosts, self.ledger, begin)

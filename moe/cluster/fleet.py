@@ -25,6 +25,7 @@ from moe.config import EngineConfig
 
 log = logging.getLogger(__name__)
 
+_TOLD_S = 5.0  # without room
 Resources = dict[str, float]
 
 
@@ -123,11 +124,20 @@ class Fleet:
 
     def check_room(self, hosts: Sequence[Host]) -> None:
         """Raises ValueError if `hosts` have no place after `cluster.room_s`; ClusterError if Ray does not answer."""
+        limit = self.config.cluster.room_s
+        told_s = min(_TOLD_S, limit / 2)
         for host in hosts:
             self._wait_for(host.ready)
             assert host.bundles.group is not None
-            if not host.bundles.group.wait(timeout_seconds=self.config.cluster.room_s):
-                raise ValueError(self.no_room(host.bundles.count, self._wait_for(self._asks.submit(self.resources))))
+            if not host.bundles.group.wait(timeout_seconds=told_s):
+                log.warning(
+                    "%s; there may be room within cluster.room_s (%g s)", self._no_room_for(host, told_s), limit
+                )
+                if not host.bundles.group.wait(timeout_seconds=limit - told_s):
+                    raise ValueError(self._no_room_for(host, limit))
+
+    def _no_room_for(self, host: Host, after_s: float) -> str:
+        return self.no_room(host.bundles.count, self._wait_for(self._asks.submit(self.resources)), after_s)
 
     def _wait_for(self, asked: Future[Any]) -> Any:
         """What Ray said, where nothing can go on without it."""
@@ -154,7 +164,7 @@ class Fleet:
                 else:
                     host.asked = now
                     found.append(host)
-                    why = self.no_room(len(found), there)
+                    why = self.no_room(len(found), there, self.config.cluster.room_s)
         for host in found:
             host.bundles.look = None
         return found, why
@@ -171,13 +181,14 @@ class Fleet:
         """What the cluster has, and what of it is free."""
         return ray.cluster_resources(), ray.available_resources()  # type: ignore[no-untyped-call]
 
-    def no_room(self, count: int, there: tuple[Resources, Resources]) -> str:
+    def no_room(self, count: int, there: tuple[Resources, Resources], after_s: float) -> str:
         """A sentence: what `count` hosts ask for, and what there is."""
         labelled = f" on nodes labelled {self._labels}" if self._labels else ""
         have, free = ({k: round(resources.get(k, 0.0), 2) for k in self._bundle} for resources in there)
         return (
-            f"Ray has no room for {count} bundles of {self._bundle}{labelled}: after {self.config.cluster.room_s:g} s "
-            f"the cluster has {have}, of which {free} are free; ask for fewer hosts, or give them less"
+            f"Ray has no room for {count} bundles of {self._bundle}{labelled}: after {after_s:g} s "
+            f"the cluster has {have}, of which {free} are free; ask for fewer hosts, or give them less "
+            "(cluster.cpus_per_host, cluster.gpus_per_host)"
         )
 
     def done(self, references: Sequence[Any], wait_s: float = 0.0) -> list[Any]:

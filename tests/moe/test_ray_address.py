@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("ray")
 from moe.cluster.address import ray_address
+from moe.cluster.controller import ClusterEngine
+from moe.config import EngineConfig
+from tests.moe.moe_cases import TINYMOE
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,14 @@ def test_nobody_is_asked_for_minutes_at_an_address_where_nobody_listens(
     else:
         with pytest.raises(ValueError, match=re.escape(found)):
             ray_address(address)
+
+
+def test_hosts_are_not_asked_for_through_ray_client(monkeypatch):
+    with pytest.raises(ValueError, match=r"through Ray Client \(ray://there:10001\) they cannot: start it on"):
+        ClusterEngine(TINYMOE, EngineConfig(), 2, address="ray://there:10001")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://here")
+    with pytest.raises(ValueError, match=r"through Ray Client \(ray://here\) they cannot"):
+        ClusterEngine(TINYMOE, EngineConfig(), 2)
 
 
 @contextmanager
