@@ -30,8 +30,8 @@ def little_memory(monkeypatch):
     little(monkeypatch)
 
 
-def make(*, budget=None, **batch) -> LLM:
-    offload = OffloadConfig(budget=budget, prefetch="off")
+def make(*, budget=None, prefetch="off", **batch) -> LLM:
+    offload = OffloadConfig(budget=budget, prefetch=prefetch)
     return LLM(TINYMOE, EngineConfig(threads=1, batch=BatchConfig(**batch), offload=offload))
 
 
@@ -69,14 +69,15 @@ def said():
 @given(
     gaps=st.lists(st.integers(0, 30), min_size=10, max_size=10),
     cancelled=st.sets(st.integers(0, 40), max_size=3),
-    max_sequences=st.sampled_from([1, 3, 16]),
+    batch=st.sampled_from([{"max_sequences": 1}, {"max_sequences": 3}, {}, {"max_sequences": 3, "pool": 8}]),
+    prefetch=st.sampled_from(["off", "router"]),
 )
-def test_no_token_changes_and_nobody_is_put_back(said, gaps, cancelled, max_sequences):
+def test_no_token_changes_and_nobody_is_put_back(said, gaps, cancelled, batch, prefetch):
     """Requests come one after another, some are cancelled; KV for all that can run is there."""
     with pytest.MonkeyPatch.context() as patch:
         little(patch)
         patch.setattr(lent_kv, "PERIOD", 8)
-        with make(max_sequences=max_sequences, max_tokens=64) as llm:
+        with make(prefetch=prefetch, max_tokens=64, **batch) as llm:
             running, coming = [], list(zip(gaps, PROMPTS, PARAMS))
             for step in range(2000):
                 while coming and (not coming[0][0] or not llm.engine.has_work):
