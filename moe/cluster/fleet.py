@@ -242,6 +242,8 @@ class Fleet:
         self._asks.shutdown(wait=False)
         if not wait([ended], timeout=self.config.cluster.answer_s).done:
             log.warning("Ray's head does not answer: hosts may be there for some time")
+        elif (error := ended.exception(0)) is not None:
+            log.warning("hosts may be there for some time: %s", first_sentence(error))
 
     def _end_all(self, hosts: Sequence[Host]) -> None:
         for actor in (*(host.actor for host in hosts), *self._keepers.values()):

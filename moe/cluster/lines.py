@@ -196,7 +196,7 @@ class Lifeline:
         self._on_end = on_end
         self._beat: Callable[[Sequence[Said]], Beat] | None = None
         self._changed = threading.Condition()  # around all that follows, and around `send` by the thread that steps
-        self._late = b""  # what the line had no room for
+        self._late = bytearray()  # what the line had no room for
         self._is_sending = False  # the thread of the line sends what it has taken of that
         self.num_said = 0  # words, since the beginning
 
@@ -230,7 +230,7 @@ class Lifeline:
             with self._changed:
                 self._is_sending = False
                 self._changed.wait_for(lambda: bool(self._late), BEAT_S)
-                line, self._late = self._late or self._beat(()).to_line(), b""
+                line, self._late = bytes(self._late) or self._beat(()).to_line(), bytearray()
                 self._is_sending = True
             try:
                 self._socket.sendall(line)
