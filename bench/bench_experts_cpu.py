@@ -11,8 +11,9 @@ memory's rate. With one thread the clock is the thread's CPU time, which other j
 more it is wall time. Outputs are compared before anything is timed. The last line is one JSON document.
 
 --codes: the same kernel on experts stored as low-bit codes (random ones: values do not matter to time) against itself
-on bf16, one layer of Qwen3-30B-A3B's sizes at T = 1 and 8. All read the same routing, each in the next of several sets
-of experts, which together exceed the caches. The limit is memory bandwidth: bytes of codes and scales.
+on bf16, one layer of Qwen3-30B-A3B's sizes at T = 1, 2 and 8. All read the same routing, each in the next of several
+sets of experts, which together exceed the caches, in large pages as slots are. The limit is memory bandwidth: bytes of
+codes and scales.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from moe.kernels.formats import CODE_DTYPES, NIBBLE_CODES, CodeName, Coding, Res
 from moe.kernels.nested import LEVELS, PLANES, plane_bytes
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
+from moe.offload.stores import aligned_bytes
 
 SHAPES = {"a": (192, 128, 16, 2), "b": (1024, 512, 32, 4), "c": (2048, 1024, 16, 8)}  # H, I, E, K
 TOKENS = (1, 8, 64, 256)
@@ -158,6 +160,11 @@ def table(results: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
     return lines
 
 
+def in_large_pages(t: Tensor) -> Tensor:
+    """The same, in memory as slots have it: with small pages few bits wait for addresses, not for memory."""
+    return aligned_bytes(t.nbytes).view(t.dtype).view(t.shape).copy_(t)
+
+
 def random_coded(name: str) -> tuple[ExpertWeights, int]:
     """Experts of random codes, and the bytes of one."""
     code, block, scale_dtype, with_zeros = CODES[name]
@@ -172,6 +179,7 @@ def random_coded(name: str) -> tuple[ExpertWeights, int]:
         scale = torch.full(grid, 2.0**-8).to(scale_dtype)
         zero = torch.randint(-8, 8, grid, dtype=torch.int8) if with_zeros else None
         table = torch.randn(slots, parts, 16) if code == "lut4" else None
+        raw = in_large_pages(raw)
         tensors.append(raw.view(CODE_DTYPES[code]))
         residual = random_planes(level, (slots, parts, rows, columns), grid) if level else None
         codings.append(Coding(code, block, scale, zero, table=table, residual=residual))
@@ -185,7 +193,7 @@ def random_planes(level: int, shape: tuple[int, int, int, int], grid: tuple[int,
     made: dict[str, Tensor] = {"bits": torch.full((slots, 1), level, dtype=torch.int32)}
     for bits in LEVELS[1 : LEVELS.index(level) + 1]:
         plane = (slots, parts * rows, plane_bytes(PLANES[bits], columns))
-        made[f"codes{bits}"] = torch.randint(0, 256, plane, dtype=torch.uint8)
+        made[f"codes{bits}"] = in_large_pages(torch.randint(0, 256, plane, dtype=torch.uint8))
         made[f"scale{bits}"] = torch.full(grid, 2.0**-12).half() if bits == 8 else torch.full(grid, 60).to(torch.uint8)
     return Residual(**made)
 
@@ -193,12 +201,12 @@ def random_planes(level: int, shape: tuple[int, int, int, int], grid: tuple[int,
 def measure_codes(seconds: float, clock: Callable[[], float]) -> list[dict[str, Any]]:
     hidden, inter, experts, top_k = CODES_SHAPE
     shapes = (experts, 2 * inter, hidden), (experts, hidden, inter)
-    plain = [torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[2] ** -0.5) for shape in shapes]
+    plain = [in_large_pages(torch.empty(s, dtype=torch.bfloat16).normal_(std=s[2] ** -0.5)) for s in shapes]
     stored = {"bf16": (ExpertWeights(plain[0], plain[1], None, None, Activation()), 2 * 3 * hidden * inter)}
     stored |= {name: random_coded(name) for name in CODES}
     kernels = {name: CpuExperts(weights) for name, (weights, _) in stored.items()}
     results = []
-    for tokens in (1, 8):
+    for tokens in (1, 2, 8):
         inputs = []
         for _ in range(ROUTINGS):
             ids = torch.rand(tokens, experts).topk(top_k).indices

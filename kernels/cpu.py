@@ -50,7 +50,8 @@ def load_helper() -> ctypes.CDLL | None:
     helper.moe_cpu_linear.argtypes = [ctypes.c_char_p, pointer, integer, integer, integer, pointer, integer, integer]
     helper.moe_cpu_linear.restype = integer
     helper.moe_cpu_expected.argtypes = [
-        *(ctypes.c_char_p, pointer, integer, integer, integer, integer, ctypes.c_float, pointer, integer, integer),
+        *(ctypes.c_char_p, pointer, integer, integer, integer, integer),
+        *(ctypes.c_float, pointer, pointer, integer, integer),
     ]
     helper.moe_cpu_expected.restype = integer
     helper.moe_cpu_rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, integer, ctypes.c_float]

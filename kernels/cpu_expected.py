@@ -1,7 +1,7 @@
-"""What a router would choose of a layer's tokens, in one compiled call on CPUs (cpu_expected.c).
+"""What a router, or a forecast of one, would choose of a layer's tokens, in one compiled call on CPUs (cpu_expected.c).
 
 A guess is made in every layer of every step: torch's ten operations took 0.13 ms of a layer's 1.1 at one sequence, this
-0.03. The slow twin is `moe.layer.lookahead.expected_by_router`.
+0.03. The slow twins are `expected_by_router` and `expected_by_forecast` of moe/layer/lookahead.py.
 """
 
 import numpy as np
@@ -21,15 +21,27 @@ class CpuExpected:
     """Expected tokens by expert, for one router's weight [E, H], fp32, bf16 or fp16; it is held.
 
     A token counts for each of the `top_k` experts that score best: `at_cut` for one that scores as the best of the
-    others does, nearly 1 for one far above it, measured by the spread of the token's scores.
+    others does, nearly 1 for one far above it, measured by the spread of the token's scores. With a forecast's `spread`
+    (fp32 [E], standard deviations of scores) it counts for every expert, as much as it is likely that the expert scores
+    better than halfway between the last of the best and the best of the others; bias: [E], added to its scores.
     """
 
-    def __init__(self, weight: Tensor, top_k: int, at_cut: float) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        top_k: int,
+        at_cut: float = 0.0,
+        *,
+        bias: Tensor | None = None,
+        spread: Tensor | None = None,
+    ) -> None:
         helper = load_helper()
         assert helper is not None
         assert can_expect(weight)
-        self.weight, self.top_k, self.at_cut = weight, top_k, at_cut
-        self._run, self._matrix = helper.moe_cpu_expected, pack_matrix(weight[None], None, None, weight.shape[1])
+        assert spread is None or (spread.is_contiguous() and spread.dtype == torch.float32), spread
+        self.weight, self.top_k, self.at_cut, self.bias, self.spread = weight, top_k, at_cut, bias, spread
+        added = None if bias is None else bias[None]
+        self._run, self._matrix = helper.moe_cpu_expected, pack_matrix(weight[None], added, None, weight.shape[1])
 
     def __call__(self, x: Tensor) -> npt.NDArray[np.float32]:
         """x: [T, H], rounded to the weight's dtype. fp32 [E]. Raises MemoryError."""
@@ -38,6 +50,7 @@ class CpuExpected:
         assert x.shape[1] == width, (x.shape, width)
         expected = np.zeros(num_experts, np.float32)
         at = x.data_ptr(), width * x.itemsize, KINDS[x.dtype], len(x), self.top_k, self.at_cut
-        if self._run(self._matrix, *at, expected.ctypes.data, torch.get_num_threads(), 0):
+        spread = None if self.spread is None else self.spread.data_ptr()
+        if self._run(self._matrix, *at, spread, expected.ctypes.data, torch.get_num_threads(), 0):
             raise MemoryError(f"no memory for the scores of {len(x)} tokens")
         return expected

@@ -7,7 +7,8 @@
  * NAME(group_of), which makes it, and NAME(nested): lanes u * WIDTH and on of the v-th 16 weights.
  */
 
-enum { NAME(few_nested) = 2 * MR }; /* rows of x up to which planes are read where they lie (measured) */
+/* Rows of x up to which planes are read where they lie (measured). */
+SCALAR int64_t NAME(few_nested)(int level) { return level == 2 ? 3 * MR : level == 3 ? 2 * MR : MR; }
 
 struct NAME(nested) { /* one slot of a matrix */
     const struct matrix *w;
@@ -103,6 +104,8 @@ static inline __attribute__((always_inline)) TARGET void NAME(nested_panel)(int 
                                       level < 8 ? 0 : scale[3 * apart]);
                 if (ahead) {
                     __builtin_prefetch(plane[4 * n] + 4 * at + ahead, 0, 2);
+                    if (level >= 3) __builtin_prefetch(plane[4 * n + 1] + 2 * at + ahead / 2, 0, 2);
+                    if (level >= 4) __builtin_prefetch(plane[4 * n + 2] + 2 * at + ahead / 2, 0, 2);
                     if (level >= 8) __builtin_prefetch(plane[4 * n + 3] + 8 * at + 2 * ahead, 0, 2);
                 }
             }
@@ -193,7 +196,7 @@ static TARGET void NAME(tile_nested)(const float *x, int64_t rows, const struct 
                                      int64_t count, float *c, int64_t ldc, float *scratch) {
     struct NAME(nested) p = NAME(nested_of)(w, slot);
     struct NAME(nested_rows) r[DOWN_TILE / NR];
-    int is_few = rows <= NAME(few_nested);
+    int is_few = rows <= NAME(few_nested)(p.level);
     float *decoded = scratch + DOWN_TILE * KC; /* what is before it is free until a tile is multiplied */
     int64_t vectors = vectors_of(NATURAL, w->k), ahead = NR * w->row > AHEAD / 4 ? NR * w->row : AHEAD / 4;
     int64_t most = is_few ? SCRATCH_FLOATS / (4 * w->coding.groups) : CODE_FLOATS / w->k; /* rows that there is room for */

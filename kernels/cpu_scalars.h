@@ -98,9 +98,9 @@ SCALAR float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 SCALAR float silu(float x) { return x / (1.0f + exponential(-x)); }
 
-/* x * normal distribution function, from erfc(z) = e^(-z^2) t P(t), z = |x|/sqrt2, t = 1/(1 + 0.47 z) (our own minimax
+/* The normal distribution function, from erfc(z) = e^(-z^2) t P(t), z = |x|/sqrt2, t = 1/(1 + 0.47 z) (our own minimax
  * fit, 2e-8). The rounding error of x^2 is made good, so that the negative tail keeps its relative accuracy (4e-7). */
-SCALAR float gelu(float x) {
+SCALAR float normal(float x) {
     float a = x < 0.0f ? -x : x, high = as_float(as_bits(a) & 0xfffff000u), low = a - high;
     float square = a * a, missing = ((high * high - square) + 2.0f * high * low) + low * low;
     float e = exponential(-0.5f * square) * (1.0f - 0.5f * missing);
@@ -116,8 +116,10 @@ SCALAR float gelu(float x) {
     p = p * t + 0.26587975f;
     p = p * t + 0.2651383f;
     float tail = 0.5f * (p * t * e);
-    return x * (x < 0.0f ? tail : 1.0f - tail);
+    return x < 0.0f ? tail : 1.0f - tail;
 }
+
+SCALAR float gelu(float x) { return x * normal(x); }
 
 /* 0.5 x (1 + tanh u) = x sigmoid(2u) */
 SCALAR float gelu_tanh(float x) { return x * sigmoid(1.5957691f * (x + 0.044715f * (x * x * x))); }

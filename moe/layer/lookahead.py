@@ -22,7 +22,7 @@ from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic
 from moe.kernels.cpu_expected import CpuExpected, can_expect
 from moe.layer.parallel import ExpertParallel
-from moe.layer.ridge import Forecast, RidgeFit
+from moe.layer.ridge import Forecast, Regression, RidgeFit
 from moe.layer.routing import Routing, StepContext
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertSite
@@ -91,13 +91,27 @@ def _router_weights(model: Any, site: ExpertSite) -> list[Tensor]:
 
 def learned_guess(forecast: Forecast, num_layers: int) -> Guess:
     """What the regressions say of the next layer, as expected tokens of each expert."""
+    ahead = [foretell(forecast.regressions[layer, 1], forecast.top_k) for layer in range(num_layers - 1)]
 
     def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
-        if layer + 1 == num_layers:
-            return None
-        return forecast.probability(layer, 1, x).sum(dim=0).numpy(force=True)  # host sync on an accelerator
+        return None if layer + 1 == num_layers else ahead[layer](x)
 
     return guess
+
+
+def foretell(regression: Regression, top_k: int) -> Callable[[Tensor], Floats]:
+    """x [T, H] -> expected tokens of each expert [E]; on a CPU in one call, of a copy of the weights."""
+    weight = regression.weight[:-1].T.clone(memory_format=torch.contiguous_format)  # [E, H]
+    if can_expect(weight):
+        bias, spread = regression.weight[-1].clone(), regression.spread.contiguous()
+        return CpuExpected(weight, top_k, bias=bias, spread=spread)
+    return partial(expected_by_forecast, regression, top_k=top_k)
+
+
+def expected_by_forecast(regression: Regression, x: Tensor, top_k: int) -> Floats:
+    """fp32 [E]; a host sync on an accelerator."""
+    forecast = Forecast("logits", top_k, {(0, 1): regression})
+    return forecast.probability(0, 1, x).sum(dim=0).numpy(force=True)
 
 
 class OnlineGuess:
@@ -112,6 +126,7 @@ class OnlineGuess:
     def __init__(self, fit: RidgeFit) -> None:
         self.fit = fit
         self.forecast = Forecast("selection" if fit.routers is None else "logits", fit.top_k, {})
+        self._ahead: dict[int, Callable[[Tensor], Floats]] = {}
         self._solved_at = [self.FEWEST // 2] * (len(fit.num_experts) - 1)
 
     def __call__(self, layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
@@ -123,9 +138,9 @@ class OnlineGuess:
             self._solve_one(x.device)
         if layer + 1 == len(self.fit.num_experts):
             return None
-        if (layer, 1) not in self.forecast.regressions:
+        if layer not in self._ahead:
             return np.zeros(self.fit.num_experts[layer + 1], np.float32)  # other ranks may know more
-        return self.forecast.probability(layer, 1, x).sum(dim=0).numpy(force=True)  # host sync on an accelerator
+        return self._ahead[layer](x)
 
     def _solve_one(self, device: torch.device) -> None:
         stale = min(range(len(self._solved_at)), key=self._solved_at.__getitem__, default=None)
@@ -134,6 +149,7 @@ class OnlineGuess:
         self._solved_at[stale] = self.fit.num_tokens
         solved = self.fit.solve(stale, self.RIDGE)
         self.forecast.regressions |= Forecast("logits", 0, solved).to(device).regressions
+        self._ahead[stale] = foretell(self.forecast.regressions[stale, 1], self.forecast.top_k)
 
 
 def pregate_guess(forecast: Forecast, width: int, num_layers: int) -> Guess:
