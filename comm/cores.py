@@ -35,6 +35,13 @@ def share_of(allowed: Sequence[Cores], index: int) -> Cores:
     return frozenset(cores[len(cores) * place // count : len(cores) * (place + 1) // count])
 
 
+def beside(shares: Sequence[Cores], threads: int) -> Cores:
+    """Where other work of the node runs, given the cores of its ranks and how many threads each computes with: where
+    a rank has more cores than threads; all that they have if none does."""
+    spare = [cores for cores in shares if len(cores) > threads]
+    return frozenset().union(*(spare or shares))
+
+
 def run_on(cores: Collection[int]) -> None:
     """Moves every thread of this process; those that it starts later go with them. No effect without cores; where the
     system does not let it, threads stay where they are, and a line of the log says so."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
 
+from moe.comm.cores import Cores
 from moe.comm.mailbox import Mailbox
 
 
@@ -26,6 +27,7 @@ class Groups:
     store: of the generation alone, for words between ranks when a group no longer works.
     side: a second world group for traffic in the background (K/V, counts), so that it never queues ahead of tokens.
     mailboxes: of the groups whose messages need no collective, on the CPU.
+    cores: of each of `local_ranks`, the processor cores that it runs on; none where the system's choice stands.
     timeout_s: seconds after which a collective that a peer does not join raises.
     freed: set when somebody who knows that the generation ends took this rank out of a wait (`membership.interrupt`).
     """
@@ -42,6 +44,7 @@ class Groups:
     side: ProcessGroup | None = None
     store: Store | None = None
     mailboxes: Mapping[ProcessGroup, Mailbox] = field(default_factory=dict)
+    cores: tuple[Cores, ...] = ()
     freed: threading.Event = field(default_factory=threading.Event)
 
     @property

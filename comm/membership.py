@@ -128,7 +128,9 @@ def join_groups(
             generation=number,
         ) from error
     if device.type == "cpu":
-        cores.run_on(cores.share_of([allowed[r] for r in groups.local_ranks], groups.local_rank))
+        of_node = [allowed[r] for r in groups.local_ranks]
+        groups = replace(groups, cores=tuple(cores.share_of(of_node, i) for i in range(len(of_node))))
+        cores.run_on(groups.cores[groups.local_rank])
     return groups
 
 

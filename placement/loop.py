@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -65,9 +66,13 @@ class SolverAtOnce:
 
 
 class SolverProcess:
-    """Another process of low priority and one thread, started with the first question; it ends with this one."""
+    """Another process of low priority and one thread, started with the first question; it ends with this one.
 
-    def __init__(self) -> None:
+    cores: that it runs on; none = those of whoever asks.
+    """
+
+    def __init__(self, cores: Collection[int] = ()) -> None:
+        self._cores = sorted(cores)
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="placement")
         self._answer: Future[Turn] | None = None
@@ -98,7 +103,7 @@ class SolverProcess:
 
     def _exchange(self, question: Question) -> Turn:
         if self._process is None:
-            command = [sys.executable, "-m", "moe.placement.loop"]
+            command = [sys.executable, "-m", "moe.placement.loop", *map(str, self._cores)]
             one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **one_thread}
@@ -111,9 +116,14 @@ class SolverProcess:
         return turn
 
 
-def answer_questions() -> None:
+def answer_questions(cores: Collection[int]) -> None:
     """What the process of `SolverProcess` does, until its pipe is closed."""
     os.nice(10)
+    if cores:
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError as error:
+            log.warning("placements are solved on the processor cores of rank 0, not on %s: %s", sorted(cores), error)
     while True:
         try:
             question: Question = pickle.load(sys.stdin.buffer)
@@ -303,4 +313,4 @@ class OnlineLoop:
 
 
 if __name__ == "__main__":
-    answer_questions()
+    answer_questions([int(core) for core in sys.argv[1:]])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.comm.control import Control
+from moe.comm.cores import beside
 from moe.layer.parallel import ExpertParallel
 from moe.layer.routing import Routing, RoutingSeam, StepContext
 from moe.placement.loop import CHECKS, OnlineLoop, PlacementStats, SolverProcess
@@ -86,7 +87,8 @@ class OnlinePlacement:
         self.window, self.share = options.window, options.share
         self.loop: OnlineLoop | None = None
         if control.groups.rank == 0:
-            self.loop = OnlineLoop(parallel.plan, machine, options, SolverProcess())
+            solver = SolverProcess(beside(control.groups.cores, torch.get_num_threads()))
+            self.loop = OnlineLoop(parallel.plan, machine, options, solver)
         self.stats = PlacementStats() if self.loop is None else self.loop.stats
         self.latest = LatestIds(parallel.plan.num_layers, options.window)
         routing.observers.append(self.latest)

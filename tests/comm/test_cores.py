@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from moe.comm.cores import allowed_cores, from_text, run_on, share_of, to_text
+from moe.comm.cores import allowed_cores, beside, from_text, run_on, share_of, to_text
 from moe.comm.membership import leave_groups, start_groups
 from tests.distributed import spawn
 
@@ -29,6 +29,14 @@ def test_fewer_cores_than_processes_are_not_divided():
 def test_who_was_put_on_cores_of_its_own_keeps_them():
     allowed = [cores(0, 1), cores(2, 3), cores(2, 3), cores()]
     assert [share_of(allowed, i) for i in range(4)] == [cores(0, 1), cores(2), cores(3), cores()]
+
+
+def test_other_work_runs_where_ranks_have_more_cores_than_threads():
+    assert beside([cores(0), cores(1, 2)], threads=1) == cores(1, 2)
+    assert beside([cores(0, 1), cores(2, 3)], threads=1) == cores(0, 1, 2, 3)
+    assert beside([cores(0), cores(1)], threads=1) == cores(0, 1)
+    assert beside([cores(0, 1), cores(2, 3)], threads=2) == cores(0, 1, 2, 3)
+    assert beside([], threads=1) == beside([cores(), cores()], threads=1) == cores()
 
 
 def test_they_travel_as_text():
@@ -62,19 +70,22 @@ def while_together():
     late = threading.Thread(target=look)
     late.start()
     late.join()
+    told = list(groups.cores)
     leave_groups(groups)
-    return before, found, os.sched_getaffinity(0)
+    return before, found, told, os.sched_getaffinity(0)
 
 
 @pytest.mark.skipif(len(allowed_cores()) < 2, reason="needs two cores, and a system that says which")
 def test_ranks_of_a_node_run_on_cores_of_their_own():
     answers = spawn(2, while_together)
-    for rank, (before, found, after) in enumerate(answers):
+    for rank, (before, found, told, after) in enumerate(answers):
         assert before == after == allowed_cores()
         assert found == [set(share_of([before] * 2, rank))] * 3
+        assert told == [share_of([before] * 2, r) for r in range(2)]
     assert not answers[0][1][0] & answers[1][1][0]
 
 
 def test_ranks_of_different_nodes_are_left_alone():
-    for before, found, _ in spawn(2, while_together, ranks_per_node=1):
+    for before, found, told, _ in spawn(2, while_together, ranks_per_node=1):
         assert found == [before] * 3
+        assert told == [before]

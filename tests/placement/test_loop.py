@@ -1,5 +1,6 @@
 """The loop that re-balances a running job, without ranks: window, trigger, few moves, turns."""
 
+import os
 import time
 from dataclasses import replace
 
@@ -364,7 +365,8 @@ def test_what_is_measured_is_of_the_turn_that_moved():
 
 def test_the_process_answers_as_the_thread_does_and_a_dead_one_is_told():
     question = Question(Plan.contiguous(LAYERS, EXPERTS, RANKS), routing(256, 0, seed=2), MACHINE, OPTIONS)
-    solver = SolverProcess()
+    cores = {max(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else set()
+    solver = SolverProcess(cores)
     try:
         solver.ask(question)
         while (turn := solver.poll()) is None:
@@ -373,6 +375,7 @@ def test_the_process_answers_as_the_thread_does_and_a_dead_one_is_told():
         assert turn.migration is not None
         assert turn.migration.steps == expected.migration.steps
         assert (turn.before, turn.after) == (expected.before, expected.after)
+        assert not cores or os.sched_getaffinity(solver._process.pid) == cores
         solver._process.kill()
         loop = OnlineLoop(question.present, MACHINE, OPTIONS, solver)
         taken = run(loop, routing(600, 0, seed=5))
