@@ -9,7 +9,7 @@ from struct import Struct
 log = logging.getLogger(__name__)
 
 SCHEDULE = "2q4dq"  # struct Schedule of solve/pace.h
-ANNEAL = Struct(f"=7q{SCHEDULE}d7q")  # struct Problem of solve/anneal.c
+ANNEAL = Struct(f"=7q{SCHEDULE}3d4q")  # struct Problem of solve/anneal.c
 ASSIGN = Struct(f"=7q4d{SCHEDULE}7q")  # struct Assign of solve/assign.c
 SERVE = Struct("=6q5q")  # struct Serve of serve.c
 MOST_RANKS = 64

@@ -1,7 +1,7 @@
 /* Simulated annealing of one layer's expert copies on what is served: ranks a token visits besides its home, pairs that
- * are served elsewhere at their price, and what the ranks serve above their caps when each expert of a token is shared by
- * the ranks that may serve it (the rule of placement/replicas.py, whose dealing is even only on average). Caps are kept
- * over all tokens and within each fold of them: what holds in every part of the traffic holds in the next.
+ * are served elsewhere at their price, what the ranks serve above a cap when each expert of a token is shared by the ranks
+ * that may serve it (the rule of placement/replicas.py, whose dealing is even only on average), and the ranks' second
+ * moments, sums over every two of a rank's experts, when each copy of an expert has an equal share of it.
  *
  * State: a mask of ranks per expert. Moves: swap two copies between ranks, move a copy into an empty slot, or give one
  * copy's slot of a replicated expert to another expert. Only the tokens of the two experts are served again. The caller
@@ -19,11 +19,10 @@ typedef struct {
     int64_t seed, home_first;
     Schedule schedule;
     double pair_cost;            /* visits that a pair served elsewhere costs */
-    int64_t folds;
-    const double *caps;          /* [1 + folds] pairs that a rank may serve, of all tokens and of each fold's */
-    const double *penalties;     /* [1 + folds] visits that one pair above the cap costs */
+    double cap, penalty;         /* pairs that a rank may serve; visits that one above costs */
+    const double *moments;       /* [experts, experts] symmetric, in visits */
     const int16_t *ids;          /* [tokens, top], -1 = none */
-    const uint8_t *home, *fold;  /* [tokens] */
+    const uint8_t *home;         /* [tokens] */
     uint64_t *masks;             /* [experts], in and out */
 } Problem;
 
@@ -33,11 +32,10 @@ static Visits visits(const Problem *p, int64_t t) {
     return visits_of(p->masks, p->ids + t * p->top, p->top, p->home[t], p->ranks);
 }
 
-/* Adds `sign` times the pairs of token t to the ranks' loads [1 + folds, ranks], shared equally by those that may serve them; returns what
+/* Adds `sign` times the pairs of token t to the ranks' loads, shared equally by those that may serve them; returns what
  * the token costs: visits besides home, and the pairs served elsewhere at their price. */
 static double serve(const Problem *p, int64_t t, Visits v, double sign, double *load) {
     const int16_t *ids = p->ids + t * p->top;
-    double *of_fold = load + (1 + p->fold[t]) * p->ranks;
     int64_t home = p->home[t];
     double at_home = 0, pairs = 0;
     for (int64_t k = 0; k < p->top; k++) {
@@ -45,23 +43,36 @@ static double serve(const Problem *p, int64_t t, Visits v, double sign, double *
         uint64_t mask = options_of(p->masks[ids[k]], v.used, home, p->home_first);
         double share = 1.0 / count(mask);
         pairs += 1, at_home += mask >> home & 1 ? share : 0;
-        for (; mask; mask &= mask - 1) {
-            int64_t g = __builtin_ctzll(mask);
-            load[g] += sign * share, of_fold[g] += sign * share;
-        }
+        for (; mask; mask &= mask - 1) load[__builtin_ctzll(mask)] += sign * share;
     }
     return (double)(count(v.used) - 1 + v.lonely) + p->pair_cost * (pairs - at_home);
 }
 
-/* What load above the caps costs. */
+/* What load above the cap costs. */
 static double overload(const Problem *p, const double *load) {
-    double cost = 0;
-    for (int64_t f = 0; f <= p->folds; f++) {
-        double over = 0, cap = p->caps[f];
-        for (int64_t g = 0; g < p->ranks; g++, load++) over += *load > cap ? *load - cap : 0;
-        cost += p->penalties[f] * over;
+    double over = 0;
+    for (int64_t g = 0; g < p->ranks; g++) over += load[g] > p->cap ? load[g] - p->cap : 0;
+    return p->penalty * over;
+}
+
+/* What rank g has of an expert once its mask changes. */
+static double more(uint64_t old, uint64_t new, int64_t g) {
+    return (new >> g & 1 ? 1.0 / count(new) : 0) - (old >> g & 1 ? 1.0 / count(old) : 0);
+}
+
+/* An expert's mask changes: adds to what each rank's experts have in common with every expert, [ranks, experts];
+ * returns by how much the ranks' moments rise. */
+static double share_anew(const Problem *p, double *common, int64_t e, uint64_t old, uint64_t new) {
+    const double *moments = p->moments + e * p->experts;
+    double rise = 0;
+    for (uint64_t rest = old | new; rest; rest &= rest - 1) {
+        int64_t g = __builtin_ctzll(rest);
+        double share = more(old, new, g), *of_rank = common + g * p->experts;
+        if (share == 0) continue;
+        rise += share * (2 * of_rank[e] + share * moments[e]);
+        for (int64_t x = 0; x < p->experts; x++) of_rank[x] += share * moments[x];
     }
-    return cost;
+    return rise;
 }
 
 EXPORT int64_t moe_anneal_abi(void) { return (int64_t)sizeof(Problem); }
@@ -76,10 +87,10 @@ EXPORT double moe_anneal(const Problem *p) {
     double *worth = malloc((size_t)(n + 1) * 8), *trial_worth = malloc((size_t)(n + 1) * 8);
     uint64_t *best = malloc((size_t)(p->experts + 1) * 8);
     int32_t *slot = malloc((size_t)(p->ranks * p->slots + 1) * 4); /* expert in each slot, -1 empty */
-    size_t loads = (size_t)((1 + p->folds) * p->ranks) * 8;
-    double *load = calloc(1, loads), *trial = malloc(loads);
+    size_t loads = (size_t)p->ranks * 8;
+    double *load = calloc(1, loads), *trial = malloc(loads), *common = calloc((size_t)(p->ranks * p->experts + 1), 8);
     double result = -1;
-    if (!begin || !where || !list || !touched || !stamp || !used || !fresh || !worth || !trial_worth || !best || !slot || !load || !trial) goto done;
+    if (!begin || !where || !list || !touched || !stamp || !used || !fresh || !worth || !trial_worth || !best || !slot || !load || !trial || !common) goto done;
 
     for (int64_t i = 0; i < pairs; i++)
         if (p->ids[i] >= 0) begin[p->ids[i] + 1]++;
@@ -98,7 +109,9 @@ EXPORT double moe_anneal(const Problem *p) {
         used[t] = visits(p, t);
         cost += worth[t] = serve(p, t, used[t], 1, load);
     }
-    double over = overload(p, load), best_cost = cost, best_over = over;
+    double over = overload(p, load);
+    for (int64_t e = 0; e < p->experts; e++) over += share_anew(p, common, e, 0, p->masks[e]);
+    double best_cost = cost, best_over = over;
     memcpy(best, p->masks, (size_t)p->experts * 8);
     Pace pace = paced(&p->schedule, 100 + 300 * pairs / (p->experts + 1));
 
@@ -144,7 +157,15 @@ EXPORT double moe_anneal(const Problem *p) {
             trial_worth[y] = serve(p, t, fresh[y], 1, trial);
             delta += trial_worth[y] - worth[t];
         }
-        double new_over = overload(p, trial), change = delta + pace.severity * (new_over - over);
+        double new_over = over + overload(p, trial) - overload(p, load);
+        for (uint64_t rest = mask_e | new_e | mask_f | new_f; rest; rest &= rest - 1) {
+            int64_t g = __builtin_ctzll(rest);
+            const double *of_rank = common + g * p->experts, *of_e = p->moments + e * p->experts;
+            double x = more(mask_e, new_e, g), y = f < 0 ? 0 : more(mask_f, new_f, g);
+            new_over += x * (2 * of_rank[e] + x * of_e[e]);
+            if (f >= 0) new_over += y * (2 * (of_rank[f] + x * of_e[f]) + y * p->moments[f * p->experts + f]);
+        }
+        double change = delta + pace.severity * (new_over - over);
         if (change > 0 && uniform(&random) >= exp(-change / pace.temperature)) {
             p->masks[e] = mask_e;
             if (f >= 0) p->masks[f] = mask_f;
@@ -152,6 +173,8 @@ EXPORT double moe_anneal(const Problem *p) {
         }
         for (int64_t y = 0; y < changed; y++) used[touched[y]] = fresh[y], worth[touched[y]] = trial_worth[y];
         memcpy(load, trial, loads);
+        share_anew(p, common, e, mask_e, new_e);
+        if (f >= 0) share_anew(p, common, f, mask_f, new_f);
         cost += delta, over = new_over;
         slot[i] = f;
         if (j >= 0) slot[j] = e;
@@ -163,6 +186,6 @@ EXPORT double moe_anneal(const Problem *p) {
     memcpy(p->masks, best, (size_t)p->experts * 8);
     result = best_cost + pace.severity * best_over;
 done:
-    free(begin), free(where), free(list), free(touched), free(stamp), free(used), free(fresh), free(worth), free(trial_worth), free(best), free(slot), free(load), free(trial);
+    free(begin), free(where), free(list), free(touched), free(stamp), free(used), free(fresh), free(worth), free(trial_worth), free(best), free(slot), free(load), free(trial), free(common);
     return result;
 }

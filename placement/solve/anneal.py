@@ -11,46 +11,45 @@ from numpy.typing import NDArray
 
 from moe.placement.deadline import Deadline, Pace
 from moe.placement.helper import ANNEAL, MOST_RANKS, MOST_TOP, load_helper
+from moe.placement.solve.evenness import expected_moments_of
+from moe.placement.solve.program import Floats
 from moe.placement.solve.schedule import Schedule
 from moe.placement.wire_format import ModelSizes, WireFormat
 
-SAMPLES = (1200, 16384)  # tokens of the hot phase and of the cooler one
+SAMPLES = (1200, 4096)  # tokens of the hot phase and of the cooler one
 PER_ROUND = (1200, 300)  # moves tried per round, in each
-TEMPERATURES = ((60.0, 6.0), (6.0, 1.0))  # rank visits
+TEMPERATURES = ((0.5, 0.06), (0.02, 0.003))  # in uses of the mean expert
 SEVERITY = ((0.5, 0.5), (0.5, 1.0))  # of the penalties, first and last in each phase
 SHARES = (0.6, 1.0)  # of the time that is left, for each phase
 PENALTY = 2.0  # rank visits that a pair above the cap costs
 CAP = 1.05  # of the mean load, where each visited copy of an expert serves the same share; dealing levels the rest
 HOME_CAP = 1.02  # the same where a copy at home serves first, which leaves dealing less to level
-FOLDS = 16  # parts of the traffic that keep the cap, too: what is even in each of them is even in the next
-FOLD_CAP = 1.0  # of the cap, within a fold
-FOLD_PENALTY = 0.4
+MOMENT_PRICE = 0.02  # rank visits, times the ranks: of a pair in a piece's mean load squared over the load
 
 
 class Caps(NamedTuple):
-    """What a rank may serve. fold: [N], the part of the traffic that a token is of.
+    """What load costs: pairs of a rank above `load` `PENALTY` visits each, and its second moment in visits.
 
-    caps: [1 + folds] pairs, of all tokens and of each fold's; penalties: [1 + folds], visits that a pair above costs.
+    moments: [E, E] symmetric, of which a rank has the sum over its experts squared, each times its share of the expert.
     """
 
-    fold: NDArray[np.uint8]
-    caps: NDArray[np.float64]
-    penalties: NDArray[np.float64]
-
-    def of(self, sample: NDArray[np.integer[Any]], expert_ids: NDArray[np.integer[Any]]) -> "Caps":
-        """For these tokens alone, at their share of the pairs. expert_ids: [N, K] of all."""
-        pairs, fold = (expert_ids >= 0).sum(axis=1), self.fold[sample]
-        parts = len(self.caps) - 1
-        have, all_of = (
-            np.bincount(f, weights=p, minlength=parts) for f, p in ((fold, pairs[sample]), (self.fold, pairs))
-        )
-        share = np.append(have.sum() / max(all_of.sum(), 1), have / np.maximum(all_of, 1))
-        return Caps(fold, self.caps * share, self.penalties)
+    load: float
+    moments: Floats
 
     @staticmethod
-    def one(tokens: int, cap: float, penalty: float = PENALTY) -> "Caps":
-        """A cap on all tokens, none within parts."""
-        return Caps(np.zeros(tokens, np.uint8), np.array([cap, cap]), np.array([penalty, 0.0]))
+    def of(expert_ids: NDArray[np.integer[Any]], num_experts: int, num_ranks: int, load: float) -> "Caps":
+        """load: of the mean. expert_ids: [N, K], -1 = none."""
+        moments = expected_moments_of(expert_ids, num_experts, num_ranks)
+        return Caps(load * float((expert_ids >= 0).sum()) / num_ranks, MOMENT_PRICE * num_ranks * moments)
+
+    def times(self, share: float) -> "Caps":
+        """For so much of the traffic."""
+        return Caps(share * self.load, share * self.moments)
+
+    @staticmethod
+    def one(num_experts: int, load: float) -> "Caps":
+        """Load above a cap alone."""
+        return Caps(load, np.zeros((num_experts, num_experts)))
 
 
 class Price(NamedTuple):
@@ -90,7 +89,7 @@ def anneal(
     price: Price = VISITS,
 ) -> tuple[NDArray[np.bool_], float]:
     """The best copies found from hosted [E, G], and their cost: visits besides home + price.pair x pairs served
-    elsewhere + the penalties of load above the caps.
+    elsewhere + what load costs by `caps`.
 
     expert_ids: [N, K], -1 = none. home: [N]. slots: copies per rank. O(iterations N K / E). The start counts as found,
     so that the cost at the last severity never rises. Raises ValueError for sizes that do not
@@ -111,15 +110,13 @@ def anneal(
     if ids.max(initial=-1) >= experts or at.max(initial=0) >= ranks:
         raise ValueError(f"expert {ids.max()} or home {at.max()} is out of range of {experts} experts, {ranks} ranks")
     masks = (hosted.astype(np.uint64) << np.arange(ranks, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
-    fold = np.ascontiguousarray(caps.fold, np.uint8)
-    limits, penalties = (np.ascontiguousarray(a, np.float64) for a in caps[1:])
-    if fold.shape != at.shape or limits.shape != penalties.shape or fold.max(initial=0) + 2 > len(limits):
-        raise ValueError(f"folds {fold.shape} up to {fold.max(initial=0)} need [N] and {limits.shape} caps, one more")
+    moments = np.ascontiguousarray(caps.moments, np.float64)
+    if moments.shape != (experts, experts):
+        raise ValueError(f"moments {moments.shape} need {experts} experts twice")
     pace = Pace(schedule.deadline, schedule.iterations)
     problem = ANNEAL.pack(
-        *ids.shape, experts, ranks, slots, seed, price.home_first, *schedule.packed(pace), price.pair,
-        len(limits) - 1,
-        *(a.ctypes.data for a in (limits, penalties, ids, at, fold, masks)),
+        *ids.shape, experts, ranks, slots, seed, price.home_first, *schedule.packed(pace), price.pair, caps.load,
+        PENALTY, *(a.ctypes.data for a in (moments, ids, at, masks)),
     )  # fmt: skip
     cost = float(helper.moe_anneal(problem))
     if cost < 0:
@@ -132,18 +129,9 @@ def home_ranks(tokens: int, ranks: int, seed: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, ranks, tokens).astype(np.uint8)
 
 
-def folds_of(sequence_lengths: NDArray[np.integer[Any]], folds: int = FOLDS) -> NDArray[np.uint8]:
-    """The part of the traffic of each token, [N]: about equal parts, cut between sequences."""
-    ends = np.cumsum(sequence_lengths)
-    middle = ends - sequence_lengths / 2
-    return np.repeat((middle * folds / max(int(ends[-1]), 1)).astype(np.uint8), sequence_lengths)
-
-
-def caps_of(expert_ids: NDArray[np.integer[Any]], fold: NDArray[np.uint8], cap: float) -> Caps:
-    """Up to `cap` pairs of all tokens and FOLD_CAP of the fold's share of it within each. expert_ids: [N, K]."""
-    pairs = np.bincount(fold, weights=(expert_ids >= 0).sum(axis=1))
-    caps = np.append(cap, FOLD_CAP * cap * pairs / max(pairs.sum(), 1))
-    return Caps(fold, caps, np.append(PENALTY, np.full(len(pairs), FOLD_PENALTY)))
+def share_of_pairs(expert_ids: NDArray[np.integer[Any]], sample: NDArray[np.integer[Any]]) -> float:
+    """Of all pairs, [N, K] with -1 = none, those of these tokens."""
+    return float((expert_ids[sample] >= 0).sum()) / max(float((expert_ids >= 0).sum()), 1.0)
 
 
 def search_layer(
@@ -171,10 +159,11 @@ def search_layer(
     hosted = start
     for few, moves, heat, severity, part in zip(SAMPLES, PER_ROUND, TEMPERATURES, SEVERITY, SHARES):
         sample = np.sort(order[:few])
-        schedule = Schedule(moves * rounds, heat, severity, deadline.part(part))
+        uses = max(float((expert_ids[sample] >= 0).sum()), 1.0) / len(start)
+        schedule = Schedule(moves * rounds, (heat[0] * uses, heat[1] * uses), severity, deadline.part(part))
         hosted, _ = anneal(
-            expert_ids[sample], home[sample], hosted, slots=slots, caps=caps.of(sample, expert_ids), schedule=schedule,
-            seed=seed, price=price,
+            expert_ids[sample], home[sample], hosted, slots=slots, caps=caps.times(share_of_pairs(expert_ids, sample)),
+            schedule=schedule, seed=seed, price=price,
         )  # fmt: skip
 
     def cost(of: NDArray[np.bool_]) -> float:

@@ -1,9 +1,6 @@
 """Simulated annealing of one layer's experts, one copy each, in compiled code (assign.c).
 
-A plan is fitted on some traffic and serves other. What keeps its load there is that ranks are even not only over all of
-the fitted tokens but in pieces of them: the second moment of what a rank serves in a piece, summed over the pieces, may
-not be far above what the EPLB-style greedy's ranks have. It is a sum over every two experts of the rank of how hot both
-are in the same pieces, so that a plan with few visits, which puts experts of one subject together, pays for it.
+What keeps the load on other traffic are second moments (`evenness`), capped by what the EPLB-style greedy's ranks have.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +10,11 @@ from numpy.typing import NDArray
 
 from moe.placement.deadline import Deadline, Pace
 from moe.placement.helper import ASSIGN, load_helper
+from moe.placement.solve.evenness import moments_of, moments_of_ranks
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.schedule import Schedule
 from moe.placement.solve.swaps import CopyOptions
 
-PIECE = 128  # consecutive tokens, about, in which ranks should be even
 MOMENT_PRICE = 0.25  # rank visits, times the ranks: of a pair in a piece's mean load squared over the load
 MOMENT_CAP = 0.9  # of the greedy's greatest
 CAP_PRICE = 10.0  # of a pair above the cap of all tokens
@@ -45,17 +42,11 @@ class Limits(NamedTuple):
     @staticmethod
     def of(expert_ids: NDArray[np.integer[Any]], greedy: Ints, num_ranks: int, slack: float) -> "Limits":
         """Of a layer's tokens, [N, K] with -1 = none, by what the greedy's assignment [E] has."""
-        tokens, experts = len(expert_ids), len(greedy)
-        number = max(1, tokens // PIECE)
-        piece = np.arange(tokens) * number // max(tokens, 1)
-        flat = (piece[:, None] * (experts + 1) + np.where(expert_ids < 0, experts, expert_ids)).reshape(-1)
-        counts = np.bincount(flat, minlength=number * (experts + 1)).reshape(number, -1)[:, :-1].astype(np.float64)
-        mean = np.maximum(counts.sum(axis=1, keepdims=True) / num_ranks, 1)
-        moments = MOMENT_PRICE * num_ranks * counts.T @ (counts / mean)
-        at = np.eye(num_ranks)[greedy]  # [E, G]
-        of_greedy = (at * (moments @ at)).sum(axis=0)
-        load = counts.sum(axis=0)
-        return Limits(load, slack * float((load @ at).max()), moments, slack * MOMENT_CAP * float(of_greedy.max()))
+        hosted = greedy[:, None] == np.arange(num_ranks)  # [E, G]
+        load = np.bincount(expert_ids[expert_ids >= 0], minlength=len(greedy)).astype(np.float64)
+        moments = MOMENT_PRICE * num_ranks * moments_of(expert_ids, len(greedy), num_ranks)
+        moment_cap = MOMENT_CAP * float(moments_of_ranks(moments, hosted).max())
+        return Limits(load, slack * float((load @ hosted).max()), moments, slack * moment_cap)
 
     def times(self, share: float) -> "Limits":
         """For so much of the traffic."""

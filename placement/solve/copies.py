@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moe.placement.deadline import NEVER, Deadline
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
-from moe.placement.solve.anneal import VISITS, Price, caps_of, folds_of, search_layer
+from moe.placement.solve.anneal import VISITS, Caps, Price, search_layer, share_of_pairs
 from moe.placement.solve.assign import (
     MOST_TOKENS,
     SKETCH,
@@ -90,7 +90,6 @@ class _Layers:
         self.compiled = load_helper() is not None
         self.anneals = slots is not None and not options.coherent and not options.node_weight
         self.anneals = self.anneals and ranks <= MOST_RANKS and self.compiled
-        self.fold = folds_of(trace.sequence_lengths)
 
     def sweeps(self, deadline: Deadline = NEVER) -> list[tuple[float, float, float]]:
         """(part of the rounds, where in the time it begins, where it ends): a first plan of every layer comes early."""
@@ -109,14 +108,13 @@ class _Layers:
         seed = (self.options.seed * len(self.sweeps()) + sweep) * self.trace.num_layers + layer
         if self.anneals:
             assert self.slots is not None
-            fold = self.fold
+            caps = Caps.of(ids, self.trace.num_experts, self.ranks, self.options.slack * self.price.cap)
             if part < 1 and len(ids) > SKETCH:
                 few = np.sort(np.random.default_rng(seed).permutation(len(ids))[:SKETCH])
-                ids, fold = ids[few], fold[few]
-            cap = self.options.slack * self.price.cap * float((ids >= 0).sum()) / self.ranks
+                ids, caps = ids[few], caps.times(share_of_pairs(ids, few))
             rounds = 200 if self.options.rounds is None else self.options.rounds
             self.hosted[layer] = search_layer(
-                ids, self.hosted[layer], slots=self.slots, caps=caps_of(ids, fold, cap),
+                ids, self.hosted[layer], slots=self.slots, caps=caps,
                 rounds=math.ceil(rounds * part), seed=seed, deadline=until, price=self.price,
             )  # fmt: skip
             return

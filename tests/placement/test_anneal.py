@@ -10,9 +10,10 @@ from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
 from moe.placement.simulate import Workload, simulate
-from moe.placement.solve.anneal import FOLD_CAP, Caps, Price, anneal, caps_of, folds_of, home_ranks, search_layer
+from moe.placement.solve.anneal import PENALTY, Caps, Price, anneal, home_ranks, search_layer
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.copies import solve_copies
+from moe.placement.solve.evenness import PIECE
 from moe.placement.solve.schedule import Schedule
 from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.skipif(load_helper() is None, reason="the compiled help
 
 def cost(ids, home, hosted, caps, price=Price()):  # noqa: B008
     """The objective by its definition, for tokens of which no cover has a choice between equals."""
-    visits, load = 0, np.zeros((len(caps.caps), hosted.shape[1]))
-    for row, at, fold in zip(ids.tolist(), home.tolist(), caps.fold.tolist()):
+    visits, load = 0, np.zeros(hosted.shape[1])
+    for row, at in zip(ids.tolist(), home.tolist()):
         hosts = [set(np.flatnonzero(hosted[e])) for e in row if e >= 0]
         forced = {at}.union(*(h for h in hosts if len(h) == 1))
         extra = next(
@@ -43,8 +44,12 @@ def cost(ids, home, hosted, caps, price=Price()):  # noqa: B008
             able = {at} if price.home_first and at in h else h & used
             visits += price.pair * (1 - (at in able) / len(able))
             for rank in able:
-                load[[0, 1 + fold], rank] += 1 / len(able)
-    return visits, (caps.penalties * np.maximum(load - caps.caps[:, None], 0).sum(axis=1)).sum()
+                load[rank] += 1 / len(able)
+    over = PENALTY * np.maximum(load - caps.load, 0).sum()
+    for rank in range(hosted.shape[1]):
+        held = [(e, 1 / hosted[e].sum()) for e in np.flatnonzero(hosted[:, rank])]
+        over += sum(s * t * caps.moments[e, f] for e, s in held for f, t in held)
+    return visits, over
 
 
 @pytest.mark.parametrize("combine", ["exact", "partial"])
@@ -63,8 +68,8 @@ def test_the_cost_is_what_its_definition_says(seed):
     ids[rng.random(ids.shape) < 0.2] = -1
     hosted = np.arange(8)[:, None] % 4 == np.arange(4)
     home = home_ranks(30, 4, seed)
-    folds = Caps(rng.integers(0, 3, 30).astype(np.uint8), np.array([15.0, 5, 4, 6]), np.array([3.0, 1, 2, 0.5]))
-    caps = folds if seed % 2 else Caps.one(30, 15.0, 3.0)
+    counts = rng.integers(0, 3, (5, 8))
+    caps = Caps(15.0, counts.T @ counts * 0.7) if seed % 2 else Caps.one(8, 15.0)
     for iterations in (0, 500):  # without replicas a token's ranks are given
         keep = {"slots": 2, "caps": caps, "seed": seed}
         hosted, found = anneal(ids, home, hosted, schedule=Schedule(iterations, (5.0, 0.1)), **keep)
@@ -81,7 +86,7 @@ def test_the_best_of_a_small_layer_is_found():
     ids = np.argsort(rng.random((40, 6)) + (np.arange(6) % 2 == rng.integers(0, 2, (40, 1))), axis=1)[:, :2]
     home = home_ranks(40, 2, 0)
     options = [np.isin(np.arange(6), left)[:, None] == np.array([True, False]) for left in combinations(range(6), 3)]
-    caps = Caps.one(40, 40.0, 1.0)
+    caps = Caps.one(6, 40.0)
     best = min(sum(cost(ids, home, hosted, caps)) for hosted in options)
     hosted, found = anneal(ids, home, options[0], slots=3, caps=caps, schedule=Schedule(3000, (10.0, 0.1)), seed=1)
     assert found == pytest.approx(best)
@@ -93,7 +98,7 @@ def test_experts_move_into_empty_places():
     ids = np.array([[0, 1, 2]] * 15 + [[3, -1, -1]] * 5)
     hosted = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
     out, _ = anneal(
-        ids, np.zeros(20), hosted, slots=3, caps=Caps.one(20, 1e9), schedule=Schedule(2000, (5.0, 0.1)), seed=0
+        ids, np.zeros(20), hosted, slots=3, caps=Caps.one(4, 1e9), schedule=Schedule(2000, (5.0, 0.1)), seed=0
     )
     assert (out[:3] == out[0]).all()
 
@@ -111,48 +116,32 @@ def test_replicas_are_repeatable_valid_and_a_limit_is_kept():
 def test_a_start_that_is_best_is_kept():
     ids = np.array([[0, 1], [2, 3]] * 20)
     best = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
-    caps = caps_of(ids, folds_of(np.full(8, 5)), 40.4)
+    caps = Caps.of(ids, 4, 2, 1.01)
     found = search_layer(ids, best, slots=2, caps=caps, rounds=5, seed=0, deadline=NEVER)
     assert (found == best).all()
 
 
-def test_folds_are_whole_sequences_and_their_caps_add_up():
-    lengths = np.array([7, 0, 30, 1, 12, 50, 9, 11, 40, 3])
-    fold = folds_of(lengths, 4)
-    assert [len(set(part)) for part in np.split(fold, np.cumsum(lengths)[:-1]) if len(part)] == [1] * 9
-    assert (np.diff(fold.astype(int)) >= 0).all()
-    assert np.bincount(fold, minlength=4).min() > 0
-    ids = np.random.default_rng(0).integers(-1, 6, (len(fold), 3))
-    caps = caps_of(ids, fold, 100.0)
-    assert caps.caps[1:].sum() == pytest.approx(100.0 * FOLD_CAP)
-    few = np.random.default_rng(1).permutation(len(fold))[:60]
-    sample = caps.of(few, ids)
-    assert sample.caps[0] == pytest.approx(100.0 * (ids[few] >= 0).sum() / (ids >= 0).sum())
-    in_fold = (ids[few] >= 0).sum(axis=1) @ (fold[few][:, None] == np.arange(4))
-    assert sample.caps[1:] == pytest.approx(100.0 * FOLD_CAP * in_fold / (ids >= 0).sum())
-
-
-def test_what_is_even_over_all_is_evened_in_each_fold():
+def test_what_is_even_over_all_is_evened_in_its_parts():
     """Two halves with two experts each: two ranks are even over all whichever pairs, and in each in one way."""
-    ids = np.repeat([[0], [1], [2], [3]], 30, axis=0)
-    caps = caps_of(ids, folds_of(np.array([60, 60]), 2), 60.0)
-    start = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
-    found = search_layer(ids, start, slots=2, caps=caps, rounds=10, seed=0, deadline=NEVER)
+    ids = np.repeat([[0], [1], [2], [3]], 2 * PIECE, axis=0)
+    uneven = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool)
+    caps = Caps.of(ids, 4, 2, 1.0)
+    found = search_layer(ids, uneven, slots=2, caps=caps, rounds=10, seed=0, deadline=NEVER)
     assert (found[0] != found[1]).all()
     assert (found[2] != found[3]).all()
 
 
 def test_what_does_not_fit_is_refused():
     ids, home, hosted = np.array([[0, 1]]), np.array([0]), np.eye(2, dtype=bool)
-    keep = {"caps": Caps.one(1, 1.0), "schedule": Schedule(1), "seed": 0}
+    keep = {"caps": Caps.one(2, 1.0), "schedule": Schedule(1), "seed": 0}
     with pytest.raises(ValueError, match="out of range"):
         anneal(np.array([[0, 2]]), home, hosted, slots=1, **keep)
     with pytest.raises(ValueError, match="no copy"):
         anneal(ids, home, hosted & (np.arange(2) == 0), slots=1, **keep)
     with pytest.raises(ValueError, match="no copy"):
         anneal(ids, home, hosted | True, slots=1, **keep)
-    with pytest.raises(ValueError, match="caps"):
-        anneal(ids, home, hosted, slots=1, **keep | {"caps": Caps.one(2, 1.0)})
+    with pytest.raises(ValueError, match="moments"):
+        anneal(ids, home, hosted, slots=1, **keep | {"caps": Caps.one(3, 1.0)})
     with pytest.raises(ValueError, match="ranks"):
         anneal(ids, home, np.ones((2, MOST_RANKS + 1), bool), slots=2, **keep)
 

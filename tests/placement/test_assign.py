@@ -10,14 +10,13 @@ from moe.placement.helper import load_helper
 from moe.placement.solve.assign import (
     CAP_PRICE,
     MOMENT_CAP,
-    MOMENT_PRICE,
-    PIECE,
     Layer,
     Limits,
     anneal_assignment,
     search_assignment,
 )
 from moe.placement.solve.copies import solve_copies
+from moe.placement.solve.evenness import PIECE
 from moe.placement.solve.schedule import Schedule
 from moe.placement.solve.swaps import CopyOptions
 from tests.placement.instances import topic_trace
@@ -85,17 +84,14 @@ def test_the_best_of_a_small_layer_is_found(seed):
     assert min(cost(layer, rows, options) for rows in found) == pytest.approx(best)
 
 
-def test_moments_are_of_pieces_and_their_cap_of_the_greedys_plan():
+def test_limits_are_of_the_greedys_plan():
     rng = np.random.default_rng(0)
     ids = rng.integers(-1, 9, (5 * PIECE, 2))
     greedy = np.arange(9) % 3
     limits = Limits.of(ids, greedy, 3, 1.1)
-    pieces = np.stack([(ids == e).reshape(5, -1).sum(axis=1) for e in range(9)])  # [E, 5]
-    np.testing.assert_array_equal(limits.load, pieces.sum(axis=1))
-    mean = pieces.sum(axis=0) / 3
-    moments = [MOMENT_PRICE * 3 * (pieces[greedy == g].sum(axis=0) ** 2 / mean).sum() for g in range(3)]
+    np.testing.assert_array_equal(limits.load, [(ids == e).sum() for e in range(9)])
+    moments = [limits.moments[np.ix_(greedy == g, greedy == g)].sum() for g in range(3)]
     assert limits.moment_cap == pytest.approx(1.1 * MOMENT_CAP * max(moments))
-    assert limits.moments[np.ix_(greedy == 0, greedy == 0)].sum() == pytest.approx(moments[0])
     assert limits.cap == pytest.approx(1.1 * max(limits.load[greedy == g].sum() for g in range(3)))
     few = Layer(ids, None, limits).sample(32, seed=1)
     share = (few.expert_ids >= 0).sum() / (ids >= 0).sum()
