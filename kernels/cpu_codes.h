@@ -225,18 +225,7 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(
             PANEL(M, INT8, 0, 0);                \
         break;
     switch (mr) {
-        CASE(1)
-#if MR >= 2
-        CASE(2)
-#endif
-#if MR >= 3
-        CASE(3)
-#endif
-#if MR >= 4
-        CASE(4)
-        CASE(5)
-        CASE(6)
-#endif
+        CASES
     }
 #undef CASE
 #undef PANEL

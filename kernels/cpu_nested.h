@@ -140,18 +140,7 @@ static TARGET void NAME(any_nested_panel)(int64_t mr, const struct NAME(nested) 
             NAME(nested_panel)(M, 8, p, r, apart, x, ahead, c, ldc);      \
         break;
     switch (mr) {
-        CASE(1)
-#if MR >= 2
-        CASE(2)
-#endif
-#if MR >= 3
-        CASE(3)
-#endif
-#if MR >= 4
-        CASE(4)
-        CASE(5)
-        CASE(6)
-#endif
+        CASES
     }
 #undef CASE
 }

@@ -89,6 +89,15 @@ static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int
     }
 }
 
+/* CASE(M) of each number of rows of x that a block may have. */
+#if MR >= 4
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#elif MR == 3
+#define CASES CASE(1) CASE(2) CASE(3)
+#else
+#define CASES CASE(1) CASE(2)
+#endif
+
 static TARGET void NAME(any_panel)(int64_t mr, int64_t kind, const float *x, const char *w, const struct walk *k,
                                    float *c) {
 #define CASE(M)                                          \
@@ -103,18 +112,7 @@ static TARGET void NAME(any_panel)(int64_t mr, int64_t kind, const float *x, con
             NAME(panel)(M, NAME(dotted), x, w, k, c);    \
         break;
     switch (mr) {
-        CASE(1)
-#if MR >= 2
-        CASE(2)
-#endif
-#if MR >= 3
-        CASE(3)
-#endif
-#if MR >= 4
-        CASE(4)
-        CASE(5)
-        CASE(6)
-#endif
+        CASES
     }
 #undef CASE
 }

@@ -188,9 +188,7 @@ def _attend_by_hand(
     return logits.softmax(-1)[..., :-1].to(v.dtype) @ v
 
 
-LARGE = (
-    8 * LARGE_PAGE
-)  # bytes of a pool from which it is in large pages, in which long contexts are read up to 1.7 x as fast
+LARGE = 8 * LARGE_PAGE  # bytes from which on a pool is in large pages, in which long contexts are read faster
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
