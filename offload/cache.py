@@ -210,6 +210,11 @@ class ExpertCache:
         return self.map.num_slots < len(self.map.slot_of)
 
     @property
+    def slot_sizes(self) -> list[int]:
+        """Bytes of a slot by layer: where sizes of experts share slots, those of the larger."""
+        return [self.slab.runs[run].nbytes for run in self.slab.run_of_layer]
+
+    @property
     def slot_bytes(self) -> int:
         """Of all slots, full or not."""
         return Slab.nbytes(self.slab.runs, self.map.slots_of_run) - self.spared

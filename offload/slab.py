@@ -1,5 +1,6 @@
 """The memory of the slots: one slab, cut into runs of slots of one size (offload/slot_runs.py)."""
 
+import logging
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from moe.offload.layout import ALIGNMENT
 from moe.offload.slot_runs import SlotRun, slot_runs
 from moe.offload.stores import aligned_bytes, give_back
+
+log = logging.getLogger(__name__)
 
 
 class Slab:
@@ -35,14 +38,24 @@ class Slab:
     ) -> "Slab":
         """Shared out among sizes of experts; `num_slots` on a device, on the host room for all: untouched it is free.
 
-        sizes: bytes of an expert by layer; counts: experts by layer that will ask for slots. huge: large pages.
+        sizes: bytes of an expert by layer; counts: experts by layer that will ask for slots. huge: large pages. Where
+        addresses are limited on the host, there is room for `num_slots` alone. Raises OSError where there is not.
         """
         runs = slot_runs(sizes, counts, num_slots)
-        on_host = device.type == "cpu"
-        rooms = [sum(num_experts[n] for n in run.layers) if on_host else run.num_slots for run in runs]
-        nbytes = Slab.nbytes(runs, rooms)
-        memory = aligned_bytes(nbytes, huge) if on_host else torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        assert memory.data_ptr() % (ALIGNMENT if on_host else 16) == 0, memory.data_ptr()
+        rooms = [run.num_slots for run in runs]
+        if device.type != "cpu":
+            memory = torch.zeros(Slab.nbytes(runs, rooms), dtype=torch.uint8, device=device)
+            assert memory.data_ptr() % 16 == 0, memory.data_ptr()
+            return Slab(runs, rooms, memory)
+        most = [sum(num_experts[n] for n in run.layers) for run in runs]
+        try:
+            memory, rooms = aligned_bytes(Slab.nbytes(runs, most), huge), most
+        except OSError as error:
+            if most == rooms:
+                raise
+            log.info("there will never be more than %d expert slots: %s", num_slots, error)
+            memory = aligned_bytes(Slab.nbytes(runs, rooms), huge)
+        assert memory.data_ptr() % ALIGNMENT == 0, memory.data_ptr()
         return Slab(runs, rooms, memory)
 
     @staticmethod

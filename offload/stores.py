@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe.offload.budget import format_bytes
 from moe.offload.integrity import CheckReads, ReadCheck
 from moe.offload.layout import ALIGNMENT, ExpertLayout
 from moe.offload.memory import available_memory
@@ -54,16 +55,24 @@ class PartedStore(Protocol):
 
 
 LARGE_PAGE = 2 << 20  # bytes, where the system has them
+_MAP_NORESERVE = 0x4000  # Linux; Python 3.11's mmap has no name for it
 
 
 def aligned_bytes(nbytes: int, huge: bool = True) -> Tensor:
     """Zeroed uint8 [nbytes] that starts on a page and takes memory only where it is written.
 
-    huge: in large pages where the system has them, so that a byte may take the memory of many.
+    More than the machine has may be asked for: without MAP_NORESERVE Linux refuses addresses beyond memory and swap.
+    huge: in large pages where the system has them, so that a byte may take the memory of many. Raises OSError where a
+    limit on addresses (`ulimit -v`, vm.overcommit_memory=2) is below it.
     """
     if nbytes == 0:
         return torch.zeros(0, dtype=torch.uint8)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except OSError as error:
+        asked = f"{error.strerror}: addresses for {format_bytes(nbytes)}"
+        message = f"{asked}; raise `ulimit -v`, or set vm.overcommit_memory to 0 or 1"
+        raise OSError(error.errno, message) from None
     if not huge:
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     elif nbytes >= 2 * LARGE_PAGE:
@@ -189,7 +198,13 @@ class RamStore:
 
     @staticmethod
     def read_from(source: ExpertStore) -> "RamStore":
-        """Reads every blob of `source` once."""
+        """Reads every blob of `source` once. Raises ValueError where they are more than the memory."""
+        nbytes = sum(count * layout.nbytes for count, layout in zip(source.num_experts, source.layouts))
+        if nbytes > (free := available_memory()):
+            raise ValueError(
+                f"offload.store=ram keeps all experts in host memory: {format_bytes(nbytes)}, of which "
+                f"{format_bytes(free)} are free; leave it out, then they are read from their files"
+            )
         blobs = [aligned_bytes(n * layout.nbytes).view(n, -1) for n, layout in zip(source.num_experts, source.layouts)]
         for layer, experts in enumerate(blobs):
             for expert, blob in enumerate(experts):

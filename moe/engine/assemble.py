@@ -64,11 +64,13 @@ class Share:
     """What a process will have of the experts, known before it meets a peer: rank `rank`'s part of `plan`.
 
     host_copy: processes of a node that give the same name have one copy of all experts in host memory together.
+    sharers: processes of this machine that share its memory, this one counted.
     """
 
     plan: Plan
     rank: int
     host_copy: str = ""
+    sharers: int = 1
 
     @property
     def experts(self) -> list[list[int]]:
@@ -179,7 +181,8 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
     shared = None
     if read.config.batch.schedule == "layer_major":
         read, shared = _split_memory(read, dense, work, share)
-    memory = make_memory(read, dense, None if shared is None else shared.most_blocks)
+    sharers = 1 if share is None else share.sharers
+    memory = make_memory(read, dense, None if shared is None else shared.most_blocks, sharers)
     threads = _settle_threads(read, memory.runner, is_alone=share is None)
     to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
     with ExitStack() as undo:
@@ -209,7 +212,7 @@ def _split_memory(read: Read, dense: Dense, work: Workload | None, share: Share 
     own, num_ranks = (None, 1) if share is None else ([len(of) for of in share.experts], share.plan.num_ranks)
     kv_bytes = dense.tried.kv_bytes
     sizes = sizes_of(read.blueprint, config.batch, kv_bytes, dense.vocabulary, own=own, num_ranks=num_ranks)
-    room = free_room(read.device, config, sizes)
+    room = free_room(read.device, config, sizes, 1 if share is None else share.sharers)
     config, shared, said = split_memory(config, work, sizes, room, dense.max_context)
     if said is not None and read.device.type != "cpu":
         shared, said = None, f"{said}; on a GPU it stays so"
@@ -237,6 +240,7 @@ def _lent_kv(read: Read, dense: Dense, memory: Memory, experts: Experts, share: 
         return None
     assert isinstance(runner, PackedRunner), "why_not_split has refused others"
     sizes = sizes_of(read.blueprint, read.config.batch, dense.tried.kv_bytes, dense.vocabulary)
+    sizes = sizes._replace(expert_bytes=slots.cache.slot_sizes)
     runner.kv.prepare(dense.tried.kv)  # addresses only
     both = runner.kv.taken_by(runner.kv.pool.room) + slots.cache.slot_bytes
     return LentKV(OneMemory(sizes, both, memory.scheduler, runner.kv, slots))
@@ -282,15 +286,15 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     return Dense(model, RoutingSeam(), tried, is_packed, context, blueprint.generation.eos_ids, notes)
 
 
-def make_memory(read: Read, dense: Dense, most_blocks: int | None = None) -> Memory:
-    """most_blocks: of KV, if there may be more later."""
+def make_memory(read: Read, dense: Dense, most_blocks: int | None = None, sharers: int = 1) -> Memory:
+    """most_blocks: of KV, if there may be more later. sharers: as of `Share`."""
     batch, turns = read.config.batch, _turns(read.blueprint, read.config.batch)
     if not dense.is_packed:
         unlimited = BlockPool(batch.num_running, dense.max_context, sharing=False)
         return Memory(
             Scheduler(batch, unlimited, can_chunk=False, turns=turns), SequentialRunner(dense.model, dense.routing), 0
         )
-    pool = BlockPool(num_blocks(batch, dense), batch.block_size, batch.prefix_sharing, most_blocks)
+    pool = BlockPool(num_blocks(batch, dense, sharers), batch.block_size, batch.prefix_sharing, most_blocks)
     kv = make_paged_kv(dense.model, pool)
     kernel = chosen_kernel(read.config.kernel, read.device)
     if read.device.type != "cpu":
@@ -311,11 +315,11 @@ def _turns(blueprint: Blueprint, batch: BatchConfig) -> Turns | None:
     return Turns([site.num_experts for site in blueprint.index.sites], batch.pool)
 
 
-def num_blocks(batch: BatchConfig, dense: Dense) -> int:
+def num_blocks(batch: BatchConfig, dense: Dense, sharers: int = 1) -> int:
     """KV blocks as configured, by default for full sequences of full length within a quarter of free memory."""
     tokens = batch.kv_tokens
     if tokens is None:
-        affordable = free_memory(dense.model.device) // 4 // max(1, dense.tried.kv_bytes)
+        affordable = free_memory(dense.model.device, sharers) // 4 // max(1, dense.tried.kv_bytes)
         tokens = min(batch.num_running * dense.max_context, affordable)
     return max(1, -(-tokens // batch.block_size))
 
@@ -332,9 +336,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     own = [list(range(n)) for n in counts] if share is None else share.experts
     num_own = [len(experts) for experts in own]
     sizes = sizes_of(blueprint, config.batch, dense.tried.kv_bytes, dense.vocabulary)
-    room = max(0, free_room(read.device, config, sizes) - reserved_bytes)
     can_mix = config.offload.store != "ram" and read.device.type == "cpu"
-    num_slots = slots_for(config.offload.budget, blueprint.index, num_own, room, can_mix=can_mix)
     foresight = Foresight(blueprint, model, config)
     machine = probed(config)
     offload, choices = choose_reads(config.offload, blueprint, machine)
@@ -342,6 +344,10 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     with ExitStack() as undo:
         store = _make_store(blueprint, offload, share)
         undo.callback(store.close)
+        free = free_room(read.device, config, sizes, 1 if share is None else share.sharers)  # beside a host copy
+        num_slots = slots_for(
+            config.offload.budget, blueprint.index, num_own, max(0, free - reserved_bytes), can_mix=can_mix
+        )
         cache = ExpertCache(
             store,
             num_slots,

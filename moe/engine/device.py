@@ -29,14 +29,17 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take where the model's tensors lie."""
-    return available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+def free_memory(device: torch.device, sharers: int = 1) -> int:
+    """Bytes that this process can still take where the model's tensors lie.
+
+    sharers: processes of this machine that take of its memory alike, this one counted; of a GPU's none does.
+    """
+    return available_memory() // sharers if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
-def free_room(device: torch.device, config: EngineConfig, sizes: Sizes) -> int:
+def free_room(device: torch.device, config: EngineConfig, sizes: Sizes, sharers: int = 1) -> int:
     """Bytes for KV and slots: a tenth of what is free stays, or what steps and reads take, if that is more."""
-    batch, free = config.batch, free_memory(device)
+    batch, free = config.batch, free_memory(device, sharers)
     step = batch.max_tokens * sizes.token_bytes + batch.max_sequences * sizes.row_bytes
     reads = (config.offload.readers or _READERS) * max(sizes.expert_bytes)
     return free - max(int(free * (1 - _SHARE_OF_FREE)), step + reads + _UNSEEN)

@@ -21,6 +21,7 @@ from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
 from moe.engine.device import free_room
 from moe.engine.layer_major import sizes_of
+from moe.engine.lent_kv import LentKV
 from moe.engine.mirror import RequestMirror
 from moe.engine.modes import Alone, Coherent, Ranks, StepMode
 from moe.engine.online import OnlinePlacement
@@ -76,7 +77,8 @@ def share_of(blueprint: Blueprint, groups: Groups, config: ParallelConfig) -> Sh
         raise ValueError(
             f"the plan is for {plan.num_ranks} ranks, this run has {groups.world_size}; solve it again for them"
         )
-    return Share(plan, groups.rank, groups.name if groups.local is not None else "")
+    host_copy = groups.name if groups.local is not None else ""
+    return Share(plan, groups.rank, host_copy, len(groups.local_ranks))
 
 
 def shareable_shape(blueprint: Blueprint) -> tuple[int, int]:
@@ -107,6 +109,8 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
     parallel = ExpertParallel(groups, plan, wire, parallel_config.broadcast_tokens)
     control = Control(groups)
     notes = []
+    if isinstance(loaded.split, LentKV):  # of a process alone: KV has all that it may beside ranks
+        loaded.split.make_room(loaded.memory.scheduler.pool.room)
     if is_hierarchical and not groups.is_even:
         notes.append(f"nodes {groups.nodes} have unequal numbers of ranks: tokens go in one step, not in two")
     if decisions is None:
@@ -137,12 +141,13 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
     slots, read = loaded.experts.slots, loaded.read
     assert slots is not None
     cache, counts, notes = slots.cache, [len(own) for own in parallel.hosted], []
-    sizes, num_own = [layout.nbytes for layout in cache.store.layouts], sum(counts)
+    sizes, num_own = cache.slot_sizes, sum(counts)
     # Slots that are still empty will take what is free now, like at the start, and so will KV.
     pool = loaded.memory.scheduler.pool
     kv_to_come = loaded.memory.kv_bytes * (pool.room - pool.num_used) // pool.room if read.device.type == "cpu" else 0
     of_model = sizes_of(read.blueprint, read.config.batch, loaded.dense.tried.kv_bytes, loaded.dense.vocabulary)
-    free = free_room(read.device, read.config, of_model) - cache.empty_bytes - kv_to_come
+    sharers = len(parallel.groups.local_ranks)
+    free = free_room(read.device, read.config, of_model, sharers) - cache.empty_bytes - kv_to_come
     most = min(max(cache.num_slots, slots_within(cache.slot_bytes + max(0, free), sizes, counts)), cache.map.room)
     budget = read.config.offload.budget
     wanted = num_own
@@ -205,8 +210,8 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
         told = f"parallel.dispatcher=auto is {'coherent' if is_coherent else 'all_to_all'}: {reason}"
     if not is_coherent:
         return Decisions(), told
-    batch = config.batch.for_ranks(parallel.groups.world_size)
-    return Decisions(True, control.smallest(num_blocks(batch, dense))), told
+    batch, sharers = config.batch.for_ranks(parallel.groups.world_size), len(parallel.groups.local_ranks)
+    return Decisions(True, control.smallest(num_blocks(batch, dense, sharers))), told
 
 
 def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, decisions: Decisions) -> StepMode:
@@ -222,7 +227,7 @@ def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, deci
         hidden_size=loaded.read.blueprint.index.sites[0].hidden_size,
         dtype=loaded.dense.model.dtype,
         online=_online(loaded, parallel, control),
-        split=loaded.split,
+        split=None if isinstance(loaded.split, LentKV) else loaded.split,
     )
 
 

@@ -34,7 +34,7 @@ class Split(Protocol):
 
 
 class OneMemory:
-    """memory: bytes that KV and slots have together."""
+    """memory: bytes that KV and slots have together; sizes: of experts as of the cache's slots (`slot_sizes`)."""
 
     def __init__(self, sizes: Sizes, memory: float, scheduler: Scheduler, kv: PagedKV, experts: SlotExperts) -> None:
         assert kv.device.type == "cpu", kv.device
@@ -48,8 +48,8 @@ class OneMemory:
         return self.kv.taken_by(self.kv.pool.num_blocks) + self.experts.cache.slot_bytes
 
     def slots_beside(self, blocks: int) -> int:
-        """The most that the memory holds beside so many blocks."""
-        return self.sizes.slots_in(self.memory - self.kv.taken_by(blocks))
+        """The most that the memory holds beside so many blocks, as far as there are addresses for them."""
+        return min(self.sizes.slots_in(self.memory - self.kv.taken_by(blocks)), self.experts.cache.map.room)
 
     def give(self, blocks: int, slots: int) -> None:
         """So many from now on, together no more than the memory; no fewer blocks than are used.

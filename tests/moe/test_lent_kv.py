@@ -1,18 +1,25 @@
 """The default split of memory: slots have what KV does not use. No token changes, nobody is put back for it, and it
 moves when sequences need KV, and back when they have ended."""
 
+import errno
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe.engine.assemble as assemble
 import moe.engine.lent_kv as lent_kv
+import moe.offload.slab as slab
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.lent_kv import LentKV
 from moe.evaluate import every_logit
 from moe.llm import LLM
+from moe.offload.stores import aligned_bytes
 from moe.params import SamplingParams
+from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import TINYMOE, random_prompts
+from tests.moe.test_mixed_formats import int4, write_pair
 
 MEMORY = 12 << 20  # for KV and experts, beside the dense weights; all experts are 13.5 MiB
 BLOCK = 16 * 2304  # bytes: 6 layers of K and V, 3 heads of 32 in bf16
@@ -21,8 +28,8 @@ PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in 
 
 
 def little(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(assemble, "free_memory", lambda device: MEMORY)
-    patch.setattr(assemble, "free_room", lambda device, config, sizes: MEMORY * 9 // 10)
+    patch.setattr(assemble, "free_memory", lambda device, sharers=1: MEMORY)
+    patch.setattr(assemble, "free_room", lambda device, config, sizes, sharers=1: MEMORY * 9 // 10)
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +158,66 @@ def test_what_is_told_stays():
         with pytest.raises(ValueError, match="the KV cache holds 64"):
             llm.engine.check_request([1] * 60, SamplingParams(max_tokens=5))
         lent(llm)
+
+
+FEW = EngineConfig(dtype="float32", threads=1, batch=BatchConfig(kv_tokens=160, max_sequences=2, max_tokens=16))
+
+
+def with_room(folder, slots: int, patch: pytest.MonkeyPatch) -> LLM:
+    """Beside KV for 160 tokens there is room for so many slots of the largest."""
+    with LLM(folder, replace(FEW, offload=OffloadConfig(budget="1 expert"))) as llm:
+        nbytes = llm.engine.loaded.memory.kv_bytes + slots * llm.engine.experts.cache.blob_bytes
+    patch.setattr(assemble, "free_room", lambda *_: nbytes)
+    return LLM(folder, FEW)
+
+
+def says_the_same(folder, llm: LLM) -> None:
+    """As with all experts in memory, while the border moves: after short prompts one comes that takes all of the KV."""
+    with LLM(folder, replace(FEW, offload=OffloadConfig(budget="1.0"))) as twin:
+        compare(llm, twin)
+
+
+def compare(llm: LLM, twin: LLM) -> None:
+    one, cache, slots = lent(llm).one, llm.engine.experts.cache, []
+    for lengths in ((5, 3), (120, 30), (9, 2)):
+        prompts = random_prompts(lengths)
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        running = [llm.add(prompt, params) for prompt in prompts]
+        while llm.engine.has_work:
+            llm.step()
+            assert llm.engine.why_not_whole() is None
+            assert cache.slot_bytes + one.kv.taken_by(one.kv.pool.num_blocks) == one.nbytes <= one.memory
+            slots.append(cache.num_slots)
+        assert [r.token_ids for r in running] == tokens_of(twin.generate(prompts, params, use_tqdm=False))
+    assert min(slots) == fixed_slots(llm)
+
+
+def test_sizes_of_experts_that_share_slots(tmp_path, monkeypatch):
+    """Two slots are too few for one of each size; more are, when KV leaves its memory, as large as those two."""
+    folder, _ = write_pair("qwen3_moe", tmp_path, lambda key: int4 if "layers.1.mlp.experts." in key else None)
+    with with_room(folder, 2, monkeypatch) as llm:
+        cache = llm.engine.experts.cache
+        assert (len({layout.nbytes for layout in cache.store.layouts}), len(cache.slab.runs)) == (2, 1)
+        assert cache.num_slots > 3 > fixed_slots(llm)
+        monkeypatch.undo()
+        says_the_same(folder, llm)
+
+
+def test_where_addresses_are_limited_slots_are_as_many_as_beside_kv(tmp_path, monkeypatch):
+    folder, limit = tiny_checkpoint("qwen3_moe", tmp_path), 9 * 8192
+
+    def limited(nbytes: int, huge: bool = True):
+        if nbytes > limit:
+            raise OSError(errno.ENOMEM, "addresses")
+        return aligned_bytes(nbytes, huge)
+
+    monkeypatch.setattr(slab, "aligned_bytes", limited)
+    with with_room(folder, 7, monkeypatch) as llm:
+        cache = llm.engine.experts.cache
+        assert cache.blob_bytes == 8192
+        assert cache.map.room == cache.num_slots == fixed_slots(llm) == 7
+        monkeypatch.undo()
+        says_the_same(folder, llm)
 
 
 def test_a_window_to_evaluate_has_room():

@@ -1,5 +1,9 @@
 """One slab for experts of several sizes: who gets how many slots, and that no two slots share a byte."""
 
+import resource
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,3 +61,35 @@ def test_no_two_slots_share_a_byte(layers, share):
         assert all(slab.of_layer(n).data_ptr() == blobs.data_ptr() for n in run.layers)
         first += room
     assert bool((slab.memory == 1).all())
+
+
+def test_experts_may_be_more_than_the_memory_of_the_machine():
+    """There are addresses for all of them, and pages for what is written."""
+    size = -(-8 * total_memory() // 256 // 4096) * 4096
+    slab = Slab.made([size] * 4, [64] * 4, [64] * 4, 3, torch.device("cpu"))
+    assert (slab.slots_of_run, slab.rooms) == ([3], [256])
+    slab.of_layer(0)[[0, 255], 0] = 1
+    assert slab.of_layer(3)[:, 0].tolist() == [1, *[0] * 254, 1]
+    slab.give_back([3])
+    assert int(slab.of_layer(0)[:, 0].sum()) == 1
+
+
+def test_limited_addresses_are_room_for_the_slots_alone():
+    now = next(int(line.split()[1]) << 10 for line in status() if line.startswith("VmSize:"))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + (96 << 20), limits[1]))  # as `ulimit -v` does
+    try:
+        slab = Slab.made([4 << 20] * 2, [64] * 2, [64] * 2, 3, torch.device("cpu"))
+        with pytest.raises(OSError, match=r"addresses for 512.0 MiB; raise `ulimit -v`"):
+            Slab.made([4 << 20] * 2, [64] * 2, [64] * 2, 128, torch.device("cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert slab.rooms == slab.slots_of_run == [3]
+
+
+def status() -> list[str]:
+    return Path("/proc/self/status").read_text().splitlines()
+
+
+def total_memory() -> int:
+    return int(Path("/proc/meminfo").read_text().split()[1]) << 10

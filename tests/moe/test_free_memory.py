@@ -1,0 +1,97 @@
+"""Whom the free memory is for: ranks of one machine share it, and a host copy of the experts is beside slots."""
+
+from dataclasses import replace
+
+import pytest
+
+import moe.engine.device as device
+import moe.offload.stores as stores
+from moe.comm.membership import process_groups
+from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
+from moe.engine.assemble import Share
+from moe.engine.engine import Engine
+from moe.llm import LLM
+from moe.offload.stores import RamStore
+from moe.params import SamplingParams
+from moe.placement.plan import Plan
+from tests.distributed import spawn
+from tests.moe.moe_cases import TINYMOE
+
+MIB = 1 << 20
+EXPERTS = 96 * 144 * 1024  # bytes of all in slots
+BATCH = BatchConfig(max_tokens=16, max_sequences=2, kv_tokens=160)
+
+
+def config(**offload) -> EngineConfig:
+    return EngineConfig(threads=1, batch=BATCH, offload=OffloadConfig(prefetch="off", **offload))
+
+
+def taken(engine: Engine) -> int:
+    """KV and slots as they may become."""
+    return engine.loaded.memory.kv_bytes + engine.state().slot_bytes
+
+
+def rank_takes(free: int) -> tuple[int, int]:
+    device.available_memory = lambda: free  # this process is a rank of this test alone
+    with process_groups(timeout_s=60) as groups:
+        with LLM(TINYMOE, config(), groups=groups) as llm:
+            return taken(llm.engine), llm.engine.state().slots
+
+
+def test_ranks_of_a_machine_share_what_is_free(monkeypatch):
+    """Half of the experts each, and memory in which either's share has room, but not both."""
+    free = 46 * MIB
+    (first, slots), (second, _) = spawn(2, rank_takes, free)
+    assert 0 < slots < 48
+    assert 0.5 * free < first + second + 2 * 16 * MIB <= free
+    monkeypatch.setattr(device, "available_memory", lambda: free)
+    alone = Engine(TINYMOE, config(), share=Share(Plan.contiguous(6, 16, 2), 0))
+    assert alone.state().slots == 48
+    alone.close()
+
+
+def rank_joins_later(free: int, dispatcher: str) -> tuple[int, int, list[int]]:
+    device.available_memory = lambda: free
+    engine = Engine(TINYMOE, replace(config(), parallel=ParallelConfig(dispatcher=dispatcher)))
+    most = engine.loaded.split.one.memory
+    with process_groups(timeout_s=60) as groups:
+        engine.join(groups)
+        taken = engine.loaded.memory.kv_bytes + engine.experts.cache.slot_bytes
+        said = []
+        for peers in (None, groups):
+            engine.join(peers)
+            params = SamplingParams(max_tokens=100, ignore_eos=True, temperature=0)
+            request = engine.add_request([5, 6, 7], params)
+            engine.start()
+            while engine.has_work:
+                engine.step()
+                assert engine.why_not_whole() is None
+            said.append(request.tokens)
+        engine.join(None)
+    engine.close()
+    assert said[0] == said[1]
+    return taken, most, said[0]
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "coherent"])
+def test_a_process_that_joins_ranks_later_has_its_kv_back(dispatcher):
+    """Alone its slots had the memory of KV."""
+    for taken, most, said in spawn(2, rank_joins_later, 30 * MIB, dispatcher):
+        assert most - 144 * 1024 < taken <= most
+        assert len(said) == 103
+
+
+def test_a_host_copy_is_no_longer_free(monkeypatch):
+    copies, read_from = [], RamStore.read_from
+    free = EXPERTS + 26 * MIB
+    monkeypatch.setattr(RamStore, "read_from", lambda files: copies.append(1) or read_from(files))
+    monkeypatch.setattr(device, "available_memory", lambda: free - EXPERTS * len(copies))
+    with LLM(TINYMOE, config(store="ram")) as llm:
+        assert 0 < llm.engine.state().slots < 96
+        assert taken(llm.engine) + 16 * MIB + EXPERTS <= free
+
+
+def test_a_host_copy_that_is_larger_than_the_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(stores, "available_memory", lambda: 3 * MIB)
+    with pytest.raises(ValueError, match=r"store=ram keeps all experts in host memory: 13.5 MiB, .* 3.0 MiB are free"):
+        LLM(TINYMOE, config(store="ram"))
