@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="architecture, bytes, smallest and recommended budgets; reads no weights")
-    info.add_argument("model", type=named_path)
+    info.add_argument("model", type=named_path, help="folder of a Hugging Face checkpoint, original or packed")
     add_trust_option(info)
     info.add_argument("--check", action="store_true", help="read everything and say what is damaged")
     info.set_defaults(run="commands:info")
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     status = verbs.add_parser("status", help="hosts, generation, plan, load, and what happened last")
     status.add_argument("--json", action="store_true", help="as one JSON document")
     scale = verbs.add_parser("scale", help="serve with so many hosts from now on; requests go on")
-    scale.add_argument("num_hosts", type=whole(1), metavar="N")
+    scale.add_argument("num_hosts", type=whole(1), metavar="N", help="hosts from now on")
     scale.add_argument("--no-wait", action="store_true", help="do not wait until they serve")
     stop = verbs.add_parser("stop", help="end a controller that its server left behind, and its hosts")
     for verb in (status, scale, stop):
@@ -155,14 +155,14 @@ def _parser() -> argparse.ArgumentParser:
     add_engine_options(trace)
     trace.add_argument("prompts", type=named_path, help='JSON lines with a "prompt" each, or plain text lines')
     trace.add_argument("trace", type=named_path, help=".npz or .safetensors")
-    trace.add_argument("--max-tokens", type=int, default=32, help="of each answer")
+    trace.add_argument("--max-tokens", type=int, default=32, help="of each answer (default %(default)s)")
     trace.add_argument("--limit", type=whole(1), help="prompts to use")
     trace.set_defaults(run="commands:trace")
 
     pack = commands.add_parser("pack", help="write each expert as one aligned blob: faster reads")
-    pack.add_argument("model", type=named_path)
+    pack.add_argument("model", type=named_path, help="folder of a Hugging Face checkpoint, or a .gguf file")
     add_trust_option(pack)
-    pack.add_argument("out", type=named_path)
+    pack.add_argument("out", type=named_path, help="folder to make, with all that the model needs")
     pack.add_argument(
         "--config", type=named_path, metavar="FOLDER", help="of a .gguf: config.json and tokenizer of its model"
     )
@@ -191,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="the small model of this repository with a quarter of its experts in memory"
     )
-    demo.add_argument("--model", type=named_path, default=Path("examples/tinymoe"))
+    demo.add_argument(
+        "--model", type=named_path, default=Path("examples/tinymoe"), help="another folder (default %(default)s)"
+    )
     demo.set_defaults(run="commands:demo")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -72,12 +72,16 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Without these, as the model's generation_config.json recommends, else greedy."""
-    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--max-tokens", type=int, help="of an answer, if the model recommends nothing 64")
     parser.add_argument("--temperature", type=float, help="0 is greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--top-k", type=int, help="draw from the likeliest K tokens; 0: from all")
+    parser.add_argument(
+        "--top-p", type=float, help="draw from the likeliest tokens that have this probability together"
+    )
     parser.add_argument("--seed", type=int, help="the same seed, the same answer; without one every run differs")
-    parser.add_argument("--stop", action="append", default=[])
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text that ends an answer; may be given several times"
+    )
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
@@ -85,25 +89,41 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=whole(0, 65535), default=8000)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default %(default)s: this machine alone)"
+    )
+    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="0: any that is free (default %(default)s)")
     parser.add_argument("--hosts", type=whole(1), help="that many actors of a Ray cluster serve, and any may be lost")
     add_cluster_options(parser)
     parser.add_argument("--state", type=named_path, help="folder of files and batches, which a restart goes on with")
     parser.add_argument("--api-key-file", type=named_path, help="callers must send its content as a bearer token")
     parser.add_argument("--api-key-env", metavar="NAME", help="the same from this environment variable")
     add_record_option(parser)
-    parser.add_argument("--max-open", type=whole(1), default=256, help="requests at a time; more are told to come back")
-    parser.add_argument("--max-body", type=whole(1), default=1 << 20, metavar="BYTES", help="of one request")
     parser.add_argument(
-        "--max-seconds", type=real(0.001), default=3600.0, help="until an unfinished answer is given up"
+        "--max-open",
+        type=whole(1),
+        default=256,
+        help="requests at a time (default %(default)s); more are told to come back",
     )
-    parser.add_argument("--drain-seconds", type=real(0), default=30.0, help="for open requests when told to end")
+    parser.add_argument(
+        "--max-body", type=whole(1), default=1 << 20, metavar="BYTES", help="of one request (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=real(0.001),
+        default=3600.0,
+        help="until an unfinished answer is given up (default %(default)s)",
+    )
+    parser.add_argument(
+        "--drain-seconds", type=real(0), default=30.0, help="for open requests when told to end (default %(default)s)"
+    )
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="of the Ray cluster; without one, that of this job, or of this machine")
-    parser.add_argument("--controller", default="moe", metavar="NAME", help="of the actor that has the requests (moe)")
+    parser.add_argument(
+        "--controller", default="moe", metavar="NAME", help="of the actor that has the requests (default %(default)s)"
+    )
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

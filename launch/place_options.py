@@ -46,7 +46,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(run="analyze:run_analyze")
 
     parser = subparsers.add_parser("place", help="decide where every expert lives")
-    parser.add_argument("trace", type=named_path)
+    parser.add_argument("trace", type=named_path, help="routing as `moe trace` recorded it")
     _add_topology(parser)
     parser.add_argument("--out", type=named_path, required=True, help="plan to write (.json)")
     parser.add_argument(
@@ -65,11 +65,16 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--fit", type=real(0, 1), default=0.8, help="share of sequences to fit; the rest judges (default 0.8)"
     )
-    parser.add_argument("--seconds", type=real(0), default=30.0, help="limit on solver and bound together (default 30)")
     parser.add_argument(
-        "--rounds", type=whole(0), default=200, help="perturbations per layer; the same give the same plan"
+        "--seconds", type=real(0), default=30.0, help="limit on solver and bound together (default %(default)s)"
     )
-    parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument(
+        "--rounds",
+        type=whole(0),
+        default=200,
+        help="perturbations per layer (default %(default)s); the same give the same plan",
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the perturbations (default %(default)s)")
     parser.add_argument(
         "--present", type=named_path, help="running plan: rename ranks to move little, report the migration"
     )
@@ -79,23 +84,26 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "moves from --present, if they pay",
     )  # fmt: skip
     parser.add_argument(
-        "--bytes-per-step", type=whole(1, 1 << 50), default=1 << 28, help="migration budget between two steps"
+        "--bytes-per-step",
+        type=whole(1, 1 << 50),
+        default=1 << 28,
+        help="migration budget between two steps (default %(default)s)",
     )
     _add_workload(parser)
     _add_pictures(parser)
     parser.set_defaults(run="place:run_place")
 
     parser = subparsers.add_parser("simulate", help="predict bytes, load, misses and time of a plan on a trace")
-    parser.add_argument("trace", type=named_path)
-    parser.add_argument("plan", type=named_path)
+    parser.add_argument("trace", type=named_path, help="routing as `moe trace` recorded it")
+    parser.add_argument("plan", type=named_path, help="what `moe place` wrote")
     _add_topology(parser)
     _add_workload(parser)
     _add_pictures(parser)
     parser.set_defaults(run="place:run_simulate")
 
     parser = subparsers.add_parser("import-trace", help="read the routing that vLLM, SGLang or ESFT recorded")
-    parser.add_argument("files", type=named_path, nargs="+")
-    parser.add_argument("--from", dest="source", choices=("vllm", "sglang", "esft"), required=True)
+    parser.add_argument("files", type=named_path, nargs="+", help="as the recorder wrote them")
+    parser.add_argument("--from", dest="source", choices=("vllm", "sglang", "esft"), required=True, help="who recorded")
     parser.add_argument("--experts", type=whole(1), help="experts of a layer; needed for vllm and sglang")
     parser.add_argument("--model", default="", help="name of the model that was recorded")
     parser.add_argument("--out", "-o", type=named_path, required=True, help="trace to write (.npz or .safetensors)")
@@ -109,14 +117,25 @@ def _add_topology(parser: argparse.ArgumentParser) -> None:
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--batch", type=whole(1), default=256, help="tokens of a prefill step, sequences of a decode step"
+        "--batch",
+        type=whole(1),
+        default=256,
+        help="tokens of a prefill step, sequences of a decode step (default %(default)s)",
     )
     parser.add_argument(
         "--steps", choices=get_args(StepKind), default="recorded",
         help="how tokens come: as the trace recorded them (decode if it does not say), or all of one kind",
     )  # fmt: skip
-    parser.add_argument("--dispatcher", choices=get_args(DispatcherName), default="all_to_all")
-    parser.add_argument("--combine", choices=get_args(CombineMode), default="exact", help="as parallel.combine will be")
+    parser.add_argument(
+        "--dispatcher", choices=get_args(DispatcherName), default="all_to_all",
+        help="as parallel.dispatcher will be (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--combine",
+        choices=get_args(CombineMode),
+        default="exact",
+        help="as parallel.combine will be (default %(default)s)",
+    )
     parser.add_argument(
         "--sizes",
         metavar="HIDDEN,DTYPE,EXPERT_BYTES",

@@ -15,7 +15,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         type=named_path,
         nargs="?",
         default=Path(),
-        help="on the disk that models are read from (default: here)",
+        help="on the disk that models are read from (default %(default)s: here)",
     )
     probe.add_argument("--show", action="store_true", help="print what is known, measure nothing")
     probe.add_argument("--file", help="where figures are kept (default: the setting probe_file)")
@@ -35,10 +35,13 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--ranks", type=whole(1, 4096), nargs="+", help="numbers of ranks to compare (default: 1, or the GPUs)"
     )
     plan.add_argument(
-        "--workload", default="1x64+64", metavar="NxPROMPT+NEW", help="sequences at a time, tokens of each: 8x512+128"
+        "--workload",
+        default="1x64+64",
+        metavar="NxPROMPT+NEW",
+        help="sequences at a time, tokens of each: 8x512+128 (default %(default)s)",
     )
     plan.add_argument("--plan", type=named_path, help="placement of `moe place`; without one, contiguous blocks")
-    plan.add_argument("--threads", type=whole(1, MOST_THREADS), default=1, help="of a rank")
+    plan.add_argument("--threads", type=whole(1, MOST_THREADS), default=1, help="of a rank (default %(default)s)")
     plan.add_argument("--trace", type=named_path, help="routing of this model (moe trace): which experts are in slots")
     plan.add_argument(
         "--against", metavar="RUN", help="tokens/s, or a file of --record: how far off was the first line"

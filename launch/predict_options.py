@@ -11,7 +11,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     fit.add_argument("texts", type=named_path, nargs="+", help="text files, all of them like what will be served")
     fit.add_argument("-o", "--out", type=named_path, required=True, help="file to write (.safetensors)")
     fit.add_argument("--distances", type=whole(1), default=3, help="how many layers ahead (default 3)")
-    fit.add_argument("--ridge", type=real(1e-9), default=10.0, help="weight of the penalty (default 10)")
+    fit.add_argument("--ridge", type=real(1e-9), default=10.0, help="weight of the penalty (default %(default)s)")
     fit.add_argument(
         "--steps", type=whole(0), default=0, help="of distilling the gates on from there, e.g. 300 (default 0)"
     )
@@ -30,4 +30,4 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _add_window_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=whole(16), default=256, help="tokens of one sequence (default 256)")
-    parser.add_argument("--limit", type=whole(1), help="windows to use, in turn from every file (default all)")
+    parser.add_argument("--limit", type=whole(1), help="windows to use, in turn from every file (default: all)")

@@ -78,7 +78,7 @@ def resolve_slots(
         if available_bytes < largest:
             raise ValueError(
                 "the memory left for experts after dense weights and KV cache "
-                f"({format_bytes(max(0, available_bytes))}) must be >= {one}; lower the KV cache or free memory"
+                f"({format_bytes(max(0, available_bytes))}) must be >= {one}; lower batch.kv_tokens or free memory"
             )
         return slots_within(available_bytes, sizes, counts)
     kind, value = parse_budget(budget)
@@ -94,7 +94,7 @@ def resolve_slots(
     if available_bytes is not None and nbytes > available_bytes:
         raise ValueError(
             f"offload.budget ({budget} = {format_bytes(nbytes)}) is more than the memory left after dense "
-            f"weights and KV cache ({format_bytes(max(0, available_bytes))}); lower offload.budget"
+            f"weights and KV cache ({format_bytes(max(0, available_bytes))}); lower it, or batch.kv_tokens"
         )
     return slots
 

@@ -16,7 +16,7 @@ import torch
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, probed, told_choices, why_not_ahead
-from moe.engine.device import find_device, free_memory, free_room
+from moe.engine.device import find_device, free_room, num_blocks
 from moe.engine.device_paths import use_graphs
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
@@ -294,7 +294,8 @@ def make_memory(read: Read, dense: Dense, most_blocks: int | None = None, sharer
         return Memory(
             Scheduler(batch, unlimited, can_chunk=False, turns=turns), SequentialRunner(dense.model, dense.routing), 0
         )
-    pool = BlockPool(num_blocks(batch, dense, sharers), batch.block_size, batch.prefix_sharing, most_blocks)
+    blocks = num_blocks(read.device, batch, dense.tried.kv_bytes, dense.max_context, sharers)
+    pool = BlockPool(blocks, batch.block_size, batch.prefix_sharing, most_blocks)
     kv = make_paged_kv(dense.model, pool)
     kernel = chosen_kernel(read.config.kernel, read.device)
     if read.device.type != "cpu":
@@ -313,15 +314,6 @@ def _turns(blueprint: Blueprint, batch: BatchConfig) -> Turns | None:
         reason = "it is an encoder-decoder" if blueprint.experts else "it has no experts in slots"
         raise ValueError(f"batch.pool cannot serve {blueprint.folder}: {reason}; leave it out")
     return Turns([site.num_experts for site in blueprint.index.sites], batch.pool)
-
-
-def num_blocks(batch: BatchConfig, dense: Dense, sharers: int = 1) -> int:
-    """KV blocks as configured, by default for full sequences of full length within a quarter of free memory."""
-    tokens = batch.kv_tokens
-    if tokens is None:
-        affordable = free_memory(dense.model.device, sharers) // 4 // max(1, dense.tried.kv_bytes)
-        tokens = min(batch.num_running * dense.max_context, affordable)
-    return max(1, -(-tokens // batch.block_size))
 
 
 def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | None) -> Experts:

@@ -2,8 +2,9 @@
 
 import torch
 
-from moe.config import EngineConfig
+from moe.config import BatchConfig, EngineConfig
 from moe.engine.layer_major import Sizes
+from moe.offload.budget import format_bytes
 from moe.offload.memory import available_memory
 
 _SHARE_OF_FREE = 0.9  # the rest is for activations, buffers and the rest of the machine
@@ -35,6 +36,23 @@ def free_memory(device: torch.device, sharers: int = 1) -> int:
     sharers: processes of this machine that take of its memory alike, this one counted; of a GPU's none does.
     """
     return available_memory() // sharers if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def num_blocks(device: torch.device, batch: BatchConfig, kv_bytes: int, max_context: int, sharers: int = 1) -> int:
+    """KV blocks as configured, by default for full sequences of full length within a quarter of free memory.
+
+    kv_bytes: of a token. Raises ValueError where they are more than all of it.
+    """
+    tokens, free = batch.kv_tokens, free_memory(device, sharers)
+    if tokens is None:
+        tokens = min(batch.num_running * max_context, free // 4 // max(1, kv_bytes))
+    blocks = max(1, -(-tokens // batch.block_size))
+    if (nbytes := blocks * batch.block_size * kv_bytes) > free:
+        raise ValueError(
+            f"the KV cache of {blocks} blocks of {batch.block_size} tokens takes {format_bytes(nbytes)}, "
+            f"{format_bytes(free)} are free after the dense weights; lower batch.kv_tokens, or batch.block_size"
+        )
+    return blocks
 
 
 def free_room(device: torch.device, config: EngineConfig, sizes: Sizes, sharers: int = 1) -> int:

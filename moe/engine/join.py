@@ -16,10 +16,10 @@ from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.lost import in_collective
 from moe.config import ParallelConfig
-from moe.engine.assemble import Loaded, Share, num_blocks
+from moe.engine.assemble import Loaded, Share
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
-from moe.engine.device import free_room
+from moe.engine.device import free_room, num_blocks
 from moe.engine.layer_major import sizes_of
 from moe.engine.lent_kv import LentKV
 from moe.engine.mirror import RequestMirror
@@ -211,7 +211,8 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
     if not is_coherent:
         return Decisions(), told
     batch, sharers = config.batch.for_ranks(parallel.groups.world_size), len(parallel.groups.local_ranks)
-    return Decisions(True, control.smallest(num_blocks(batch, dense, sharers))), told
+    blocks = num_blocks(loaded.read.device, batch, dense.tried.kv_bytes, dense.max_context, sharers)
+    return Decisions(True, control.smallest(blocks)), told
 
 
 def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, decisions: Decisions) -> StepMode:

@@ -23,6 +23,11 @@ SETTINGS = [
         ["--set", "batch.kv_tokens=16", "--max-tokens", "20"],
         ["the KV cache holds 16", "raise batch.kv_tokens or lower max_tokens"],
     ),
+    (
+        ["--set", "batch.kv_tokens=2147483647", "--experts-in-memory", "0.5"],
+        ["the KV cache of 134217728 blocks of 16 tokens takes 4.5 TiB", "are free", "lower batch.kv_tokens"],
+    ),
+    (["--set", "batch.block_size=2147483647"], ["the KV cache of 1 blocks of 2147483647 tokens", "batch.block_size"]),
     (["--set", "max_context=5000"], ["max_context (5000) is beyond the model's 1024 tokens"]),
     (["--set", "max_context=4"], ["the context holds 4", "shorten it"]),
     (["--set", "device=abacus"], ["device", "abacus"]),

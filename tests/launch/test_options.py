@@ -25,6 +25,23 @@ def written_files():
     return found
 
 
+def every_argument(parser: argparse.ArgumentParser, name: str):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command, own in action.choices.items():
+                yield from every_argument(own, f"{name} {command}")
+        elif action.help != argparse.SUPPRESS:
+            yield f"{name} {action.dest}", action
+
+
+def test_help_says_what_everything_is_and_its_default():
+    parsers = (_parser(), torchrun.parser(), ray_cluster.make_parser())
+    for name, action in (found for parser in parsers for found in every_argument(parser, parser.prog)):
+        assert action.help, name
+        is_said = any(text in action.help for text in (str(action.default), "default %(default)s"))
+        assert action.default in (None, False, [], 0.0, "", argparse.SUPPRESS) or is_said, name
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(capfd, tmp_path):
     found = written_files()
     assert {name for name, _ in found} >= {"batch", "serve", "trace", "report", "analyze", "place", "fit-lookahead"}

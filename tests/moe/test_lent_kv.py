@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe.engine.assemble as assemble
+import moe.engine.device as device
 import moe.engine.lent_kv as lent_kv
 import moe.offload.slab as slab
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
@@ -28,7 +29,7 @@ PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in 
 
 
 def little(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(assemble, "free_memory", lambda device, sharers=1: MEMORY)
+    patch.setattr(device, "free_memory", lambda device, sharers=1: MEMORY)
     patch.setattr(assemble, "free_room", lambda device, config, sizes, sharers=1: MEMORY * 9 // 10)
 
 
