@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.families import ENCODER_DECODER, FAMILIES, VOCAB_SIZE, reference_model, tiny_checkpoint, tiny_model
+from tests.families import ENCODER_DECODER, FAMILIES, reference_model, tiny_checkpoint, tiny_model
+from tests.family_configs import VOCAB_SIZE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,8 @@ from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
 from moe.params import SamplingParams
-from tests.families import ENCODER_DECODER, VOCAB_SIZE, reference_model, tiny_checkpoint
+from tests.families import ENCODER_DECODER, reference_model, tiny_checkpoint
+from tests.family_configs import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINYMOE = ROOT / "examples" / "tinymoe"

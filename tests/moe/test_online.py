@@ -16,7 +16,8 @@ from moe.metrics import totals
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
-from tests.families import VOCAB_SIZE, tiny_checkpoint
+from tests.families import tiny_checkpoint
+from tests.family_configs import VOCAB_SIZE
 
 PARAMS = SamplingParams(max_tokens=60, ignore_eos=True)
 EAGER = PlacementConfig(

@@ -23,7 +23,8 @@ from moe.placement.migrate import plan_migration
 from moe.placement.plan import Plan
 from moe.placement.topology import Topology
 from tests.distributed import spawn
-from tests.families import VOCAB_SIZE, tiny_checkpoint
+from tests.families import tiny_checkpoint
+from tests.family_configs import VOCAB_SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "tinymoe"
