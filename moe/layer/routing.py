@@ -45,10 +45,6 @@ class StepContext:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
-    def sequence_of_token(self) -> npt.NDArray[np.int64]:
-        """[T]."""
-        return np.repeat(np.array([span.sequence for span in self.spans], np.int64), self.lengths)
-
     def phase_of_token(self) -> npt.NDArray[np.uint8]:
         """[T]: 0 of a prompt, 1 of an answer, as a trace has it."""
         phases = [np.arange(span.start, span.end) >= span.num_prompt for span in self.spans]

@@ -40,7 +40,8 @@ class Places:
         assert len(x) == len(routing.topk_ids) == step.num_tokens
         owners = np.repeat([s.owner for s in step.spans], step.lengths)
         places = [p for s in step.spans for p in range(s.start, s.end)]
-        each = zip(owners.tolist(), step.sequence_of_token().tolist(), places, step.phase_of_token().tolist())
+        sequences = np.repeat([s.sequence for s in step.spans], step.lengths)
+        each = zip(owners.tolist(), sequences.tolist(), places, step.phase_of_token().tolist())
         for owner, sequence, place, phase in each:
             self.seen[routing.layer].setdefault((owner, sequence), []).append(place)
             if phase:
@@ -65,11 +66,10 @@ def test_stages_in_order_then_observers():
 def test_a_step_says_whose_its_tokens_are():
     step = StepContext((Span(7, 3, 5, 4), Span(2, 0, 1, 1), Span(NOBODY, 9, 11, 9, owner=1)))
     assert step.num_tokens == 5
-    assert step.sequence_of_token().tolist() == [7, 7, 2, NOBODY, NOBODY]
     assert step.phase_of_token().tolist() == [0, 1, 0, 1, 1]
-    assert step.only([2, 0]).sequence_of_token().tolist() == [NOBODY, NOBODY, 7, 7]
+    assert [(span.sequence, span.end) for span in step.only([2, 0]).spans] == [(NOBODY, 11), (7, 5)]
     nothing = StepContext()
-    assert (nothing.num_tokens, len(nothing.sequence_of_token()), len(nothing.phase_of_token())) == (0, 0, 0)
+    assert (nothing.num_tokens, len(nothing.phase_of_token())) == (0, 0)
 
 
 def test_whole_forwards_leave_out_interrupted_ones_and_refuse_what_does_not_fit():
