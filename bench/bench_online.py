@@ -1,4 +1,5 @@
-"""What `placement.online` costs a decoding step where nothing moves, on real ranks of the CPU.
+"""What `placement.online` costs a decoding step where nothing moves, and what it wins where ranks are uneven, on real
+ranks of the CPU.
 
     python -m bench.bench_online --out bench/results/online
 
@@ -10,9 +11,17 @@ timed one by one (timers included; of the agreement what it takes more in steps 
 their neighbours. What limits: rank 0 asks as seldom as keeps its own work to a share of that time
 (moe/engine/online.py); beside it are a call per layer and the round in which all tell. Tokens must be those of one
 process.
+
+Then the same requests with the loop and without it, in turn, from the plan that a run has if none is given (contiguous
+blocks) and with the settings that it has by itself: the demo model's prompts of one domain after another, on four
+ranks. A step is as long as that of the rank that computes most: mean over the later half of the steps of the greatest
+CPU time among ranks, which is what a step takes where each rank has a core of its own; ranks that wait take none.
+Baseline: the runs without. What limits: what a step computes that is no expert's work, which is the same on all ranks.
+Tokens must be the same.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -25,7 +34,7 @@ from typing import Any
 
 import torch
 
-from bench.bench_ranks import DEMO
+from bench.bench_ranks import DEMO, ROOT
 from bench.bench_serving_rule import params, prompts, told_by_ranks
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig, PlacementConfig
@@ -34,16 +43,19 @@ from moe.engine.online import OnlinePlacement
 from moe.llm import LLM
 
 BLOCK = 16  # steps
+DOMAINS = ("stories", "mathematics", "shakespeare", "code")
+UNEVEN_RANKS, UNEVEN_TOKENS, PAIRS = 4, 300, 3
+NEVER = PlacementConfig(online=True, imbalance=1e6, calm=1e6)  # it observes, and moves nothing
 
 
-def load(sequences: int, groups: Any = None) -> LLM:
+def load(sequences: int, groups: Any = None, placement: PlacementConfig = NEVER) -> LLM:
     config = EngineConfig(
         dtype="float32",
         threads=1,
         offload=OffloadConfig(budget="1.0"),
         batch=BatchConfig(max_tokens=2048, max_sequences=sequences, kv_tokens=65536),
         parallel=ParallelConfig(dispatcher="all_to_all"),
-        placement=PlacementConfig(online=groups is not None, imbalance=1e6, calm=1e6),
+        placement=PlacementConfig() if groups is None else placement,
     )
     return LLM(DEMO, config, groups=groups)
 
@@ -76,11 +88,10 @@ class Calls:
         return timed_call
 
 
-def observing(own: Calls, agree: Calls, with_lines: list[bool]) -> float:
-    """Seconds: of the calls, and of agreements with lines what is above the mean of those without."""
+def telling(agree: Calls, with_lines: list[bool]) -> float:
+    """Seconds: of agreements with lines what is above the mean of those without."""
     plain = [one for one, lines in zip(agree.seconds, with_lines, strict=True) if not lines]
-    more = [one - statistics.mean(plain) for one, lines in zip(agree.seconds, with_lines, strict=True) if lines]
-    return sum(own.seconds) + sum(more)
+    return sum(one - statistics.mean(plain) for one, lines in zip(agree.seconds, with_lines, strict=True) if lines)
 
 
 def worker(folder: Path, sequences: int, num_tokens: int) -> None:
@@ -93,10 +104,10 @@ def worker(folder: Path, sequences: int, num_tokens: int) -> None:
         assert online is not None
         while not all(one.request.num_output for one in asked):
             llm.step()
-        blocks, own_calls, agree, with_lines = list[float](), Calls(), Calls(), list[bool]()
-        online.latest.begin = own_calls.timed(online.latest.begin)  # type: ignore[method-assign]
-        online.latest.routed = own_calls.timed(online.latest.routed)  # type: ignore[method-assign]
-        online.step = own_calls.timed(online.step)  # type: ignore[method-assign]
+        blocks, listing, step, agree, with_lines = list[float](), Calls(), Calls(), Calls(), list[bool]()
+        online.latest.begin = listing.timed(online.latest.begin)  # type: ignore[method-assign]
+        online.latest.routed = listing.timed(online.latest.routed)  # type: ignore[method-assign]
+        online.step = step.timed(online.step)  # type: ignore[method-assign]
         online.control.agree = agree.timed(online.control.agree)  # type: ignore[method-assign]
         for block in range((num_tokens - 8) // BLOCK // 2 * 2):
             switch(llm, online, block % 2 == 0)
@@ -105,13 +116,70 @@ def worker(folder: Path, sequences: int, num_tokens: int) -> None:
                 llm.step()
                 with_lines.append(any(rank.told for rank in online.control.agreement.ranks))
             blocks.append(time.thread_time() - started)
-        calls = observing(own_calls, agree, with_lines)
+        calls = [sum(listing.seconds), sum(step.seconds), telling(agree, with_lines)]
         switch(llm, online, True)
         while engine.has_work:
             llm.step()
         told = {"tokens": [one.token_ids for one in asked], "blocks": blocks, "load": online.stats.placement_load}
-        told["calls"] = calls / (len(blocks) // 2 * BLOCK)
+        told["calls"] = [of / (len(blocks) // 2 * BLOCK) for of in calls]
         (folder / f"{groups.rank}.out").write_text(json.dumps(told))
+
+
+def uneven_worker(folder: Path) -> None:
+    """One rank: CPU seconds of every step of each domain, by run: without the loop and with it, in turn."""
+    told: dict[str, list[dict[str, Any]]] = {domain: [] for domain in DOMAINS}
+    for domain, is_on in itertools.product(DOMAINS, PAIRS * (False, True)):
+        asked_for = prompts_of(domain)
+        with (
+            process_groups(timeout_s=120) as groups,
+            load(len(asked_for), groups, PlacementConfig(online=is_on)) as llm,
+        ):
+            own = asked_for[groups.rank :: groups.world_size]
+            asked, engine = [llm.add(llm.encode(p), params(UNEVEN_TOKENS)) for p in own], llm.engine
+            engine.start()
+            steps = list[float]()
+            while engine.has_work:
+                started = time.thread_time()
+                llm.step()
+                steps.append(time.thread_time() - started)
+            run = {"tokens": [one.token_ids for one in asked], "steps": steps}
+            if engine.online is not None:
+                run["moved"] = engine.online.stats.moved_experts
+                if engine.online.loop is not None:
+                    loop = engine.online.loop
+                    run["turns"] = [(b.imbalance, a and a.imbalance) for _, b, a in loop.history]
+            told[domain].append(run)
+            rank = groups.rank
+    (folder / f"{rank}.out").write_text(json.dumps(told))
+
+
+def prompts_of(domain: str) -> list[str]:
+    lines = [json.loads(line) for line in (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()]
+    return [line["prompt"] for line in lines if line["domain"] == domain]
+
+
+def measure_uneven() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        told = told_by_ranks("bench.bench_online", Path(name), UNEVEN_RANKS, 0, UNEVEN_TOKENS)
+    rows = []
+    for domain in DOMAINS:
+        runs = [[rank[domain][number] for rank in told] for number in range(2 * PAIRS)]
+        for run in runs:
+            assert [r["tokens"] for r in run] == [r["tokens"] for r in runs[0]], domain
+        later = [[max(at) for at in list(zip(*(r["steps"] for r in run)))[UNEVEN_TOKENS // 2 :]] for run in runs]
+        means = [statistics.mean(one) for one in later]
+        with_loop = [run[0] for run in runs[1::2]]
+        rows.append(
+            {
+                "domain": domain,
+                "moved": [one["moved"] for one in with_loop],
+                "turns": [one["turns"] for one in with_loop],
+                "without_us": [mean * 1e6 for mean in means[::2]],
+                "with_us": [mean * 1e6 for mean in means[1::2]],
+                "cost": [b / a - 1 for a, b in zip(means[::2], means[1::2], strict=True)],
+            }
+        )
+    return rows
 
 
 def measure(ranks: int, sequences: int, num_tokens: int) -> dict[str, Any]:
@@ -132,8 +200,8 @@ def measure(ranks: int, sequences: int, num_tokens: int) -> dict[str, Any]:
         "pairs": len(pairs),
         "step_us": statistics.mean(blocks[1::2]) / BLOCK * 1e6,
         "with_us": statistics.mean(blocks[::2]) / BLOCK * 1e6,
-        "calls_us": told[0]["calls"] * 1e6,
-        "share": told[0]["calls"] * BLOCK / statistics.mean(blocks[1::2]),
+        "calls_us": [of * 1e6 for of in told[0]["calls"]],
+        "share": sum(told[0]["calls"]) * BLOCK / statistics.mean(blocks[1::2]),
         "cost": sum(blocks[::2]) / sum(blocks[1::2]) - 1,
         "quartiles": [quarter[0], quarter[2]],
     }
@@ -141,15 +209,33 @@ def measure(ranks: int, sequences: int, num_tokens: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| ranks | sequences a rank | step without the loop, CPU us | the loop's calls, CPU us | share "
+        "| ranks | sequences a rank | step without the loop, CPU us "
+        "| the loop's calls, CPU us: listing ids + looking + lines told | share "
         "| pairs of blocks | whole steps with it (quartiles of the pairs) |",
         "|" + "---|" * 7,
     ]
     lines += [
-        f"| {r['ranks']} | {r['sequences']} | {r['step_us']:.0f} | {r['calls_us']:.0f} | {r['share']:.1%} "
-        f"| {r['pairs']} | {r['cost']:+.1%} ({r['quartiles'][0]:+.1%} to {r['quartiles'][1]:+.1%}) |"
+        f"| {r['ranks']} | {r['sequences']} | {r['step_us']:.0f} | {sum(r['calls_us']):.0f}: "
+        f"{' + '.join(f'{of:.0f}' for of in r['calls_us'])} | {r['share']:.1%} | {r['pairs']} "
+        f"| {r['cost']:+.1%} ({r['quartiles'][0]:+.1%} to {r['quartiles'][1]:+.1%}) |"
         for r in rows
     ]
+    return "\n".join(lines)
+
+
+def uneven_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| domain | load before and after, measured | experts moved of 96 | step without, CPU us of the fullest rank "
+        "| with the loop | change, pair by pair |",
+        "|" + "---|" * 6,
+    ]
+    for r in rows:
+        loads = {f"{b:.2f} -> {'?' if a is None else format(a, '.2f')}" for turns in r["turns"] for b, a in turns}
+        lines.append(
+            f"| {r['domain']} | {', '.join(sorted(loads)) or 'calm'} | {', '.join(map(str, r['moved']))} "
+            f"| {statistics.mean(r['without_us']):.0f} | {statistics.mean(r['with_us']):.0f} "
+            f"| {', '.join(f'{cost:+.1%}' for cost in r['cost'])} |"
+        )
     return "\n".join(lines)
 
 
@@ -160,6 +246,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=800)
     parser.add_argument("--out", type=Path, help="without suffix; writes .json and .md")
     args = parser.parse_args()
+    if args.worker and not args.sequences:
+        uneven_worker(args.worker)
+        return
     if args.worker:
         worker(args.worker, args.sequences, args.tokens)
         return
@@ -168,12 +257,18 @@ def main() -> None:
         f"`python -m bench.bench_online --tokens {args.tokens}`: {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} shared cores, one thread a rank, torch {torch.__version__}; the demo model in fp32"
     )
-    print(f"\n{head}\n\n{table(rows)}\n")
+    uneven = measure_uneven()
+    text = (
+        f"# The loop of `placement.online` on real ranks\n\n{head}\n\n## What it costs where nothing moves\n\n"
+        f"{table(rows)}\n\n## What it wins where ranks are uneven\n\n{UNEVEN_RANKS} ranks, contiguous blocks, "
+        f"{UNEVEN_TOKENS} tokens of each prompt, all prompts of a domain at once\n\n{uneven_table(uneven)}\n"
+    )
+    print(f"\n{text}")
     if args.out:
-        text = f"# What the loop costs where nothing moves\n\n{head}\n\n{table(rows)}\n"
         args.out.with_suffix(".md").write_text(text)
-        args.out.with_suffix(".json").write_text(json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
-    print(json.dumps(rows))
+        document = {"head": head, "rows": rows, "uneven": uneven}
+        args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps({"rows": rows, "uneven": uneven}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Copies, load and bytes of plans on recorded routing, beside EPLB's greedy: fitted on 60 % of the sequences, judged on
 the rest by tests/placement/scorer.py, served by the engine's rule ("dealt evenly": each copy in turn, as EPLB deals).
-Beside plans without replicas: ranks touched on the fitted part, and what `copies_bound` proves that any plan touches.
-Bound by CPU: annealing, one process.
+Ours are means over the solver's seeds, with the least and the greatest load. Beside plans without replicas: ranks
+touched on the fitted part, and what `copies_bound` proves that any plan touches. Bound by CPU: annealing, one process.
 
-Run: python bench/bench_placement_frontier.py FOLDER [--rounds 50] [--layers 6]; FOLDER has the ESFT arrays.
+Run: python bench/bench_placement_frontier.py FOLDER [--rounds 50] [--layers 6] [--seeds 3]; FOLDER has the ESFT arrays.
 """
 
 import argparse
@@ -14,10 +14,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
 
 from bench.bench_placement import hardware
 from moe.placement.deadline import Deadline
@@ -31,7 +33,7 @@ from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load
 from moe.placement.trace import RoutingTrace
 from moe.placement.wire_format import WireFormat
-from tests.placement.scorer import score
+from tests.placement.scorer import Score, score
 
 SINGLE = 2  # rounds without replicas for each with: they cost far less
 BOUND_SECONDS = 2.0  # of a layer
@@ -49,42 +51,58 @@ def some_layers(trace: RoutingTrace, count: int) -> RoutingTrace:
     return replace(trace, expert_ids=trace.expert_ids[:, chosen], weights=weights)
 
 
-def plans_of(fit: RoutingTrace, ranks: int, slots: int | None, rounds: int) -> dict[str, tuple[Plan, float]]:
-    """EPLB's greedy, ours for visits, and with replicas ours for bytes in exact mode; each with its CPU seconds."""
+class Effort(NamedTuple):
+    """What each search may take; seeds: 0, 1, ... so many."""
+
+    rounds: int
+    seeds: int
+
+
+def plans_of(fit: RoutingTrace, ranks: int, slots: int | None, effort: Effort) -> dict[str, tuple[list[Plan], float]]:
+    """EPLB's greedy, ours for visits, and with replicas ours for bytes in exact mode: plans of all seeds, and the CPU
+    seconds of one."""
     greedy = eplb_greedy(expert_load(fit), ranks, slots)
-    made = {"EPLB's greedy": (greedy, 0.0)}
+    made = {"EPLB's greedy": ([greedy], 0.0)}
     if slots is not None:
-        made["EPLB's greedy, dealt evenly"] = (greedy, 0.0)
+        made["EPLB's greedy, dealt evenly"] = ([greedy], 0.0)
     prices = {"ours": VISITS}
     if slots is not None:
         assert fit.sizes is not None
         prices["ours, bytes"] = Price.of(WireFormat(), fit.sizes, fit.top_k)
     for name, price in prices.items():
-        began = time.process_time()
-        options = CopyOptions(rounds=rounds if slots else SINGLE * rounds)
-        plan = solve_copies(fit, ranks, slots_per_rank=slots, options=options, price=price)
-        made[name] = (plan, time.process_time() - began)
+        began, plans = time.process_time(), list[Plan]()
+        for seed in range(effort.seeds):
+            options = CopyOptions(rounds=effort.rounds if slots else SINGLE * effort.rounds, seed=seed)
+            plans.append(solve_copies(fit, ranks, slots_per_rank=slots, options=options, price=price))
+        made[name] = (plans, (time.process_time() - began) / effort.seeds)
     return made
 
 
-def judged(folder: Path, domain: str, ranks: int, rounds: int, layers: int) -> list[dict[str, Any]]:
+def mean_of(scores: list[Score]) -> dict[str, Any]:
+    mean = {name: float(np.mean([getattr(one, name) for one in scores])) for name in Score._fields}
+    return mean | {"loads": [one.load for one in scores]}
+
+
+def judged(folder: Path, domain: str, ranks: int, effort: Effort, layers: int) -> list[dict[str, Any]]:
     """All plans of one cell."""
     trace = from_deepseek_esft_npz(folder / f"deepseek_v2_lite_{domain}.npz")
     fit, held = some_layers(trace, layers).split(0.6, seed=0)
     rows: list[dict[str, Any]] = []
     for slots in (None, -(-72 // ranks)):
-        for name, (plan, seconds) in plans_of(fit, ranks, slots, rounds).items():
+        for name, (plans, seconds) in plans_of(fit, ranks, slots, effort).items():
             even = name.endswith("evenly")
-            partial, exact = (score(held, plan, is_exact=x, dealt_in_turn=even) for x in (False, True))
+            partial, exact = (
+                mean_of([score(held, plan, is_exact=x, dealt_in_turn=even) for plan in plans]) for x in (False, True)
+            )
             rows.append(
                 {"domain": domain, "ranks": ranks, "slots": slots, "plan": name, "cpu_seconds": seconds}
-                | {"partial": partial._asdict(), "exact": exact._asdict()}
+                | {"partial": partial, "exact": exact}
             )
             if slots is None:
-                rows[-1]["touched"] = float(ranks_touched(fit, plan.hosted).mean())
+                rows[-1]["touched"] = float(np.mean([ranks_touched(fit, plan.hosted) for plan in plans]))
         if slots is None:
             end = Deadline(BOUND_SECONDS * layers, time.process_time)
-            rows[-1]["bound"] = float(copies_bound(fit, ranks, seconds=end, hint=plan.hosted).mean())
+            rows[-1]["bound"] = float(copies_bound(fit, ranks, seconds=end, hint=plans[0].hosted).mean())
     return rows
 
 
@@ -93,7 +111,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [f"{row['domain']}, {row['ranks']}, {row['slots'] or 'no replicas'}", row["plan"]]
         for one in (row["partial"], row["exact"]):
-            cells += [f"{one['copies']:.3f} @ {one['load']:.3f}", f"{one['num_bytes']:.0f}"]
+            spread = f" ({min(one['loads']):.3f} to {max(one['loads']):.3f})" if len(one["loads"]) > 1 else ""
+            cells += [f"{one['copies']:.3f} @ {one['load']:.3f}{spread}", f"{one['num_bytes']:.0f}"]
         lines.append("| " + " | ".join([*cells, f"{row['cpu_seconds']:.1f}"]) + " |")
     lines += ["", "Ranks touched on the fitted part, home among them, without replicas", ""]
     lines += ["| domain, ranks | EPLB's greedy | ours | proven at least |", "|---|---|---|---|"]
@@ -109,15 +128,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--layers", type=int, default=6, help="of 26, evenly spread")
+    parser.add_argument("--seeds", type=int, default=3, help="of the solver")
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 4], help="run these again, keep the others")
     parser.add_argument("--domains", nargs="*", choices=DOMAINS, default=DOMAINS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "placement_frontier")
     args = parser.parse_args()
     found = args.out.with_suffix(".json")
     for ranks, domain in itertools.product(args.ranks, args.domains):
-        new = judged(args.folder, domain, ranks, args.rounds, args.layers)
+        new = judged(args.folder, domain, ranks, Effort(args.rounds, args.seeds), args.layers)
         print(table(new), flush=True)
-        about = {"hardware": hardware(), "rounds": args.rounds, "layers": args.layers}
+        about = {"hardware": hardware(), "rounds": args.rounds, "layers": args.layers, "seeds": args.seeds}
         document = json.loads(found.read_text()) if found.exists() else {"rows": []}
         kept = document["rows"] if about.items() <= (document | {"hardware": about["hardware"]}).items() else []
         order = {(r, d): n for n, (r, d) in enumerate(itertools.product((8, 16, 4), DOMAINS))}
@@ -125,7 +145,8 @@ def main() -> None:
         document = about | {"rows": sorted(rows, key=lambda row: order[row["ranks"], row["domain"]])}
         found.write_text(json.dumps(document, indent=1) + "\n")
         lines = [
-            f"command: python bench/bench_placement_frontier.py FOLDER --rounds {args.rounds} --layers {args.layers}"
+            f"command: python bench/bench_placement_frontier.py FOLDER --rounds {args.rounds} --layers {args.layers} "
+            f"--seeds {args.seeds}"
         ]
         lines += ["", *(f"{key}: {value}" for key, value in about["hardware"].items()), ""]
         args.out.with_suffix(".md").write_text("\n".join(lines) + "\n" + table(document["rows"]))
