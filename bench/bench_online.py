@@ -224,19 +224,29 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def uneven_table(rows: list[dict[str, Any]]) -> str:
+    """Loads: means of the runs, measured before the first turn and after the last."""
     lines = [
-        "| domain | load before and after, measured | experts moved of 96 | step without, CPU us of the fullest rank "
+        "| domain | load, before and after | turns | experts moved of 96 | step without, CPU us of the fullest rank "
         "| with the loop | change, pair by pair |",
-        "|" + "---|" * 6,
+        "|" + "---|" * 7,
     ]
     for r in rows:
-        loads = {f"{b:.2f} -> {'?' if a is None else format(a, '.2f')}" for turns in r["turns"] for b, a in turns}
+        before = statistics.mean(turns[0][0] for turns in r["turns"])
+        after = statistics.mean([after for _, after in turns if after is not None][-1] for turns in r["turns"])
         lines.append(
-            f"| {r['domain']} | {', '.join(sorted(loads)) or 'calm'} | {', '.join(map(str, r['moved']))} "
-            f"| {statistics.mean(r['without_us']):.0f} | {statistics.mean(r['with_us']):.0f} "
-            f"| {', '.join(f'{cost:+.1%}' for cost in r['cost'])} |"
+            f"| {r['domain']} | {before:.2f} -> {after:.2f} | {', '.join(str(len(turns)) for turns in r['turns'])} "
+            f"| {', '.join(map(str, r['moved']))} | {statistics.mean(r['without_us']):.0f} "
+            f"| {statistics.mean(r['with_us']):.0f} | {', '.join(f'{cost:+.1%}' for cost in r['cost'])} |"
         )
     return "\n".join(lines)
+
+
+def document(head: str, rows: list[dict[str, Any]], uneven: list[dict[str, Any]]) -> str:
+    return (
+        f"# The loop of `placement.online` on real ranks\n\n{head}\n\n## What it costs where nothing moves\n\n"
+        f"{table(rows)}\n\n## What it wins where ranks are uneven\n\n{UNEVEN_RANKS} ranks, contiguous blocks, "
+        f"{UNEVEN_TOKENS} tokens of each prompt, all prompts of a domain at once\n\n{uneven_table(uneven)}\n"
+    )
 
 
 def main() -> None:
@@ -258,16 +268,12 @@ def main() -> None:
         f"{os.cpu_count()} shared cores, one thread a rank, torch {torch.__version__}; the demo model in fp32"
     )
     uneven = measure_uneven()
-    text = (
-        f"# The loop of `placement.online` on real ranks\n\n{head}\n\n## What it costs where nothing moves\n\n"
-        f"{table(rows)}\n\n## What it wins where ranks are uneven\n\n{UNEVEN_RANKS} ranks, contiguous blocks, "
-        f"{UNEVEN_TOKENS} tokens of each prompt, all prompts of a domain at once\n\n{uneven_table(uneven)}\n"
-    )
+    text = document(head, rows, uneven)
     print(f"\n{text}")
     if args.out:
         args.out.with_suffix(".md").write_text(text)
-        document = {"head": head, "rows": rows, "uneven": uneven}
-        args.out.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+        found = {"head": head, "rows": rows, "uneven": uneven}
+        args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({"rows": rows, "uneven": uneven}))
 
 
