@@ -67,6 +67,11 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "output", type=named_path, help="one result a line is appended; what is there is not done again"
     )
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Of a batch file over ranks or hosts."""
+    add_batch_options(parser)
     parser.add_argument("--plan", help="placement of `moe place` (parallel.plan); without one, contiguous blocks")
 
 

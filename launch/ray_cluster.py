@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from moe.launch.cli import run_guarded
 from moe.launch.console import err
 from moe.launch.jobs import is_served, serve_file
-from moe.launch.options import add_batch_options, engine_config, whole
+from moe.launch.options import add_rank_options, engine_config, whole
 from moe.llm import LLM
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe.launch.ray_cluster", description=(__doc__ or "").splitlines()[0])
-    add_batch_options(parser)
+    add_rank_options(parser)
     parser.add_argument("--hosts", type=whole(1), required=True, help="actors, each with a part of the experts")
     parser.add_argument("--address", help="of the Ray cluster; without one, that of this job, or a new local one")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error, too")

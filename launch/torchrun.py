@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from moe.launch.cli import run_guarded
-from moe.launch.options import add_batch_options
+from moe.launch.options import add_rank_options
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="moe.launch.torchrun", description=(__doc__ or "").splitlines()[0])
-    add_batch_options(made)
+    add_rank_options(made)
     made.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
     return made
 

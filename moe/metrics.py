@@ -62,11 +62,14 @@ def read(sources: Iterable[Source]) -> Iterator[Sample]:
 
 
 def totals(sources: Iterable[Source]) -> dict[Metric, float]:
-    """Sums over all labels; of a histogram the number of its values."""
+    """Sums over all labels; of histograms the greatest bound that half of one's values do not exceed."""
     sums: dict[Metric, float] = {}
     for sample in read(sources):
-        value = sample.value.number if isinstance(sample.value, Histogram) else float(sample.value)
-        sums[sample.metric] = sums.get(sample.metric, 0.0) + value
+        before = sums.get(sample.metric, 0.0)
+        if isinstance(sample.value, Histogram):
+            sums[sample.metric] = max(before, sample.value.quantile(0.5))
+        else:
+            sums[sample.metric] = before + float(sample.value)
     return sums
 
 
@@ -76,13 +79,14 @@ def shown(value: float, unit: str) -> str:
         power = next((p for p in range(4) if abs(value) < 1024 ** (p + 1)), 4)
         return f"{value:.0f} B" if power == 0 else f"{value / 1024**power:.1f} {'KMGT'[power - 1]}iB"
     if unit == "seconds":
-        return f"{value:.2f} s"
+        return f"{value:.2f} s" if value == 0 or abs(value) >= 0.1 else f"{1000 * value:.3g} ms"
     return f"{value:.0f}" if value == int(value) else f"{value:.3g}"
 
 
 def title(metric: Metric) -> str:
     """The name as a row of a report has it."""
-    return metric.name.replace("_", " ").removesuffix(" seconds").removesuffix(" bytes")
+    name = metric.name.replace("_", " ").removesuffix(" seconds").removesuffix(" bytes")
+    return f"{name}, median" if metric.kind == "histogram" else name
 
 
 def changed(rows: Sequence[Mapping[Metric, float]]) -> list[Metric]:

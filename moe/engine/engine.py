@@ -63,6 +63,11 @@ class Engine:
         config = config or EngineConfig()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if config.parallel.plan is not None and groups is None and share is None:
+            raise ValueError(
+                f"parallel.plan ({config.parallel.plan}) places experts on ranks, this process is alone; start ranks "
+                "by `torchrun -m moe.launch.torchrun` or a Ray cluster, or leave it out"
+            )
         read = read_model(folder, config)
         if groups is not None:
             share = share_of(read.blueprint, groups, config.parallel)

@@ -30,6 +30,10 @@ SETTINGS = [
     (["--set", "batch.block_size=2147483647"], ["the KV cache of 1 blocks of 2147483647 tokens", "batch.block_size"]),
     (["--set", "max_context=5000"], ["max_context (5000) is beyond the model's 1024 tokens"]),
     (["--set", "max_context=4"], ["the context holds 4", "shorten it"]),
+    (
+        ["--set", "parallel.plan=plan.json"],
+        ["parallel.plan (plan.json) places experts on ranks", "is alone", "torchrun"],
+    ),
     (["--set", "device=abacus"], ["device", "abacus"]),
     (["--set", "device=cuda"], ["cuda"]),
     (["--config", "nowhere.toml"], ["nowhere.toml"]),

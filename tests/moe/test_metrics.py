@@ -10,7 +10,7 @@ from moe.engine.one_memory import SplitStats
 from moe.engine.stats import State, StepStats
 from moe.histogram import Histogram
 from moe.llm import LLM
-from moe.metrics import changed, declared, exposition, read, shown, totals
+from moe.metrics import changed, declared, exposition, read, shown, title, totals
 from moe.offload.layer_stats import LayerStats
 from tests.moe.moe_cases import TINYMOE, config, greedy
 
@@ -72,7 +72,19 @@ def test_histogram():
     assert histogram.quantile(1.0) == histogram.bounds[-1]
 
 
+def test_a_histogram_in_a_report_is_its_median():
+    """Not how many values it has, which with the unit of one would be another figure."""
+    ranks = [StepStats() for _ in range(2)]
+    for seconds in (0.001, 0.02, 0.02):
+        ranks[1].time_to_first_token.add(seconds)
+    (metric,) = [m for m in totals([(ranks[0], {})]) if m.kind == "histogram"]
+    assert totals([(ranks[0], {})])[metric] == 0
+    value = totals([(one, {}) for one in ranks])[metric]
+    assert value == ranks[1].time_to_first_token.quantile(0.5)
+    assert (title(metric), shown(value, metric.unit)) == ("time to first token, median", "32 ms")
+
+
 def test_shown():
     assert [shown(v, "bytes") for v in (0, 1023, 1536, 3 << 30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
-    assert shown(1.234, "seconds") == "1.23 s"
+    assert [shown(v, "seconds") for v in (1.234, 0.1, 0.0123, 0)] == ["1.23 s", "0.10 s", "12.3 ms", "0.00 s"]
     assert (shown(3.0, ""), shown(0.12345, "")) == ("3", "0.123")
