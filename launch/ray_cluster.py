@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe.launch.ray_cluster", description=(__doc__ or "").splitlines()[0])
     add_rank_options(parser)
     parser.add_argument("--hosts", type=whole(1), required=True, help="actors, each with a part of the experts")
-    parser.add_argument("--address", help="of the Ray cluster; without one, that of this job, or a new local one")
+    parser.add_argument("--address", help="of the Ray cluster; without one, that of this job or machine, or a new one")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
     return parser
 

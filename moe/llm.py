@@ -61,10 +61,10 @@ class LLM:
 
     experts_in_memory: 0.25 (fraction), 64 (experts) or "6GiB", over config.offload.budget. Close it, or use it in
     a `with` block. groups: of a run of several ranks; each then has prompts of its own (there may be none), and
-    `generate` is a collective. hosts: that many actors of a Ray cluster (at `address`, None = a local one) serve the
-    model instead of this process, and any of them may be lost (docs/ray.md); controller: by a detached actor of that
-    name, which outlives this process. workload: all requests that will come, which batch.schedule=layer_major splits
-    the memory for. options: what offline scripts for vLLM pass (docs/porting.md). One thread at a time.
+    `generate` is a collective. hosts: that many actors of the Ray cluster at `address` serve the model instead of this
+    process, and any of them may be lost (docs/ray.md); controller: by a detached actor of that name, which outlives
+    this process. workload: all requests that will come, which batch.schedule=layer_major splits the memory for.
+    options: what offline scripts for vLLM pass (docs/porting.md). One thread at a time.
 
     Raises ValueError, with the remedy, for whatever cannot be served; UnusableError if it is closed or not ours.
     """

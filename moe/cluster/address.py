@@ -4,10 +4,13 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from moe.cluster.policy import first_sentence
+
+log = logging.getLogger(__name__)
 
 _REACH_S = 5.0
 _ANSWER_S = 10.0
@@ -20,36 +23,58 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 
 
 def connect_ray(address: str | None) -> bool:
-    """Whether this call did it. Raises ValueError if there is no cluster at `address`, or none can be started."""
+    """Whether this call did it. Raises ValueError if there is no cluster at `address`, or none can be started; one that
+    was found on this machine (None, "auto") must be this user's."""
     if ray.is_initialized():
         return False
-    address = ray_address(address)
+    where = ray_address(address)
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        context: Any = ray.init(
+            address=where, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+        )
     except Exception as error:  # of any kind: Ray has none of its own for this
-        if address in (None, "local"):
+        if where == "local":
             raise ValueError(f"Ray does not start on this machine: {first_sentence(error)}") from None
-        where = "this machine" if address == "auto" else address
-        raise ValueError(f"no Ray cluster answers at {where}: {first_sentence(error)}; {_TOKEN}") from None
+        place = "this machine" if where == "auto" else where
+        raise ValueError(f"no Ray cluster answers at {place}: {first_sentence(error)}; {_TOKEN}") from None
+    if not _told(address) and where != "local":
+        found = context.address_info
+        try:
+            check_owner(Path(found["session_dir"]), found["gcs_address"])
+        except BaseException:
+            ray.shutdown()
+            raise
+        log.warning("uses the Ray cluster at %s, which was found on this machine", found["gcs_address"])
     return True
 
 
-def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str | None:
-    """What to connect to, as `ray.init` takes it, where Ray answers; None becomes a new cluster if none does where Ray
-    noted one of this machine, which may have been killed. Raises ValueError."""
+def check_owner(session: Path, where: str) -> None:
+    """Raises ValueError if the session's folder, and so the cluster at `where`, is another user's."""
+    if (owner := session.stat().st_uid) != os.getuid():
+        raise ValueError(
+            f"the Ray cluster that was found on this machine is another user's ({where}, of user id {owner}, you are "
+            f"{os.getuid()}): give its address to use it all the same (--address {where}), or start your own"
+        )
+
+
+def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str:
+    """What to connect to, as `ray.init` takes it, where Ray answers. None becomes "local", a new cluster, if Ray has
+    noted none of this machine, or that one does not answer: it may have been killed. Raises ValueError."""
     told = _told(address)
-    where = told or noted_address() or ""
+    where = told or noted_address()
+    if not where:
+        return address or "local"
     host, _, port = where.removeprefix(_CLIENT).rpartition(":")
     if where.startswith(_CLIENT) and not host:
         host, port = port, _CLIENT_PORT
     if not port.isdigit() or "/" in host:
-        return address  # of no form that we know: Ray says what is the matter
+        return where  # of no form that we know: Ray says what is the matter
     try:
         why = _why_not_ray(host.strip("[]"), int(port), answer_s)
     except (OSError, OverflowError, UnicodeError) as error:
         why = str(error)
     if why is None:
-        return address
+        return where
     if address is None and not told:
         return "local"
     raise ValueError(f"no Ray cluster answers at {where}: {why}")

@@ -184,7 +184,7 @@ class Crew:
         grown = [host for host in homeless if host.is_growth]
         self.loading = {reference: host for reference, host in self.loading.items() if host not in grown}
         for host in grown:
-            self._end(host)
+            self.fleet.kill(host)
         self.target = max(1, len(self.alive), self.target - len(grown))
 
     def _wait_for_first(self) -> None:
@@ -201,6 +201,7 @@ class Crew:
             for host in self.loading.values():
                 if why := self._why_not_loading(host):
                     raise ClusterError(f"host {host.number} did not load: {why}")
+            self.lines.wait(0.0)
         self.spare.sort(key=lambda host: host.number)
         serving, self.spare = self.spare[: self.target], self.spare[self.target :]
         if not self._fits(serving):
@@ -259,13 +260,13 @@ class Crew:
     def _is_lost(self, host: Host) -> bool:
         """By its line: closed, or silent for longer than the policy allows; then it is killed."""
         line = self.lines.get(host.number)
-        if line is None or self._is_closed(host):
+        if line is None or line.is_closed:
             return line is not None
         silent, stuck = self.lines.since(line)
         is_busy = host in self.alive and self.ledger.load(host.number) > 0
         if self.policy.is_hung(silent, stuck, is_busy, line.paces):
             self._note(f"silent for {silent:.1f} s, no step for {stuck:.1f} s: killed", [host], {})
-            self._end(host)
+            self.fleet.kill(host)
             return True
         return False
 
@@ -280,7 +281,7 @@ class Crew:
         self.alive = []
         self._lose(lost)
         for host in leaving:
-            self._end(host)
+            self.fleet.kill(host)
         places = self.target - len(survivors)
         self._drop_dead_spares()
         self._take_back(survivors)
@@ -335,6 +336,7 @@ class Crew:
                 self._last_words(host, ended)
                 self.placements.left(host.number, self.alive.index(host), ended.plan)
                 self._note(f"left: {ended.lost or 'in order'}", [host], ended.seconds)
+            self.lines.wait(0.0)
             for reference, host in list(self._serving.items()):
                 if self._is_lost(host) or (freed is not None and self._does_not_leave(host, self.lines.now() - freed)):
                     del self._serving[reference]
@@ -352,7 +354,7 @@ class Crew:
         if line is None or not self.policy.does_not_leave(since_freed_s, line.paces):
             return False
         self._note(f"does not leave after {since_freed_s:.1f} s: killed", [host], {})
-        self._end(host)
+        self.fleet.kill(host)
         return True
 
     def _last_words(self, host: Host, ended: Ended) -> None:
@@ -364,7 +366,7 @@ class Crew:
     def _lose(self, hosts: Sequence[Host]) -> None:
         self.counts.lost_hosts += len(hosts)
         for host in hosts:
-            self._end(host)
+            self.fleet.kill(host)
             self._note("lost", [host], {})
         if (count := self.counts.lost_hosts) > self.config.cluster.max_losses:
             raise ClusterError(f"{count} hosts were lost, more than {self.config.cluster.max_losses}; see the notes")
@@ -380,14 +382,9 @@ class Crew:
         """Requests of hosts that are neither `alive` nor wait are for others."""
         self.counts.replayed_requests += self.ledger.take_back(host.number for host in (*alive, *self.spare))
 
-    def _end(self, host: Host) -> None:
-        """Kills it, and does not wait to see it dead: its node may be out of reach."""
-        host.is_over = True
-        self.fleet.kill(host)
-
     def _is_closed(self, host: Host) -> bool:
         line = self.lines.get(host.number)
-        return host.is_over or (line is not None and line.is_closed)
+        return line is not None and line.is_closed
 
     def _note(self, what: str, hosts: Sequence[Host], seconds: dict[str, float]) -> None:
         noted = Noted(time.time(), what, tuple(host.number for host in hosts), self.generation, seconds)

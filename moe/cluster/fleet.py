@@ -218,8 +218,11 @@ class Fleet:
             raise HostEnded(first_sentence(error), error if isinstance(error, ValueError) else None) from None
 
     def kill(self, host: Host) -> None:
-        """Ends a host now, whatever it does; also one that is stopped. One that is out of reach ends when it hears of
-        it."""
+        """Ends a host now, whatever it does; also one that is stopped. Does not wait to see it dead: one that is out of
+        reach ends when it hears of it. No effect the second time."""
+        if host.is_over:
+            return
+        host.is_over = True
         self.lines.hang_up(host.number)
         self._asks.submit(self._kill, host, self._give_back(host))
 

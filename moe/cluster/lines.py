@@ -3,11 +3,11 @@
 A host says its name once and then a `Beat`: every BEAT_S from a thread that does not step, and as soon as it has
 something to say of its requests from the one that does. So the controller can tell a process that ended (the kernel
 closes the line) from one that is silent (stopped, or out of reach), and hears every token, in order and once, without
-a call of Ray.
+a call of Ray. It reads them where it waits for them: no thread of its own stands between.
 """
 
-import contextlib
 import hmac
+import selectors
 import socket
 import threading
 import time
@@ -18,169 +18,158 @@ from moe.cluster.messages import Beat, Said
 
 BEAT_S = 0.25
 _CALL_S = 10.0  # for a connection, and for the name of who calls
-_MOST_S = 2 * BEAT_S  # that count between two beats of this process: the rest is its own delay
+_NAME_BYTES = 256
+_READ_BYTES = 1 << 16  # at a time, of one host
+_MOST_S = 2 * BEAT_S  # that count between two looks of this process: the rest is its own delay
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Line:
     """What is known of one host by its line. Times are of `Lines.now`."""
 
     connection: socket.socket
     heard: float
     moved: float
+    host: int | None = None  # until it has said its name
     steps: int = 0
     free_blocks: int = 0
     placed: int = 0
     num_said: int = 0  # words that have come
     is_closed: bool = False
-    paces: list[float] = field(default_factory=list)  # seconds a step, of the last beats
-
-    def has_unread(self) -> bool:
-        if self.is_closed:
-            return False
-        try:
-            return bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
-            return False  # nothing there, or the line broke
+    paces: list[float] = field(default_factory=list)  # seconds a step, of the last looks
+    unread: bytearray = field(default_factory=bytearray)  # the beginning of a beat
 
 
 class Lines:
-    """The controller's end. Its threads end with `close`."""
+    """The controller's end. One thread, which hears hosts when it waits for them; `get`, `now` and `since` from any."""
 
     def __init__(self, address: str, word: str) -> None:
         self._server = socket.create_server((address, 0))
+        self._server.setblocking(False)
         self.port: int = self._server.getsockname()[1]
-        self._word = word
-        self._changed = threading.Condition()  # around all that follows
+        self._word = word.encode()
+        self._selector = selectors.DefaultSelector()  # a host's data is its line, the server's is None
+        self._selector.register(self._server, selectors.EVENT_READ)
+        self._callers: set[Line] = set()  # who have not said their name
         self._lines: dict[int, Line] = {}
         self._words: list[tuple[int, Sequence[Said]]] = []  # by host
-        self._is_news = False
-        self._open: set[socket.socket] = set()
-        self._is_open = True
-        self._beat = 0.0, time.monotonic()  # this process's last: in its own time, and by the clock
-        threading.Thread(target=self._accept, name="moe-lines", daemon=True).start()
-        threading.Thread(target=self._beat_too, name="moe-lines-beat", daemon=True).start()
+        self._looked = 0.0, time.monotonic()  # at the last look: `now`, and by the clock
 
     def get(self, host: int) -> Line | None:
         """None: it has not called yet."""
-        with self._changed:
-            return self._lines.get(host)
+        return self._lines.get(host)
 
     def now(self) -> float:
-        """Seconds that this process has lived through. What it was itself stopped for (Ctrl-Z, a debugger) or did not
-        get to run for does not count: in that time it could not have heard anybody."""
-        own, at = self._beat
+        """Seconds in which hosts were heard. What this process was itself stopped for (Ctrl-Z, a debugger), did not get
+        to run for or did other things in does not count: in that time it heard nobody."""
+        own, at = self._looked
         return own + min(time.monotonic() - at, _MOST_S)
 
     def since(self, line: Line) -> tuple[float, float]:
-        """Seconds of `now` since a host's last sign of life and since its last finished step. A sign that has come and
-        was not read yet is one."""
-        with self._changed:
-            now = self.now()
-            return 0.0 if line.has_unread() else now - line.heard, now - line.moved
+        """Seconds of `now` since a host's last sign of life and since its last finished step."""
+        now = self.now()
+        return now - line.heard, now - line.moved
 
     def wait(self, seconds: float) -> None:
-        """Until a host has said something of a request, or its line was closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_news, seconds)
-            self._is_news = False
+        """Hears what has come since the last call; where nothing has, until something comes, for up to `seconds`."""
+        events = self._selector.select(seconds)
+        now = self.now()
+        self._looked = now, time.monotonic()
+        for key, _ in events:
+            if key.data is None:
+                self._accept(now)
+            else:
+                self._hear(key.data, now)
+        for line in [one for one in self._callers if now - one.heard > _CALL_S]:
+            self._end(line)
 
     def wait_for_words(self, host: int, count: int, seconds: float) -> bool:
         """Until as many have come from a host as it says it has said. Returns whether they have."""
-
-        def have_come() -> bool:
-            line = self._lines.get(host)
-            return line is not None and line.num_said >= count
-
-        with self._changed:
-            return self._changed.wait_for(have_come, seconds)
+        until = time.monotonic() + seconds
+        while True:
+            line = self.get(host)
+            if line is not None and line.num_said >= count:
+                return True
+            left = until - time.monotonic()
+            if left <= 0 or (line is not None and line.is_closed):
+                return False
+            self.wait(min(left, BEAT_S))
 
     def take_words(self) -> list[tuple[int, Sequence[Said]]]:
         """What hosts have said since the last call, in order."""
-        with self._changed:
-            words, self._words = self._words, []
-            return words
+        words, self._words = self._words, []
+        return words
 
     def begins(self, host: int) -> None:
         """Its steps are counted from now on: while it waited it had none to finish."""
-        with self._changed:
-            if (line := self._lines.get(host)) is not None:  # else it moves when it calls
-                line.moved = self.now()
+        if (line := self.get(host)) is not None:  # else it moves when it calls
+            line.moved = self.now()
 
     def hang_up(self, host: int) -> None:
         """Tells a host that it was given up; no effect if its line is closed."""
         line = self.get(host)
-        if line is not None:
-            with contextlib.suppress(OSError):  # it was closed meanwhile
-                line.connection.shutdown(socket.SHUT_RDWR)
+        if line is not None and not line.is_closed:
+            self._end(line)
 
     def close(self) -> None:
-        self._is_open = False
-        with self._changed:
-            sockets = [self._server, *self._open]
-        for one in sockets:
-            # A close alone would leave the thread that waits in accept or recv there.
-            with contextlib.suppress(OSError):  # the other end was closed first
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        for line in (*self._lines.values(), *self._callers):
+            if not line.is_closed:
+                self._end(line)
+        self._selector.close()
+        self._server.close()
 
-    def _beat_too(self) -> None:
-        while self._is_open:
-            time.sleep(BEAT_S)
-            (own, at), now = self._beat, time.monotonic()
-            self._beat = own + min(now - at, _MOST_S), now
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._server.accept()  # no limit: `close` ends it
-            except OSError:
-                if not self._is_open:
-                    return
-                time.sleep(BEAT_S)  # no descriptor is free at the moment, say: hosts wait, and call again
-                continue
-            with self._changed:
-                self._open.add(connection)
-            threading.Thread(target=self._listen, args=(connection,), name="moe-line", daemon=True).start()
-
-    def _listen(self, connection: socket.socket) -> None:
-        host = None
+    def _accept(self, now: float) -> None:
         try:
-            connection.settimeout(_CALL_S)
-            with connection.makefile("rb") as words:
-                hello = words.readline(256).decode(errors="replace").split()  # no limit: the connection has one
-                if len(hello) != 2 or not hmac.compare_digest(hello[0], self._word) or not hello[1].isdigit():
-                    return
-                connection.settimeout(None)
-                host = int(hello[1])
-                now = self.now()
-                with self._changed:
-                    self._lines[host] = Line(connection, now, now)
-                while beat := words.readline():  # no limit: who is silent is the policy's affair
-                    self._note(host, Beat.from_line(beat))
-        except (OSError, ValueError):
-            return  # the line broke: the same as its end
-        finally:
-            with self._changed:
-                self._open.discard(connection)
-                if host is not None:
-                    self._lines[host].is_closed = self._is_news = True
-                    self._changed.notify_all()
-            connection.close()
+            connection, _ = self._server.accept()  # no limit: it does not block
+        except OSError:
+            time.sleep(0.01)  # no descriptor is free at the moment, say: who calls waits
+            return
+        connection.setblocking(False)
+        line = Line(connection, now, now)
+        self._callers.add(line)
+        self._selector.register(connection, selectors.EVENT_READ, line)
 
-    def _note(self, host: int, beat: Beat) -> None:
-        now = self.now()
-        with self._changed:
-            line = self._lines[host]
-            if beat.steps != line.steps:
-                line.paces = [*line.paces[-31:], (now - line.heard) / (beat.steps - line.steps)]
-                line.moved, line.steps = now, beat.steps
-            line.heard, line.free_blocks, line.placed = now, beat.free_blocks, beat.placed
-            if beat.said:
-                line.num_said += len(beat.said)
-                self._words.append((host, beat.said))
-                self._is_news = True
-                self._changed.notify_all()
+    def _hear(self, line: Line, now: float) -> None:
+        try:
+            come = line.connection.recv(_READ_BYTES)  # no limit: it does not block
+            line.unread += come
+            if line.host is None:
+                self._take_name(line)
+            if line.host is not None and b"\n" in line.unread:
+                *beats, line.unread = line.unread.split(b"\n")
+                self._take(line, line.host, [Beat.from_line(beat) for beat in beats], now)
+        except (OSError, ValueError):
+            come = b""  # the line broke, or somebody else speaks: the same as its end
+        line.heard = now
+        if not come:
+            self._end(line)
+
+    def _take_name(self, line: Line) -> None:
+        """Raises ValueError if it is no host's."""
+        name, end, rest = line.unread.partition(b"\n")
+        word, _, number = name.partition(b" ")
+        if len(name) > _NAME_BYTES or (end and not (hmac.compare_digest(word, self._word) and number.isdigit())):
+            raise ValueError("who calls is no host of ours")
+        if end:
+            line.host, line.unread = int(number), rest
+            self._lines[line.host] = line
+            self._callers.remove(line)
+
+    def _take(self, line: Line, host: int, beats: Sequence[Beat], now: float) -> None:
+        last = beats[-1]
+        if last.steps != line.steps:
+            line.paces = [*line.paces[-31:], (now - line.heard) / (last.steps - line.steps)]
+            line.moved, line.steps = now, last.steps
+        line.free_blocks, line.placed = last.free_blocks, last.placed
+        for said in (beat.said for beat in beats if beat.said):
+            line.num_said += len(said)
+            self._words.append((host, said))
+
+    def _end(self, line: Line) -> None:
+        line.is_closed = True
+        self._callers.discard(line)
+        self._selector.unregister(line.connection)
+        line.connection.close()
 
 
 class Lifeline:

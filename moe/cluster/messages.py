@@ -82,7 +82,7 @@ class Beat:
         return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
 
     @staticmethod
-    def from_line(line: bytes) -> "Beat":
+    def from_line(line: bytes | bytearray) -> "Beat":
         """Raises ValueError for anything else."""
         try:
             steps, free_blocks, placed, said = json.loads(line)

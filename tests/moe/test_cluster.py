@@ -250,8 +250,9 @@ def test_a_driver_that_is_killed_is_followed_by_another(llm, lines, nodes, tmp_p
     folder, _, right = lines
     target = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "moe.launch.ray_cluster", DEMO, folder / "in.jsonl", target, "--hosts", "1"]
-    command += ["--address", nodes.address, *(f"--set={one}" for one in (*SETTINGS, "batch.max_sequences=2"))]
-    driver = subprocess.Popen(list(map(str, command)), cwd=ROOT)
+    command += [f"--set={one}" for one in (*SETTINGS, "batch.max_sequences=2")]
+    with (tmp_path / "said").open("w") as said:
+        driver = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=said)
     deadline = time.monotonic() + 240
     while not (target.exists() and target.read_bytes().count(b"\n") >= 5):
         assert driver.poll() is None
@@ -259,6 +260,7 @@ def test_a_driver_that_is_killed_is_followed_by_another(llm, lines, nodes, tmp_p
         time.sleep(0.01)
     driver.kill()
     driver.wait()
+    assert f"uses the Ray cluster at {nodes.address}, which was found" in (tmp_path / "said").read_text()
     progress = run_batch(llm, folder / "in.jsonl", target)
     assert 5 <= progress.resumed < 40
     assert chaos_cluster.answers(target).keys() == right.keys()
@@ -320,7 +322,7 @@ def test_gpus_labels_and_too_little_memory_left(nodes, lines, tmp_path):
 
 def test_rays_own_note_of_where_it_is(nodes):
     assert noted_address() == nodes.address
-    assert ray_address("auto") == "auto"
+    assert ray_address("auto") == ray_address(None) == nodes.address
 
 
 def test_more_hosts_than_there_is_room_for(nodes):

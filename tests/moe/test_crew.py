@@ -46,7 +46,7 @@ class Clock(Lines):
         deadline = time.monotonic() + 20
         while any((line := self.get(host)) is None or line.heard < self.seconds for host in hosts):
             assert time.monotonic() < deadline
-            time.sleep(0.002)
+            self.wait(0.002)
 
 
 class Actor:

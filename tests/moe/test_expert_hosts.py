@@ -78,7 +78,7 @@ def serve_in_turn(folder: str, shape, budget: str, dispatcher: str, prompts) -> 
             ended = host.serve(Serve(generation, port, nodes, rank, plan))
             listening.result()
         assert ended.lost is None, ended
-        assert ended.said == lines.get(rank).num_said
+        assert lines.wait_for_words(rank, ended.said, 20)
         answers.append(said)
     host.engine.experts.cache.check()
     pool = host.engine.scheduler.pool

@@ -1,7 +1,6 @@
 """The line of a host: words behind it, its end, and time that does not count."""
 
 import os
-import signal
 import socket
 import threading
 import time
@@ -9,17 +8,20 @@ from collections.abc import Sequence
 
 import pytest
 
-from moe.cluster.lines import Lifeline, Line, Lines
+from moe.cluster.lines import BEAT_S, Lifeline, Lines
 from moe.cluster.messages import Beat, Said
 from moe.engine.sampling import Logprobs
-from tests.distributed import MULTIPROCESSING
 
 
-def until(condition) -> None:
+def until(condition, look=lambda: time.sleep(0.01)) -> None:
     deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        look()
+
+
+def hear_until(lines: Lines, condition) -> None:
+    until(condition, lambda: lines.wait(0.01))
 
 
 def beat(said: Sequence[Said]) -> Beat:
@@ -52,11 +54,30 @@ def test_what_is_no_beat_ends_the_line(line):
         Beat.from_line(line)
 
 
-def test_a_line_says_when_its_host_is_gone_or_given_up_and_refuses_strangers():
+@pytest.mark.parametrize("says", [b"another 5\n", b"word five\n", b"word\n", b"\xff\xfe 5\n", b"word " + b"5" * 300])
+def test_a_stranger_is_hung_up_on(says):
     lines = Lines("127.0.0.1", "word")
-    stranger = socket.create_connection(("127.0.0.1", lines.port))
-    stranger.sendall(b"another 5\n")
-    assert stranger.recv(1) == b""  # hung up
+    with socket.create_connection(("127.0.0.1", lines.port)) as stranger:
+        stranger.sendall(says)
+        hear_until(lines, lambda: lines._callers)
+        hear_until(lines, lambda: not lines._callers)
+        stranger.settimeout(20)
+        assert stranger.recv(1) == b""
+    assert lines._lines == {}
+    lines.close()
+
+
+def test_who_calls_and_says_no_name_is_hung_up_on(monkeypatch):
+    lines = Lines("127.0.0.1", "word")
+    with socket.create_connection(("127.0.0.1", lines.port)):
+        hear_until(lines, lambda: lines._callers)
+        monkeypatch.setattr("moe.cluster.lines._CALL_S", 0.05)
+        hear_until(lines, lambda: not lines._callers)
+    lines.close()
+
+
+def test_a_line_says_when_its_host_is_gone_or_given_up():
+    lines = Lines("127.0.0.1", "word")
     child = os.fork()
     if not child:
         line = Lifeline("127.0.0.1", lines.port, "word", 3)
@@ -67,20 +88,39 @@ def test_a_line_says_when_its_host_is_gone_or_given_up_and_refuses_strangers():
     line = lines.get(3)
     assert (line.steps, line.free_blocks, line.placed) == (17, 4, 2)
     assert lines.take_words()[0] == (3, [Said(5, None, "error", error="no room")])
-    lines.wait(20)
-    assert not lines.get(3).is_closed
+    assert not line.is_closed
     os.kill(child, 9)
     os.waitpid(child, 0)
-    until(lambda: lines.get(3).is_closed)
+    assert not lines.wait_for_words(3, 2, 20)
+    assert line.is_closed
     assert lines.get(5) is None
     is_told = threading.Event()
     Lifeline("127.0.0.1", lines.port, "word", 4, is_told.set).start(beat)
-    until(lambda: lines.get(4) is not None)
+    hear_until(lines, lambda: lines.get(4) is not None)
     assert not lines.wait_for_words(4, 1, 0.0)
     lines.hang_up(4)
     assert is_told.wait(20)
-    until(lambda: lines.get(4).is_closed)
+    assert lines.get(4).is_closed
     lines.hang_up(4)
+    lines.close()
+
+
+def test_what_comes_in_pieces_is_put_together_and_a_bad_beat_ends_the_line():
+    lines = Lines("127.0.0.1", "word")
+    with socket.create_connection(("127.0.0.1", lines.port)) as host:
+        said = [Said(1, None, "error", error="x" * 200_000), Said(2, 7)]
+        text = b"word 3\n" + beat(said[:1]).to_line() + beat(said[1:]).to_line() + b"[17,4"
+        sender = threading.Thread(
+            target=lambda: [host.sendall(text[at : at + 9999]) for at in range(0, len(text), 9999)]
+        )
+        sender.start()
+        assert lines.wait_for_words(3, 2, 20)
+        sender.join(20)
+        assert [one for _, words in lines.take_words() for one in words] == said
+        line = lines.get(3)
+        hear_until(lines, lambda: line.unread == b"[17,4")
+        host.sendall(b"]\n")
+        hear_until(lines, lambda: line.is_closed)
     lines.close()
 
 
@@ -119,43 +159,25 @@ def test_who_speaks_waits_for_nobody_and_every_word_comes_in_order():
         there.close()
 
 
-def test_a_sign_that_nobody_has_read_yet_is_one():
-    """The thread that reads it did not get to run."""
-    lines, (here, there) = Lines("127.0.0.1", "word"), socket.socketpair()
-    line = Line(here, heard=-100.0, moved=-50.0)
-    assert lines.since(line)[0] >= 100
-    there.sendall(Beat(5, 7, 0).to_line())
-    silent, stuck = lines.since(line)
-    assert silent == 0.0
-    assert stuck >= 50
-    here.recv(100)
-    assert lines.since(line)[0] >= 100
-    there.close()
-    here.close()
-    lines.close()
-
-
-def test_time_in_which_the_controller_was_stopped_does_not_count():
-    """Its process is stopped again and again, for longer than a host may be silent: nobody is given up."""
-    receiver, sender = MULTIPROCESSING.Pipe(duplex=False)
-    child = MULTIPROCESSING.Process(target=watch_a_line, args=(sender,), daemon=True)
-    child.start()
-    assert receiver.recv() == "watches"
-    for seconds in (2.5, 0.9, 0.9, 0.9):
-        os.kill(child.pid, signal.SIGSTOP)
-        time.sleep(seconds)
-        os.kill(child.pid, signal.SIGCONT)
-        time.sleep(0.05)
-    assert receiver.recv() < 2.0
-    child.join(10)
-
-
-def watch_a_line(sender) -> None:
+def test_time_in_which_nobody_was_heard_does_not_count():
+    """The controller was stopped, or did other things: what has come meanwhile counts, most of the time does not."""
     lines = Lines("127.0.0.1", "word")
-    Lifeline("127.0.0.1", lines.port, "word", 1).start(beat)
-    until(lambda: lines.get(1) is not None)
-    sender.send("watches")
-    started, longest = time.monotonic(), 0.0
-    while time.monotonic() - started < 6:
-        longest = max(longest, lines.since(lines.get(1))[0])
-    sender.send(longest)
+    with socket.create_connection(("127.0.0.1", lines.port)) as host:
+        host.sendall(b"word 3\n" + Beat(5, 7, 0).to_line())
+        hear_until(lines, lambda: (line := lines.get(3)) is not None and line.steps == 5)
+        line = lines.get(3)
+        time.sleep(3 * BEAT_S)
+        assert lines.since(line) == (pytest.approx(2 * BEAT_S), pytest.approx(2 * BEAT_S))
+        before = line.heard
+        host.sendall(Beat(7, 7, 0).to_line() + Beat(9, 7, 0).to_line())
+        lines.wait(20)
+        assert line.heard == line.moved == pytest.approx(before + 2 * BEAT_S)
+        assert line.paces[-1] == pytest.approx(2 * BEAT_S / 4)
+        before = line.heard
+        for _ in range(4):  # it beats, and does not step
+            host.sendall(Beat(9, 7, 0).to_line())
+            time.sleep(BEAT_S / 4)
+            lines.wait(20)
+        assert line.moved == before
+        assert line.heard >= before + BEAT_S
+    lines.close()

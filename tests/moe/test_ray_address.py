@@ -1,15 +1,17 @@
 """Where a Ray cluster is looked for, and what listens there: nobody, something else, or what may be Ray."""
 
+import os
 import re
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("ray")
-from moe.cluster.address import ray_address
+from moe.cluster.address import check_owner, ray_address
 from moe.cluster.controller import ClusterEngine
 from moe.config import EngineConfig
 from tests.moe.moe_cases import TINYMOE
@@ -18,7 +20,7 @@ from tests.moe.moe_cases import TINYMOE
 @pytest.mark.parametrize(
     ("address", "of_environment", "note", "found"),
     [
-        (None, None, None, None),
+        (None, None, None, "local"),
         ("auto", None, None, "auto"),
         (None, None, "127.0.0.1:9", "local"),  # a cluster of this machine that was killed
         ("auto", None, "127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9: "),
@@ -37,11 +39,20 @@ def test_nobody_is_asked_for_minutes_at_an_address_where_nobody_listens(
     if note is not None:
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / "ray_current_cluster").write_text(note)
-    if found is None or not found.startswith("no Ray"):
+    if not found.startswith("no Ray"):
         assert ray_address(address) == found
     else:
         with pytest.raises(ValueError, match=re.escape(found)):
             ray_address(address)
+
+
+def test_a_cluster_that_is_found_must_be_this_users(tmp_path):
+    check_owner(tmp_path, "127.0.0.1:6379")
+    if os.getuid() == 0:
+        os.chown(tmp_path, 4321, -1)
+    others = tmp_path if os.getuid() == 0 else Path("/")
+    with pytest.raises(ValueError, match=r"is another user's \(127.0.0.1:6379, of user id (4321|0), .*\(--address 127"):
+        check_owner(others, "127.0.0.1:6379")
 
 
 def test_hosts_are_not_asked_for_through_ray_client(monkeypatch):
