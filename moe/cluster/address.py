@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # what `ray status` asks with
 
 from moe.cluster.policy import first_sentence
 
@@ -27,17 +28,20 @@ def connect_ray(address: str | None) -> bool:
     was found on this machine (None, "auto") must be this user's."""
     if ray.is_initialized():
         return False
-    where = ray_address(address)
+    told, address = _told(address), ray_address(address)
+    if told:
+        check_token(told)
     try:
         context: Any = ray.init(
-            address=where, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+            address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
         )
     except Exception as error:  # of any kind: Ray has none of its own for this
-        if where == "local":
+        if address == "local":
             raise ValueError(f"Ray does not start on this machine: {first_sentence(error)}") from None
-        place = "this machine" if where == "auto" else where
-        raise ValueError(f"no Ray cluster answers at {place}: {first_sentence(error)}; {_TOKEN}") from None
-    if not _told(address) and where != "local":
+        raise ValueError(
+            f"no Ray cluster answers at {told or 'this machine'}: {first_sentence(error)}; {_TOKEN}"
+        ) from None
+    if not told and address != "local":
         found = context.address_info
         try:
             check_owner(Path(found["session_dir"]), found["gcs_address"])
@@ -57,9 +61,21 @@ def check_owner(session: Path, where: str) -> None:
         )
 
 
-def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str:
+def check_token(where: str) -> None:
+    """Raises ValueError if Ray at this host and port refuses this process; `ray.init` would ask for half a minute."""
+    if "/" in where or not where.rpartition(":")[2].isdigit():
+        return
+    try:
+        GcsClient(address=where)
+    except ray.exceptions.RayError as error:
+        why = str(error).splitlines()[0].partition(" Ensure that")[0]
+        raise ValueError(f"the Ray cluster at {where} refuses this process: {why}; {_TOKEN}") from None
+
+
+def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str | None:
     """What to connect to, as `ray.init` takes it, where Ray answers. None becomes "local", a new cluster, if Ray has
     noted none of this machine, or that one does not answer: it may have been killed. Raises ValueError."""
+    # Not the address that is noted: Ray gives a token of this user's to a cluster alone that it has found itself.
     told = _told(address)
     where = told or noted_address()
     if not where:
@@ -68,13 +84,13 @@ def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str:
     if where.startswith(_CLIENT) and not host:
         host, port = port, _CLIENT_PORT
     if not port.isdigit() or "/" in host:
-        return where  # of no form that we know: Ray says what is the matter
+        return address  # of no form that we know: Ray says what is the matter
     try:
         why = _why_not_ray(host.strip("[]"), int(port), answer_s)
     except (OSError, OverflowError, UnicodeError) as error:
         why = str(error)
     if why is None:
-        return where
+        return address
     if address is None and not told:
         return "local"
     raise ValueError(f"no Ray cluster answers at {where}: {why}")

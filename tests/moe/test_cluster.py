@@ -322,7 +322,15 @@ def test_gpus_labels_and_too_little_memory_left(nodes, lines, tmp_path):
 
 def test_rays_own_note_of_where_it_is(nodes):
     assert noted_address() == nodes.address
-    assert ray_address("auto") == ray_address(None) == nodes.address
+    assert [ray_address(one) for one in (None, "auto")] == [None, "auto"]  # there is one: Ray finds it itself
+
+
+def test_a_cluster_that_asks_for_a_token_says_so_at_once(nodes):
+    command = [sys.executable, "-m", "moe", "ray", "status", "--address", nodes.address]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    why = f"the Ray cluster at {nodes.address} refuses this process: .*token is missing or incorrect; if it asks for a"
+    assert (said.returncode, bool(re.search(why, " ".join(said.stderr.split())))) == (2, True), said.stderr
 
 
 def test_more_hosts_than_there_is_room_for(nodes):
