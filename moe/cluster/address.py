@@ -68,8 +68,7 @@ def check_token(where: str) -> None:
     try:
         GcsClient(address=where)
     except ray.exceptions.RayError as error:
-        why = str(error).splitlines()[0].partition(" Ensure that")[0]
-        raise ValueError(f"the Ray cluster at {where} refuses this process: {why}; {_TOKEN}") from None
+        raise ValueError(f"the Ray cluster at {where} refuses this process: {error.args[0]}; {_TOKEN}") from None
 
 
 def ray_address(address: str | None, answer_s: float = _ANSWER_S) -> str | None:
