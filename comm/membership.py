@@ -14,6 +14,8 @@ Ranks that meet can be called off by ending the server of their store: all raise
 group is the generation's world).
 """
 
+import atexit
+import gc
 import os
 import secrets
 import socket
@@ -43,6 +45,10 @@ from moe.comm.together import map_together
 # Public from torch 2.14 on, where the private name warns.
 _set_timeout = getattr(dist, "set_timeout", distributed_c10d._set_pg_timeout)
 _NEVER_SENT = 7  # a tag: what `interrupt` waits for
+
+# gloo's threads let go of a collective's tensors after whoever waited for it went on, and need Python for that. Once it
+# ends, they abort the process: groups that nobody holds any more, and with them their threads, end before.
+atexit.register(gc.collect)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ is the exchange, with threads that wait for each other on these cores as they ar
 """
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -21,8 +20,6 @@ from moe.comm.membership import process_groups
 from moe.launch.measure_step import TOY_TOP_K, toy_step, write_toy
 from moe.offload.stores import aligned_bytes
 from moe.placement.machine import Exchange
-
-log = logging.getLogger(__name__)
 
 NARROW, WIDE = 64, 2048  # elements of a row: what a byte costs is seen between them
 _SLAB_BYTES = 128 << 20
@@ -41,12 +38,9 @@ def measure_exchange(ranks: int) -> Exchange:
             capture_output=True,
             text=True,
         )
-        result = Path(folder) / RESULT
-        if not result.exists():
+        if done.returncode:
             raise RuntimeError(f"{ranks} ranks could not be measured: {done.stderr[-500:]}")
-        if done.returncode:  # rarely a process aborts after its last line, while torch's libraries end their threads
-            log.warning("ranks ended with status %d after they had measured: %s", done.returncode, done.stderr[-500:])
-        return Exchange(*json.loads(result.read_text()))
+        return Exchange(*json.loads((Path(folder) / RESULT).read_text()))
 
 
 def exchange_of(extra: dict[tuple[int, int, int], float], ranks: int) -> Exchange:
@@ -89,9 +83,7 @@ def main() -> None:
     with process_groups(timeout_s=120) as groups:
         exchange = exchange_of(measured(folder, groups), groups.world_size)
         if groups.rank == 0:
-            done = Path(folder) / f"{RESULT}.part"
-            done.write_text(json.dumps(exchange))
-            done.rename(Path(folder) / RESULT)
+            (Path(folder) / RESULT).write_text(json.dumps(exchange))
 
 
 if __name__ == "__main__":

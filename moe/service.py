@@ -3,6 +3,7 @@
 submit ─▶ queue ─▶ the thread: add samples as there is room, step, hand out ─▶ deliver(delta), in that thread
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -73,7 +74,8 @@ class Ticket:
 
 
 class Service:
-    """Steps `llm` in a thread of its own until `close`. max_open: requests at a time, queued or running."""
+    """Steps `llm` in a thread of its own until `close`, or the process's end. max_open: requests at a time, queued or
+    running."""
 
     def __init__(self, llm: LLM, max_open: int = 256) -> None:
         self.llm, self.max_open = llm, max_open
@@ -88,6 +90,7 @@ class Service:
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="moe-service", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # Python aborts a process whose threads are within torch while it ends
 
     def submit(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, deliver: Callable[[Delta], None]
@@ -114,6 +117,7 @@ class Service:
         """Takes nothing in any more, lets what is open end for up to so many seconds, then drops it. A step that has
         not ended `step_s` later (a disk, or hosts that do not answer) is left behind, and the model cannot be closed.
         """
+        atexit.unregister(self.close)
         with self._counting:
             self._is_closing = True
         deadline = time.monotonic() + seconds

@@ -1,5 +1,6 @@
 """The threads that read experts into slots, and what they do first: misses, then speculation, by when it is due."""
 
+import atexit
 import logging
 import threading
 from collections import deque
@@ -61,7 +62,8 @@ class Readers:
     """`num_readers` threads that run `read(job)`, which must not raise, and hand what it returns to the job's batch.
 
     Misses go first. Speculation starts only while another thread is free for the next miss, and between its parts
-    (`goes_on`) its thread reads the misses that wait. Threads start with the first job.
+    (`goes_on`) its thread reads the misses that wait. Threads start with the first job. They end with `close`, at the
+    latest as the process does: Python aborts a process whose threads are within torch while it ends.
     """
 
     def __init__(self, num_readers: int, read: Callable[[Job], Arrival]) -> None:
@@ -75,6 +77,7 @@ class Readers:
         self._reading_ahead: set[Job] = set()
         self._most_ahead = max(1, num_readers - 1)
         self._has_started = self._is_closed = False
+        atexit.register(self.close)  # before those of whoever steps, which are called first
 
     def put(self, job: Job) -> None:
         self._start()
@@ -128,6 +131,7 @@ class Readers:
     def close(self) -> None:
         """Ends the threads once all misses are read; speculation that has not begun is dropped, and so is a thread
         whose read does not end."""
+        atexit.unregister(self.close)
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
