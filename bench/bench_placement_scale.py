@@ -25,13 +25,14 @@ from bench.bench_placement import hardware
 from moe.placement.deadline import Deadline
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
-from moe.placement.replicas import choose_for_plan
+from moe.placement.replicas import ServingTable, choose_for_plan
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
 from moe.placement.stats.affinity import expert_load
 from moe.placement.trace import RoutingTrace
 from moe.placement.wire_format import ModelSizes, WireFormat
+from tests.placement.scorer import in_turn
 
 DOMAINS = ("translation", "summary", "intent")
 TOP_K = 8
@@ -93,9 +94,9 @@ class Run:
             self.first = time.process_time() - self.began
 
 
-def judged(trace: RoutingTrace, plan: Plan) -> dict[str, float]:
+def judged(trace: RoutingTrace, plan: Plan, *, dealt_in_turn: bool = False) -> dict[str, float]:
     """Served by the engine's rule for combine=partial, homes by sequence in turn: rows that leave home and bytes both
-    ways per token and layer, busiest over mean load."""
+    ways per token and layer, busiest over mean load. dealt_in_turn: each copy in turn instead, as EPLB deals."""
     wire = WireFormat(combine="partial")
     each = wire.row_bytes(SIZES.hidden_size, SIZES.element_bytes, TOP_K) + wire.result_bytes(
         SIZES.hidden_size, SIZES.element_bytes
@@ -103,7 +104,11 @@ def judged(trace: RoutingTrace, plan: Plan) -> dict[str, float]:
     home = np.repeat(np.arange(trace.num_sequences), trace.sequence_lengths) % plan.num_ranks
     rows, load = [], []
     for layer in range(trace.num_layers):
-        chosen = choose_for_plan(trace.expert_ids[:, layer], home, plan, layer)
+        ids = trace.expert_ids[:, layer]
+        if dealt_in_turn:
+            chosen = in_turn(ids, ServingTable.of(plan, layer))
+        else:
+            chosen = choose_for_plan(ids, home, plan, layer)
         rank = np.where(chosen < 0, -1, chosen // plan.physical_per_rank)
         bits = np.where(rank < 0, np.uint64(0), np.uint64(1) << rank.astype(np.uint64))  # -1: no expert
         visited = np.bitwise_or.reduce(bits, axis=1)
@@ -126,6 +131,8 @@ def whole(recorded: RoutingTrace, tokens: int, slots: int | None, seconds: float
     row = {"tokens": tokens, "slots": slots, "greedy_cpu": eplb, "first_cpu": run.first, "cpu": run.cpu}
     for name, trace in (("fitted", fit), ("held", held)):
         row[name] = [judged(trace, plan) for plan in (greedy, run.plan)]
+    if slots is not None:
+        row["dealt_in_turn"] = judged(held, greedy, dealt_in_turn=True)
     return row
 
 
@@ -161,12 +168,14 @@ def table(document: dict[str, Any]) -> str:
         "",
     ]
     lines += [
-        "| tokens | slots | EPLB's greedy, fitted | ours | EPLB's greedy, held out | ours | first plan, CPU s | all |"
+        "| tokens | slots | EPLB's greedy, fitted | ours | EPLB's greedy, held out | the same dealt evenly "
+        "| ours | first plan, CPU s | all |"
     ]
-    lines += ["|---" * 8 + "|"]
+    lines += ["|---" * 9 + "|"]
     for name, row in parts.items():
         if name in FULL:
-            cells = [row["tokens"], row["slots"] or "no replicas", *map(_cell, (*row["fitted"], *row["held"]))]
+            cells = [row["tokens"], row["slots"] or "no replicas", *map(_cell, row["fitted"])]
+            cells += [_cell(row["held"][0]), _cell(row["dealt_in_turn"]) if row["slots"] else "", _cell(row["held"][1])]
             cells += [f"{row['first_cpu']:.1f}", f"{row['cpu']:.1f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
