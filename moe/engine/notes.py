@@ -1,9 +1,13 @@
 """What a user should know about how a model is served, before it runs."""
 
+import re
+
 from moe.config import EngineConfig
 from moe.models.blueprint import Blueprint
 from moe.models.families import why_resident
 from moe.offload.nested import describe
+
+_LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
 
 
 def lossy_modes(config: EngineConfig) -> list[str]:
@@ -20,6 +24,7 @@ def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
     declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
     note = blueprint.format_note(dense)
     formats = list(filter(None, (note, describe(blueprint.index))))
+    formats += _layers_not_read(blueprint)
     if blueprint.experts:
         return formats
     if declared > 1:
@@ -28,3 +33,21 @@ def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
             f"({why_resident(blueprint.skeleton)}): the whole model is in memory"
         ]
     return formats + ["this model is dense: it has no experts, the whole model is in memory"]
+
+
+def _layers_not_read(blueprint: Blueprint) -> list[str]:
+    """Layers beside those that have the experts, beyond the number that the config gives."""
+    count = getattr(blueprint.config.get_text_config(), "num_hidden_layers", None)
+    found = [_LAYER.match(name) for name in blueprint.index.expert_keys]
+    stems = tuple({match[1] for match in found if match is not None})
+    numbers = {
+        int(match[2]) for match in map(_LAYER.match, blueprint.checkpoint.tensors) if match and match[1] in stems
+    }
+    if not isinstance(count, int) or not numbers or max(numbers) < count:
+        return []
+    beyond = sorted(number for number in numbers if number >= count)
+    said = f"{beyond[0]}" if len(beyond) == 1 else f"{beyond[0]} to {beyond[-1]}"
+    return [
+        f"layers {said} of the files are not read, config.json counts {count} (num_hidden_layers); mend it if they "
+        "are not those that predict further tokens"
+    ]

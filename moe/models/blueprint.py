@@ -1,6 +1,7 @@
 """What is known of a model from its folder before any weight is read: config, skeleton, experts and where they lie."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def read_blueprint(folder: str | Path, *, trust_remote_code: bool = False) -> Bl
     for name in absent:
         hollow(skeleton.get_submodule(name))
     experts = tuple(find_experts(skeleton))
+    _check_top_k(folder, experts, skeleton.config)
     quantised = find_matrices(checkpoint.tensors, read_quantisation(folder))
     index = index_experts(
         checkpoint,
@@ -157,6 +159,16 @@ def read_blueprint(folder: str | Path, *, trust_remote_code: bool = False) -> Bl
         quantised=quantised,
         generation=read_generation(folder, skeleton.config),
     )
+
+
+def _check_top_k(folder: Path, experts: Sequence[FoundExperts], config: Any) -> None:
+    if not experts:
+        return
+    top_k, most = fields.top_k(config.get_text_config()), max(found.site.num_experts for found in experts)
+    if not 1 <= top_k <= most:
+        raise ValueError(
+            f"{folder}/config.json: a token takes {top_k} experts, layers have {most}; it must be 1 to {most}"
+        )
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -183,6 +195,10 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
 def read_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The whole transformers model on the meta device. Raises ValueError for a folder that describes none."""
     config = _read_config(folder, trust_remote_code)
+    for name in fields.SIZES:
+        size = getattr(config.get_text_config(), name, None)
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"{folder}/config.json: {name} ({size}) must be >= 1")
     _without_quantisation(config)
     auto = _auto_class(config, trust_remote_code)
     name = (getattr(config, "architectures", None) or [config.model_type])[0]

@@ -9,6 +9,7 @@ from typing import Any, Final
 TOP_K: Final = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
 # Of architectures that have no such field; DBRX keeps it in a config of its own.
 FIXED_TOP_K: Final = {"switch_transformers": 1, "nllb-moe": 2}
+SIZES: Final = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")  # 1 at least
 CONTEXT: Final = ("max_position_embeddings", "max_seq_len", "n_positions")
 WITHOUT_LIMIT: Final = ("switch_transformers",)  # its positions are distances, the far ones all alike
 

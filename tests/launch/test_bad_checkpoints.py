@@ -108,6 +108,22 @@ def strange_values(folder):
     change_config(folder, hidden_size="wide")
 
 
+def too_many_experts_a_token(folder):
+    change_config(folder, num_experts_per_tok=9)
+
+
+def no_expert_a_token(folder):
+    change_config(folder, num_experts_per_tok=0)
+
+
+def no_layers(folder):
+    change_config(folder, num_hidden_layers=-1)
+
+
+def no_positions(folder):
+    change_config(folder, max_position_embeddings=0)
+
+
 def no_heads(folder):
     change_config(folder, num_attention_heads=-1, head_dim=None)
 
@@ -164,6 +180,10 @@ BROKEN = [
     (no_model_type, ["config.json", "model_type"]),
     (unknown_architecture, ["quantum_moe"]),
     (strange_values, ["config.json", "hidden_size"]),
+    (too_many_experts_a_token, ["a token takes 9 experts, layers have 8", "1 to 8"]),
+    (no_expert_a_token, ["a token takes 0 experts, layers have 8"]),
+    (no_layers, ["num_hidden_layers (-1) must be >= 1"]),
+    (no_positions, ["max_position_embeddings (0) must be >= 1"]),
     (no_heads, ["Qwen3MoeForCausalLM"]),
     (broken_index, ["has no weight_map"]),
     (outside_the_folder, ["../../secret.safetensors", "not a file name in this folder"]),
@@ -180,6 +200,17 @@ def test_broken_checkpoint(capfd, small_copy, small_model, spoil, words):
     sentence = refused(capfd, "generate", small_copy, *PROMPT)
     for word in words:
         assert word in sentence, sentence
+
+
+def test_layers_that_the_config_leaves_out_are_told(small_copy):
+    """Layers that predict further tokens are published so; of any other the model's answers would be another's."""
+    change_config(small_copy, num_hidden_layers=2)
+    with LLM(small_copy, config("1.0")) as llm:
+        (note,) = [note for note in llm.notes if "not read" in note]
+        assert "layers 2 of the files are not read, config.json counts 2" in note
+    change_config(small_copy, num_hidden_layers=3)
+    with LLM(small_copy, config("1.0")) as llm:
+        assert not any("not read" in note for note in llm.notes)
 
 
 def test_a_refused_checkpoint_leaves_the_process_as_it_was(capfd, monkeypatch, small_copy, small_model):
