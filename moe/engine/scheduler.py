@@ -1,7 +1,7 @@
 """Which tokens the next step computes: continuous batching with chunked prefill and shared prefixes."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moe.config import BatchConfig
 from moe.engine.requests import Chunk, Request
@@ -43,12 +43,8 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of one step; empty only if there is no work."""
-        chunks: list[Chunk] = []
-        left = self.max_tokens
-        for request in self._whose_turn():
-            if left and request in self.running and (chunk := self._continue(request, left)):
-                chunks.append(chunk)
-                left -= chunk.end - chunk.start
+        chunks = self._going_on(self._whose_turn())
+        left = self.max_tokens - sum(chunk.end - chunk.start for chunk in chunks)
         while left and self.waiting and len(self.running) < self.places:
             if not (chunk := self._admit(self.waiting[0], left, alone=not chunks)):
                 break
@@ -57,6 +53,8 @@ class Scheduler:
             left -= chunk.end - chunk.start
         running = set(map(id, self.running))
         chunks = [c for c in chunks if id(c.request) in running]  # a later request may have pushed one out
+        if not chunks:  # those whose turn it was had no blocks, which the others have
+            chunks = self._going_on(list(self.running))
         assert chunks or not self.has_work, (len(self.waiting), len(self.running))
         return chunks
 
@@ -86,6 +84,16 @@ class Scheduler:
         """Another scheduler goes on with the requests."""
         for request in [*self.running, *self.waiting]:
             self._take_out(request)
+
+    def _going_on(self, requests: Sequence[Request]) -> list[Chunk]:
+        """Chunks of running requests, as far as tokens and blocks allow."""
+        chunks: list[Chunk] = []
+        left = self.max_tokens
+        for request in requests:
+            if left and request in self.running and (chunk := self._continue(request, left)):
+                chunks.append(chunk)
+                left -= chunk.end - chunk.start
+        return chunks
 
     def _whose_turn(self) -> list[Request]:
         """Running requests that this step goes on with, oldest first: all, or prompts and those whose turn it is."""

@@ -12,8 +12,10 @@ from moe import LLM, SamplingParams
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.requests import Chunk, Request, step_of
+from moe.engine.scheduler import Scheduler
 from moe.engine.turns import PATIENCE, Turns
 from moe.layer.routing import Routing
+from moe.models.kv import BlockPool
 from tests.distributed import spawn
 from tests.moe.moe_cases import TINYMOE
 
@@ -46,6 +48,29 @@ def test_nobody_is_passed_over_for_long(count, size, seed):
         for number in waited:
             waited[number] = 0 if number in {r.id for r in chosen} else waited[number] + 1
         assert max(waited.values()) < bound
+
+
+@pytest.mark.parametrize("num_blocks", range(11, 24))
+def test_blocks_that_others_hold_stop_nobody_for_ever(num_blocks):
+    """Whose turn it is may have no block, because those who are passed over have them all."""
+    config = BatchConfig(max_sequences=1, pool=3, block_size=1, kv_tokens=num_blocks, max_tokens=8)
+    pool = BlockPool(num_blocks, 1, sharing=False)
+    scheduler = Scheduler(config, pool, turns=Turns([4], 3))
+    running = [Request(i, [0, 1], SamplingParams(max_tokens=8), 2) for i in range(3)]
+    for request in running:
+        scheduler.add(request)
+    for _ in range(200):
+        for chunk in scheduler.schedule():  # asserts that there is one
+            scheduler.computed(chunk)
+            if chunk.samples:
+                chunk.request.tokens.append(1)
+                if chunk.request.num_output == 8:
+                    scheduler.finish(chunk.request, "length")
+        pool.check()
+        if not scheduler.has_work:
+            break
+    assert [request.finish_reason for request in running] == ["length"] * 3
+    assert pool.num_used == 0
 
 
 def test_those_that_share_experts_meet():
