@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import moe.engine.assemble as assemble
 import moe.engine.device as device
 import moe.engine.lent_kv as lent_kv
+import moe.offload.cache as cache_module
 import moe.offload.slab as slab
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.lent_kv import LentKV
@@ -20,6 +21,7 @@ from moe.offload.stores import aligned_bytes
 from moe.params import SamplingParams
 from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import TINYMOE, random_prompts
+from tests.moe.test_faulty_reads import Faults, faulty
 from tests.moe.test_mixed_formats import int4, write_pair
 
 MEMORY = 12 << 20  # for KV and experts, beside the dense weights; all experts are 13.5 MiB
@@ -101,6 +103,69 @@ def test_no_token_changes_and_nobody_is_put_back(said, gaps, cancelled, batch, p
             assert llm.engine.scheduler.num_put_back == 0
             for one, tokens in zip(running, said):
                 assert one.token_ids == tokens or one.request.finish_reason == "abort"
+
+
+@st.composite
+def little_of_everything(draw):
+    """A config of little KV, and the slots beside all of it, from one on."""
+    sequences, pool = draw(st.sampled_from([(1, None), (3, None), (6, None), (1, 3), (3, 8)]))
+    batch = BatchConfig(
+        max_sequences=sequences,
+        pool=pool,
+        max_tokens=draw(st.sampled_from([sequences, 9, 64])),
+        block_size=draw(st.sampled_from([1, 3, 16])),
+        kv_tokens=draw(st.sampled_from([160, 400])),
+        prefix_sharing=draw(st.booleans()),
+    )
+    offload = OffloadConfig(
+        policy=draw(st.sampled_from(["lru", "lfu"])),
+        store=draw(st.sampled_from(["file", "mmap"])),
+        prefetch=draw(st.sampled_from(["off", "transition", "router", "learned"])),
+        readers=draw(st.integers(1, 3)),
+    )
+    return EngineConfig(threads=1, batch=batch, offload=offload), draw(st.sampled_from([1, 2, 5, 24, 70]))
+
+
+@pytest.mark.heavy
+@settings(max_examples=20, deadline=None)
+@given(
+    config_and_slots=little_of_everything(),
+    acts=st.lists(st.sampled_from([*["plain"] * 8, "slow", "fail", "short"]), max_size=40),
+    cancelled=st.dictionaries(st.integers(0, 60), st.integers(0, 9), max_size=3),
+    pace=st.sampled_from([(1, 1), (2, 64), (8, 2), (64, 64)]),
+)
+def test_no_token_changes_whatever_comes(said, config_and_slots, acts, cancelled, pace):
+    """Reads that fail, reads ahead under way when their slot is taken back, KV that is too little for all, one slot."""
+    config, slots = config_and_slots
+    blocks = -(-config.batch.kv_tokens // config.batch.block_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "free_room", lambda *_: blocks * config.batch.block_size * 2304 + slots * 144 * 1024)
+        patch.setattr(lent_kv, "PERIOD", pace[0])
+        patch.setattr(lent_kv, "AHEAD", pace[1])
+        patch.setattr(cache_module, "INLINE_READ_BYTES", 0)
+        with LLM(TINYMOE, config) as llm:
+            if (lookahead := llm.engine.experts.lookahead) is not None:
+                lookahead.prefetcher._trial = None
+            faulty(patch, Faults(acts))
+            running = [llm.add(*request) for request in zip(PROMPTS, PARAMS)]
+            one, cache = lent(llm).one, llm.engine.experts.cache
+            for step in range(4000):
+                if not llm.engine.has_work:
+                    break
+                if step in cancelled:
+                    llm.abort([running[cancelled[step]]])
+                try:
+                    llm.step()
+                except OSError as error:
+                    if "the disk is gone" not in str(error):
+                        raise
+                assert llm.engine.why_not_whole() is None
+                assert one.nbytes == one.kv.taken_by(one.kv.pool.num_blocks) + cache.slot_bytes <= one.memory
+            for generation, tokens in zip(running, said):
+                assert generation.token_ids == tokens or generation.request.finish_reason == "abort"
+            assert one.kv.pool.num_used == 0
+            cache.ahead.finish()
+            cache.check()
 
 
 def test_memory_goes_where_it_is_needed(monkeypatch):
