@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import ray_environment  # noqa: F401  # before Ray is imported
+
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere in the test process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

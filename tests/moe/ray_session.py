@@ -17,10 +17,7 @@ from typing import Any
 import yaml
 
 from moe.config import EngineConfig
-
-# Other clusters of the machine are nobody's business; Ray reads it when it is imported.
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-os.environ |= {"RAY_worker_niceness": "0"}  # Ray starts actors at 15: whatever else runs would come first
+from tests import ray_environment  # noqa: F401  # before Ray is imported
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "tinymoe"
