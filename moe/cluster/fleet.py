@@ -100,11 +100,11 @@ class Fleet:
         for bundles, index in places:
             host = Host(self._next, bundles, index, is_growth=is_growth, asked=asked)
             self._next += 1
-            host.ready = self._asks.submit(self._launch, host, num_ranks)
+            host.ready = self._asks.submit(self._launch, host, num_ranks, count)
             hosts.append(host)
         return hosts
 
-    def _launch(self, host: Host, num_ranks: int) -> Any:
+    def _launch(self, host: Host, num_ranks: int, together: int) -> Any:
         """A reference of Ray's to its HostInfo."""
         if host.is_over:
             raise HostEnded("it was given up before Ray was asked for it")
@@ -119,7 +119,7 @@ class Fleet:
         place = PlacementGroupSchedulingStrategy(bundles.group, placement_group_bundle_index=host.bundle)
         host.actor = self._actor_class.options(
             scheduling_strategy=place, num_cpus=self._bundle["CPU"], num_gpus=self._bundle.get("GPU", 0)
-        ).remote(self.folder, self.config, host.number, (host.number, num_ranks), self.where)
+        ).remote(self.folder, self.config, host.number, (host.number, num_ranks), self.where, together=together)
         return host.actor.ready.remote()
 
     def check_room(self, hosts: Sequence[Host]) -> None:

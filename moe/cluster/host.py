@@ -31,9 +31,11 @@ _IDLE_S = 0.005
 
 
 class ExpertHost:
-    """share: what it will have of the experts at first."""
+    """share: what it will have of the experts at first. sharers: hosts that load on this node now, this one counted."""
 
-    def __init__(self, folder: str, config: EngineConfig, host: int, share: tuple[int, int], where: Where) -> None:
+    def __init__(
+        self, folder: str, config: EngineConfig, host: int, share: tuple[int, int], where: Where, *, sharers: int = 1
+    ) -> None:
         started = time.perf_counter()
         self.config, self.where, self.node = config, where, "here"
         self._pool: BlockPool | None = None  # until the model is loaded
@@ -45,7 +47,7 @@ class ExpertHost:
         self._lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self._lifeline.start(self._beat)
         self.desk = Desk(self._lifeline.say)
-        self.engine = Engine(folder, config, share=_share(folder, config, *share, where.job))
+        self.engine = Engine(folder, config, share=_share(folder, *share, where.job, sharers))
         self._pool = self.engine.scheduler.pool
         self._load_seconds = time.perf_counter() - started
 
@@ -178,10 +180,10 @@ def actor_class() -> Any:
     import ray
 
     class Host(ExpertHost):
-        """On the node that Ray put it on."""
+        """On the node that Ray put it on. together: hosts that are started at the same time."""
 
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, together: int) -> None:
+            super().__init__(*arguments, sharers=min(together, bundles_here()))
             self.node = ray.get_runtime_context().get_node_id()
 
     for name in CONTROL:
@@ -190,6 +192,15 @@ def actor_class() -> Any:
     return ray.remote(**options)(Host)
 
 
-def _share(folder: str, config: EngineConfig, rank: int, num_ranks: int, job: str) -> Share:
+def bundles_here() -> int:
+    """Of the placement group of this actor, on its node."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    nodes = placement_group_table(ray.util.get_current_placement_group())["bundles_to_node_id"]
+    return list(nodes.values()).count(ray.get_runtime_context().get_node_id())
+
+
+def _share(folder: str, rank: int, num_ranks: int, job: str, sharers: int) -> Share:
     shape = shareable_shape(read_blueprint(folder))
-    return Share(Plan.contiguous(*shape, num_ranks), rank % num_ranks, job)
+    return Share(Plan.contiguous(*shape, num_ranks), rank % num_ranks, job, sharers)

@@ -41,6 +41,7 @@ from tests.moe.ray_session import DEMO, LABEL, ROOT, SETTINGS, config_of, two_no
 ray = pytest.importorskip("ray")
 from moe.cluster.address import noted_address, ray_address  # noqa: E402
 from moe.cluster.controller import ClusterEngine  # noqa: E402
+from moe.cluster.host import bundles_here  # noqa: E402
 from moe.cluster.policy import ClusterError  # noqa: E402
 from moe.cluster.remote import RemoteEngine  # noqa: E402
 from moe.cluster.resident import Controllers  # noqa: E402
@@ -110,6 +111,23 @@ def pids(engine: ClusterEngine) -> list[int]:
 def test_hosts_say_what_one_process_says(cluster, expected):
     assert serve(cluster) == expected
     assert cluster.why_not_whole() is None
+
+
+def test_hosts_know_who_loads_beside_them(nodes):
+    """Three bundles spread over two nodes: two of them lie side by side."""
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    class Asked:
+        def beside(self) -> int:
+            return bundles_here()
+
+    group = placement_group([{"CPU": 0.1}] * 3, strategy="SPREAD")
+    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index) for index in range(3)]
+    actors = [ray.remote(num_cpus=0.1)(Asked).options(scheduling_strategy=place).remote() for place in places]
+    assert sorted(ray.get([actor.beside.remote() for actor in actors], timeout=60)) == [1, 2, 2]
+    ray.util.remove_placement_group(group)
 
 
 def test_hosts_are_spread_and_node_by_node(cluster):

@@ -1,11 +1,15 @@
 """Whom the free memory is for: ranks of one machine share it, and a host copy of the experts is beside slots."""
 
+import os
 from dataclasses import replace
 
 import pytest
 
 import moe.engine.device as device
 import moe.offload.stores as stores
+from moe.cluster.host import ExpertHost
+from moe.cluster.lines import Lines
+from moe.cluster.messages import Where
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.assemble import Share
@@ -48,6 +52,23 @@ def test_ranks_of_a_machine_share_what_is_free(monkeypatch):
     alone = Engine(TINYMOE, config(), share=Share(Plan.contiguous(6, 16, 2), 0))
     assert alone.state().slots == 48
     alone.close()
+
+
+def host_takes(free: int, sharers: int) -> tuple[int, int]:
+    device.available_memory = lambda: free
+    lines = Lines("127.0.0.1", "word")
+    where = Where("127.0.0.1", lines.port, "word", "job")
+    host = ExpertHost(str(TINYMOE), config(), int(os.environ["RANK"]), (0, 2), where, sharers=sharers)
+    return taken(host.engine), host.engine.state().slots
+
+
+def test_hosts_that_load_on_a_node_at_once_share_what_is_free():
+    free = 46 * MIB
+    ((alone, slots),) = spawn(1, host_takes, free, 1)
+    assert slots == 48
+    for shared, slots in spawn(2, host_takes, free, 2):
+        assert 0 < slots < 48
+        assert shared < min(alone, free // 2)
 
 
 def rank_joins_later(free: int, dispatcher: str) -> tuple[int, int, list[int]]:
