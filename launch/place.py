@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from moe.launch.turn import run_turn
+from moe.offload.budget import format_bytes
 from moe.placement.deadline import Deadline
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.migrate import plan_migration, relabel
@@ -286,7 +287,7 @@ def _report_migration(
         seconds_per_step=times,
     )
     print(
-        f"migration: {move.num_bytes / 1e9:.2f} GB in {len(move.steps)} steps, {move.seconds:.2f} s; "
+        f"migration: {format_bytes(move.num_bytes)} in {len(move.steps)} steps, {move.seconds:.3g} s; "
         f"saves {move.saving * 1e3:.3f} ms per step, pays back after {move.steps_to_pay:.0f} steps"
     )
 

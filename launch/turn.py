@@ -4,6 +4,7 @@ import argparse
 
 import numpy as np
 
+from moe.offload.budget import format_bytes
 from moe.placement.loop_options import LoopOptions
 from moe.placement.plan import Plan
 from moe.placement.topology import Topology
@@ -30,8 +31,8 @@ def run_turn(trace: RoutingTrace, sizes: ModelSizes, topology: Topology, args: a
         share = turn.num_moved / int(present.hosted.sum())
         print(
             f"moves found on the older half take it to: {turn.after}\n{turn.num_moved} copies move ({share:.1%}), "
-            f"{turn.migration.num_bytes / 1e9:.2f} GB in {len(turn.migration.steps)} steps, "
-            f"{turn.migration.seconds:.2f} s"
+            f"{format_bytes(turn.migration.num_bytes)} in {len(turn.migration.steps)} steps, "
+            f"{turn.migration.seconds:.3g} s"
         )
     plan = present if turn.migration is None else turn.migration.target
     plan.with_result(sizes=sizes).save(args.out)

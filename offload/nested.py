@@ -108,21 +108,26 @@ def _bytes_of(budget: str | None) -> int:
     return int(parsed.value)
 
 
-def slots_for(budget: str | None, index: ExpertIndex, counts: Sequence[int], room: int, *, can_mix: bool) -> int:
+def check_mixed(index: ExpertIndex, counts: Sequence[int], *, can_mix: bool) -> None:
+    """Raises ValueError where experts differ in size and not all ask for a slot (counts, by layer), or a slot takes
+    memory for what its expert does not fill (not `can_mix`)."""
+    if index.is_mixed and (sum(counts) < sum(site.num_experts for site in index.sites) or not can_mix):
+        raise ValueError(
+            "offload.bits=auto keeps all experts of a model in the slots of one process on a CPU, read from files; set "
+            "offload.bits=2, 3, 4 or 8 for ranks, GPUs and offload.store=ram"
+        )
+
+
+def slots_for(budget: str | None, index: ExpertIndex, counts: Sequence[int], room: int) -> int:
     """Slots that `budget` buys; where experts differ in size, one each. counts: experts by layer that ask for slots.
 
     room: bytes that are free. Slots stand as far apart as the largest; on a host what a smaller expert leaves of its
-    own is never touched, and so takes no memory. Raises ValueError where that does not hold (`can_mix`).
+    own is never touched, and so takes no memory (`check_mixed`). Raises ValueError where they do not fit.
     """
     if not index.is_mixed:
         sizes = [layout.nbytes for layout in index.layouts]
         return resolve_slots(budget, sizes=sizes, counts=counts, available_bytes=room)
     total = sum(site.num_experts for site in index.sites)
-    if sum(counts) < total or not can_mix:
-        raise ValueError(
-            "offload.bits=auto keeps all experts of a model in the slots of one process on a CPU, read from files; set "
-            "offload.bits=2, 3, 4 or 8 for ranks, GPUs and offload.store=ram"
-        )
     nbytes = sum(layout.size_of(e) for s, layout in zip(index.sites, index.layouts) for e in range(s.num_experts))
     if nbytes > room:
         raise ValueError(f"experts take {format_bytes(nbytes)}, free are {format_bytes(room)}; lower offload.budget")

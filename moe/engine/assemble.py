@@ -50,7 +50,7 @@ from moe.models.load import load_dense
 from moe.models.neighbours import why_not_packed
 from moe.offload.cache import ExpertCache
 from moe.offload.deepnvme import file_store
-from moe.offload.nested import serve, slots_for
+from moe.offload.nested import check_mixed, serve, slots_for
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, MmapStore, RamStore
 from moe.placement.plan import Plan
@@ -328,7 +328,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     own = [list(range(n)) for n in counts] if share is None else share.experts
     num_own = [len(experts) for experts in own]
     sizes = sizes_of(blueprint, config.batch, dense.tried.kv_bytes, dense.vocabulary)
-    can_mix = config.offload.store != "ram" and read.device.type == "cpu"
+    check_mixed(blueprint.index, num_own, can_mix=config.offload.store != "ram" and read.device.type == "cpu")
     foresight = Foresight(blueprint, model, config)
     machine = probed(config)
     offload, choices = choose_reads(config.offload, blueprint, machine)
@@ -337,9 +337,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         store = _make_store(blueprint, offload, share)
         undo.callback(store.close)
         free = free_room(read.device, config, sizes, 1 if share is None else share.sharers)  # beside a host copy
-        num_slots = slots_for(
-            config.offload.budget, blueprint.index, num_own, max(0, free - reserved_bytes), can_mix=can_mix
-        )
+        num_slots = slots_for(config.offload.budget, blueprint.index, num_own, max(0, free - reserved_bytes))
         cache = ExpertCache(
             store,
             num_slots,
