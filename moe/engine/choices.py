@@ -7,7 +7,6 @@ whose bits do not depend on them. Other kernels and codes in registers would rou
 
 import os
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from moe.kernels.cpu import instruction_sets
 from moe.models.blueprint import Blueprint
 from moe.offload.budget import format_bytes
 from moe.offload.deepnvme import is_built
-from moe.offload.stores import ReadsOfExpert, page_cache_holds, reads_of
+from moe.offload.stores import page_cache_holds, reads_of
 from moe.placement.machine import How, Machine, disk_of, load_machine, machine_name
 
 DEFAULT_READERS = 2
@@ -69,8 +68,7 @@ def choose_reads(
         offload = replace(offload, io=io)
         chosen.append(AutoChoice("offload.io", io, reason))
     if offload.readers is None:
-        reads = reads_of(blueprint.index, direct=bool(offload.direct))
-        readers, reason = _choose_readers(_how(offload), known, disk, nbytes, reads)
+        readers, reason = _choose_readers(_how(offload), known, disk, nbytes)
         offload = replace(offload, readers=readers)
         chosen.append(AutoChoice("offload.readers", readers, reason))
     return offload, chosen
@@ -113,23 +111,20 @@ def _best(machine: Machine, disk: str, how: How, nbytes: int) -> float:
     return max(_rate(machine, disk, how, nbytes, depth) or 0.0 for depth in _DEPTHS)
 
 
-def _choose_readers(how: How, machine: Machine | None, disk: str, nbytes: int, reads: ReadsOfExpert) -> tuple[int, str]:
-    """The fewest that reach nearly the best rate, two at least, so that one reads ahead while another reads a miss; and
-    as many more as stand in for those that copy what they have read."""
+def _choose_readers(how: How, machine: Machine | None, disk: str, nbytes: int) -> tuple[int, str]:
+    """The fewest that reach nearly the best rate; two at least, so that one reads ahead while another reads a miss."""
     if machine is None:
         return DEFAULT_READERS, f"the default, as {_unprobed(disk)}"
-    rates = {depth: _rate(machine, disk, how, nbytes // reads.number, depth) for depth in _DEPTHS}
+    rates = {depth: _rate(machine, disk, how, nbytes, depth) for depth in _DEPTHS}
     known = {depth: rate for depth, rate in rates.items() if rate}
     if not known:
         return DEFAULT_READERS, f"the default: {how} reads were not measured on {disk}"
     depth = min(d for d, rate in known.items() if rate >= _ENOUGH * max(known.values()))
-    at_a_time = max(DEFAULT_READERS, depth)
-    said = f"{format_bytes(known[depth])}/s with {depth} at a time, at most {format_bytes(max(known.values()))}/s"
-    if not reads.copied_bytes:
-        return at_a_time, said
-    read_s = nbytes * at_a_time / known.get(at_a_time, known[depth])  # of each of as many at a time
-    copy_s = reads.copied_bytes / machine.copy_bytes_per_s
-    return ceil(at_a_time * (1 + copy_s / read_s)), f"{said}, and {copy_s / read_s:.0%} of a read's time to copy it"
+    readers = max(DEFAULT_READERS, depth)
+    return (
+        readers,
+        f"{format_bytes(known[depth])}/s with {depth} at a time, at most {format_bytes(max(known.values()))}/s",
+    )
 
 
 def _rate(machine: Machine, disk: str, how: How, nbytes: int, depth: int) -> float | None:
