@@ -122,15 +122,19 @@ class Gated(Slow):
             assert self.begun.acquire(timeout=20)
 
 
-@pytest.fixture
-def gated(monkeypatch):
-    """A cache of three slots with one reader, whose reads the test lets through."""
+def cache_of(store, monkeypatch):
+    """And a cache of three slots with one reader, whose reads the test lets through."""
     monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
-    store = Gated()
     cache = ExpertCache(store, 3, num_readers=1)
     yield store, cache
     store.let(100)
     cache.close()
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """A store whose reads the test lets through, and its cache."""
+    yield from cache_of(Gated(), monkeypatch)
 
 
 def let_after(store, count, owner, name, *expected):
@@ -226,12 +230,7 @@ class GatedParts(Gated):
 @pytest.fixture
 def parts(monkeypatch):
     """The same, of a store that reads in parts."""
-    monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
-    store = GatedParts()
-    cache = ExpertCache(store, 3, num_readers=1)
-    yield store, cache
-    store.let(100)
-    cache.close()
+    yield from cache_of(GatedParts(), monkeypatch)
 
 
 def test_a_miss_is_read_between_two_parts_of_speculation(parts):
