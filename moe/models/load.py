@@ -21,6 +21,7 @@ from moe.models.families import slot_class
 from moe.models.towers import CODE_OF_MODELS, absent_class, prune
 
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRIM_BYTES = 16 << 20  # so many bytes of weights are decoded between two looks at what that left in the heap
 
 
 def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, packed: bool = False) -> Any:
@@ -43,7 +44,7 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
     kept = [found.matrices[n] for n in wanted if packed and n in found.matrices]
     kept = [matrix for matrix in kept if packable(blueprint.skeleton, matrix)]
     places = {matrix.name: torch.zeros((), dtype=dtype).expand(matrix.shape) for matrix in kept}  # take no memory
-    dense = {n: places[n] if n in places else _widened(_load(blueprint, n, dtype), dtype) for n in wanted}
+    dense = places | _dense_tensors(blueprint, [n for n in wanted if n not in places], dtype)
     with quiet(), _patched(_replacements(blueprint)):
         model, info = type(blueprint.skeleton).from_pretrained(
             None,
@@ -72,6 +73,19 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
     if blueprint.generation.decoder_start_token_id is not None:
         model.generation_config.decoder_start_token_id = blueprint.generation.decoder_start_token_id
     return model.eval()
+
+
+def _dense_tensors(blueprint: Blueprint, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensor by name, decoded. What decoding frees lies between what stays: it is given back on the way, not at the end
+    (without that, half as much again was resident at times)."""
+    tensors, decoded = {}, 0
+    for name in names:
+        tensors[name] = _widened(_load(blueprint, name, dtype), dtype)
+        decoded += tensors[name].nbytes
+        if decoded > _TRIM_BYTES:
+            return_freed()
+            decoded = 0
+    return tensors
 
 
 def dense_keys(blueprint: Blueprint) -> list[str]:
