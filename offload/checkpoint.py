@@ -148,14 +148,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has a bad safetensors header: {error}") from None
-    tensors = {}
-    end = 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        tensors[name] = _tensor_info(path, 8 + length, name, entry)
-        end = max(end, tensors[name].offset + tensors[name].nbytes)
-    end = max(end, 8 + length)
+    entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    tensors = {name: _tensor_info(path, 8 + length, name, entry) for name, entry in entries}
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            raise ValueError(
+                f"{path}: tensor {name} begins at byte {info.offset}, those before it end at {end}: in a safetensors "
+                "file they follow each other without overlaps and gaps; download it again"
+            )
+        end += info.nbytes
     if size != end:
         word = "truncated" if size < end else "longer than it should be"
         raise ValueError(f"{path} is {word}: its header says {end} bytes, the file has {size}; download it again")
@@ -166,7 +168,7 @@ def _tensor_info(path: Path, start: int, name: str, entry: Any) -> TensorInfo:
     try:
         dtype_name, shape = str(entry["dtype"]), tuple(entry["shape"])
         first, last = entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+        whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, first, last))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

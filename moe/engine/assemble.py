@@ -46,7 +46,7 @@ from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.dense_cpu import compile_dense
 from moe.models.kv import BlockPool
-from moe.models.load import load_dense
+from moe.models.load import load_dense, why_untied
 from moe.models.neighbours import why_not_packed
 from moe.offload.cache import ExpertCache
 from moe.offload.deepnvme import file_store
@@ -282,8 +282,9 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     tried = try_a_token(model, blueprint, is_packed, tries_experts)
     if is_packed:
         model.set_attn_implementation(ATTENTION_NAME)
-    notes = () if reason is None else (f"sequences run one at a time, not packed: {reason}",)
-    return Dense(model, RoutingSeam(), tried, is_packed, context, blueprint.generation.eos_ids, notes)
+    notes = why_untied(blueprint, model)
+    notes += [] if reason is None else [f"sequences run one at a time, not packed: {reason}"]
+    return Dense(model, RoutingSeam(), tried, is_packed, context, blueprint.generation.eos_ids, tuple(notes))
 
 
 def make_memory(read: Read, dense: Dense, most_blocks: int | None = None, sharers: int = 1) -> Memory:

@@ -5,6 +5,7 @@ import re
 from moe.config import EngineConfig
 from moe.models.blueprint import Blueprint
 from moe.models.families import why_resident
+from moe.models.load import unread_keys
 from moe.offload.nested import describe
 
 _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
@@ -24,7 +25,7 @@ def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
     declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
     note = blueprint.format_note(dense)
     formats = list(filter(None, (note, describe(blueprint.index))))
-    formats += _layers_not_read(blueprint)
+    formats += _layers_not_read(blueprint) + _tensors_not_read(blueprint)
     if blueprint.experts:
         return formats
     if declared > 1:
@@ -33,6 +34,17 @@ def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
             f"({why_resident(blueprint.skeleton)}): the whole model is in memory"
         ]
     return formats + ["this model is dense: it has no experts, the whole model is in memory"]
+
+
+def _tensors_not_read(blueprint: Blueprint) -> list[str]:
+    names = unread_keys(blueprint)
+    if not names:
+        return []
+    said = "a tensor" if len(names) == 1 else f"{len(names)} tensors"
+    return [
+        f"{said} of the files' layers not used, first {names[0]}: the model that config.json describes has no such "
+        "weight (transformers leaves them out, too); mend the config if it should"
+    ]
 
 
 def _layers_not_read(blueprint: Blueprint) -> list[str]:

@@ -49,11 +49,18 @@ def packable(skeleton: nn.Module, matrix: StoredMatrix) -> bool:
 
 
 def roundable(blueprint: Blueprint) -> list[str]:
-    """Weights of the checkpoint, in floats, that the model keeps as plain linear layers, its routers left out."""
-    names = []
+    """Weights of the checkpoint, in floats, that the model keeps as plain linear layers of their own: neither its
+    routers nor a head that is its embedding."""
+    names, tied = [], getattr(blueprint.skeleton, "all_tied_weights_keys", None) or {}
     for name in sorted(set(blueprint.checkpoint.tensors) - blueprint.index.expert_keys):
         info, path = blueprint.checkpoint.tensors[name], name.removesuffix(".weight")
-        if path == name or not info.dtype.is_floating_point or info.dtype.itemsize < 2 or len(info.shape) != 2:
+        if (
+            path == name
+            or name in tied
+            or not info.dtype.is_floating_point
+            or info.dtype.itemsize < 2
+            or len(info.shape) != 2
+        ):
             continue
         try:
             module: Any = blueprint.skeleton.get_submodule(path)

@@ -20,6 +20,7 @@ from moe.models.dense_packed import pack_dense, packable
 from moe.models.families import slot_class
 from moe.models.towers import CODE_OF_MODELS, absent_class, prune
 
+_UNTOLD = ("_scale", ".inv_freq")  # of activations and KV caches, which are not rounded here; computed, not read
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRIM_BYTES = 16 << 20  # so many bytes of weights are decoded between two looks at what that left in the heap
 
@@ -102,25 +103,67 @@ def dense_keys(blueprint: Blueprint) -> list[str]:
     ignored = [re.compile(p) for p in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
     inside = tuple(f"{site.module}." for site in blueprint.index.sites)
     parameters = {name for name, _ in skeleton.named_parameters() if not name.startswith(inside)}
-    known = parameters | {name for name, _ in skeleton.named_buffers()}
+    known = parameters | {name for name, _ in skeleton.named_buffers()} | set(_tied(skeleton))
     transforms = get_model_conversion_mapping(skeleton)
     targets = {name: _target(name, transforms, skeleton.base_model_prefix, known) for name in sorted(names)}
     every = [name for name, target in targets.items() if target or not any(p.search(name) for p in ignored)]
     return [name for name in every if targets[name]] if parameters <= set(targets.values()) else every
 
 
+def why_untied(blueprint: Blueprint, model: Any) -> list[str]:
+    """What a user should know of weights that the config makes one and the files do not. model: of `load_dense`.
+
+    As in transformers, what is stored twice is one weight only if both are equal.
+    """
+    apart = sorted(set(_tied(blueprint.skeleton)) - set(_tied(model)))
+    return [
+        f"config.json makes {name} and {_tied(blueprint.skeleton)[name]} one weight (tie_word_embeddings), the files "
+        "hold two that differ: both are used as they are stored, as transformers does; set tie_word_embeddings to "
+        "false if that is what was meant, or take the wrong one out of the files"
+        for name in apart
+    ]
+
+
+def unread_keys(blueprint: Blueprint) -> list[str]:
+    """Tensors of layers which the model has that it does not take: a bias, say, which the config switches off.
+
+    Those of prediction layers and towers are none of them.
+    """
+    skeleton, used = blueprint.skeleton, {*dense_keys(blueprint), *blueprint.index.expert_keys}
+    used |= blueprint.quantised.companions
+    names = sorted(name for name in blueprint.checkpoint.tensors if name not in used and not name.endswith(_UNTOLD))
+    towers = tuple(f"{name}." for name, module in skeleton.named_modules() if type(module) in blueprint.absent)
+    layers = {name for name, _ in skeleton.named_modules() if name.rpartition(".")[2].isdecimal()}
+    layers -= {name for name in layers if name.startswith(towers)}
+    transforms = get_model_conversion_mapping(skeleton)
+    ignored = [re.compile(p) for p in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    found = []
+    for name in names:
+        spellings = _spellings(name, transforms, skeleton.base_model_prefix)
+        above = {spelling[: match.start()] for spelling in spellings for match in re.finditer(r"\.", spelling)}
+        if not layers.isdisjoint(above) and not any(p.search(name) for p in ignored):
+            found.append(name)
+    return found
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Names of weights that are another's, with that one's."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
 def _target(key: str, transforms: Sequence[Any], prefix: str, known: Set[str]) -> str | None:
     """The model's own name for a key of the checkpoint; None if it has none."""
+    return next((name for name in _spellings(key, transforms, prefix) if name in known), None)
+
+
+def _spellings(key: str, transforms: Sequence[Any], prefix: str) -> list[str]:
+    """What the model may call a key of the checkpoint, likeliest first."""
     renamed = key
     for transform in transforms:
         if isinstance(transform, WeightRenaming):
             renamed, _ = transform.rename_source_key(renamed)
     names = [renamed, *(t.rename_source_key(renamed)[0] for t in transforms if isinstance(t, WeightConverter)), key]
-    for name in names:
-        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-            if candidate in known:
-                return candidate
-    return None
+    return [one for name in names for one in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))]
 
 
 def _replacements(blueprint: Blueprint) -> dict[type[nn.Module], type[nn.Module]]:

@@ -10,9 +10,11 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
+from moe.models.dense_packed import roundable
 from moe.models.load import load_dense
+from tests.families import reference_model
 from tests.launch.refused import PROMPT, refused
-from tests.moe.moe_cases import NUM_NEW, check_whole, config, engine_says, greedy
+from tests.moe.moe_cases import NUM_NEW, check_whole, config, engine_says, greedy, reference_says
 
 
 def shards(folder):
@@ -211,6 +213,39 @@ def test_layers_that_the_config_leaves_out_are_told(small_copy):
     change_config(small_copy, num_hidden_layers=3)
     with LLM(small_copy, config("1.0")) as llm:
         assert not any("not read" in note for note in llm.notes)
+
+
+def test_tensors_that_the_config_switches_off_are_told(small_copy):
+    """Dense or of an expert; what is said is what transformers says without them."""
+    with LLM(small_copy, config("1.0")) as llm:
+        without = engine_says(llm, [[1, 2, 3]])
+        assert not any("not used" in note for note in llm.notes)
+    tensors = load_file(shards(small_copy)[0])
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(48)
+    save_file(tensors, shards(small_copy)[0], {"format": "pt"})
+    with LLM(small_copy, config("1.0")) as llm:
+        (note,) = [note for note in llm.notes if "not used" in note]
+        assert "a tensor of the files' layers not used, first model.layers.0.self_attn.q_proj.bias" in note
+        assert engine_says(llm, [[1, 2, 3]]).tokens == without.tokens
+    tensors |= {f"model.layers.1.mlp.experts.{n}.up_proj.bias": torch.ones(23) for n in range(8)}
+    save_file(tensors, shards(small_copy)[0], {"format": "pt"})
+    with LLM(small_copy, config("1.0")) as llm:
+        assert any("9 tensors of the files' layers not used" in note for note in llm.notes)
+
+
+def test_an_own_head_beside_one_that_the_config_ties_is_told(small_copy):
+    """Stored twice it is one weight only if both are equal; transformers' answer, and a word."""
+    change_config(small_copy, tie_word_embeddings=True)
+    embedding = next(t for s in shards(small_copy) for n, t in load_file(s).items() if n == "model.embed_tokens.weight")
+    for head, notes in ((embedding.roll(1, 0), 1), (embedding, 0)):
+        change_tensors(small_copy, lambda n, t, head=head: head.clone() if n == "lm_head.weight" else t)
+        reference = reference_model("qwen3_moe", small_copy)
+        with LLM(small_copy, config("1.0")) as llm:
+            assert engine_says(llm, [[1, 2, 3]]).tokens == reference_says(reference, [[1, 2, 3]]).tokens
+            model = llm.engine.model
+            assert (model.lm_head.weight is model.model.embed_tokens.weight) == (notes == 0)
+            assert sum("lm_head.weight and model.embed_tokens.weight one weight" in note for note in llm.notes) == notes
+            assert "lm_head.weight" not in roundable(llm.engine.blueprint)  # or two that are equal would be no more
 
 
 def test_a_refused_checkpoint_leaves_the_process_as_it_was(capfd, monkeypatch, small_copy, small_model):

@@ -28,6 +28,7 @@ def test_served_exactly(model_type, tmp_path):
     for budget, max_tokens in (("1.0", 64), ("1 expert", 5)):
         with LLM(tmp_path, config(budget, max_tokens=max_tokens)) as llm:
             said[budget] = engine_says(llm, PROMPTS)
+            assert not any("not used" in note for note in llm.notes), llm.notes
             if budget == "1.0":
                 alone = [engine_says(llm, [prompt]).tokens[0] for prompt in PROMPTS]
     bound = rounding_bound(model, expected)

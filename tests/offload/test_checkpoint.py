@@ -1,9 +1,12 @@
 """Headers are checked before anything is read; what is loaded equals what the safetensors library loads."""
 
 import json
+import random
+from collections import Counter
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe.offload.checkpoint import Checkpoint
@@ -102,13 +105,58 @@ def test_bad_headers(folder):
         (lambda h: h["a.weight"].update(shape=[-3, -5]), "a.weight has a bad header entry"),
         (lambda h: h["a.weight"].pop("data_offsets"), "a.weight has a bad header entry"),
         (lambda h: h.update({"a.weight": 3}), "a.weight has a bad header entry"),
-        (lambda h: h["a.weight"].update(data_offsets=[1 << 40, (1 << 40) + 60]), "is truncated"),
+        (lambda h: h["a.weight"].update(data_offsets=[1 << 40, (1 << 40) + 60]), "begins at byte"),
+        (lambda h: h["b.bias"].update(data_offsets=[at - 4 for at in h["b.bias"]["data_offsets"]]), "without overlaps"),
+        (lambda h: h["empty"].update(shape=[0, 1 << 70]), "empty has a bad header entry"),
     ]
     for change, message in changes:
         path.write_bytes(good)
         rewrite_header(path, change)
         with pytest.raises(ValueError, match=message):
             Checkpoint.open(folder)
+
+
+ODD = [None, True, -1, 0, 3, 1.5, "5", [], {}, 1 << 40, 1 << 70, "F64", [0, 1 << 70], [1 << 33, 1 << 33], [[3, 5]]]
+
+
+def test_a_header_is_read_as_the_library_reads_it(folder):
+    """Entries that are changed at random: what the library takes is read alike, what it refuses is one sentence."""
+    path, rng, outcomes = folder / "model.safetensors", random.Random(0), Counter()
+    good = path.read_bytes()
+
+    def change(header):
+        for _ in range(rng.randint(1, 2)):
+            name, other = rng.sample([n for n in header if n != "__metadata__"], 2)
+            entry, part = header[name], rng.choice(["dtype", "shape", "data_offsets", "move", "swap", "drop", "all"])
+            if part == "swap":
+                header[name], header[other] = header[other], entry
+            elif part == "drop":
+                del header[name]
+            elif part == "all" or not isinstance(entry, dict):
+                header[name] = rng.choice(ODD)
+            elif part == "move":
+                far, at = rng.randint(-8, 8), entry.get("data_offsets")
+                entry["data_offsets"] = (
+                    [n + far for n in at] if isinstance(at, list) and at and at[0] in range(99) else 7
+                )
+            else:
+                entry[part] = rng.choice(ODD)
+
+    for _ in range(600):
+        path.write_bytes(good)
+        rewrite_header(path, change)
+        try:
+            expected = load_file(path)
+        except (SafetensorError, ValueError, OverflowError, RuntimeError):
+            with pytest.raises(ValueError, match=str(path)):
+                Checkpoint.open(folder)
+            outcomes["refused"] += 1
+        else:
+            checkpoint = Checkpoint.open(folder)
+            assert checkpoint.tensors.keys() == expected.keys()
+            assert all(torch.equal(checkpoint.load(name), tensor) for name, tensor in expected.items())
+            outcomes["read"] += 1
+    assert min(outcomes["refused"], outcomes["read"]) > 20, outcomes
 
 
 def test_folders_without_safetensors(tmp_path):
