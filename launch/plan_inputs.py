@@ -10,6 +10,7 @@ from moe.models.blueprint import Blueprint
 from moe.offload.policy import Access, Lfu, misses_of
 from moe.offload.predictor import Transitions
 from moe.offload.prefetch import LEAST_EXPECTED
+from moe.offload.in_place import in_place
 from moe.offload.stores import reads_of
 from moe.placement.cost import Sizes, Use, Visits
 from moe.placement.machine import Machine, Reads
@@ -41,7 +42,7 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     format_ = layout.gate_up_format
-    reads = reads_of(index, direct=True)
+    reads = reads_of(in_place(index), direct=True)
     return Sizes(
         num_layers=len(index.sites),
         num_experts=site.num_experts,

@@ -9,8 +9,10 @@ import errno
 import logging
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -119,29 +121,71 @@ def reads_of(index: ExpertIndex, *, direct: bool) -> ReadsOfExpert:
     """Of the first expert, by `FileStore`."""
     runs = runs_of(index.segments(0, 0))
     made = [info for conversion in index.conversions(0, 0) for info in conversion.tensors]
-    moved = sum(run.nbytes for run in runs if not (_goes_straight(run) if direct else _is_plain(run)))
-    return ReadsOfExpert(max(1, len(runs) + len(made)), moved + sum(info.nbytes for info in made))
+    block = ALIGNMENT if direct else 1
+    straight = sum(each.nbytes for run in runs for each in _stretches(run, 0, block) if each.target is not None)
+    moved = sum(run.nbytes for run in runs) - straight + sum(info.nbytes for info in made)
+    return ReadsOfExpert(max(1, len(runs) + len(made)), moved)
 
 
-def _is_plain(run: Run) -> bool:
-    return all(segment.size is None for segment in run.segments)
+class Stretch(NamedTuple):
+    """Bytes of a file that are read to one place of the blob, or to a buffer (None) and copied from there."""
+
+    begin: int
+    nbytes: int
+    target: int | None
 
 
-def _goes_straight(run: Run) -> bool:
-    """Whether O_DIRECT can put it into a blob that begins on a page."""
-    return len(run.segments) == 1 and _is_plain(run) and not _misalignment(run)
+def _stretches(run: Run, blob_at: int, block: int) -> list[Stretch]:
+    """What of the run, and of the blocks around it, goes where: side by side in the file.
+
+    blob_at: the blob's address; block: what offsets in the file and addresses must be multiples of.
+    """
+    found = list[Stretch]()
+    at, last = run.offset // block * block, -(-(run.offset + run.nbytes) // block) * block
+    for offset, nbytes, target in ((s.offset, s.nbytes, s.blob_offset) for s in run.segments if s.size is None):
+        begin, end = -(-offset // block) * block, (offset + nbytes) // block * block
+        if begin < end and not (blob_at + target - offset) % block:
+            found += [Stretch(at, begin - at, None)] if at < begin else []
+            found.append(Stretch(begin, end - begin, target + begin - offset))
+            at = end
+    return found + ([Stretch(at, last - at, None)] if at < last else [])
 
 
-def _misalignment(run: Run) -> int:
-    return (run.offset | run.nbytes | run.segments[0].blob_offset) % ALIGNMENT
+def _in_parts(targets: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
+    """The same memory in the same order, in parts of `most` bytes; the last has what is left."""
+    part, room = list[memoryview](), most
+    for memory in targets:
+        while len(memory) >= room:
+            yield [*part, memory[:room]]
+            memory, part, room = memory[room:], [], most
+        if len(memory):
+            part.append(memory)
+            room -= len(memory)
+    if part:
+        yield part
+
+
+def _place_kept(segment: Segment, kept: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
+    """Copies what of the segment was read to buffers. kept: them, by where they begin in the file."""
+    for begin, source in kept:
+        first, end = max(begin, segment.offset), min(begin + len(source), segment.offset + segment.nbytes)
+        if first < end:
+            part, target = source[first - begin : end - begin], segment.blob_offset + first - segment.offset
+            if segment.size is None:
+                out[target : target + len(part)] = part
+            else:
+                assert len(part) == segment.nbytes, (segment, begin, len(source))
+                _place(segment, part, out)
 
 
 def _place(segment: Segment, source: Tensor, out: Tensor) -> None:
-    """Copies one segment's bytes to its place in the blob. source: uint8 [segment.nbytes], aligned for its dtype."""
+    """Copies one segment's bytes to its place in the blob. source: uint8 [segment.nbytes]."""
     target = out[segment.blob_offset : segment.blob_offset + segment.nbytes]
     if segment.size is None or segment.stride is None or segment.dtype is None:
         target.copy_(source)
     else:
+        if source.data_ptr() % segment.dtype.itemsize:
+            source = source.clone()  # a view of another dtype needs an aligned start
         typed = source.view(segment.dtype).as_strided(segment.size, segment.stride)
         target.view(segment.dtype).view(segment.size).copy_(typed)
 
@@ -231,8 +275,8 @@ class FileStore:
     available now: below that the page cache holds them after the first pass, and reading from it is faster than the
     disk; above it, buffered reads cost 7 times the CPU time of direct ones (bench/bench_stores.py) and push out the
     pages of others. A file system that refuses O_DIRECT is read buffered, which is logged once.
-    A run of bytes whose place in the file and in `out` is aligned (packed files) goes straight into `out`; any other
-    direct read takes the whole pages around it into a buffer kept per thread, and is copied from there.
+    Pages of the file that are whole pages of `out` too go straight there: all of a packed file's, all but those at the
+    ends of tensors where slots are made for it (offload/in_place.py). The rest goes through a buffer.
     """
 
     def __init__(self, index: ExpertIndex, *, direct: bool | None = None, check: CheckReads = "first") -> None:
@@ -243,7 +287,7 @@ class FileStore:
         files = index.files()
         self.direct = not page_cache_holds(index) if direct is None else direct
         self._files: dict[Path, tuple[int, bool]] = {}  # descriptor, opened with O_DIRECT
-        self._scratch = threading.local()
+        self._buffers = threading.local()
         try:
             for path in files:
                 self._files[path] = self._open(path)
@@ -263,60 +307,58 @@ class FileStore:
         return os.open(path, os.O_RDONLY), False
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
+        *_, nbytes = self._read_parts(layer, expert, out, sys.maxsize)
+        return nbytes
+
+    def read_parts(self, layer: int, expert: int, out: Tensor) -> Iterator[int]:
+        """As `PartedStore` says."""
+        return self._read_parts(layer, expert, out, PART_BYTES)
+
+    def _read_parts(self, layer: int, expert: int, out: Tensor, most: int) -> Iterator[int]:
+        """most: bytes of a part, of whole pages."""
         total = 0
         for run in runs_of(self.index.segments(layer, expert)):
-            file, direct = self._files[run.path]
-            if not direct and _is_plain(run):
-                memory = out.numpy().data
-                parts = [memory[s.blob_offset : s.blob_offset + s.nbytes] for s in run.segments]
-                self._read(run, file, parts, run.offset, run.nbytes)
-            elif direct and _is_aligned(run, out):
-                start = run.segments[0].blob_offset
-                self._read(run, file, [out.numpy().data[start : start + run.nbytes]], run.offset, run.nbytes)
-            else:
-                self._read_scattered(run, out)
+            for done in self._read_run(run, out, most):
+                yield total + done
             total += run.nbytes
         total += convert(self.index, layer, expert, out)
         self._check.check(layer, expert, out)
-        return total
+        yield total
 
-    def read_parts(self, layer: int, expert: int, out: Tensor) -> Iterator[int]:
-        """As `PartedStore` says; experts that no direct read can put in place come in one part."""
-        runs = runs_of(self.index.segments(layer, expert))
-        file, direct = self._files[runs[0].path] if runs else (-1, False)
-        is_straight = direct and len(runs) == 1 and not any(c.tensors for c in self.index.conversions(layer, expert))
-        if not is_straight or not _is_aligned(runs[0], out) or runs[0].nbytes <= PART_BYTES:
-            yield self.read_into(layer, expert, out)
-            return
-        run, memory = runs[0], out.numpy().data[runs[0].segments[0].blob_offset :]
-        for begin in range(0, run.nbytes, PART_BYTES):
-            end = min(begin + PART_BYTES, run.nbytes)
-            self._read(run, file, [memory[begin:end]], run.offset + begin, end - begin)
-            if end == run.nbytes:
-                convert(self.index, layer, expert, out)
-                self._check.check(layer, expert, out)
-            yield end
-
-    def _read_scattered(self, run: Run, out: Tensor) -> None:
-        """Reads the run into this thread's buffer, whole pages when direct, and copies the segments from there."""
+    def _read_run(self, run: Run, out: Tensor, most: int) -> Iterator[int]:
+        """Yields between its parts: the bytes of the run that have come, of which some may not be in place yet."""
         file, direct = self._files[run.path]
-        skip = run.offset % ALIGNMENT if direct else 0
-        length = skip + run.nbytes
-        capacity = -(-length // ALIGNMENT) * ALIGNMENT if direct else length
-        scratch = self._scratch_of(capacity)
-        self._read(run, file, [scratch.numpy().data[:capacity]], run.offset - skip, length)
-        for segment in run.segments:
-            start = skip + segment.offset - run.offset
-            source = scratch[start : start + segment.nbytes]
-            if segment.dtype is not None and start % segment.dtype.itemsize:
-                source = source.clone()  # a view of another dtype needs an aligned start
-            _place(segment, source, out)
+        stretches = _stretches(run, out.data_ptr(), ALIGNMENT if direct else 1)
+        with self._spare(sum(each.nbytes for each in stretches if each.target is None)) as spare:
+            blob, buffer, at = out.numpy().data, spare.numpy().data, 0
+            kept, targets = list[tuple[int, Tensor]](), list[memoryview]()  # kept: by where it begins in the file
+            for begin, nbytes, target in stretches:
+                if target is None:
+                    kept.append((begin, spare[at : at + nbytes]))
+                    targets.append(buffer[at : at + nbytes])
+                    at += nbytes
+                else:
+                    targets.append(blob[target : target + nbytes])
+            begin, end = stretches[0].begin, run.offset + run.nbytes
+            for part in _in_parts(targets, most):
+                self._read(run, file, part, begin, min(sum(map(len, part)), end - begin))
+                begin += sum(map(len, part))
+                if begin < end:
+                    yield begin - run.offset
+            for segment in run.segments:
+                _place_kept(segment, kept, out)
 
-    def _scratch_of(self, nbytes: int) -> Tensor:
-        scratch: Tensor | None = getattr(self._scratch, "buffer", None)
-        if scratch is None or len(scratch) < nbytes:
-            scratch = self._scratch.buffer = aligned_bytes(-(-nbytes // ALIGNMENT) * ALIGNMENT)
-        return scratch
+    @contextmanager
+    def _spare(self, nbytes: int) -> Iterator[Tensor]:
+        """A buffer of this thread's, from a page on; one more where a read is within another, between its parts."""
+        free: list[Tensor] = vars(self._buffers).setdefault("free", [])
+        spare = free.pop() if free else aligned_bytes(0)
+        if len(spare) < nbytes:
+            spare = aligned_bytes(-(-nbytes // ALIGNMENT) * ALIGNMENT)
+        try:
+            yield spare[:nbytes]
+        finally:
+            free.append(spare)
 
     def _read(self, run: Run, file: int, parts: list[memoryview], offset: int, needed: int) -> None:
         """preadv until `needed` bytes arrived; the file may end inside the last page that was asked for."""
@@ -338,8 +380,3 @@ class FileStore:
         for file, _ in self._files.values():
             os.close(file)
         self._files.clear()
-
-
-def _is_aligned(run: Run, out: Tensor) -> bool:
-    """Whether the run is one plain segment that O_DIRECT can put where it belongs."""
-    return _goes_straight(run) and not out.data_ptr() % ALIGNMENT

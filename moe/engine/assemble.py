@@ -50,7 +50,9 @@ from moe.models.load import load_dense, why_untied
 from moe.models.neighbours import why_not_packed
 from moe.offload.cache import ExpertCache
 from moe.offload.deepnvme import file_store
+from moe.offload.in_place import in_place
 from moe.offload.nested import check_mixed, serve, slots_for
+from moe.offload.segments import ExpertIndex
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, MmapStore, RamStore
 from moe.placement.plan import Plan
@@ -333,12 +335,19 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     foresight = Foresight(blueprint, model, config)
     machine = probed(config)
     offload, choices = choose_reads(config.offload, blueprint, machine)
+
+    def slots_of(index: ExpertIndex) -> int:
+        free = free_room(read.device, config, sizes, 1 if share is None else share.sharers)
+        return slots_for(config.offload.budget, index, num_own, max(0, free - reserved_bytes))
+
+    is_read_straight = offload.store == "file" and offload.direct and read.device.type == "cpu"
+    if is_read_straight and slots_of(blueprint.index) < sum(num_own):
+        blueprint = replace(blueprint, index=in_place(blueprint.index))
     hidden = why_not_ahead(blueprint, machine, offload)
     with ExitStack() as undo:
         store = _make_store(blueprint, offload, share)
         undo.callback(store.close)
-        free = free_room(read.device, config, sizes, 1 if share is None else share.sharers)  # beside a host copy
-        num_slots = slots_for(config.offload.budget, blueprint.index, num_own, max(0, free - reserved_bytes))
+        num_slots = slots_of(blueprint.index)  # beside a host copy, if there is one
         cache = ExpertCache(
             store,
             num_slots,
