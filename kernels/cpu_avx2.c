@@ -91,11 +91,16 @@ SCALAR TARGET struct NAME(group) NAME(group_of)(int level, float scale, float th
     return (struct NAME(group)){first, VSET(third), VSET(fourth), VSET(last)};
 }
 
+/* + or - size, as the highest bits say. */
+SCALAR TARGET VEC NAME(signed)(VEC size, __m256i bits) {
+    return _mm256_xor_ps(size, _mm256_andnot_ps(_mm256_castsi256_ps(bits), VSET(-0.0f)));
+}
+
 /* + or - size, as bits 8u to 8u + 7 of the plane's 16 say. */
 SCALAR TARGET VEC NAME(with_sign)(VEC size, const char *plane, int u) {
     const __m256i left = _mm256_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8);
-    __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi16((short)half_at(plane)), _mm256_sub_epi32(left, _mm256_set1_epi32(8 * u)));
-    return _mm256_xor_ps(size, _mm256_andnot_ps(_mm256_castsi256_ps(bits), VSET(-0.0f)));
+    __m256i bits = _mm256_set1_epi16((short)half_at(plane));
+    return NAME(signed)(size, _mm256_sllv_epi32(bits, _mm256_sub_epi32(left, _mm256_set1_epi32(8 * u))));
 }
 
 SCALAR TARGET VEC NAME(nested)(int level, const char *const *plane, int64_t v, int u, const struct NAME(group) *g) {
@@ -107,6 +112,35 @@ SCALAR TARGET VEC NAME(nested)(int level, const char *const *plane, int64_t v, i
     if (level < 8) return w;
     __m256i last = _mm256_srlv_epi32(_mm256_set1_epi32((int)word_at(plane[3] + 8 * v + 4 * u)), four);
     last = _mm256_and_si256(last, _mm256_set1_epi32(15));
+    return VFMA(VSUB(_mm256_cvtepi32_ps(last), VSET(7.5f)), g->last, w); /* the product is exact */
+}
+
+struct NAME(fields) {
+    __m256i first, last;
+};
+
+SCALAR TARGET struct NAME(fields) NAME(fields_of)(int level, const char *const *plane, int64_t block, int half, int u) {
+    struct NAME(fields) f = {_mm256_loadu_si256((const void *)(plane[0] + 64 * block + 32 * u)), _mm256_setzero_si256()};
+    if (half) f.first = _mm256_srli_epi32(f.first, 2);
+    f.first = _mm256_and_si256(f.first, _mm256_set1_epi32(0x33333333));
+    for (int i = 1; i <= 2; i++) { /* a sign in bit 2, then in bit 3 of each nibble */
+        if (level < 2 + i) break;
+        __m256i signs = _mm256_loadu_si256((const void *)(plane[i] + 32 * block));
+        signs = _mm256_and_si256(_mm256_srli_epi32(signs, half + 2 * u), _mm256_set1_epi32(0x11111111));
+        f.first = _mm256_or_si256(f.first, _mm256_slli_epi32(signs, 1 + i));
+    }
+    if (level >= 8) f.last = _mm256_loadu_si256((const void *)(plane[3] + 128 * block + 64 * half + 32 * u));
+    return f;
+}
+
+SCALAR TARGET VEC NAME(next_nested)(int level, struct NAME(fields) *f, const struct NAME(group) *g) {
+    VEC w = _mm256_permutevar8x32_ps(g->first, f->first); /* by the low 3 bits, of which the third does not count */
+    if (level >= 3) w = _mm256_add_ps(w, NAME(signed)(g->third, _mm256_slli_epi32(f->first, 29)));
+    if (level >= 4) w = _mm256_add_ps(w, NAME(signed)(g->fourth, _mm256_slli_epi32(f->first, 28)));
+    f->first = _mm256_srli_epi32(f->first, 4);
+    if (level < 8) return w;
+    __m256i last = _mm256_and_si256(f->last, _mm256_set1_epi32(15));
+    f->last = _mm256_srli_epi32(f->last, 4);
     return VFMA(VSUB(_mm256_cvtepi32_ps(last), VSET(7.5f)), g->last, w); /* the product is exact */
 }
 

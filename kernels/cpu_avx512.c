@@ -174,6 +174,38 @@ SCALAR TARGET VEC NAME(nested)(int level, const char *const *plane, int64_t v, i
     return _mm512_add_ps(w, _mm512_permutexvar_ps(_mm512_srlv_epi32(last, four), g->last));
 }
 
+struct NAME(fields) {
+    __m512i first, last;
+};
+
+SCALAR TARGET struct NAME(fields) NAME(fields_of)(int level, const char *const *plane, int64_t block, int half, int u) {
+    (void)u; /* 0; rotations bring a sign plane's bits half (of lanes 8 and on 2 + half) to bits 2 and 3 of each nibble */
+    const __m512i apart = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, -2, -2, -2, -2, -2, -2, -2, -2);
+    struct NAME(fields) f = {_mm512_loadu_si512(plane[0] + 64 * block), _mm512_setzero_si512()};
+    f.first = _mm512_srl_epi32(f.first, _mm_cvtsi32_si128(2 * half));
+    if (level >= 3) {
+        __m512i signs = _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)(plane[1] + 32 * block)));
+        signs = _mm512_rolv_epi32(signs, _mm512_add_epi32(apart, _mm512_set1_epi32(2 - half)));
+        f.first = _mm512_ternarylogic_epi32(f.first, signs, _mm512_set1_epi32(0x44444444), 0xd8); /* signs where 1 */
+    }
+    if (level >= 4) {
+        __m512i signs = _mm512_broadcast_i64x4(_mm256_loadu_si256((const void *)(plane[2] + 32 * block)));
+        signs = _mm512_rolv_epi32(signs, _mm512_add_epi32(apart, _mm512_set1_epi32(3 - half)));
+        f.first = _mm512_ternarylogic_epi32(f.first, signs, _mm512_set1_epi32((int)0x88888888u), 0xd8);
+    }
+    if (level >= 8) f.last = _mm512_loadu_si512(plane[3] + 128 * block + 64 * half);
+    return f;
+}
+
+SCALAR TARGET VEC NAME(next_nested)(int level, struct NAME(fields) *f, const struct NAME(group) *g) {
+    VEC w = _mm512_permutexvar_ps(f->first, g->first); /* by the low 4 bits */
+    f->first = _mm512_srli_epi32(f->first, 4);
+    if (level < 8) return w;
+    w = _mm512_add_ps(w, _mm512_permutexvar_ps(f->last, g->last));
+    f->last = _mm512_srli_epi32(f->last, 4);
+    return w;
+}
+
 #include "cpu_isa.h"
 
 #endif

@@ -250,11 +250,15 @@ static struct NAME(codes) NAME(codes_of)(int order, const struct matrix *w) {
 }
 
 static TARGET void NAME(widen_scales)(int kind, const char *from, int64_t n, float factor, float *to) {
-    int64_t done = 0; /* of e4m3, whose bits compilers turn into vectors badly */
-    for (; kind == E4M3_SCALE && done + LANES <= n; done += LANES)
+    int64_t done = 0; /* of e4m3 and fp16, whose bits compilers turn into vectors badly */
+    for (; (kind == E4M3_SCALE || kind == F16) && done + LANES <= n; done += LANES)
         UNROLL(4)
         for (int u = 0; u < SUB; u++) {
-            VEC scale = NAME(byte_e4m3)(from + done, 0, u) * VSET(256.0f) * VSET(factor);
+            VEC scale;
+            if (kind == F16)
+                scale = VLOAD_F16((const uint16_t *)(const void *)from + done + u * WIDTH) * VSET(factor);
+            else
+                scale = NAME(byte_e4m3)(from + done, 0, u) * VSET(256.0f) * VSET(factor);
             memcpy(to + done + u * WIDTH, &scale, sizeof scale);
         }
 #define EACH(KIND)                                                                         \

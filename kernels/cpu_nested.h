@@ -1,14 +1,19 @@
 /* Products of packed x and W in nested precision (kernels/nested.py), compiled once per instruction set, after cpu_codes.h.
  *
  * Sixteen columns at a time become fp32 weights in registers, in the order NATURAL: the weights, and the sums, of a matrix
- * of floats. Few rows of x read the planes where they lie; more read them decoded into scratch.
+ * of floats. Few rows of x read the planes where they lie; more read them decoded into scratch. Whole blocks of 256 columns
+ * lie so that a load brings fields of 128 columns, and a shift the next 16; the columns after them lie one by one.
  *
- * The includer also defines struct NAME(group), what makes numbers of the codes of columns that share their scales,
- * NAME(group_of), which makes it, and NAME(nested): lanes u * WIDTH and on of the v-th 16 weights.
+ * The includer also defines struct NAME(group), what makes numbers of the codes of columns that share their scales, and
+ * NAME(group_of), which makes it; of lanes u * WIDTH and on struct NAME(fields), the codes of half a block's eight vectors,
+ * NAME(fields_of), which loads them, and NAME(next_nested), which makes weights of the next vector; of columns after the
+ * blocks NAME(nested), of the v-th vector from the plane's beginning.
  */
 
+enum { NAME(nested_block) = 16 }; /* vectors */
+
 /* Rows of x up to which planes are read where they lie (measured). */
-SCALAR int64_t NAME(few_nested)(int level) { return level == 2 ? 3 * MR : level == 3 ? 2 * MR : MR; }
+SCALAR int64_t NAME(few_nested)(int level) { return level < 4 ? 4 * MR : level == 4 ? 3 * MR : MR; }
 
 struct NAME(nested) { /* one slot of a matrix */
     const struct matrix *w;
@@ -39,13 +44,14 @@ static struct NAME(nested) NAME(nested_of)(const struct matrix *w, int64_t slot)
 }
 
 /* `count` scales of each plane in fp32 from the one at `at` on; to: [4][apart]. */
-static TARGET void NAME(nested_scales)(const struct NAME(nested) *p, int64_t at, int64_t count, float *to,
+static TARGET void NAME(nested_scales)(const struct NAME(nested) *p, int64_t at, int64_t count, float *restrict to,
                                        int64_t apart) {
     NAME(widen_scales)(F16, p->scale[0] + 2 * at, count, 1.0f, to);
     for (int j = 1; j <= 2; j++)
         if (p->scale[j]) {
-            const uint8_t *from = (const uint8_t *)p->scale[j] + at;
-            for (int64_t i = 0; i < count; i++) to[j * apart + i] = to[i] * ((float)from[i] * 0.00390625f);
+            const uint8_t *restrict from = (const uint8_t *)p->scale[j] + at;
+            float *restrict own = to + j * apart;
+            for (int64_t i = 0; i < count; i++) own[i] = to[i] * ((float)from[i] * 0.00390625f);
         }
     if (p->scale[3]) NAME(widen_scales)(F16, p->scale[3] + 2 * at, count, 1.0f, to + 3 * apart);
 }
@@ -76,6 +82,23 @@ static TARGET void NAME(nested_places)(const struct NAME(nested) *p, int64_t n0,
     }
 }
 
+static inline __attribute__((always_inline)) TARGET struct NAME(group) NAME(group_at)(int level, const float *scale,
+                                                                                     int64_t apart) {
+    return NAME(group_of)(level, scale[0], level < 3 ? 0 : scale[apart], level < 4 ? 0 : scale[2 * apart],
+                          level < 8 ? 0 : scale[3 * apart]);
+}
+
+/* To L2 what is `ahead` bytes of two bits beyond the v-th vector of NR rows. */
+SCALAR TARGET void NAME(look_ahead)(int level, const char *const *plane, int64_t v, int64_t ahead) {
+    UNROLL(8)
+    for (int n = 0; n < NR; n++, plane += 4) {
+        __builtin_prefetch(plane[0] + 4 * v + ahead, 0, 2);
+        if (level >= 3) __builtin_prefetch(plane[1] + 2 * v + ahead / 2, 0, 2);
+        if (level >= 4) __builtin_prefetch(plane[2] + 2 * v + ahead / 2, 0, 2);
+        if (level >= 8) __builtin_prefetch(plane[3] + 8 * v + 2 * ahead, 0, 2);
+    }
+}
+
 /* c[m][n] = x row m times row n of r. */
 static inline __attribute__((always_inline)) TARGET void NAME(nested_panel)(int mr, int level,
                                                                            const struct NAME(nested) *p,
@@ -83,45 +106,58 @@ static inline __attribute__((always_inline)) TARGET void NAME(nested_panel)(int 
                                                                            int64_t apart, const float *x, int64_t ahead,
                                                                            float *c, int64_t ldc) {
     int64_t k = p->w->k, whole = k / LANES, vectors = (k + LANES - 1) / LANES, columns = p->w->coding.columns;
+    int64_t blocks = whole / NAME(nested_block) * NAME(nested_block); /* vectors of whole blocks */
     int64_t per_group = columns >= k ? vectors : columns / LANES;
     for (int64_t v = 0, group = 0, left = per_group, first = 1; v < vectors; first = 0) {
         int64_t end = least(v + KC / LANES, vectors);
         VEC acc[MR][NR][SUB];
+        struct NAME(group) g[NR];
         UNROLL(8)
         for (int m = 0; m < mr; m++)
             UNROLL(8)
             for (int n = 0; n < NR; n++)
                 UNROLL(8)
                 for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
+#define STEP(value)                                                                    \
+    UNROLL(4)                                                                          \
+    for (int u = 0; u < SUB; u++)                                                      \
+        UNROLL(8)                                                                      \
+        for (int n = 0; n < NR; n++) {                                                 \
+            VEC w = value;                                                             \
+            UNROLL(8)                                                                  \
+            for (int m = 0; m < mr; m++)                                               \
+                acc[m][n][u] = VFMA(VLOAD(x + m * LANES + u * WIDTH), w, acc[m][n][u]); \
+        }
+#define GROUPS   \
+    UNROLL(8)    \
+    for (int n = 0; n < NR; n++) g[n] = NAME(group_at)(level, r->scale[n] + group, apart);
+        while (v < least(end, blocks)) {
+            int64_t block = v / NAME(nested_block), half = v / (NAME(nested_block) / 2) % 2, stop = v + NAME(nested_block) / 2;
+            struct NAME(fields) f[NR][SUB];
+            UNROLL(8)
+            for (int n = 0; n < NR; n++)
+                UNROLL(8)
+                for (int u = 0; u < SUB; u++) f[n][u] = NAME(fields_of)(level, r->plane + 4 * n, block, (int)half, u);
+            if (ahead) NAME(look_ahead)(level, r->plane, v, ahead);
+            while (v < stop) {
+                int64_t some = least(left, stop - v);
+                GROUPS
+                for (int64_t i = 0; i < some; i++, x += mr * LANES) { STEP(NAME(next_nested)(level, &f[n][u], &g[n])) }
+                v += some, left -= some;
+                if (left == 0) group++, left = per_group;
+            }
+        }
         while (v < end) {
             int64_t some = least(left, v < whole ? least(end, whole) - v : 1), at = v < whole ? v : 0;
             const char *const *plane = v < whole ? r->plane : r->tail;
-            struct NAME(group) g[NR];
-            UNROLL(8)
-            for (int n = 0; n < NR; n++) {
-                const float *scale = r->scale[n] + group;
-                g[n] = NAME(group_of)(level, scale[0], level < 3 ? 0 : scale[apart], level < 4 ? 0 : scale[2 * apart],
-                                      level < 8 ? 0 : scale[3 * apart]);
-                if (ahead) {
-                    __builtin_prefetch(plane[4 * n] + 4 * at + ahead, 0, 2);
-                    if (level >= 3) __builtin_prefetch(plane[4 * n + 1] + 2 * at + ahead / 2, 0, 2);
-                    if (level >= 4) __builtin_prefetch(plane[4 * n + 2] + 2 * at + ahead / 2, 0, 2);
-                    if (level >= 8) __builtin_prefetch(plane[4 * n + 3] + 8 * at + 2 * ahead, 0, 2);
-                }
-            }
-            for (int64_t i = at; i < at + some; i++, x += mr * LANES)
-                UNROLL(4)
-                for (int u = 0; u < SUB; u++)
-                    UNROLL(8)
-                    for (int n = 0; n < NR; n++) {
-                        VEC w = NAME(nested)(level, plane + 4 * n, i, u, &g[n]);
-                        UNROLL(8)
-                        for (int m = 0; m < mr; m++)
-                            acc[m][n][u] = VFMA(VLOAD(x + m * LANES + u * WIDTH), w, acc[m][n][u]);
-                    }
+            GROUPS
+            if (ahead) NAME(look_ahead)(level, plane, at, ahead);
+            for (int64_t i = at; i < at + some; i++, x += mr * LANES) { STEP(NAME(nested)(level, plane + 4 * n, i, u, &g[n])) }
             v += some, left -= some;
             if (left == 0) group++, left = per_group;
         }
+#undef GROUPS
+#undef STEP
         NAME(add_lanes)(mr, acc, c, ldc, first);
     }
 }
@@ -149,22 +185,25 @@ static TARGET void NAME(any_nested_panel)(int64_t mr, const struct NAME(nested) 
 static inline __attribute__((always_inline)) TARGET void NAME(nested_row)(int level, const struct NAME(nested) *p,
                                                                          const struct NAME(nested_rows) *r, int n,
                                                                          int64_t apart, float *to) {
-    int64_t k = p->w->k, columns = p->w->coding.columns;
-    for (int64_t k0 = 0, group = 0; k0 < k; k0 += columns, group++) {
-        const float *scale = r->scale[n] + group;
-        struct NAME(group) g = NAME(group_of)(level, scale[0], level < 3 ? 0 : scale[apart],
-                                              level < 4 ? 0 : scale[2 * apart], level < 8 ? 0 : scale[3 * apart]);
-        int64_t end = least(columns, k - k0) + k0, at = k0;
-        for (; at + LANES <= end; at += LANES)
+    int64_t k = p->w->k, whole = k / LANES, columns = p->w->coding.columns, half = NAME(nested_block) / 2;
+    int64_t blocks = whole / NAME(nested_block) * NAME(nested_block), per_group = columns >= k ? whole + 1 : columns / LANES;
+    struct NAME(fields) f[SUB] = {0};
+    for (int64_t v = 0, group = 0; v * LANES < k; group++) {
+        struct NAME(group) g = NAME(group_at)(level, r->scale[n] + group, apart);
+        int64_t end = v + per_group;
+        for (; v < least(end, whole); v++, to += LANES)
             UNROLL(4)
             for (int u = 0; u < SUB; u++) {
-                VEC w = NAME(nested)(level, r->plane + 4 * n, at / LANES, u, &g);
-                memcpy(to + at + u * WIDTH, &w, sizeof w);
+                if (v < blocks && v % half == 0)
+                    f[u] = NAME(fields_of)(level, r->plane + 4 * n, v / NAME(nested_block), v % NAME(nested_block) != 0, u);
+                VEC w = v < blocks ? NAME(next_nested)(level, &f[u], &g) : NAME(nested)(level, r->plane + 4 * n, v, u, &g);
+                memcpy(to + u * WIDTH, &w, sizeof w);
             }
-        if (at == end) continue;
+        if (v == end || v * LANES >= k) continue;
         VEC w[SUB];
         for (int u = 0; u < SUB; u++) w[u] = NAME(nested)(level, r->tail + 4 * n, 0, u, &g);
-        memcpy(to + at, w, (size_t)(end - at) * 4);
+        memcpy(to, w, (size_t)(k - v * LANES) * 4);
+        v++;
     }
 }
 

@@ -97,4 +97,32 @@ SCALAR VEC NAME(nested)(int level, const char *const *plane, int64_t v, int u, c
     return w;
 }
 
+struct NAME(fields) {
+    uint32_t two[4], third[4], fourth[4], last[4];
+};
+
+SCALAR struct NAME(fields) NAME(fields_of)(int level, const char *const *plane, int64_t block, int half, int u) {
+    struct NAME(fields) f = {{0}, {0}, {0}, {0}};
+    for (int i = 0; i < 4; i++) {
+        int lane = 4 * u + i;
+        f.two[i] = word_at(plane[0] + 64 * block + 4 * lane) >> 2 * half;
+        if (level >= 3) f.third[i] = word_at(plane[1] + 32 * block + 4 * (lane % 8)) >> (half + lane / 8 * 2);
+        if (level >= 4) f.fourth[i] = word_at(plane[2] + 32 * block + 4 * (lane % 8)) >> (half + lane / 8 * 2);
+        if (level >= 8) f.last[i] = word_at(plane[3] + 128 * block + 64 * half + 4 * lane);
+    }
+    return f;
+}
+
+SCALAR VEC NAME(next_nested)(int level, struct NAME(fields) *f, const struct NAME(group) *g) {
+    VEC w;
+    for (int i = 0; i < 4; i++) {
+        w[i] = (float)((int32_t)(2 * (f->two[i] & 3)) - 3) * g->scale;
+        if (level >= 3) w[i] += (float)((int32_t)(2 * (f->third[i] & 1)) - 1) * g->third;
+        if (level >= 4) w[i] += (float)((int32_t)(2 * (f->fourth[i] & 1)) - 1) * g->fourth;
+        if (level >= 8) w[i] += ((float)(int32_t)(f->last[i] & 15) - 7.5f) * g->last;
+        f->two[i] >>= 4, f->third[i] >>= 4, f->fourth[i] >>= 4, f->last[i] >>= 4;
+    }
+    return w;
+}
+
 #include "cpu_isa.h"

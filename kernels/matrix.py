@@ -224,7 +224,7 @@ def multiply(
             group = tl.load(m.group_of + slot.to(tl.int64) * m.stride_group + ks, mask=ks < K, other=0)
         there = (ks < K)[:, None] & (cols < N)[None, :]
         if m.CODE == "nested":
-            return _dot_wide(x, _nested(m, slot, cols, k0, there, N, BLOCK_K), acc)
+            return _dot_wide(x, _nested(m, slot, cols, k0, there, N, K, BLOCK_K), acc)
         else:
             zero = _zero(m, slot, cols[None, :], group[:, None], there)
             scale = _scale(m, _in_block(m, m.scale, m.stride_scale, slot, cols[None, :], group[:, None], there))
@@ -293,7 +293,7 @@ def _values(m, codes, zero, slot):
 
 
 @device_function
-def _nested(m, slot, cols, k0, there, N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _nested(m, slot, cols, k0, there, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     # [BLOCK_K, BLOCK_N] in float32 at the slot's level, added plane by plane as kernels/nested.py says
     p, slot, ks = m.planes, slot.to(tl.int64), k0 + tl.arange(0, BLOCK_K)
     level = tl.load(p.bits + slot * p.stride_bits) + tl.zeros((1, 1), tl.int32)  # interpreted, masks are blocks
@@ -302,28 +302,37 @@ def _nested(m, slot, cols, k0, there, N: tl.constexpr, BLOCK_K: tl.constexpr):
     else:
         group, known = (ks // m.SCALE_K)[:, None], there
     scale = _in_block(m, m.scale, m.stride_scale, slot, cols[None, :], group, known).to(tl.float32)
-    w = (2 * _fields(m.codes + slot * m.stride_slot, m.stride_row, cols, ks, 2, there) - 3).to(tl.float32) * scale
+    w = (2 * _fields(m.codes + slot * m.stride_slot, m.stride_row, cols, ks, 2, K, there) - 3).to(tl.float32) * scale
     if p.codes3 is not None:
         stored = _in_block(m, p.scale3, p.stride_scale3, slot, cols[None, :], group, known & (level >= 3))
-        codes = _fields(p.codes3 + slot * p.stride_codes3, p.stride_row3, cols, ks, 1, there & (level >= 3))
+        codes = _fields(p.codes3 + slot * p.stride_codes3, p.stride_row3, cols, ks, 1, K, there & (level >= 3))
         w += (2 * codes - 1).to(tl.float32) * (scale * (stored.to(tl.float32) * 0.00390625))
     if p.codes4 is not None:
         stored = _in_block(m, p.scale4, p.stride_scale4, slot, cols[None, :], group, known & (level >= 4))
-        codes = _fields(p.codes4 + slot * p.stride_codes4, p.stride_row4, cols, ks, 1, there & (level >= 4))
+        codes = _fields(p.codes4 + slot * p.stride_codes4, p.stride_row4, cols, ks, 1, K, there & (level >= 4))
         w += (2 * codes - 1).to(tl.float32) * (scale * (stored.to(tl.float32) * 0.00390625))
     if p.codes8 is not None:
         stored = _in_block(m, p.scale8, p.stride_scale8, slot, cols[None, :], group, known & (level >= 8))
-        codes = _fields(p.codes8 + slot * p.stride_codes8, p.stride_row8, cols, ks, 4, there & (level >= 8))
+        codes = _fields(p.codes8 + slot * p.stride_codes8, p.stride_row8, cols, ks, 4, K, there & (level >= 8))
         w += (codes.to(tl.float32) - 7.5) * stored.to(tl.float32)
     return w
 
 
 @device_function
-def _fields(plane, stride_row, cols, ks, BITS: tl.constexpr, mask):
-    # Fields of BITS bits, lowest first, of columns ks of W's rows cols: int32 [BLOCK_K, BLOCK_N], 0 where masked
-    at = cols[None, :] * stride_row.to(tl.int32) + (ks * BITS // 8)[:, None]  # a matrix is below 2 GiB
+def _fields(plane, stride_row, cols, ks, BITS: tl.constexpr, K: tl.constexpr, mask):
+    # Fields of BITS bits of columns ks of W's rows cols, which lie where `nested.bit_of` says: int32 [BLOCK_K,
+    # BLOCK_N], 0 where masked
+    half, nibble, lane = ks // 128 % 2, ks // 16 % 8 * 4, ks % 16
+    if BITS == 4:
+        inside = 512 * half + 32 * lane + nibble
+    elif BITS == 2:
+        inside = 32 * lane + 2 * half + nibble
+    else:
+        inside = 32 * (lane % 8) + half + 2 * (lane // 8) + nibble
+    bit = tl.where(ks < K // 256 * 256, ks // 256 * (256 * BITS) + inside, ks * BITS)
+    at = cols[None, :] * stride_row.to(tl.int32) + (bit // 8)[:, None]  # a matrix is below 2 GiB
     byte = tl.load(plane + at, mask=mask, other=0).to(tl.int32)
-    return (byte >> (ks * BITS % 8)[:, None]) & ((1 << BITS) - 1)
+    return (byte >> (bit % 8)[:, None]) & ((1 << BITS) - 1)
 
 
 @device_function

@@ -11,7 +11,9 @@ are fitted to what the planes before it leave. Read at 2, 3, 4 or 8 bits, in fp3
 Every product is exact, so each plane costs one rounding, and kernels may use multiply-adds. Lossy, and only for who
 asks for it; wins where memory for experts is short and experts differ in how much their bits matter.
 
-A plane of b bits a column holds a row as one string of bits from the lowest on: column k in bits [k b, (k + 1) b).
+A plane of b bits a column holds a row as one string of bits. Whole blocks of 256 columns come first, in an order in
+which a 32-bit word is one lane of a vector: its nibble i is of the i-th 16 columns of half a block, so that a shift
+brings the next of 8 columns everywhere (`bit_of`). The columns after them follow one by one.
 """
 
 # mypy: allow-untyped-calls
@@ -38,6 +40,21 @@ class Planes(NamedTuple):
     scale8: Tensor | None = None  # float16 [..., n, G]
 
 
+BLOCK = 256  # columns
+
+
+def bit_of(bits: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """int64 [columns]: where each column's field begins in a row of a plane.
+
+    In a block, column 128 h + 16 i + l has in nibble i of a word its 4 bits (word 16 h + l), its 2 (word l, from bit
+    2 h on) or its one (word l mod 8, bit h, of l >= 8 bit 2 + h).
+    """
+    k = torch.arange(columns, device=device)
+    half, nibble, lane = k % BLOCK // 128, 4 * (k % 128 // 16), k % 16
+    inside = {4: 512 * half + 32 * lane, 2: 32 * lane + 2 * half, 1: 32 * (lane % 8) + half + 2 * (lane // 8)}[bits]
+    return torch.where(k < columns // BLOCK * BLOCK, k // BLOCK * BLOCK * bits + inside + nibble, k * bits)
+
+
 def plane_bytes(bits: int, columns: int) -> int:
     """Of a row."""
     return -(-columns * bits // 8)
@@ -45,18 +62,15 @@ def plane_bytes(bits: int, columns: int) -> int:
 
 def pack_plane(values: Tensor, bits: int) -> Tensor:
     """values: uint8 [..., k], below 2**bits. Returns [..., plane_bytes]; bits beyond column k are 0."""
-    each = 8 // bits
-    fields = torch.nn.functional.pad(values, (0, -values.shape[-1] % each)).unflatten(-1, (-1, each))
-    shifts = torch.arange(0, 8, bits, device=values.device, dtype=torch.uint8)
-    packed: Tensor = (fields << shifts).sum(-1, dtype=torch.uint8)
-    return packed
+    at = bit_of(bits, values.shape[-1], values.device)
+    packed = values.new_zeros(*values.shape[:-1], plane_bytes(bits, values.shape[-1]))
+    return packed.index_add_(-1, at // 8, values << (at % 8).to(torch.uint8))
 
 
 def unpack_plane(plane: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_plane`: uint8 [..., columns]."""
-    shifts = torch.arange(0, 8, bits, device=plane.device, dtype=torch.uint8)
-    fields: Tensor = plane[..., None] >> shifts & (1 << bits) - 1
-    return fields.flatten(-2)[..., :columns]
+    at = bit_of(bits, columns, plane.device)
+    return plane[..., at // 8] >> (at % 8).to(torch.uint8) & (1 << bits) - 1
 
 
 def nested_values(planes: Planes, level: int, columns: int, group: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, get_args
 import torch
 
 from moe.kernels.formats import CodeName
+from moe.kernels.nested import BLOCK
 from moe.offload.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
@@ -27,7 +28,9 @@ def describe_layer(site: ExpertSite, layout: ExpertLayout) -> dict[str, Any]:
 
 def _describe_format(layout: MatrixFormat) -> dict[str, Any]:
     said = layout._asdict()
-    if not layout.bits:
+    if layout.bits:
+        said["block_columns"] = BLOCK  # of planes, which at first held column after column, and did not say so
+    else:
         del said["bits"]  # as it was before there was nested precision
     return said | {
         "dtype": DTYPE_NAMES[layout.dtype],
@@ -41,7 +44,7 @@ def _read_format(said: dict[str, Any]) -> MatrixFormat:
     if said["code"] is not None and said["code"] not in get_args(CodeName):
         raise ValueError(said["code"])
     rows, columns = said["block"]
-    return MatrixFormat(**said)._replace(
+    return MatrixFormat(**{name: of for name, of in said.items() if name != "block_columns"})._replace(
         dtype=DTYPES[said["dtype"]], scale_dtype=DTYPES[said["scale_dtype"]], block=(int(rows), int(columns))
     )
 
@@ -54,6 +57,11 @@ def index_packed(checkpoint: Checkpoint, sites: Sequence[ExpertSite]) -> ExpertI
     segments, checksums = [], []
     for layer, site in enumerate(sites):
         layout = _layout(described, layer, site)
+        if layout is None and "'nested'" in repr(described) and "block_columns" not in repr(described):
+            raise ValueError(
+                f"{checkpoint.folder} holds nested precision column after column, as it was packed until 29 November "
+                f"2026, not in blocks of {BLOCK} columns; pack the original checkpoint again"
+            )
         if layout is None or len(described) != len(sites):
             raise ValueError(
                 f"{checkpoint.folder} was packed for {len(described)} layers of experts, the model has {len(sites)}; "

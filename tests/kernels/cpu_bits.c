@@ -9,7 +9,7 @@
 int64_t moe_cpu_experts(const struct layer *l, const struct call *whole, int64_t isa);
 const char *moe_cpu_isa(int64_t i);
 
-enum { SLOTS = 3, H = 176, I = 72, T = 23, K = 2, ROOM = SLOTS * 2 * I * H * 4 };
+enum { SLOTS = 3, H = 272, I = 72, T = 23, K = 2, ROOM = SLOTS * 2 * I * H * 4 };
 
 static uint32_t state = 7;
 

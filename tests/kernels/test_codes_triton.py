@@ -137,7 +137,7 @@ def test_e4m3_where_the_chip_has_none(monkeypatch):
     ("sizes", "group", "most", "dtype"),
     [
         ((33, 40), 32, 8, torch.float32),  # rows whose fields do not fill their last byte
-        ((64, 16), 16, 4, torch.float16),  # groups smaller than a tile
+        ((272, 16), 16, 4, torch.float16),  # groups smaller than a tile; a block of columns and more
         ((48, 33), 64, 2, torch.bfloat16),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from moe.kernels.cpu import CpuExperts, instruction_sets
 from moe.kernels.encode_nested import encode_nested
 from moe.kernels.formats import Coding, Residual, decode
-from moe.kernels.nested import LEVELS, nested_values, pack_plane, plane_bytes, unpack_plane
+from moe.kernels.nested import BLOCK, LEVELS, bit_of, nested_values, pack_plane, plane_bytes, unpack_plane
 from moe.kernels.reference import check_expert_weights, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
 
@@ -14,15 +14,18 @@ from moe.kernels.weights import Activation, ExpertWeights
 BOUNDS = {2: 0.39, 3: 0.20, 4: 0.11, 8: 0.02}
 
 
-@pytest.mark.parametrize("columns", [1, 3, 8, 17, 64, 129])
+@pytest.mark.parametrize("columns", [1, 3, 8, 17, 129, 256, 1100])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_a_plane_is_read_back(bits, columns):
     values = torch.randint(0, 1 << bits, (2, 5, columns), dtype=torch.uint8)
     plane = pack_plane(values, bits)
     assert plane.shape == (2, 5, plane_bytes(bits, columns))
     assert torch.equal(unpack_plane(plane, bits, columns), values)
-    whole = sum(int(v) << bits * i for i, v in enumerate(values[1, 2]))  # one string of bits, lowest first
-    assert int.from_bytes(bytes(plane[1, 2].tolist()), "little") == whole
+    at, whole = bit_of(bits, columns).tolist(), int.from_bytes(bytes(plane[1, 2].tolist()), "little")
+    assert [whole >> place & (1 << bits) - 1 for place in at] == values[1, 2].tolist()
+    blocks = columns // BLOCK * BLOCK  # whole ones fill their bytes, then column follows column
+    assert sorted(at[:blocks]) == list(range(0, blocks * bits, bits))
+    assert at[blocks:] == list(range(blocks * bits, columns * bits, bits))
 
 
 @pytest.mark.parametrize("columns", [48, 64, 200, 256])
@@ -63,7 +66,7 @@ def matrices(slots, parts, n, k, group):
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["apart", "interleaved"])
-@pytest.mark.parametrize(("hidden", "inter", "group"), [(200, 72, 64), (64, 48, 16), (33, 40, 64), (1064, 16, 48)])
+@pytest.mark.parametrize(("hidden", "inter", "group"), [(200, 72, 64), (264, 272, 16), (33, 40, 64), (1336, 16, 48)])
 def test_kernels_say_what_the_twin_says(hidden, inter, group, interleaved):
     """Slots of all levels in one call; a row's bits do not depend on the rows beside it, few or many."""
     torch.manual_seed(0)

@@ -1,5 +1,8 @@
 """Packed experts in nested precision: fewer bits are a prefix, and a budget in bytes shares bits out among experts."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,6 +185,17 @@ def test_a_plan_fits_and_leaves_no_plane_that_would(worth, more):
 def test_a_hot_expert_gets_its_bits_first():
     cold, hot = (Sensitivity(1.0, tuple(scale * f for f in (0.1, 0.03, 0.01, 0.0))) for scale in (1.0, 10.0))
     assert plan_bits([[cold, hot, cold]], [[10, 14, 20, 40]], 40) == [[2, 4, 2]]
+
+
+def test_planes_in_the_first_order_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "old")
+    path = tmp_path / "old" / "packed.json"
+    said = json.loads(path.read_text())
+    for layer in said["layers"]:
+        assert [of.pop("block_columns") for of in layer["formats"]] == [256, 256]
+    path.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="column after column"):
+        read_blueprint(tmp_path / "old")
 
 
 def test_bad_requests(folder, tmp_path, capsys):
