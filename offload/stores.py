@@ -90,6 +90,12 @@ def give_back(memory: Tensor) -> None:
         raise OSError(ctypes.get_errno(), f"madvise of {nbytes} bytes")
 
 
+def copy_bytes(source: Tensor, out: Tensor) -> None:
+    """In the calling thread alone. uint8 [n] both, on the host. torch's copy would call up its threads, a reader's own
+    as well as those that compute."""
+    np.copyto(out.numpy(), source.numpy())
+
+
 class Run(NamedTuple):
     """Segments that lie side by side in one file."""
 
@@ -172,7 +178,7 @@ def _place_kept(segment: Segment, kept: Sequence[tuple[int, Tensor]], out: Tenso
         if first < end:
             part, target = source[first - begin : end - begin], segment.blob_offset + first - segment.offset
             if segment.size is None:
-                out[target : target + len(part)] = part
+                copy_bytes(part, out[target : target + len(part)])
             else:
                 assert len(part) == segment.nbytes, (segment, begin, len(source))
                 _place(segment, part, out)
@@ -182,7 +188,7 @@ def _place(segment: Segment, source: Tensor, out: Tensor) -> None:
     """Copies one segment's bytes to its place in the blob. source: uint8 [segment.nbytes]."""
     target = out[segment.blob_offset : segment.blob_offset + segment.nbytes]
     if segment.size is None or segment.stride is None or segment.dtype is None:
-        target.copy_(source)
+        copy_bytes(source, target)
     else:
         if source.data_ptr() % segment.dtype.itemsize:
             source = source.clone()  # a view of another dtype needs an aligned start
@@ -256,7 +262,7 @@ class RamStore:
         return RamStore(source.layouts, blobs)
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
-        out.copy_(self.blobs[layer][expert])
+        copy_bytes(self.blobs[layer][expert], out)
         return len(out)
 
     def close(self) -> None:
