@@ -3,7 +3,8 @@
     Blueprint ─▶ dense model, one token tried ─▶ KV pool, scheduler ─▶ slots in what memory is left: store, kernels
 
 Each stage is a frozen record; `load` runs them and leaves nothing behind if one fails. The last stage, the ranks, is
-apart (moe/engine/join.py), for it can be done again with other peers.
+apart (moe/engine/join.py), for it can be done again with other peers. Only memory is counted together, by
+ranks of a node that know each other before they load.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import torch
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, probed, told_choices, why_not_ahead
-from moe.engine.device import find_device, free_room, num_blocks
+from moe.engine.device import ALONE, Sharers, find_device, free_room, num_blocks
 from moe.engine.device_paths import use_graphs
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
@@ -52,7 +53,6 @@ from moe.offload.cache import ExpertCache
 from moe.offload.deepnvme import file_store
 from moe.offload.in_place import in_place
 from moe.offload.nested import check_mixed, serve, slots_for
-from moe.offload.segments import ExpertIndex
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, MmapStore, RamStore
 from moe.placement.plan import Plan
@@ -66,13 +66,13 @@ class Share:
     """What a process will have of the experts, known before it meets a peer: rank `rank`'s part of `plan`.
 
     host_copy: processes of a node that give the same name have one copy of all experts in host memory together.
-    sharers: processes of this machine that share its memory, this one counted.
+    sharers: of this machine's memory.
     """
 
     plan: Plan
     rank: int
     host_copy: str = ""
-    sharers: int = 1
+    sharers: Sharers = ALONE
 
     @property
     def experts(self) -> list[list[int]]:
@@ -174,8 +174,9 @@ class Loaded:
 
 
 def load(read: Read, share: Share | None = None, work: Workload | None = None) -> Loaded:
-    """The stages after `read_model` but for the ranks; meets nobody. share: None = all experts. work: all requests
-    that will come, if they are known.
+    """The stages after `read_model` but for the ranks; meets nobody but to count memory with `share.sharers`.
+
+    share: None = all experts. work: all requests that will come, if they are known.
 
     Raises ValueError for a folder, a budget or a setting that cannot be served; then no thread, file or memory is left.
     """
@@ -183,7 +184,7 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
     shared = None
     if read.config.batch.schedule == "layer_major":
         read, shared = _split_memory(read, dense, work, share)
-    sharers = 1 if share is None else share.sharers
+    sharers = ALONE if share is None else share.sharers
     memory = make_memory(read, dense, None if shared is None else shared.most_blocks, sharers)
     threads = _settle_threads(read, memory.runner, is_alone=share is None)
     to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
@@ -214,7 +215,7 @@ def _split_memory(read: Read, dense: Dense, work: Workload | None, share: Share 
     own, num_ranks = (None, 1) if share is None else ([len(of) for of in share.experts], share.plan.num_ranks)
     kv_bytes = dense.tried.kv_bytes
     sizes = sizes_of(read.blueprint, config.batch, kv_bytes, dense.vocabulary, own=own, num_ranks=num_ranks)
-    room = free_room(read.device, config, sizes, 1 if share is None else share.sharers)
+    room = free_room(read.device, config, sizes, ALONE if share is None else share.sharers)
     config, shared, said = split_memory(config, work, sizes, room, dense.max_context)
     if said is not None and read.device.type != "cpu":
         shared, said = None, f"{said}; on a GPU it stays so"
@@ -289,7 +290,7 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     return Dense(model, RoutingSeam(), tried, is_packed, context, blueprint.generation.eos_ids, tuple(notes))
 
 
-def make_memory(read: Read, dense: Dense, most_blocks: int | None = None, sharers: int = 1) -> Memory:
+def make_memory(read: Read, dense: Dense, most_blocks: int | None = None, sharers: Sharers = ALONE) -> Memory:
     """most_blocks: of KV, if there may be more later. sharers: as of `Share`."""
     batch, turns = read.config.batch, _turns(read.blueprint, read.config.batch)
     if not dense.is_packed:
@@ -336,18 +337,21 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     machine = probed(config)
     offload, choices = choose_reads(config.offload, blueprint, machine)
 
-    def slots_of(index: ExpertIndex) -> int:
-        free = free_room(read.device, config, sizes, 1 if share is None else share.sharers)
-        return slots_for(config.offload.budget, index, num_own, max(0, free - reserved_bytes))
+    def free() -> int:
+        sharers = ALONE if share is None else share.sharers
+        return max(0, free_room(read.device, config, sizes, sharers) - reserved_bytes)
 
+    # Once, whatever this rank alone has chosen: it is a collective. A host copy is no longer free, but read first.
+    room = None if offload.store == "ram" else free()
     is_read_straight = offload.store == "file" and offload.direct and read.device.type == "cpu"
-    if is_read_straight and slots_of(blueprint.index) < sum(num_own):
+    if is_read_straight and slots_for(config.offload.budget, blueprint.index, num_own, room or 0) < sum(num_own):
         blueprint = replace(blueprint, index=in_place(blueprint.index))
     hidden = why_not_ahead(blueprint, machine, offload)
     with ExitStack() as undo:
         store = _make_store(blueprint, offload, share)
         undo.callback(store.close)
-        num_slots = slots_of(blueprint.index)  # beside a host copy, if there is one
+        room = free() if room is None else room
+        num_slots = slots_for(config.offload.budget, blueprint.index, num_own, room)
         cache = ExpertCache(
             store,
             num_slots,

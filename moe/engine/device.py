@@ -1,7 +1,14 @@
 """Where a model's tensors lie, and what is free there."""
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+
+from moe.comm.errors import Task
+from moe.comm.groups import Groups
+from moe.comm.lost import in_collective
 from moe.config import BatchConfig, EngineConfig
 from moe.engine.layer_major import Sizes
 from moe.offload.budget import format_bytes
@@ -10,6 +17,32 @@ from moe.offload.memory import available_memory
 _SHARE_OF_FREE = 0.9  # the rest is for activations, buffers and the rest of the machine
 _READERS = 4  # whose buffers may hold an expert each, where nobody says how many
 _UNSEEN = 16 << 20  # what the allocator keeps, stacks of threads
+
+
+@dataclass(frozen=True, slots=True)
+class Sharers:
+    """Processes of this machine that take of its memory alike. number: of them, this one counted.
+
+    least: of the numbers that they give, a collective of them; None where they do not know each other yet.
+    """
+
+    number: int = 1
+    least: Callable[[int], int] | None = None
+
+    @staticmethod
+    def of(groups: Groups) -> "Sharers":
+        """The ranks of this node."""
+
+        def least(value: int) -> int:
+            shared = torch.tensor([value], device=groups.device)
+            with in_collective(groups, Task("counting the memory of a node"), groups.local_ranks):
+                dist.all_reduce(shared, dist.ReduceOp.MIN, group=groups.local)
+            return int(shared)
+
+        return Sharers(len(groups.local_ranks), None if groups.local is None else least)
+
+
+ALONE = Sharers()
 
 
 def find_device(name: str | None) -> torch.device:
@@ -30,15 +63,22 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def free_memory(device: torch.device, sharers: int = 1) -> int:
-    """Bytes that this process can still take where the model's tensors lie.
+def free_memory(device: torch.device, sharers: Sharers = ALONE) -> int:
+    """Bytes that this process can still take where the model's tensors lie. A collective of those that share them.
 
-    sharers: processes of this machine that take of its memory alike, this one counted; of a GPU's none does.
+    Of a GPU's memory none but this process takes.
     """
-    return available_memory() // sharers if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if sharers.least is None:
+        return available_memory() // sharers.number
+    sharers.least(0)  # nobody counts what another, which is slower, is just about to load
+    return sharers.least(available_memory()) // sharers.number  # nor takes any of it before all have counted
 
 
-def num_blocks(device: torch.device, batch: BatchConfig, kv_bytes: int, max_context: int, sharers: int = 1) -> int:
+def num_blocks(
+    device: torch.device, batch: BatchConfig, kv_bytes: int, max_context: int, sharers: Sharers = ALONE
+) -> int:
     """KV blocks as configured, by default for full sequences of full length within a quarter of free memory.
 
     kv_bytes: of a token. Raises ValueError where they are more than all of it.
@@ -55,7 +95,7 @@ def num_blocks(device: torch.device, batch: BatchConfig, kv_bytes: int, max_cont
     return blocks
 
 
-def free_room(device: torch.device, config: EngineConfig, sizes: Sizes, sharers: int = 1) -> int:
+def free_room(device: torch.device, config: EngineConfig, sizes: Sizes, sharers: Sharers = ALONE) -> int:
     """Bytes for KV and slots: a tenth of what is free stays, or what steps and reads take, if that is more."""
     batch, free = config.batch, free_memory(device, sharers)
     step = batch.max_tokens * sizes.token_bytes + batch.max_sequences * sizes.row_bytes

@@ -19,7 +19,7 @@ from moe.config import ParallelConfig
 from moe.engine.assemble import Loaded, Share
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
-from moe.engine.device import free_room, num_blocks
+from moe.engine.device import Sharers, free_room, num_blocks
 from moe.engine.layer_major import sizes_of
 from moe.engine.lent_kv import LentKV
 from moe.engine.mirror import RequestMirror
@@ -78,7 +78,7 @@ def share_of(blueprint: Blueprint, groups: Groups, config: ParallelConfig) -> Sh
             f"the plan is for {plan.num_ranks} ranks, this run has {groups.world_size}; solve it again for them"
         )
     host_copy = groups.name if groups.local is not None else ""
-    return Share(plan, groups.rank, host_copy, len(groups.local_ranks))
+    return Share(plan, groups.rank, host_copy, Sharers.of(groups))
 
 
 def shareable_shape(blueprint: Blueprint) -> tuple[int, int]:
@@ -146,8 +146,7 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
     pool = loaded.memory.scheduler.pool
     kv_to_come = loaded.memory.kv_bytes * (pool.room - pool.num_used) // pool.room if read.device.type == "cpu" else 0
     of_model = sizes_of(read.blueprint, read.config.batch, loaded.dense.tried.kv_bytes, loaded.dense.vocabulary)
-    sharers = len(parallel.groups.local_ranks)
-    free = free_room(read.device, read.config, of_model, sharers) - cache.empty_bytes - kv_to_come
+    free = free_room(read.device, read.config, of_model, Sharers.of(parallel.groups)) - cache.empty_bytes - kv_to_come
     most = min(max(cache.num_slots, slots_within(cache.slot_bytes + max(0, free), sizes, counts)), cache.map.room)
     budget = read.config.offload.budget
     wanted = num_own
@@ -210,7 +209,7 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
         told = f"parallel.dispatcher=auto is {'coherent' if is_coherent else 'all_to_all'}: {reason}"
     if not is_coherent:
         return Decisions(), told
-    batch, sharers = config.batch.for_ranks(parallel.groups.world_size), len(parallel.groups.local_ranks)
+    batch, sharers = config.batch.for_ranks(parallel.groups.world_size), Sharers.of(parallel.groups)
     blocks = num_blocks(loaded.read.device, batch, dense.tried.kv_bytes, dense.max_context, sharers)
     return Decisions(True, control.smallest(blocks)), told
 

@@ -1,10 +1,13 @@
 """Whom the free memory is for: ranks of one machine share it, and a host copy of the experts is beside slots."""
 
 import os
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import moe.engine.assemble as assemble
 import moe.engine.device as device
 import moe.offload.stores as stores
 from moe.cluster.host import ExpertHost
@@ -52,6 +55,40 @@ def test_ranks_of_a_machine_share_what_is_free(monkeypatch):
     alone = Engine(TINYMOE, config(), share=Share(Plan.contiguous(6, 16, 2), 0))
     assert alone.state().slots == 48
     alone.close()
+
+
+def unequal_rank_takes(folder: Path, slow: int) -> tuple[int, int, int]:
+    """On a machine whose ranks load 10 MiB of dense weights each, one of them late, and fill what they take."""
+    rank, load, make = int(os.environ["RANK"]), assemble.load_model, assemble.make_experts
+
+    def take(nbytes: int, what: str) -> None:
+        (folder / f"{what}_{rank}").write_bytes(bytes(nbytes))
+
+    def load_late(*arguments, **more):
+        time.sleep(0.5 if rank == slow else 0)
+        dense = load(*arguments, **more)
+        take(10 * MIB, "dense")
+        return dense
+
+    def make_and_fill(*arguments, **more):
+        experts = make(*arguments, **more)
+        take(experts.slots.cache.slot_bytes, "slots")
+        return experts
+
+    assemble.load_model, assemble.make_experts = load_late, make_and_fill  # of this rank alone
+    device.available_memory = lambda: 66 * MIB - sum(path.stat().st_size for path in folder.iterdir())
+    with process_groups(timeout_s=60) as groups:
+        with LLM(TINYMOE, config(), groups=groups) as llm:
+            return taken(llm.engine), llm.engine.state().slots, llm.engine.loaded.memory.scheduler.pool.num_blocks
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_ranks_of_unequal_speed_take_alike(slow, tmp_path):
+    """A quick one waits with counting until the others have loaded, a slow one is left as much as it took."""
+    (first, slots, blocks), second = spawn(2, unequal_rank_takes, tmp_path, slow)
+    assert second == (first, slots, blocks)
+    assert 0 < slots < 48
+    assert 2 * first <= 46 * MIB
 
 
 def host_takes(free: int, sharers: int) -> tuple[int, int]:
