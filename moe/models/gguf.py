@@ -7,6 +7,7 @@ transformers' own GGUF loader gives them. Needs the package `gguf` (pip install 
 
 # mypy: allow-untyped-calls
 
+import errno
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from moe.models.blueprint import first_line, read_skeleton
 from moe.models.families import FoundExperts, find_experts
+from moe.offload.budget import format_bytes
 from moe.offload.checkpoint import Checkpoint, TensorInfo
 from moe.offload.conversions import Stack, View
 from moe.offload.expert_parts import layer_parts
@@ -59,15 +62,21 @@ def open_gguf(path: Path, config_folder: Path) -> Iterator[GgufModel]:
     config = skeleton.config.get_text_config().to_dict()
     try:
         readers = [(file, gguf.GGUFReader(file)) for file in _files(path)]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no GGUF file that can be read: {first_line(error)}") from None
+    except Exception as error:  # of any kind: gguf follows what the file says wherever that leads
+        raise ValueError(
+            f"{path} is no GGUF file that can be read: {first_line(error)}; if it was cut off, download it again"
+        ) from None
     field = readers[0][1].fields.get("general.architecture")
     arch = "" if field is None else str(field.contents())
     processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config)
     try:
         names = get_gguf_hf_weights_map(skeleton, processor)
-    except NotImplementedError as error:
-        raise ValueError(f"{path}: {first_line(error)}") from None
+    except NotImplementedError:
+        raise ValueError(
+            f"{path} is of architecture {arch!r}, {config_folder}/config.json of {skeleton.config.model_type!r}, whose "
+            "names in GGUF files transformers does not map: pack the original checkpoint (--experts makes it small), "
+            "or give the folder of another model, if the file is of that"
+        ) from None
     experts: dict[tuple[int, str], StoredMatrix] = {}
     dense: dict[str, torch.Tensor] = {}
     for file, reader in readers:
@@ -84,7 +93,16 @@ def open_gguf(path: Path, config_folder: Path) -> Iterator[GgufModel]:
                     dense[names[made.name]] = torch.from_numpy(made.weights.copy())
     index = _index(path, found, experts)
     with TemporaryDirectory(prefix="moe-gguf-") as folder:
-        save_file(dense, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(dense, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            needed = format_bytes(sum(tensor.nbytes for tensor in dense.values()))
+            raise OSError(
+                errno.EIO,
+                f"{first_line(error)}; dense tensors take {needed} here while the file is packed: make room, or set "
+                "TMPDIR to a folder that has it; nothing was written",
+                folder,
+            ) from None
         tensors = Checkpoint.open(folder).tensors
         yield GgufModel(Checkpoint(folder=config_folder, tensors=tensors), index)
 

@@ -11,9 +11,13 @@ import torch
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.launch.cli import main
 from moe.llm import LLM
+from moe.models.gguf import open_gguf
 from moe.offload.checkpoint import TensorInfo
 from moe.offload.formats.gguf import gguf_stack
 from moe.params import SamplingParams
+from tests.families import tiny_checkpoint
+from tests.moe.moe_cases import TINYMOE as DEMO
+from tests.placement.test_written import files_of_at_most
 
 gguf = pytest.importorskip("gguf", reason='GGUF needs pip install "moeflow[gguf]"')
 FIXTURE = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "gguf" / "A"
@@ -61,11 +65,45 @@ def test_blocks(kind, tmp_path):
     assert torch.equal(got, want) or float(((got - want) / want).abs().nan_to_num().max()) < 2e-7
 
 
+def test_files_that_are_cut_or_of_another_model(tmp_path, capsys):
+    """Wherever a file ends, one sentence says that it is no whole one."""
+    config, file = tiny_checkpoint("qwen3_moe", tmp_path / "model"), tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "qwen3moe")
+    writer.add_array("tokens", ["a", "b"])
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((8, 32), np.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    whole = file.read_bytes()
+    for length in (*range(0, 320, 9), len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"model.gguf is no GGUF file that can be read: .*download it again"):
+            with open_gguf(file, config):
+                pass
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"has no blk.0.ffn_gate_exps.weight"), open_gguf(file, config):
+        pass
+    assert main(["pack", str(file), str(tmp_path / "out"), "--config", str(DEMO)]) == 2
+    assert "is of architecture 'qwen3moe', " in (said := capsys.readouterr().err)
+    assert "of 'mixtral', whose names in GGUF files transformers does not map" in said
+
+
 @pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"no GGUF model at {FIXTURE}")
 def test_a_file_is_packed_and_says_what_its_twin_says(tmp_path, capsys):
     file, packed = FIXTURE / "q" / "model.gguf", tmp_path / "packed"
     assert main(["pack", str(file), str(packed)]) == 2
     assert "--config must name a folder" in capsys.readouterr().err
+    with files_of_at_most(100):  # a full disk
+        assert main(["pack", str(file), str(packed), "--config", str(FIXTURE / "fp32")]) == 2
+    assert (
+        "dense tensors take 149.5 KiB here while the file is packed: make room, or set TMPDIR"
+        in capsys.readouterr().err
+    )
+    assert not packed.exists()
     assert main(["pack", str(file), str(packed), "--config", str(FIXTURE / "fp32")]) == 0
     said = json.loads((FIXTURE / "tokens.json").read_text())
     for budget in ("1.0", "0.25", "1 expert"):
