@@ -1,9 +1,16 @@
-"""Memory that the ranks of a node map together."""
+"""Memory that the ranks of a node map together.
 
+A file in /dev/shm has a name only until all of them have it open. Meanwhile its maker holds a lock on the folder, so
+that whoever makes the next one knows whether names that it finds there belong to anybody: those of processes that were
+all killed in that moment are removed.
+"""
+
+import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Opened = TypeVar("Opened")
 _FOLDER = Path("/dev/shm")
+_PREFIX = "moe-shared-"
 
 
 def map_together(groups: Groups, num_bytes: int, open_file: Callable[[Path], Opened]) -> Opened | None:
@@ -26,37 +34,54 @@ def map_together(groups: Groups, num_bytes: int, open_file: Callable[[Path], Ope
     The name is gone when it returns; the memory goes with the last rank that has it open. None, on all of them, where
     the machine has no such memory or not that much of it left; the reason is logged.
     """
-    name = bytes(64)
-    if groups.local_rank == 0:
-        try:
-            name = str(_new_file(num_bytes)).encode().ljust(64, b"\0")
-        except OSError as error:
-            log.warning("no %d bytes in %s for the ranks of a node: %s", num_bytes, _FOLDER, error)
-    shared = torch.frombuffer(bytearray(name), dtype=torch.uint8).to(groups.device)
-    what = Task("sharing memory on a node")
-    with in_collective(groups, what, groups.local_ranks):
-        dist.broadcast(shared, groups.local_ranks[0], group=groups.local)
-    path = bytes(shared.cpu().numpy()).rstrip(b"\0").decode()
-    if not path:
-        return None
-    try:
+    path, what = "", Task("sharing memory on a node")
+    with ExitStack() as until_all_have_it:
+        if groups.local_rank == 0:
+            try:
+                path = str(until_all_have_it.enter_context(_new_file(num_bytes)))
+            except OSError as error:
+                log.warning("no %d bytes in %s for the ranks of a node: %s", num_bytes, _FOLDER, error)
+        shared = torch.frombuffer(bytearray(path.encode().ljust(64, b"\0")), dtype=torch.uint8).to(groups.device)
+        with in_collective(groups, what, groups.local_ranks):
+            dist.broadcast(shared, groups.local_ranks[0], group=groups.local)
+        path = bytes(shared.cpu().numpy()).rstrip(b"\0").decode()
+        if not path:
+            return None
         opened = open_file(Path(path))
         with in_collective(groups, what, groups.local_ranks):
             dist.barrier(group=groups.local)  # all have it open
-    finally:
-        if groups.local_rank == 0:
-            os.unlink(path)
     return opened
 
 
-def _new_file(num_bytes: int) -> Path:
-    """Raises OSError where there is no room: a mapped page that does not exist would end the process."""
-    file, path = tempfile.mkstemp(prefix="moe-shared-", dir=_FOLDER)
+@contextmanager
+def _new_file(num_bytes: int) -> Iterator[Path]:
+    """A file of zeros that has its name inside the block.
+
+    Raises OSError where there is no room: a mapped page that does not exist would end the process.
+    """
+    folder = os.open(_FOLDER, os.O_RDONLY)  # not the file: `line.c` loses its own lock when any descriptor of it closes
     try:
-        os.posix_fallocate(file, 0, num_bytes)
-    except OSError:
-        os.unlink(path)
-        raise
+        _remove_left(folder)
+        fcntl.flock(folder, fcntl.LOCK_SH)  # no limit: others have it alone just while they remove what was left
+        file, name = tempfile.mkstemp(prefix=_PREFIX, dir=_FOLDER)
+        try:
+            try:
+                os.posix_fallocate(file, 0, num_bytes)
+            finally:
+                os.close(file)
+            yield Path(name)
+        finally:
+            os.unlink(name)
     finally:
-        os.close(file)
-    return Path(path)
+        os.close(folder)
+
+
+def _remove_left(folder: int) -> None:
+    """Removes this user's files whose processes were killed, if nobody is just making one."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    for path in _FOLDER.glob(f"{_PREFIX}*"):
+        if path.stat().st_uid == os.getuid():
+            path.unlink()

@@ -160,12 +160,22 @@ def check_outputs(args: argparse.Namespace) -> None:
     command = getattr(args, "command", None)  # ranks and hosts have none
     names = ["output", "html", "png", "record", "trace" if command == "trace" else "out"]
     for path in (getattr(args, name, None) for name in names):
-        if path is None or command == "pack":  # whose folder is made with those above it
+        if path is None or command == "pack":
             continue
         folder = path.parent
         if not folder.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {folder}; make it, or give another name")
         if path.is_dir():
             raise ValueError(f"{path} is a folder; give the name of a file to write")
-        if not os.access(path if path.exists() else folder, os.W_OK):
-            raise ValueError(f"{path} cannot be written: permission is missing, or its disk is read-only")
+        _check_place(path, path if path.exists() else folder)
+    made = (args.out if command == "pack" else None, getattr(args, "state", None))
+    for path in (path for path in made if path is not None):  # folders, made with those above them
+        above = path.absolute()
+        while not above.exists():
+            above = above.parent
+        _check_place(path, above)
+
+
+def _check_place(path: Path, where: Path) -> None:
+    if not os.access(where, os.W_OK):
+        raise ValueError(f"{path} cannot be written: permission is missing, or its disk is read-only")

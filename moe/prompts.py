@@ -26,7 +26,9 @@ class PromptEncoder:
         if not isinstance(prompt, str):
             return list(token_ids("the prompt's token ids", prompt))
         if self.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer; give token ids")
+            raise ValueError(
+                f"{self.name} has no tokenizer; give token ids, or put tokenizer.json of the model beside its weights"
+            )
         _check_text(prompt)
         return self._ids(prompt, True) or ([] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id])
 
@@ -37,7 +39,10 @@ class PromptEncoder:
         """
         given = {"add_generation_prompt": True} | {k: v for k, v in (options or {}).items() if v is not None}
         if self.tokenizer is None or (self.tokenizer.chat_template is None and "chat_template" not in given):
-            raise ValueError(f"{self.name} has no chat template; use generate with a written prompt")
+            raise ValueError(
+                f"{self.name} has no chat template; give a written prompt (generate, /v1/completions), or put "
+                "chat_template.jinja of the model beside its weights"
+            )
         text = self._written([with_plain_content(message) for message in messages], given)
         _check_text(text)
         return self._ids(text, False)

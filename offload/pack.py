@@ -87,7 +87,8 @@ def pack(
     if free < total:
         raise OSError(
             errno.ENOSPC,
-            f"packing needs {format_bytes(total)}, {format_bytes(free)} are free; nothing was written",
+            f"packing needs {format_bytes(total)}, {format_bytes(free)} are free; nothing was written: make room, or "
+            "name a place on another disk",
             str(out),
         )
     with _only_writer(out):
@@ -138,7 +139,7 @@ def _pack_whole(
             raise OSError(
                 error.errno,
                 f"packing stopped ({error.strerror or error}); {format_bytes(progress.total)} are needed, "
-                "the unfinished folder was removed",
+                "the unfinished folder was removed: make room, or name a place on another disk",
                 str(out),
             ) from error
         _sync(work)

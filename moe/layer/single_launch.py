@@ -182,7 +182,7 @@ class RankLaunch:
             if mapped is None:
                 raise OSError(
                     f"the single launch of {groups.world_size} ranks needs {size / 2**20:.1f} MiB of shared memory, "
-                    "which /dev/shm does not have left; make it larger, or set kernel.path=grouped"
+                    "which /dev/shm does not have left; make it larger, or set kernel=grouped"
                 )
             heap = mapped
         return SymmetricDispatcher(shape, heap, timeout_s=groups.timeout_s)

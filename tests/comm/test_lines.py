@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -149,11 +151,34 @@ def test_no_room_is_told_and_leaves_no_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
-    with pytest.raises(OSError, match="No space left"):
-        together._new_file(1 << 20)
+    with pytest.raises(OSError, match="No space left"), together._new_file(1 << 20):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_name_is_left_in_memory():
     spawn(2, rank_lines)
     assert list(Path("/dev/shm").glob("moe-shared-*")) == []
+
+
+def test_names_that_killed_ranks_leave_are_removed_by_the_next(tmp_path, monkeypatch):
+    """Not those of ranks that are just about to open theirs."""
+    monkeypatch.setattr(together, "_FOLDER", tmp_path)
+
+    def names():
+        return sorted(path.name for path in tmp_path.glob("moe-shared-*"))
+
+    maker = "import sys, time; import moe.comm.together as t; from pathlib import Path; t._FOLDER = Path(sys.argv[1])\n"
+    maker += "with t._new_file(4096): print('made', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", maker, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "made\n"
+        (theirs,) = names()
+        with together._new_file(1 << 12) as own:
+            assert names() == sorted([theirs, own.name])
+        assert names() == [theirs]
+        other.kill()
+        other.wait()
+    assert names() == [theirs]
+    with together._new_file(1 << 12) as own:
+        assert names() == [own.name]
+    assert names() == []

@@ -1,6 +1,7 @@
 """Files of people that cannot be read or written: each ends with one clear sentence."""
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def test_files_of_the_other_commands(capfd, tmp_path, small_model):
             assert word in sentence, sentence
     assert text.read_text() == "A prompt\n"
     assert not trace.exists()
+
+
+def test_places_that_cannot_be_written_are_told_before_anything_runs(capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write wherever the disk lets it
+    places = {"batch": [TINYMOE, TINYMOE / "config.json"], "pack": [TINYMOE], "serve": [TINYMOE, "--state"]}
+    for command, before in places.items():
+        sentence = refused(capfd, command, *before, tmp_path / "new")
+        assert "new cannot be written: permission is missing, or its disk is read-only" in sentence
 
 
 def test_texts_of_other_encodings(tmp_path):

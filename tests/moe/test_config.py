@@ -1,11 +1,14 @@
 """Defaults, then the TOML file, then --set; unknown keys and bad values are refused with what would be right."""
 
+import ast
 import dataclasses
+import re
 
 import pytest
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.llm import LLM
+from tests.test_layout import FOLDERS, sources
 
 
 def test_layers_of_settings(tmp_path):
@@ -27,6 +30,24 @@ def test_layers_of_settings(tmp_path):
     assert EngineConfig.load(None, ["offload.direct=none"]).offload.direct is None
     assert EngineConfig.load(None, ["batch.max_tokens=64", "batch.max_tokens=32"]).batch.max_tokens == 32
     assert config.with_budget("3").offload == dataclasses.replace(config.offload, budget="3")
+
+
+def test_what_the_program_says_of_settings_names_settings():
+    """In every sentence and docstring of the code: a remedy that names no setting is none."""
+    known = {line.partition(" = ")[0] for line in EngineConfig().describe().splitlines()}
+    groups = {name.partition(".")[0] for name in known if "." in name}
+    dotted, given = (
+        re.compile(rf"(?<![\w./])(?:{'|'.join(groups)}|kernel)\.[a-z]\w*"),
+        re.compile(r"\bset ([a-z][\w.]*)="),
+    )
+    said = set()
+    for path in [path for folder in FOLDERS for path in sources(folder)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names = {name for name in dotted.findall(node.value) if not name.endswith((".py", ".md", ".cubin"))}
+                assert names <= known, (path, node.lineno, names - known)
+                said |= names
+    assert len(said) > 20
 
 
 def test_describe_names_every_setting_once():

@@ -195,7 +195,7 @@ def test_a_prompt_beyond_the_context_is_refused_in_our_words_alone(llm):
 
 
 def test_chat(llm, tmp_path):
-    with pytest.raises(ValueError, match="has no chat template; use generate"):
+    with pytest.raises(ValueError, match="has no chat template; give a written prompt"):
         llm.chat([{"role": "user", "content": "Hello"}])
     with LLM(Case("mixtral", tmp_path).original, config("1 expert")) as bare:
         for call in (lambda: bare.generate("text"), lambda: bare.chat([{"role": "user", "content": "Hello"}])):
