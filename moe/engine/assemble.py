@@ -3,8 +3,7 @@
     Blueprint ─▶ dense model, one token tried ─▶ KV pool, scheduler ─▶ slots in what memory is left: store, kernels
 
 Each stage is a frozen record; `load` runs them and leaves nothing behind if one fails. The last stage, the ranks, is
-apart (moe/engine/join.py), for it can be done again with other peers. Only memory is counted together, by
-ranks of a node that know each other before they load.
+apart (moe/engine/join.py), for it can be done again with other peers.
 """
 
 import hashlib
@@ -174,9 +173,8 @@ class Loaded:
 
 
 def load(read: Read, share: Share | None = None, work: Workload | None = None) -> Loaded:
-    """The stages after `read_model` but for the ranks; meets nobody but to count memory with `share.sharers`.
-
-    share: None = all experts. work: all requests that will come, if they are known.
+    """The stages after `read_model` but for the ranks; meets nobody but to count memory with `share.sharers`. share:
+    None = all experts. work: all requests that will come, if they are known.
 
     Raises ValueError for a folder, a budget or a setting that cannot be served; then no thread, file or memory is left.
     """
@@ -338,8 +336,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     offload, choices = choose_reads(config.offload, blueprint, machine)
 
     def free() -> int:
-        sharers = ALONE if share is None else share.sharers
-        return max(0, free_room(read.device, config, sizes, sharers) - reserved_bytes)
+        return max(0, free_room(read.device, config, sizes, share.sharers if share else ALONE) - reserved_bytes)
 
     # Once, whatever this rank alone has chosen: it is a collective. A host copy is no longer free, but read first.
     room = None if offload.store == "ram" else free()
