@@ -182,8 +182,7 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
     shared = None
     if read.config.batch.schedule == "layer_major":
         read, shared = _split_memory(read, dense, work, share)
-    sharers = ALONE if share is None else share.sharers
-    memory = make_memory(read, dense, None if shared is None else shared.most_blocks, sharers)
+    memory = make_memory(read, dense, shared.most_blocks if shared else None, share.sharers if share else ALONE)
     threads = _settle_threads(read, memory.runner, is_alone=share is None)
     to_come = memory.kv_bytes if read.device.type == "cpu" else 0  # a GPU has allocated its whole cache by now
     with ExitStack() as undo:
