@@ -72,7 +72,7 @@ class ExpertCache:
         self.device = torch.device(device)
         self.blob_bytes = max(layout.nbytes for layout in store.layouts)
         self.spared = sum(layout.spared for layout in store.layouts)  # bytes of slots that are never touched
-        assert not self.spared or num_slots == sum(self.num_experts), "experts that differ in size must all have slots"
+        assert not self.spared or num_slots == total, "experts that differ in size must all have slots"
         sizes, huge = [layout.nbytes for layout in store.layouts], not self.spared
         self.slab = Slab.made(sizes, counts, self.num_experts, num_slots, self.device, huge=huge)
         self._blobs = [self.slab.of_layer(layer) for layer in range(len(self.num_experts))]

@@ -7,6 +7,9 @@ neither on what is asked beside it nor on what was asked before.
     2, 3, 4, 8   all experts alike, in slots as of any other format, evicted where there are fewer slots than experts
     auto         all experts stay in memory, each in as many bits as a budget in bytes buys: D2MoE's order, hottest
                  expert, lowest bit first, where what counts is the error that a plane takes from answers, per byte
+
+Over ranks the budget is that of each. All make the same plan of bits: a plane is bought where every rank that holds the
+expert has room for it, so that copies of an expert are alike, and an answer does not depend on who computes it.
 """
 
 import heapq
@@ -64,10 +67,24 @@ def checksums(site: ExpertSite, layout: ExpertLayout, blob: Tensor) -> list[int]
     return found
 
 
-def serve(checkpoint: Checkpoint, index: ExpertIndex, bits: str, budget: str | None) -> ExpertIndex:
-    """`index` with every expert in as many bits as it is served in. bits, budget: settings.
+class Held(NamedTuple):
+    """Which experts ranks hold, by rank and layer, and which rank this is."""
 
-    Raises ValueError where nothing here is in nested precision, and for a budget that does not hold 2 bits of all.
+    of_rank: Sequence[Sequence[Sequence[int]]]
+    rank: int
+
+    @property
+    def own(self) -> Sequence[Sequence[int]]:
+        return self.of_rank[self.rank]
+
+
+def serve(
+    checkpoint: Checkpoint, index: ExpertIndex, bits: str, budget: str | None, held: Held | None = None
+) -> ExpertIndex:
+    """`index` with every expert in as many bits as it is served in. bits, budget: settings. held: None = all.
+
+    Experts that others hold are in as many as the most of this rank's. Raises ValueError where nothing here is in
+    nested precision, and for a budget that does not hold 2 bits of all that a rank holds.
     """
     if bits == "8":
         return index
@@ -77,24 +94,29 @@ def serve(checkpoint: Checkpoint, index: ExpertIndex, bits: str, budget: str | N
             "nested`"
         )
     if bits == "auto":
-        chosen = plan_bits(read_sensitivity(checkpoint), sizes_of(index), _bytes_of(budget))
+        of_rank = None if held is None else held.of_rank
+        chosen = plan_bits(read_sensitivity(checkpoint), sizes_of(index), _bytes_of(budget), of_rank)
+        for layer, own in enumerate([] if held is None else held.own):
+            most = max((chosen[layer][expert] for expert in own), default=LEVELS[0])
+            chosen[layer] = [b if expert in own else most for expert, b in enumerate(chosen[layer])]
     else:
         chosen = [[int(bits)] * site.num_experts for site in index.sites]
     return _cut(checkpoint, index, chosen)
 
 
-def describe(index: ExpertIndex) -> str | None:
+def describe(index: ExpertIndex, own: Sequence[Sequence[int]] | None = None) -> str | None:
     """What a user should know of the bits that experts are served in; None where none is in nested precision.
 
-    A plan takes what costs no further page, so that a size tells the bits.
+    own: a rank's experts, by layer; None = all. A plan takes what costs no further page, so that a size tells the bits.
     """
     count: Counter[int] = Counter()
-    for site, layout in zip(index.sites, index.layouts):
+    for n, (site, layout) in enumerate(zip(index.sites, index.layouts)):
         if is_nested(layout):
+            experts = range(site.num_experts) if own is None else own[n]
             of_size = {
                 at_level(site, layout, bits).nbytes: bits for bits in LEVELS if bits <= layout.gate_up_format.bits
             }
-            count.update(of_size[layout.size_of(expert)] for expert in range(site.num_experts))
+            count.update(of_size[layout.size_of(expert)] for expert in experts)
     if not count:
         return None
     each = ", ".join(f"{number} in {bits} bits" for bits, number in sorted(count.items()))
@@ -108,30 +130,33 @@ def _bytes_of(budget: str | None) -> int:
     return int(parsed.value)
 
 
-def check_mixed(index: ExpertIndex, counts: Sequence[int], *, can_mix: bool) -> None:
-    """Raises ValueError where experts differ in size and not all ask for a slot (counts, by layer), or a slot takes
-    memory for what its expert does not fill (not `can_mix`)."""
-    if index.is_mixed and (sum(counts) < sum(site.num_experts for site in index.sites) or not can_mix):
-        raise ValueError(
-            "offload.bits=auto keeps all experts of a model in the slots of one process on a CPU, read from files; set "
-            "offload.bits=2, 3, 4 or 8 for ranks, GPUs and offload.store=ram"
-        )
+def check_auto(bits: str, store: str, device: torch.device, *, is_fixed: bool) -> None:
+    """Raises ValueError where bits cannot be what a budget buys. is_fixed: no rank will hold other experts later."""
+    if device.type != "cpu":
+        why_not = "a slot on a GPU takes the memory of the largest expert, whatever lies in it"
+    elif store == "ram":
+        why_not = "all experts stay in slots, beside which offload.store=ram would hold each a second time"
+    elif not is_fixed:
+        why_not = "a cluster's hosts and placement.online move experts to ranks whose budget bought them other bits"
+    else:
+        return
+    if bits == "auto":
+        raise ValueError(f"offload.bits=auto cannot be served: {why_not}; set offload.bits=2, 3, 4 or 8")
 
 
-def slots_for(budget: str | None, index: ExpertIndex, counts: Sequence[int], room: int) -> int:
-    """Slots that `budget` buys; where experts differ in size, one each. counts: experts by layer that ask for slots.
+def slots_for(budget: str | None, index: ExpertIndex, own: Sequence[Sequence[int]], room: int) -> int:
+    """Slots that `budget` buys; where experts differ in size, one each. own: experts by layer that ask for slots.
 
     room: bytes that are free. Slots stand as far apart as the largest; on a host what a smaller expert leaves of its
-    own is never touched, and so takes no memory (`check_mixed`). Raises ValueError where they do not fit.
+    own is never touched, and so takes no memory. Raises ValueError where they do not fit.
     """
     if not index.is_mixed:
         sizes = [layout.nbytes for layout in index.layouts]
-        return resolve_slots(budget, sizes=sizes, counts=counts, available_bytes=room)
-    total = sum(site.num_experts for site in index.sites)
-    nbytes = sum(layout.size_of(e) for s, layout in zip(index.sites, index.layouts) for e in range(s.num_experts))
+        return resolve_slots(budget, sizes=sizes, counts=[len(of) for of in own], available_bytes=room)
+    nbytes = sum(layout.size_of(expert) for layout, of in zip(index.layouts, own) for expert in of)
     if nbytes > room:
         raise ValueError(f"experts take {format_bytes(nbytes)}, free are {format_bytes(room)}; lower offload.budget")
-    return total
+    return sum(map(len, own))
 
 
 def sizes_of(index: ExpertIndex) -> list[list[int]]:
@@ -148,19 +173,28 @@ def read_sensitivity(checkpoint: Checkpoint) -> list[list[Sensitivity]]:
         raise ValueError(f"{checkpoint.folder} does not say what bits are worth; pack the original again") from error
 
 
-def plan_bits(worth: Sequence[Sequence[Sensitivity]], sizes: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Bits of each expert, by layer, that take no more than `budget` bytes. sizes: as `sizes_of` returns them.
+def plan_bits(
+    worth: Sequence[Sequence[Sensitivity]],
+    sizes: Sequence[Sequence[int]],
+    budget: int,
+    held: Sequence[Sequence[Sequence[int]]] | None = None,
+) -> list[list[int]]:
+    """Bits of each expert, by layer, that take no more than `budget` bytes of any rank. sizes: as `sizes_of` returns
+    them; held: experts by rank and layer, each at least once; None = one has all.
 
     Begins with 2 bits of all and buys, one by one, the plane that takes most error from answers per byte: the error of
     an expert counts as a share of its layer's answers, and so as often as it is asked. What no longer fits is passed
     over. Deterministic: ties go to the first layer and expert. Raises ValueError where 2 bits of all are too much.
     """
-    left = budget - sum(size[0] * len(layer) for size, layer in zip(sizes, worth))
-    if left < 0:
+    held = [[range(len(layer)) for layer in worth]] if held is None else held
+    left = [budget - sum(size[0] * len(of) for size, of in zip(sizes, own)) for own in held]
+    if min(left) < 0:
         raise ValueError(
-            f"offload.budget ({format_bytes(budget)}) must hold 2 bits of every expert ({format_bytes(budget - left)}) "
-            "for offload.bits=auto; raise it, or set offload.bits=2, which keeps the rest on disk"
+            f"offload.budget ({format_bytes(budget)}) must hold 2 bits of every expert "
+            f"({format_bytes(budget - min(left))}) for offload.bits=auto; raise it, or set offload.bits=2, which keeps "
+            "the rest on disk"
         )
+    holders = [[[r for r, own in enumerate(held) if e in own[n]] for e in range(len(of))] for n, of in enumerate(worth)]
     energy = [sum(expert.energy for expert in layer) or 1.0 for layer in worth]
     step = [[0] * len(layer) for layer in worth]
     heads: list[tuple[float, int, int]] = []
@@ -179,8 +213,10 @@ def plan_bits(worth: Sequence[Sequence[Sensitivity]], sizes: Sequence[Sequence[i
         _, layer, expert = heapq.heappop(heads)
         at = step[layer][expert]
         cost = sizes[layer][at + 1] - sizes[layer][at]
-        if cost <= left:
-            left -= cost
+        ranks = holders[layer][expert]
+        if all(cost <= left[rank] for rank in ranks):
+            for rank in ranks:
+                left[rank] -= cost
             step[layer][expert] += 1
             offer(layer, expert)
     return [[LEVELS[at] for at in layer] for layer in step]

@@ -19,10 +19,10 @@ from moe.comm.errors import CommError, LostPeer
 from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, interrupt, join_groups, leave_groups
 from moe.config import EngineConfig
-from moe.engine.assemble import Share
 from moe.engine.device import Sharers
 from moe.engine.engine import Engine
 from moe.engine.join import shareable_shape
+from moe.engine.share import Share
 from moe.models.blueprint import read_blueprint
 from moe.models.kv import BlockPool
 from moe.placement.plan import Plan
@@ -204,4 +204,4 @@ def bundles_here() -> int:
 
 def _share(folder: str, rank: int, num_ranks: int, job: str, sharers: int) -> Share:
     shape = shareable_shape(read_blueprint(folder))
-    return Share(Plan.contiguous(*shape, num_ranks), rank % num_ranks, job, Sharers(sharers))
+    return Share(Plan.contiguous(*shape, num_ranks), rank % num_ranks, job, Sharers(sharers), may_change=True)

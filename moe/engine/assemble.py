@@ -36,14 +36,14 @@ from moe.engine.runner import (
     why_threads_count,
 )
 from moe.engine.scheduler import Scheduler
+from moe.engine.share import Share
 from moe.engine.tried import TriedToken, try_a_token
 from moe.engine.turns import Turns
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, kernel_notes, layer_kernels
-from moe.layer.parallel import experts_of_rank
 from moe.layer.routing import RoutingSeam
 from moe.models.attention import ATTENTION_NAME
-from moe.models.blueprint import Blueprint, read_blueprint
+from moe.models.blueprint import Blueprint
 from moe.models.dense_cpu import compile_dense
 from moe.models.kv import BlockPool
 from moe.models.load import load_dense, why_untied
@@ -51,32 +51,12 @@ from moe.models.neighbours import why_not_packed
 from moe.offload.cache import ExpertCache
 from moe.offload.deepnvme import file_store
 from moe.offload.in_place import in_place
-from moe.offload.nested import check_mixed, serve, slots_for
+from moe.offload.nested import check_auto, serve, slots_for
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, MmapStore, RamStore
-from moe.placement.plan import Plan
 from moe.placement.wire_format import ModelSizes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What a process will have of the experts, known before it meets a peer: rank `rank`'s part of `plan`.
-
-    host_copy: processes of a node that give the same name have one copy of all experts in host memory together.
-    sharers: of this machine's memory.
-    """
-
-    plan: Plan
-    rank: int
-    host_copy: str = ""
-    sharers: Sharers = ALONE
-
-    @property
-    def experts(self) -> list[list[int]]:
-        """By layer."""
-        return experts_of_rank(self.plan, self.rank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,13 +237,16 @@ def _settle_threads(read: Read, runner: Runner, is_alone: bool) -> AutoChoice | 
     return chosen
 
 
-def read_model(folder: str | Path, config: EngineConfig) -> Read:
-    """Raises ValueError for a folder or a device that cannot be served."""
-    blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
-    index = serve(blueprint.checkpoint, blueprint.index, config.offload.bits, config.offload.budget)
+def read_model(blueprint: Blueprint, config: EngineConfig, share: Share | None = None) -> Read:
+    """share: None = all experts. Raises ValueError for a folder or a device that cannot be served."""
+    offload, device = config.offload, find_device(config.device)
+    is_fixed = share is None or not (share.may_change or config.placement.online)
+    check_auto(offload.bits, offload.store, device, is_fixed=is_fixed)
+    held = None if share is None else share.held
+    index = serve(blueprint.checkpoint, blueprint.index, offload.bits, offload.budget, held)
     blueprint = replace(blueprint, index=index)
-    notes = (*notes_on(blueprint, config.dense), *lossy_modes(config))
-    return Read(config, blueprint, find_device(config.device), notes)
+    notes = (*notes_on(blueprint, config.dense, None if held is None else held.own), *lossy_modes(config))
+    return Read(config, blueprint, device, notes)
 
 
 def load_model(read: Read, tries_experts: bool) -> Dense:
@@ -329,7 +312,6 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     own = [list(range(n)) for n in counts] if share is None else share.experts
     num_own = [len(experts) for experts in own]
     sizes = sizes_of(blueprint, config.batch, dense.tried.kv_bytes, dense.vocabulary)
-    check_mixed(blueprint.index, num_own, can_mix=config.offload.store != "ram" and read.device.type == "cpu")
     foresight = Foresight(blueprint, model, config)
     machine = probed(config)
     offload, choices = choose_reads(config.offload, blueprint, machine)
@@ -340,14 +322,14 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     # Once, whatever this rank alone has chosen: it is a collective. A host copy is no longer free, but read first.
     room = None if offload.store == "ram" else free()
     is_read_straight = offload.store == "file" and offload.direct and read.device.type == "cpu"
-    if is_read_straight and slots_for(config.offload.budget, blueprint.index, num_own, room or 0) < sum(num_own):
+    if is_read_straight and slots_for(config.offload.budget, blueprint.index, own, room or 0) < sum(num_own):
         blueprint = replace(blueprint, index=in_place(blueprint.index))
     hidden = why_not_ahead(blueprint, machine, offload)
     with ExitStack() as undo:
         store = _make_store(blueprint, offload, share)
         undo.callback(store.close)
         room = free() if room is None else room
-        num_slots = slots_for(config.offload.budget, blueprint.index, num_own, room)
+        num_slots = slots_for(config.offload.budget, blueprint.index, own, room)
         cache = ExpertCache(
             store,
             num_slots,

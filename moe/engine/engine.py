@@ -18,7 +18,7 @@ from moe.comm.control import Control
 from moe.comm.groups import Groups
 from moe.comm.wire import Traffic
 from moe.config import EngineConfig
-from moe.engine.assemble import Loaded, Share, load, read_model
+from moe.engine.assemble import Loaded, load, read_model
 from moe.engine.choices import AutoChoice
 from moe.engine.coherent import CoherentRunner
 from moe.engine.join import Decisions, Place, forget_host_copy, join, share_of, shareable_shape, stay_alone
@@ -31,10 +31,11 @@ from moe.engine.recorder import TraceRecorder
 from moe.engine.requests import Chunk, Request
 from moe.engine.sampling import Choice
 from moe.engine.scheduler import Scheduler
+from moe.engine.share import Share
 from moe.engine.stats import State, StepStats
 from moe.layer.experts import SlotExperts
 from moe.layer.parallel import ExpertParallel
-from moe.models.blueprint import Blueprint
+from moe.models.blueprint import Blueprint, read_blueprint
 from moe.offload.layer_stats import LayerStats
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
@@ -68,9 +69,10 @@ class Engine:
                 f"parallel.plan ({config.parallel.plan}) places experts on ranks, this process is alone; start ranks "
                 "by `torchrun -m moe.launch.torchrun` or a Ray cluster, or leave it out"
             )
-        read = read_model(folder, config)
+        blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
         if groups is not None:
-            share = share_of(read.blueprint, groups, config.parallel)
+            share = share_of(blueprint, groups, config.parallel)
+        read = read_model(blueprint, config, share)
         self.loaded: Loaded = load(read, share, work)
         self.config = self.loaded.read.config
         self.eos_ids = self.loaded.dense.eos_ids

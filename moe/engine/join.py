@@ -16,7 +16,7 @@ from moe.comm.errors import Task
 from moe.comm.groups import Groups
 from moe.comm.lost import in_collective
 from moe.config import ParallelConfig
-from moe.engine.assemble import Loaded, Share
+from moe.engine.assemble import Loaded
 from moe.engine.coherent import CoherentRunner
 from moe.engine.coherent_choice import Costs, measure_link, why_coherent, why_not_coherent
 from moe.engine.device import Sharers, free_room, num_blocks
@@ -27,6 +27,7 @@ from moe.engine.modes import Alone, Coherent, Ranks, StepMode
 from moe.engine.online import OnlinePlacement
 from moe.engine.runner import PackedRunner, make_paged_kv
 from moe.engine.scheduler import Scheduler
+from moe.engine.share import Share
 from moe.layer.experts import chosen_kernel
 from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
@@ -150,7 +151,7 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
     most = min(max(cache.num_slots, slots_within(cache.slot_bytes + max(0, free), sizes, counts)), cache.map.room)
     budget = read.config.offload.budget
     wanted = num_own
-    if budget is not None:
+    if budget is not None and not read.blueprint.index.is_mixed:  # those have a slot each
         wanted = resolve_slots(budget, sizes=sizes, counts=counts)
     if wanted > max(most, cache.num_slots) and budget is not None:
         notes.append(f"offload.budget ({budget}) of {num_own} experts is {wanted} slots, there is room for {most}")

@@ -1,6 +1,7 @@
 """What a user should know about how a model is served, before it runs."""
 
 import re
+from collections.abc import Sequence
 
 from moe.config import EngineConfig
 from moe.models.blueprint import Blueprint
@@ -18,13 +19,13 @@ def lossy_modes(config: EngineConfig) -> list[str]:
     return [f"routing.pregate={config.routing.pregate} changes what the model says; `moe evaluate` measures how much"]
 
 
-def notes_on(blueprint: Blueprint, dense: str) -> list[str]:
-    """What a user should know about how this model is served."""
+def notes_on(blueprint: Blueprint, dense: str, own: Sequence[Sequence[int]] | None = None) -> list[str]:
+    """What a user should know about how this model is served. own: a rank's experts, by layer; None = all."""
     text = blueprint.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     declared = max((getattr(text, n) for n in names if isinstance(getattr(text, n, None), int)), default=0)
     note = blueprint.format_note(dense)
-    formats = list(filter(None, (note, describe(blueprint.index))))
+    formats = list(filter(None, (note, describe(blueprint.index, own))))
     formats += _layers_not_read(blueprint) + _tensors_not_read(blueprint)
     if blueprint.experts:
         return formats

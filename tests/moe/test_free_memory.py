@@ -15,8 +15,8 @@ from moe.cluster.lines import Lines
 from moe.cluster.messages import Where
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
-from moe.engine.assemble import Share
 from moe.engine.engine import Engine
+from moe.engine.share import Share
 from moe.llm import LLM
 from moe.offload.stores import RamStore
 from moe.params import SamplingParams

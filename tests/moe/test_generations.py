@@ -18,10 +18,10 @@ from moe.comm.errors import LostPeer
 from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, join_groups, leave_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
-from moe.engine.assemble import Share
 from moe.engine.engine import Engine
 from moe.engine.join import Decisions
 from moe.engine.requests import Request
+from moe.engine.share import Share
 from moe.layer.routing import RoutingSeam
 from moe.llm import LLM
 from moe.models.load import return_freed

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe.comm.membership import process_groups
-from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig, PlacementConfig
+from moe.engine.assemble import read_model
+from moe.engine.share import Share
 from moe.kernels.nested import LEVELS
 from moe.launch.cli import main
+from moe.layer.parallel import experts_of_rank
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.deepnvme import DeepNvmeStore
@@ -23,6 +27,7 @@ from moe.offload.requantise import target_format
 from moe.offload.shared import SharedStore
 from moe.offload.stores import FileStore, MmapStore, aligned_bytes
 from moe.params import SamplingParams
+from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 from tests.offload.test_deepnvme import Sectors
@@ -156,11 +161,84 @@ def test_auto_keeps_all_experts_in_a_budget(folder):
         assert said == says(folder, "auto", kernel="reference", budget=f"{budget}B")[0]
 
 
+# Of two layers of six experts; the two that are on both ranks have the same bits there.
+SHARED = Plan(num_experts=6, num_ranks=2, phy2log=np.array([[0, 1, 2, 3, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1, 4, 5]]))
+
+
+def budgets(index):
+    """2 bits of all and half of the rest, of what a rank of `SHARED` holds."""
+    least, most = (sum(size[i] for size in sizes_of(index)) * 4 for i in (0, -1))
+    return (least + most) // 2
+
+
+def as_ranks_of_auto(folder, plan, budget, dispatcher):
+    """One rank: its prompt's answer, its notes, what its slots take, the bits of its experts by layer."""
+    offload, parallel = (
+        OffloadConfig(budget=f"{budget}B", bits="auto"),
+        ParallelConfig(plan=plan, dispatcher=dispatcher),
+    )
+    batch = BatchConfig(kv_tokens=256)
+    config = EngineConfig(dtype="float32", offload=offload, parallel=parallel, batch=batch)
+    with process_groups(timeout_s=60) as groups, LLM(folder, config, groups=groups) as llm:
+        prompts = [[5, 9, 30], [7]][groups.rank :: 2]
+        (output,) = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
+        cache = llm.engine.experts.cache
+        cache.check()
+        held = []
+        for layer, own in enumerate(experts_of_rank(SHARED, groups.rank)):
+            bits = cache.views(layer)["gate_up.bits"][cache.resident_slots(layer).long(), 0]
+            held.append({expert: int(bits[expert]) for expert in own})
+        return output.outputs[0].token_ids, llm.engine.notes, cache.slot_bytes, held
+
+
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "coherent"])
+def test_auto_over_ranks_is_each_ranks_budget(folder, tmp_path, dispatcher):
+    """Copies are alike, no rank has more than its budget, and answers are those of one process with the same bits."""
+    whole = read_blueprint(folder)
+    SHARED.save(tmp_path / "plan.json")
+    budget, sizes = budgets(whole.index), sizes_of(whole.index)
+    held = [experts_of_rank(SHARED, rank) for rank in range(2)]
+    plan = plan_bits(read_sensitivity(whole.checkpoint), sizes, budget, held)
+    assert len({bits for of in plan for bits in of}) > 1
+    answers = spawn(2, as_ranks_of_auto, folder, str(tmp_path / "plan.json"), budget, dispatcher)
+    for rank, (_, notes, taken, bits) in enumerate(answers):
+        assert bits == [{e: plan[layer][e] for e in own} for layer, own in enumerate(held[rank])]
+        assert taken == sum(sizes[n][LEVELS.index(b)] for n, of in enumerate(bits) for b in of.values()) <= budget
+        assert any("nested precision" in note for note in notes)
+    assert [tokens for tokens, *_ in answers] == says_of(folder, plan)
+
+
+def says_of(folder, plan):
+    """What one process says whose experts are in these bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe.offload.nested.plan_bits", lambda *_: [list(of) for of in plan])
+        return says(folder, "auto", budget="1GiB")[0]
+
+
 worths = st.lists(
     st.lists(st.tuples(st.floats(0, 1e6), st.lists(st.floats(0, 1e6), min_size=4, max_size=4)), min_size=1, max_size=5),
     min_size=1,
     max_size=3,
 )
+
+
+@settings(max_examples=60, deadline=None)
+@given(worths, st.integers(0, 400), st.integers(1, 3))
+def test_no_rank_has_more_than_its_budget_nor_room_for_a_plane(worth, more, num_ranks):
+    def ranks_of(expert):  # every third is on two
+        return {expert % num_ranks, (expert + (expert % 3 == 0)) % num_ranks}
+
+    worth = [[Sensitivity(e, tuple(of)) for e, of in layer] for layer in worth]
+    sizes = [[10 + i, 14 + i, 20 + i, 40 + i] for i in range(len(worth))]
+    held = [[[e for e in range(len(layer)) if r in ranks_of(e)] for layer in worth] for r in range(num_ranks)]
+    budget = more + max(sum(size[0] * len(of) for size, of in zip(sizes, own)) for own in held)
+    plan = plan_bits(worth, sizes, budget, held)
+    left = [budget - sum(s[LEVELS.index(p[e])] for s, p, of in zip(sizes, plan, own) for e in of) for own in held]
+    assert min(left) >= 0
+    for size, of in zip(sizes, plan):
+        for expert, b in enumerate(of):
+            at = LEVELS.index(b)
+            assert b == 8 or any(size[at + 1] - size[at] > left[r] for r in ranks_of(expert))
 
 
 @settings(max_examples=60, deadline=None)
@@ -208,7 +286,11 @@ def test_bad_requests(folder, tmp_path, capsys):
         serve(blueprint.checkpoint, blueprint.index, "4", None)
     offload = OffloadConfig(bits="auto", budget="200000B", store="ram")
     config = EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(kv_tokens=256))
-    with pytest.raises(ValueError, match="in the slots of one process"):
+    with pytest.raises(ValueError, match="hold each a second time"):
         LLM(folder, config)
+    for moves in (False, True):
+        config = EngineConfig(offload=OffloadConfig(bits="auto", budget="1MB"), placement=PlacementConfig(online=moves))
+        with pytest.raises(ValueError, match="online move experts"):
+            read_model(whole, config, Share(SHARED, 0, may_change=not moves))
     assert main(["pack", str(plain), str(tmp_path / "x"), "--experts", "nested", "--group", "24"]) == 2
     assert "multiple of 16" in capsys.readouterr().err
