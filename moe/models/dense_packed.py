@@ -5,6 +5,7 @@ takes, and few rows read that much less. CPU only, through the compiled helper. 
 other rows. Weights that the model does not keep as a plain linear layer of the same name are decoded as ever.
 """
 
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,16 +16,17 @@ from moe.kernels.cpu_linear import CpuLinear
 from moe.kernels.cpu_struct import MOST_COLUMNS
 from moe.models.blueprint import Blueprint
 from moe.offload.checkpoint import TensorInfo
+from moe.offload.formats.slot import PieceKind
 from moe.offload.formats.stored import StoredMatrix
+from moe.offload.stores import aligned_bytes
 
 
 class PackedLinear(nn.Module):
     """x [..., K] -> [..., N] in x's dtype; codes and what decodes them are buffers, read from the checkpoint here."""
 
-    def __init__(self, matrix: StoredMatrix, bias: Tensor | None) -> None:
+    def __init__(self, matrix: StoredMatrix, views: dict[str, Tensor], bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
-        views = matrix.views()
         for name, view in views.items():
             self.register_buffer(name.lstrip(".") or "codes", view, persistent=False)
         self.bias = bias
@@ -79,8 +81,25 @@ def _routes(blueprint: Blueprint, path: str, info: TensorInfo) -> bool:
 
 
 def pack_dense(model: nn.Module, matrices: list[StoredMatrix]) -> None:
-    """Puts packed layers in place of the model's own, whose weights are placeholders."""
+    """Puts packed layers in place of the model's own, whose weights are placeholders.
+
+    All lie in one stretch of memory, in large pages: in small ones a step of int4 took 4 to 6 % longer.
+    """
+    left = aligned_bytes(sum(_room(kind) for matrix in matrices for kind in _pieces(matrix).values()))
     for matrix in matrices:
+        views = {}
+        for name, read in matrix.views().items():
+            views[name] = left[: read.nbytes].view(read.dtype).view(read.shape).copy_(read)
+            left = left[_room(_pieces(matrix)[name]) :]
         path = matrix.name.removesuffix(".weight")
         bias = model.get_submodule(path).bias
-        model.set_submodule(path, PackedLinear(matrix, bias.detach() if isinstance(bias, Tensor) else None))
+        model.set_submodule(path, PackedLinear(matrix, views, bias.detach() if isinstance(bias, Tensor) else None))
+
+
+def _pieces(matrix: StoredMatrix) -> dict[str, PieceKind]:
+    return matrix.format.pieces(1, *matrix.shape)
+
+
+def _room(piece: PieceKind) -> int:
+    """Bytes, whole cache lines."""
+    return -(-prod(piece.shape) * piece.dtype.itemsize // 64) * 64
