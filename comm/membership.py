@@ -37,6 +37,7 @@ from moe.comm import cores
 from moe.comm.defaults import EAGER_BYTES
 from moe.comm.errors import CommError, MissingPeers, Task, first_line
 from moe.comm.groups import Groups, ranks_by_node
+from moe.comm.interface import choose_interface
 from moe.comm.lines import Lines, file_bytes, load_helper
 from moe.comm.lost import in_collective
 from moe.comm.mailbox import Mailbox
@@ -113,6 +114,8 @@ def join_groups(
     started = time.monotonic()
     try:
         allowed = _meet(own, number, rank, world_size, meet_s)
+        if len(set(nodes)) > 1:
+            choose_interface(store)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=own,

@@ -263,3 +263,34 @@ def test_the_batch_file_is_in_the_openai_format():
         assert set(request) == {"custom_id", "method", "url", "body"}
         assert (request["method"], request["url"]) == ("POST", "/v1/completions")
         assert set(request["body"]) == {"model", "prompt", "max_tokens", "temperature"}
+
+
+COMMANDS = {  # prints what it is asked for; more names of hosts than a pipe holds
+    "torchrun": 'echo torchrun "$@"',
+    "srun": 'while [ "$1" != torchrun ]; do echo srun "$1"; shift; done; "$@"',
+    "scontrol": 'echo first; for n in $(seq 20000); do echo "node-$n"; done',
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "words"),
+    [
+        ("one_node.sh", {"RANKS": "3"}, "--nproc-per-node 3 -m moe.launch.torchrun A B --experts-in-memory 0.25"),
+        ("two_nodes.sh", {"NODE": "1", "HEAD": "10.0.0.1"}, "--node-rank 1 --master-addr 10.0.0.1"),
+        (
+            "slurm.sbatch",
+            {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_CPUS_ON_NODE": "64", "SLURM_JOB_NODELIST": "n[1-9]"},
+            "--rdzv-endpoint first:29500 -m moe.launch.torchrun A B",
+        ),
+    ],
+)
+def test_launch_scripts_start_what_they_say(script, environment, words, tmp_path):
+    for name, does in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    where = {"PATH": f"{tmp_path}:/usr/bin:/bin", **environment}
+    run = subprocess.run(
+        ["bash", str(EXAMPLES / "launch" / script), "A", "B"], env=where, capture_output=True, text=True, check=True
+    )
+    assert words in run.stdout
+    assert ("srun 64" in run.stdout) == (script == "slurm.sbatch")
