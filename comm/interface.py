@@ -45,7 +45,8 @@ def _v4_interfaces() -> dict[str, bytes]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                question = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(asked, _SIOCGIFADDR, question)  # no limit: the kernel answers from its tables
             except OSError:  # it has no such address
                 continue
             found[name] = answer[20:24]

@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from rich.table import Table
 
 from moe import evaluate as evaluation
+from moe.config import OffloadConfig, RoutingConfig
 from moe.fit import fit_lookahead
 from moe.launch.commands import loaded
 from moe.launch.console import out
@@ -26,7 +28,11 @@ def _shown(figures: str) -> Iterator[Callable[[int, int], None]]:
 def _against(args: argparse.Namespace) -> int:
     """A line for each text: rounding costs one domain more than another."""
     config = engine_config(args)
-    with loaded(args, config) as llm, LLM(args.against, config) as exact:
+    exact_offload = replace(
+        config.offload, bits=OffloadConfig().bits
+    )  # what is lossy belongs to the run that is judged
+    exact_config = replace(config, offload=exact_offload, routing=RoutingConfig())
+    with loaded(args, config) as llm, LLM(args.against, exact_config) as exact:
         for text in args.texts:
             with _shown("windows") as show:
                 windows = read_windows(llm, [text], args.window, args.limit)

@@ -1,5 +1,6 @@
 """`moe pack --experts`: experts in fewer bits, their errors beside them, and the same answers from kernel and twin."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,26 @@ def test_what_rounding_costs_is_measured_against_the_original(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "story: 63 tokens: loss" in said
     assert "KL 0.0000" not in said  # a control: the two runs are of two models
+
+
+def test_the_exact_run_has_nothing_that_is_lossy(tmp_path, capsys):
+    """Neither fewer bits nor guessed routes: those are of the run that is judged."""
+    text, ahead = tmp_path / "story.txt", tmp_path / "ahead.safetensors"
+    text.write_text("Once upon a time there was a little girl who had a red ball. " * 8)
+    assert main(["fit-lookahead", str(DEMO), str(text), "--out", str(ahead), "--window", "64"]) == 0
+    pack(*opened_demo(), tmp_path / "nested", experts=target_format("nested", None))
+    exact = set()
+    for model, settings in (
+        (DEMO, [f"routing.lookahead={ahead}", "routing.pregate=restrict:2"]),
+        (tmp_path / "nested", ["offload.bits=2"]),
+    ):
+        options = [word for setting in ["dtype=float32", *settings] for word in ("--set", setting)]
+        command = ["evaluate", str(model), str(text), "--against", str(DEMO), "--window", "64", "--limit", "1"]
+        assert main([*command, *options]) == 0
+        said = capsys.readouterr().out
+        assert "KL 0.0000" not in said
+        exact.add(re.search(r"exact ([\d.]+)", said)[1])
+    assert len(exact) == 1
 
 
 def answers(index, layer, expert, x, activation):
