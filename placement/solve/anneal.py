@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from moe.placement.deadline import Deadline, Pace
 from moe.placement.helper import ANNEAL, MOST_RANKS, MOST_TOP, load_helper
 from moe.placement.solve.evenness import expected_moments_of
+from moe.placement.solve.moment_price import FIRST
 from moe.placement.solve.program import Floats
 from moe.placement.solve.schedule import Schedule
 from moe.placement.wire_format import ModelSizes, WireFormat
@@ -24,7 +25,6 @@ SHARES = (0.6, 1.0)  # of the time that is left, for each phase
 PENALTY = 2.0  # rank visits that a pair above the cap costs
 CAP = 1.05  # of the mean load, where each visited copy of an expert serves the same share; dealing levels the rest
 HOME_CAP = 1.02  # the same where a copy at home serves first, which leaves dealing less to level
-MOMENT_PRICE = 0.02  # rank visits, times the ranks: of a pair in a piece's mean load squared over the load
 
 
 class Caps(NamedTuple):
@@ -37,10 +37,16 @@ class Caps(NamedTuple):
     moments: Floats
 
     @staticmethod
-    def of(expert_ids: NDArray[np.integer[Any]], num_experts: int, num_ranks: int, load: float) -> "Caps":
-        """load: of the mean. expert_ids: [N, K], -1 = none."""
+    def of(
+        expert_ids: NDArray[np.integer[Any]],
+        num_experts: int,
+        num_ranks: int,
+        load: float,
+        moment_price: float = FIRST,
+    ) -> "Caps":
+        """load: of the mean. expert_ids: [N, K], -1 = none. moment_price: rank visits, times the ranks."""
         moments = expected_moments_of(expert_ids, num_experts, num_ranks)
-        return Caps(load * float((expert_ids >= 0).sum()) / num_ranks, MOMENT_PRICE * num_ranks * moments)
+        return Caps(load * float((expert_ids >= 0).sum()) / num_ranks, moment_price * num_ranks * moments)
 
     def times(self, share: float) -> "Caps":
         """For so much of the traffic."""

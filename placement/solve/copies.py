@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moe.placement.deadline import NEVER, Deadline
 from moe.placement.helper import MOST_RANKS, load_helper
 from moe.placement.plan import Plan, check_capacity
-from moe.placement.solve.anneal import VISITS, Caps, Price, search_layer, share_of_pairs
+from moe.placement.solve.anneal import VISITS, Caps, Price, home_ranks, search_layer, share_of_pairs
 from moe.placement.solve.assign import (
     MOST_TOKENS,
     SKETCH,
@@ -29,6 +29,7 @@ from moe.placement.solve.assign import (
     search_assignment,
 )
 from moe.placement.solve.baselines import eplb_greedy
+from moe.placement.solve.moment_price import JUDGED, MomentPrice, excess_spread, half_of
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import CopyOptions, LayerSearch, Single, Touched
 from moe.placement.stats.affinity import check_routes, expert_load, heaviest_experts
@@ -86,6 +87,7 @@ class _Layers:
         self.single = self.reference if slots is None else eplb_greedy(self.load, ranks)  # its cap without replicas
         self.rows, self.hosted = self.single.assignment.copy(), self.reference.hosted.copy()
         self.homes = heaviest_experts(trace) if options.coherent else None
+        self.moment_price = MomentPrice()
         self.rng = np.random.default_rng(options.seed)
         self.compiled = load_helper() is not None
         self.anneals = slots is not None and not options.coherent and not options.node_weight
@@ -107,16 +109,7 @@ class _Layers:
         ids = self.trace.expert_ids[:, layer]
         seed = (self.options.seed * len(self.sweeps()) + sweep) * self.trace.num_layers + layer
         if self.anneals:
-            assert self.slots is not None
-            caps = Caps.of(ids, self.trace.num_experts, self.ranks, self.options.slack * self.price.cap)
-            if part < 1 and len(ids) > SKETCH:
-                few = np.sort(np.random.default_rng(seed).permutation(len(ids))[:SKETCH])
-                ids, caps = ids[few], caps.times(share_of_pairs(ids, few))
-            rounds = 200 if self.options.rounds is None else self.options.rounds
-            self.hosted[layer] = search_layer(
-                ids, self.hosted[layer], slots=self.slots, caps=caps,
-                rounds=math.ceil(rounds * part), seed=seed, deadline=until, price=self.price,
-            )  # fmt: skip
+            self._anneal(layer, part, seed, until)
             return
         pin = None
         if self.homes is not None and layer > 0:
@@ -141,6 +134,32 @@ class _Layers:
             self._swap(layer, pin, middle, until, has_replicas)
         if not has_replicas:
             self.hosted[layer] = self.rows[layer][:, None] == np.arange(self.ranks)
+
+    def _anneal(self, layer: int, part: float, seed: int, until: Deadline) -> None:
+        """A sketch (part < 1) is fitted on half of the tokens; what the others say of it is learnt."""
+        assert self.slots is not None
+        ids, start = self.trace.expert_ids[:, layer], self.hosted[layer]
+        half = half_of(self.trace.sequence_lengths, seed) if part < 1 else None
+        if half is not None:
+            ids, others = ids[half], ids[~half]
+            pairs = np.bincount(ids[ids >= 0], minlength=len(start)).astype(np.float64)
+            start = eplb_greedy(pairs[None], self.ranks, self.slots).hosted[0]
+        cap = self.options.slack * self.price.cap
+        caps = Caps.of(ids, len(start), self.ranks, cap, self.moment_price.value)
+        if part < 1 and len(ids) > SKETCH:
+            few = np.sort(np.random.default_rng(seed).permutation(len(ids))[:SKETCH])
+            ids, caps = ids[few], caps.times(share_of_pairs(ids, few))
+        rounds = 200 if self.options.rounds is None else self.options.rounds
+        self.hosted[layer] = search_layer(
+            ids, start, slots=self.slots, caps=caps,
+            rounds=math.ceil(rounds * part), seed=seed, deadline=until, price=self.price,
+        )  # fmt: skip
+        if half is not None:
+            others = others[np.sort(np.random.default_rng(seed).permutation(len(others))[:JUDGED])]
+            home = home_ranks(len(others), self.ranks, seed)
+            self.moment_price.learn(
+                excess_spread(others, home, self.hosted[layer], start, home_first=self.price.home_first)
+            )
 
     def _swap(self, layer: int, pin: Ints | None, middle: Deadline, until: Deadline, has_replicas: bool) -> None:
         """The search in numpy, twin of the compiled one; replicas where annealing knows no homes."""
