@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +29,9 @@ from moe.offload.segments import ExpertIndex, Segment
 
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
+
+# Bytes are copied as arrays: torch's copy would call up its threads, within a reader too, beside those that compute.
+Bytes = npt.NDArray[np.uint8]
 
 PART_BYTES = 1 << 20  # 0.7 ms of this project's disk: what a miss waits for a reader at most
 
@@ -88,12 +92,6 @@ def give_back(memory: Tensor) -> None:
     nbytes = (memory.data_ptr() + memory.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - begin
     if nbytes > 0 and _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(nbytes), mmap.MADV_DONTNEED):
         raise OSError(ctypes.get_errno(), f"madvise of {nbytes} bytes")
-
-
-def copy_bytes(source: Tensor, out: Tensor) -> None:
-    """In the calling thread alone. uint8 [n] both, on the host. torch's copy would call up its threads, a reader's own
-    as well as those that compute."""
-    np.copyto(out.numpy(), source.numpy())
 
 
 class Run(NamedTuple):
@@ -171,29 +169,30 @@ def _in_parts(targets: Sequence[memoryview], most: int) -> Iterator[list[memoryv
         yield part
 
 
-def _place_kept(segment: Segment, kept: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
+def _place_kept(segment: Segment, kept: Sequence[tuple[int, Bytes]], out: Bytes) -> None:
     """Copies what of the segment was read to buffers. kept: them, by where they begin in the file."""
     for begin, source in kept:
         first, end = max(begin, segment.offset), min(begin + len(source), segment.offset + segment.nbytes)
         if first < end:
             part, target = source[first - begin : end - begin], segment.blob_offset + first - segment.offset
             if segment.size is None:
-                copy_bytes(part, out[target : target + len(part)])
+                np.copyto(out[target : target + len(part)], part)
             else:
                 assert len(part) == segment.nbytes, (segment, begin, len(source))
                 _place(segment, part, out)
 
 
-def _place(segment: Segment, source: Tensor, out: Tensor) -> None:
-    """Copies one segment's bytes to its place in the blob. source: uint8 [segment.nbytes]."""
+def _place(segment: Segment, source: Bytes, out: Bytes) -> None:
+    """Copies one segment's bytes to its place in the blob. source: [segment.nbytes]."""
     target = out[segment.blob_offset : segment.blob_offset + segment.nbytes]
     if segment.size is None or segment.stride is None or segment.dtype is None:
-        copy_bytes(source, target)
+        np.copyto(target, source)
     else:
-        if source.data_ptr() % segment.dtype.itemsize:
-            source = source.clone()  # a view of another dtype needs an aligned start
-        typed = source.view(segment.dtype).as_strided(segment.size, segment.stride)
-        target.view(segment.dtype).view(segment.size).copy_(typed)
+        stored = torch.from_numpy(source)
+        if stored.data_ptr() % segment.dtype.itemsize:
+            stored = stored.clone()  # a view of another dtype needs an aligned start
+        typed = stored.view(segment.dtype).as_strided(segment.size, segment.stride)
+        torch.from_numpy(target).view(segment.dtype).view(segment.size).copy_(typed)
 
 
 def convert(index: ExpertIndex, layer: int, expert: int, out: Tensor) -> int:
@@ -229,7 +228,7 @@ class MmapStore:
         segments = self.index.segments(layer, expert)
         for segment in segments:
             stored = self._maps[segment.path][segment.offset : segment.offset + segment.nbytes]
-            _place(segment, torch.from_numpy(np.array(stored)), out)
+            _place(segment, np.array(stored), out.numpy())
         nbytes = sum(segment.nbytes for segment in segments) + convert(self.index, layer, expert, out)
         self._check.check(layer, expert, out)
         return nbytes
@@ -262,7 +261,7 @@ class RamStore:
         return RamStore(source.layouts, blobs)
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
-        copy_bytes(self.blobs[layer][expert], out)
+        np.copyto(out.numpy(), self.blobs[layer][expert].numpy())
         return len(out)
 
     def close(self) -> None:
@@ -336,15 +335,15 @@ class FileStore:
         file, direct = self._files[run.path]
         stretches = _stretches(run, out.data_ptr(), ALIGNMENT if direct else 1)
         with self._spare(sum(each.nbytes for each in stretches if each.target is None)) as spare:
-            blob, buffer, at = out.numpy().data, spare.numpy().data, 0
-            kept, targets = list[tuple[int, Tensor]](), list[memoryview]()  # kept: by where it begins in the file
+            blob, buffer, at = out.numpy(), spare.numpy(), 0
+            kept, targets = list[tuple[int, Bytes]](), list[memoryview]()  # kept: by where it begins in the file
             for begin, nbytes, target in stretches:
                 if target is None:
-                    kept.append((begin, spare[at : at + nbytes]))
-                    targets.append(buffer[at : at + nbytes])
+                    kept.append((begin, buffer[at : at + nbytes]))
+                    targets.append(buffer.data[at : at + nbytes])
                     at += nbytes
                 else:
-                    targets.append(blob[target : target + nbytes])
+                    targets.append(blob.data[target : target + nbytes])
             begin, end = stretches[0].begin, run.offset + run.nbytes
             for part in _in_parts(targets, most):
                 self._read(run, file, part, begin, min(sum(map(len, part)), end - begin))
@@ -352,7 +351,7 @@ class FileStore:
                 if begin < end:
                     yield begin - run.offset
             for segment in run.segments:
-                _place_kept(segment, kept, out)
+                _place_kept(segment, kept, blob)
 
     @contextmanager
     def _spare(self, nbytes: int) -> Iterator[Tensor]:
