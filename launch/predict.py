@@ -28,9 +28,8 @@ def _shown(figures: str) -> Iterator[Callable[[int, int], None]]:
 def _against(args: argparse.Namespace) -> int:
     """A line for each text: rounding costs one domain more than another."""
     config = engine_config(args)
-    exact_offload = replace(
-        config.offload, bits=OffloadConfig().bits
-    )  # what is lossy belongs to the run that is judged
+    # What is lossy belongs to the run that is judged.
+    exact_offload = replace(config.offload, bits=OffloadConfig().bits)
     exact_config = replace(config, offload=exact_offload, routing=RoutingConfig())
     with loaded(args, config) as llm, LLM(args.against, exact_config) as exact:
         for text in args.texts:

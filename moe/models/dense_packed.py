@@ -50,10 +50,15 @@ def packable(skeleton: nn.Module, matrix: StoredMatrix) -> bool:
     return type(module) is nn.Linear and tuple(module.weight.shape) == matrix.shape
 
 
+def tied_weights(model: Any) -> dict[str, str]:
+    """Names of weights that are another's, with that one's."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
 def roundable(blueprint: Blueprint) -> list[str]:
     """Weights of the checkpoint, in floats, that the model keeps as plain linear layers of their own: neither its
     routers nor a head that is its embedding."""
-    names, tied = [], getattr(blueprint.skeleton, "all_tied_weights_keys", None) or {}
+    names, tied = [], tied_weights(blueprint.skeleton)
     for name in sorted(set(blueprint.checkpoint.tensors) - blueprint.index.expert_keys):
         info, path = blueprint.checkpoint.tensors[name], name.removesuffix(".weight")
         if (

@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.utils import logging as transformers_logging
 
 from moe.models.blueprint import Blueprint, first_line
-from moe.models.dense_packed import pack_dense, packable
+from moe.models.dense_packed import pack_dense, packable, tied_weights
 from moe.models.families import slot_class
 from moe.models.towers import CODE_OF_MODELS, absent_class, prune
 
@@ -103,7 +103,7 @@ def dense_keys(blueprint: Blueprint) -> list[str]:
     ignored = [re.compile(p) for p in getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()]
     inside = tuple(f"{site.module}." for site in blueprint.index.sites)
     parameters = {name for name, _ in skeleton.named_parameters() if not name.startswith(inside)}
-    known = parameters | {name for name, _ in skeleton.named_buffers()} | set(_tied(skeleton))
+    known = parameters | {name for name, _ in skeleton.named_buffers()} | set(tied_weights(skeleton))
     transforms = get_model_conversion_mapping(skeleton)
     targets = {name: _target(name, transforms, skeleton.base_model_prefix, known) for name in sorted(names)}
     every = [name for name, target in targets.items() if target or not any(p.search(name) for p in ignored)]
@@ -115,9 +115,10 @@ def why_untied(blueprint: Blueprint, model: Any) -> list[str]:
 
     As in transformers, what is stored twice is one weight only if both are equal.
     """
-    apart = sorted(set(_tied(blueprint.skeleton)) - set(_tied(model)))
+    tied = tied_weights(blueprint.skeleton)
+    apart = sorted(set(tied) - set(tied_weights(model)))
     return [
-        f"config.json makes {name} and {_tied(blueprint.skeleton)[name]} one weight (tie_word_embeddings), the files "
+        f"config.json makes {name} and {tied[name]} one weight (tie_word_embeddings), the files "
         "hold two that differ: both are used as they are stored, as transformers does; set tie_word_embeddings to "
         "false if that is what was meant, or take the wrong one out of the files"
         for name in apart
@@ -144,11 +145,6 @@ def unread_keys(blueprint: Blueprint) -> list[str]:
         if not layers.isdisjoint(above) and not any(p.search(name) for p in ignored):
             found.append(name)
     return found
-
-
-def _tied(model: Any) -> dict[str, str]:
-    """Names of weights that are another's, with that one's."""
-    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _target(key: str, transforms: Sequence[Any], prefix: str, known: Set[str]) -> str | None:

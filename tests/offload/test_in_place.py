@@ -56,6 +56,10 @@ def test_only_the_ends_of_tensors_are_copied(tmp_path):
     assert reads_of(index, direct=True).copied_bytes == nbytes
     assert reads_of(moved, direct=True).copied_bytes <= 3 * ALIGNMENT
     assert reads_of(moved, direct=False).copied_bytes == 0
+    for known, most in ((index, nbytes + 2 * ALIGNMENT), (moved, 4 * ALIGNMENT)):
+        store = FileStore(known, direct=True)
+        store.read_into(0, 0, aligned_bytes(known.layouts[0].nbytes))
+        assert 0 < sum(map(len, store._buffers.free)) <= most  # what went through a buffer, in whole pages
     assert moved.layouts[0].nbytes == nbytes + 2 * ALIGNMENT
 
 
