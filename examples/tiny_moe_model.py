@@ -7,7 +7,7 @@ used. The same weights give the same logits in `transformers.MixtralForCausalLM`
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -274,3 +274,42 @@ def load_hugging_face(folder: Path) -> TinyMoE:
             target = params[ours] if part is None else params[ours][part]
             target.copy_(file.get_tensor(theirs))
     return model
+
+
+@torch.no_grad()
+def grown(model: TinyMoE, shape: Shape, seed: int) -> TinyMoE:
+    """A model of more layers, experts or expert width that begins from what `model` has learnt.
+
+    Layers are repeated, each of n copies with an n-th of its output; experts too, told apart by noise of a fifth of
+    their router's row; what an expert is wider by is new and adds nothing yet. Raises ValueError where another size
+    differs, or one becomes smaller.
+    """
+    old = model.shape
+    larger = ("num_layers", "num_experts", "expert_size")
+    for name, size in asdict(shape).items():
+        had = asdict(old)[name]
+        if (size < had) if name in larger else (size != had):
+            can = "only grow" if name in larger else "not change"
+            raise ValueError(f"{name} can {can} from the model to start from: it has {had}, not {size}")
+    generator = torch.Generator().manual_seed(seed)
+    new = TinyMoE(shape)
+    new.initialise(seed)
+    new.embed.load_state_dict(model.embed.state_dict())
+    new.norm.load_state_dict(model.norm.state_dict())
+    sources = [i * old.num_layers // shape.num_layers for i in range(shape.num_layers)]
+    experts = torch.arange(shape.num_experts) % old.num_experts
+    for layer, source in zip(new.layers, sources):
+        of, share = model.layers[source], 1 / sources.count(source)
+        layer.attention_norm.load_state_dict(of.attention_norm.state_dict())
+        layer.experts_norm.load_state_dict(of.experts_norm.state_dict())
+        layer.attention.load_state_dict(of.attention.state_dict())
+        layer.attention.o_proj.weight.mul_(share)
+        rows = of.experts.router.weight[experts]
+        noise = torch.randn(rows.shape, generator=generator) * rows.norm(dim=1, keepdim=True) / old.hidden_size**0.5
+        noise[: old.num_experts] = 0.0
+        layer.experts.router.weight.copy_(rows + 0.2 * noise)
+        into = layer.experts.gate_up.view(shape.num_experts, 2, shape.expert_size, -1)
+        into[:, :, : old.expert_size] = of.experts.gate_up.view(old.num_experts, 2, old.expert_size, -1)[experts]
+        layer.experts.down.zero_()
+        layer.experts.down[:, :, : old.expert_size] = of.experts.down[experts] * share
+    return new

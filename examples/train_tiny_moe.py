@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_moe_model import SEPARATOR, Shape, TinyMoE, balance_loss, load_hugging_face, read_shape, save_hugging_face
+from tiny_moe_model import (
+    SEPARATOR,
+    Shape,
+    TinyMoE,
+    balance_loss,
+    grown,
+    load_hugging_face,
+    read_shape,
+    save_hugging_face,
+)
 from tiny_moe_text import Encoded, draw_batch, encode, read_domains, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -132,7 +141,7 @@ def build(settings: Settings, domains: dict[str, str]) -> tuple[Tokenizer, TinyM
     if settings.start_from is not None:
         model = load_hugging_face(settings.start_from)
         if model.shape != settings.shape:
-            raise ValueError(f"{settings.start_from} has the shape {model.shape}, not {settings.shape}")
+            model = grown(model, settings.shape, settings.seed)
         return Tokenizer.from_file(str(settings.start_from / "tokenizer.json")), model
     model = TinyMoE(settings.shape)
     model.initialise(settings.seed)
@@ -230,7 +239,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small Mixture-of-Experts model on a folder of texts.")
     parser.add_argument("texts", type=Path, help="a folder with one file or folder of texts per domain")
     parser.add_argument("out", type=Path, help="the folder to write; holds a checkpoint to go on from")
-    parser.add_argument("--start-from", type=Path, help="a folder written by this script: train its model further")
+    parser.add_argument(
+        "--start-from",
+        type=Path,
+        help="a folder written by this script: train its model further, or a larger one that begins from it "
+        "(--num-layers, --num-experts, --expert-size)",
+    )
     parser.add_argument("--stop-at", type=int, help="stop after this step, to go on another time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     for record in (Settings, Shape):
@@ -242,10 +256,8 @@ def main() -> None:
     torch.set_num_threads(given.pop("threads"))
     sizes = {f.name: given.pop(f.name) for f in fields(Shape) if f.name in given}
     try:
-        if given["start_from"] is not None and sizes:
-            raise ValueError(f"with --start-from the model keeps its shape; leave out {', '.join(sizes)}")
-        shape = Shape(**sizes) if given["start_from"] is None else read_shape(given["start_from"])
-        train(Settings(shape=shape, **given))
+        shape = Shape() if given["start_from"] is None else read_shape(given["start_from"])
+        train(Settings(shape=replace(shape, **sizes), **given))
     except ValueError as error:
         parser.error(str(error))
 

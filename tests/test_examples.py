@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # the examples are scripts that stand side by side, not a package
 
-from tiny_moe_model import Experts, Routed, Shape, TinyMoE, balance_loss, load_hugging_face  # noqa: E402
+from tiny_moe_model import Experts, Routed, Shape, TinyMoE, balance_loss, grown, load_hugging_face  # noqa: E402
 from tiny_moe_text import encode, read_domains, train_tokenizer  # noqa: E402
 from train_tiny_moe import Settings, evaluate, train  # noqa: E402
 
@@ -161,8 +161,30 @@ def test_training_further_starts_from_the_given_weights(trained, tmp_path):
     settings, report = trained
     further = replace(settings, out=tmp_path, start_from=settings.out, steps=1, learning_rate=0.0)
     assert train(further) == report  # a step of size 0 changes nothing
-    with pytest.raises(ValueError, match="has the shape"):
-        train(replace(further, out=tmp_path / "other", shape=replace(TINY, num_experts=8)))
+    with pytest.raises(ValueError, match=r"num_experts can only grow .* has 6, not 5"):
+        train(replace(further, out=tmp_path / "other", shape=replace(TINY, num_experts=5)))
+    with pytest.raises(ValueError, match="hidden_size can not change"):
+        train(replace(further, out=tmp_path / "other", shape=replace(TINY, hidden_size=2 * TINY.hidden_size)))
+
+
+def test_a_grown_model_begins_from_what_was_learnt(trained):
+    settings, report = trained
+    model = load_hugging_face(settings.out)
+    domains = read_domains(settings.texts)
+    data = encode(domains, train_tokenizer(domains, 320), settings.sequence_length)
+    for changed in (
+        {"expert_size": 2 * TINY.expert_size + 8},  # what is new adds nothing: the same model
+        {"num_layers": 2 * TINY.num_layers + 1, "num_experts": TINY.num_experts + 5},
+    ):
+        shape = replace(TINY, **changed)
+        larger = grown(model, shape, seed=1)
+        assert larger.shape == shape
+        for name, score in report.items():
+            loss = evaluate(larger, data[name].held_out, settings.sequence_length).loss
+            assert loss == pytest.approx(score.loss, rel=1e-5) if len(changed) == 1 else loss < math.log(320) - 1
+        assert all((p != 0).any() for p in larger.layers[-1].experts.gate_up.unbind())  # nothing is left untold
+        rows = larger.layers[0].experts.router.weight
+        assert len({tuple(row) for row in rows.tolist()}) == shape.num_experts  # no two experts are chosen alike
 
 
 @pytest.mark.parametrize("favoured", [range(6), range(5), range(3)])  # all, one never chosen, all tokens on three
