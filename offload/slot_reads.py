@@ -8,7 +8,7 @@ from torch import Tensor
 from moe.offload.copies import Filling, InPlace
 from moe.offload.host_copies import HostCopies
 from moe.offload.readers import Arrival, Job
-from moe.offload.stores import ExpertStore, PartedStore
+from moe.offload.stores import ExpertStore, PartedStore, bytes_moved
 
 
 class _Cancelled(Exception):
@@ -47,9 +47,11 @@ class SlotReads:
             return Arrival(job, -1, error)
 
     def _parts(self, store: PartedStore, job: Job, out: Tensor) -> int:
-        nbytes = 0
-        for nbytes in store.read_parts(job.layer, job.expert, out):
-            # A nested read would take the buffers of a device's copies from under this one.
-            if nbytes < len(out) and not self.goes_on(job, isinstance(self.filling, InPlace)):
+        # A nested read would take the buffers of a device's copies from under this one.
+        may_nest = isinstance(self.filling, InPlace)
+
+        def goes_on(nbytes: int) -> None:
+            if not self.goes_on(job, may_nest):
                 raise _Cancelled(nbytes)
-        return nbytes
+
+        return bytes_moved(store.read_parts(job.layer, job.expert, out), goes_on)

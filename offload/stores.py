@@ -11,7 +11,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -56,8 +56,18 @@ class ExpertStore(Protocol):
 class PartedStore(Protocol):
     """A store that can stop in the middle of an expert."""
 
-    def read_parts(self, layer: int, expert: int, out: Tensor) -> Iterator[int]:
-        """`read_into`, which yields after every part of `PART_BYTES` at most: the bytes moved so far."""
+    def read_parts(self, layer: int, expert: int, out: Tensor) -> Generator[int, None, int]:
+        """`read_into` in parts of `PART_BYTES` at most. Yields between two of them: the bytes moved so far."""
+
+
+def bytes_moved(read: Generator[int, None, int], goes_on: Callable[[int], object] = lambda nbytes: None) -> int:
+    """Runs what reads in parts to its end. goes_on: called between two of them, with the bytes moved so far."""
+    while True:
+        try:
+            nbytes = next(read)
+        except StopIteration as end:
+            return int(end.value)
+        goes_on(nbytes)
 
 
 LARGE_PAGE = 2 << 20  # bytes, where the system has them
@@ -312,23 +322,24 @@ class FileStore:
         return os.open(path, os.O_RDONLY), False
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
-        *_, nbytes = self._read_parts(layer, expert, out, sys.maxsize)
-        return nbytes
+        return bytes_moved(self._read_parts(layer, expert, out, sys.maxsize))
 
-    def read_parts(self, layer: int, expert: int, out: Tensor) -> Iterator[int]:
+    def read_parts(self, layer: int, expert: int, out: Tensor) -> Generator[int, None, int]:
         """As `PartedStore` says."""
         return self._read_parts(layer, expert, out, PART_BYTES)
 
-    def _read_parts(self, layer: int, expert: int, out: Tensor, most: int) -> Iterator[int]:
+    def _read_parts(self, layer: int, expert: int, out: Tensor, most: int) -> Generator[int, None, int]:
         """most: bytes of a part, of whole pages."""
         total = 0
-        for run in runs_of(self.index.segments(layer, expert)):
+        for number, run in enumerate(runs_of(self.index.segments(layer, expert))):
+            if number:
+                yield total
             for done in self._read_run(run, out, most):
                 yield total + done
             total += run.nbytes
         total += convert(self.index, layer, expert, out)
         self._check.check(layer, expert, out)
-        yield total
+        return total
 
     def _read_run(self, run: Run, out: Tensor, most: int) -> Iterator[int]:
         """Yields between its parts: the bytes of the run that have come, of which some may not be in place yet."""

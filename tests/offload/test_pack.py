@@ -14,7 +14,7 @@ from moe.offload.cache import ExpertCache
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.index import index_experts
 from moe.offload.pack import pack
-from moe.offload.stores import FileStore, MmapStore, RamStore, aligned_bytes
+from moe.offload.stores import FileStore, MmapStore, RamStore, aligned_bytes, bytes_moved
 from tests.families import (
     IN_SLOTS,
     expert_parameters,
@@ -193,8 +193,9 @@ def test_an_expert_in_parts_is_the_expert(tmp_path, monkeypatch):
     for part, direct in ((4096, True), (12288, True), (1 << 20, True), (4096, False)):
         monkeypatch.setattr("moe.offload.stores.PART_BYTES", part)
         out = aligned_bytes(nbytes)
-        moved = list(FileStore(packed, direct=direct).read_parts(0, 1, out))
-        assert moved == [min(end, nbytes) for end in range(part, nbytes + part, part)]
+        moved = []
+        assert bytes_moved(FileStore(packed, direct=direct).read_parts(0, 1, out), moved.append) == nbytes
+        assert moved == [*range(part, nbytes, part)]
         assert torch.equal(out, whole.blobs[0][1])
     (segment,) = packed.segments(0, 1)
     with segment.path.open("r+b") as file:
@@ -204,4 +205,4 @@ def test_an_expert_in_parts_is_the_expert(tmp_path, monkeypatch):
         file.write(bytes([byte ^ 1]))
     monkeypatch.setattr("moe.offload.stores.PART_BYTES", 4096)
     with pytest.raises(OSError, match="layer 0, expert 1"):
-        list(FileStore(packed, direct=True).read_parts(0, 1, aligned_bytes(nbytes)))
+        bytes_moved(FileStore(packed, direct=True).read_parts(0, 1, aligned_bytes(nbytes)))

@@ -54,7 +54,9 @@ class InParts(Broken):
             if (layer, expert) in self.bad and begin >= 97:
                 raise OSError(5, "the disk is gone", "shard-7")
             time.sleep(0)
-            yield end
+            if end < nbytes:
+                yield end
+        return nbytes
 
 
 @pytest.mark.parametrize("kind", [Broken, InParts])
@@ -224,7 +226,9 @@ class GatedParts(Gated):
             self.begun.release()
             assert self.permits.acquire(timeout=20)
             out.copy_(self.store.blobs[layer][expert])
-            yield nbytes
+            if nbytes < len(out):
+                yield nbytes
+        return len(out)
 
 
 @pytest.fixture
