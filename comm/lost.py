@@ -33,10 +33,11 @@ def lost_peer(
     is_sudden = len(needed) == 1 and seconds < 0.5 * groups.timeout_s
     lost = who_is_lost(groups, needed, 0.0 if is_sudden else patience_s)
     who = f"rank {lost[0]}" if len(lost) == 1 else f"one of ranks {list(lost)}"
+    is_timely = seconds < 0.9 * groups.timeout_s
+    why = "its connection ended" if is_timely else f"it ended or did not answer within {groups.timeout_s:g} s"
     return LostPeer(
         f"rank {groups.rank} of {groups.world_size}: lost {who} in {what} with ranks {list(ranks)} after "
-        f"{seconds:.1f} s: it ended or did not answer within {groups.timeout_s:g} s "
-        f"({first_line(error)})",
+        f"{seconds:.1f} s: {why} ({first_line(error)})",
         generation=groups.generation,
         layer=what.layer,
         peers=lost,

@@ -214,6 +214,7 @@ def start_groups(
         return Groups(device=_own_device(torch.device(device), 0), timeout_s=timeout_s)
     nodes = tuple(str(r // ranks_per_node) for r in range(world_size))
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    started = time.monotonic()
     try:
         store = next(iter(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s))))[0]
         # torchrun's store outlives a group: a second start must not read the addresses that the first one left.
@@ -229,8 +230,9 @@ def start_groups(
         )
     except RuntimeError as error:
         raise MissingPeers(
-            f"rank {rank} of {world_size}: the ranks did not meet at {where} within {timeout_s:g} s; start all "
-            f"{world_size} and see which one ended ({first_line(error)})",
+            f"rank {rank} of {world_size}: the ranks did not meet at {where}, given up after "
+            f"{time.monotonic() - started:.1f} s of {timeout_s:g}; start all {world_size} and see which one ended "
+            f"({first_line(error)})",
             peers=error.peers if isinstance(error, CommError) else (),
         ) from error
 
@@ -266,6 +268,7 @@ def _check(rank: int, world_size: int, timeout_s: float, eager_bytes: int) -> No
 def _meet(store: Store, number: int, rank: int, world_size: int, meet_s: float) -> list[cores.Cores]:
     """Each rank says that it is here, before anything that only torch's own time-out could end. Returns the cores that
     each may run on."""
+    started = time.monotonic()
     store.set(f"here_{rank}", cores.to_text(cores.allowed_cores()))
     keys = [f"here_{r}" for r in range(world_size)]
     try:
@@ -273,7 +276,8 @@ def _meet(store: Store, number: int, rank: int, world_size: int, meet_s: float) 
     except RuntimeError as error:
         missing = tuple(r for r, key in enumerate(keys) if not store.check([key]))
         raise MissingPeers(
-            f"rank {rank} of {world_size}: ranks {list(missing)} of generation {number} did not come in {meet_s:g} s",
+            f"rank {rank} of {world_size}: ranks {list(missing)} of generation {number} did not come in "
+            f"{time.monotonic() - started:.1f} s",
             generation=number,
             peers=missing,
         ) from error

@@ -202,8 +202,8 @@ class FusedExperts:
         if bits:
             what = "; ".join(text for bit, text in ERRORS.items() if bits & bit)
             raise RuntimeError(
-                f"single launch failed within {self.poll_limit} polls: {what}; look for a lost rank or one that did "
-                "not call, then rebuild the symmetric heap on all ranks"
+                f"single launch failed: {what} (waits end after {self.poll_limit} polls); look for a lost rank or one "
+                "that did not call, then rebuild the symmetric heap on all ranks"
             )
 
     def _checked(self, x: Tensor, ids: Tensor, topk_weights: Tensor, slots: Tensor) -> tuple[Tensor, ...]:

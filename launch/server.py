@@ -15,12 +15,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moe import __version__
 from moe.answers import chunk_body, chunk_choice, error_body, response_body, usage
@@ -112,7 +114,7 @@ def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | 
 def make_server(app: FastAPI, limits: Limits, host: str, port: int) -> uvicorn.Server:
     """port 0: any that is free. Told to end, it takes no more calls, and cuts off what `drain_seconds` do not finish:
     a caller that reads no more would keep it for ever."""
-    settings: dict[str, Any] = {"log_level": "warning", "access_log": False}
+    settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "http": _Protocol}
     settings["timeout_graceful_shutdown"] = limits.drain_seconds
     return uvicorn.Server(uvicorn.Config(app, host=host, port=port, **settings))
 
@@ -126,6 +128,20 @@ def serve_until_told(server: uvicorn.Server) -> None:
             server.run()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's; it answers what is no HTTP with 400, but a caller may send that in the middle of a body: then the app
+    answers too, or has answered already, and one of the two raised."""
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # a response has begun, or this caller has had one
+            self.transport.close()
+        if self.cycle is not None:  # what the app still has to say is for nobody, like after the end of a connection
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
 
 class _Border:

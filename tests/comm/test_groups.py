@@ -1,7 +1,9 @@
 """Process groups: the mesh, clean ends, and errors that say which rank lost whom, within the time-out."""
 
 import os
+import re
 import signal
+import threading
 import time
 
 import pytest
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.coherent import CoherentDispatcher
 from moe.comm.dispatcher import ExpertRanks, LocalDispatcher, contiguous_ranks, weighted_sum_of_pairs
-from moe.comm.errors import CommError
+from moe.comm.errors import CommError, MissingPeers
 from moe.comm.groups import Groups
 from moe.comm.lost import speaks_for_job
 from moe.comm.membership import leave_groups, process_groups, start_groups
@@ -128,6 +130,21 @@ def never_comes():
 def test_a_rank_that_never_comes_is_named_as_a_meeting_that_failed():
     with pytest.raises(RankFailed, match=r"rank 0 of 2: the ranks did not meet at 127\.0\.0\.1:\d+"):
         spawn(2, never_comes)
+
+
+def test_a_meeting_that_is_called_off_says_when_and_not_only_its_limit(monkeypatch):
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": stores[0].port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in where.items():
+        monkeypatch.setenv(name, str(value))
+    timer = threading.Timer(0.3, stores.clear)  # its end is seen by all who meet there
+    timer.start()
+    with pytest.raises(MissingPeers) as caught:
+        start_groups(rank=0, world_size=2, timeout_s=60)
+    timer.join()
+    after, limit = re.search(r"given up after ([\d.]+) s of (\d+);", str(caught.value)).groups()
+    assert int(limit) == 60
+    assert float(after) < 50, caught.value  # it came long before its limit
 
 
 def fails_on_rank_1():

@@ -84,7 +84,7 @@ def somebody_is_missing() -> str | None:
 
 def test_who_is_missing_is_named_long_before_a_collective_would_time_out():
     first, _, third = spawn(3, somebody_is_missing, time_limit_s=40)
-    assert first == "rank 0 of 3: ranks [1] of generation 5 did not come in 1 s"
+    assert first == "rank 0 of 3: ranks [1] of generation 5 did not come in 1.0 s"
     assert third.startswith("rank 2 of 3: ranks [1]")
 
 

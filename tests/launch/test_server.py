@@ -1,6 +1,9 @@
 """Completions and chats of the service, asked by the official client, by another, and by callers that misbehave."""
 
 import json
+import socket
+import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import httpx
@@ -180,6 +183,50 @@ def test_a_full_queue_is_429(served, client):
         for stream in streams:
             stream.close()
     idle(served)
+
+
+NO_HTTP = b"ZZ what no log may have\r\n\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+LONG = json.dumps({"prompt": PROMPT, "max_tokens": 40, "ignore_eos": True, "stream": True}).encode()
+
+
+@pytest.mark.parametrize(
+    ("begins", "status"),
+    [
+        (b"", 400),  # no request at all
+        (b"GET /health HTTP/1.1\r\n", 400),
+        (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n", 400),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", 413),  # refused before the body comes
+        (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 20\r\n\r\n", 400),  # while the app waits for the rest
+        (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 20\r\n\r\n5\r\nABCDE\r\n", 400),
+        (HEAD + b"Content-Length: 2\r\n\r\n{}", 400),  # after a body, refused
+        (HEAD + b"Content-Length: %d\r\n\r\n" % len(LONG) + LONG, 200),  # in the middle of a stream
+        (b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"PRI * HTTP/2.0\r\n\r\n", 404),
+    ],
+)
+@pytest.mark.parametrize("is_split", [True, False])
+def test_what_is_no_http_is_one_line_in_the_log_wherever_it_comes(served, caplog, begins, status, is_split):
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as line:
+        if is_split and begins:
+            line.sendall(begins)
+            if begins.startswith(HEAD + b"Transfer-Encoding") and status == 400:
+                time.sleep(0.2)  # the app has begun to read, and cannot answer yet
+            else:
+                line.settimeout(0.2)
+                with suppress(TimeoutError):  # what is not a whole request has no answer yet
+                    line.recv(1, socket.MSG_PEEK)
+                line.settimeout(60)
+        line.sendall(NO_HTTP if is_split else begins + NO_HTTP)
+        answer = b"".join(iter(lambda: line.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 "), answer
+    assert int(answer.split()[1]) in {status, 400} if not is_split else int(answer.split()[1]) == status, answer
+    idle(served)
+    logged = [record for record in caplog.records if record.name != "httpx"]
+    assert len(logged) <= 1, caplog.text
+    assert not any(record.exc_info for record in logged), caplog.text
+    assert "no log may have" not in caplog.text
 
 
 def test_api_key(served):
