@@ -35,7 +35,9 @@ class OffloadConfig:
     direct: bool | None = None  # O_DIRECT; None decides by the size of the files, and by `moe probe`
     # Of store=file; None: preadv unless `moe probe` found the other faster.
     io: Literal["preadv", "deepnvme"] | None = None
-    bits: Literal["2", "3", "4", "8", "auto"] = "8"  # of experts in nested precision (offload/nested.py)
+    # Of experts in nested precision (offload/nested.py). auto: what offload.budget buys each of them; upgrade: 2 at
+    # first, then what it buys those that are asked most, so that an answer depends on what was asked before.
+    bits: Literal["2", "3", "4", "8", "auto", "upgrade"] = "8"
     readers: int | None = None  # threads that read; None decides by `moe probe`, else 2
     check: Literal["first", "always", "never"] = "first"  # when a packed expert is compared with its checksum
     # What the next layer will want is read ahead: by transitions that the run shows, by the next layer's own router, or

@@ -40,8 +40,8 @@ def evaluate(
 ) -> Evaluation:
     """Both runs over every window, each token foretold from those before it: with the stages of routing, and without.
 
-    against: the model that this one was rounded from, which is then the exact run. Raises ValueError for an
-    encoder-decoder.
+    against: the model that this one was rounded from, which is then the exact run. A window counts as a step, between
+    which experts may get more bits (offload.bits=upgrade). Raises ValueError for an encoder-decoder.
     """
     engine = llm.engine
     if engine.blueprint.config.is_encoder_decoder:
@@ -50,6 +50,7 @@ def evaluate(
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     for number, window in enumerate(windows):
         progress(number, len(windows))
+        engine.give_bits()
         said = every_logit(engine, window)
         exact = said if against is None else every_logit(against.engine, window)
         if against is None and seam is not None and seam.stages:

@@ -169,6 +169,11 @@ class ExpertCache:
             return self.pinned.slots_of(layer)
         return torch.from_numpy(self.map.of_layer[layer])
 
+    def grew(self, layer: int, nbytes: int) -> None:
+        """So many bytes were read into what its experts had spared of their slots."""
+        self.spared -= nbytes
+        self._stats[layer].bytes_read += nbytes
+
     def pin(self, experts: Sequence[Sequence[int]] | None = None) -> DeviceSlots | None:
         """Keeps these experts where they are until `unpin`, looked up on the device; None if one is not there.
 

@@ -22,9 +22,9 @@ from moe.offload.segments import ExpertIndex
 CheckReads = Literal["first", "always", "never"]
 
 
-def checksum(blob: Tensor) -> int:
-    """blob: uint8, contiguous, host memory."""
-    return zlib.crc32(blob.numpy().data)
+def checksum(blob: Tensor, before: int = 0) -> int:
+    """blob: uint8, contiguous, host memory. before: the checksum of bytes that it follows."""
+    return zlib.crc32(blob.numpy().data, before)
 
 
 class ReadCheck:

@@ -2,11 +2,13 @@
 
 A blob's planes lie level by level (offload/layout.py), so that an expert in fewer bits is a prefix of the file's bytes:
 fewer are read, fewer are held. How many is fixed before anything is read, of each expert by itself: an answer depends
-neither on what is asked beside it nor on what was asked before.
+neither on what is asked beside it nor on what was asked before. But for `upgrade`: there experts get more bits while
+the model runs (offload/more_bits.py).
 
     2, 3, 4, 8   all experts alike, in slots as of any other format, evicted where there are fewer slots than experts
     auto         all experts stay in memory, each in as many bits as a budget in bytes buys: D2MoE's order, hottest
                  expert, lowest bit first, where what counts is the error that a plane takes from answers, per byte
+    upgrade      all experts stay in memory, in 2 bits at first; the budget is spent on those that are asked most
 
 Over ranks the budget is that of each. All make the same plan of bits: a plane is bought where every rank that holds the
 expert has room for it, so that copies of an expert are alike, and an answer does not depend on who computes it.
@@ -30,6 +32,7 @@ from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.segments import Conversion, ExpertIndex, Parts, Segment
 
 _BITS = ("gate_up.bits", "down.bits")
+_BY_BUDGET = ("auto", "upgrade")
 
 
 class Sensitivity(NamedTuple):
@@ -37,6 +40,7 @@ class Sensitivity(NamedTuple):
 
     energy: float  # of its answers to the calibration text, or of its weights where there was none
     losses: tuple[float, ...]  # of the same, read at each of LEVELS
+    uses: int = 1  # how often that text asked it; 1 where there was none
 
 
 def is_nested(layout: ExpertLayout) -> bool:
@@ -59,12 +63,17 @@ def set_bits(layout: ExpertLayout, blob: Tensor, bits: int) -> None:
 
 
 def checksums(site: ExpertSite, layout: ExpertLayout, blob: Tensor) -> list[int]:
-    """Of what is read at each of LEVELS, as it lies in a slot. blob: of 8 bits, as it is again afterwards."""
-    found = []
-    for bits in LEVELS:
-        set_bits(layout, blob, bits)
-        found.append(checksum(blob[: at_level(site, layout, bits).nbytes]))
-    return found
+    """Of what is read at each of LEVELS, as it lies in a slot. blob: of 8 bits."""
+    return [checksum_at(layout, blob[: at_level(site, layout, bits).nbytes], bits) for bits in LEVELS]
+
+
+def checksum_at(layout: ExpertLayout, blob: Tensor, bits: int) -> int:
+    """What a blob's will be once `bits` bits of it mean something. blob: uint8, a beginning of it; not written to."""
+    said, found, at = torch.tensor([bits], dtype=torch.int32).view(torch.uint8), 0, 0
+    for begin in sorted(piece.offset for piece in layout.pieces if piece.name in _BITS):
+        found = checksum(said, checksum(blob[at:begin], found))
+        at = begin + len(said)
+    return checksum(blob[at:], found)
 
 
 class Held(NamedTuple):
@@ -93,44 +102,58 @@ def serve(
             f"offload.bits ({bits}) is for experts in nested precision; make them with `moe pack MODEL OUT --experts "
             "nested`"
         )
-    if bits == "auto":
+    if bits in _BY_BUDGET:
         of_rank = None if held is None else held.of_rank
-        chosen = plan_bits(read_sensitivity(checkpoint), sizes_of(index), _bytes_of(budget), of_rank)
+        least = sum(of[0] * site.num_experts for of, site in zip(sizes_of(index), index.sites))
+        room = bytes_of(bits, budget)
+        assert bits == "auto" or held is None, "check_bits has refused ranks"
+        room = room if bits == "auto" else min(room, least)
+        chosen = plan_bits(read_sensitivity(checkpoint), sizes_of(index), room, of_rank)
         for layer, own in enumerate([] if held is None else held.own):
             most = max((chosen[layer][expert] for expert in own), default=LEVELS[0])
             chosen[layer] = [b if expert in own else most for expert, b in enumerate(chosen[layer])]
     else:
         chosen = [[int(bits)] * site.num_experts for site in index.sites]
-    return _cut(checkpoint, index, chosen)
+    return _cut(checkpoint, index, chosen, is_growing=bits == "upgrade")
+
+
+def planes_of(index: ExpertIndex) -> list[list[int]]:
+    """Bits that each expert is served in, by layer; none of a layer that is not in nested precision.
+
+    A plan takes what costs no further page, so that a size tells the bits.
+    """
+    found: list[list[int]] = []
+    for site, layout in zip(index.sites, index.layouts):
+        levels = [bits for bits in LEVELS if bits <= layout.gate_up_format.bits]
+        of_size = {at_level(site, layout, bits).nbytes: bits for bits in levels}
+        experts = range(site.num_experts) if levels else ()
+        found.append([of_size[layout.size_of(expert)] for expert in experts])
+    return found
 
 
 def describe(index: ExpertIndex, own: Sequence[Sequence[int]] | None = None) -> str | None:
     """What a user should know of the bits that experts are served in; None where none is in nested precision.
 
-    own: a rank's experts, by layer; None = all. A plan takes what costs no further page, so that a size tells the bits.
+    own: a rank's experts, by layer; None = all.
     """
     count: Counter[int] = Counter()
-    for n, (site, layout) in enumerate(zip(index.sites, index.layouts)):
-        if is_nested(layout):
-            experts = range(site.num_experts) if own is None else own[n]
-            of_size = {
-                at_level(site, layout, bits).nbytes: bits for bits in LEVELS if bits <= layout.gate_up_format.bits
-            }
-            count.update(of_size[layout.size_of(expert)] for expert in experts)
+    for n, bits in enumerate(planes_of(index)):
+        count.update(bits if own is None or not bits else (bits[expert] for expert in own[n]))
     if not count:
         return None
     each = ", ".join(f"{number} in {bits} bits" for bits, number in sorted(count.items()))
     return f"experts are in nested precision, which is lossy: {each}; `moe evaluate` measures what it changes"
 
 
-def _bytes_of(budget: str | None) -> int:
+def bytes_of(bits: str, budget: str | None) -> int:
+    """What offload.bits=auto or upgrade may spend. Raises ValueError for a budget that is no number of bytes."""
     parsed = None if budget is None else parse_budget(budget)
     if parsed is None or parsed.kind != "bytes":
-        raise ValueError(f"offload.bits=auto shares out a number of bytes; set offload.budget=6GiB, not {budget}")
+        raise ValueError(f"offload.bits={bits} shares out a number of bytes; set offload.budget=6GiB, not {budget}")
     return int(parsed.value)
 
 
-def check_auto(bits: str, store: str, device: torch.device, *, is_fixed: bool) -> None:
+def check_bits(bits: str, store: str, device: torch.device, *, is_alone: bool, is_fixed: bool) -> None:
     """Raises ValueError where bits cannot be what a budget buys. is_fixed: no rank will hold other experts later."""
     if device.type != "cpu":
         why_not = "a slot on a GPU takes the memory of the largest expert, whatever lies in it"
@@ -138,13 +161,16 @@ def check_auto(bits: str, store: str, device: torch.device, *, is_fixed: bool) -
         why_not = "all experts stay in slots, beside which offload.store=ram would hold each a second time"
     elif not is_fixed:
         why_not = "a cluster's hosts and placement.online move experts to ranks whose budget bought them other bits"
+    elif bits == "upgrade" and not is_alone:
+        why_not = "ranks do not tell each other how often experts were asked"
     else:
         return
-    if bits == "auto":
-        raise ValueError(f"offload.bits=auto cannot be served: {why_not}; set offload.bits=2, 3, 4 or 8")
+    if bits in _BY_BUDGET:
+        remedy = "auto, 2, 3, 4 or 8" if device.type == "cpu" and store != "ram" and is_fixed else "2, 3, 4 or 8"
+        raise ValueError(f"offload.bits={bits} cannot be served: {why_not}; set offload.bits={remedy}")
 
 
-def slots_for(budget: str | None, index: ExpertIndex, own: Sequence[Sequence[int]], room: int) -> int:
+def slots_for(bits: str, budget: str | None, index: ExpertIndex, own: Sequence[Sequence[int]], room: int) -> int:
     """Slots that `budget` buys; where experts differ in size, one each. own: experts by layer that ask for slots.
 
     room: bytes that are free. Slots stand as far apart as the largest; on a host what a smaller expert leaves of its
@@ -154,6 +180,9 @@ def slots_for(budget: str | None, index: ExpertIndex, own: Sequence[Sequence[int
         sizes = [layout.nbytes for layout in index.layouts]
         return resolve_slots(budget, sizes=sizes, counts=[len(of) for of in own], available_bytes=room)
     nbytes = sum(layout.size_of(expert) for layout, of in zip(index.layouts, own) for expert in of)
+    if bits == "upgrade":  # what they will take
+        most = sum(layout.nbytes * len(of) for layout, of in zip(index.layouts, own))
+        nbytes = min(bytes_of(bits, budget), most)
     if nbytes > room:
         raise ValueError(f"experts take {format_bytes(nbytes)}, free are {format_bytes(room)}; lower offload.budget")
     return sum(map(len, own))
@@ -168,7 +197,10 @@ def read_sensitivity(checkpoint: Checkpoint) -> list[list[Sensitivity]]:
     """By layer and expert, from packed.json."""
     said = (checkpoint.packed or {}).get("nested", {})
     try:
-        return [[Sensitivity(float(e), tuple(map(float, of))) for e, of in layer] for layer in said["losses"]]
+        return [
+            [Sensitivity(float(e), tuple(map(float, of)), int(uses)) for (e, of), uses in zip(*layer, strict=True)]
+            for layer in zip(said["losses"], said["uses"], strict=True)
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint.folder} does not say what bits are worth; pack the original again") from error
 
@@ -191,50 +223,114 @@ def plan_bits(
     if min(left) < 0:
         raise ValueError(
             f"offload.budget ({format_bytes(budget)}) must hold 2 bits of every expert "
-            f"({format_bytes(budget - min(left))}) for offload.bits=auto; raise it, or set offload.bits=2, which keeps "
-            "the rest on disk"
+            f"({format_bytes(budget - min(left))}), as all stay in memory; raise it, or set offload.bits=2, which "
+            "keeps the rest on disk"
         )
     holders = [[[r for r, own in enumerate(held) if e in own[n]] for e in range(len(of))] for n, of in enumerate(worth)]
+    bits = [[LEVELS[0]] * len(layer) for layer in worth]
+    _buy(worth, sizes, bits, left, holders, is_frugal=False)
+    return bits
+
+
+def more_bits(
+    counts: Sequence[Sequence[int]],
+    worth: Sequence[Sequence[Sensitivity]],
+    sizes: Sequence[Sequence[int]],
+    bits: Sequence[Sequence[int]],
+    budget: int,
+) -> list[list[int]]:
+    """Bits of each expert from now on, no fewer than `bits`, by how often they were asked; as `plan_bits` else.
+
+    counts: uses by layer and expert. Spends half of what `budget` has left, so that what is asked later finds some; all
+    of it where half buys no plane. An expert that was never asked, or that a plane would not make better, gets none but
+    what costs no further page.
+    """
+    used = _worth_now(counts, worth)
+    left = budget - sum(size[LEVELS.index(b)] for size, of in zip(sizes, bits) for b in of)
+    assert left >= 0, (left, budget)
+    for room in (left // 2, left):
+        more = [list(of) for of in bits]
+        _buy(used, sizes, more, [room], [[[0]] * len(of) for of in bits], is_frugal=True)
+        if more != bits:
+            break
+    return more
+
+
+def _worth_now(counts: Sequence[Sequence[int]], worth: Sequence[Sequence[Sensitivity]]) -> list[list[Sensitivity]]:
+    """The same where each expert was asked `counts` times. Those that calibration never asked are like the others of
+    their layer."""
+    found = []
+    for layer, asked in zip(worth, counts):
+        each = [None if not of.uses else (of.energy / of.uses, *(loss / of.uses for loss in of.losses)) for of in layer]
+        known = [of for of in each if of is not None] or [(0.0,) * (1 + len(LEVELS))]
+        mean = tuple(sum(values) / len(known) for values in zip(*known))
+        found.append([_times(n, mean if of is None else of) for n, of in zip(asked, each)])
+    return found
+
+
+def _times(count: int, of: tuple[float, ...]) -> Sensitivity:
+    """of: energy and losses of one use."""
+    energy, *losses = (count * value for value in of)
+    return Sensitivity(energy, tuple(losses), count)
+
+
+def _buy(
+    worth: Sequence[Sequence[Sensitivity]],
+    sizes: Sequence[Sequence[int]],
+    bits: list[list[int]],
+    left: list[int],
+    holders: Sequence[Sequence[Sequence[int]]],
+    is_frugal: bool,
+) -> None:
+    """Raises `bits`, plane by plane, and lowers `left`, bytes of each rank. holders: ranks by layer and expert.
+
+    is_frugal: planes that take nothing from the error are not bought, but those that cost no further page.
+    """
     energy = [sum(expert.energy for expert in layer) or 1.0 for layer in worth]
-    step = [[0] * len(layer) for layer in worth]
     heads: list[tuple[float, int, int]] = []
 
     def offer(layer: int, expert: int) -> None:
-        at = step[layer][expert]
+        at = LEVELS.index(bits[layer][expert])
         if at + 1 < len(LEVELS):
-            of, size = worth[layer][expert].losses, sizes[layer]
-            gain = (of[at] - of[at + 1]) / energy[layer] / max(1, size[at + 1] - size[at])
-            heapq.heappush(heads, (-gain, layer, expert))
+            of, cost = worth[layer][expert].losses, sizes[layer][at + 1] - sizes[layer][at]
+            gain = (of[at] - of[at + 1]) / energy[layer] / max(1, cost)
+            if gain > 0 or not (is_frugal and cost):
+                heapq.heappush(heads, (-gain, layer, expert))
 
     for layer, experts in enumerate(worth):
         for expert in range(len(experts)):
             offer(layer, expert)
     while heads:
         _, layer, expert = heapq.heappop(heads)
-        at = step[layer][expert]
+        at = LEVELS.index(bits[layer][expert])
         cost = sizes[layer][at + 1] - sizes[layer][at]
         ranks = holders[layer][expert]
         if all(cost <= left[rank] for rank in ranks):
             for rank in ranks:
                 left[rank] -= cost
-            step[layer][expert] += 1
+            bits[layer][expert] = LEVELS[at + 1]
             offer(layer, expert)
-    return [[LEVELS[at] for at in layer] for layer in step]
 
 
-def _cut(checkpoint: Checkpoint, index: ExpertIndex, bits: Sequence[Sequence[int]]) -> ExpertIndex:
+def written_checksum(checkpoint: Checkpoint, layer: int, expert: int, bits: int) -> int:
+    """Of the expert's first `bits` bits, as `pack` wrote it. Raises ValueError where it did not."""
     said: Any = (checkpoint.packed or {}).get("nested", {}).get("checksums")
+    try:
+        return int(said[layer][expert][LEVELS.index(bits)])
+    except (TypeError, IndexError, ValueError):
+        raise ValueError(f"{checkpoint.folder}: checksums of layer {layer} are missing; pack again") from None
+
+
+def _cut(checkpoint: Checkpoint, index: ExpertIndex, bits: Sequence[Sequence[int]], is_growing: bool) -> ExpertIndex:
+    """is_growing: slots have places for all bits."""
     layouts, parts, sums = [], [], []
     for layer, (site, whole, chosen) in enumerate(zip(index.sites, index.layouts, bits)):
         levels = {b: at_level(site, whole, b) for b in set(chosen)}
         sizes = tuple(levels[b].nbytes for b in chosen)
-        layout = levels[max(chosen)]
-        layouts.append(layout.of_sizes(sizes) if len(set(sizes)) > 1 else layout)
+        layout = whole if is_growing else levels[max(chosen)]
+        layouts.append(layout.of_sizes(sizes) if set(sizes) != {layout.nbytes} else layout)
         parts.append(tuple(_first_bits(index, layer, e, levels[b], b) for e, b in enumerate(chosen)))
-        try:
-            sums.append(tuple(int(said[layer][e][LEVELS.index(b)]) for e, b in enumerate(chosen)))
-        except (TypeError, IndexError, ValueError):
-            raise ValueError(f"{checkpoint.folder}: checksums of layer {layer} are missing; pack again") from None
+        sums.append(tuple(written_checksum(checkpoint, layer, e, b) for e, b in enumerate(chosen)))
     return ExpertIndex(
         sites=index.sites,
         layouts=tuple(layouts),

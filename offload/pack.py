@@ -229,7 +229,7 @@ def _write_folder(
     if isinstance(store, Requantised):
         description["errors"] = store.errors
         if store.to.bits:
-            description["nested"] = {"losses": store.losses, "checksums": of_levels}
+            description["nested"] = {"losses": store.losses, "uses": store.uses, "checksums": of_levels}
         if store.calibration is not None:
             description["output_errors"] = store.output_errors
     with (folder / PACKED_FILE).open("wb") as file:

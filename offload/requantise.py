@@ -96,7 +96,8 @@ class Requantised:
 
     calibration: what rounding should disturb least; None = to nearest. output_errors: then the same of what each expert
     answers to its inputs; None where it had none. losses: of nested precision, what each expert is worth and what it
-    loses in 2, 3, 4 and 8 bits (offload/nested.py): squares of its answers to the inputs, or of its weights.
+    loses in 2, 3, 4 and 8 bits (offload/nested.py): squares of its answers to the inputs, or of its weights. uses: how
+    many inputs these were, 1 of weights.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Requantised:
         self.layouts = [requantised(site, layout, to) for site, layout in zip(sites, source.layouts)]
         self.errors: list[list[tuple[float, float]]] = [[(0.0, 0.0)] * n for n in self.num_experts]
         self.losses: list[list[tuple[float, list[float]]]] = [[(0.0, [])] * n for n in self.num_experts]
+        self.uses = [[1] * n for n in self.num_experts]
 
     def read_into(self, layer: int, expert: int, out: Tensor) -> int:
         site, before, after = self.sites[layer], self.source.layouts[layer], self.layouts[layer]
@@ -141,6 +143,7 @@ class Requantised:
                 made[name].copy_(stored[name])
         if self.to.bits:
             answers = partial(_answers, x=x, act=act, biases=(first_bias, bias))
+            self.uses[layer][expert] = 1 if x is None else len(x)
             self.losses[layer][expert] = _losses(after, out, act, answers, (gate_up, down))
         if after.not_finite(out) is not None:
             raise ValueError(f"layer {layer}, expert {expert}: weights too large for scales in {self.to.scale_dtype}")

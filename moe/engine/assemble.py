@@ -9,6 +9,7 @@ apart (moe/engine/join.py), for it can be done again with other peers.
 import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from moe.engine.scheduler import Scheduler
 from moe.engine.share import Share
 from moe.engine.tried import TriedToken, try_a_token
 from moe.engine.turns import Turns
+from moe.engine.upgrades import Upgrades, make_upgrades
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, chosen_kernel, kernel_notes, layer_kernels
 from moe.layer.routing import RoutingSeam
@@ -51,7 +53,8 @@ from moe.models.neighbours import why_not_packed
 from moe.offload.cache import ExpertCache
 from moe.offload.deepnvme import file_store
 from moe.offload.in_place import in_place
-from moe.offload.nested import check_auto, serve, slots_for
+from moe.offload.nested import check_bits, serve, slots_for
+from moe.offload.segments import ExpertIndex
 from moe.offload.shared import SharedStore
 from moe.offload.stores import ExpertStore, MmapStore, RamStore
 from moe.placement.wire_format import ModelSizes
@@ -103,14 +106,20 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Experts:
-    """The slots of all layers, in place in the model; None for one without experts. notes: on their kernel."""
+    """The slots of all layers, in place in the model; None for one without experts. notes: on their kernel.
+
+    upgrades: what gives them more bits while the model runs.
+    """
 
     slots: SlotExperts | None
     weights: tuple[ExpertWeights, ...]
     notes: tuple[str, ...] = ()
     choices: tuple[AutoChoice, ...] = ()
+    upgrades: Upgrades | None = None
 
     def close(self) -> None:
+        if self.upgrades is not None:
+            self.upgrades.more.close()
         if self.slots is not None:
             self.slots.cache.close()
             self.slots.cache.store.close()
@@ -241,7 +250,7 @@ def read_model(blueprint: Blueprint, config: EngineConfig, share: Share | None =
     """share: None = all experts. Raises ValueError for a folder or a device that cannot be served."""
     offload, device = config.offload, find_device(config.device)
     is_fixed = share is None or not (share.may_change or config.placement.online)
-    check_auto(offload.bits, offload.store, device, is_fixed=is_fixed)
+    check_bits(offload.bits, offload.store, device, is_alone=share is None, is_fixed=is_fixed)
     held = None if share is None else share.held
     index = serve(blueprint.checkpoint, blueprint.index, offload.bits, offload.budget, held)
     blueprint = replace(blueprint, index=index)
@@ -279,7 +288,9 @@ def make_memory(read: Read, dense: Dense, most_blocks: int | None = None, sharer
             Scheduler(batch, unlimited, can_chunk=False, turns=turns), SequentialRunner(dense.model, dense.routing), 0
         )
     blocks = num_blocks(read.device, batch, dense.tried.kv_bytes, dense.max_context, sharers)
-    pool = BlockPool(blocks, batch.block_size, batch.prefix_sharing, most_blocks)
+    # What was computed of a prefix in fewer bits is not what a request would compute of it now.
+    sharing = batch.prefix_sharing and read.config.offload.bits != "upgrade"
+    pool = BlockPool(blocks, batch.block_size, sharing, most_blocks)
     kv = make_paged_kv(dense.model, pool)
     kernel = chosen_kernel(read.config.kernel, read.device)
     if read.device.type != "cpu":
@@ -322,14 +333,15 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     # Once, whatever this rank alone has chosen: it is a collective. A host copy is no longer free, but read first.
     room = None if offload.store == "ram" else free()
     is_read_straight = offload.store == "file" and offload.direct and read.device.type == "cpu"
-    if is_read_straight and slots_for(config.offload.budget, blueprint.index, own, room or 0) < sum(num_own):
+    told = offload.bits, offload.budget
+    if is_read_straight and slots_for(*told, blueprint.index, own, room or 0) < sum(num_own):
         blueprint = replace(blueprint, index=in_place(blueprint.index))
     hidden = why_not_ahead(blueprint, machine, offload)
     with ExitStack() as undo:
         store = _make_store(blueprint, offload, share)
         undo.callback(store.close)
         room = free() if room is None else room
-        num_slots = slots_for(config.offload.budget, blueprint.index, own, room)
+        num_slots = slots_for(*told, blueprint.index, own, room)
         cache = ExpertCache(
             store,
             num_slots,
@@ -349,6 +361,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
         lookahead, kind = foresight.lookahead(cache, may_pay=share is None and hidden is None)
         slots = SlotExperts(cache, kernels, dense.routing, lookahead)
+        upgrades = make_upgrades(blueprint, offload, slots, partial(_open_store, offload))
         choices += told_choices(config, read.device, kind, kernel, hidden)
         if foresight.pregate is not None:
             slots.routing.stages.append(foresight.pregate)
@@ -356,7 +369,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             model.get_submodule(site.module).compute = slots.layer(layer)
         offer = pack_offer(blueprint, machine, offload) if cache.can_evict else []
         notes = [*kernel_notes(kernel, weights, model.dtype), *offer]
-        experts = Experts(slots, tuple(weights), tuple(notes), tuple(choices))
+        experts = Experts(slots, tuple(weights), tuple(notes), tuple(choices), upgrades)
         undo.pop_all()
     return experts
 
@@ -367,10 +380,14 @@ def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeigh
     return [layout.weights(cache.views(n), found.activation) for n, (found, layout) in enumerate(layers)]
 
 
-def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:
+def _open_store(offload: OffloadConfig, index: ExpertIndex) -> ExpertStore:
     if offload.store == "mmap":
-        return MmapStore(blueprint.index, check=offload.check)
-    files = file_store(blueprint.index, offload.io, direct=offload.direct, check=offload.check)
+        return MmapStore(index, check=offload.check)
+    return file_store(index, offload.io, direct=offload.direct, check=offload.check)
+
+
+def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:
+    files = _open_store(offload, blueprint.index)
     if offload.store != "ram":
         return files
     try:

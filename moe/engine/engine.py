@@ -86,6 +86,7 @@ class Engine:
     def step(self) -> list[Request]:
         """Computes one batch. Returns the requests that got a token, finished ones included."""
         start = time.perf_counter()
+        self.give_bits()
         mode = self.place.mode
         chunks = mode.plan()
         logits = mode.forward(chunks)
@@ -211,9 +212,8 @@ class Engine:
     @property
     def limits(self) -> Limits:
         pool = self.scheduler.pool
-        vocabulary = self.loaded.dense.vocabulary
         return Limits(
-            vocabulary,
+            self.loaded.dense.vocabulary,
             self.max_context,
             pool.block_size,
             pool.room,
@@ -299,7 +299,8 @@ class Engine:
         traffic = [(one, {"part": str(part), "carries": one.carries}) for part, one in enumerate(self.traffic)]
         moved = [] if self.online is None else [(self.online.stats, dict[str, str]())]
         split = [] if self.loaded.split is None else [(self.loaded.split.stats, dict[str, str]())]
-        return [(self.stats, {}), (self.state(), {}), *moved, *split, *layers, *traffic]
+        bits = [] if (upgrades := self.loaded.experts.upgrades) is None else upgrades.metric_sources
+        return [(self.stats, {}), (self.state(), {}), *moved, *split, *bits, *layers, *traffic]
 
     def layer_stats(self) -> list[LayerStats]:
         return [] if self.experts is None else self.experts.cache.stats
@@ -308,6 +309,11 @@ class Engine:
         """So many blocks of KV that nobody uses, or as many as there may be: from slots, where they have its memory."""
         if isinstance(self.loaded.split, LentKV):
             self.loaded.split.make_room(blocks)
+
+    def give_bits(self) -> None:
+        """Before anything is computed: bits that are due to experts are there (`Upgrades.step`)."""
+        if (upgrades := self.loaded.experts.upgrades) is not None:
+            upgrades.step()
 
     def why_not_whole(self) -> str | None:
         """What is wrong with the bookkeeping of blocks and slots; None if nothing is."""

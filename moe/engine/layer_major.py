@@ -260,7 +260,7 @@ def why_not_split(blueprint: Blueprint, is_packed: bool) -> str | None:
     if not blueprint.experts:
         return "it has no experts in slots"
     if blueprint.index.is_mixed:
-        return "offload.bits=auto keeps all experts in slots"
+        return "offload.bits=auto and upgrade keep all experts in slots"
     if not is_packed:
         return "its sequences run one at a time"
     return None

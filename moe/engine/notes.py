@@ -14,9 +14,12 @@ _LAYER = re.compile(r"(.*?\blayers\.)(\d+)\.")
 
 def lossy_modes(config: EngineConfig) -> list[str]:
     """What this run was told to do that changes what the model says."""
-    if config.routing.pregate == "off":
-        return []
-    return [f"routing.pregate={config.routing.pregate} changes what the model says; `moe evaluate` measures how much"]
+    said = []
+    if config.routing.pregate != "off":
+        said += [f"routing.pregate={config.routing.pregate} changes what the model says; `moe evaluate` measures it"]
+    if config.offload.bits == "upgrade":
+        said += ["offload.bits=upgrade lets an answer depend on what was asked before it; prefixes are not shared"]
+    return said
 
 
 def notes_on(blueprint: Blueprint, dense: str, own: Sequence[Sequence[int]] | None = None) -> list[str]:
