@@ -49,9 +49,9 @@ def run_guarded(name: str, args: argparse.Namespace, run: Callable[[], int], is_
             check_inputs(args)
         with interrupts_end_imports(f"{name}: interrupted" if is_first else None):
             return run()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if is_first:
-            print(f"{name}: interrupted", file=sys.stderr)
+            print(f"{name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,9 +28,10 @@ from moe.offload.budget import format_bytes
 from moe.offload.checkpoint import DTYPE_NAMES, DTYPES, PACKED_FILE, PACKED_VERSION, Checkpoint, TensorInfo
 from moe.offload.formats.slot import MatrixFormat
 from moe.offload.integrity import checksum
-from moe.offload.layout import ALIGNMENT
+from moe.offload.layout import ALIGNMENT, ExpertSite
 from moe.offload.nested import checksums as level_checksums
 from moe.offload.nested import is_nested
+from moe.offload.pack_journal import LOST, Journal, LayerFile, request_of
 from moe.offload.packed import PACKED_PREFIX, describe_layer
 from moe.offload.requantise import Calibration, Requantised, requantised
 from moe.offload.rounded_dense import Kind, RoundedDense
@@ -65,8 +67,10 @@ def pack(
     calibration: inputs on which rounding should change the answers least; None: to nearest.
     dense: other weights that are rounded; None: all as they are.
     progress(bytes written, bytes in all) is called after each expert and dense tensor. Memory: one expert or dense
-    tensor. The folder appears whole or not at all: it is written beside its place, synced and renamed. Raises
-    ValueError for a bad request, OSError for a full disk or any other failed write, and leaves nothing behind.
+    tensor. The folder appears whole or not at all: it is written beside its place, synced and renamed. What is
+    interrupted keeps the layers that are finished, and the same call goes on from there; with other experts or files,
+    or another way of rounding, it begins again. Raises ValueError for a bad request, after which nothing is left,
+    OSError for a full disk or any other failed write.
     """
     out = Path(out_folder)
     if checkpoint.packed is not None and experts is None:
@@ -84,7 +88,8 @@ def pack(
     total += sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, layouts))
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
-    if free < total:
+    there = _unfinished(out)
+    if free + (sum(file.stat().st_size for file in there.iterdir()) if there.is_dir() else 0) < total:
         raise OSError(
             errno.ENOSPC,
             f"packing needs {format_bytes(total)}, {format_bytes(free)} are free; nothing was written: make room, or "
@@ -129,26 +134,52 @@ def _pack_whole(
     out: Path,
     progress: _Progress,
 ) -> Path:
-    work = out.parent / f".{out.name}.partial"
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed: the lock is ours
-    work.mkdir()
+    work, journal = _unfinished(out), None
     try:
-        try:
-            _write_folder(checkpoint, index, store, others, work, progress)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"packing stopped ({error.strerror or error}); {format_bytes(progress.total)} are needed, "
-                "the unfinished folder was removed: make room, or name a place on another disk",
-                str(out),
-            ) from error
+        journal = _journal(index, store, work, progress)
+        _write_folder(checkpoint, index, store, others, journal, progress)
+        journal.close()
         _sync(work)
         work.rename(out)
         _sync(out.parent)
-    except BaseException:
+    except (OSError, KeyboardInterrupt) as error:
+        kept = len(journal.kept) if journal is not None else 0
+        left = (
+            f"{kept} of {len(index.sites)} layers are kept in {work}: the same command goes on from there; remove that "
+            "folder if it shall not"
+        )
+        if not kept:
+            shutil.rmtree(work, ignore_errors=True)
+            left = "the unfinished folder was removed"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(left) from None
+        raise OSError(
+            error.errno,
+            f"packing stopped ({error.strerror or error}); {format_bytes(progress.total)} are needed: make room, or "
+            f"name a place on another disk; {left}",
+            str(out),
+        ) from error
+    except ValueError:  # it would be raised again
         shutil.rmtree(work, ignore_errors=True)
         raise
     return out
+
+
+def _unfinished(out: Path) -> Path:
+    return out.parent / f".{out.name}.partial"
+
+
+def _journal(index: ExpertIndex, store: FileStore | Requantised, work: Path, progress: _Progress) -> Journal:
+    layers = [describe_layer(site, layout) for site, layout in zip(index.sites, store.layouts)]
+    files = [_layer_file(index, store, layer) for layer in range(len(layers))]
+    return Journal(work, request_of(index, layers, store), files, progress.add)
+
+
+def _layer_file(index: ExpertIndex, store: FileStore | Requantised, layer: int) -> LayerFile:
+    site, layout, header = index.sites[layer], store.layouts[layer], BytesIO()
+    tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
+    _write_header(header, tensors, {"layout": json.dumps(describe_layer(site, layout))})
+    return LayerFile(f"experts-{layer:05d}.safetensors", header.getvalue(), layout.nbytes)
 
 
 class _Others:
@@ -191,30 +222,13 @@ def _write_folder(
     index: ExpertIndex,
     store: FileStore | Requantised,
     others: "_Others",
-    folder: Path,
+    journal: Journal,
     progress: _Progress,
 ) -> None:
-    layers = [describe_layer(site, layout) for site, layout in zip(index.sites, store.layouts)]
-    files: list[str] = []
-    checksums: list[list[int]] = []
-    of_levels: list[list[list[int]]] = []  # of nested precision
-    for layer, (site, layout) in enumerate(zip(index.sites, store.layouts)):
-        files.append(f"experts-{layer:05d}.safetensors")
-        tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
-        blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero
-        metadata = {"layout": json.dumps(layers[layer])}
-        checksums.append([])
-        of_levels.append([])
-        with (folder / files[-1]).open("wb") as file:
-            _write_header(file, tensors, metadata)
-            for expert in range(site.num_experts):
-                store.read_into(layer, expert, blob)
-                if is_nested(layout):
-                    of_levels[-1].append(level_checksums(site, layout, blob))
-                checksums[-1].append(checksum(blob))
-                file.write(blob.numpy().data)
-                progress.add(layout.nbytes)
-            _flush(file)
+    folder = journal.folder
+    for layer in range(len(journal.kept), len(index.sites)):
+        _write_layer(index.sites[layer], store, layer, journal, progress)
+    files = [file.name for file in journal.files]
     files.append("dense.safetensors")
     with (folder / files[-1]).open("wb") as file:
         sums = others.write(file, progress)
@@ -223,18 +237,49 @@ def _write_folder(
         is_old = source.name == PACKED_FILE or source.name.endswith(".index.json")
         if source.is_file() and source.suffix not in _WEIGHTS and not is_old:
             shutil.copyfile(source, folder / source.name)
-    description = {"version": PACKED_VERSION, "layers": layers, "files": files, "checksums": checksums, "dense": sums}
+    description = {
+        "version": PACKED_VERSION,
+        "layers": [describe_layer(site, layout) for site, layout in zip(index.sites, store.layouts)],
+        "files": files,
+        "checksums": [kept["checksums"] for kept in journal.kept],
+        "dense": sums,
+    }
     if others.rounded is not None:
         description["dense_errors"] = others.rounded.errors
     if isinstance(store, Requantised):
-        description["errors"] = store.errors
+        description["errors"] = [kept["errors"] for kept in journal.kept]
         if store.to.bits:
-            description["nested"] = {"losses": store.losses, "uses": store.uses, "checksums": of_levels}
+            names = {"losses": "losses", "uses": "uses", "checksums": "levels"}
+            description["nested"] = {name: [kept[of] for kept in journal.kept] for name, of in names.items()}
         if store.calibration is not None:
-            description["output_errors"] = store.output_errors
+            description["output_errors"] = [kept["output_errors"] for kept in journal.kept]
     with (folder / PACKED_FILE).open("wb") as file:
         file.write(json.dumps(description, indent=1).encode())
         _flush(file)
+
+
+def _write_layer(
+    site: ExpertSite, store: FileStore | Requantised, layer: int, journal: Journal, progress: _Progress
+) -> None:
+    """One layer's file, and what the journal says of it."""
+    made, layout = journal.files[layer], store.layouts[layer]
+    blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero
+    checksums: list[int] = []
+    of_levels: list[list[int]] = []  # of nested precision
+    with (journal.folder / made.name).open("wb") as file:
+        file.write(made.header)
+        for expert in range(site.num_experts):
+            store.read_into(layer, expert, blob)
+            if is_nested(layout):
+                of_levels.append(level_checksums(site, layout, blob))
+            checksums.append(checksum(blob))
+            file.write(blob.numpy().data)
+            progress.add(layout.nbytes)
+        _flush(file)
+    said: dict[str, Any] = {"checksums": checksums, "levels": of_levels}
+    if isinstance(store, Requantised):
+        said |= {name: getattr(store, name)[layer] for name in LOST}
+    journal.add(said)
 
 
 def _write_header(file: BinaryIO, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> None:

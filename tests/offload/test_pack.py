@@ -1,4 +1,4 @@
-"""A packed folder holds the same bits; a failed pack leaves nothing."""
+"""A packed folder holds the same bits; a pack that is interrupted keeps the layers that are finished, or nothing."""
 
 import json
 import resource
@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from moe.kernels.weights import Activation
 from moe.offload.cache import ExpertCache
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.index import index_experts
 from moe.offload.pack import pack
+from moe.offload.requantise import target_format
+from moe.offload.rounded_dense import RoundedDense
 from moe.offload.stores import FileStore, MmapStore, RamStore, aligned_bytes, bytes_moved
 from tests.families import (
     IN_SLOTS,
@@ -159,8 +162,114 @@ def test_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
 
 
+class Killed(BaseException):
+    """Nobody catches it: what it leaves is what SIGKILL leaves."""
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Inputs:
+    """Of the experts of one layer none but the first was asked."""
+
+    def inputs(self, layer, expert):
+        return torch.arange(72.0).sin().view(2, 36)[: 2 * (expert == 0)] * (layer + 1)
+
+    def activation(self, layer):
+        return Activation(kind="silu", gated=True, interleaved=False)
+
+
+HOW = {
+    "as it is": lambda checkpoint: {},
+    "int4": lambda checkpoint: {"experts": target_format("int4", None), "calibration": Inputs()},
+    "nested": lambda checkpoint: {
+        "experts": target_format("nested", None),
+        "calibration": Inputs(),
+        "dense": RoundedDense(checkpoint, ["model.layers.0.self_attn.q_proj.weight"], "int8"),
+    },
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("error", [Killed, KeyboardInterrupt, OSError])
+def test_a_pack_that_is_interrupted_anywhere_goes_on_from_its_finished_layers(how, error, tmp_path, monkeypatch):
+    checkpoint, index = opened(tiny_checkpoint("mixtral", tmp_path / "original"), "mixtral")
+    whole, parts = contents(pack(checkpoint, index, tmp_path / "whole", **HOW[how](checkpoint))), 0
+    reads, read_into = [], FileStore.read_into
+
+    def counted(store, layer, expert, out):
+        reads.append((layer, expert))
+        return read_into(store, layer, expert, out)
+
+    monkeypatch.setattr(FileStore, "read_into", counted)
+    num_experts, out = index.sites[0].num_experts, tmp_path / "packed"
+    for stops_after in (1, 1, num_experts - 1, 2 * num_experts + 1, 1, 5):  # experts of each call
+        begun = len(reads)
+
+        def stop(done, total, at=begun + stops_after):
+            if len(reads) == at:
+                raise error
+
+        with pytest.raises(error) as caught:
+            pack(checkpoint, index, out, progress=stop, **HOW[how](checkpoint))
+        assert not out.exists()
+        assert reads[begun] == (parts, 0)  # what was finished is not read again
+        parts += stops_after // num_experts
+        if error is not Killed:
+            left = f"{parts} of 3 layers are kept" if parts else "the unfinished folder was removed"
+            assert left in str(caught.value)
+            assert (tmp_path / ".packed.partial").exists() == bool(parts)
+    begun, calls = len(reads), []
+    pack(checkpoint, index, out, progress=lambda *at: calls.append(at), **HOW[how](checkpoint))
+    assert {layer for layer, _ in reads[begun:]} == {2}
+    assert calls[-1][0] == calls[-1][1]
+    assert calls == sorted(calls)
+    assert contents(out) == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["original", "packed", "whole"]
+
+
+def interrupted(arguments, out, **how):
+    """One layer is finished."""
+
+    def stop(done, total):
+        if done > total // 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        pack(*arguments, out, progress=stop, **how)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "experts-00000.safetensors").unlink(),
+        lambda folder: (folder / "experts-00000.safetensors").write_bytes(b""),
+        lambda folder: (folder / "experts-00000.safetensors").open("r+b").write(b"\1"),
+        lambda folder: (folder / "journal.jsonl").unlink(),
+        lambda folder: (folder / "journal.jsonl").write_bytes((folder / "journal.jsonl").read_bytes()[:-9]),
+        lambda folder: (folder / "journal.jsonl").write_bytes(b"\0" * 99 + b"\n"),
+        lambda folder: (folder / "tokenizer.json").write_text("of another model"),
+    ],
+)
+def test_what_is_kept_is_compared_with_its_checksums(spoil, tmp_path):
+    arguments = opened(tiny_checkpoint("mixtral", tmp_path / "original"), "mixtral")
+    whole = contents(pack(*arguments, tmp_path / "whole"))
+    interrupted(arguments, tmp_path / "packed")
+    spoil(tmp_path / ".packed.partial")
+    assert contents(pack(*arguments, tmp_path / "packed")) == whole
+
+
+def test_another_request_begins_again(tmp_path):
+    arguments = opened(tiny_checkpoint("mixtral", tmp_path / "original"), "mixtral")
+    how = {"experts": target_format("int8", None)}
+    whole = contents(pack(*arguments, tmp_path / "whole", **how))
+    interrupted(arguments, tmp_path / "packed")
+    assert contents(pack(*arguments, tmp_path / "packed", **how)) == whole
+
+
 @pytest.mark.parametrize("limit", [1, 20_000, 60_000])
-def test_a_write_that_fails_leaves_nothing(limit, tmp_path):
+def test_a_write_that_fails(limit, tmp_path):
     """The kernel itself refuses writes above a file size, as a full disk does."""
     arguments = opened(tiny_checkpoint("mixtral", tmp_path / "original"), "mixtral")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -170,18 +279,6 @@ def test_a_write_that_fails_leaves_nothing(limit, tmp_path):
             pack(*arguments, tmp_path / "packed")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [p.name for p in tmp_path.iterdir()] == ["original"]
-
-
-def test_an_interrupted_pack_leaves_nothing(tmp_path):
-    arguments = opened(tiny_checkpoint("mixtral", tmp_path / "original"), "mixtral")
-
-    def interrupt(done, total):
-        if done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pack(*arguments, tmp_path / "packed", progress=interrupt)
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
 
 
