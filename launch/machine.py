@@ -10,6 +10,7 @@ from moe.config import EngineConfig
 from moe.engine.choices import this_machine
 from moe.launch.console import out
 from moe.launch.measure import probe
+from moe.launch.options import check_made
 from moe.offload.budget import format_bytes
 from moe.placement.machine import Machine, load_machine, save_machine
 
@@ -24,6 +25,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         if not args.folder.is_dir():
             raise ValueError(f"{args.folder} is no folder; give one on the disk that models are read from")
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder; give the name of a file with --file")
+        check_made(file.parent)
         known = probe(args.folder, known)
         save_machine(file, known)
     out.print(known.name, markup=False)

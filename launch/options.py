@@ -169,11 +169,18 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"{path} is a folder; give the name of a file to write")
         _check_place(path, path if path.exists() else folder)
     made = (args.out if command == "pack" else None, getattr(args, "state", None))
-    for path in (path for path in made if path is not None):  # folders, made with those above them
-        above = path.absolute()
-        while not above.exists():
-            above = above.parent
-        _check_place(path, above)
+    for path in (path for path in made if path is not None):
+        check_made(path)
+
+
+def check_made(folder: Path) -> None:
+    """Raises ValueError for a folder that could not be made, with those above it, or written in."""
+    above = folder.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise ValueError(f"{folder} cannot be written: {above} is no folder; give another name")
+    _check_place(folder, above)
 
 
 def _check_place(path: Path, where: Path) -> None:

@@ -18,7 +18,7 @@ from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.lost import in_collective
 from moe.comm.membership import process_groups
 from moe.launch.console import err, out
-from moe.launch.options import named_path, whole
+from moe.launch.options import check_outputs, named_path, whole
 from moe.offload.budget import format_bytes
 from moe.placement.topology import Link, Topology, probe_link
 
@@ -27,18 +27,19 @@ SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moe.launch.probe", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("topology", type=named_path, help="JSON file to write")
+    parser.add_argument("out", metavar="topology", type=named_path, help="JSON file to write")
     parser.add_argument("--ranks-per-node", type=whole(1))
     parser.add_argument("--repeats", type=whole(1), default=7)
     args = parser.parse_args(arguments)
     try:
+        check_outputs(args)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with process_groups(ranks_per_node=args.ranks_per_node, timeout_s=120, device=device) as groups:
             with in_collective(groups, Task("measuring the links")):
                 topology = probe(groups, SIZES, args.repeats)
         if groups.rank == 0:
-            topology.save(args.topology)
-            out.print(f"{args.topology}: {describe(topology)}", markup=False)
+            topology.save(args.out)
+            out.print(f"{args.out}: {describe(topology)}", markup=False)
     except (ValueError, OSError, CommError) as error:
         err.print(f"moe.launch.probe: {error}", markup=False)
         return 2

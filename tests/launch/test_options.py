@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe.launch import probe as links
 from moe.launch import ray_cluster, torchrun
 from moe.launch.cli import _parser, main
 from moe.launch.options import check_inputs, check_outputs, named_path
@@ -125,3 +126,28 @@ def test_a_file_that_is_not_there_is_said_before_anything_is_computed(tmp_path):
         path = tmp_path / "nothing"
         with pytest.raises(ValueError, match="there is no"):
             check_inputs(argparse.Namespace(command=command, **{dest: [path] if is_many else path}))
+
+
+def test_figures_that_could_not_be_kept_are_not_measured(tmp_path, monkeypatch, capsys):
+    """Of commands that make the folders that they write in."""
+
+    def fail(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("moe.launch.machine.probe", fail)
+    monkeypatch.setattr("moe.launch.probe.probe", fail)
+    (tmp_path / "file").touch()
+    for words, said in (
+        (["probe", str(tmp_path), "--file", str(tmp_path / "file" / "x" / "machine.json")], "file is no folder"),
+        (["probe", str(tmp_path), "--file", str(tmp_path)], "is a folder; give the name of a file"),
+        (["pack", str(TINYMOE), str(tmp_path / "file" / "x")], "file is no folder"),
+        (["serve", str(TINYMOE), "--state", str(tmp_path / "file")], "file is no folder"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+    assert links.main([str(tmp_path / "no" / "links.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err.replace("\n", " ")
+    monkeypatch.setattr("os.access", lambda path, how: path != tmp_path)  # what root never sees
+    for words in (["probe", str(tmp_path), "--file", str(tmp_path / "x" / "y")], ["pack", "m", str(tmp_path / "p")]):
+        assert main(words) == 2
+        assert "permission is missing, or its disk is read-only" in capsys.readouterr().err
