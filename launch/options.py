@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,6 +131,12 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_READ = ("input", "prompts", "texts", "calibrate", "files", "run_file", "api_key_file")
+_READ_LATER = ("model", "config", "trace", "plan")  # whoever reads them says what is not there
+_OF_A_MODEL = ("model*.safetensors", "experts-*.safetensors", "dense.safetensors", "packed.json", "*.index.json")
+_OF_A_MODEL += ("config.json", "generation_config.json", "tokenizer*.json")
+
+
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """Defaults, file, settings, and the two options that are settings by a shorter name."""
     settings = list(args.set)
@@ -148,11 +154,29 @@ def sampling_params(args: argparse.Namespace, recommended: Mapping[str, Any]) ->
 
 def check_inputs(args: argparse.Namespace) -> None:
     """Raises ValueError for a file to be read that is not there, before anything is computed or a model is loaded."""
-    names = ("input", "prompts", "texts", "against", "calibrate", "present", "files", "run_file", "api_key_file")
-    for value in (getattr(args, name, None) for name in names):
-        for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, Path) and not path.exists():
-                raise ValueError(f"there is no {path}; name what is there")
+    for path in _paths(args, ("present", "against", *_READ)):
+        if not path.exists():
+            raise ValueError(f"there is no {path}; name what is there")
+
+
+def _paths(args: argparse.Namespace, names: Iterable[str]) -> list[Path]:
+    values = [getattr(args, name, None) for name in names]
+    each = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return [one for one in each if isinstance(one, Path)]
+
+
+def _check_not_read(path: Path, args: argparse.Namespace) -> None:
+    """Raises ValueError for a file to be written over what the command reads, or over a file of a model."""
+    told = "give the name of another file to write"
+    is_written = "trace" if getattr(args, "command", None) == "trace" else ""  # what others read
+    reads = _paths(args, (name for name in (*_READ, *_READ_LATER) if name != is_written))
+    reads += [Path(args.topology)] if hasattr(args, "topology") else []  # or the name of one
+    for read in reads:
+        if read.exists() and path.samefile(read):
+            raise ValueError(f"{path} is read by this command and would be written over; {told}")
+    is_models = any(path.match(pattern) for pattern in _OF_A_MODEL)
+    if is_models and (path.parent / "config.json").is_file():
+        raise ValueError(f"{path} is a file of the model in {path.parent} and would be written over; {told}")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -167,6 +191,8 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"{path} cannot be written: there is no folder {folder}; make it, or give another name")
         if path.is_dir():
             raise ValueError(f"{path} is a folder; give the name of a file to write")
+        if path.exists():
+            _check_not_read(path, args)
         _check_place(path, path if path.exists() else folder)
     made = (args.out if command == "pack" else None, getattr(args, "state", None))
     for path in (path for path in made if path is not None):

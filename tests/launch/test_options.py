@@ -55,6 +55,38 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(ca
     assert "there is no folder" in capfd.readouterr().err
 
 
+def test_no_command_writes_over_what_it_reads_or_over_a_model(tmp_path):
+    reads = {(command, dest): is_many for command, dest, is_many in [*read_files(), *read_later()]}
+    pairs = 0
+    for command, written in written_files():
+        there = tmp_path / "there"
+        there.write_text("mine")
+        for (other, dest), is_many in reads.items():
+            if other == command and dest != written and dest not in ("present", "against"):
+                args = argparse.Namespace(command=command, **{dest: [there] if is_many else there, written: there})
+                with pytest.raises(ValueError, match="is read by this command"):
+                    check_outputs(args)
+                pairs += 1
+        for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "packed.json"):
+            (tmp_path / "model").mkdir(exist_ok=True)
+            for file in ("config.json", name):
+                (tmp_path / "model" / file).write_text("{}")
+            with pytest.raises(ValueError, match="is a file of the model in"):
+                check_outputs(argparse.Namespace(command=command, **{written: tmp_path / "model" / name}))
+        check_outputs(argparse.Namespace(command=command, **{written: there}))  # an older result of this command
+    assert pairs > 20, pairs
+
+
+def read_later():
+    """Files and folders of a command that are named by an argument, and that their readers look for."""
+    written = set(written_files())
+    for name, parser in _parser()._subparsers._group_actions[0].choices.items():
+        for action in parser._actions:
+            is_read = action.type is named_path and action.dest in ("model", "trace", "plan", "config")
+            if (is_read or action.dest == "topology") and (name, action.dest) not in written:
+                yield name, action.dest, False
+
+
 def test_a_path_that_is_empty_is_not_the_present_folder(capsys):
     """Of every command: `Path("")` is "."."""
     for name, parser in _parser()._subparsers._group_actions[0].choices.items():
