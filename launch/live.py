@@ -59,16 +59,19 @@ def top(args: argparse.Namespace) -> int:
         raise ValueError(f"moe top needs httpx ({error}): pip install 'moeflow[serve]'") from None
     from rich.live import Live
 
+    from moe.client import server_address
+
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     before: dict[str, Any] | None = None
-    with httpx.Client(base_url=args.url, headers=headers, timeout=10) as client:
+    with httpx.Client(base_url=server_address(args.url), headers=headers, timeout=10) as client:
 
         def fetch() -> dict[str, Any]:
             try:
                 found: dict[str, Any] = client.get("/live").raise_for_status().json()
                 _table(found, None)
-            except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{args.url} does not answer as a moe service: {error}") from None
+            except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+                why = (str(error) or type(error).__name__).splitlines()[0]
+                raise ValueError(f"{args.url} does not answer as a moe service: {why}") from None
             return found
 
         now = fetch()

@@ -133,8 +133,10 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 
 _READ = ("input", "prompts", "texts", "calibrate", "files", "run_file", "api_key_file")
 _READ_LATER = ("model", "config", "trace", "plan")  # whoever reads them says what is not there
-_OF_A_MODEL = ("model*.safetensors", "experts-*.safetensors", "dense.safetensors", "packed.json", "*.index.json")
-_OF_A_MODEL += ("config.json", "generation_config.json", "tokenizer*.json")
+_OF_A_MODEL = (
+    *("model*.safetensors", "experts-*.safetensors", "dense.safetensors", "packed.json", "*.index.json"),
+    *("config.json", "generation_config.json", "tokenizer*.json"),
+)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -13,6 +13,7 @@ and a line is written once, whatever was tried how often.
 import asyncio
 import fcntl
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -30,22 +31,37 @@ _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
 
 
 class ServerError(RuntimeError):
-    """What the server answered instead of a result. status: of HTTP; 0 if there was no answer at all."""
+    """What the server answered instead of a result. status: of HTTP; 0 if there was no whole answer.
 
-    def __init__(self, message: str, status: int) -> None:
+    pause_s: after which it asks to be asked again, if it does.
+    """
+
+    def __init__(self, message: str, status: int, pause_s: float | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.pause_s = status, pause_s
+
+
+def server_address(url: str) -> str:
+    """Without the /v1 that other clients want. Raises ValueError for what is no address of a server."""
+    try:
+        found = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        found = httpx.URL("")
+    if found.scheme not in ("http", "https") or not found.host:
+        raise ValueError(f"{url!r} is no address of a server; give one such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
 
 
 class Client:
-    """Thread-safe. model: None asks the server for the first that it has. retries: of calls that may succeed later."""
+    """Thread-safe. model: None asks the server for the first that it has. retries: of calls that may succeed later.
+
+    seconds: without a word of the server until a call is given up. Raises ValueError for what is no address.
+    """
 
     def __init__(
         self, url: str, *, model: str | None = None, api_key: str | None = None, retries: int = 4, seconds: float = 600
     ) -> None:
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        base = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(seconds, connect=10))
+        self._http = httpx.Client(**_settings(url, api_key, seconds))
         self._model, self._retries = model, retries
 
     def __enter__(self) -> "Client":
@@ -60,17 +76,17 @@ class Client:
     @property
     def model(self) -> str:
         if self._model is None:
-            self._model = str(self._call("GET", "/v1/models")["data"][0]["id"])
+            self._model = str(_part(self._call("GET", "/v1/models"), "data", 0, "id"))
         return self._model
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
         """The text of one answer. options: fields of the request, such as max_tokens."""
-        return str(self.complete(prompt, **options)["choices"][0]["text"])
+        return _text(self.complete(prompt, **options))
 
     def chat(self, messages: Sequence[Mapping[str, Any]] | str, **options: Any) -> str:
-        """The answer to a conversation, or to one message of the user's."""
+        """The answer to a conversation, or to one message of the user's; "" where it is a call of tools."""
         body = {"model": self.model, "messages": _as_messages(messages), **options}
-        return str(self._call("POST", CHAT, body)["choices"][0]["message"]["content"])
+        return _said(self._call("POST", CHAT, body))
 
     def complete(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any]:
         """The whole result body of a completion."""
@@ -78,16 +94,18 @@ class Client:
 
     def stream(self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
         """The text as it comes; of a conversation if messages are given. Leaving it ends the request."""
-        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
-        asked = {"messages": list(prompt)} if is_chat else {"prompt": _plain(prompt)}
-        body = {"model": self.model, "stream": True, **asked, **options}
-        with self._http.stream("POST", CHAT if is_chat else COMPLETIONS, json=body) as response:
-            if response.status_code != 200:
-                response.read()
-                raise _error_of(response)
-            for line in response.iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    yield from _texts(json.loads(line.removeprefix("data: ")))
+        path, body = _streamed(self.model, prompt, options)
+        pieces = _Pieces()
+        try:
+            with self._http.stream("POST", path, json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _error_of(response)
+                for line in response.iter_lines():
+                    yield from pieces.of(line)
+        except httpx.TransportError as error:
+            raise _unreachable(self._http.base_url, error) from None
+        pieces.check_end()
 
     def batch(
         self,
@@ -136,9 +154,11 @@ class Client:
         try:
             fields = json.loads(line)
             entry["custom_id"] = fields["custom_id"]
+            if not str(fields["url"]).startswith("/"):  # whose key would it be sent?
+                raise ValueError(f"url ({fields['url']!r}) must be a path such as {COMPLETIONS}")
             body = {"model": self.model, **fields["body"]}
             result = self._call("POST", fields["url"], body)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, httpx.InvalidURL) as error:
             return entry | {"error": {"code": "invalid_request", "message": f"line {number}: {error}"}}
         except ServerError as error:
             if error.status in (0, *_AGAIN):
@@ -148,62 +168,178 @@ class Client:
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The answer's JSON; tries again where that may help: a completion leaves nothing behind on the server."""
-        for attempt in range(self._retries + 1):
-            pause = 0.25 * 2**attempt
+        for attempt in range(self._retries):
             try:
-                response = self._http.request(method, path, json=body)
-            except httpx.TransportError as error:
-                failure = ServerError(f"{self._http.base_url} does not answer: {error}", 0)
-            else:
-                if response.status_code == 200:
-                    found: dict[str, Any] = response.json()
-                    return found
-                failure = _error_of(response)
-                if response.status_code not in _AGAIN:
-                    raise failure
-                pause = float(response.headers.get("retry-after", pause))
-            if attempt < self._retries:
-                time.sleep(min(pause, 30.0))
-        raise failure
+                return _taken(self._http.request(method, path, json=body))
+            except (httpx.TransportError, ServerError) as error:
+                time.sleep(_pause(error, attempt))
+        try:
+            return _taken(self._http.request(method, path, json=body))
+        except httpx.TransportError as error:
+            raise _unreachable(self._http.base_url, error) from None
 
 
 class AsyncClient:
-    """The same for asyncio: each call runs in a thread of its own."""
+    """The same for asyncio: as many calls at a time as are made; one that is cancelled ends on the server."""
 
-    def __init__(self, url: str, **options: Any) -> None:
-        self.client = Client(url, **options)
+    def __init__(
+        self, url: str, *, model: str | None = None, api_key: str | None = None, retries: int = 4, seconds: float = 600
+    ) -> None:
+        self._http = httpx.AsyncClient(**_settings(url, api_key, seconds))
+        self._model, self._retries = model, retries
+        self._in_threads = Client(url, model=model, api_key=api_key, retries=retries, seconds=seconds)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.client.close()
+        await self.close()
+
+    async def close(self) -> None:
+        self._in_threads.close()
+        await self._http.aclose()
 
     async def generate(self, prompt: str | Sequence[int], **options: Any) -> str:
-        return await asyncio.to_thread(self.client.generate, prompt, **options)
+        return _text(await self.complete(prompt, **options))
 
     async def chat(self, messages: Sequence[Mapping[str, Any]] | str, **options: Any) -> str:
-        return await asyncio.to_thread(self.client.chat, messages, **options)
+        body = {"model": await self._name(), "messages": _as_messages(messages), **options}
+        return _said(await self._call("POST", CHAT, body))
 
-    async def batch(self, source: str | Path, target: str | Path, **options: Any) -> int:
-        return await asyncio.to_thread(self.client.batch, source, target, **options)
+    async def complete(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any]:
+        body = {"model": await self._name(), "prompt": _plain(prompt), **options}
+        return await self._call("POST", COMPLETIONS, body)
 
     async def stream(
         self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Any
     ) -> AsyncIterator[str]:
-        pieces = self.client.stream(prompt, **options)
-        coming: asyncio.Future[str | None] | None = None
+        path, body = _streamed(await self._name(), prompt, options)
+        pieces = _Pieces()
         try:
-            while True:
-                coming = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
-                if (piece := await asyncio.shield(coming)) is None:
-                    return
-                yield piece
-        finally:
-            if coming is not None and not coming.done():  # cancelled: what runs in a thread cannot be closed yet
-                await asyncio.wait({coming})  # no limit: the call has one
-                coming.exception()
-            await asyncio.to_thread(pieces.close)  # type: ignore[attr-defined]
+            async with self._http.stream("POST", path, json=body) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    raise _error_of(response)
+                async for line in response.aiter_lines():
+                    for piece in pieces.of(line):
+                        yield piece
+        except httpx.TransportError as error:
+            raise _unreachable(self._http.base_url, error) from None
+        pieces.check_end()
+
+    async def batch(self, source: str | Path, target: str | Path, **options: Any) -> int:
+        """As `Client.batch`, in threads of its own."""
+        return await asyncio.to_thread(self._in_threads.batch, source, target, **options)
+
+    async def _name(self) -> str:
+        if self._model is None:
+            self._model = str(_part(await self._call("GET", "/v1/models"), "data", 0, "id"))
+        return self._model
+
+    async def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        for attempt in range(self._retries):
+            try:
+                return _taken(await self._http.request(method, path, json=body))
+            except (httpx.TransportError, ServerError) as error:
+                await asyncio.sleep(_pause(error, attempt))
+        try:
+            return _taken(await self._http.request(method, path, json=body))
+        except httpx.TransportError as error:
+            raise _unreachable(self._http.base_url, error) from None
+
+
+def _settings(url: str, api_key: str | None, seconds: float) -> dict[str, Any]:
+    return {
+        "base_url": server_address(url),
+        "headers": {} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+        "timeout": httpx.Timeout(seconds, connect=10),
+        "limits": httpx.Limits(max_connections=None),  # the server says what is too much
+    }
+
+
+def _unreachable(url: httpx.URL, error: httpx.TransportError) -> ServerError:
+    return ServerError(f"{url} does not answer: {str(error) or type(error).__name__}", 0)
+
+
+def _taken(response: httpx.Response) -> dict[str, Any]:
+    """Raises ServerError for all but an object of JSON with status 200."""
+    if response.status_code != 200:
+        raise _error_of(response)
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ServerError(f"{response.url} answers with no JSON object: {response.text[:80]!r}", response.status_code)
+    return found
+
+
+def _pause(error: httpx.TransportError | ServerError, attempt: int) -> float:
+    """Seconds before the next attempt. Raises `error` where none would help."""
+    asked = None
+    if isinstance(error, ServerError):
+        if error.status not in _AGAIN:
+            raise error
+        asked = error.pause_s
+    return min(0.25 * 2**attempt if asked is None else asked, 30.0)
+
+
+def _part(found: Any, *path: str | int) -> Any:
+    """Raises ServerError where an answer has no such part."""
+    part = found
+    try:
+        for name in path:
+            part = part[name]
+    except (KeyError, IndexError, TypeError):
+        where = ".".join(map(str, path))
+        raise ServerError(f"the server's answer has no {where}: {str(found)[:80]}", 200) from None
+    return part
+
+
+def _text(body: dict[str, Any]) -> str:
+    return str(_part(body, "choices", 0, "text"))
+
+
+def _said(body: dict[str, Any]) -> str:
+    return _part(body, "choices", 0, "message", "content") or ""
+
+
+def _streamed(model: str, prompt: Any, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where to ask for a stream, and what."""
+    is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+    asked = {"messages": list(prompt)} if is_chat else {"prompt": _plain(prompt)}
+    return CHAT if is_chat else COMPLETIONS, {"model": model, "stream": True, **asked, **options}
+
+
+class _Pieces:
+    """The text in the lines of a stream, and whether it has come to its end."""
+
+    def __init__(self) -> None:
+        self._is_whole = False
+
+    def of(self, line: str) -> list[str]:
+        if not line.startswith("data:"):
+            return []  # a comment, an empty line, the name of an event
+        said = line.removeprefix("data:").strip()
+        if said == "[DONE]":
+            self._is_whole = True
+            return []
+        try:
+            chunk = json.loads(said)
+        except ValueError:
+            raise ServerError(f"the stream has a line that is no JSON: {said[:80]!r}", 200) from None
+        if "error" in chunk:
+            raise ServerError(str(_part(chunk, "error", "message")), 500)
+        texts = []
+        for choice in _part(chunk, "choices"):
+            self._is_whole |= choice.get("finish_reason") is not None
+            texts.append(choice.get("text") or (choice.get("delta") or {}).get("content"))
+        return [text for text in texts if text]
+
+    def check_end(self) -> None:
+        """Raises ServerError for a stream that was cut, or that was none."""
+        if not self._is_whole:
+            raise ServerError("the stream ended before the answer did", 0)
 
 
 def _as_messages(messages: Sequence[Mapping[str, Any]] | str) -> list[Mapping[str, Any]]:
@@ -214,20 +350,14 @@ def _plain(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else list(prompt)
 
 
-def _texts(chunk: dict[str, Any]) -> Iterator[str]:
-    if "error" in chunk:
-        raise ServerError(chunk["error"]["message"], 500)
-    for choice in chunk["choices"]:
-        if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
-            yield text
-
-
 def _error_of(response: httpx.Response) -> ServerError:
     try:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = response.text[:200] or response.reason_phrase
-    return ServerError(f"{response.status_code}: {message}", response.status_code)
+    asked = response.headers.get("retry-after", "")
+    pause = float(asked) if re.fullmatch(r"\d+(\.\d+)?", asked) else None  # it may be a date
+    return ServerError(f"{response.status_code}: {message}", response.status_code, pause)
 
 
 def _lock(file: IO[bytes], target: str | Path) -> None:
