@@ -4,7 +4,12 @@ Each format is written by `moe pack`'s own functions, to the nearest or calibrat
 beginnings; what is judged begins later). Losses are those of every next token in windows of 256. No limit binds: it is
 about numbers, not time.
 
+With --budgets nested precision is judged once more within so many bytes, as shares of the unrounded experts': all
+experts alike in as many slots as that buys, offload.bits=auto, and upgrade, in a run for each domain that has read the
+beginning of its text. What is held, and read for a token of answers of one sequence at a time, stands beside it.
+
     python bench/bench_quality.py MODEL TEXTS_FOLDER [--windows 12] [--out bench/results/quality.json]
+    python bench/bench_quality.py MODEL TEXTS_FOLDER --only "nested, calibrated" --budgets 0.18 0.2 0.22 0.26
 """
 
 import argparse
@@ -27,9 +32,11 @@ from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
 from moe.offload.requantise import target_format
+from moe.params import SamplingParams
 
 WINDOW = 256
-Bits = Literal["2", "3", "4", "8"]
+ANSWER = 64  # tokens
+Bits = Literal["2", "3", "4", "8", "auto", "upgrade"]
 LEVELS: tuple[Bits, ...] = ("2", "3", "4", "8")
 
 
@@ -68,6 +75,35 @@ def domains(folder: Path) -> dict[str, tuple[str, str]]:
     return {name: (text[:40_000], text[len(text) // 2 :]) for name, text in texts.items()}
 
 
+class InBudget(NamedTuple):
+    """found: by domain; held, read: bytes of all experts, and for a token of an answer, means over the runs."""
+
+    found: dict[str, Evaluation]
+    held: float
+    read: float
+
+
+def in_budget(out: Path, exact: LLM, texts: dict[str, tuple[str, str]], count: int, offload: OffloadConfig) -> InBudget:
+    found: dict[str, Evaluation] = {}
+    held, read = list[int](), list[float]()
+    runs = [[name] for name in texts] if offload.bits == "upgrade" else [list(texts)]
+    for names in runs:
+        with LLM(out, EngineConfig(dtype="float32", offload=offload)) as llm:
+            if offload.bits == "upgrade":
+                heard = llm.encode(texts[names[0]][0])
+                evaluate(llm, [heard[a : a + WINDOW] for a in range(0, len(heard) - WINDOW, WINDOW)])
+            found |= judged(llm, exact, {name: texts[name] for name in names}, count)
+            assert llm.engine.experts is not None
+            cache = llm.engine.experts.cache
+            held.append(cache.slot_bytes)
+            cache.reset_stats()
+            for name in names:
+                prompt = llm.encode(texts[name][1][:400])
+                llm.generate([prompt], SamplingParams(max_tokens=ANSWER, ignore_eos=True))
+            read.append(sum(stats.bytes_read for stats in cache.stats) / (ANSWER * len(names)))
+    return InBudget(found, sum(held) / len(held), sum(read) / len(read))
+
+
 def judged(llm: LLM, exact: LLM, texts: dict[str, tuple[str, str]], count: int) -> dict[str, Evaluation]:
     found = {}
     for name, (_, text) in texts.items():
@@ -83,6 +119,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--only", nargs="*", help="names of ways; all without")
+    parser.add_argument("--budgets", nargs="*", type=float, default=[], help="of nested precision")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
@@ -119,6 +156,18 @@ def main() -> None:
                 print(f"| {name} | {share:.0%} | {' | '.join(cells)} | {answers} |", flush=True)
                 judgement = {domain: [e.loss, e.exact_loss, e.agreement, e.kl] for domain, e in found.items()}
                 rows.append({"experts": name, "bytes": nbytes, "judged": judgement, "answers": answers})
+            for share in args.budgets if way.target == "nested" else ():
+                budget = int(share * blueprint.expert_bytes)
+                ways: tuple[Bits, ...] = ("2", "3", "4", "auto", "upgrade")
+                for bits in ways:
+                    offload = OffloadConfig(bits=bits, budget=f"{budget}B", prefetch="off")
+                    one = in_budget(out, exact, texts, args.windows, offload)
+                    name = f"{way.name}, {f'{bits} bits' if bits in LEVELS else bits}, within {share:.0%}"
+                    cells = [f"{e.loss / e.exact_loss - 1:+.2%}, {e.agreement:.1%}" for e in one.found.values()]
+                    held = one.held / blueprint.expert_bytes
+                    print(f"| {name} | {held:.1%} | {' | '.join(cells)} | {one.read / 2**10:.0f} KiB |", flush=True)
+                    judgement = {domain: [e.loss, e.exact_loss, e.agreement, e.kl] for domain, e in one.found.items()}
+                    rows.append({"experts": name, "bytes": one.held, "judged": judgement, "read": one.read})
             shutil.rmtree(out)
     losses = ", ".join(f"{domain} {exact_loss[1]:.4f}" for domain, exact_loss in rows[0]["judged"].items())
     print(f"\nunrounded: {blueprint.expert_bytes} bytes of experts, loss {losses}")

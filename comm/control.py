@@ -132,6 +132,10 @@ class Control:
         """The least of all ranks' values. A collective."""
         return min(int(v) for v in self._gather(torch.tensor([value]), "agreeing on a number"))
 
+    def sums(self, numbers: Tensor) -> Tensor:
+        """int64 [N]: of all ranks', number by number. numbers: int64 [N], N alike on all. A collective."""
+        return torch.stack(self._gather(numbers, "adding up numbers")).sum(0)
+
     def numbers_of_first(self, numbers: Sequence[int]) -> set[int]:
         """Rank 0's numbers on every rank. A collective."""
         world, device = self.groups.world, self.groups.device

@@ -21,7 +21,7 @@ from torch import Tensor
 from moe.kernels.nested import LEVELS
 from moe.offload.cache import ExpertCache
 from moe.offload.checkpoint import Checkpoint
-from moe.offload.nested import at_level, checksum_at, planes_of, set_bits, written_checksum
+from moe.offload.nested import Held, at_level, checksum_at, first_bits, set_bits, written_checksum
 from moe.offload.segments import ExpertIndex, Parts, Segment
 from moe.offload.stores import ExpertStore
 
@@ -55,9 +55,10 @@ class _Wider(NamedTuple):
 
 
 class MoreBits:
-    """index: as it is served, of a packed folder, with places for all planes; all its experts stay in `cache`.
+    """index: as it is served, of a packed folder, with places for all planes; all experts of this rank stay in `cache`.
 
-    open_store: a store of another index of the same files. is_checked: against the checksums of `moe pack`.
+    open_store: a store of another index of the same files. is_checked: against the checksums of `moe pack`. held: by
+    ranks, None = one has all. bits: of all ranks' experts.
     """
 
     def __init__(
@@ -68,10 +69,13 @@ class MoreBits:
         open_store: Callable[[ExpertIndex], ExpertStore],
         *,
         is_checked: bool,
+        held: Held | None = None,
     ) -> None:
         self.checkpoint, self.index, self.cache = checkpoint, index, cache
         self._open_store, self._is_checked = open_store, is_checked
-        self.bits: Bits = planes_of(index)
+        self.held = held
+        self._own = [range(site.num_experts) for site in index.sites] if held is None else held.own
+        self.bits: Bits = first_bits(index)
         self.stats = UpgradeStats()
         self._thread = ThreadPoolExecutor(1, "more_bits")
         self._next: Bits = self.bits
@@ -82,8 +86,9 @@ class MoreBits:
         """Begins to read what takes experts to so many bits each, no fewer than they have. Nothing may be under way."""
         assert not self._wider, "finish first"
         self._next, self._wider = bits, []
-        for layer, (now, then) in enumerate(zip(self.bits, bits)):
-            for expert, (before, after) in enumerate(zip(now, then)):
+        for layer, (own, now, then) in enumerate(zip(self._own, self.bits, bits)):
+            for expert in own:
+                before, after = now[expert], then[expert]
                 assert before <= after, (layer, expert, before, after)
                 if before < after:
                     slot = self.cache.map.of_layer[layer][expert]
@@ -95,6 +100,7 @@ class MoreBits:
     def finish(self) -> None:
         """What was started counts from now on. Raises OSError if it could not be read; the next call reads it again."""
         if not self._wider:
+            self.bits = self._next
             return
         start = time.perf_counter()
         reads, self._reads = self._reads or self._thread.submit(self._read), None
@@ -109,8 +115,8 @@ class MoreBits:
 
     @property
     def served(self) -> list[tuple[Served, dict[str, str]]]:
-        """Of each width, for the metrics."""
-        every = [bits for layer in self.bits for bits in layer]
+        """Of each width, for the metrics: of this rank."""
+        every = [bits[expert] for own, bits in zip(self._own, self.bits) for expert in own]
         return [(Served(every.count(bits)), {"bits": str(bits)}) for bits in LEVELS]
 
     def close(self) -> None:

@@ -102,43 +102,43 @@ def serve(
             f"offload.bits ({bits}) is for experts in nested precision; make them with `moe pack MODEL OUT --experts "
             "nested`"
         )
-    if bits in _BY_BUDGET:
-        of_rank = None if held is None else held.of_rank
-        least = sum(of[0] * site.num_experts for of, site in zip(sizes_of(index), index.sites))
-        room = bytes_of(bits, budget)
-        assert bits == "auto" or held is None, "check_bits has refused ranks"
-        room = room if bits == "auto" else min(room, least)
-        chosen = plan_bits(read_sensitivity(checkpoint), sizes_of(index), room, of_rank)
-        for layer, own in enumerate([] if held is None else held.own):
-            most = max((chosen[layer][expert] for expert in own), default=LEVELS[0])
-            chosen[layer] = [b if expert in own else most for expert, b in enumerate(chosen[layer])]
+    of_rank = None if held is None else held.of_rank
+    if bits == "auto":
+        chosen = plan_bits(read_sensitivity(checkpoint), sizes_of(index), bytes_of(bits, budget), of_rank)
+    elif bits == "upgrade":
+        bytes_left(sizes_of(index), first_bits(index), bytes_of(bits, budget), of_rank)
+        chosen = first_bits(index)
     else:
         chosen = [[int(bits)] * site.num_experts for site in index.sites]
+    if held is not None and bits in _BY_BUDGET:
+        for layer, own in enumerate(held.own):
+            most = max((chosen[layer][expert] for expert in own), default=LEVELS[0])
+            most = LEVELS[-1] if bits == "upgrade" else most  # as large as its slot, which there is not
+            chosen[layer] = [b if expert in own else most for expert, b in enumerate(chosen[layer])]
     return _cut(checkpoint, index, chosen, is_growing=bits == "upgrade")
 
 
-def planes_of(index: ExpertIndex) -> list[list[int]]:
-    """Bits that each expert is served in, by layer; none of a layer that is not in nested precision.
-
-    A plan takes what costs no further page, so that a size tells the bits.
-    """
-    found: list[list[int]] = []
-    for site, layout in zip(index.sites, index.layouts):
-        levels = [bits for bits in LEVELS if bits <= layout.gate_up_format.bits]
-        of_size = {at_level(site, layout, bits).nbytes: bits for bits in levels}
-        experts = range(site.num_experts) if levels else ()
-        found.append([of_size[layout.size_of(expert)] for expert in experts])
+def first_bits(index: ExpertIndex) -> list[list[int]]:
+    """Two bits of each expert, by layer, or what costs no further page."""
+    found = []
+    for site, of in zip(index.sites, sizes_of(index)):
+        found.append([max(bits for bits, nbytes in zip(LEVELS, of) if nbytes == of[0])] * site.num_experts)
     return found
 
 
 def describe(index: ExpertIndex, own: Sequence[Sequence[int]] | None = None) -> str | None:
     """What a user should know of the bits that experts are served in; None where none is in nested precision.
 
-    own: a rank's experts, by layer; None = all.
+    own: a rank's experts, by layer; None = all. A plan takes what costs no further page, so that a size tells the bits.
     """
     count: Counter[int] = Counter()
-    for n, bits in enumerate(planes_of(index)):
-        count.update(bits if own is None or not bits else (bits[expert] for expert in own[n]))
+    for n, (site, layout) in enumerate(zip(index.sites, index.layouts)):
+        if is_nested(layout):
+            experts = range(site.num_experts) if own is None else own[n]
+            of_size = {
+                at_level(site, layout, bits).nbytes: bits for bits in LEVELS if bits <= layout.gate_up_format.bits
+            }
+            count.update(of_size[layout.size_of(expert)] for expert in experts)
     if not count:
         return None
     each = ", ".join(f"{number} in {bits} bits" for bits, number in sorted(count.items()))
@@ -153,7 +153,7 @@ def bytes_of(bits: str, budget: str | None) -> int:
     return int(parsed.value)
 
 
-def check_bits(bits: str, store: str, device: torch.device, *, is_alone: bool, is_fixed: bool) -> None:
+def check_bits(bits: str, store: str, device: torch.device, *, is_fixed: bool) -> None:
     """Raises ValueError where bits cannot be what a budget buys. is_fixed: no rank will hold other experts later."""
     if device.type != "cpu":
         why_not = "a slot on a GPU takes the memory of the largest expert, whatever lies in it"
@@ -161,13 +161,10 @@ def check_bits(bits: str, store: str, device: torch.device, *, is_alone: bool, i
         why_not = "all experts stay in slots, beside which offload.store=ram would hold each a second time"
     elif not is_fixed:
         why_not = "a cluster's hosts and placement.online move experts to ranks whose budget bought them other bits"
-    elif bits == "upgrade" and not is_alone:
-        why_not = "ranks do not tell each other how often experts were asked"
     else:
         return
     if bits in _BY_BUDGET:
-        remedy = "auto, 2, 3, 4 or 8" if device.type == "cpu" and store != "ram" and is_fixed else "2, 3, 4 or 8"
-        raise ValueError(f"offload.bits={bits} cannot be served: {why_not}; set offload.bits={remedy}")
+        raise ValueError(f"offload.bits={bits} cannot be served: {why_not}; set offload.bits=2, 3, 4 or 8")
 
 
 def slots_for(bits: str, budget: str | None, index: ExpertIndex, own: Sequence[Sequence[int]], room: int) -> int:
@@ -218,18 +215,38 @@ def plan_bits(
     an expert counts as a share of its layer's answers, and so as often as it is asked. What no longer fits is passed
     over. Deterministic: ties go to the first layer and expert. Raises ValueError where 2 bits of all are too much.
     """
-    held = [[range(len(layer)) for layer in worth]] if held is None else held
-    left = [budget - sum(size[0] * len(of) for size, of in zip(sizes, own)) for own in held]
+    bits = [[LEVELS[0]] * len(layer) for layer in worth]
+    left = bytes_left(sizes, bits, budget, held)
+    _buy(worth, sizes, bits, left, held, is_frugal=False)
+    return bits
+
+
+def bytes_left(
+    sizes: Sequence[Sequence[int]],
+    bits: Sequence[Sequence[int]],
+    budget: int,
+    held: Sequence[Sequence[Sequence[int]]] | None = None,
+) -> list[int]:
+    """Of each rank's budget beside experts in so many bits. Raises ValueError where they are too much."""
+    held = _held(bits, held)
+    left = [
+        budget - sum(size[LEVELS.index(of[expert])] for size, of, own in zip(sizes, bits, layers) for expert in own)
+        for layers in held
+    ]
     if min(left) < 0:
         raise ValueError(
             f"offload.budget ({format_bytes(budget)}) must hold 2 bits of every expert "
             f"({format_bytes(budget - min(left))}), as all stay in memory; raise it, or set offload.bits=2, which "
             "keeps the rest on disk"
         )
-    holders = [[[r for r, own in enumerate(held) if e in own[n]] for e in range(len(of))] for n, of in enumerate(worth)]
-    bits = [[LEVELS[0]] * len(layer) for layer in worth]
-    _buy(worth, sizes, bits, left, holders, is_frugal=False)
-    return bits
+    return left
+
+
+def _held(
+    of: Sequence[Sequence[Any]], held: Sequence[Sequence[Sequence[int]]] | None
+) -> Sequence[Sequence[Sequence[int]]]:
+    """Experts by rank and layer; where nobody says them, one rank has all. of: something of each, by layer."""
+    return [[range(len(layer)) for layer in of]] if held is None else held
 
 
 def more_bits(
@@ -238,19 +255,19 @@ def more_bits(
     sizes: Sequence[Sequence[int]],
     bits: Sequence[Sequence[int]],
     budget: int,
+    held: Sequence[Sequence[Sequence[int]]] | None = None,
 ) -> list[list[int]]:
     """Bits of each expert from now on, no fewer than `bits`, by how often they were asked; as `plan_bits` else.
 
-    counts: uses by layer and expert. Spends half of what `budget` has left, so that what is asked later finds some; all
+    counts: uses by layer and expert. Spends half of what a budget has left, so that what is asked later finds some; all
     of it where half buys no plane. An expert that was never asked, or that a plane would not make better, gets none but
     what costs no further page.
     """
     used = _worth_now(counts, worth)
-    left = budget - sum(size[LEVELS.index(b)] for size, of in zip(sizes, bits) for b in of)
-    assert left >= 0, (left, budget)
-    for room in (left // 2, left):
+    left = bytes_left(sizes, bits, budget, held)
+    for room in ([nbytes // 2 for nbytes in left], left):
         more = [list(of) for of in bits]
-        _buy(used, sizes, more, [room], [[[0]] * len(of) for of in bits], is_frugal=True)
+        _buy(used, sizes, more, room, held, is_frugal=True)
         if more != bits:
             break
     return more
@@ -279,13 +296,18 @@ def _buy(
     sizes: Sequence[Sequence[int]],
     bits: list[list[int]],
     left: list[int],
-    holders: Sequence[Sequence[Sequence[int]]],
+    held: Sequence[Sequence[Sequence[int]]] | None,
     is_frugal: bool,
 ) -> None:
-    """Raises `bits`, plane by plane, and lowers `left`, bytes of each rank. holders: ranks by layer and expert.
+    """Raises `bits`, plane by plane, and lowers `left`, bytes of each rank.
 
     is_frugal: planes that take nothing from the error are not bought, but those that cost no further page.
     """
+    holders: list[list[list[int]]] = [[[] for _ in layer] for layer in worth]
+    for rank, layers in enumerate(_held(worth, held)):
+        for of, own in zip(holders, layers):
+            for expert in own:
+                of[expert].append(rank)
     energy = [sum(expert.energy for expert in layer) or 1.0 for layer in worth]
     heads: list[tuple[float, int, int]] = []
 

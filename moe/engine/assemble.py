@@ -250,7 +250,7 @@ def read_model(blueprint: Blueprint, config: EngineConfig, share: Share | None =
     """share: None = all experts. Raises ValueError for a folder or a device that cannot be served."""
     offload, device = config.offload, find_device(config.device)
     is_fixed = share is None or not (share.may_change or config.placement.online)
-    check_bits(offload.bits, offload.store, device, is_alone=share is None, is_fixed=is_fixed)
+    check_bits(offload.bits, offload.store, device, is_fixed=is_fixed)
     held = None if share is None else share.held
     index = serve(blueprint.checkpoint, blueprint.index, offload.bits, offload.budget, held)
     blueprint = replace(blueprint, index=index)
@@ -361,7 +361,8 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
         lookahead, kind = foresight.lookahead(cache, may_pay=share is None and hidden is None)
         slots = SlotExperts(cache, kernels, dense.routing, lookahead)
-        upgrades = make_upgrades(blueprint, offload, slots, partial(_open_store, offload))
+        held = None if share is None else share.held
+        upgrades = make_upgrades(blueprint, offload, slots, partial(_open_store, offload), held)
         choices += told_choices(config, read.device, kind, kernel, hidden)
         if foresight.pregate is not None:
             slots.routing.stages.append(foresight.pregate)

@@ -86,7 +86,6 @@ class Engine:
     def step(self) -> list[Request]:
         """Computes one batch. Returns the requests that got a token, finished ones included."""
         start = time.perf_counter()
-        self.give_bits()
         mode = self.place.mode
         chunks = mode.plan()
         logits = mode.forward(chunks)
@@ -311,7 +310,7 @@ class Engine:
             self.loaded.split.make_room(blocks)
 
     def give_bits(self) -> None:
-        """Before anything is computed: bits that are due to experts are there (`Upgrades.step`)."""
+        """As before a step, for who computes without one: bits that are due to experts are there (`Upgrades.step`)."""
         if (upgrades := self.loaded.experts.upgrades) is not None:
             upgrades.step()
 

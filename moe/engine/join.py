@@ -94,7 +94,9 @@ def shareable_shape(blueprint: Blueprint) -> tuple[int, int]:
 def stay_alone(loaded: Loaded) -> Place:
     if loaded.experts.slots is not None:
         loaded.experts.slots.use_ranks(None)
-    return Place(Alone(loaded.memory.scheduler, loaded.memory.runner, loaded.split), None, Decisions(), ())
+    memory = loaded.memory
+    mode = Alone(memory.scheduler, memory.runner, loaded.split, loaded.experts.upgrades)
+    return Place(mode, None, Decisions(), ())
 
 
 def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None = None) -> Place:
@@ -188,6 +190,8 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
         reason = f"batch.pool={config.batch.pool} is set, which follows the routing of a rank's own requests"
     if config.placement.online:
         reason = "placement.online is set, which follows tokens that go home again"
+    if config.offload.bits == "upgrade":
+        reason = "offload.bits=upgrade is set, which counts what every rank asks of experts, of the tokens that it has"
     if config.routing.pregate != "off":
         reason = (
             f"routing.pregate={config.routing.pregate} is set, which needs what the layer before saw of every token"
@@ -229,6 +233,7 @@ def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, deci
         dtype=loaded.dense.model.dtype,
         online=_online(loaded, parallel, control),
         split=None if isinstance(loaded.split, LentKV) else loaded.split,
+        upgrades=loaded.experts.upgrades,
     )
 
 

@@ -20,6 +20,7 @@ from moe.engine.requests import Chunk, Request
 from moe.engine.runner import Runner
 from moe.engine.sampling import Choice, choose
 from moe.engine.scheduler import Scheduler
+from moe.engine.upgrades import Upgrades
 from moe.layer.experts import SlotExperts
 from moe.layer.parallel import ExpertParallel
 from moe.outputs import FinishReason
@@ -69,10 +70,14 @@ class StepMode(Protocol):
 
 
 class Alone:
-    """One process. split: moved between two steps."""
+    """One process. split: moved between two steps; upgrades: given between two."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, split: Split | None = None) -> None:
-        self.scheduler, self.runner, self.split = scheduler, runner, split
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, split: Split | None = None, upgrades: Upgrades | None = None
+    ) -> None:
+        self.scheduler, self.runner, self.split, self.upgrades = scheduler, runner, split, upgrades
+        if upgrades is not None:
+            upgrades.use_ranks(None)
 
     @property
     def control(self) -> Control | None:
@@ -90,6 +95,11 @@ class Alone:
         return []
 
     def plan(self) -> list[Chunk]:
+        if self.upgrades is not None:
+            self.upgrades.step()
+        return self._chunks()
+
+    def _chunks(self) -> list[Chunk]:
         if self.split is not None:
             self.split.step()
         return self.scheduler.schedule()
@@ -126,7 +136,7 @@ class Ranks(Alone):
     """Each rank has requests of its own; a rank with fewer forwards joins those of the others with T = 0.
 
     shapes: (rows per token, K of a row) by layer, as `SlotExperts.join` takes them. online: what changes the plan while
-    it runs; split: as of `Alone`, each rank's own.
+    it runs; split: as of `Alone`, each rank's own; upgrades: the same on all ranks.
     """
 
     def __init__(
@@ -142,8 +152,11 @@ class Ranks(Alone):
         dtype: torch.dtype,
         online: OnlinePlacement | None = None,
         split: Split | None = None,
+        upgrades: Upgrades | None = None,
     ) -> None:
-        super().__init__(scheduler, runner, split)
+        super().__init__(scheduler, runner, split, upgrades)
+        if upgrades is not None:
+            upgrades.use_ranks(control)
         self.online = online
         self._control, self.parallel, self.experts = control, parallel, experts
         self._joined_with = hidden_size, dtype, list(shapes)
@@ -165,7 +178,7 @@ class Ranks(Alone):
         return [self.parallel.dispatcher.traffic, *(ahead.traffic if ahead is not None else ())]
 
     def plan(self) -> list[Chunk]:
-        chunks = super().plan()
+        chunks = self._chunks()
         self._agree(self.runner.num_forwards(chunks), sum(c.end - c.start for c in chunks))
         return chunks
 
@@ -182,6 +195,8 @@ class Ranks(Alone):
 
     def _agree(self, forwards: int, tokens: int) -> None:
         agreement = self.control.agree(forwards, tokens)
+        if self.upgrades is not None:
+            self.upgrades.step()
         if self.online is not None:
             self.online.step()
         if self.parallel.begin_step(agreement.tokens if agreement.most_forwards <= 1 else None):

@@ -4,17 +4,20 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moe.config import BatchConfig, EngineConfig, OffloadConfig, PlacementConfig
+from moe.comm.membership import process_groups
+from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig, PlacementConfig
 from moe.engine.assemble import read_model
 from moe.engine.share import Share
 from moe.evaluate import evaluate, every_logit
 from moe.kernels.nested import LEVELS
+from moe.layer.parallel import experts_of_rank
 from moe.llm import LLM
 from moe.metrics import exposition
 from moe.models.blueprint import read_blueprint
@@ -24,6 +27,7 @@ from moe.offload.pack import pack
 from moe.offload.requantise import target_format
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
+from tests.distributed import spawn
 
 PROMPTS = [[5, 9, 30, 2, 2, 41], [7], [60, 1, 33]]
 
@@ -162,6 +166,73 @@ def test_experts_are_what_they_are_in_a_run_that_has_these_bits_from_the_start(f
                         assert torch.equal(*slots)
 
 
+SHARED = Plan(num_experts=6, num_ranks=2, phy2log=np.array([[0, 1, 2, 3, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1, 4, 5]]))
+
+
+def as_ranks(folder, plan, budget):
+    """One rank, by who reads late, nobody or rank 1: what `as_rank` returns."""
+    with process_groups(timeout_s=60) as groups:
+        return [as_rank(folder, plan, budget, groups, late_rank) for late_rank in (None, 1)]
+
+
+def as_rank(folder, plan, budget, groups, late_rank):
+    """Logits of its answers, bits of its experts after each step, bytes of its slots, tokens of a last answer."""
+    read = MoreBits._read
+
+    def late(self):
+        time.sleep(0.05)
+        return read(self)
+
+    offload, parallel = OffloadConfig(budget=f"{budget}B", bits="upgrade"), ParallelConfig(plan=plan)
+    config = EngineConfig(dtype="float32", offload=offload, parallel=parallel, batch=BatchConfig(kv_tokens=512))
+    with pytest.MonkeyPatch.context() as patch, LLM(folder, config, groups=groups) as llm:
+        patch.setattr("moe.engine.upgrades.PERIOD", 12)
+        patch.setattr(MoreBits, "_read", late if groups.rank == late_rank else read)
+        assert any("dispatcher=auto is all_to_all: offload.bits=upgrade is set" in note for note in llm.engine.notes)
+        cache, steps, held = llm.engine.experts.cache, [], experts_of_rank(SHARED, groups.rank)
+
+        def own_bits():
+            return [{e: of[e] for e in own} for own, of in zip(held, bits_in(llm))]
+
+        params, logits, found = SamplingParams(max_tokens=24, ignore_eos=True), llm.engine.keep_logits(), []
+        for prompts in ([PROMPTS[:1], PROMPTS[1:2]], [PROMPTS[2:], []]):
+            requests = [llm.engine.add_request(prompt, params) for prompt in prompts[groups.rank]]
+            llm.engine.start()
+            while llm.engine.has_work:
+                llm.engine.step()
+                steps.append(own_bits())
+            found += [torch.stack(logits[request.id]).tolist() for request in requests]
+        patch.setattr("moe.engine.upgrades.PERIOD", 10**9)
+        (last,) = llm.generate([PROMPTS[groups.rank]], SamplingParams(max_tokens=6, ignore_eos=True))
+        cache.check()
+        assert steps[-1] == own_bits()
+        return found, steps, cache.slot_bytes, last.outputs[0].token_ids
+
+
+def test_ranks_add_up_what_they_were_asked(folder, tmp_path):
+    """Copies are alike in every step, whoever reads late; no rank takes more than its budget; answers are as alone."""
+    SHARED.save(tmp_path / "plan.json")
+    sizes = sizes_of(read_blueprint(folder).index)
+    least, most = (sum(size[i] for size in sizes) * 4 for i in (0, -1))
+    budget = int(least + 0.5 * (most - least))
+    in_time, with_a_late_rank = zip(*spawn(2, as_ranks, folder, str(tmp_path / "plan.json"), budget))
+    assert in_time == with_a_late_rank
+    (_, first, *taken_first), (_, second, *taken_second) = in_time
+    assert len(first) == len(second)
+    for ours, theirs in zip(first, second):
+        assert all(theirs[n].get(e, b) == b for n, of in enumerate(ours) for e, b in of.items())
+    assert len({str(bits) for bits in first}) >= 3
+    for steps, taken in ((first, taken_first[0]), (second, taken_second[0])):
+        assert taken == sum(sizes[n][LEVELS.index(b)] for n, of in enumerate(steps[-1]) for b in of.values()) <= budget
+        assert taken > least
+    bits = [[(a | b)[e] for e in range(6)] for a, b in zip(first[-1], second[-1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe.offload.nested.plan_bits", lambda *_: bits)
+        with opened(folder, most * 2, bits="auto") as llm:
+            said = llm.generate(PROMPTS[:2], SamplingParams(max_tokens=6, ignore_eos=True))
+    assert [o.outputs[0].token_ids for o in said] == [taken_first[1], taken_second[1]]
+
+
 def test_evaluation_sees_more_bits(base, folder):
     windows = [torch.randint(64, (24,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(3)]
     with opened(folder, budget_of(folder, 1.0)) as llm, LLM(base / "original", EngineConfig(dtype="float32")) as exact:
@@ -256,21 +327,18 @@ def test_who_is_asked_more_gets_the_next_bit_first():
 
 
 def test_where_it_is_refused(folder):
-    cpu = torch.device("cpu")
     with pytest.raises(ValueError, match=r"a slot on a GPU.*offload.bits=2, 3, 4 or 8"):
-        check_bits("upgrade", "file", torch.device("cuda"), is_alone=True, is_fixed=True)
-    with pytest.raises(ValueError, match=r"upgrade cannot be served: ranks do not tell.*offload.bits=auto, 2"):
-        check_bits("upgrade", "file", cpu, is_alone=False, is_fixed=True)
+        check_bits("upgrade", "file", torch.device("cuda"), is_fixed=True)
     with pytest.raises(ValueError, match="hold each a second time"):
         opened(folder, budget_of(folder), store="ram")
     with pytest.raises(ValueError, match="must hold 2 bits of every expert"):
         opened(folder, budget_of(folder, 0) - 1)
     blueprint, plan = read_blueprint(folder), Plan.contiguous(2, 6, 2)
     offload = OffloadConfig(bits="upgrade", budget="1MB")
-    for moves, why in ((True, "online move experts"), (False, "ranks do not tell each other")):
+    for moves in (True, False):
         config = EngineConfig(offload=offload, placement=PlacementConfig(online=moves))
-        with pytest.raises(ValueError, match=why):
-            read_model(blueprint, config, Share(plan, 0))
+        with pytest.raises(ValueError, match="online move experts"):
+            read_model(blueprint, config, Share(plan, 0, may_change=not moves))
     with pytest.raises(ValueError, match="upgrade shares out a number of bytes"):
         read_model(blueprint, replace(config, offload=replace(offload, budget="0.5")))
 
