@@ -52,9 +52,9 @@ setup(
         Extension("moe.comm._line", ["comm/line.c"], extra_compile_args=COMMON, optional=True),
         Extension(
             "moe.placement._placement",
-            ["placement/solve/anneal.c", "placement/solve/assign.c", "placement/serve.c"],
+            [*(f"placement/solve/{name}.c" for name in ("anneal", "assign", "best_swaps")), "placement/serve.c"],
             extra_compile_args=COMMON,
-            depends=["placement/cover.h", "placement/solve/pace.h", "placement/solve/random.h"],
+            depends=["placement/cover.h", *(f"placement/solve/{name}.h" for name in ("change", "pace", "random"))],
             libraries=["m"],
             optional=True,
         ),

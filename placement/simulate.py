@@ -225,6 +225,8 @@ def all_to_all_seconds(num_bytes: NDArray[np.int64], same_node: NDArray[np.bool_
     """Time of one all-to-all [G, G]: the busiest rank's bytes, in or out, per link class; the classes in parallel."""
     worst = 0.0
     for link, mask in ((topology.intra, same_node), (topology.inter, ~same_node)):
+        if not mask.any():
+            continue
         part = np.where(mask, num_bytes, 0)
         most = max(int(part.sum(axis=0).max()), int(part.sum(axis=1).max()))
         if most:
@@ -248,6 +250,8 @@ def _chosen(
     ids: NDArray[np.integer[Any]], at: NDArray[np.int64], table: ServingTable, exact: bool
 ) -> NDArray[np.int64]:
     """`choose_replicas` as a run does it: each rank for its own tokens. [T, K] physical ids."""
+    if not ((table.physical >= 0).sum(axis=1) > 1).any():  # no copies: whose token it is does not matter
+        return choose_replicas(ids, at, table)
     physical = np.empty(ids.shape, np.int64)
     for rank in np.unique(at):
         mine = at == rank

@@ -1,9 +1,9 @@
 """A better plan near the present one: the moves that gain most by what is served, and few of them.
 
 A move swaps two copies of different ranks, or overwrites a copy of an expert that has others by another expert, so that
-every rank keeps its number of experts. Tables of all swaps and of all overwritings, with the tokens' split over copies
-held fixed, name candidates; the best are served by the engine's own rule (placement/replicas.py), and the layers
-compete for the moves. Greedy: nothing is proven.
+every rank keeps its number of experts. Tables of all swaps (best_swaps.c, or numpy) and of all overwritings, with the
+tokens' split over copies held fixed, name candidates; the best are served by the engine's own rule
+(placement/replicas.py), and the layers compete for the moves. Greedy: nothing is proven.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.helper import MOST_RANKS
+from moe.placement.helper import BEST_SWAPS, MOST_RANKS, load_helper
 from moe.placement.replicas import ServingTable, choose_replicas
 from moe.placement.solve.program import Floats, Ints
 from moe.placement.solve.swaps import swap_changes
@@ -117,6 +117,16 @@ class Found(NamedTuple):
         return self.gain / max(self.size, FREE)
 
 
+class Swap(NamedTuple):
+    """Of copies i and j. size: by how many more copies the placement then differs from the first, 0 for less; cost:
+    seconds, but for the bytes that were sent before it."""
+
+    i: int
+    j: int
+    size: int
+    cost: float
+
+
 def few_moves(windows: list[LayerWindow], hosted: NDArray[np.bool_], most: int) -> NDArray[np.bool_]:
     """Copies [L, E, G] of which at most `most` are new, at a cost on the windows that is no higher.
 
@@ -193,11 +203,8 @@ class _Layer:
 
     def best(self) -> Found | None:
         """The move with the greatest gain per copy, None if none gains enough."""
-        experts, ranks = self.hosted.shape
-        pairs = np.zeros((experts, ranks + 1), np.int64)
-        np.add.at(pairs, (self.window.ids[self.window.is_pair], self.served[self.window.is_pair]), 1)
-        moved, found = self._num_new(self.hosted), []
-        for hosted in self._swaps() + self._overwrites(pairs[:, :-1]):
+        ranks, moved, found = self.hosted.shape[1], self._num_new(self.hosted), list[Found]()
+        for hosted in self._swaps() + self._overwrites():
             served = self.window.served(hosted)
             cost = self.window.cost(served, ranks)
             found.append(Found(self.now.seconds - cost.seconds, self._num_new(hosted) - moved, hosted, served, cost))
@@ -209,13 +216,45 @@ class _Layer:
 
     def _swaps(self) -> list[Hosted]:
         """Swaps of two copies, by the change of load and bytes if every copy kept its tokens."""
-        window, rates, (experts, ranks) = self.window, self.window.rates, self.hosted.shape
+        experts, ranks = self.hosted.shape
         expert, rank = np.nonzero(self.hosted)
-        number = np.full((experts + 1, ranks + 1), len(expert))
+        number = np.full((experts + 1, ranks + 1), -1)
         number[expert, rank] = np.arange(len(expert))
-        copy = number[window.ids, self.served]  # [N, K]
+        copy = number[self.window.ids, self.served]  # [N, K], -1 = none
+        is_compiled = self.window.rates.slots is None and load_helper() is not None
+        swaps = self.compiled_swaps(copy, expert, rank) if is_compiled else self.table_swaps(copy, expert, rank)
+        if len(expert) == experts:  # one copy each: what a swap costs is exact, and the best of them enough
+            before = self.now.seconds - self.window.rates.byte * self.now.num_bytes / ranks
+            swaps = sorted(swaps, key=lambda one: (one.cost - before) / max(one.size, FREE))[:1]
+        trials = []
+        for i, j, _, _ in swaps:
+            trial = self.hosted.copy()
+            trial[expert[[i, j]], rank[[i, j]]] = False
+            trial[expert[[i, j]], rank[[j, i]]] = True
+            trials.append(trial)
+        return trials
+
+    def compiled_swaps(self, copy: Ints, expert: Ints, rank: Ints) -> "list[Swap]":
+        """The best of every size. copy: [N, K] that serves each pair, -1 = none; expert, rank: [C]."""
+        rates, (experts, ranks), helper = self.window.rates, self.hosted.shape, load_helper()
+        assert helper is not None
+        best, costs = np.empty((3, 2), np.int64), np.empty(3)
+        given: list[NDArray[Any]] = [copy.astype(np.int16), self.window.home, expert, rank, self.hosted, self.first]
+        arrays = [*map(np.ascontiguousarray, given), best, costs]
+        byte = rates.byte / ranks
+        call = BEST_SWAPS.pack(
+            *copy.shape, len(expert), experts, ranks, rates.is_exact, SQUARES, rates.pair, byte * rates.row,
+            byte * rates.result, *(one.ctypes.data for one in arrays),
+        )  # fmt: skip
+        if helper.moe_best_swaps(call):
+            raise MemoryError(f"no memory for swaps of {len(expert)} copies on {len(copy)} tokens; use fewer")
+        return [Swap(int(i), int(j), n, float(costs[n])) for n, (i, j) in enumerate(best) if i >= 0]
+
+    def table_swaps(self, copy: Ints, expert: Ints, rank: Ints) -> "list[Swap]":
+        """The slow twin of `compiled_swaps`, and with misses."""
+        window, rates, ranks = self.window, self.window.rates, self.hosted.shape[1]
         hits = np.zeros((len(copy), len(expert) + 1), np.float32)
-        np.put_along_axis(hits, copy, np.float32(1), axis=1)
+        np.put_along_axis(hits, np.where(copy < 0, len(expert), copy), np.float32(1), axis=1)
         hits = hits[:, :-1]
         at_home = np.eye(ranks, dtype=np.float32)[window.home]
         counts = hits @ np.eye(ranks, dtype=np.float32)[rank] + at_home
@@ -239,34 +278,27 @@ class _Layer:
         new = (~self.first[expert][:, rank]).astype(np.int8)  # [C, C]: whether copy i would be new where j is
         size = new + new.T - new.diagonal()[:, None] - new.diagonal()
         classes = [np.where(of_size, cost, np.inf) for of_size in (size <= 0, size == 1, size == 2)]
-        trials = []
-        for index in (index for one in classes for index in _least(one)):
-            i, j = divmod(index, len(rank))
-            trial = self.hosted.copy()
-            trial[expert[[i, j]], rank[[i, j]]] = False
-            trial[expert[[i, j]], rank[[j, i]]] = True
-            trials.append(trial)
-        return trials
+        found = ((n, *divmod(index, len(rank))) for n, one in enumerate(classes) for index in _least(one))
+        return [Swap(i, j, n, float(cost[i, j])) for n, i, j in found]
 
-    def _overwrites(self, pairs: Ints) -> list[Hosted]:
-        """A copy that has others becomes one of another expert; by the loads if all copies shared alike.
-
-        pairs: [E, G] that each copy serves.
-        """
+    def _overwrites(self) -> list[Hosted]:
+        """A copy that has others becomes one of another expert; by the loads if all copies shared alike."""
+        if not (self.hosted.sum(axis=1) > 1).any():
+            return []
+        pairs = np.zeros((len(self.hosted), self.hosted.shape[1] + 1), np.int64)  # that each copy serves
+        np.add.at(pairs, (self.window.ids[self.window.is_pair], self.served[self.window.is_pair]), 1)
+        pairs = pairs[:, :-1]
         hosted, copies, total = self.hosted, self.hosted.sum(axis=1), pairs.sum(axis=1)
         spare = np.argwhere(hosted & (copies > 1)[:, None])  # [S, 2]
-        if not len(spare):
-            return []
         given = hosted * (pairs / (copies + 1)[:, None])  # what a further copy of each expert takes of each rank
-        loads = np.empty((len(spare), *hosted.shape))
-        for at, (expert, rank) in enumerate(spare):
-            busy = pairs.sum(axis=0).astype(np.float64)
-            others = hosted[expert].copy()
-            others[rank] = False
-            busy[rank] -= pairs[expert, rank]
-            busy[others] += pairs[expert, rank] / others.sum()
-            loads[at] = busy - given
-            loads[at, :, rank] += total / (copies + 1)
+        each, (expert, rank) = np.arange(len(spare)), spare.T
+        others = hosted[expert]  # [S, G]
+        others[each, rank] = False
+        freed = pairs[expert, rank].astype(np.float64)
+        busy = pairs.sum(axis=0) + others * (freed / others.sum(axis=1))[:, None]
+        busy[each, rank] -= freed
+        loads = busy[:, None] - given  # [S, E, G]
+        loads[each, :, rank] += total / (copies + 1)
         after = smooth_max(np.maximum(loads, 0.0))
         after[hosted[:, spare[:, 1]].T] = np.inf  # it is there already
         trials = []

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe.placement.helper import load_helper
 from moe.placement.plan import Plan
-from moe.placement.solve.few_moves import LayerWindow, _after_swaps, _misses_after, few_moves, smooth_max
+from moe.placement.solve.few_moves import LayerWindow, _after_swaps, _Layer, _misses_after, few_moves, smooth_max
 from moe.placement.topology import Topology
 from moe.placement.turn import Machine, Window, predict
 from moe.placement.wire_format import WireFormat
@@ -40,6 +41,39 @@ def test_what_a_layer_costs_is_what_the_serving_rule_serves():
     rates = MACHINE.rates(TOP_K)
     assert cost.num_bytes == rows * rates.row + results * rates.result
     assert cost.imbalance == 4 / (8 / RANKS)  # rank 1 serves 5, 4, 5, 6
+
+
+@pytest.mark.skipif(load_helper() is None, reason="the compiled helper is absent")
+@pytest.mark.parametrize("combine", ["exact", "partial"])
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 65, 200])
+def test_the_compiled_swaps_are_those_of_the_tables(tokens, copies, combine):
+    """Of every size the least cost is the same; of one copy each it is what serving the tokens costs."""
+    window = routing(tokens, 2, seed=tokens)
+    window.ids[::7, :, 1] = -1
+    rates = replace(MACHINE, wire=WireFormat(combine=combine)).rates(TOP_K)
+    present = replicated() if copies else Plan.contiguous(LAYERS, EXPERTS, RANKS)
+    for one, first in zip(window.layers(rates), present.hosted, strict=True):
+        layer = _Layer(one, first)
+        a, b = (7, 13) if copies else (0, 5)  # one swap is made, so that others may undo it
+        hosted = first.copy()
+        hosted[[a, b]] = first[[b, a]]
+        served = one.served(hosted)
+        layer.take(hosted, served, one.cost(served, RANKS))
+        expert, rank = np.nonzero(hosted)
+        number = np.full((EXPERTS + 1, RANKS + 1), -1)
+        number[expert, rank] = np.arange(len(expert))
+        copy = number[one.ids, served]
+        found, slow = layer.compiled_swaps(copy, expert, rank), layer.table_swaps(copy, expert, rank)
+        assert [swap.size for swap in found] == [swap.size for swap in slow] == [0, 1, 2]
+        np.testing.assert_allclose([s.cost for s in found], [s.cost for s in slow], rtol=1e-9, atol=1e-15)
+        for i, j, size, cost in [] if copies else found:
+            after = hosted.copy()
+            after[[expert[i], expert[j]]] = hosted[[expert[j], expert[i]]]
+            assert max((after & ~first).sum() - (hosted & ~first).sum(), 0) == size
+            served_then = one.cost(one.served(after), RANKS)
+            before = layer.now.num_bytes * rates.byte / RANKS
+            assert served_then.seconds - before == pytest.approx(cost, rel=1e-9, abs=1e-15)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
