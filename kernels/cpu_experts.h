@@ -60,12 +60,13 @@ struct layer {
 struct call {
     const void *x;
     int64_t x_row, x_kind; /* bytes from row to row */
-    const void *slot_ids;  /* [T, K], contiguous */
+    const void *slot_ids;  /* [T, K], contiguous; NO_EXPERT: 0, LEFT: y has it */
     int64_t ids_are_64;
     const void *topk_weights; /* [T, K], contiguous; NULL: out is y */
     int64_t topk_kind;
     int64_t tokens, top_k;
     void *out; /* y: fp32 [T, K, H]; otherwise [T, H] of the kind of x; contiguous */
+    float *y;  /* fp32 [T, K, H], what LEFT pairs have, written to: out itself without weights; NULL if there are none */
     int64_t threads;
 };
 
@@ -106,6 +107,7 @@ extern const struct kernels moe_avx512_dot_kernels, moe_avx512_kernels, moe_avx2
 
 /* The i-th set that this machine can run, best first; NULL beyond the last. */
 const struct kernels *moe_kernels(int64_t i);
+extern int moe_past_l2; /* once `moe_kernels` was called: whether weights are best prefetched to L1 alone */
 
 /* One growing block per calling thread, given back when the thread ends; NULL without memory. */
 char *moe_scratch(size_t size);

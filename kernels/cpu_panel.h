@@ -44,10 +44,10 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_lanes)(int mr,
 #endif
 }
 
-/* c[m][n] (+)= sum over `steps` of x row m times w row n, for `groups` groups of NR rows of w.
+/* c[m][n] (+)= sum over `steps` of x row m times w row n, for `groups` groups of NR rows of w. past_l2: prefetches so.
  * x: [steps][1, or 2 of bf16][mr][16] floats. w: row n of step s begins at w + n * row + s * step bytes. */
-static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int kind, const float *x0, const char *w0,
-                                                                    const struct walk *k, float *c) {
+static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int kind, int past_l2, const float *x0,
+                                                                    const char *w0, const struct walk *k, float *c) {
     int64_t row = k->row, step = k->step, ldc = k->ldc, ahead = k->ahead;
     for (int64_t g = 0; g < k->groups; g++, w0 += k->group, c += NR) {
         const float *x = x0;
@@ -62,8 +62,11 @@ static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int
         for (int64_t s = 0; s < k->steps; s++, w += step) {
             if (ahead)
 #pragma GCC unroll 8
-                for (int n = 0; n < NR; n++) /* to L2: L1 has too few pending misses */
-                    __builtin_prefetch(w + n * row + ahead, 0, 2);
+                for (int n = 0; n < NR; n++)
+                    if (past_l2)
+                        __builtin_prefetch(w + n * row + ahead, 0, 0);
+                    else
+                        __builtin_prefetch(w + n * row + ahead, 0, 2);
 #pragma GCC unroll 2
             for (int j = 0; j < 2; j++) {
                 if (j == 1 && kind != BF16) break;
@@ -100,21 +103,28 @@ static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int
 
 static TARGET void NAME(any_panel)(int64_t mr, int64_t kind, const float *x, const char *w, const struct walk *k,
                                    float *c) {
-#define CASE(M)                                          \
-    case M:                                              \
-        if (kind == F32)                                 \
-            NAME(panel)(M, F32, x, w, k, c);             \
-        else if (kind == BF16)                           \
-            NAME(panel)(M, BF16, x, w, k, c);            \
-        else if (kind == F16)                            \
-            NAME(panel)(M, F16, x, w, k, c);             \
-        else if (HAS_DOT)                                \
-            NAME(panel)(M, NAME(dotted), x, w, k, c);    \
+#define PANEL(M, KIND)                        \
+    if (moe_past_l2)                          \
+        NAME(panel)(M, KIND, 1, x, w, k, c);  \
+    else                                      \
+        NAME(panel)(M, KIND, 0, x, w, k, c);
+#define CASE(M)                        \
+    case M:                            \
+        if (kind == F32) {             \
+            PANEL(M, F32)              \
+        } else if (kind == BF16) {     \
+            PANEL(M, BF16)             \
+        } else if (kind == F16) {      \
+            PANEL(M, F16)              \
+        } else if (HAS_DOT) {          \
+            PANEL(M, NAME(dotted))     \
+        }                              \
         break;
     switch (mr) {
         CASES
     }
 #undef CASE
+#undef PANEL
 }
 
 /* Elements [k0, k1) of `count` rows of W: NR rows at a time as [vectors][NR][16], filled up with zeros. */
