@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from moe.kernels.cpu_struct import BLOCK, KINDS, MATRIX, MOST_COLUMNS, STEP, pack_matrix
-from moe.kernels.reference import check_expert_input, check_expert_weights, combine_reference, experts_reference
+from moe.kernels.reference import (
+    bad_slot,
+    check_expert_input,
+    check_expert_weights,
+    combine_reference,
+    experts_reference,
+)
 from moe.kernels.weights import ExpertWeights
 
 log = logging.getLogger(__name__)
@@ -26,7 +32,7 @@ log = logging.getLogger(__name__)
 _INTEGERS = {torch.int32: 0, torch.int64: 1}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "gpt_oss": 5}
 _LAYER = Struct(f"={2 * MATRIX.size}s4q2f")  # struct layer: two matrices, slots, gated, interleaved, act, alpha, limit
-_CALL = Struct("=11q")  # struct call
+_CALL = Struct("=12q")  # struct call
 
 
 @cache
@@ -111,40 +117,36 @@ class CpuExperts:
             self._run = self._helper.moe_cpu_experts
 
     def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
-        """y[t, k] = expert(slot_ids[t, k])(x[t]), 0 where slot_ids is -1.
+        """y[t, k] = expert(slot_ids[t, k])(x[t]), 0 where slot_ids is -1, and where it is LEFT what `out_y` has.
 
         x: [T, H] fp32, bf16 or fp16; slot_ids: int [T, K]; T may be 0. Returns y [T, K, H] in fp32, of values that
         x's dtype holds, `out_y` if given (contiguous). Raises ValueError for a slot that does not exist.
         """
-        shape = (*self._check(x, slot_ids), self._hidden)
-        if out_y is None:
-            out_y = torch.empty(shape, dtype=torch.float32)
-        elif out_y.shape != shape or out_y.dtype != torch.float32 or not out_y.is_contiguous():
-            raise ValueError(f"out_y is {out_y.dtype} {tuple(out_y.shape)}; it must be float32 {shape}, contiguous")
+        rows = self._check(x, slot_ids, out_y)
         if self._helper is None:
-            return out_y.copy_(experts_reference(x, slot_ids, self.weights))
-        self._call(x, slot_ids, None, out_y)
-        return out_y
+            return experts_reference(x, slot_ids, self.weights, out_y)
+        y = torch.empty((*rows, self._hidden), dtype=torch.float32) if out_y is None else out_y
+        self._call(x, slot_ids, None, y, out_y)
+        return y
 
-    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor, y: Tensor | None = None) -> Tensor:
         """out[t] = Σ_k topk_weights[t, k] · y[t, k] in the order of k, in fp32, rounded once to the dtype of x.
 
-        The same bits as `combine_reference(self.experts(x, slot_ids), topk_weights, x.dtype)`, without y in memory of
-        the caller. topk_weights: [T, K] fp32, bf16 or fp16. Returns [T, H].
+        The same bits as `combine_reference(self.experts(x, slot_ids, y), topk_weights, x.dtype)`, without y in memory
+        of the caller; y: as `experts` gave it, if there are LEFT pairs; changed. topk_weights: [T, K] fp32, bf16 or
+        fp16. Returns [T, H].
         """
-        self._check(x, slot_ids)
-        if topk_weights.shape != slot_ids.shape or topk_weights.dtype not in KINDS:
+        rows = self._check(x, slot_ids, y)
+        if topk_weights.shape != rows or topk_weights.dtype not in KINDS:
             found = f"{topk_weights.dtype} {tuple(topk_weights.shape)}"
-            raise ValueError(
-                f"topk_weights is {found}; it must be float32, bfloat16 or float16 {tuple(slot_ids.shape)}"
-            )
+            raise ValueError(f"topk_weights is {found}; it must be float32, bfloat16 or float16 {tuple(rows)}")
         if self._helper is None:
-            return combine_reference(experts_reference(x, slot_ids, self.weights), topk_weights, x.dtype)
+            return combine_reference(experts_reference(x, slot_ids, self.weights, y), topk_weights, x.dtype)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._call(x, slot_ids, topk_weights, out)
+        self._call(x, slot_ids, topk_weights, out, y)
         return out
 
-    def _check(self, x: Tensor, slot_ids: Tensor) -> torch.Size:
+    def _check(self, x: Tensor, slot_ids: Tensor, y: Tensor | None) -> torch.Size:
         """The shape of slot_ids. One pass over what is mostly right: a call costs microseconds, and so would more."""
         shape, rows = x.shape, slot_ids.shape
         fits = len(shape) == 2 and len(rows) == 2 and shape[0] == rows[0] and shape[1] == self._hidden
@@ -152,9 +154,11 @@ class CpuExperts:
             check_expert_input(x, slot_ids, self.weights)
         if not (x.is_cpu and slot_ids.is_cpu):
             raise ValueError(f"x is on {x.device}, slot_ids on {slot_ids.device}; CPU experts need both on cpu")
+        if y is not None and (y.shape != (*rows, self._hidden) or y.dtype != torch.float32 or not y.is_contiguous()):
+            raise ValueError(f"y is {y.dtype} {tuple(y.shape)}; it must be float32 {(*rows, self._hidden)}, contiguous")
         return rows
 
-    def _call(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor | None, out: Tensor) -> None:
+    def _call(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor | None, out: Tensor, y: Tensor | None) -> None:
         if x.stride(1) != 1:
             x = x.contiguous()
         slot_ids = slot_ids.contiguous()
@@ -166,14 +170,14 @@ class CpuExperts:
         call = _CALL.pack(
             *(x.data_ptr(), x.stride(0) * (4 if kind == 0 else 2), kind, slot_ids.data_ptr()),
             *(_INTEGERS[slot_ids.dtype], weights_at, weights_kind, *slot_ids.shape, out.data_ptr()),
-            torch.get_num_threads(),
+            *(0 if y is None else y.data_ptr(), torch.get_num_threads()),
         )
         status: int = self._run(self._layer, call, self._isa)
         if status < 0:
             raise MemoryError(f"no scratch memory for {tuple(slot_ids.shape)} rows of experts")
         if status:
             slot = int(slot_ids.view(-1)[status - 1])
-            raise ValueError(f"slot id {slot} must be -1 or lie in [0, {self._slots}), the slots of the slab")
+            raise ValueError(bad_slot(slot, self._slots))
 
 
 def cpu_experts(x: Tensor, slot_ids: Tensor, weights: ExpertWeights, out_y: Tensor | None = None) -> Tensor:

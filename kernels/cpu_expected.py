@@ -48,9 +48,10 @@ class CpuExpected:
         num_experts, width = self.weight.shape
         x = x.to(self.weight.dtype).contiguous()
         assert x.shape[1] == width, (x.shape, width)
-        expected = np.zeros(num_experts, np.float32)
+        expected = torch.zeros(num_experts)
         at = x.data_ptr(), width * x.itemsize, KINDS[x.dtype], len(x), self.top_k, self.at_cut
         spread = None if self.spread is None else self.spread.data_ptr()
-        if self._run(self._matrix, *at, spread, expected.ctypes.data, torch.get_num_threads(), 0):
+        if self._run(self._matrix, *at, spread, expected.data_ptr(), torch.get_num_threads(), 0):
             raise MemoryError(f"no memory for the scores of {len(x)} tokens")
-        return expected
+        found: npt.NDArray[np.float32] = expected.numpy()
+        return found

@@ -17,6 +17,7 @@
 
 #include "cpu_scalars.h"
 
+enum { NO_EXPERT = -1, LEFT = -2 };
 #define CHUNK_BYTES (64 << 20) /* scratch per call; more tokens are done in chunks */
 struct rows { /* up to ROWS consecutive sorted rows of one slot */
     int64_t slot, first, count;
@@ -35,7 +36,7 @@ struct run {
     struct packing up, down;
     struct rows *parts;
     int32_t *position; /* [rows] token * K + k of each sorted row */
-    int32_t *row_of;   /* [T * K] its inverse, -1 = no expert */
+    int32_t *row_of;   /* [T * K] its inverse, or NO_EXPERT, or LEFT */
     float *x, *h, *y;  /* packed, packed, [T * K, H] */
     float *private;    /* per thread: two tiles of C and a packed piece of W */
     int64_t next[4];   /* the next task of each round */
@@ -141,7 +142,7 @@ static void combine_task(struct run *r, int64_t token, const float **y, float *w
     int64_t hidden = r->l->down.n;
     for (int64_t k = 0; k < c->top_k; k++) {
         int64_t i = token * c->top_k + k;
-        y[k] = r->row_of[i] < 0 ? NULL : r->y + i * hidden;
+        y[k] = r->row_of[i] == NO_EXPERT ? NULL : r->y + i * hidden;
         weight[k] = widen_one(c->topk_kind, c->topk_weights, i);
     }
     r->k->combine((int)c->x_kind, y, weight, c->top_k, hidden,
@@ -183,7 +184,7 @@ static int64_t run_chunk(const struct layer *l, const struct call *c, const stru
     int64_t rows = 0, macs, threads = c->threads;
     for (int64_t i = 0; i < total; i++) {
         int64_t slot = slot_of(c, i);
-        if (slot < -1 || slot >= l->slots) return 1 + i;
+        if (slot < (c->y ? LEFT : NO_EXPERT) || slot >= l->slots) return 1 + i;
         rows += slot >= 0;
     }
     macs = rows * (l->up.n * l->up.k + hidden * l->down.k);
@@ -202,15 +203,15 @@ static int64_t run_chunk(const struct layer *l, const struct call *c, const stru
         r->parts = take(&at, (rows / ROWS + least(rows, l->slots)) * sizeof *r->parts);
         r->x = take(&at, rows * r->up.vectors * LANES * sizeof(float));
         r->h = take(&at, rows * r->down.vectors * LANES * sizeof(float));
-        r->y = c->topk_weights ? take(&at, total * hidden * sizeof(float)) : c->out;
+        r->y = c->y ? c->y : !c->topk_weights ? c->out : take(&at, total * hidden * sizeof(float));
         r->private = take(&at, threads * PRIVATE_FLOATS * sizeof(float));
         if (base) break;
         if (!(base = (uintptr_t)moe_scratch(at))) return -1;
     }
 
     memset(start, 0, (l->slots + 1) * sizeof *start);
-    for (int64_t i = 0; i < total; i++) start[slot_of(c, i) + 1]++; /* start[0] counts the -1 */
-    start[0] = 0;
+    for (int64_t i = 0, slot; i < total; i++)
+        if ((slot = slot_of(c, i)) >= 0) start[slot + 1]++;
     for (int64_t s = 0; s < l->slots; s++) {
         int32_t count = start[s + 1];
         for (int64_t done = 0; done < count; done += ROWS)
@@ -219,10 +220,10 @@ static int64_t run_chunk(const struct layer *l, const struct call *c, const stru
     }
     for (int64_t i = 0; i < total; i++) { /* in order of position within each slot */
         int64_t slot = slot_of(c, i);
-        r->row_of[i] = slot < 0 ? -1 : start[slot]++;
+        r->row_of[i] = slot < 0 ? (int32_t)slot : start[slot]++;
         if (slot >= 0)
             r->position[r->row_of[i]] = (int32_t)i;
-        else if (!c->topk_weights)
+        else if (slot == NO_EXPERT && !c->topk_weights)
             memset(r->y + i * hidden, 0, hidden * sizeof(float));
     }
     r->rows = rows;
@@ -243,7 +244,7 @@ static int64_t run_chunk(const struct layer *l, const struct call *c, const stru
 /* sizeof both structs, so that a library of another version is noticed. */
 EXPORT int64_t moe_cpu_abi(void) { return (int64_t)(sizeof(struct layer) * 1000 + sizeof(struct call)); }
 
-/* 0: done; -1: out of memory; otherwise 1 + the flat index of a slot id outside [-1, slots). */
+/* 0: done; -1: out of memory; otherwise 1 + the flat index of a slot id that does not exist. */
 EXPORT int64_t moe_cpu_experts(const struct layer *l, const struct call *whole, int64_t isa) {
     const struct kernels *k = moe_kernels(isa);
     struct call c = *whole;
@@ -257,6 +258,7 @@ EXPORT int64_t moe_cpu_experts(const struct layer *l, const struct call *whole, 
         c.slot_ids = (const char *)whole->slot_ids + done * (c.ids_are_64 ? 8 : 4);
         if (c.topk_weights) c.topk_weights = (const char *)whole->topk_weights + done * size_of(c.topk_kind);
         c.out = (char *)whole->out + t * out_row;
+        if (c.y) c.y = whole->y + done * hidden;
         int64_t status = run_chunk(l, &c, k);
         if (status) return status < 0 ? status : status + done;
     }

@@ -20,6 +20,8 @@ from moe.kernels.formats import CODE_DTYPES, SCALE_DTYPES, Coding, bytes_per_row
 from moe.kernels.nested import PLANES, plane_bytes
 from moe.kernels.weights import Activation, ExpertWeights
 
+LEFT = -2  # the slot id of a pair that was computed before
+
 
 def activation_reference(gate_up: Tensor, activation: Activation) -> Tensor:
     """The activation between the two projections. gate_up: [R, N]. Returns [R, I], fp32 unless `custom`."""
@@ -54,12 +56,14 @@ def _nonlinearity(v: Tensor, activation: Activation) -> Tensor:
             raise ValueError(f"activation {kind!r} exists only in its gated form; set gated=True")
 
 
-def experts_reference(x: Tensor, slot_ids: Tensor, weights: ExpertWeights) -> Tensor:
-    """y[t, k] = expert(slot_ids[t, k])(x[t]), the rows of slot_ids == -1 being 0.
+def experts_reference(x: Tensor, slot_ids: Tensor, weights: ExpertWeights, out_y: Tensor | None = None) -> Tensor:
+    """y[t, k] = expert(slot_ids[t, k])(x[t]), the rows of slot_ids == -1 being 0, those of LEFT as out_y has them.
 
     x: [T, H] fp32, bf16 or fp16; slot_ids: int [T, K], -1 = no expert; T may be 0. Returns y [T, K, H] in fp32, of
-    values that x's dtype holds. Loops over the slots in use; costs one host sync.
+    values that x's dtype holds, `out_y` if given. Loops over the slots in use; costs one host sync.
     """
+    if out_y is not None:
+        return put_beside_left(experts_reference(x, slot_ids.clamp(min=-1), weights), slot_ids, out_y)
     check_expert_input(x, slot_ids, weights)
     num_tokens, top_k = slot_ids.shape
     y = torch.zeros(num_tokens, top_k, weights.down.shape[1], dtype=torch.float32, device=x.device)
@@ -68,10 +72,19 @@ def experts_reference(x: Tensor, slot_ids: Tensor, weights: ExpertWeights) -> Te
         if slot == -1:
             continue
         if not 0 <= slot < len(weights.gate_up):
-            raise ValueError(f"slot id {slot} must be -1 or lie in [0, {len(weights.gate_up)}), the slots of the slab")
+            raise ValueError(bad_slot(slot, len(weights.gate_up)))
         token, k = torch.where(slot_ids == slot)
         y[token, k] = one_expert_reference(x[token], slot, weights)
     return y
+
+
+def put_beside_left(y: Tensor, slot_ids: Tensor, out_y: Tensor) -> Tensor:
+    """y [T, K, H] goes into `out_y`, but for the pairs whose slot id is LEFT; returns it."""
+    return out_y.copy_(torch.where((slot_ids == LEFT)[..., None], out_y, y))
+
+
+def bad_slot(slot: int, num_slots: int) -> str:
+    return f"slot id {slot} must be -1 or lie in [0, {num_slots}), the slots of the slab"
 
 
 def one_expert_reference(x: Tensor, slot: int, weights: ExpertWeights) -> Tensor:

@@ -12,7 +12,7 @@ from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.intrinsics import is_interpreted
 from moe.kernels.permute import SMALL_ROWS, rows_block
-from moe.kernels.reference import check_expert_weights
+from moe.kernels.reference import check_expert_weights, put_beside_left
 from moe.kernels.tiles import device_capability, pick_tiles
 from moe.kernels.weights import ExpertWeights
 
@@ -28,13 +28,18 @@ class GroupedExperts:
         self.weights, self.num_experts = weights, num_experts
 
     def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
-        """y [T, K, H] in x's dtype (or in `out_y`), 0 where the slot id is -1. x: [T, H]; slot_ids: int [T, K]."""
-        y = grouped_experts(x, slot_ids, self.weights, num_experts=self.num_experts)
-        return y if out_y is None else out_y.copy_(y)
+        """y [T, K, H] in x's dtype (or in `out_y`), 0 where the slot id is -1, and where it is LEFT what `out_y` has.
 
-    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Σ_k w·y [T, H] in x's dtype, in the order of k."""
-        return combine(self.experts(x, slot_ids), topk_weights, x.dtype)
+        x: [T, H]; slot_ids: int [T, K].
+        """
+        if out_y is None:
+            return grouped_experts(x, slot_ids, self.weights, num_experts=self.num_experts)
+        y = grouped_experts(x, slot_ids.clamp(min=-1), self.weights, num_experts=self.num_experts)
+        return put_beside_left(y, slot_ids, out_y)
+
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor, y: Tensor | None = None) -> Tensor:
+        """Σ_k w·y [T, H] in x's dtype, in the order of k. y: of LEFT pairs, as `experts` gave it; changed."""
+        return combine(self.experts(x, slot_ids, y), topk_weights, x.dtype)
 
 
 class SingleLaunch:
@@ -71,12 +76,15 @@ class FusedLayerExperts(GroupedExperts):
         super().__init__(weights, num_experts)
         self.launch, self.is_last = launch, False
 
-    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor, y: Tensor | None = None) -> Tensor:
         """Σ_k w·y [T, H] in x's dtype, in the order of k; one launch beside the sort.
 
         `RuntimeError` from the last layer when a launch of this step ended in an error.
         """
-        out = self._computed(x, slot_ids, topk_weights)
+        if y is None:
+            out = self._computed(x, slot_ids, topk_weights)
+        else:
+            out = super().combine(x, slot_ids, topk_weights, y)
         if self.is_last:
             self.launch.check()
         return out

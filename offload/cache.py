@@ -43,6 +43,10 @@ class Wave(NamedTuple):
     slots: Ids
 
 
+def _wave(experts: Sequence[int], slots: Sequence[int]) -> Wave:
+    return Wave(np.array(experts, np.int32), np.array(slots, np.int32))
+
+
 class ExpertCache:
     """S slots for the experts of all layers, filled from a store on demand.
 
@@ -116,11 +120,11 @@ class ExpertCache:
             raise ValueError(f"layer {layer}: experts {ids} must be distinct")
         wanted = np.array(ids, dtype=np.int32)
         slots = self.map.of_layer[layer].take(wanted)
-        self._stats[layer].useful_bytes += self.ahead.used(layer, wanted)
+        stats = self._stats[layer]
+        stats.useful_bytes += self.ahead.used(layer, ids)
         if self.can_evict:
             self.policy.used(layer, self.map.first_key[layer] + wanted)
         if min(slots.tolist()) >= 0:
-            stats = self._stats[layer]
             stats.hits += len(ids)
             stats.waves += 1
             self._hold(slots)
@@ -133,7 +137,7 @@ class ExpertCache:
             raise ValueError(f"layer {layer}: another acquire is still open; exhaust or close it first")
         self._acquiring = layer
         try:
-            yield from self._acquire_missing(layer, wanted, slots)
+            yield from self._acquire_missing(layer, ids, slots.tolist())
         finally:
             self._acquiring = None
 
@@ -152,6 +156,8 @@ class ExpertCache:
         if self._num_waiting or layer == self._acquiring:
             return
         missing = self.ahead.expect(layer, np.asarray(experts, np.int32))
+        if not missing:
+            return
         self._evict(layer, len(missing) - self.map.num_free(layer), ahead=True)
         due = self._num_visits + (layer - self._last_layer) % len(self.num_experts)
         self.ahead.start(layer, missing[: self.map.num_free(layer)], due)
@@ -250,7 +256,7 @@ class ExpertCache:
                     self._evict(layer, len(missing) - self.map.num_free(layer), keep=keys)
                 missing = missing[: self.map.num_free(layer)]
                 if len(missing):
-                    for _ in self._acquire_missing(layer, missing, slot_of[missing]):
+                    for _ in self._acquire_missing(layer, missing.tolist(), [-1] * len(missing)):
                         pass
         finally:
             self._stats = kept
@@ -270,33 +276,34 @@ class ExpertCache:
         self.map.check()
         self.ahead.check()
 
-    def _acquire_missing(self, layer: int, wanted: Ids, slots: Ids) -> Iterator[Wave]:
+    def _acquire_missing(self, layer: int, wanted: list[int], slots: list[int]) -> Iterator[Wave]:
         stats = self._stats[layer]
         batch = Batch()
-        ready = Wave(wanted[:0], slots[:0])
+        ready = _wave((), ())
+        self._hold(ready.slots)
         try:
-            adopted: list[int] = []
+            missing = [expert for expert, slot in zip(wanted, slots) if slot < 0]
             if self.ahead.coming:
-                adopted = self.ahead.adopt(layer, wanted[slots < 0], batch)
-                slots = self.map.of_layer[layer].take(wanted)  # some may have arrived meanwhile
+                adopted = self.ahead.adopt(layer, missing, batch)
+                slots = self.map.of_layer[layer].take(wanted).tolist()  # some may have arrived meanwhile
                 stats.useful_bytes += self.ahead.used(layer, wanted)
-            missing = [e for e in wanted[slots < 0].tolist()[::-1] if e not in adopted]  # taken from the end
-            ready = Wave(wanted[slots >= 0], slots[slots >= 0])
-            self._hold(ready.slots)
-            stats.hits += len(ready.slots)
-            stats.misses += len(wanted) - len(ready.slots)
+                missing = [expert for expert, slot in zip(wanted, slots) if slot < 0 and expert not in adopted]
+            missing.reverse()  # taken from the end
+            there = [pair for pair in zip(wanted, slots) if pair[1] >= 0]
+            ready = self._next_wave(ready, _wave(*zip(*there)) if there else ready)
+            stats.hits += len(there)
+            stats.misses += len(wanted) - len(there)
             while True:
                 self._start_reads(layer, missing, batch, is_waiting=not len(ready.slots))
                 has_read = self.reads_inline and self.from_host is None and not batch.done.empty()
                 if has_read or not len(ready.slots):  # what was read in this thread joins the wave
                     arrived = self._arrivals(layer, batch)
-                    self._hold(arrived.slots)
-                    ready = Wave(*(np.concatenate(pair) for pair in zip(ready, arrived)))
+                    joined = Wave(*map(np.concatenate, zip(ready, arrived))) if len(ready.slots) else arrived
+                    ready = self._next_wave(ready, joined)
                 assert len(ready.slots), "no slot can be had: all are held by other acquires"
                 stats.waves += 1
                 yield ready
-                self._release(ready.slots)
-                ready = Wave(wanted[:0], slots[:0])
+                ready = self._next_wave(ready, _wave((), ()))
                 if not missing and not batch.num_reading:
                     return
         finally:
@@ -306,6 +313,13 @@ class ExpertCache:
             while batch.num_reading:  # the consumer stopped early: wait for what is being read right now
                 batch.num_reading -= 1
                 self._enter(batch.next_arrival())
+
+    def _next_wave(self, before: Wave, wave: Wave) -> Wave:
+        """Holds this one in place of the one before."""
+        if wave is not before:
+            self._hold(wave.slots)
+            self._release(before.slots)
+        return wave
 
     def _hold(self, slots: Ids) -> None:
         self.map.hold(slots)
@@ -328,8 +342,7 @@ class ExpertCache:
         jobs = [Job(layer, missing.pop(), self.map.take(layer), batch) for _ in range(num)]
         batch.num_reading += num
         if self.from_host is None and not self.reads_inline:
-            for job in jobs:
-                self._readers.put(job)
+            self._readers.put(jobs)
         else:
             start = time.perf_counter()
             for arrival in map(self._reads.read, jobs) if self.from_host is None else self.from_host.fill(jobs):
@@ -349,15 +362,12 @@ class ExpertCache:
         """
         if count <= 0:
             return
-        is_evictable = self.map.evictable(layer)
+        can_go = self.map.evictable(layer)
         if keep is not None:
-            is_evictable[keep] = False
-        keys = np.flatnonzero(is_evictable)
-        if self.ahead.expected:
-            is_evictable[self.ahead.expected_keys()] = False
-            others = np.flatnonzero(is_evictable)
-            if ahead or len(others) >= count:
-                keys = others
+            can_go[keep] = False
+        keys = np.flatnonzero(self.ahead.but_expected(can_go))
+        if len(keys) < count and not ahead and self.ahead.expected:
+            keys = np.flatnonzero(can_go)
         count = min(count, len(keys))
         if count:
             evicted = keys[self.policy.victims(keys, count)]
@@ -378,7 +388,7 @@ class ExpertCache:
                 raise OSError(f"expert {job.expert} of layer {layer}: {arrival.error}") from arrival.error
             entered.append(job)
         self._stats[layer].stall_seconds += time.perf_counter() - start
-        return Wave(np.array([j.expert for j in entered], np.int32), np.array([j.slot for j in entered], np.int32))
+        return _wave([job.expert for job in entered], [job.slot for job in entered])
 
     def _enter(self, arrival: Arrival) -> None:
         """Makes an arrived expert resident, or frees its slot if it was not read."""

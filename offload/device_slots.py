@@ -1,7 +1,7 @@
 """Experts that stay in their slots, as tensors on the device: looked up and counted there, the host asks for nothing.
 
 The device twin of the slot map. It is right for as long as its experts are held (`ExpertCache.pin`), which the map's
-own law takes care of: a slot that is HELD is never given away.
+own law takes care of: a slot that is held is never given away.
 """
 
 import threading

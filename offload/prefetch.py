@@ -86,7 +86,7 @@ class WasteBudget:
 def likely(expected: Floats, least: float = LEAST_EXPECTED) -> npt.NDArray[np.intp]:
     """What is worth reading ahead of a layer, best first. expected: tokens that will want each of its experts, [E]."""
     found = np.flatnonzero(expected >= least)
-    return found[np.argsort(-expected[found], kind="stable")]
+    return found if len(found) < 2 else found[np.argsort(-expected[found], kind="stable")]
 
 
 class Prefetcher:

@@ -79,11 +79,12 @@ class Readers:
         self._has_started = self._is_closed = False
         atexit.register(self.close)  # before those of whoever steps, which are called first
 
-    def put(self, job: Job) -> None:
+    def put(self, jobs: Sequence[Job]) -> None:
+        """Misses, in their order."""
         self._start()
         with self._changed:
-            self._misses.append(job)
-            self._changed.notify()
+            self._misses.extend(jobs)
+            self._changed.notify(len(jobs))
 
     def put_ahead(self, jobs: Sequence[Job]) -> None:
         """Speculative jobs, best first; those that are due sooner go before all others."""

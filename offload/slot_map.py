@@ -1,13 +1,18 @@
 """Which expert is in which slot, and what each slot is doing: one array of states, one function that changes them.
 
-    FREE ─take─▶ LOADING ─fill─▶ RESIDENT ⇄ HELD          drop: LOADING ─▶ FREE, evict: RESIDENT ─▶ FREE
+    FREE ─take─▶ LOADING ─fill─▶ RESIDENT          drop: LOADING ─▶ FREE, evict: RESIDENT ─▶ FREE
 
-Slots are of several sizes where experts are (slot_runs.py): a layer's experts go to slots of its own run. An expert
-of a layer has a key, numbered through the model. The law that `check` asserts: every slot is in one state, a slot has
-a key if and only if it is RESIDENT or HELD, and both maps are inverse to each other. Its twin on the device, for code
-that must not ask the host, is device_slots.py.
+What is RESIDENT may be held, by any number of waves; then it may not be evicted. Slots are of several sizes where
+experts are (slot_runs.py): a layer's experts go to slots of its own run. An expert of a layer has a key, numbered
+through the model. The law that `check` asserts: every slot is in one state, a slot has a key if and only if it is
+RESIDENT, what is held is RESIDENT, and both maps are inverse to each other. Its twin on the device, for code that must
+not ask the host, is device_slots.py.
+
+A step asks for few experts of a layer: they are looked at one by one, through memoryviews, where an array takes ten
+times as long for a number.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -19,31 +24,22 @@ Keys = npt.NDArray[np.int64]
 
 
 class State(IntEnum):
-    """Of a slot. LOADING: a read may still write to it. HELD: a wave uses it or it is pinned, it may not be evicted."""
+    """Of a slot. LOADING: a read may still write to it."""
 
     FREE = 0
     LOADING = 1
     RESIDENT = 2
-    HELD = 3
 
 
 # Plain numbers: numpy asks a member of an enum for what it has not, at three times the price of the comparison.
-_FREE, _LOADING, _RESIDENT, _HELD = map(int, State)
-_MOVES = {
-    (_FREE, _LOADING),
-    (_LOADING, _FREE),
-    (_LOADING, _RESIDENT),
-    (_RESIDENT, _HELD),
-    (_HELD, _RESIDENT),
-    (_RESIDENT, _FREE),
-}
+_FREE, _LOADING, _RESIDENT = map(int, State)
 
 
 class SlotMap:
     """Slots of all runs, numbered through; keys of all layers, num_experts[l] each.
 
     num_slots: of each run; rooms: for how many it has numbers. run_of_layer: where a layer's experts lie; None: there
-    is one run. One thread changes it. Costs a few bytes per slot and expert.
+    is one run. One thread changes it, and it alone asks what is held. Costs a few bytes per slot and expert.
     """
 
     def __init__(
@@ -60,11 +56,15 @@ class SlotMap:
         self._run_of_key = np.repeat(self._run_of_layer, num_experts)
         self._run_of_slot = np.repeat(np.arange(len(rooms)), rooms)
         self.first_key: Keys = np.concatenate([[0], np.cumsum(num_experts)]).astype(np.int64)
+        self._first_key: list[int] = self.first_key.tolist()
         self.state = np.full(self.room, _FREE, np.int8)
         self.key_of: Keys = np.full(self.room, -1, np.int64)
         self.slot_of: Ids = np.full(int(self.first_key[-1]), -1, np.int32)
         self.of_layer = [self.slot_of[a:b] for a, b in zip(self.first_key[:-1], self.first_key[1:])]
-        self._holds = np.zeros(self.room, np.int16)  # waves that use a slot
+        self._state: memoryview[int] = memoryview(self.state)  # type: ignore[arg-type]
+        self._key_of: memoryview[int] = memoryview(self.key_of)  # type: ignore[arg-type]
+        self._slot_of: memoryview[int] = memoryview(self.slot_of)  # type: ignore[arg-type]
+        self._waves: dict[int, Ids] = {}  # by identity: slots that are in use
         self._free = [[*range(first + n - 1, first - 1, -1)] for first, n in zip(self._first, num_slots)]
         self._num_loading = 0
         self.num_fills = 0  # so far: what is resident has changed if this has
@@ -107,10 +107,10 @@ class SlotMap:
         return None if (slots < 0).any() else (tables, slots)
 
     def key(self, layer: int, expert: int) -> int:
-        return int(self.first_key[layer]) + expert
+        return self._first_key[layer] + expert
 
     def layer_of(self, key: int) -> int:
-        return int(np.searchsorted(self.first_key, key, side="right")) - 1
+        return bisect_right(self._first_key, key) - 1
 
     def take(self, layer: int) -> int:
         """A free slot for an expert of `layer`, LOADING from now on. There must be one."""
@@ -121,54 +121,60 @@ class SlotMap:
 
     def fill(self, slot: int, key: int) -> None:
         """What was read into the slot is there: the expert `key` is RESIDENT."""
-        assert self.slot_of[key] < 0, (slot, key)
-        assert self._run_of_key[key] == self._run_of_slot[slot], (slot, key)
+        assert self._slot_of[key] < 0, (slot, key)
+        assert len(self.rooms) == 1 or self._run_of_key[key] == self._run_of_slot[slot], (slot, key)
         self._move(slot, _LOADING, _RESIDENT)
         self._num_loading -= 1
         self.num_fills += 1
-        self.slot_of[key], self.key_of[slot] = slot, key
+        self._slot_of[key], self._key_of[slot] = slot, key
 
     def drop(self, slot: int) -> None:
         """Nothing came of the read: the slot is FREE."""
         self._move(slot, _LOADING, _FREE)
         self._num_loading -= 1
-        self._free[self._run_of_slot[slot]].append(slot)
+        self._give_back(slot)
 
     def evict(self, keys: Keys) -> None:
         """These experts' slots are FREE. None may be held."""
-        slots = self.slot_of[keys]
-        self._move(slots, _RESIDENT, _FREE)
-        self.slot_of[keys], self.key_of[slots] = -1, -1
-        for slot, run in zip(slots.tolist(), self._run_of_slot[slots].tolist()):
-            self._free[run].append(slot)
+        for key in keys.tolist():
+            slot = self._slot_of[key]
+            assert not any(slot in wave for wave in self._waves.values()), f"slot {slot} is held"
+            self._move(slot, _RESIDENT, _FREE)
+            self._slot_of[key] = self._key_of[slot] = -1
+            self._give_back(slot)
 
     def hold(self, slots: Ids) -> None:
-        """A wave begins to use distinct slots that have experts."""
-        first = slots[self._holds[slots] == 0]
-        self._move(first, _RESIDENT, _HELD)
-        self._holds[slots] += 1
+        """A wave begins to use slots that have experts: they stay until `release` of this very array."""
+        assert id(slots) not in self._waves, "a wave is held already"
+        self._waves[id(slots)] = slots
 
     def release(self, slots: Ids) -> None:
         """The wave that held them has ended."""
-        self._holds[slots] -= 1
-        last = slots[self._holds[slots] == 0]
-        self._move(last, _HELD, _RESIDENT)
+        del self._waves[id(slots)]
+
+    @property
+    def is_held(self) -> npt.NDArray[np.bool_]:
+        """[slots]: whether a wave uses it, or it is pinned."""
+        held = np.zeros(self.room, bool)
+        for wave in self._waves.values():
+            held[wave] = True
+        return held
 
     def lend(self) -> None:
         """Someone else moves experts from now on: no slot is free, none may be evicted. Of a map with one run."""
         assert len(self.rooms) == 1, self.rooms
         assert not self._num_loading, "experts are being read"
-        assert not self._holds.any(), "experts are in use"
-        self.hold(np.flatnonzero(self.state == State.RESIDENT).astype(np.int32))
+        assert not self._waves, "experts are in use"
+        self.hold(np.flatnonzero(self.state == _RESIDENT).astype(np.int32))
         for _ in range(self.num_free(0)):
             self.take(0)
 
     def take_back(self, key_of: Keys) -> None:
         """The slots that were lent have these experts now, -1 = none."""
-        held = np.flatnonzero(self.state == State.HELD).astype(np.int32)
-        self.release(held)
-        self.evict(self.key_of[held])
-        for slot in np.flatnonzero(self.state == State.LOADING).tolist():
+        (lent,) = self._waves.values()
+        self.release(lent)
+        self.evict(self.key_of[lent])
+        for slot in np.flatnonzero(self.state == _LOADING).tolist():
             self.drop(slot)
         for slot in [self.take(0) for _ in range(self.num_free(0))]:
             key = int(key_of[slot]) if slot < len(key_of) else -1
@@ -179,8 +185,11 @@ class SlotMap:
 
     def evictable(self, layer: int) -> npt.NDArray[np.bool_]:
         """Of all keys, those that are RESIDENT and not held, in slots that experts of `layer` may take."""
-        can: npt.NDArray[np.bool_] = (self.slot_of >= 0) & (self._run_of_key == self._run_of_layer[layer])
-        can[self.key_of[self.state == _HELD]] = False
+        can: npt.NDArray[np.bool_] = self.slot_of >= 0
+        if len(self.rooms) > 1:
+            can &= self._run_of_key == self._run_of_layer[layer]
+        for wave in self._waves.values():
+            can[self.key_of[wave]] = False
         return can
 
     def raise_limit(self, num_slots: Sequence[int]) -> None:
@@ -204,13 +213,13 @@ class SlotMap:
         for run, (now, fewer) in enumerate(zip(self.slots_of_run, num_slots)):
             assert 0 < fewer <= now, (run, now, fewer)
             end, last = self._first[run] + fewer, self._first[run] + now
-            beyond = [slot for slot in range(end, last) if self.state[slot] != _FREE]
+            beyond = [slot for slot in range(end, last) if self._state[slot] != _FREE]
             self._free[run] = [slot for slot in self._free[run] if slot < end]
             for slot in beyond:
-                key = int(self.key_of[slot])
+                key = self._key_of[slot]
                 to = self.take(self.layer_of(key))
                 self._move(slot, _RESIDENT, _FREE)
-                self.key_of[slot] = self.slot_of[key] = -1
+                self._key_of[slot] = self._slot_of[key] = -1
                 self.fill(to, key)
                 moves.append((slot, to))
             self.slots_of_run[run] = fewer
@@ -220,7 +229,7 @@ class SlotMap:
         """Asserts the law above; nothing is in a slot beyond the limit of its run."""
         within = np.arange(self.room) - np.array(self._first)[self._run_of_slot]
         in_use = within < np.array(self.slots_of_run)[self._run_of_slot]
-        counts = np.bincount(self.state[in_use], minlength=4)
+        counts = np.bincount(self.state[in_use], minlength=3)
         assert (self.state[~in_use] == _FREE).all(), "a slot beyond the limit is used"
         has_key = np.flatnonzero(self.key_of >= 0)
         assert counts.sum() == self.num_slots, counts
@@ -228,14 +237,16 @@ class SlotMap:
             there = (self.state == _FREE) & (self._run_of_slot == run) & in_use
             assert sorted(free) == np.flatnonzero(there).tolist(), f"the list of free slots of run {run}"
         assert counts[_LOADING] == self._num_loading, (counts, self._num_loading)
-        assert (np.flatnonzero(self.state >= _RESIDENT) == has_key).all(), "a slot without an expert, or a full one"
+        assert np.array_equal(np.flatnonzero(self.state == _RESIDENT), has_key), "full slots and those with experts"
         assert (self.slot_of[self.key_of[has_key]] == has_key).all(), "slot -> key -> slot"
         assert (self._run_of_key[self.key_of[has_key]] == self._run_of_slot[has_key]).all(), "a slot of another run"
         assert (self.slot_of >= 0).sum() == len(has_key), ((self.slot_of >= 0).sum(), len(has_key))
-        assert ((self._holds > 0) == (self.state == _HELD)).all(), "holds and states"
+        assert (self.state[self.is_held] == _RESIDENT).all(), "a slot is held that has no expert"
 
-    def _move(self, slots: int | Ids, before: int, after: int) -> None:
+    def _give_back(self, slot: int) -> None:
+        self._free[int(self._run_of_slot[slot]) if len(self.rooms) > 1 else 0].append(slot)
+
+    def _move(self, slot: int, before: int, after: int) -> None:
         """The only place where a state changes."""
-        assert (before, after) in _MOVES, (before, after)
-        assert (self.state[slots] == before).all(), (slots, self.state[slots], before, after)
-        self.state[slots] = after
+        assert self._state[slot] == before, (slot, self._state[slot], before, after)
+        self._state[slot] = after

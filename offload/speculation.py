@@ -9,6 +9,7 @@ misses it arrives, and is the first to go.
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from moe.offload.readers import Arrival, Batch, Job, Readers
 from moe.offload.slot_map import Ids, Keys, SlotMap, State
@@ -23,7 +24,7 @@ class Speculation:
         self.coming: dict[int, Job] = {}  # by key, until they are in the map
         self.cancelled: set[Job] = set()  # until their readers notice
         self.unused: dict[int, int] = {}  # key -> bytes: read ahead, resident, not asked for yet
-        self.expected: dict[int, Ids] = {}  # layer -> experts that stay until it is acquired, if others can go
+        self.expected: dict[int, Keys] = {}  # by layer: what stays until it is acquired, if others can go
 
     @property
     def is_active(self) -> bool:
@@ -41,9 +42,10 @@ class Speculation:
         """
         if layer in self.expected and self.coming:
             self._give_up(self._readers.take_back(layer, experts.tolist()))
-        self.expected[layer] = experts
-        absent = experts[self._map.of_layer[layer][experts] < 0].tolist()
-        return [e for e in absent if self._map.key(layer, e) not in self.coming]
+        self.expected[layer] = self._map.first_key[layer] + experts
+        slots = self._map.of_layer[layer].take(experts).tolist()
+        absent = [expert for expert, slot in zip(experts.tolist(), slots) if slot < 0]
+        return [e for e in absent if self._map.key(layer, e) not in self.coming] if self.coming else absent
 
     def start(self, layer: int, experts: list[int], due: int) -> None:
         """Reads them when no miss waits for a reader. There must be a free slot for each. due: as `Job` has it."""
@@ -89,10 +91,10 @@ class Speculation:
                 job.is_cancelled = True
                 self.cancelled.add(job)
 
-    def adopt(self, layer: int, missing: Ids, batch: Batch) -> list[int]:
+    def adopt(self, layer: int, missing: list[int], batch: Batch) -> list[int]:
         """Makes reads of `missing` that batch's own; returns which. Those that are done go into the map."""
         adopted = []
-        for expert in missing.tolist():
+        for expert in missing:
             job = self.coming.get(self._map.key(layer, expert))
             if job is not None and self._readers.adopt(job, batch):
                 del self.coming[self._map.key(layer, expert)]
@@ -113,11 +115,11 @@ class Speculation:
         """Its expert is resident, and nobody has asked for it yet."""
         self.unused[self._map.key(job.layer, job.expert)] = nbytes
 
-    def used(self, layer: int, wanted: Ids) -> int:
+    def used(self, layer: int, wanted: list[int]) -> int:
         """These are asked for: the bytes of them that were read ahead and are there."""
         if not self.unused:
             return 0
-        return sum(self.unused.pop(self._map.key(layer, expert), 0) for expert in wanted.tolist())
+        return sum(self.unused.pop(self._map.key(layer, expert), 0) for expert in wanted)
 
     def evicted(self, keys: Keys) -> Iterator[tuple[int, int]]:
         """(layer, bytes) of those that were read ahead for nothing."""
@@ -125,9 +127,14 @@ class Speculation:
             if nbytes := self.unused.pop(key, 0):
                 yield self._map.layer_of(key), nbytes
 
-    def expected_keys(self) -> Keys:
-        """Of all layers to come."""
-        return np.concatenate([self._map.first_key[layer] + experts for layer, experts in self.expected.items()])
+    def but_expected(self, keys: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Of all keys those that are True, without what coming layers expect."""
+        if not self.expected:
+            return keys
+        others = keys.copy()
+        for expected in self.expected.values():
+            others[expected] = False
+        return others
 
     def check(self) -> None:
         slots = [job.slot for job in (*self.coming.values(), *self.cancelled)]

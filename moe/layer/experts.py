@@ -32,11 +32,10 @@ class ReferenceKernel:
         self.weights = weights
 
     def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
-        y = experts_reference(x, slot_ids, self.weights)
-        return y if out_y is None else out_y.copy_(y)
+        return experts_reference(x, slot_ids, self.weights, out_y)
 
-    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        return combine_reference(self.experts(x, slot_ids), topk_weights, x.dtype)
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor, y: Tensor | None = None) -> Tensor:
+        return combine_reference(self.experts(x, slot_ids, y), topk_weights, x.dtype)
 
 
 def chosen_kernel(name: KernelName, device: torch.device) -> KernelName:

@@ -23,7 +23,7 @@ from moe.comm.wire import Traffic
 from moe.kernels.cpu_expected import CpuExpected, can_expect
 from moe.layer.parallel import ExpertParallel
 from moe.layer.ridge import Forecast, Regression, RidgeFit
-from moe.layer.routing import Routing, StepContext
+from moe.layer.routing import Routing, StepContext, on_host
 from moe.offload.cache import ExpertCache
 from moe.offload.layout import ExpertSite
 from moe.offload.predictor import Floats, Transitions
@@ -197,7 +197,7 @@ class Lookahead:
         layer = routing.layer
         if self.gather is None and not self.prefetcher.is_asking:
             return  # alone, a forward without prefetch is one without guesses too
-        expected = self.guess(layer, x, routing.topk_ids.numpy(force=True))  # host sync on an accelerator
+        expected = self.guess(layer, x, on_host(routing.topk_ids))
         if expected is None:
             return
         if self.gather is None:

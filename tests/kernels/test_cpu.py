@@ -10,7 +10,7 @@ import torch
 
 from moe.kernels import cpu
 from moe.kernels.cpu import CpuExperts, cpu_experts, cpu_experts_combine, instruction_sets, load_helper
-from moe.kernels.reference import combine_reference, experts_reference
+from moe.kernels.reference import LEFT, combine_reference, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -82,6 +82,45 @@ def test_against_the_reference(dtype, storage, hidden, intermediate):
             out = experts.combine(x, slot_ids, topk_weights)
             assert out.dtype == dtype
             assert torch.equal(out, combine_reference(y, topk_weights, dtype))
+
+
+def in_waves(experts, x, slot_ids, topk_weights, number):
+    """y and the sums over k of pairs that are computed a part at a time, as slots hold their experts."""
+    waves, y = slot_ids % number, None
+    for wave in range(number):
+        ids = torch.where(waves == wave, slot_ids, torch.where((waves < wave) & (slot_ids >= 0), LEFT, -1))
+        before = None if y is None else y.clone()
+        y = experts.experts(x, ids, y)
+    return y, experts.combine(x, ids, topk_weights, before)
+
+
+@needs_helper
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairs_in_waves_are_those_of_one_call(dtype):
+    w = slab(5, 40, 24, dtype, biased=True)
+    for isa in [*range(len(instruction_sets())), None]:
+        experts = CpuExperts(w, isa=isa or 0)
+        if isa is None:
+            experts._helper = None  # the plain twin
+        for count, top_k in [
+            (0, 2),
+            (1, 1),
+            (1, 4),
+            (63, 3),
+            *([(45_000, 4)] if isa == 0 else []),
+        ]:  # the last in chunks
+            x, slot_ids, topk_weights = tokens(count, top_k, w, dtype)
+            whole, out = experts.experts(x, slot_ids), experts.combine(x, slot_ids, topk_weights)
+            y, summed = in_waves(experts, x, slot_ids, topk_weights, 3)
+            assert torch.equal(y, whole)
+            assert torch.equal(summed, out)
+    x, slot_ids, topk_weights = tokens(2, 2, w, dtype, missing=False)
+    slot_ids[1, 1] = LEFT
+    for call in (lambda: CpuExperts(w).experts(x, slot_ids), lambda: CpuExperts(w).combine(x, slot_ids, topk_weights)):
+        with pytest.raises(ValueError, match="slot id -2 must be -1 or"):
+            call()
+    with pytest.raises(ValueError, match=r"y is torch.float32 \(2, 2, 39\); it must be float32 \(2, 2, 40\)"):
+        CpuExperts(w).combine(x, slot_ids, topk_weights, torch.zeros(2, 2, 39))
 
 
 @needs_helper

@@ -6,8 +6,9 @@ import pytest
 import torch
 from kernels_experts import random_ids, random_weights, relative_error
 
-from moe.kernels.reference import combine_reference, experts_reference
+from moe.kernels.reference import LEFT, combine_reference, experts_reference
 from moe.kernels.triton_experts import GroupedExperts, SingleLaunch
+from moe.layer.experts import ReferenceKernel
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 
@@ -38,6 +39,19 @@ def test_out_y_is_filled():
     out = torch.full((4, 2, 16), torch.nan)
     assert GroupedExperts(weights).experts(x, ids, out) is out
     assert relative_error(out, experts_reference(x, ids, weights)) <= 1e-6
+
+
+def test_pairs_that_were_computed_before_stay():
+    weights, ids, x = random_weights(4, 16, 16), random_ids(5, 3, 4, skew="holes"), torch.randn(5, 16)
+    topk_weights, y = torch.rand(5, 3), experts_reference(x, ids, weights)
+    later = torch.where(ids % 2 == 1, LEFT, ids)
+    for kernel in (GroupedExperts(weights), SingleLaunch(max_tokens=5).layer(weights), ReferenceKernel(weights)):
+        first = kernel.experts(x, torch.where(ids % 2 == 1, ids, -1))
+        assert (
+            relative_error(kernel.combine(x, later, topk_weights, first.clone()), combine_reference(y, topk_weights))
+            <= 1e-6
+        )
+        assert relative_error(kernel.experts(x, later, first), y) <= 1e-6
 
 
 def test_more_tokens_than_the_launch_holds_take_the_grouped_path():

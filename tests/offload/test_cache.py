@@ -103,7 +103,7 @@ def run(cache, store, accesses):
             got += wave.experts.tolist()
         assert sorted(got) == sorted(experts)  # each exactly once
         cache.check()
-        assert not (cache.map.state == State.HELD).any()
+        assert not cache.map.is_held.any()
 
 
 ACCESSES = st.lists(
@@ -179,7 +179,7 @@ def test_a_disk_that_does_not_answer_is_told_and_left_behind(monkeypatch, caplog
     run(cache, store, [(0, [1, 2])])  # all is as ever when it answers
     assert "waits for experts since 0.1 s: the disk, or its file system, does not answer" in caplog.text
     store.answers.clear()
-    cache._readers.put(Job(0, 3, cache.map.take(0), Batch()))
+    cache._readers.put([Job(0, 3, cache.map.take(0), Batch())])
     cache.close()
     assert "a read has not ended after 0.05 s, and is left behind" in caplog.text
     store.answers.set()
@@ -218,7 +218,7 @@ def test_pinned_slots_survive_everything_else(threads):
     assert sorted(partother) == list(range(8))
     check_wave(cache, store, 0, wave)
     held.close()
-    assert not (cache.map.state == State.HELD).any()
+    assert not cache.map.is_held.any()
     cache.close()
 
 
@@ -232,7 +232,7 @@ def test_closing_early_leaves_the_cache_whole(threads):
             next(waves)
         waves.close()
         cache.check()
-        assert not (cache.map.state == State.HELD).any()
+        assert not cache.map.is_held.any()
         assert not (cache.map.state == State.LOADING).any()
         run(cache, store, [(2, [0, 1, 2]), (1, list(range(8)))])
         cache.close()
@@ -247,7 +247,7 @@ def test_a_failed_read_is_named_and_leaves_the_cache_whole(num_slots, threads):
         with pytest.raises(OSError, match=r"expert 3 of layer 1: .*the disk is gone.*shard-7"):
             run(cache, store, [(1, [0, 1, 2, 3, 4, 5])])
         cache.check()
-        assert not (cache.map.state == State.HELD).any()
+        assert not cache.map.is_held.any()
         assert not (cache.map.state == State.LOADING).any()
         assert cache.resident_slots(1)[3] == -1
     run(cache, store, [(1, [0, 1, 2, 4]), (0, [0, 4])])  # the others still work

@@ -6,7 +6,6 @@ import torch
 
 from moe.offload.cache import ExpertCache
 from moe.offload.device_slots import DeviceSlots
-from moe.offload.slot_map import State
 from tests.host_syncs import HostSyncs
 from tests.offload.test_cache import NUM_EXPERTS, make_store
 
@@ -52,7 +51,7 @@ def test_pinned_experts_stay_and_count_as_hits():
     twin = cache.pin(own)
     cache.check()
     where = [cache.resident_slots(layer)[which].tolist() for layer, which in enumerate(own)]
-    assert (cache.map.state == State.HELD).sum() == 5
+    assert cache.map.is_held.sum() == 5
     for layer, which in enumerate(own):
         assert twin.look_up(layer, torch.tensor([which])).tolist() == [where[layer]]
     assert [(s.hits, s.waves, s.misses) for s in cache.stats] == [(2, 1, 0), (1, 1, 0), (2, 1, 0)]
@@ -64,7 +63,7 @@ def test_pinned_experts_stay_and_count_as_hits():
     cache.unpin()
     cache.check()
     assert [s.hits for s in cache.stats] == hits
-    assert not (cache.map.state == State.HELD).any()
+    assert not cache.map.is_held.any()
     cache.unpin()
     cache.reset_stats()
     assert [s.hits for s in cache.stats] == [0, 0, 0]

@@ -53,7 +53,7 @@ def test_any_order_keeps_the_law(steps, num_slots):
             assert [moves.get(slot, slot) for slot in before.tolist()] == slots.slot_of.tolist()
         slots.check()
         held = {s for wave in waves for s in wave.tolist()}
-        assert set(np.flatnonzero(slots.state == State.HELD)) == held
+        assert set(np.flatnonzero(slots.is_held)) == held
         assert not slots.evictable(layer)[slots.key_of[list(held)]].any()
 
 

@@ -92,7 +92,7 @@ def test_any_order_of_acquire_prefetch_and_errors(kind, limit, steps, num_slots,
             waves.close()
             cache.check()
             check_law(cache)
-            assert not (cache.map.state == State.HELD).any()
+            assert not cache.map.is_held.any()
         assert sum(s.hits + s.misses for s in cache.stats) >= asked
         settle(cache)
         check_law(cache)
