@@ -11,7 +11,7 @@ One thread acquires and prefetches; readers touch only the bytes of the slot tha
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,24 +27,13 @@ from moe.offload.policy import Policy, named_policy
 from moe.offload.readers import Arrival, Batch, Job, Readers
 from moe.offload.slab import Slab
 from moe.offload.slot_limit import SlotLimit
-from moe.offload.slot_map import Ids, Keys, SlotMap
+from moe.offload.slot_map import Ids, Keys, SlotMap, Wave
 from moe.offload.slot_reads import SlotReads
 from moe.offload.speculation import Speculation
 from moe.offload.stores import ExpertStore
 
 # Below this a read from the page cache costs less than handing it to another thread and back (bench/bench_stores.py).
 INLINE_READ_BYTES = 1 << 18
-
-
-class Wave(NamedTuple):
-    """Experts that are in memory now, and their slots: both int32 [n] of numpy, in the same order."""
-
-    experts: Ids
-    slots: Ids
-
-
-def _wave(experts: Sequence[int], slots: Sequence[int]) -> Wave:
-    return Wave(np.array(experts, np.int32), np.array(slots, np.int32))
 
 
 class ExpertCache:
@@ -279,7 +268,7 @@ class ExpertCache:
     def _acquire_missing(self, layer: int, wanted: list[int], slots: list[int]) -> Iterator[Wave]:
         stats = self._stats[layer]
         batch = Batch()
-        ready = _wave((), ())
+        ready = Wave.of((), ())
         self._hold(ready.slots)
         try:
             missing = [expert for expert, slot in zip(wanted, slots) if slot < 0]
@@ -290,7 +279,7 @@ class ExpertCache:
                 missing = [expert for expert, slot in zip(wanted, slots) if slot < 0 and expert not in adopted]
             missing.reverse()  # taken from the end
             there = [pair for pair in zip(wanted, slots) if pair[1] >= 0]
-            ready = self._next_wave(ready, _wave(*zip(*there)) if there else ready)
+            ready = self._next_wave(ready, Wave.of(*zip(*there)) if there else ready)
             stats.hits += len(there)
             stats.misses += len(wanted) - len(there)
             while True:
@@ -303,7 +292,7 @@ class ExpertCache:
                 assert len(ready.slots), "no slot can be had: all are held by other acquires"
                 stats.waves += 1
                 yield ready
-                ready = self._next_wave(ready, _wave((), ()))
+                ready = self._next_wave(ready, Wave.of((), ()))
                 if not missing and not batch.num_reading:
                     return
         finally:
@@ -388,7 +377,7 @@ class ExpertCache:
                 raise OSError(f"expert {job.expert} of layer {layer}: {arrival.error}") from arrival.error
             entered.append(job)
         self._stats[layer].stall_seconds += time.perf_counter() - start
-        return _wave([job.expert for job in entered], [job.slot for job in entered])
+        return Wave.of([job.expert for job in entered], [job.slot for job in entered])
 
     def _enter(self, arrival: Arrival) -> None:
         """Makes an arrived expert resident, or frees its slot if it was not read."""

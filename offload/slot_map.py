@@ -15,12 +15,24 @@ times as long for a number.
 from bisect import bisect_right
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
 Keys = npt.NDArray[np.int64]
+
+
+class Wave(NamedTuple):
+    """Experts of a layer that are in memory now, and their slots: both int32 [n], in the same order."""
+
+    experts: Ids
+    slots: Ids
+
+    @classmethod
+    def of(cls, experts: Sequence[int], slots: Sequence[int]) -> "Wave":
+        return cls(np.array(experts, np.int32), np.array(slots, np.int32))
 
 
 class State(IntEnum):
