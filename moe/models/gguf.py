@@ -31,6 +31,7 @@ from moe.offload.formats.stored import StoredMatrix
 from moe.offload.segments import ExpertIndex
 
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
+_NAMED_AS = {"mixtral": "llama"}  # types that are no architecture of their own in GGUF files
 _SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 
 
@@ -70,7 +71,8 @@ def open_gguf(path: Path, config_folder: Path) -> Iterator[GgufModel]:
     arch = "" if field is None else str(field.contents())
     processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config)
     try:
-        names = get_gguf_hf_weights_map(skeleton, processor)
+        is_named_so = _NAMED_AS.get(skeleton.config.model_type) == arch
+        names = get_gguf_hf_weights_map(skeleton, processor, arch if is_named_so else None)
     except NotImplementedError:
         raise ValueError(
             f"{path} is of architecture {arch!r}, {config_folder}/config.json of {skeleton.config.model_type!r}, whose "

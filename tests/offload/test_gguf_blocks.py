@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.launch.cli import main
@@ -112,3 +113,36 @@ def test_a_file_is_packed_and_says_what_its_twin_says(tmp_path, capsys):
             assert {str(x.gate_up_format.code) for x in llm.engine.blueprint.index.layouts} == {"int4"}
             outputs = llm.generate(said["prompts"], SamplingParams(max_tokens=24, ignore_eos=True))
             assert [o.outputs[0].token_ids for o in outputs] == said["greedy"]
+
+
+def written_as_gguf(folder, file):
+    """A Mixtral as llama.cpp's converter writes it: a llama whose experts are stacks, rows of q and k by pairs."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, tensor in tensors.items():
+        tensor = tensor.float()
+        if "q_proj" in name or "k_proj" in name:
+            heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        if ".experts." not in name:
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+    for layer in range(config["num_hidden_layers"]):
+        for theirs, ours in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+            place = f"model.layers.{layer}.block_sparse_moe.experts.{{}}.{theirs}.weight"
+            every = [tensors[place.format(expert)].float().numpy() for expert in range(config["num_local_experts"])]
+            writer.add_tensor(f"blk.{layer}.ffn_{ours}_exps.weight", np.stack(every))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
+def test_a_mixtral_is_a_llama_there(tmp_path):
+    written_as_gguf(DEMO, tmp_path / "model.gguf")
+    assert main(["pack", str(tmp_path / "model.gguf"), str(tmp_path / "packed"), "--config", str(DEMO)]) == 0
+    found = []
+    for folder in (DEMO, tmp_path / "packed"):
+        with LLM(folder, EngineConfig(dtype="float32", offload=OffloadConfig(budget="0.5"))) as llm:
+            outputs = llm.generate(["Once upon a time", "def f("], SamplingParams(max_tokens=24, temperature=0.0))
+            found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1]
