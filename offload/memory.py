@@ -17,6 +17,14 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     return max(0, min(_of_machine(proc), *_of_control_groups(proc, cgroups), *_of_limits(proc), _UNLIMITED))
 
 
+def own_memory(proc: Path = Path("/proc")) -> int:
+    """Bytes of this process alone that are no pages of files and shared with nobody."""
+    for line in (proc / "self" / "status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{proc / 'self' / 'status'} has no RssAnon line")
+
+
 def _of_machine(proc: Path) -> int:
     for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

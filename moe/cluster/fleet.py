@@ -16,10 +16,11 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from torch._C._distributed_c10d import TCPStore
 
 from moe.cluster.host import NodeKeeper, actor_class
 from moe.cluster.lines import Lines
-from moe.cluster.messages import HostInfo, Where
+from moe.cluster.messages import HostInfo, Together, Where
 from moe.cluster.policy import ClusterError, first_sentence
 from moe.config import EngineConfig
 
@@ -71,7 +72,8 @@ class Fleet:
         here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         word = secrets.token_hex(16)
         self.lines = Lines(here, word)
-        self.where = Where(here, self.lines.port, word, secrets.token_hex(6))
+        self._store = TCPStore(here, 0, is_master=True, wait_for_workers=False)
+        self.where = Where(here, self.lines.port, word, secrets.token_hex(6), self._store.port)
         self._group_name = group_prefix(name)
         if name:
             give_back_groups(name)
@@ -87,7 +89,7 @@ class Fleet:
         self._asks = ThreadPoolExecutor(1, thread_name_prefix="moe-asks")
         self._groups: list[Bundles] = []
         self._free: list[tuple[Bundles, int]] = []  # bundles whose host has ended: the next host takes one
-        self._next = 0
+        self._next = self._starts = 0
 
     def start(self, count: int, num_ranks: int, *, is_growth: bool = False) -> list[Host]:
         """Hosts that load, each a share of `num_ranks`, as soon as Ray has room for them. Waits for nobody."""
@@ -96,15 +98,17 @@ class Fleet:
             bundles = Bundles(missing)
             self._groups.append(bundles)
             places += [(bundles, index) for index in range(missing)]
+        self._starts += 1
+        together = Together(count, self._starts)
         hosts, asked = [], self.lines.now()  # of all together, so that those without room are told in one sentence
         for bundles, index in places:
             host = Host(self._next, bundles, index, is_growth=is_growth, asked=asked)
             self._next += 1
-            host.ready = self._asks.submit(self._launch, host, num_ranks, count)
+            host.ready = self._asks.submit(self._launch, host, num_ranks, together)
             hosts.append(host)
         return hosts
 
-    def _launch(self, host: Host, num_ranks: int, together: int) -> Any:
+    def _launch(self, host: Host, num_ranks: int, together: Together) -> Any:
         """A reference of Ray's to its HostInfo."""
         if host.is_over:
             raise HostEnded("it was given up before Ray was asked for it")

@@ -14,12 +14,12 @@ from typing import Any
 
 from moe.cluster.desk import Desk
 from moe.cluster.lines import Lifeline
-from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Placed, Said, Serve, Where
+from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Placed, Said, Serve, Together, Where
 from moe.comm.errors import CommError, LostPeer
 from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, interrupt, join_groups, leave_groups
 from moe.config import EngineConfig
-from moe.engine.device import Sharers
+from moe.engine.device import ALONE, Began, Sharers
 from moe.engine.engine import Engine
 from moe.engine.join import shareable_shape
 from moe.engine.share import Share
@@ -32,10 +32,17 @@ _IDLE_S = 0.005
 
 
 class ExpertHost:
-    """share: what it will have of the experts at first. sharers: hosts that load on this node now, this one counted."""
+    """share: what it will have of the experts at first. sharers: hosts that load on this node now."""
 
     def __init__(
-        self, folder: str, config: EngineConfig, host: int, share: tuple[int, int], where: Where, *, sharers: int = 1
+        self,
+        folder: str,
+        config: EngineConfig,
+        host: int,
+        share: tuple[int, int],
+        where: Where,
+        *,
+        sharers: Sharers = ALONE,
     ) -> None:
         started = time.perf_counter()
         self.config, self.where, self.node = config, where, "here"
@@ -181,16 +188,26 @@ def actor_class() -> Any:
     import ray
 
     class Host(ExpertHost):
-        """On the node that Ray put it on. together: hosts that are started at the same time."""
+        """On the node that Ray put it on."""
 
-        def __init__(self, *arguments: Any, together: int) -> None:
-            super().__init__(*arguments, sharers=min(together, bundles_here()))
-            self.node = ray.get_runtime_context().get_node_id()
+        def __init__(self, *arguments: Any, together: Together) -> None:
+            node, where = ray.get_runtime_context().get_node_id(), arguments[-1]
+            here = replace(together, count=min(together.count, bundles_here()))
+            super().__init__(*arguments, sharers=sharers_of(where, here, node))
+            self.node = node
 
     for name in CONTROL:
         setattr(Host, name, ray.method(concurrency_group="control")(getattr(ExpertHost, name)))
     options: dict[str, Any] = {"concurrency_groups": {"control": 4}, "max_restarts": 0, "max_task_retries": 0}
     return ray.remote(**options)(Host)
+
+
+def sharers_of(where: Where, together: Together, node: str) -> Sharers:
+    """Of the hosts that load at the same time those of this node, `together`."""
+    if together.count == 1:
+        return ALONE
+    store, key = connect(where.address, where.store_port), f"began_{together.start}_{node}"
+    return Sharers(together.count, began=Began.now(lambda own: store.compare_set(key, "", own).decode()))
 
 
 def bundles_here() -> int:
@@ -202,6 +219,6 @@ def bundles_here() -> int:
     return list(nodes.values()).count(ray.get_runtime_context().get_node_id())
 
 
-def _share(folder: str, rank: int, num_ranks: int, job: str, sharers: int) -> Share:
+def _share(folder: str, rank: int, num_ranks: int, job: str, sharers: Sharers) -> Share:
     shape = shareable_shape(read_blueprint(folder))
-    return Share(Plan.contiguous(*shape, num_ranks), rank % num_ranks, job, Sharers(sharers), may_change=True)
+    return Share(Plan.contiguous(*shape, num_ranks), rank % num_ranks, job, sharers, may_change=True)

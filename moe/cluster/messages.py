@@ -146,9 +146,19 @@ class HostInfo:
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """How a host finds the controller: the port of its lines, and the word that opens them."""
+    """How a host finds the controller: the port of its lines, and the word that opens them; the port of the store
+    where hosts of a node that load at the same time say what was free before."""
 
     address: str
     line_port: int
     word: str
     job: str
+    store_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Hosts that are started at the same time: how many, and the number of that start."""
+
+    count: int
+    start: int

@@ -1,5 +1,6 @@
 """Where a model's tensors lie, and what is free there."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from moe.comm.lost import in_collective
 from moe.config import BatchConfig, EngineConfig
 from moe.engine.layer_major import Sizes
 from moe.offload.budget import format_bytes
-from moe.offload.memory import available_memory
+from moe.offload.memory import available_memory, own_memory
+from moe.offload.shared import SHARED_MEMORY
 
 _SHARE_OF_FREE = 0.9  # the rest is for activations, buffers and the rest of the machine
 _READERS = 4  # whose buffers may hold an expert each, where nobody says how many
@@ -20,14 +22,35 @@ _UNSEEN = 16 << 20  # what the allocator keeps, stacks of threads
 
 
 @dataclass(frozen=True, slots=True)
+class Began:
+    """Bytes: free and of shared memory when the first of some processes began to load, own when this one did."""
+
+    free: int
+    shared: int
+    own: int
+
+    @staticmethod
+    def now(first: Callable[[str], str]) -> "Began":
+        """first: of what the processes give, what the first gave."""
+        free, shared = map(int, first(f"{available_memory()} {_shared_memory()}").split())
+        return Began(free, shared, own_memory())
+
+    def left(self, number: int) -> int:
+        """For this one, of an equal part: what the others have taken since does not count, nor what they will."""
+        return (self.free - (_shared_memory() - self.shared)) // number - (own_memory() - self.own)
+
+
+@dataclass(frozen=True, slots=True)
 class Sharers:
     """Processes of this machine that take of its memory alike. number: of them, this one counted.
 
-    least: of the numbers that they give, a collective of them; None where they do not know each other yet.
+    least: of the numbers that they give, a collective of them; None where they do not know each other yet, and then
+    began: what was there for all of them.
     """
 
     number: int = 1
     least: Callable[[int], int] | None = None
+    began: Began | None = None
 
     @staticmethod
     def of(groups: Groups) -> "Sharers":
@@ -70,10 +93,17 @@ def free_memory(device: torch.device, sharers: Sharers = ALONE) -> int:
     """
     if device.type != "cpu":
         return int(torch.cuda.mem_get_info(device)[0])
+    if sharers.began is not None:
+        return max(0, min(available_memory(), sharers.began.left(sharers.number)))
     if sharers.least is None:
         return available_memory() // sharers.number
     sharers.least(0)  # nobody counts what another, which is slower, is just about to load
     return sharers.least(available_memory()) // sharers.number  # nor takes any of it before all have counted
+
+
+def _shared_memory() -> int:
+    """Bytes of what processes of this machine have together, such as a host copy of the experts."""
+    return shutil.disk_usage(SHARED_MEMORY).used
 
 
 def num_blocks(

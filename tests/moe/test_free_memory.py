@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
 import moe.engine.assemble as assemble
 import moe.engine.device as device
 import moe.offload.stores as stores
-from moe.cluster.host import ExpertHost
+from moe.cluster.host import ExpertHost, sharers_of
 from moe.cluster.lines import Lines
-from moe.cluster.messages import Where
+from moe.cluster.messages import Together, Where
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.engine import Engine
@@ -91,21 +92,71 @@ def test_ranks_of_unequal_speed_take_alike(slow, tmp_path):
     assert 2 * first <= 46 * MIB
 
 
-def host_takes(free: int, sharers: int) -> tuple[int, int]:
-    device.available_memory = lambda: free
+def host_takes(free: int, count: int, port: int) -> tuple[int, int]:
+    device.available_memory, device.own_memory, device._shared_memory = (lambda: free), (lambda: 0), (lambda: 0)
+    return takes_as_host(count, port)
+
+
+def takes_as_host(count: int, port: int) -> tuple[int, int]:
     lines = Lines("127.0.0.1", "word")
-    where = Where("127.0.0.1", lines.port, "word", "job")
+    where = Where("127.0.0.1", lines.port, "word", "job", port)
+    sharers = sharers_of(where, Together(count, 1), "here")
     host = ExpertHost(str(TINYMOE), config(), int(os.environ["RANK"]), (0, 2), where, sharers=sharers)
     return taken(host.engine), host.engine.state().slots
 
 
 def test_hosts_that_load_on_a_node_at_once_share_what_is_free():
     free = 46 * MIB
-    ((alone, slots),) = spawn(1, host_takes, free, 1)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ((alone, slots),) = spawn(1, host_takes, free, 1, store.port)
     assert slots == 48
-    for shared, slots in spawn(2, host_takes, free, 2):
+    for shared, slots in spawn(2, host_takes, free, 2, store.port):
         assert 0 < slots < 48
         assert shared < min(alone, free // 2)
+
+
+def unequal_host_takes(folder: Path, port: int, late: str) -> tuple[int, int]:
+    """As `unequal_rank_takes`; rank 1 begins, or has loaded its dense weights, when the other has taken all."""
+    rank, load, make = os.environ["RANK"], assemble.load_model, assemble.make_experts
+
+    def wait(what: str) -> None:
+        deadline = time.monotonic() + 60
+        while rank == "1" and what == late and not (folder / "slots_0").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def take(nbytes: int, what: str) -> None:
+        (folder / f"new_{rank}").write_bytes(bytes(nbytes))
+        (folder / f"new_{rank}").rename(folder / f"{what}_{rank}")
+
+    def load_and_take(*arguments, **more):
+        dense = load(*arguments, **more)
+        wait("loads")
+        take(10 * MIB, "dense")
+        return dense
+
+    def make_and_fill(*arguments, **more):
+        experts = make(*arguments, **more)
+        take(experts.slots.cache.slot_bytes, "slots")
+        return experts
+
+    assemble.load_model, assemble.make_experts = load_and_take, make_and_fill  # of this host alone
+    sizes = lambda which: sum(path.stat().st_size for path in folder.glob(which))  # noqa: E731
+    device.available_memory = lambda: 66 * MIB - sizes("[ds]*")
+    device.own_memory = lambda: sizes(f"[ds]*_{rank}")
+    device._shared_memory = lambda: 0
+    wait("begins")
+    return takes_as_host(2, port)
+
+
+@pytest.mark.parametrize("late", ["begins", "loads", ""])
+def test_hosts_of_unequal_speed_take_alike(late, tmp_path):
+    """Whenever each comes to count: of what was free before any of them loaded."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    (first, slots), second = spawn(2, unequal_host_takes, tmp_path, store.port, late)
+    assert second == (first, slots)
+    assert 0 < slots < 48
+    assert 2 * first <= 46 * MIB
 
 
 def rank_joins_later(free: int, dispatcher: str) -> tuple[int, int, list[int]]:
