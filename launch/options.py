@@ -159,6 +159,9 @@ def check_inputs(args: argparse.Namespace) -> None:
     for path in _paths(args, ("present", "against", *_READ)):
         if not path.exists():
             raise ValueError(f"there is no {path}; name what is there")
+    for path in _paths(args, ("input",)):
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} can be read only once, and a batch is read again; write it to a file first")
 
 
 def _paths(args: argparse.Namespace, names: Iterable[str]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -158,6 +159,9 @@ def test_a_file_that_is_not_there_is_said_before_anything_is_computed(tmp_path):
         path = tmp_path / "nothing"
         with pytest.raises(ValueError, match="there is no"):
             check_inputs(argparse.Namespace(command=command, **{dest: [path] if is_many else path}))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe can be read only once, and a batch is read again"):
+        check_inputs(argparse.Namespace(command="batch", input=tmp_path / "pipe"))
 
 
 def test_figures_that_could_not_be_kept_are_not_measured(tmp_path, monkeypatch, capsys):
