@@ -59,7 +59,7 @@ class LayerWindow:
     """One layer of a window of routing, which serves and costs placements. ids: [N, K], -1 = none; home: [N]."""
 
     def __init__(self, ids: NDArray[np.int16], home: Ints, rates: Rates) -> None:
-        self.ids, self.home, self.rates = np.ascontiguousarray(ids), home, rates
+        self.ids, self.home, self.rates = np.ascontiguousarray(ids, np.int64), home, rates
         self.is_pair = self.ids >= 0
         self._token = np.arange(len(ids))
         self._step = np.broadcast_to(self._token[:, None] // rates.step_tokens, self.ids.shape)
@@ -69,22 +69,23 @@ class LayerWindow:
         experts, ranks = hosted.shape
         if (hosted.sum(axis=1) == 1).all():
             return np.asarray(np.where(self.is_pair, hosted.argmax(axis=1)[self.ids], ranks), np.int64)
-        physical = np.where(hosted, np.arange(experts * ranks).reshape(experts, ranks), -1).astype(np.int32)
+        physical = np.where(hosted, np.arange(experts * ranks, dtype=np.int32).reshape(experts, ranks), np.int32(-1))
         bits = np.uint64(1) << np.arange(min(ranks, MOST_RANKS), dtype=np.uint64)
-        masks = np.where(hosted, bits, np.uint64(0)).sum(axis=1, dtype=np.uint64) if ranks <= MOST_RANKS else None
+        masks = hosted @ bits if ranks <= MOST_RANKS else None
         chosen = choose_replicas(
             self.ids, self.home, ServingTable.made(physical, masks), home_first=self.rates.is_exact
         )
-        return np.asarray(np.where(chosen >= 0, chosen % ranks, ranks), np.int64)
+        rank_of = np.append(np.tile(np.arange(ranks), experts), ranks)  # the last: -1, none
+        return np.asarray(rank_of[chosen], np.int64)
 
     def cost(self, served: Ints, ranks: int) -> Cost:
         busy = np.bincount(served.ravel(), minlength=ranks + 1)[:-1]
-        visits = np.zeros((len(served), ranks + 1), np.bool_)
-        visits[self._token[:, None], served] = True
-        visits[self._token, self.home] = False
-        rows = results = int(visits[:, :-1].sum())
+        visits, first = np.zeros(len(served) * (ranks + 1), np.bool_), self._token * (ranks + 1)
+        visits[first[:, None] + served] = True
+        visits[first + self.home] = visits[first + ranks] = False
+        rows = results = int(np.count_nonzero(visits))
         if self.rates.is_exact:
-            results = int(((served != self.home[:, None]) & self.is_pair).sum())
+            results = int(np.count_nonzero((served != self.home[:, None]) & self.is_pair))
         num_bytes = rows * self.rates.row + results * self.rates.result
         seconds = self.rates.pair * float(smooth_max(busy)) + self.rates.byte * num_bytes / ranks
         missed = np.zeros(ranks, np.int64)
