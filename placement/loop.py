@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 CHECKS = 16  # looks at the window per window of tokens, at most
 PATIENCE = 0.7  # of a window: so many tokens of the same traffic decide, at least
-PATIENCE_WITH_COPIES = 0.5  # whose search takes three times as long
+PATIENCE_WITH_COPIES = 0.5  # whose search takes two to three times as long
 # Windows after which a turn is tried again that moved nothing, though the load never was calm, and after which traffic
 # that did not change may move experts anew.
 RESTS = 8
