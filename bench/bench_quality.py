@@ -6,7 +6,7 @@ about numbers, not time.
 
 With --budgets nested precision is judged once more within so many bytes, as shares of the unrounded experts': all
 experts alike in as many slots as that buys, offload.bits=auto, and upgrade, in a run for each domain that has read the
-beginning of its text. What is held, and read for a token of answers of one sequence at a time, stands beside it.
+beginning of its text, and in one run that has read those of all, window by window in turn. What is held, and read for a token of answers of one sequence at a time, stands beside it.
 
     python bench/bench_quality.py MODEL TEXTS_FOLDER [--windows 12] [--out bench/results/quality.json]
     python bench/bench_quality.py MODEL TEXTS_FOLDER --only "nested, calibrated" --budgets 0.18 0.2 0.22 0.26
@@ -18,6 +18,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -83,15 +84,23 @@ class InBudget(NamedTuple):
     read: float
 
 
-def in_budget(out: Path, exact: LLM, texts: dict[str, tuple[str, str]], count: int, offload: OffloadConfig) -> InBudget:
+def in_budget(
+    out: Path,
+    exact: LLM,
+    texts: dict[str, tuple[str, str]],
+    count: int,
+    offload: OffloadConfig,
+    runs: Sequence[Sequence[str]],
+) -> InBudget:
+    """runs: which domains are one run's."""
     found: dict[str, Evaluation] = {}
     held, read = list[int](), list[float]()
-    runs = [[name] for name in texts] if offload.bits == "upgrade" else [list(texts)]
     for names in runs:
         with LLM(out, EngineConfig(dtype="float32", offload=offload)) as llm:
             if offload.bits == "upgrade":
-                heard = llm.encode(texts[names[0]][0])
-                evaluate(llm, [heard[a : a + WINDOW] for a in range(0, len(heard) - WINDOW, WINDOW)])
+                heard = [llm.encode(texts[name][0]) for name in names]
+                last = min(map(len, heard)) - WINDOW
+                evaluate(llm, [of[a : a + WINDOW] for a in range(0, last, WINDOW) for of in heard])
             found |= judged(llm, exact, {name: texts[name] for name in names}, count)
             assert llm.engine.experts is not None
             cache = llm.engine.experts.cache
@@ -158,11 +167,17 @@ def main() -> None:
                 rows.append({"experts": name, "bytes": nbytes, "judged": judgement, "answers": answers})
             for share in args.budgets if way.target == "nested" else ():
                 budget = int(share * blueprint.expert_bytes)
-                ways: tuple[Bits, ...] = ("2", "3", "4", "auto", "upgrade")
-                for bits in ways:
+                together, apart = [list(texts)], [[name] for name in texts]
+                ways: tuple[tuple[Bits, str, list[list[str]]], ...] = (
+                    *((bits, f"{bits} bits", together) for bits in LEVELS[:-1]),
+                    ("auto", "auto", together),
+                    ("upgrade", "upgrade", apart),
+                    ("upgrade", "upgrade for all", together),
+                )
+                for bits, said, runs in ways:
                     offload = OffloadConfig(bits=bits, budget=f"{budget}B", prefetch="off")
-                    one = in_budget(out, exact, texts, args.windows, offload)
-                    name = f"{way.name}, {f'{bits} bits' if bits in LEVELS else bits}, within {share:.0%}"
+                    one = in_budget(out, exact, texts, args.windows, offload, runs)
+                    name = f"{way.name}, {said}, within {share:.0%}"
                     cells = [f"{e.loss / e.exact_loss - 1:+.2%}, {e.agreement:.1%}" for e in one.found.values()]
                     held = one.held / blueprint.expert_bytes
                     print(f"| {name} | {held:.1%} | {' | '.join(cells)} | {one.read / 2**10:.0f} KiB |", flush=True)

@@ -35,7 +35,7 @@ from moe.offload.rounded_dense import RoundedDense
 from moe.offload.segments import ExpertIndex
 from moe.params import SamplingParams
 from moe.prompts import Prompt
-from moe.verify import verify
+from moe.verify import check_verifiable, verify
 
 
 @contextmanager
@@ -115,6 +115,8 @@ def _check(blueprint: "Blueprint") -> int:
 
 def generate(args: argparse.Namespace) -> int:
     config = engine_config(args)
+    if args.verify:
+        check_verifiable(config)
     with loaded(args, config) as llm:
         params = sampling_params(args, llm.recommended)
         if len(args.prompt) == 1 and not args.no_stream:
@@ -146,6 +148,8 @@ def _write(text: str) -> None:
 
 def batch(args: argparse.Namespace) -> int:
     config = engine_config(args)
+    if args.verify:
+        check_verifiable(config)
     if not args.verify and args.record is None and is_served(args.input, args.output):
         return 0
     is_planned = config.batch.schedule == "layer_major"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe.config import EngineConfig
 from moe.llm import LLM
+from moe.offload.nested import BY_BUDGET
 from moe.outputs import RequestOutput
 from moe.params import SamplingParams
 from moe.prompts import Prompt
@@ -52,11 +53,22 @@ def answer(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams) -> Answe
     return Answers(outputs, [torch.stack(logits[first + i]) for i in range(len(outputs))])
 
 
+def check_verifiable(config: EngineConfig) -> None:
+    """Raises ValueError where a run with every expert in memory would not be another run of the same experts."""
+    if config.offload.bits in BY_BUDGET:
+        raise ValueError(
+            f"offload.bits={config.offload.bits} keeps all experts in memory, in as many bits as offload.budget buys: "
+            "there is no other run to verify it by; compare it with the unrounded model, by `moe evaluate --against`"
+        )
+
+
 def verify(folder: str | Path, config: EngineConfig, prompts: Sequence[Prompt], params: SamplingParams) -> Verification:
     """Runs `prompts` under `config` and again with every expert in memory. params.n must be 1.
 
-    Costs two loads, one after the other, and the memory of all experts for the second.
+    Costs two loads, one after the other, and the memory of all experts for the second. Raises ValueError as
+    `check_verifiable` does.
     """
+    check_verifiable(config)
     if not prompts:
         raise ValueError("there are no prompts to verify; give at least one")
     with LLM(folder, config) as llm:

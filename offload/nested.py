@@ -32,7 +32,7 @@ from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.segments import Conversion, ExpertIndex, Parts, Segment
 
 _BITS = ("gate_up.bits", "down.bits")
-_BY_BUDGET = ("auto", "upgrade")
+BY_BUDGET = ("auto", "upgrade")  # settings with which a budget in bytes says how many bits experts have
 
 
 class Sensitivity(NamedTuple):
@@ -110,7 +110,7 @@ def serve(
         chosen = first_bits(index)
     else:
         chosen = [[int(bits)] * site.num_experts for site in index.sites]
-    if held is not None and bits in _BY_BUDGET:
+    if held is not None and bits in BY_BUDGET:
         for layer, own in enumerate(held.own):
             most = max((chosen[layer][expert] for expert in own), default=LEVELS[0])
             most = LEVELS[-1] if bits == "upgrade" else most  # as large as its slot, which there is not
@@ -163,7 +163,7 @@ def check_bits(bits: str, store: str, device: torch.device, *, is_fixed: bool) -
         why_not = "a cluster's hosts and placement.online move experts to ranks whose budget bought them other bits"
     else:
         return
-    if bits in _BY_BUDGET:
+    if bits in BY_BUDGET:
         raise ValueError(f"offload.bits={bits} cannot be served: {why_not}; set offload.bits=2, 3, 4 or 8")
 
 

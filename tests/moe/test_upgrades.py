@@ -17,6 +17,7 @@ from moe.engine.assemble import read_model
 from moe.engine.share import Share
 from moe.evaluate import evaluate, every_logit
 from moe.kernels.nested import LEVELS
+from moe.launch.cli import main
 from moe.layer.parallel import experts_of_rank
 from moe.llm import LLM
 from moe.metrics import exposition
@@ -326,7 +327,7 @@ def test_who_is_asked_more_gets_the_next_bit_first():
     assert more_bits([[0, 0, 0]], [[alike] * 3], sizes, two, 1000) == two
 
 
-def test_where_it_is_refused(folder):
+def test_where_it_is_refused(folder, capsys):
     with pytest.raises(ValueError, match=r"a slot on a GPU.*offload.bits=2, 3, 4 or 8"):
         check_bits("upgrade", "file", torch.device("cuda"), is_fixed=True)
     with pytest.raises(ValueError, match="hold each a second time"):
@@ -339,6 +340,10 @@ def test_where_it_is_refused(folder):
         config = EngineConfig(offload=offload, placement=PlacementConfig(online=moves))
         with pytest.raises(ValueError, match="online move experts"):
             read_model(blueprint, config, Share(plan, 0, may_change=not moves))
+    told = ["--set", "offload.bits=upgrade", "--set", f"offload.budget={budget_of(folder)}B"]
+    for command in (["generate", folder, "--prompt", "a", "--verify"], ["batch", folder, "in", "out", "--verify", 1]):
+        assert main([str(word) for word in (*command, *told)]) == 2
+        assert "no other run to verify it by" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ValueError, match="upgrade shares out a number of bytes"):
         read_model(blueprint, replace(config, offload=replace(offload, budget="0.5")))
 
