@@ -6,7 +6,8 @@ about numbers, not time.
 
 With --budgets nested precision is judged once more within so many bytes, as shares of the unrounded experts': all
 experts alike in as many slots as that buys, offload.bits=auto, and upgrade, in a run for each domain that has read the
-beginning of its text, and in one run that has read those of all, window by window in turn. What is held, and read for a token of answers of one sequence at a time, stands beside it.
+beginning of its text, and in one run that has read those of all, window by window in turn. What is held, and read for
+a token of answers of one sequence at a time, stands beside it.
 
     python bench/bench_quality.py MODEL TEXTS_FOLDER [--windows 12] [--out bench/results/quality.json]
     python bench/bench_quality.py MODEL TEXTS_FOLDER --only "nested, calibrated" --budgets 0.18 0.2 0.22 0.26

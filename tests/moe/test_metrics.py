@@ -12,10 +12,11 @@ from moe.histogram import Histogram
 from moe.llm import LLM
 from moe.metrics import changed, declared, exposition, read, shown, title, totals
 from moe.offload.layer_stats import LayerStats
+from moe.offload.more_bits import Served, UpgradeStats
 from tests.moe.moe_cases import TINYMOE, config, greedy
 
 
-@pytest.mark.parametrize("record", [StepStats, State, SplitStats, LayerStats, Traffic])
+@pytest.mark.parametrize("record", [StepStats, State, SplitStats, LayerStats, Traffic, UpgradeStats, Served])
 def test_every_counted_field_is_declared_with_its_help(record):
     names = {m.name for m in declared(record)}
     fields = {f.name for f in dataclasses.fields(record)}

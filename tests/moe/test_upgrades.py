@@ -341,7 +341,8 @@ def test_where_it_is_refused(folder, capsys):
         with pytest.raises(ValueError, match="online move experts"):
             read_model(blueprint, config, Share(plan, 0, may_change=not moves))
     told = ["--set", "offload.bits=upgrade", "--set", f"offload.budget={budget_of(folder)}B"]
-    for command in (["generate", folder, "--prompt", "a", "--verify"], ["batch", folder, "in", "out", "--verify", 1]):
+    files = folder / "config.json", folder / "out"  # never read
+    for command in (["generate", folder, "--prompt", "a", "--verify"], ["batch", folder, *files, "--verify", 1]):
         assert main([str(word) for word in (*command, *told)]) == 2
         assert "no other run to verify it by" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(ValueError, match="upgrade shares out a number of bytes"):
