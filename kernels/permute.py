@@ -264,15 +264,3 @@ def _small_dense_routing_kernel(
     tl.store(dense_ptr + tl.load(order_ptr + row, mask=ok, other=0), number, mask=ok)
     tl.store(slots_ptr + number, sorted_ids, mask=is_first)
     tl.store(offsets_ptr + number, row, mask=is_first)
-
-
-def permute(x: Tensor, rows: SortedRows, top_k: int) -> Tensor:
-    """x's row for every sorted row. x: [T, H]. Returns [R, H]; the grouped GEMM does this while loading instead."""
-    return x[rows.order.long() // top_k]
-
-
-def unpermute(y: Tensor, rows: SortedRows) -> Tensor:
-    """Undo the sort. y: [R, H] in sorted order. Returns [R, H] in the order t * K + k."""
-    out = torch.empty_like(y)
-    out[rows.order.long()] = y
-    return out

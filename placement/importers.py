@@ -7,7 +7,7 @@ hand and pass the dictionaries: this folder imports no torch and unpickles nothi
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,6 @@ from moe.placement.wire_format import ModelSizes
 # The model of ESFT's logs: experts of 3 x 2048 x 1408 in bfloat16.
 DEEPSEEK_V2_LITE = ModelSizes(hidden_size=2048, dtype="bfloat16", expert_bytes=17_301_504)
 SGLANG_DECODE_MODE = 2  # value of SGLang's ForwardMode.DECODE; everything else extends a prompt
-
-
-class DomainCounts(NamedTuple):
-    """Expert loads of a few layers without token order: layers int [n], counts int64 [n, E]."""
-
-    layers: tuple[int, ...]
-    counts: NDArray[np.int64]
 
 
 def from_deepseek_esft_npz(path: str | PathLike[str], *, model: str = "deepseek-v2-lite") -> RoutingTrace:
@@ -43,19 +36,6 @@ def from_deepseek_esft_npz(path: str | PathLike[str], *, model: str = "deepseek-
         domain=path.stem.rsplit("_", 1)[-1],
         sizes=DEEPSEEK_V2_LITE,
     )
-
-
-def from_domain_counts_npz(path: str | PathLike[str], model: str, domain: str) -> DomainCounts:
-    """Expert hit counts of layers 0, 7 and 15 for one model and domain, keys `<model>/<domain>/counts`.
-
-    Loads only: such a file has no token order, so it gives no trace and no affinity of adjacent layers.
-    """
-    key = f"{model}/{domain}/counts"
-    with np.load(path, allow_pickle=False) as file:
-        if key not in file.files:
-            known = sorted({name.rsplit("/", 1)[0] for name in file.files})
-            raise ValueError(f"{Path(path).name} has no {key!r}; it has {', '.join(known)}")
-        return DomainCounts((0, 7, 15), file[key].astype(np.int64))
 
 
 def from_vllm_routed_experts(

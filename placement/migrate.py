@@ -45,10 +45,6 @@ class Migration:
         """As `states_of`."""
         return states_of(self.start, self.steps)
 
-    def reversed_steps(self) -> tuple[tuple[Write, ...], ...]:
-        """The steps that lead back."""
-        return tuple(tuple(Write(w.layer, w.physical, w.new, w.old) for w in reversed(s)) for s in reversed(self.steps))
-
 
 def states_of(start: Plan, steps: Iterable[Iterable[Write]]) -> Iterator[Plan]:
     """The plan after each step; constructing a `Plan` checks that it is valid."""

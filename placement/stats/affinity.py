@@ -1,4 +1,4 @@
-"""Routing statistics: load, transitions between layers, co-activation inside a layer, and how they drift.
+"""Routing statistics: load, transitions between layers, and how they drift.
 
 Everything the integer program needs from a trace, as dense float64 arrays. Counting is done by matrix products of
 K-hot token rows, in chunks of tokens, so a million tokens cost seconds and no more than a chunk's memory.
@@ -14,52 +14,36 @@ from moe.placement.trace import RoutingTrace
 
 Floats = NDArray[np.float64]
 Pairs = Literal["all", "home", "home_to_all"]
-_NO_WEIGHTS = "gate-weighted counts were asked of a trace without weights; record them or leave `weighted`"
 CHUNK = 8192  # tokens per product: [8192, 256] floats are 8 MiB per layer
 
 
-def expert_load(trace: RoutingTrace, *, weighted: bool = False) -> Floats:
-    """How many tokens chose each expert, or the sum of their gate weights: [L, E]. Raises ValueError if empty."""
+def expert_load(trace: RoutingTrace) -> Floats:
+    """How many tokens chose each expert: [L, E]. Raises ValueError if empty."""
     check_routes(trace)
-    if weighted and trace.weights is None:
-        raise ValueError(_NO_WEIGHTS)
     load = np.zeros((trace.num_layers, trace.num_experts))
     for layer, row in enumerate(load):
         ids = trace.expert_ids[:, layer].ravel()
-        weights = trace.weights[:, layer].ravel().astype(np.float64) if weighted and trace.weights is not None else None
-        routed = ids >= 0
-        row += np.bincount(ids[routed], None if weights is None else weights[routed], trace.num_experts)
+        row += np.bincount(ids[ids >= 0], minlength=trace.num_experts)
     return load
 
 
-def transition_counts(trace: RoutingTrace, *, pairs: Pairs = "all", weighted: bool = False) -> Floats:
+def transition_counts(trace: RoutingTrace, *, pairs: Pairs = "all") -> Floats:
     """Co-occurrence of an expert in layer l and one in layer l + 1 for the same token: [L - 1, E, E].
 
     pairs: "all" K x K pairs; "home" the heaviest expert to the heaviest (what ExFlow's top-1 logs hold);
-    "home_to_all" the heaviest to all K, which is what coherent decode pays for. weighted multiplies gate weights.
-    Raises ValueError for an empty trace, a layer without any routing, or weights that the trace does not have.
+    "home_to_all" the heaviest to all K, which is what coherent decode pays for.
+    Raises ValueError for an empty trace or a layer without any routing.
     """
     check_routes(trace)
     counts = np.zeros((trace.num_layers - 1, trace.num_experts, trace.num_experts))
     homes = heaviest_experts(trace) if pairs != "all" else None
-    for start, rows in zip(range(0, trace.num_tokens, CHUNK), _chunks(trace, weighted), strict=True):
+    for start, rows in zip(range(0, trace.num_tokens, CHUNK), _chunks(trace), strict=True):
         sources = targets = rows
         if homes is not None:
             home = _one_hot(homes[start : start + CHUNK], trace.num_experts)
             sources, targets = home, (home if pairs == "home" else rows)
         for layer in range(trace.num_layers - 1):
             counts[layer] += sources[layer].T @ targets[layer + 1]
-    return counts
-
-
-def coactivation_counts(trace: RoutingTrace) -> Floats:
-    """How many tokens chose both experts of a pair in one layer: [L, E, E], symmetric, zero diagonal."""
-    check_routes(trace)
-    counts = np.zeros((trace.num_layers, trace.num_experts, trace.num_experts))
-    for rows in _chunks(trace, False):
-        for layer in range(trace.num_layers):
-            counts[layer] += rows[layer].T @ rows[layer]
-    counts[:, np.arange(trace.num_experts), np.arange(trace.num_experts)] = 0.0
     return counts
 
 
@@ -108,17 +92,12 @@ def check_routes(trace: RoutingTrace) -> None:
         )
 
 
-def _chunks(trace: RoutingTrace, weighted: bool) -> Iterator[Floats]:
-    """K-hot (or gate-weighted) token rows, layer by layer: [L, chunk, E]."""
-    if weighted and trace.weights is None:
-        raise ValueError(_NO_WEIGHTS)
+def _chunks(trace: RoutingTrace) -> Iterator[Floats]:
+    """K-hot token rows, layer by layer: [L, chunk, E]."""
     for start in range(0, trace.num_tokens, CHUNK):
         ids = trace.expert_ids[start : start + CHUNK].transpose(1, 0, 2)
-        values = np.ones(ids.shape)
-        if weighted and trace.weights is not None:
-            values = trace.weights[start : start + CHUNK].transpose(1, 0, 2).astype(np.float64)
         rows = np.zeros((*ids.shape[:2], trace.num_experts + 1))  # the last column collects -1
-        np.put_along_axis(rows, ids.astype(np.int64) % (trace.num_experts + 1), values, axis=2)
+        np.put_along_axis(rows, ids.astype(np.int64) % (trace.num_experts + 1), 1.0, axis=2)
         yield rows[:, :, :-1]
 
 

@@ -99,11 +99,6 @@ def cache_hit_rate(trace: RoutingTrace, slots: int, *, lookahead: int | None = N
     return hits / np.maximum(uses, 1)
 
 
-def segment_cache_hit_rate(trace: RoutingTrace, m: int, ratio: float) -> float:
-    """SCH(m, ratio) over the whole model: per-layer oracle caches of ratio x top_k slots, look-ahead m."""
-    return float(cache_hit_rate(trace, round(ratio * trace.top_k), lookahead=m).mean())
-
-
 def knee(sizes: NDArray[np.int64], hit_rates: NDArray[np.float64]) -> int:
     """The cache size furthest above the chord between the smallest and the largest size."""
     x = (sizes - sizes[0]) / (sizes[-1] - sizes[0])

@@ -8,12 +8,10 @@ from moe.kernels.permute import (
     dense_routing,
     expert_offsets,
     max_tiles,
-    permute,
     small_dense_routing,
     small_routing,
     sort_rows,
     tile_table,
-    unpermute,
 )
 
 
@@ -71,9 +69,3 @@ def test_slots_in_use_are_numbered(num_tokens, top_k, num_slots, skew):
         assert dense.slots.tolist() == used + [-1] * (capacity - len(used))
         begins = [sum(other < slot for other in flat) for slot in used]
         assert dense.offsets.tolist() == begins + [len(flat)] * (capacity + 1 - len(used))
-
-
-def test_unpermute_undoes_permute():
-    ids, x = random_ids(63, 3, 7), torch.randn(63, 5)
-    rows = sort_rows(ids)
-    assert torch.equal(unpermute(permute(x, rows, 3), rows), x.repeat_interleave(3, 0))

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from moe.placement.importers import (
     from_deepseek_esft_npz,
-    from_domain_counts_npz,
     from_sglang_records,
     from_vllm_routed_experts,
 )
@@ -220,15 +219,6 @@ def test_recorded_deepseek_traces(shared_data, domain, sequences, tokens, total)
     assert 0 < float(trace.weights.sum(axis=2).mean()) < 1
 
 
-def test_recorded_domain_counts(shared_data):
-    path = shared_data / "traces" / "olmoe_mixtral_domain_counts.npz"
-    with np.load(path) as file:
-        model, domain, _ = next(name for name in file.files if name.endswith("/counts")).rsplit("/", 2)
-    layers, counts = from_domain_counts_npz(path, model, domain)
-    assert layers == (0, 7, 15)
-    assert counts.shape[0] == 3
-    assert (counts.sum(axis=1) > 1e5).all()
-    with pytest.raises(ValueError, match="has no"):
-        from_domain_counts_npz(path, "absent", domain)
+def test_arrays_of_another_file(shared_data):
     with pytest.raises(ValueError, match="lacks"):
-        from_deepseek_esft_npz(path)
+        from_deepseek_esft_npz(shared_data / "traces" / "olmoe_mixtral_domain_counts.npz")
