@@ -17,7 +17,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from moe.kernels.cpu_struct import BLOCK, KINDS, MATRIX, MOST_COLUMNS, STEP, pack_matrix
+from moe.kernels.cpu_struct import BLOCK, CHOICE, KINDS, MATRIX, MOST_COLUMNS, STEP, pack_matrix
 from moe.kernels.reference import (
     bad_slot,
     check_expert_input,
@@ -44,7 +44,11 @@ def load_helper() -> ctypes.CDLL | None:
         if not files:
             raise OSError(f"no _cpu_experts*.so in {folder}; it is compiled at installation, which needs gcc or clang")
         helper = ctypes.CDLL(str(files[0]))  # after `import torch`: its OpenMP runtime must be there
-        sizes = {"moe_cpu_abi": (_LAYER, _CALL), "moe_cpu_block_abi": (BLOCK, STEP)}
+        sizes = {
+            "moe_cpu_abi": (_LAYER, _CALL),
+            "moe_cpu_block_abi": (BLOCK, STEP),
+            "moe_cpu_choice_abi": (MATRIX, CHOICE),
+        }
         if any(not hasattr(helper, n) or getattr(helper, n)() != 1000 * a.size + b.size for n, (a, b) in sizes.items()):
             raise OSError(f"{files[0].name} was compiled from other sources; reinstall")
     except OSError as error:
@@ -60,6 +64,8 @@ def load_helper() -> ctypes.CDLL | None:
         *(ctypes.c_float, pointer, pointer, integer, integer),
     ]
     helper.moe_cpu_expected.restype = integer
+    helper.moe_cpu_choose.argtypes = [ctypes.c_char_p, ctypes.c_char_p, integer, integer]
+    helper.moe_cpu_choose.restype = integer
     helper.moe_cpu_rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, integer, ctypes.c_float]
     helper.moe_cpu_rms_norm.restype = None
     helper.moe_cpu_block.argtypes, helper.moe_cpu_block.restype = [ctypes.c_char_p, ctypes.c_char_p], integer

@@ -71,7 +71,7 @@ class Foresight:
         if self.forecast is None:
             return OnlineGuess(empty_fit(self._blueprint, self._model, distances=1))
         if self.pregate is not None:
-            return pregate_guess(self.forecast, self.pregate.num_candidates, num_layers)
+            return pregate_guess(self.pregate, self._num_experts)
         return learned_guess(self.forecast, num_layers)
 
 

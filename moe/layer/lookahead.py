@@ -22,6 +22,7 @@ from moe.comm.gather import BackgroundGather, Gathering
 from moe.comm.wire import Traffic
 from moe.kernels.cpu_expected import CpuExpected, can_expect
 from moe.layer.parallel import ExpertParallel
+from moe.layer.pregate import Pregate
 from moe.layer.ridge import Forecast, Regression, RidgeFit
 from moe.layer.routing import Routing, StepContext, on_host
 from moe.offload.cache import ExpertCache
@@ -152,16 +153,13 @@ class OnlineGuess:
         self._ahead[stale] = foretell(self.forecast.regressions[stale, 1], self.forecast.top_k)
 
 
-def pregate_guess(forecast: Forecast, width: int, num_layers: int) -> Guess:
-    """Under a pre-gate what the next layer may want is known: the `width` best of each token."""
+def pregate_guess(pregate: Pregate, num_experts: Sequence[int]) -> Guess:
+    """Under a pre-gate what the next layer may want is known: the candidates of each token."""
 
     def guess(layer: int, x: Tensor, topk_ids: npt.NDArray[np.int64]) -> Floats | None:
-        if layer + 1 == num_layers:
+        if pregate.foretold is None:
             return None
-        scores = forecast.scores(layer, 1, x)
-        chosen = scores.topk(min(width, scores.shape[1])).indices
-        counts = torch.bincount(chosen.flatten(), minlength=scores.shape[1])
-        return counts.numpy(force=True).astype(np.float32)  # host sync on an accelerator
+        return np.bincount(on_host(pregate.foretold[0]).ravel(), minlength=num_experts[layer + 1]).astype(np.float32)
 
     return guess
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from moe.kernels.cpu_expected import Choose, chooser
 from moe.layer.ridge import Forecast
 from moe.layer.routers import PlainRouter
 from moe.layer.routing import Routing, StepContext
@@ -28,33 +29,36 @@ class Pregate:
             raise ValueError(f"routing.pregate=restrict:{width} leaves fewer experts than a token takes ({top_k})")
         if width is None and forecast.kind != "logits":
             raise ValueError("routing.pregate=replace needs a lookahead of logits, this one foretells choices alone")
-        self.forecast, self.routers, self.width = forecast, list(routers), width
-        self._before: Tensor | None = None  # x of the layer before
-
-    @property
-    def num_candidates(self) -> int:
-        return max(router.top_k for router in self.routers) if self.width is None else self.width
+        self.routers, self.width = list(routers), width
+        self._own = [chooser(router.weight, router.bias) for router in routers]
+        self._foretell = [_forecast_chooser(forecast, layer) for layer in range(len(routers) - 1)]
+        self.foretold: tuple[Tensor, Tensor] | None = None  # of the next layer: candidates int64 [T, W], and weights
 
     def route(self, x: Tensor, routing: Routing, step: StepContext) -> Routing:
-        layer, before = routing.layer, self._before
-        self._before = x
+        layer, foretold = routing.layer, self.foretold
+        self.foretold = None if layer + 1 == len(self.routers) else self._foretold(layer + 1, x)
         if layer == 0:
             return routing
-        assert before is not None, layer
-        assert len(before) == len(x), (layer, before.shape, x.shape)
-        router, foretold = self.routers[layer], self.forecast.scores(layer - 1, 1, before)
-        if self.width is None:
-            weights, ids = foretold.softmax(-1).topk(router.top_k)
-        else:
-            own = router.logits(x).float().softmax(-1)
-            candidates = foretold.topk(min(self.width, foretold.shape[1])).indices
-            weights, of_these = own.gather(1, candidates).topk(router.top_k)
-            ids = candidates.gather(1, of_these)
-        if router.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+        assert foretold is not None, layer
+        assert len(foretold[0]) == len(x), (layer, foretold[0].shape, x.shape)
+        ids, weights = foretold
+        if self.width is not None:
+            ids, weights = self._own[layer](x, self.routers[layer].top_k, ids, self.routers[layer].normalize)
         return routing._replace(
             topk_ids=ids.to(routing.topk_ids.dtype), topk_weights=weights.to(routing.topk_weights.dtype)
         )
+
+    def _foretold(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: what the layer before `layer` sees."""
+        router = self.routers[layer]
+        count = router.top_k if self.width is None else min(self.width, len(router.weight))
+        return self._foretell[layer - 1](x, count, None, router.normalize)
+
+
+def _forecast_chooser(forecast: Forecast, layer: int) -> Choose:
+    """Of the layer behind `layer`."""
+    weight = forecast.regressions[layer, 1].weight
+    return chooser(weight[:-1].T.contiguous(), weight[-1].contiguous())
 
 
 def width_of(pregate: str) -> int | None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe.kernels.cpu import load_helper
-from moe.kernels.cpu_expected import CpuExpected, can_expect
+from moe.kernels.cpu_expected import CpuChoice, CpuExpected, can_expect, choose_reference, chooser
 from moe.layer.lookahead import expected_by_forecast, expected_by_router, foretell
 from moe.layer.ridge import Regression
 from moe.offload.prefetch import LEAST_EXPECTED
@@ -70,3 +70,45 @@ def test_what_it_cannot_read_is_left_to_torch():
     assert not can_expect(torch.zeros(6, 4).T)
     assert not can_expect(torch.zeros(4, 6, dtype=torch.float64))
     assert not can_expect(torch.zeros(4, 6, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "top_k", "width", "among"),
+    [
+        (1, 64, 4, 48, 9),
+        (0, 8, 2, 8, 4),
+        (3, 5, 5, 7, None),
+        (2, 1, 1, 4, 1),
+        (500, 129, 100, 33, 128),
+        (7, 9, 2, 5, 2),
+    ],
+)
+def test_a_choice_is_its_twins(dtype, tokens, num_experts, top_k, width, among):
+    """By a router of x's dtype and by a forecast in fp32; among all and among some; a row alone chooses the same."""
+    torch.manual_seed(tokens + num_experts)
+    x = torch.randn(tokens, width).to(dtype)
+    some = None if among is None else torch.stack([torch.randperm(num_experts)[:among] for _ in range(tokens + 1)])[:-1]
+    for weight in (torch.randn(num_experts, width).to(dtype), torch.randn(num_experts, width)):
+        bias = torch.randn(num_experts).to(weight.dtype)
+        for normalize in (False, True):
+            choose = chooser(weight, bias)
+            assert isinstance(choose, CpuChoice)
+            ids, weights = choose(x, top_k, some, normalize)
+            _, right = choose_reference(weight, bias, x, top_k, some, normalize)
+            np.testing.assert_allclose(weights, right, rtol=2e-2 if weight.dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+            logits = torch.nn.functional.linear(x.to(weight.dtype), weight, bias).float()
+            softmax = logits.softmax(-1).gather(1, ids)  # of the very experts that were chosen
+            right = softmax / softmax.sum(-1, keepdim=True) if normalize else softmax
+            np.testing.assert_allclose(weights, right, rtol=2e-2 if weight.dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+            assert all(len(set(row)) == top_k for row in ids.tolist())
+            assert some is None or all(set(row) <= set(of) for row, of in zip(ids.tolist(), some.tolist()))
+            if tokens:
+                alone = choose(x[-1:], top_k, None if some is None else some[-1:], normalize)
+                assert all(torch.equal(a[0], b[-1]) for a, b in zip(alone, (ids, weights)))
+
+
+def test_scores_that_are_no_numbers_are_chosen_last():
+    weight = torch.tensor([[torch.nan], [1.0], [torch.nan], [2.0]])
+    ids, _ = CpuChoice(weight, None)(torch.ones(1, 1), 3, None, False)
+    assert ids[0, :2].tolist() == [3, 1]

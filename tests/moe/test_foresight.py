@@ -162,7 +162,7 @@ def test_nothing_outside_the_forecast_is_used(lookahead, pregate, width):
         experts.routing.observers += [log, Inputs()]
         together = engine_says(llm, PROMPTS).tokens
         chosen = log.take()
-        forecast = experts.routing.stages[0].forecast
+        forecast = Forecast.load(lookahead, [16] * 6, 192)
         x = [torch.cat([one for layer, one in inputs if layer == n]) for n in range(6)]
         for layer in range(1, 6):
             candidates = forecast.scores(layer - 1, 1, x[layer - 1]).topk(width).indices
