@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -156,9 +157,17 @@ def test_no_room_is_told_and_leaves_no_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def rank_lines_in(folder):
+    together._FOLDER = Path(folder)
+    rank_lines()
+    return together._FOLDER.stat().st_mtime_ns
+
+
 def test_no_name_is_left_in_memory():
-    spawn(2, rank_lines)
-    assert list(Path("/dev/shm").glob("moe-shared-*")) == []
+    with TemporaryDirectory(dir="/dev/shm") as folder:  # of its own: other tests run beside this one
+        before = Path(folder).stat().st_mtime_ns
+        assert min(spawn(2, rank_lines_in, folder)) > before  # there were names
+        assert list(Path(folder).iterdir()) == []
 
 
 def test_names_that_killed_ranks_leave_are_removed_by_the_next(tmp_path, monkeypatch):
