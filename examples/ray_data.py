@@ -21,7 +21,7 @@ def main(source: str, target: str) -> None:
         fn_constructor_kwargs={"max_tokens": 16, "temperature": 0.0},
         batch_size=32,
         concurrency=2,
-        num_cpus=1,
+        num_cpus=0.5,  # of two cores one is left for reading and writing, without which nothing begins
     )
     answers.write_json(target)
 

@@ -2,7 +2,8 @@
 
     dataset.map_batches(Answers, fn_constructor_args=("model",), batch_size=64, concurrency=2)
 
-Each of the `concurrency` actors has the whole model, with its experts in slots; a row depends on no other.
+Each of the `concurrency` actors has the whole model, with its experts in slots; a row depends on no other. Reading and
+writing take cores too: where the actors have all that the cluster has (`num_cpus` each, 1 by default), nothing begins.
 """
 
 from pathlib import Path

@@ -28,6 +28,12 @@ def test_answers_of_a_column():
         stage({"prompt": rows})
 
 
+def test_the_stage_of_the_example_leaves_a_core_of_two_to_read_and_write():
+    text = (ROOT / "examples" / "ray_data.py").read_text()
+    actors, cores = (float(re.search(rf"{name}=([\d.]+),", text)[1]) for name in ("concurrency", "num_cpus"))
+    assert actors * cores + 1 <= 2  # else Ray Data waits without end
+
+
 def test_commands_and_files_for_clusters_can_be_read():
     """Every command of the page, and what `ray up` would read."""
     text = (ROOT / "docs" / "ray.md").read_text() + (ROOT / "examples/launch/laptop_hosts.sh").read_text()
