@@ -207,7 +207,7 @@ def test_what_is_shown_runs(page, folder, monkeypatch, capfd):
 
 def start_service(arguments: list[str], environment: dict[str, str], port: int) -> subprocess.Popen[bytes]:
     service = subprocess.Popen([sys.executable, "-m", "moe", *arguments], env=environment)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while time.monotonic() < end:
         assert service.poll() is None, arguments
         try:
@@ -215,4 +215,6 @@ def start_service(arguments: list[str], environment: dict[str, str], port: int) 
                 return service
         except httpx.TransportError:
             time.sleep(0.2)
+    service.kill()
+    service.wait(60)
     raise AssertionError(f"{arguments} does not answer at port {port}")
