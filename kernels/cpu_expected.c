@@ -112,7 +112,8 @@ static CLONES void choose_row(const struct choice *c, int64_t row, int64_t exper
     int64_t *ids = c->ids + row * c->top_k, count = among ? c->width : experts;
     float top = -INFINITY, sum = 0, chosen = 0;
     for (int64_t e = 0; e < experts; e++) top = p[e] > top ? p[e] : top;
-    for (int64_t e = 0; e < experts; e++) p[e] = p[e] == p[e] ? p[e] - top : -INFINITY; /* what is no number comes last */
+    for (int64_t e = 0; e < experts; e++) /* at most 0 from here on: infinite ones come first, what is no number last */
+        p[e] = p[e] == top ? 0.0f : p[e] == p[e] ? p[e] - top : -INFINITY;
     for (int64_t e = 0; e < experts; e++) sum += exponential(p[e]);
     float *weights = c->weights + row * c->top_k;
     for (int64_t k = 0; k < c->top_k; k++) {

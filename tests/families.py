@@ -11,7 +11,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe.models.blueprint import read_blueprint
 from moe.offload.layout import ExpertSite
+from moe.offload.pack import pack
+from moe.offload.requantise import target_format
 from tests.family_configs import CONFIGS
 
 _DECAYS = ("slope_rate", "_decay", "A_log", "dt_bias")
@@ -109,3 +112,14 @@ def expert_parameters(model: PreTrainedModel, site: ExpertSite, expert: int) -> 
     matrices = [getattr(module, name)[expert] for name in (first, "down_proj")]
     biases = [getattr(module, f"{name}_bias")[expert] if site.has_bias else None for name in (first, "down_proj")]
     return [m.T if site.transposed else m for m in matrices] + biases
+
+
+def nested_folder(base: Path) -> Path:
+    """base/packed: two layers of six experts in nested precision, of the random model base/original."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2}
+    heads = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = transformers.Qwen3MoeConfig(vocab_size=64, intermediate_size=40, **sizes, **heads)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(base / "original")
+    blueprint = read_blueprint(base / "original")
+    return pack(blueprint.checkpoint, blueprint.index, base / "packed", experts=target_format("nested", 32))

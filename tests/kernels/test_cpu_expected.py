@@ -108,7 +108,18 @@ def test_a_choice_is_its_twins(dtype, tokens, num_experts, top_k, width, among):
                 assert all(torch.equal(a[0], b[-1]) for a, b in zip(alone, (ids, weights)))
 
 
-def test_scores_that_are_no_numbers_are_chosen_last():
-    weight = torch.tensor([[torch.nan], [1.0], [torch.nan], [2.0]])
-    ids, _ = CpuChoice(weight, None)(torch.ones(1, 1), 3, None, False)
-    assert ids[0, :2].tolist() == [3, 1]
+@pytest.mark.parametrize("among", [None, [[2, 0, 3, 1]]])
+def test_scores_that_are_infinite_come_first_and_those_that_are_no_numbers_last(among):
+    """Each expert once, whatever the scores are."""
+    inf, nan = torch.inf, torch.nan
+    for scores, best in (
+        ([nan, 1.0, nan, 2.0], [3, 1]),
+        ([1.0, inf, inf, 2.0], [1, 2]),
+        ([-inf, inf, nan, 2.0], [1]),
+        ([-inf] * 4, []),
+        ([nan] * 4, []),
+    ):
+        choose = CpuChoice(torch.tensor(scores)[:, None], None)
+        ids, _ = choose(torch.ones(1, 1), 4, None if among is None else torch.tensor(among), True)
+        assert sorted(ids[0].tolist()) == [0, 1, 2, 3]
+        assert sorted(ids[0, : len(best)].tolist()) == sorted(best)

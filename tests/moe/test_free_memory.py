@@ -58,6 +58,17 @@ def test_ranks_of_a_machine_share_what_is_free(monkeypatch):
     alone.close()
 
 
+def filling(make, take):
+    """`make_experts` that takes the memory of its slots at once."""
+
+    def make_and_fill(*arguments, **more):
+        experts = make(*arguments, **more)
+        take(experts.slots.cache.slot_bytes, "slots")
+        return experts
+
+    return make_and_fill
+
+
 def unequal_rank_takes(folder: Path, slow: int) -> tuple[int, int, int]:
     """On a machine whose ranks load 10 MiB of dense weights each, one of them late, and fill what they take."""
     rank, load, make = int(os.environ["RANK"]), assemble.load_model, assemble.make_experts
@@ -71,12 +82,7 @@ def unequal_rank_takes(folder: Path, slow: int) -> tuple[int, int, int]:
         take(10 * MIB, "dense")
         return dense
 
-    def make_and_fill(*arguments, **more):
-        experts = make(*arguments, **more)
-        take(experts.slots.cache.slot_bytes, "slots")
-        return experts
-
-    assemble.load_model, assemble.make_experts = load_late, make_and_fill  # of this rank alone
+    assemble.load_model, assemble.make_experts = load_late, filling(make, take)  # of this rank alone
     device.available_memory = lambda: 66 * MIB - sum(path.stat().st_size for path in folder.iterdir())
     with process_groups(timeout_s=60) as groups:
         with LLM(TINYMOE, config(), groups=groups) as llm:
@@ -135,12 +141,7 @@ def unequal_host_takes(folder: Path, port: int, late: str) -> tuple[int, int]:
         take(10 * MIB, "dense")
         return dense
 
-    def make_and_fill(*arguments, **more):
-        experts = make(*arguments, **more)
-        take(experts.slots.cache.slot_bytes, "slots")
-        return experts
-
-    assemble.load_model, assemble.make_experts = load_and_take, make_and_fill  # of this host alone
+    assemble.load_model, assemble.make_experts = load_and_take, filling(make, take)  # of this host alone
     sizes = lambda which: sum(path.stat().st_size for path in folder.glob(which))  # noqa: E731
     device.available_memory = lambda: 66 * MIB - sizes("[ds]*")
     device.own_memory = lambda: sizes(f"[ds]*_{rank}")

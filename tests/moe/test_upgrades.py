@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig, PlacementConfig
@@ -24,11 +23,10 @@ from moe.metrics import exposition
 from moe.models.blueprint import read_blueprint
 from moe.offload.more_bits import MoreBits
 from moe.offload.nested import Sensitivity, at_level, check_bits, more_bits, sizes_of
-from moe.offload.pack import pack
-from moe.offload.requantise import target_format
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
+from tests.families import nested_folder
 
 PROMPTS = [[5, 9, 30, 2, 2, 41], [7], [60, 1, 33]]
 
@@ -36,13 +34,7 @@ PROMPTS = [[5, 9, 30, 2, 2, 41], [7], [60, 1, 33]]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     made = tmp_path_factory.mktemp("upgrades")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2}
-    heads = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = Qwen3MoeConfig(vocab_size=64, intermediate_size=40, **sizes, **heads)
-    Qwen3MoeForCausalLM(config).save_pretrained(made / "original")
-    blueprint = read_blueprint(made / "original")
-    pack(blueprint.checkpoint, blueprint.index, made / "packed", experts=target_format("nested", 32))
+    nested_folder(made)
     return made
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig, PlacementConfig
@@ -22,27 +21,19 @@ from moe.models.blueprint import read_blueprint
 from moe.offload.deepnvme import DeepNvmeStore
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.nested import Sensitivity, at_level, plan_bits, read_sensitivity, serve, sizes_of
-from moe.offload.pack import pack
 from moe.offload.requantise import target_format
 from moe.offload.shared import SharedStore
 from moe.offload.stores import FileStore, MmapStore, aligned_bytes, bytes_moved
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
-from tests.families import tiny_checkpoint
+from tests.families import nested_folder, tiny_checkpoint
 from tests.offload.test_deepnvme import Sectors
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    base = tmp_path_factory.mktemp("nested")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2}
-    heads = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = Qwen3MoeConfig(vocab_size=64, intermediate_size=40, **sizes, **heads)
-    Qwen3MoeForCausalLM(config).save_pretrained(base / "original")
-    blueprint = read_blueprint(base / "original")
-    return pack(blueprint.checkpoint, blueprint.index, base / "packed", experts=target_format("nested", 32))
+    return nested_folder(tmp_path_factory.mktemp("nested"))
 
 
 def says(folder, bits, kernel="auto", budget="1.0", prompts=([5, 9, 30], [7])):
