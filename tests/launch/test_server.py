@@ -218,8 +218,12 @@ def test_what_is_no_http_is_one_line_in_the_log_wherever_it_comes(served, caplog
                 with suppress(TimeoutError):  # what is not a whole request has no answer yet
                     line.recv(1, socket.MSG_PEEK)
                 line.settimeout(60)
-        line.sendall(NO_HTTP if is_split else begins + NO_HTTP)
-        answer = b"".join(iter(lambda: line.recv(65536), b""))
+        answer = b""
+        with suppress(ConnectionError):  # the server may have answered and closed before it read the rest: a reset
+            line.sendall(NO_HTTP if is_split else begins + NO_HTTP)
+        with suppress(ConnectionError):
+            while more := line.recv(65536):
+                answer += more
     assert answer.startswith(b"HTTP/1.1 "), answer
     assert int(answer.split()[1]) in {status, 400} if not is_split else int(answer.split()[1]) == status, answer
     idle(served)
