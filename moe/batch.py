@@ -22,7 +22,8 @@ from moe.answers import response_body
 from moe.comm.control import Control
 from moe.config import EngineConfig
 from moe.engine.layer_major import Workload
-from moe.llm import LLM, Generation
+from moe.generation import Generation
+from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.models.load import load_tokenizer
 from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, json_of, lines_of, parse_batch_line
@@ -199,7 +200,7 @@ class _Run:
     def _queue_sample(self, entry: _Entry) -> None:
         index = len(entry.samples)
         try:
-            sample = self.llm.add(entry.tokens, entry.ask.params.sample(index), index)
+            sample = self.llm.add(entry.tokens, entry.ask.params.sample(index), index, is_awaited=False)
         except ValueError as error:
             self.queueing.popleft()
             self.results.write(failed_line(entry.line, entry.custom_id, "invalid_request", str(error)))

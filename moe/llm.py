@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from moe import porting
 from moe.comm.groups import Groups
@@ -16,36 +16,14 @@ from moe.engine.layer_major import Workload
 from moe.engine.requests import Request
 from moe.engine.sampling import Logprobs
 from moe.engine.text import TextStream
+from moe.generation import Event, Generation
 from moe.guard import Guard
 from moe.models.load import load_tokenizer
 from moe.openai import Ask
-from moe.outputs import Completion, FinishReason, RequestOutput, RequestTimes
+from moe.outputs import Completion, RequestOutput, RequestTimes
 from moe.params import Logprob, SamplingParams
 from moe.prompts import Message, Prompt, PromptEncoder, as_conversations, as_prompts, text_of
 from moe.tools import ToolFormat, format_of
-
-
-class Generation:
-    """One sample on its way: as the engine has it, and its text so far."""
-
-    def __init__(self, request: Request, text: TextStream, index: int) -> None:
-        self.request, self.text, self.index = request, text, index
-        self.arrival = time.time()
-        self.first_token: float | None = None
-        self.finished: float | None = None
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.request.tokens[self.request.num_prompt :]
-
-
-class Event(NamedTuple):
-    """What a step did for one sample: new text that is certain, its new token, and why it ended if it did."""
-
-    generation: Generation
-    text: str
-    token: int | None
-    finish: FinishReason | None
 
 
 class _Answer:
@@ -214,10 +192,15 @@ class LLM:
         self.engine.check_request(tokens, params)
         self._grammars.check(params.structured_outputs)
 
-    def add(self, tokens: Sequence[int], params: SamplingParams, index: int = 0) -> Generation:
-        """Queues one sample (of n, sample `index`); `step` moves it on. For callers that run their own loop."""
+    def add(
+        self, tokens: Sequence[int], params: SamplingParams, index: int = 0, *, is_awaited: bool = True
+    ) -> Generation:
+        """Queues one sample (of n, sample `index`); `step` moves it on. For callers that run their own loop.
+
+        is_awaited: False where nobody reads its tokens before the last: hosts then say several at a time.
+        """
         opened: list[Generation] = []
-        self._add(tokens, params, opened, index)
+        self._add(tokens, params, opened, index, is_awaited)
         return opened[0]
 
     def step(self) -> list[Event]:
@@ -268,13 +251,21 @@ class LLM:
             return None
         return self._decoded(request.tokens[-1:], request.logprobs[-1:])
 
-    def _add(self, tokens: Sequence[int], params: SamplingParams, opened: list[Generation], index: int = 0) -> None:
+    def _add(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        opened: list[Generation],
+        index: int = 0,
+        is_awaited: bool = True,
+    ) -> None:
         """As `add`; the sample is in `opened` as soon as it is queued, whatever interrupts the caller."""
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer; use stop_token_ids")
         params = self.encoder.with_bad_words(params)
         with self.guard:
             request = self.engine.add_request(tokens, params)
+            request.is_awaited = is_awaited or bool(params.stop)  # only here is seen where a stop string ends it
             text = TextStream(
                 self.tokenizer if params.detokenize else None,
                 params.stop,
@@ -298,7 +289,7 @@ class LLM:
                 while todo or self.engine.has_work:
                     while todo and len(self._open) < window:
                         answer, index = todo.popleft()
-                        self._add(answer.tokens, answer.params.sample(index), opened, index)
+                        self._add(answer.tokens, answer.params.sample(index), opened, index, is_awaited=False)
                         answer.samples.append(opened[-1])
                     advance(sum(event.finish is not None for event in self.step()), self.engine.stats.rate_text())
                     self.guard.check()
@@ -324,13 +315,15 @@ class LLM:
     def _event(self, request: Request) -> Event:
         """Moves the text of the request on. An error there is this request's alone."""
         generation = self._open[request.id]
-        token = None if request.error is not None else request.tokens[-1]
+        tokens = request.tokens[generation.read :]
+        generation.read += len(tokens)
         try:
-            if token is not None:
+            if tokens:
                 generation.first_token = generation.first_token or time.time()
-            ended_by_token = request.finish_reason == "stop" and token in request.params.end_token_ids
-            if token is not None and not ended_by_token:  # the token that ends a text is not part of it
-                generation.text.add(token, may_stop=request.num_output > request.params.min_tokens)
+            ends = request.params.end_token_ids if request.finish_reason == "stop" else ()
+            for number, token in enumerate(tokens, generation.read - len(tokens) - request.num_prompt + 1):
+                if not (number == request.num_output and token in ends):  # it ends the text, and is no part of it
+                    generation.text.add(token, may_stop=number > request.params.min_tokens)
             if generation.text.is_stopped:
                 self.engine.finish(request, "stop")
             if request.finish_reason is not None:
@@ -342,7 +335,9 @@ class LLM:
         if request.finish_reason is not None:
             generation.finished = time.time()
             self._open.pop(request.id)
-        return Event(generation, generation.text.delta(request.finish_reason is not None), token, request.finish_reason)
+        return Event(
+            generation, generation.text.delta(request.finish_reason is not None), tokens, request.finish_reason
+        )
 
     def _decoded(self, tokens: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[int, Logprob]]:
         return [

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+from moe.generation import Event, Generation
 from moe.histogram import Histogram
-from moe.llm import LLM, Event, Generation
+from moe.llm import LLM
 from moe.openai import PromptLogprobs
 from moe.outputs import Completion
 from moe.params import Logprob, SamplingParams
@@ -189,7 +190,7 @@ class Service:
 
     def _hand_out(self, ticket: Ticket, number: int, event: Event) -> None:
         now = time.monotonic()
-        if event.token is not None:
+        if event.tokens:
             if (before := ticket.last_token.get(number)) is not None:
                 self.stats.time_between_tokens.add(now - before)
             ticket.last_token[number] = now
@@ -205,8 +206,7 @@ class Service:
         if event.finish is not None:
             del self._of[id(event.generation)]
             ticket.num_finished += 1
-        tokens = [] if event.token is None else [event.token]
-        self._deliver(ticket, Delta(number, event.text, tokens, logprobs, completion, of_prompt))
+        self._deliver(ticket, Delta(number, event.text, event.tokens, logprobs, completion, of_prompt))
         if ticket.num_finished == ticket.num_samples and not ticket.is_over:
             self._end(ticket)
             self.stats.finished += 1

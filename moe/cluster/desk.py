@@ -1,13 +1,17 @@
 """Where requests come in and what is said of them goes out, between a thread that steps and callers of others."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from moe.cluster.messages import Dealt, Said
 from moe.engine.requests import Request
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
+
+HOLD_S = 0.05  # how long tokens wait that nobody reads one by one: what is told costs more than a token of a quick step
 
 
 class TakesRequests(Protocol):
@@ -42,15 +46,27 @@ class Outbox:
             return self._first_said, list(self._said)
 
 
-class Desk:
-    """tell: called by the thread that steps with what there is to say."""
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A request of a caller, who knows it as `number`, and of which he has `told` tokens."""
 
-    def __init__(self, tell: Callable[[Sequence[Said]], None]) -> None:
-        self._tell = tell
+    number: int
+    request: Request
+    told: int
+
+
+class Desk:
+    """tell: called by the thread that steps with what there is to say: of requests that somebody reads token by token
+    after the step, of others within `hold_s`."""
+
+    def __init__(self, tell: Callable[[Sequence[Said]], None], hold_s: float = HOLD_S) -> None:
+        self._tell, self._hold_s = tell, hold_s
         self._changed = threading.Condition()
         self._dealt: list[Dealt] = []
         self._cancelled: set[int] = set()
-        self._running: dict[int, tuple[int, Request]] = {}  # by the engine's id: the caller's, and the request
+        self._running: dict[int, _Running] = {}  # by the engine's id
+        self._moved: dict[int, _Running] = {}  # of those, with something that was not told yet
+        self._held_since = 0.0
 
     # For callers.
 
@@ -77,30 +93,46 @@ class Desk:
             try:
                 request = engine.add_request(one.tokens, one.params, one.num_prompt)
             except ValueError as error:  # there may be less room here than where it was asked first
-                self._tell([Said(one.id, None, "error", error=str(error))])
+                self._tell([Said(one.id, (), "error", error=str(error))])
                 continue
-            self._running[request.id] = one.id, request
-        for number, (id_there, request) in list(self._running.items()):
-            if id_there in cancelled:
-                engine.finish(request, "abort")
-                del self._running[number]
+            request.is_awaited = one.is_awaited
+            self._running[request.id] = _Running(one.id, request, len(one.tokens))
+        for id_here, running in list(self._running.items()) if cancelled else ():
+            if running.number in cancelled:
+                engine.finish(running.request, "abort")
+                del self._running[id_here]
+                self._moved.pop(id_here, None)
 
-    def stepped(self, requests: Sequence[Request]) -> None:
-        """Tells the caller what its requests among these have now."""
-        said = []
+    def stepped(self, requests: Sequence[Request], *, may_hold: bool = True) -> None:
+        """Tells the caller what its requests among these have now, and what was held; may_hold: another call follows
+        soon."""
+        is_awaited = not may_hold
         for request in requests:
-            if request.id in self._running:
-                said.append(Said.of(request, self._running[request.id][0]))
+            if (running := self._running.get(request.id)) is not None:
+                if not self._moved:
+                    self._held_since = time.monotonic()
+                self._moved[request.id] = running
+                is_awaited = is_awaited or request.is_awaited
                 if request.finish_reason is not None:
                     del self._running[request.id]
+        if self._moved and (is_awaited or time.monotonic() - self._held_since >= self._hold_s):
+            self.tell_all()
+
+    def tell_all(self) -> None:
+        """Tells what was held."""
+        moved, self._moved = self._moved, {}
+        said = [Said.of(running.request, running.number, running.told) for running in moved.values()]
+        for running in moved.values():
+            running.told = len(running.request.tokens)
         if said:
             self._tell(said)
 
     def clear(self, engine: TakesRequests) -> None:
         """Ends all that runs: its caller is gone."""
-        for _, request in self._running.values():
-            engine.finish(request, "abort")
+        for running in self._running.values():
+            engine.finish(running.request, "abort")
         self._running.clear()
+        self._moved.clear()
 
     def wait(self, seconds: float, condition: Callable[[], bool] = lambda: False) -> None:
         """Until a request comes or `condition` is true."""

@@ -1,4 +1,4 @@
-"""The face of an `Engine` for a process that computes nothing itself: requests in, one token at a time out.
+"""The face of an `Engine` for a process that computes nothing itself: requests in, tokens out as they are told.
 
 `LLM`, batch files and a service use it like an engine of this process. Every request stays here with its tokens so far
 (`Ledger`), so that whoever computes may be lost.
@@ -87,16 +87,17 @@ class Front(ABC):
                 self.drop(request, host)
 
     def step(self) -> list[Request]:
-        """Waits shortly for what hosts say. Returns the requests that moved: each has one token more, or ended."""
+        """Waits shortly for what hosts say. Returns the requests that moved: each has tokens more, or ended."""
         started = time.perf_counter()
         self.exchange(0.0 if self.ledger.has_news else _TICK_S)
+        before = self.ledger.num_handed_out
         stepped = self.ledger.hand_out()
         now = time.perf_counter()
         for request in stepped:
             if (asked := self._asked.pop(request.id, None)) is not None:
                 self.stats.time_to_first_token.add(now - asked)
         self.stats.steps += 1
-        self.stats.decode_tokens += len(stepped)
+        self.stats.decode_tokens += self.ledger.num_handed_out - before
         self.stats.decode_seconds += now - started
         return stepped
 

@@ -112,6 +112,7 @@ class ExpertHost:
         started = time.perf_counter()
 
         def ended(lost: str | None) -> Ended:
+            self.desk.tell_all()
             parallel = self.engine.parallel if has_joined else None
             plan, placed = None if parallel is None else parallel.plan, self._placed
             is_old = placed is not None and placed.generation != order.generation
@@ -155,7 +156,7 @@ class ExpertHost:
                 control.leave()
             stepped = engine.step()
             self._steps += 1
-            self.desk.stepped(stepped)
+            self.desk.stepped(stepped, may_hold=engine.has_work)
             self._look_at_placement(generation)
             seconds.setdefault("first step", time.perf_counter() - started)
             if not engine.has_work:

@@ -30,9 +30,9 @@ class Entry:
 
     def as_dealt(self) -> Dealt:
         request = self.request
-        so_far = [one.token for one in self.said if one.token is not None]
+        so_far = [token for one in self.said for token in one.tokens]
         tokens = request.tokens[: self.given] + so_far
-        return Dealt(request.id, tokens, request.num_prompt, request.params)
+        return Dealt(request.id, tokens, request.num_prompt, request.params, request.is_awaited)
 
 
 class Ledger:
@@ -43,6 +43,7 @@ class Ledger:
         self._queue: deque[Entry] = deque()
         self._moved: deque[Entry] = deque()  # with something to hand out
         self._load: defaultdict[int, int] = defaultdict(int)  # by host: of those that are not ended
+        self.num_handed_out = 0  # tokens
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -104,7 +105,7 @@ class Ledger:
             self._load[host] -= entry.is_ended
 
     def hand_out(self) -> list[Request]:
-        """The requests that have moved, each with one token more, or ended."""
+        """The requests that have moved, each with what was said of it next."""
         handed = []
         for _ in range(len(self._moved)):
             entry = self._moved.popleft()
@@ -126,10 +127,9 @@ class Ledger:
     def _hand_out(self, entry: Entry) -> Request:
         request, one = entry.request, entry.said[entry.handed]
         entry.handed += 1
-        if one.token is not None:
-            request.tokens.append(one.token)
-        if one.logprobs is not None:
-            request.logprobs.append(one.logprobs)
+        request.tokens += one.tokens
+        request.logprobs += one.logprobs
+        self.num_handed_out += len(one.tokens)
         if one.prompt_logprobs:
             request.prompt_logprobs = list(one.prompt_logprobs)
         request.error = one.error

@@ -17,54 +17,55 @@ from moe.placement.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """A request for a host. tokens: the prompt, num_prompt of them, and what was said of the answer so far."""
+    """A request for a host. tokens: the prompt, num_prompt of them, and what was said of the answer so far.
+    is_awaited: as of `Request`."""
 
     id: int
     tokens: list[int]
     num_prompt: int
     params: SamplingParams
+    is_awaited: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a host says of a request: a token, or its end, or both."""
+    """What a host says of a request: tokens, or its end, or both. logprobs: of these tokens, where they are wanted."""
 
     id: int
-    token: int | None
+    tokens: tuple[int, ...] = ()
     finish: FinishReason | None = None
-    logprobs: Logprobs | None = None
+    logprobs: tuple[Logprobs, ...] = ()
     error: str | None = None
     prompt_logprobs: tuple[Logprobs, ...] = ()  # with the first token of an answer
 
     @staticmethod
-    def of(request: Request, number: int) -> "Said":
-        """The newest of a request that its asker knows as `number`."""
-        token = None if request.error is not None else request.tokens[-1]
-        chosen = request.logprobs[-1] if request.params.logprobs is not None and token is not None else None
-        of_prompt = tuple(request.prompt_logprobs) if request.num_output == 1 else ()
-        return Said(number, token, request.finish_reason, chosen, request.error, of_prompt)
+    def of(request: Request, number: int, told: int) -> "Said":
+        """What is new of a request that its asker knows as `number`, and of which he has `told` tokens."""
+        tokens = tuple(request.tokens[told:])
+        chosen = tuple(request.logprobs[-len(tokens) :]) if tokens and request.params.logprobs is not None else ()
+        of_prompt = tuple(request.prompt_logprobs) if tokens and told == request.num_prompt else ()
+        return Said(number, tokens, request.finish_reason, chosen, request.error, of_prompt)
 
     def to_json(self) -> list[Any]:
         """The fields in order; those at the end that say nothing are left out."""
-        of_prompt = [_of_logprobs(one) for one in self.prompt_logprobs] or None
-        fields: list[Any] = [self.id, self.token, self.finish, _of_logprobs(self.logprobs), self.error, of_prompt]
-        while fields[-1] is None:
+        fields: list[Any] = [self.id, self.tokens, self.finish, _of_logprobs(self.logprobs), self.error]
+        fields.append(_of_logprobs(self.prompt_logprobs))
+        while fields[-1] in (None, [], ()):
             fields.pop()
         return fields
 
     @staticmethod
     def from_json(fields: list[Any]) -> "Said":
-        token, finish, logprobs, error, of_prompt = fields[1:] + [None] * (6 - len(fields))
-        prompt = tuple(one for one in map(_to_logprobs, of_prompt or ()) if one is not None)
-        return Said(int(fields[0]), token, finish, _to_logprobs(logprobs), error, prompt)
+        number, tokens, finish, logprobs, error, of_prompt = fields + [None] * (6 - len(fields))
+        return Said(int(number), tuple(tokens or ()), finish, _to_logprobs(logprobs), error, _to_logprobs(of_prompt))
 
 
-def _of_logprobs(one: Logprobs | None) -> list[Any] | None:
-    return None if one is None else [one.chosen, one.rank, *one.top.items()]
+def _of_logprobs(several: Sequence[Logprobs]) -> list[Any]:
+    return [[one.chosen, one.rank, *one.top.items()] for one in several]
 
 
-def _to_logprobs(fields: list[Any] | None) -> Logprobs | None:
-    return None if fields is None else Logprobs(fields[0], dict(fields[2:]), fields[1])
+def _to_logprobs(several: list[Any] | None) -> tuple[Logprobs, ...]:
+    return tuple(Logprobs(chosen, dict(top), rank) for chosen, rank, *top in several or ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,7 +169,8 @@ class Resident:
                     order()
                 desk = self._session.desk
                 desk.hand_over(self.engine)
-                desk.stepped(self.engine.step())
+                stepped = self.engine.step()
+                desk.stepped(stepped, may_hold=self.engine.has_work)
                 if not self.engine.has_work:
                     desk.wait(_IDLE_S, lambda: bool(self._orders))
         except Exception as error:  # whoever asks next is told

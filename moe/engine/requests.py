@@ -18,7 +18,8 @@ from moe.params import SamplingParams
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt and what was generated for it. tokens: [0, num_computed) are in the KV cache."""
+    """One prompt and what was generated for it. tokens: [0, num_computed) are in the KV cache. is_awaited: somebody
+    reads every token as it comes; else hosts of a cluster say several at a time."""
 
     id: int
     tokens: list[int]
@@ -36,6 +37,7 @@ class Request:
     owner: int = 0  # the rank whose request it is
     place: int = 0  # the rank where its next token begins, in coherent decode
     state: Any = None  # what a model that is not packed keeps between steps
+    is_awaited: bool = True
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.params, self.num_prompt)

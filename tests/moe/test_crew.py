@@ -106,7 +106,7 @@ class Actor:
         return
 
     def do_submit(self, dealt: list[Dealt]) -> None:
-        self.said += [Said(one.id, self.number, "length") for one in dealt]
+        self.said += [Said(one.id, (self.number,), "length") for one in dealt]
 
     def ends(self) -> None:
         """As by SIGKILL."""

@@ -31,15 +31,16 @@ def beat(said: Sequence[Said]) -> Beat:
 @pytest.mark.parametrize(
     "said",
     [
-        Said(1, 10),
-        Said(2, 11, "length"),
-        Said(3, None, "error", error="no\nroom"),
-        Said(4, 5, None, Logprobs(-0.1234567890123456789, {5: -0.1, 7: float("-inf")}, 1)),
-        Said(5, 6, "stop", None, None, (Logprobs(-1.5, {}, 3), Logprobs(-2.5, {9: -2.5}, 1))),
+        Said(1, (10,)),
+        Said(2, (11,), "length"),
+        Said(3, (), "error", error="no\nroom"),
+        Said(4, (5,), None, (Logprobs(-0.1234567890123456789, {5: -0.1, 7: float("-inf")}, 1),)),
+        Said(6, (5, 6), "length", (Logprobs(-1.0, {5: -1.0}, 1), Logprobs(-2.0, {}, 9))),
+        Said(5, (6,), "stop", (), None, (Logprobs(-1.5, {}, 3), Logprobs(-2.5, {9: -2.5}, 1))),
     ],
 )
 def test_words_are_the_same_behind_a_line(said):
-    beat = Beat(3, 4, 5, [said, Said(9, 9)])
+    beat = Beat(3, 4, 5, [said, Said(9, (9,))])
     line = beat.to_line()
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
@@ -47,7 +48,17 @@ def test_words_are_the_same_behind_a_line(said):
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"5 7", b"[1,2,3]", b"[1,2,3,4]", b"[1,2,3,[[]]]", b'{"a":1}', b"[1,2,3,[[1,2,3,[]]]]"]
+    "line",
+    [
+        b"",
+        b"5 7",
+        b"[1,2,3]",
+        b"[1,2,3,4]",
+        b"[1,2,3,[[]]]",
+        b'{"a":1}',
+        b"[1,2,3,[[1,2,3,[]]]]",
+        b"[1,2,3,[[1,[2],null,[[]]]]]",
+    ],
 )
 def test_what_is_no_beat_ends_the_line(line):
     with pytest.raises(ValueError, match="no beat of a host"):
@@ -82,12 +93,12 @@ def test_a_line_says_when_its_host_is_gone_or_given_up():
     if not child:
         line = Lifeline("127.0.0.1", lines.port, "word", 3)
         line.start(beat)
-        line.say([Said(5, None, "error", error="no room")])
+        line.say([Said(5, (), "error", error="no room")])
         time.sleep(60)
     assert lines.wait_for_words(3, 1, 20)
     line = lines.get(3)
     assert (line.steps, line.free_blocks, line.placed) == (17, 4, 2)
-    assert lines.take_words()[0] == (3, [Said(5, None, "error", error="no room")])
+    assert lines.take_words()[0] == (3, [Said(5, (), "error", error="no room")])
     assert not line.is_closed
     os.kill(child, 9)
     os.waitpid(child, 0)
@@ -108,7 +119,7 @@ def test_a_line_says_when_its_host_is_gone_or_given_up():
 def test_what_comes_in_pieces_is_put_together_and_a_bad_beat_ends_the_line():
     lines = Lines("127.0.0.1", "word")
     with socket.create_connection(("127.0.0.1", lines.port)) as host:
-        said = [Said(1, None, "error", error="x" * 200_000), Said(2, 7)]
+        said = [Said(1, (), "error", error="x" * 200_000), Said(2, (7,))]
         text = b"word 3\n" + beat(said[:1]).to_line() + beat(said[1:]).to_line() + b"[17,4"
         sender = threading.Thread(
             target=lambda: [host.sendall(text[at : at + 9999]) for at in range(0, len(text), 9999)]
@@ -133,7 +144,7 @@ def test_who_speaks_waits_for_nobody_and_every_word_comes_in_order():
         there.settimeout(20)
         host._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         host.start(beat)
-        said = [Said(number, number, error="x" * (number % 7000)) for number in range(3000)]
+        said = [Said(number, (number,), error="x" * (number % 7000)) for number in range(3000)]
         for first in range(0, 1000, 2):
             host.say(said[first : first + 2])
         assert host._late or host._is_sending, "the line had room for all"

@@ -150,7 +150,7 @@ def test_a_clusters_host_says_them_with_the_first_token():
     ledger.add(request)
     ledger.deal([5], 1)
     told = Logprobs(-1.0, {2: -1.0}, 1)
-    ledger.hear(5, [Said(0, 7, None, None, None, (told,)), Said(0, 8, "length")])
+    ledger.hear(5, [Said(0, (7,), None, (), None, (told,)), Said(0, (8,), "length")])
     while ledger.has_news:
         ledger.hand_out()
     assert (request.tokens, request.prompt_logprobs) == ([1, 2, 7, 8], [told])
