@@ -14,9 +14,22 @@ from setuptools.command.editable_wheel import editable_wheel
 
 SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
 CPU_SOURCES = (
-    *("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain", "norm", "block", "expected"),
+    *(
+        "experts",
+        "linear",
+        "decode",
+        "select",
+        "avx512",
+        "avx512_dot",
+        "avx2",
+        "plain",
+        "norm",
+        "block",
+        "layers",
+        "expected",
+    ),
 )
-CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "attention", "codes", "nested", "isa")
+CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "attention", "codes", "nested", "block", "isa")
 COMMON = ["-O3", "-std=c11", "-fvisibility=hidden", *SAME_BITS]
 
 

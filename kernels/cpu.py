@@ -17,7 +17,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from moe.kernels.cpu_struct import BLOCK, CHOICE, KINDS, MATRIX, MOST_COLUMNS, STEP, pack_matrix
+from moe.kernels.cpu_struct import BLOCK, CHOICE, KINDS, MATRIX, MOST_COLUMNS, STAGE, STEP, pack_matrix
 from moe.kernels.reference import (
     bad_slot,
     check_expert_input,
@@ -47,6 +47,7 @@ def load_helper() -> ctypes.CDLL | None:
         sizes = {
             "moe_cpu_abi": (_LAYER, _CALL),
             "moe_cpu_block_abi": (BLOCK, STEP),
+            "moe_cpu_layers_abi": (STAGE, STEP),
             "moe_cpu_choice_abi": (MATRIX, CHOICE),
         }
         if any(not hasattr(helper, n) or getattr(helper, n)() != 1000 * a.size + b.size for n, (a, b) in sizes.items()):
@@ -69,6 +70,8 @@ def load_helper() -> ctypes.CDLL | None:
     helper.moe_cpu_rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, integer, ctypes.c_float]
     helper.moe_cpu_rms_norm.restype = None
     helper.moe_cpu_block.argtypes, helper.moe_cpu_block.restype = [ctypes.c_char_p, ctypes.c_char_p], integer
+    helper.moe_cpu_layers.argtypes = [ctypes.c_char_p, integer, ctypes.c_char_p, pointer, pointer]
+    helper.moe_cpu_layers.restype = integer
     helper.moe_cpu_block_work.argtypes, helper.moe_cpu_block_work.restype = [ctypes.c_char_p, integer, integer], integer
     helper.moe_cpu_isa.argtypes, helper.moe_cpu_isa.restype = [ctypes.c_int64], ctypes.c_char_p
     return helper
@@ -105,7 +108,7 @@ class CpuExperts:
             )
         self.weights = weights
         self._isa = isa
-        self._layer = b""
+        self.packed = b""  # struct layer; empty without a helper
         self._slots, self._hidden = len(weights.gate_up), weights.hidden_size
         self._helper = load_helper()
         if weights.activation.kind == "custom":
@@ -115,7 +118,7 @@ class CpuExperts:
             a = weights.activation
             interleaved = a.gated and a.interleaved
             up, down = weights.gate_up_coding, weights.down_coding
-            self._layer = _LAYER.pack(
+            self.packed = _LAYER.pack(
                 pack_matrix(weights.gate_up, weights.gate_up_bias, up, columns[0], interleaved=interleaved)
                 + pack_matrix(weights.down, weights.down_bias, down, columns[1]),
                 *(self._slots, a.gated, interleaved, _ACTIVATIONS[a.kind], a.alpha, a.limit),
@@ -178,7 +181,7 @@ class CpuExperts:
             *(_INTEGERS[slot_ids.dtype], weights_at, weights_kind, *slot_ids.shape, out.data_ptr()),
             *(0 if y is None else y.data_ptr(), torch.get_num_threads()),
         )
-        status: int = self._run(self._layer, call, self._isa)
+        status: int = self._run(self.packed, call, self._isa)
         if status < 0:
             raise MemoryError(f"no scratch memory for {tuple(slot_ids.shape)} rows of experts")
         if status:

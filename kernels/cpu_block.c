@@ -13,6 +13,7 @@
 #include <omp.h>
 #endif
 
+#include "cpu_block.h"
 #include "cpu_scalars.h"
 
 enum { CHUNK = 32, GROUP = 64, MAX_DIM = 256 }; /* keys at a time, query rows at a time, elements of a head */
@@ -23,31 +24,6 @@ enum { SERIAL_ATTENTION = 1 << 15 };            /* elements of keys below which 
 int64_t moe_cpu_linear(const struct matrix *w, const void *x, int64_t x_row, int64_t x_kind, int64_t rows, void *out,
                        int64_t threads, int64_t isa);
 void moe_cpu_rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind, float eps);
-
-struct block { /* one layer */
-    struct matrix q, k, v, o, router;
-    const void *norm, *next_norm, *q_norm, *k_norm; /* weights; q_norm, k_norm: NULL where heads have no norm */
-    char *keys, *values;                            /* the pool: [rows, kv_heads, dim] of the kind of h */
-    const float *sinks;                             /* [heads], NULL: none */
-    int64_t heads, kv_heads, dim, rotary;           /* rotary: the first elements of a head that turn with positions */
-    int64_t norm_width;                             /* of q_norm: dim, or heads * dim */
-    int64_t window, kind;                           /* window: keys that a query sees, itself included; 0: all */
-    int64_t top_k, normalize, round_weights;        /* top_k 0: no router */
-    float eps, head_eps, scale;
-};
-
-struct step { /* all layers of one step: T tokens of S sequences, a sequence's tokens side by side */
-    char *h, *x;            /* [T, H]: the residual stream, in and out; what goes to the experts */
-    const char *add;        /* [T, H]: what the layer before still has to add; NULL: nothing */
-    const char *cos, *sin;  /* [T, rotary] */
-    const int64_t *first;   /* [S + 1] each sequence's first token; T at the end */
-    const int64_t *lengths; /* [S] keys of each sequence, the new ones included */
-    const int32_t *blocks;  /* [S, max_blocks]: where a sequence's keys are in the pool, in blocks */
-    int64_t *ids;           /* [T, top_k] */
-    char *weights;          /* [T, top_k] fp32, or of the kind of h */
-    char *work;             /* moe_cpu_block_work bytes */
-    int64_t tokens, sequences, max_blocks, block_size, hidden, threads, isa;
-};
 
 SCALAR void put_one(int64_t kind, void *p, int64_t i, float f) {
     if (kind == F32)

@@ -120,7 +120,7 @@ class CpuBlock:
         self._isa, self._run = isa, helper.moe_cpu_block
         b, router = block, block.router
         pointers = (b.norm, b.next_norm, b.q_norm, b.k_norm, keys, values, b.sinks)
-        self._packed = BLOCK.pack(
+        self.packed = BLOCK.pack(  # struct block
             b"".join(bytes(MATRIX.size) if one is None else _matrix(one) for one in (b.q, b.k, b.v, b.o, router)),
             *(0 if t is None else t.data_ptr() for t in pointers),
             *(b.heads, b.kv_heads, b.dim, b.rotary, b.dim if b.q_norm is None else len(b.q_norm), b.window, self.kind),
@@ -130,29 +130,32 @@ class CpuBlock:
 
     def work_bytes(self, tokens: int) -> int:
         """Scratch memory for a step of so many tokens."""
-        return int(self._work_of(self._packed, tokens, self.hidden))
+        return int(self._work_of(self.packed, tokens, self.hidden))
 
     def __call__(self, h: Tensor, add: Tensor | None, step: Step, work: Tensor) -> BlockResult:
         """h: [T, H], contiguous, changed in place: first `add` [T, H] is added, then what attention gives.
 
         work: uint8, at least `work_bytes`. New keys and values go to the pool. The result is new memory.
         """
-        tokens, router = len(h), self.block.router
-        x = torch.empty_like(h)
         ids = weights = None
-        if router is not None:
-            ids = torch.empty(tokens, self.block.top_k, dtype=torch.int64)
-            weights = torch.empty(tokens, self.block.top_k, dtype=self._weights_dtype)
-        packed = STEP.pack(
+        if self.block.router is not None:
+            ids = torch.empty(len(h), self.block.top_k, dtype=torch.int64)
+            weights = torch.empty(len(h), self.block.top_k, dtype=self._weights_dtype)
+        result = BlockResult(torch.empty_like(h), ids, weights)
+        if self._run(self.packed, self.pack_step(h, add, step, work, result)):
+            raise MemoryError(f"no scratch memory for {len(h)} rows")
+        return result
+
+    def pack_step(self, h: Tensor, add: Tensor | None, step: Step, work: Tensor, to: BlockResult) -> bytes:
+        """struct step: what is computed of these, and where it goes."""
+        x, ids, weights = to
+        return STEP.pack(
             *(h.data_ptr(), x.data_ptr(), 0 if add is None else add.data_ptr(), step.cos.data_ptr()),
             *(step.sin.data_ptr(), step.first.data_ptr(), step.lengths.data_ptr(), step.blocks.data_ptr()),
             *(0 if ids is None else ids.data_ptr(), 0 if weights is None else weights.data_ptr(), work.data_ptr()),
-            *(tokens, len(step.lengths), step.blocks.shape[1], step.block_size, self.hidden),
+            *(len(h), len(step.lengths), step.blocks.shape[1], step.block_size, self.hidden),
             *(torch.get_num_threads(), self._isa),
         )
-        if self._run(self._packed, packed):
-            raise MemoryError(f"no scratch memory for {tokens} rows")
-        return BlockResult(x, ids, weights)
 
 
 def why_not(block: Block, keys: Tensor, values: Tensor) -> str | None:

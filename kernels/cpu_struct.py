@@ -14,6 +14,7 @@ MOST_COLUMNS = 65536  # of a matrix of codes: scratch memory is sized for it
 MATRIX = Struct("=42q")  # struct matrix: 9 and whether it is coded, then the 32 of struct coding
 BLOCK = Struct(f"={5 * MATRIX.size}s17q3f4x")  # struct block: five matrices, 7 pointers, 10 integers, 3 floats
 STEP = Struct("=18q")  # struct step
+STAGE = Struct("=4q")  # struct stage
 CHOICE = Struct("=10q")  # struct choice
 _NO_CODING = (0,) * 33
 _NO_RESIDUAL = (None,) * 7

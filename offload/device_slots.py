@@ -58,6 +58,21 @@ class DeviceSlots:
         self.visits[layer] += 1
         return table.take(ids)
 
+    @property
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """By layer, int32 [E + 1] and more: the slot of each expert, and how often it was asked for in this forward.
+
+        For code that looks all layers of a forward up by itself: it counts there, and `begin` is called before.
+        """
+        return self._rows
+
+    def begin(self) -> None:
+        """A forward begins, all of whose layers are looked up in `rows`."""
+        if self._last_layer >= 0:
+            self._end_forward()
+        self._last_layer = len(self._rows) - 1
+        self.visits = [visits + 1 for visits in self.visits]
+
     def counts(self) -> list[Visits]:
         """By layer, since the start or the last `reset`. A host sync."""
         with self._counting:

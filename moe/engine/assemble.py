@@ -18,7 +18,7 @@ import torch
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, probed, told_choices, why_not_ahead
 from moe.engine.device import ALONE, Sharers, find_device, free_room, num_blocks
-from moe.engine.device_paths import use_graphs
+from moe.engine.device_paths import use_paths
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
 from moe.engine.layer_major import Shared, Workload, sizes_of, split_memory, why_not_split
@@ -181,7 +181,7 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
             memory.scheduler.turns.watch(experts.slots)
         trusts = read.config.trust_remote_code
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
-        graphs = use_graphs(read.config, read.device, memory.runner, experts.slots, dense.max_context)
+        graphs = use_paths(read.config, read.device, memory.runner, experts.slots, dense.max_context)
         chosen = tuple(one for one in (threads, graphs) if one is not None)
         split = _moving_split(shared, dense, memory, experts, share) or _lent_kv(read, dense, memory, experts, share)
         loaded = Loaded(read, dense, memory, experts, grammars, chosen, split)

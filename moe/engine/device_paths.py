@@ -1,4 +1,4 @@
-"""What is used on a GPU beyond what every device has, and why not where it is not."""
+"""What only one device has: all layers of a step in one call, or as a graph; and why it is not used."""
 
 import torch
 
@@ -8,10 +8,15 @@ from moe.engine.runner import PackedRunner, Runner
 from moe.layer.experts import SlotExperts
 
 
-def use_graphs(
+def use_paths(
     config: EngineConfig, device: torch.device, runner: Runner, experts: SlotExperts | None, max_context: int
 ) -> AutoChoice | None:
-    """Lets decoding steps be captured, as `graphs` says; None on a CPU. Raises ValueError where `on` cannot be."""
+    """Lets layers of a planned model be one call on a CPU, and decoding steps be captured on a GPU, as `graphs` says.
+
+    Returns what was chosen of graphs, None on a CPU. Raises ValueError where `graphs=on` cannot be.
+    """
+    if experts is not None and isinstance(runner, PackedRunner) and runner.plan is not None:
+        runner.plan.use(experts.in_one_call)
     reason = _why_no_graphs(device, runner, experts)
     if config.graphs == "on" and reason is not None:
         raise ValueError(f"graphs=on cannot be: {reason}; set graphs=auto")

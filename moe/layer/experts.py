@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from moe.kernels.cpu import CpuExperts
+from moe.kernels.cpu_block import CpuBlock
+from moe.kernels.cpu_layers import CpuLayers
 from moe.kernels.names import KernelName
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
@@ -129,6 +131,15 @@ class SlotExperts:
         if pinned is None and on_device:
             pinned = self.cache.lend()
         self.runner = self.waves if pinned is None else Resident(pinned, self.kernels)
+
+    def in_one_call(self, blocks: Sequence[CpuBlock]) -> CpuLayers | None:
+        """The next forward's layers, each behind its block, in one compiled call. None where there can be none: not all
+        experts are in slots of the CPU, others share them, or somebody looks at routing or changes it.
+        """
+        if self._has_changed:
+            self.settle()
+        is_seen = self.parallel is not None or self.routing.stages or self.routing.observers
+        return self.runner.in_one_call(blocks) if isinstance(self.runner, Resident) and not is_seen else None
 
     def fetch_share(self) -> None:
         """Reads what the plan has newly given to this rank, where all of its experts fit: a migration's bytes are then

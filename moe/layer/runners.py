@@ -18,6 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe.kernels.cpu import CpuExperts
+from moe.kernels.cpu_block import CpuBlock
+from moe.kernels.cpu_layers import CpuLayers, LayerInSlots, why_not
 from moe.kernels.reference import LEFT, combine_reference
 from moe.layer.routing import on_host
 from moe.offload.cache import ExpertCache
@@ -55,6 +58,20 @@ class Resident:
     def __init__(self, slots: DeviceSlots | DeviceCache, kernels: Sequence[LayerKernel]) -> None:
         self.slots, self.kernels = slots, kernels
         self.nobody: Tensor | None = None
+        self._whole: tuple[Sequence[CpuBlock], CpuLayers | None] | None = None
+
+    def in_one_call(self, blocks: Sequence[CpuBlock]) -> CpuLayers | None:
+        """The next forward's layers, each behind its block, in one compiled call; None where that cannot be."""
+        if not isinstance(self.slots, DeviceSlots) or self.nobody is not None:
+            return None
+        if self._whole is None or self._whole[0] is not blocks:
+            kernels = [kernel for kernel in self.kernels if isinstance(kernel, CpuExperts)]
+            layers = [LayerInSlots(kernel, *of) for kernel, of in zip(kernels, self.slots.rows)]
+            self._whole = blocks, None if why_not(blocks, layers) else CpuLayers(blocks, layers)
+        whole = self._whole[1]
+        if whole is not None:
+            self.slots.begin()
+        return whole
 
     def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
         if self.nobody is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.kernels.cpu_block import Block, CpuBlock, Linear, Step, norm_reference, why_not
+from moe.kernels.cpu_layers import CpuLayers
 from moe.models.dense_cpu import CompiledRmsNorm
 from moe.models.dense_packed import PackedLinear
 from moe.models.kv import PagedKV
@@ -23,6 +24,7 @@ from moe.models.watch import by_modules, small_cache, stand_in_experts, watch_at
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "sinks"}
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+FEW_TOKENS = 64  # of a step whose layers may be one call: what Python costs counts, and nobody waits to interrupt it
 # Relative error of a layer's result, all elements together. fp32: sums of another order. bf16: roundings of 2^-9.
 _BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -73,6 +75,15 @@ class LayerPlan:
         self.model, self.base, self.kv = model, model.base_model, kv
         self.layers = list(layers)
         self.blocks = [CpuBlock(one.block, cache.keys, cache.values) for one, cache in zip(layers, kv.layers)]
+        self._in_one_call: Callable[[Sequence[CpuBlock]], CpuLayers | None] = lambda blocks: None
+        self._computes: list[Any] = []
+
+    def use(self, in_one_call: Callable[[Sequence[CpuBlock]], CpuLayers | None]) -> None:
+        """Forwards of few tokens ask it for what computes all layers, blocks and experts, of the next forward; for as
+        long as the experts' modules compute by what they have now.
+        """
+        self._in_one_call = in_one_call
+        self._computes = [None if layer.experts is None else layer.experts.compute for layer in self.layers]
 
     @torch.inference_mode()
     def forward(
@@ -91,12 +102,22 @@ class LayerPlan:
         step = self.step(blocks, starts, ends)
         work = self.work(len(h))
         add: Tensor | None = None
-        for layer, block in zip(self.layers, self.blocks):
-            x, ids, weights = block(h, add, step, work)
-            add = layer.after(x, ids, weights)
+        if (whole := self._whole(len(h))) is not None:
+            add = whole(h, step, work)
+        else:
+            for layer, block in zip(self.layers, self.blocks):
+                x, ids, weights = block(h, add, step, work)
+                add = layer.after(x, ids, weights)
         assert add is not None
         logits: Tensor = self.model.lm_head(self.base.norm(h[rows] + add[rows]))
         return logits.float()
+
+    def _whole(self, tokens: int) -> CpuLayers | None:
+        if tokens > FEW_TOKENS or not self._computes:
+            return None
+        if not all(of.is_routed and of.experts.compute is own for of, own in zip(self.layers, self._computes)):
+            return None
+        return self._in_one_call(self.blocks)
 
     @torch.inference_mode()
     def check(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe.engine import assemble
-from moe.engine.device_paths import use_graphs
+from moe.engine.device_paths import use_paths
 from moe.engine.graphs import DecodeGraphs, why_not
 from moe.llm import LLM
 from moe.offload.device_cache import DeviceCache
@@ -96,4 +96,4 @@ def test_a_forward_that_depends_on_python_is_seen():
 
 def test_on_needs_a_gpu():
     with pytest.raises(ValueError, match="graphs=on cannot be"):
-        use_graphs(replace(device_path(), graphs="on"), torch.device("cpu"), None, None, 0)
+        use_paths(replace(device_path(), graphs="on"), torch.device("cpu"), None, None, 0)

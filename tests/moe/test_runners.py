@@ -62,12 +62,14 @@ def counted_layers(llm) -> list[Counting]:
     return [module.compute for module in layers]
 
 
-def test_a_layer_whose_experts_are_there_never_waits_and_a_step_once():
-    """By compiled blocks: prompts, single tokens, several. A step hands over the chosen tokens, in one copy."""
+@pytest.mark.parametrize("by_layers", [True, False])
+def test_a_layer_whose_experts_are_there_never_waits_and_a_step_once(by_layers):
+    """By compiled blocks, or all in one call: prompts, single tokens, several. A step hands over the chosen tokens, in
+    one copy."""
     with LLM(TINYMOE, config("1.0")) as llm:
         engine = llm.engine
         assert isinstance(engine.experts.runner, Resident)
-        layers, mode, per_step = counted_layers(llm), engine.place.mode, []
+        layers, mode, per_step = counted_layers(llm) if by_layers else [], engine.place.mode, []
         forward, choose = mode.forward, mode.choose
 
         def out_of(syncs):
@@ -92,7 +94,7 @@ def test_a_layer_whose_experts_are_there_never_waits_and_a_step_once():
         assert {tuple(names) for names in per_step} == {("torch.Tensor.tolist",)}
         hits, waves = [s.hits for s in engine.layer_stats()], [s.waves for s in engine.layer_stats()]
         assert min(hits) > 0
-        assert waves == [len(per_step)] * len(layers)
+        assert waves == [len(per_step)] * len(hits)
         assert sum(s.misses for s in engine.layer_stats()) == 0
     with LLM(TINYMOE, config("1.0", kernel="reference")) as llm:  # by modules; its kernel is the twin, which asks
         assert engine_says(llm, PROMPTS).tokens == said.tokens
