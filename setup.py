@@ -30,7 +30,7 @@ CPU_SOURCES = (
     ),
 )
 CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "attention", "codes", "nested", "block", "isa")
-COMMON = ["-O3", "-std=c11", "-fvisibility=hidden", *SAME_BITS]
+COMMON = ["-O3", "-g0", "-std=c11", "-fvisibility=hidden", *SAME_BITS]  # symbols for debuggers are ten times the code
 
 
 class AnyPython(bdist_wheel):

@@ -67,7 +67,7 @@ def load_helper() -> ctypes.CDLL | None:
     helper.moe_cpu_expected.restype = integer
     helper.moe_cpu_choose.argtypes = [ctypes.c_char_p, ctypes.c_char_p, integer, integer]
     helper.moe_cpu_choose.restype = integer
-    helper.moe_cpu_rms_norm.argtypes = [pointer, pointer, pointer, integer, integer, integer, ctypes.c_float]
+    helper.moe_cpu_rms_norm.argtypes = [*[pointer] * 3, *[integer] * 3, ctypes.c_float, integer]
     helper.moe_cpu_rms_norm.restype = None
     helper.moe_cpu_block.argtypes, helper.moe_cpu_block.restype = [ctypes.c_char_p, ctypes.c_char_p], integer
     helper.moe_cpu_layers.argtypes = [ctypes.c_char_p, integer, ctypes.c_char_p, pointer, pointer]

@@ -23,7 +23,8 @@ enum { SERIAL_ATTENTION = 1 << 15 };            /* elements of keys below which 
 
 int64_t moe_cpu_linear(const struct matrix *w, const void *x, int64_t x_row, int64_t x_kind, int64_t rows, void *out,
                        int64_t threads, int64_t isa);
-void moe_cpu_rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind, float eps);
+void moe_cpu_rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind, float eps,
+                      int64_t once);
 
 SCALAR void put_one(int64_t kind, void *p, int64_t i, float f) {
     if (kind == F32)
@@ -308,7 +309,7 @@ EXPORT int64_t moe_cpu_block_work(const struct block *b, int64_t tokens, int64_t
 static void norm_heads(const struct block *b, char *x, const void *weight, int64_t rows, int64_t heads) {
     if (!weight) return;
     int64_t width = b->norm_width == b->dim ? b->dim : heads * b->dim;
-    moe_cpu_rms_norm(x, weight, x, rows * heads * b->dim / width, width, b->kind, b->head_eps);
+    moe_cpu_rms_norm(x, weight, x, rows * heads * b->dim / width, width, b->kind, b->head_eps, b->round_once);
 }
 
 /* 0: done; -1: out of memory. */
@@ -318,7 +319,7 @@ EXPORT int64_t moe_cpu_block(const struct block *b, const struct step *s) {
     char *normed = s->work, *q = normed + tokens * row, *k = q + tokens * q_width * size;
     char *v = k + tokens * kv_width * size, *out = v + tokens * kv_width * size;
     if (s->add) add_into(b->kind, s->h, s->add, tokens * hidden);
-    moe_cpu_rms_norm(s->h, b->norm, normed, tokens, hidden, b->kind, b->eps);
+    moe_cpu_rms_norm(s->h, b->norm, normed, tokens, hidden, b->kind, b->eps, b->round_once);
     bad |= moe_cpu_linear(&b->q, normed, row, b->kind, tokens, q, s->threads, s->isa);
     bad |= moe_cpu_linear(&b->k, normed, row, b->kind, tokens, k, s->threads, s->isa);
     bad |= moe_cpu_linear(&b->v, normed, row, b->kind, tokens, v, s->threads, s->isa);
@@ -338,7 +339,7 @@ EXPORT int64_t moe_cpu_block(const struct block *b, const struct step *s) {
     bad |= attend_all(&task);
     bad |= moe_cpu_linear(&b->o, out, q_width * size, b->kind, tokens, normed, s->threads, s->isa);
     add_into(b->kind, s->h, normed, tokens * hidden);
-    moe_cpu_rms_norm(s->h, b->next_norm, s->x, tokens, hidden, b->kind, b->eps);
+    moe_cpu_rms_norm(s->h, b->next_norm, s->x, tokens, hidden, b->kind, b->eps, b->round_once);
     if (b->top_k && !bad) {
         char *logits = q;
         float *p = (float *)(((uintptr_t)(logits + tokens * b->router.n * size) + 63) / 64 * 64);

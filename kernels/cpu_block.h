@@ -14,6 +14,7 @@ struct block { /* one layer */
     int64_t norm_width;                             /* of q_norm: dim, or heads * dim */
     int64_t window, kind;                           /* window: keys that a query sees, itself included; 0: all */
     int64_t top_k, normalize, round_weights;        /* top_k 0: no router */
+    int64_t round_once;                             /* norms round only after their weight */
     float eps, head_eps, scale;
 };
 

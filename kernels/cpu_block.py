@@ -47,6 +47,7 @@ class Block(NamedTuple):
     norm, next_norm: [H]; q_norm, k_norm: [dim], or over all heads, or None. window: keys that a query sees, itself
     included, 0: all. sinks: fp32 [heads], logits that take part in the softmax and have no value. router: None for a
     layer without experts; its weights are divided by their sum if `normalize`, rounded to x's dtype if `round_weights`.
+    round_once: norms round after their weight alone, not before it too.
     """
 
     q: Linear
@@ -70,6 +71,7 @@ class Block(NamedTuple):
     eps: float
     head_eps: float
     scale: float
+    round_once: bool = False
 
 
 class Step(NamedTuple):
@@ -124,7 +126,7 @@ class CpuBlock:
             b"".join(bytes(MATRIX.size) if one is None else _matrix(one) for one in (b.q, b.k, b.v, b.o, router)),
             *(0 if t is None else t.data_ptr() for t in pointers),
             *(b.heads, b.kv_heads, b.dim, b.rotary, b.dim if b.q_norm is None else len(b.q_norm), b.window, self.kind),
-            *(0 if router is None else b.top_k, b.normalize, b.round_weights, b.eps, b.head_eps, b.scale),
+            *(0 if router is None else b.top_k, b.normalize, b.round_weights, b.round_once, b.eps, b.head_eps, b.scale),
         )
         self._work_of = helper.moe_cpu_block_work
 
@@ -192,9 +194,10 @@ def block_reference(
 ) -> tuple[Tensor, BlockResult]:
     """What `CpuBlock` computes, in plain torch: h after attention, and the result. Changes the pool, not h."""
     h = h if add is None else h + add
-    x = norm_reference(h, block.norm, block.eps)
+    x = norm_reference(h, block.norm, block.eps, block.round_once)
     q, k, v = (one.reference(x) for one in (block.q, block.k, block.v))
-    q, k = (head_norm_reference(t, w, block.dim, block.head_eps) for t, w in ((q, block.q_norm), (k, block.k_norm)))
+    eps, once = block.head_eps, block.round_once
+    q, k = (head_norm_reference(t, w, block.dim, eps, once) for t, w in ((q, block.q_norm), (k, block.k_norm)))
     q, k, v = (t.view(len(h), -1, block.dim) for t in (q, k, v))
     q, k = (rotated_reference(t, step.cos, step.sin, block.rotary) for t in (q, k))
     out = torch.empty(len(h), block.heads, block.dim, dtype=h.dtype)
@@ -207,7 +210,7 @@ def block_reference(
             seen = rows[max(0, end - block.window) if block.window else 0 : end]
             out[token] = _attend(block, q[token].float(), keys[seen].float(), values[seen].float()).to(h.dtype)
     h = h + block.o.reference(out.flatten(1))
-    x = norm_reference(h, block.next_norm, block.eps)
+    x = norm_reference(h, block.next_norm, block.eps, block.round_once)
     if block.router is None:
         return h, BlockResult(x, None, None)
     chosen, ids = block.router.reference(x).float().softmax(-1).topk(block.top_k)
@@ -225,18 +228,19 @@ def _attend(block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hn,nhd->hd", scores.softmax(-1)[:, : len(k)], v)
 
 
-def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm, rounded to x's dtype before the weight, as transformers' is."""
+def norm_reference(x: Tensor, weight: Tensor, eps: float, round_once: bool = False) -> Tensor:
+    """RMS norm, rounded to x's dtype before the weight, as most of transformers' are; or only after it."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() * normed).to(x.dtype) if round_once else weight * normed.to(x.dtype)
 
 
-def head_norm_reference(x: Tensor, weight: Tensor | None, dim: int, eps: float) -> Tensor:
+def head_norm_reference(x: Tensor, weight: Tensor | None, dim: int, eps: float, round_once: bool = False) -> Tensor:
     """Of every head, or of all together, by the weight's width. x: [T, heads * dim]."""
     if weight is None:
         return x
     width = x.shape[-1] if len(weight) != dim else dim
-    return norm_reference(x.reshape(len(x), -1, width), weight, eps).view(x.shape)
+    return norm_reference(x.reshape(len(x), -1, width), weight, eps, round_once).view(x.shape)
 
 
 def rotated_reference(x: Tensor, cos: Tensor, sin: Tensor, rotary: int) -> Tensor:

@@ -1,4 +1,4 @@
-/* RMS norm on CPUs: out = w * round(x / sqrt(mean(x^2) + eps)), one call for all rows.
+/* RMS norm on CPUs: out = w * round(x / sqrt(mean(x^2) + eps)), one call for all rows; or w * x / sqrt(…), rounded once.
  *
  * Plain C11 without the Python API, loaded by kernels/cpu_norm.py with ctypes. Arithmetic is fp32. The sum of squares has
  * one order on every machine: lane l of 16 sums the elements i = l mod 16 in turn, then lanes i and i+8, i+4, i+2, i+1 are
@@ -9,7 +9,7 @@
 
 #include "cpu_scalars.h"
 
-SCALAR void norm_row(int kind, const void *x, const void *weight, void *out, int64_t n, float eps) {
+SCALAR void norm_row(int kind, const void *x, const void *weight, void *out, int64_t n, float eps, int64_t once) {
     float lane[LANES] = {0};
     int64_t whole = n / LANES * LANES;
     for (int64_t i = 0; i < whole; i += LANES)
@@ -30,19 +30,19 @@ SCALAR void norm_row(int kind, const void *x, const void *weight, void *out, int
             ((float *)out)[i] = w * h;
         } else {
             uint16_t rounded = float_to_bf16(h);
-            ((uint16_t *)out)[i] = float_to_bf16(w * widen_one(BF16, &rounded, 0));
+            ((uint16_t *)out)[i] = float_to_bf16(w * (once ? h : widen_one(BF16, &rounded, 0)));
         }
     }
 }
 
-/* x, out: [rows, n]; weight: [n]; all contiguous and of one kind. */
+/* x, out: [rows, n]; weight: [n]; all contiguous and of one kind. once: nothing is rounded before the weight. */
 EXPORT CLONES void moe_cpu_rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind,
-                                    float eps) {
+                                    float eps, int64_t once) {
     for (int64_t r = 0; r < rows; r++) {
         int64_t at = r * n;
         if (kind == F32)
-            norm_row(F32, (const float *)x + at, weight, (float *)out + at, n, eps);
+            norm_row(F32, (const float *)x + at, weight, (float *)out + at, n, eps, once);
         else
-            norm_row(BF16, (const uint16_t *)x + at, weight, (uint16_t *)out + at, n, eps);
+            norm_row(BF16, (const uint16_t *)x + at, weight, (uint16_t *)out + at, n, eps, once);
     }
 }

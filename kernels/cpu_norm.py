@@ -16,8 +16,8 @@ def can_rms_norm(dtype: torch.dtype) -> bool:
     return dtype in _KINDS and load_helper() is not None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * (x / sqrt(mean(x²) + eps)), in fp32, rounded to x's dtype before the weight and after it.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_once: bool = False) -> Tensor:
+    """weight * (x / sqrt(mean(x²) + eps)), in fp32, rounded to x's dtype before the weight and after, or after alone.
 
     x: [..., n] and weight: [n], both fp32 or both bf16, on the CPU. A row's result does not depend on other rows.
     Raises ValueError for anything else.
@@ -35,5 +35,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     if n:
         rows = x.numel() // n
-        helper.moe_cpu_rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, n, _KINDS[x.dtype], eps)
+        to = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        helper.moe_cpu_rms_norm(*to, rows, n, _KINDS[x.dtype], eps, round_once)
     return out

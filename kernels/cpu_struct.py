@@ -12,7 +12,7 @@ _SCALE_KINDS = {**KINDS, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4}
 _CODES = {"e4m3": 0, "int8": 1, "int4": 2, "e2m1": 3, "lut4": 4, "nested": 5}
 MOST_COLUMNS = 65536  # of a matrix of codes: scratch memory is sized for it
 MATRIX = Struct("=42q")  # struct matrix: 9 and whether it is coded, then the 32 of struct coding
-BLOCK = Struct(f"={5 * MATRIX.size}s17q3f4x")  # struct block: five matrices, 7 pointers, 10 integers, 3 floats
+BLOCK = Struct(f"={5 * MATRIX.size}s18q3f4x")  # struct block: five matrices, 7 pointers, 11 integers, 3 floats
 STEP = Struct("=18q")  # struct step
 STAGE = Struct("=4q")  # struct stage
 CHOICE = Struct("=10q")  # struct choice

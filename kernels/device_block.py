@@ -52,6 +52,8 @@ def why_not(block: Block, keys: Tensor, values: Tensor) -> str | None:
     dtype = block.norm.dtype
     if any(t.dtype != dtype or not t.is_contiguous() for t in tensors):
         return f"norms and cache must have one dtype and be contiguous (a norm is {dtype})"
+    if block.round_once:
+        return "its norms round after their weight alone"
     if max(len(block.norm), block.heads * block.dim) > MAX_WIDTH or block.rotary > block.dim or block.rotary % 2:
         return f"{block.heads} heads of {block.dim}, of which {block.rotary} turn, or rows of {len(block.norm)}"
     if keys.shape[1:] != (block.kv_heads, block.dim):

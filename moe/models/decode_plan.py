@@ -13,8 +13,9 @@ from torch import Tensor
 from moe.kernels.block_kernels import add_norm
 from moe.kernels.device_block import DeviceBlock, why_not
 from moe.kernels.paged_attention import Pages
+from moe.models.dense_cpu import rounds_once
 from moe.models.kv import PagedKV
-from moe.models.layer_plan import PlannedLayer, Said, Unplanned, compare_blocks, is_plain_norm, listening, tried
+from moe.models.layer_plan import PlannedLayer, Said, Unplanned, compare_blocks, listening, tried, turns_at
 from moe.models.paged import PagedDecode, Reading
 from moe.models.watch import by_modules, small_cache
 
@@ -24,14 +25,14 @@ class DecodePlan:
 
     def __init__(self, model: Any, layers: Sequence[PlannedLayer], kv: PagedKV) -> None:
         self.model, self.base, self.layers = model, model.base_model, list(layers)
-        self._is_plain = is_plain_norm(self.base.norm)
+        self._is_plain = rounds_once(self.base.norm) is False
         self.blocks = [DeviceBlock(one.block, cache.keys, cache.values) for one, cache in zip(layers, kv.layers)]
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor, positions: Tensor, pages: Pages) -> Tensor:
         """Logits [S, V] of one new token of each sequence. tokens, positions: int64 [1, S]. No sync of its own."""
         h = self.base.embed_tokens(tokens[0]).contiguous()
-        cos, sin = self.turns(positions)
+        cos, sin = turns_at(self.base, positions)
         add: Tensor | None = None
         for layer, block in zip(self.layers, self.blocks):
             x, ids, weights = block(h, add, cos, sin, pages)
@@ -41,11 +42,6 @@ class DecodePlan:
         x = add_norm(h, add, norm.weight, norm.variance_epsilon) if self._is_plain else norm(h + add)
         logits: Tensor = self.model.lm_head(x)
         return logits
-
-    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin: [S, rotary]."""
-        cos, sin = self.base.rotary_emb(self.base.embed_tokens.weight[:1, None], positions)
-        return cos[0].contiguous(), sin[0].contiguous()
 
 
 def plan_decoding(model: Any, max_context: int) -> list[PlannedLayer] | str:
@@ -82,7 +78,7 @@ def _compare(model: Any, layers: Sequence[PlannedLayer]) -> None:
         said = [Said(**one) for one in heard]
         alone = steps([own[s] for s in which], starts, ends)
         assert alone is not None, "each has one new token"
-        cos, sin = plan.turns(torch.tensor([starts], device=model.device))
+        cos, sin = turns_at(model.base_model, torch.tensor([starts], device=model.device))
 
         def run(number: int, h: Tensor) -> Tensor:
             return plan.blocks[number](h, None, cos, sin, alone.pages).x  # noqa: B023

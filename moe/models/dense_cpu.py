@@ -3,7 +3,7 @@
 A linear layer of 16 bits is computed by `CpuLinear`, so that a row's bits depend on it alone; one of fp32 computes few
 rows (decoding) by it and many by torch, which is a quarter faster there. What a norm computes
 is seen from what it does: each is called on random rows, and replaced only if the compiled norm with its weight agrees.
-Norms that add one to the weight (Gemma) or round elsewhere (GPT-OSS in bf16) stay as they are.
+Norms that add one to the weight (Gemma) stay as they are.
 """
 
 from math import inf
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.kernels.cpu import load_helper
+from moe.kernels.cpu_block import norm_reference
 from moe.kernels.cpu_linear import CpuLinear
 from moe.kernels.cpu_norm import can_rms_norm, rms_norm
 
@@ -24,12 +25,12 @@ MOST_ROWS: dict[torch.dtype, float] = {torch.float32: 32, torch.bfloat16: inf, t
 class CompiledRmsNorm(nn.Module):
     """x [..., n] -> [..., n]; keeps the weight and the names of the norm that it stands for."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, round_once: bool) -> None:
         super().__init__()
-        self.weight, self.variance_epsilon = weight, eps
+        self.weight, self.variance_epsilon, self.round_once = weight, eps, round_once
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, round_once=self.round_once)
 
 
 class CompiledLinear(nn.Linear):
@@ -61,21 +62,36 @@ def _compiled(module: nn.Module) -> nn.Module | None:
     return _compiled_norm(module)
 
 
-@torch.inference_mode()
 def _compiled_norm(module: Any) -> CompiledRmsNorm | None:
-    is_norm = type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "variance_epsilon", None), float)
-    if not is_norm or [name for name, _ in module.named_parameters()] != ["weight"] or list(module.buffers()):
+    is_norm = type(module).__name__.endswith("RMSNorm") and [name for name, _ in module.named_parameters()] == [
+        "weight"
+    ]
+    if not is_norm or list(module.buffers()) or not can_rms_norm(module.weight.dtype):
         return None
-    weight = module.weight
-    if weight.dim() != 1 or not can_rms_norm(weight.dtype):
+    once = rounds_once(module)
+    return None if once is None else CompiledRmsNorm(module.weight, module.variance_epsilon, once)
+
+
+@torch.inference_mode()
+def rounds_once(norm: Any) -> bool | None:
+    """Whether an RMS norm rounds after its weight alone, not before it too (fp32 does not tell); None if it is none.
+
+    Found by trying some rows; its sum may have another order.
+    """
+    if isinstance(norm, CompiledRmsNorm):
+        return norm.round_once
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    norm = CompiledRmsNorm(weight, module.variance_epsilon)
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     x[1] *= 1e-3  # eps counts here
-    right, mine = module(x), norm(x)
-    if right.dtype != mine.dtype or right.shape != mine.shape:
-        return None
-    if weight.dtype == torch.float32:
-        return norm if torch.allclose(mine, right, rtol=2e-6, atol=0) else None  # sums of another order
-    # a sum of another order seldom moves a rounding; another place of rounding moves a third of them
-    return norm if (mine != right).float().mean() < 0.02 else None
+    right = norm(x)
+    for once in (False, True):
+        mine = norm_reference(x, weight, eps, once)
+        if right.dtype != mine.dtype or right.shape != mine.shape:
+            return None
+        # A sum of another order seldom moves a rounding; another place of rounding moves a third of them.
+        is_wide = weight.dtype == torch.float32
+        if torch.allclose(mine, right, rtol=2e-6, atol=0) if is_wide else (mine != right).float().mean() < 0.02:
+            return once
+    return None

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe.kernels.cpu_block import Block, CpuBlock, Linear, Step, norm_reference, why_not
+from moe.kernels.cpu_block import Block, CpuBlock, Linear, Step, why_not
 from moe.kernels.cpu_layers import CpuLayers
-from moe.models.dense_cpu import CompiledRmsNorm
+from moe.models.dense_cpu import rounds_once
 from moe.models.dense_packed import PackedLinear
 from moe.models.kv import PagedKV
 from moe.models.watch import by_modules, small_cache, stand_in_experts, watch_attention, window_of
@@ -25,7 +25,8 @@ from moe.models.watch import by_modules, small_cache, stand_in_experts, watch_at
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "sinks"}
 _LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 FEW_TOKENS = 64  # of a step whose layers may be one call: what Python costs counts, and nobody waits to interrupt it
-# Relative error of a layer's result, all elements together. fp32: sums of another order. bf16: roundings of 2^-9.
+# Relative error of a layer's result, all elements together, to the largest of what it adds up. fp32: sums of another
+# order. bf16: roundings of 2^-9.
 _BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -43,20 +44,26 @@ class Attention(NamedTuple):
 
 class PlannedLayer(NamedTuple):
     block: Block
-    experts: Any  # the module whose `compute` takes the routing; None: `mlp` is called as it is
     mlp: Any
-    router: Any  # the module that the block computes; another in its place is called instead
+    gate: str  # where mlp has the router that the block computes; empty: mlp is called as it is
+    router: Any  # that router; another in its place is called instead
 
     @property
     def is_routed(self) -> bool:
         """Whether the block's routing is the router's: nobody has put another in its place."""
-        return self.experts is not None and self.mlp.gate is self.router
+        return bool(self.gate) and getattr(self.mlp, self.gate) is self.router
+
+    @property
+    def compute(self) -> Any:
+        """What takes the routing of a layer whose routing is the block's."""
+        return self.mlp.experts.compute
 
     def after(self, x: Tensor, ids: Tensor | None, weights: Tensor | None) -> Tensor:
         """What the layer adds to x [T, H], by the block's routing where that is the router's."""
-        if not self.is_routed:
-            return self.mlp(x[None])[0]  # type: ignore[no-any-return]
-        return self.experts.compute(x, ids, weights, False)  # type: ignore[no-any-return]
+        if self.is_routed:
+            return self.compute(x, ids, weights, False)  # type: ignore[no-any-return]
+        out = self.mlp(x[None])
+        return (out[0] if isinstance(out, tuple) else out)[0]  # type: ignore[no-any-return]
 
 
 class Said(NamedTuple):
@@ -83,7 +90,7 @@ class LayerPlan:
         long as the experts' modules compute by what they have now.
         """
         self._in_one_call = in_one_call
-        self._computes = [None if layer.experts is None else layer.experts.compute for layer in self.layers]
+        self._computes = [layer.compute if layer.is_routed else None for layer in self.layers]
 
     @torch.inference_mode()
     def forward(
@@ -115,7 +122,7 @@ class LayerPlan:
     def _whole(self, tokens: int) -> CpuLayers | None:
         if tokens > FEW_TOKENS or not self._computes:
             return None
-        if not all(of.is_routed and of.experts.compute is own for of, own in zip(self.layers, self._computes)):
+        if not all(of.is_routed and of.compute is own for of, own in zip(self.layers, self._computes)):
             return None
         return self._in_one_call(self.blocks)
 
@@ -147,9 +154,9 @@ class LayerPlan:
         for row, own, count in zip(tables, blocks, counts):
             row[:count] = own[:count]
         positions = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends)])
-        cos, sin = self.base.rotary_emb(self.base.embed_tokens.weight[:1, None], torch.from_numpy(positions)[None])
+        cos, sin = turns_at(self.base, torch.from_numpy(positions)[None])
         first = torch.tensor([0, *accumulate(end - start for start, end in zip(starts, ends))])
-        return Step(cos[0].contiguous(), sin[0].contiguous(), first, torch.tensor(ends), torch.from_numpy(tables), size)
+        return Step(cos, sin, first, torch.tensor(ends), torch.from_numpy(tables), size)
 
 
 def plan_layers(model: Any, max_context: int) -> list[PlannedLayer] | str:
@@ -199,16 +206,17 @@ def _planned(layer: Any, seen: Attention, experts: set[int], rotary: int) -> Pla
         raise Unplanned(f"{type(layer).__name__} has parts of its own")
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     head_norms = [n for n in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)) if n is not None]
-    if not all(is_plain_norm(norm) for norm in (*norms, *head_norms)) or len(head_norms) == 1:
+    rounding = {rounds_once(norm) for norm in (*norms, *head_norms)}
+    if None in rounding or len(rounding) > 1 or len(head_norms) == 1:
         raise Unplanned(f"{type(layer).__name__} has norms of another kind")
     if len({norm.variance_epsilon for norm in norms}) > 1 or len({n.variance_epsilon for n in head_norms}) > 1:
         raise Unplanned(f"{type(layer).__name__} has norms of several eps")
     heads = {name: _linear(getattr(attention, f"{name}_proj", None)) for name in "qkvo"}
     dim = attention.head_dim
     router, routing = None, (0, False, False)
-    is_plain = set(dict(layer.mlp.named_children())) == {"gate", "experts"} and id(layer.mlp.experts) in experts
-    if is_plain:
-        router, routing = plain_router(layer.mlp.gate)
+    gate, *others = set(dict(layer.mlp.named_children())) - {"experts"} or [""]
+    if gate in ("gate", "router") and not others and id(getattr(layer.mlp, "experts", None)) in experts:
+        router, routing = plain_router(getattr(layer.mlp, gate))
     block = Block(
         **heads,
         norm=norms[0].weight.detach(),
@@ -228,36 +236,30 @@ def _planned(layer: Any, seen: Attention, experts: set[int], rotary: int) -> Pla
         eps=norms[0].variance_epsilon,
         head_eps=head_norms[0].variance_epsilon if head_norms else 0.0,
         scale=seen.scale,
+        round_once=True in rounding,
     )
-    return PlannedLayer(
-        block, None if router is None else layer.mlp.experts, layer.mlp, None if router is None else layer.mlp.gate
-    )
+    if router is None:
+        return PlannedLayer(block, layer.mlp, "", None)
+    return PlannedLayer(block, layer.mlp, gate, getattr(layer.mlp, gate))
 
 
-@torch.inference_mode()
-def is_plain_norm(norm: Any) -> bool:
-    """Whether it is an RMS norm that rounds before its weight; found by trying, its sum may have another order."""
-    if isinstance(norm, CompiledRmsNorm):
-        return True
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
-        return False
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    x[1] *= 1e-3  # eps counts here
-    right, mine = norm(x), norm_reference(x, weight, eps)
-    if right.dtype != mine.dtype or right.shape != mine.shape:
-        return False
-    if weight.dtype == torch.float32:
-        return torch.allclose(mine, right, rtol=2e-6, atol=0)
-    return bool((mine != right).float().mean() < 0.02)  # another place of rounding moves a third of them
+def turns_at(base: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin: [T, elements of a head that turn], contiguous, at int64 positions [1, T].
+
+    Some models (GPT-OSS) hand over one of both halves, which are the same.
+    """
+    both = base.rotary_emb(base.embed_tokens.weight[:1, None], positions)
+    if not isinstance(both, tuple) or both[0].dtype != base.embed_tokens.weight.dtype:
+        raise Unplanned("its positions are no cosines and sines")
+    frequencies = getattr(base.rotary_emb, "inv_freq", None)
+    is_half = frequencies is not None and both[0].shape[-1] == len(frequencies)
+    cos, sin = (torch.cat([of[0], of[0]], dim=-1) if is_half else of[0].contiguous() for of in both)
+    return cos, sin
 
 
 def _rotary_width(model: Any) -> int:
-    hidden = torch.zeros(1, 1, model.config.get_text_config().hidden_size, dtype=model.dtype, device=model.device)
-    turned = model.base_model.rotary_emb(hidden, torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-    if not isinstance(turned, tuple) or turned[0].dtype != model.dtype:
-        raise Unplanned("its positions are no cosines and sines")
-    return int(turned[0].shape[-1])
+    at = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    return int(turns_at(model.base_model, at)[0].shape[-1])
 
 
 def _linear(module: Any) -> Linear:
@@ -330,8 +332,11 @@ def compare_blocks(
     """
     bound = _BOUND[said[0].given.dtype]
 
-    def agree(what: str, ours: Tensor, theirs: Tensor) -> None:
-        error = float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-30))
+    def agree(what: str, ours: Tensor, theirs: Tensor, *terms: Tensor) -> None:
+        size = max(
+            float(of.float().norm()) for of in (theirs, *terms)
+        )  # of a sum whose terms cancel, that of the terms
+        error = float((ours.float() - theirs.float()).norm()) / max(size, 1e-30)
         if not error <= bound:
             raise Unplanned(f"{what} differs from transformers' by {error:.1e}")
 
@@ -339,7 +344,7 @@ def compare_blocks(
     for number, one in enumerate(said):
         h = one.given.clone()
         agree(f"layer {number} before its experts", run(number, h), one.x)
-        agree(f"layer {number}", h + one.mlp, one.gave)
+        agree(f"layer {number}", h + one.mlp, one.gave, one.given, one.mlp)
         if number + 1 < len(said):
             agree(f"what layer {number + 1} is given", one.gave, said[number + 1].given)
     agree("the head", model.lm_head(head[0]), head[1])

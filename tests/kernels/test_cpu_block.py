@@ -16,13 +16,14 @@ SHAPES = {
     "read as stored, several pieces": {"heads": 2, "kv_heads": 2, "dim": 128, "window": 33},
     "sinks": {"heads": 4, "kv_heads": 2, "dim": 16, "sinks": True, "bias": True},
     "head norms": {"heads": 4, "kv_heads": 4, "dim": 32, "head_norm": "dim", "normalize": True},
+    "rounds once": {"heads": 4, "kv_heads": 4, "dim": 32, "head_norm": "dim", "round_once": True},
     "whole norms": {"heads": 4, "kv_heads": 4, "dim": 32, "head_norm": "whole", "round_weights": True},
     "dense": {"heads": 4, "kv_heads": 2, "dim": 16, "experts": 0},
 }
 
 
 def make(dtype, heads, kv_heads, dim, *, hidden=96, experts=7, top_k=3, rotary=None, window=0, sinks=False, bias=False,
-         head_norm=None, normalize=False, round_weights=False):  # fmt: skip
+         head_norm=None, normalize=False, round_weights=False, round_once=False):  # fmt: skip
     g = torch.Generator().manual_seed(heads * dim)
 
     def random(*shape):
@@ -40,6 +41,7 @@ def make(dtype, heads, kv_heads, dim, *, hidden=96, experts=7, top_k=3, rotary=N
         router=linear(experts, hidden) if experts else None,
         heads=heads, kv_heads=kv_heads, dim=dim, rotary=rotary or dim, window=window, top_k=top_k if experts else 0,
         normalize=normalize, round_weights=round_weights, eps=1e-5, head_eps=1e-6, scale=dim**-0.5,
+        round_once=round_once,
     )  # fmt: skip
 
 

@@ -30,11 +30,12 @@ def random_norm(cls: type[nn.Module], width: int, dtype: torch.dtype) -> nn.Modu
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 64), (1, 1, 192), (2, 63), (3, 5, 1), (1, 7, 4, 17), (64, 2048)])
-def test_equals_transformers(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("cls", "once"), [(MixtralRMSNorm, False), (GptOssRMSNorm, True)])
+def test_equals_transformers(cls: type[nn.Module], once: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    norm = random_norm(MixtralRMSNorm, shape[-1], dtype)
+    norm = random_norm(cls, shape[-1], dtype)
     x = (torch.randn(shape) * 10 ** torch.randn(*shape[:-1], 1)).to(dtype)
-    mine, right = rms_norm(x, norm.weight, 1e-5), norm(x)
+    mine, right = rms_norm(x, norm.weight, 1e-5, round_once=once), norm(x)
     assert (mine.shape, mine.dtype) == (right.shape, right.dtype)
     if dtype == torch.float32:
         torch.testing.assert_close(mine, right, rtol=1e-6, atol=0)  # a sum of squares in another order
@@ -57,10 +58,10 @@ def test_replaces_only_what_computes_the_same(dtype: torch.dtype) -> None:
     classes = {"same": MixtralRMSNorm, "gemma": OnePlusRMSNorm, "gpt_oss": GptOssRMSNorm}
     model = nn.ModuleDict({name: random_norm(cls, 96, dtype) for name, cls in classes.items()})
     weight, before = model["same"].weight, model.state_dict()
-    rounds_alike = dtype == torch.float32
-    assert compile_dense(model) == 1 + rounds_alike
+    assert compile_dense(model) == 2
     assert isinstance(model["same"], CompiledRmsNorm)
-    assert isinstance(model["gpt_oss"], CompiledRmsNorm) == rounds_alike
+    assert isinstance(model["gpt_oss"], CompiledRmsNorm)
+    assert (model["same"].round_once, model["gpt_oss"].round_once) == (False, dtype == torch.bfloat16)
     assert type(model["gemma"]) is OnePlusRMSNorm
     assert model["same"].weight is weight
     assert model.state_dict().keys() == before.keys()

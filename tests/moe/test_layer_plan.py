@@ -12,19 +12,21 @@ from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import PROMPTS, TINYMOE, config, engine_says
 
 pytestmark = pytest.mark.skipif(load_helper() is None, reason="the compiled helper is absent")
-PLANNED = {"mixtral": True, "qwen2_moe": False, "qwen3_moe": True, "olmoe": True, "glm4_moe": False}  # router too?
+PLANNED = {  # router too?
+    **{"mixtral": True, "qwen2_moe": False, "qwen3_moe": True, "olmoe": True, "glm4_moe": False, "gpt_oss": True},
+}
 NOT_PLANNED = {
     "deepseek_v3": "parts of its own",
-    "gpt_oss": "differs from transformers'",  # pairs of its rotary positions lie elsewhere
     "granitemoe": "parts of its own",
     "dbrx": "is made of",
 }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", [*PLANNED, *NOT_PLANNED])
-def test_families(family, tmp_path):
+def test_families(family, dtype, tmp_path):
     folder = tiny_checkpoint(family, tmp_path / "model", torch.float32)
-    with LLM(folder, config("1.0")) as llm:
+    with LLM(folder, config("1.0", dtype=dtype)) as llm:
         layers = plan_layers(llm.engine.model, llm.engine.max_context)
         if family in NOT_PLANNED:
             assert NOT_PLANNED[family] in layers
@@ -114,7 +116,7 @@ def test_one_call_is_for_few_tokens_in_slots_that_nobody_looks_at(monkeypatch):
         engine_says(llm, PROMPTS[:1])
         assert (calls.asked > 0, calls.whole) == (True, 0)
     with LLM(TINYMOE, config("1.0")) as llm:  # whoever puts another compute in its place is called
-        calls, module = Calls(llm), llm.engine.loaded.memory.runner.plan.layers[2].experts
+        calls, module = Calls(llm), llm.engine.loaded.memory.runner.plan.layers[2].mlp.experts
         compute, called = module.compute, []
         module.compute = lambda *args: called.append(1) or compute(*args)
         engine_says(llm, PROMPTS[:1])
