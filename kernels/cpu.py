@@ -187,13 +187,3 @@ class CpuExperts:
         if status:
             slot = int(slot_ids.view(-1)[status - 1])
             raise ValueError(bad_slot(slot, self._slots))
-
-
-def cpu_experts(x: Tensor, slot_ids: Tensor, weights: ExpertWeights, out_y: Tensor | None = None) -> Tensor:
-    """`CpuExperts(weights).experts(x, slot_ids, out_y)`; keep the object where a layer is called often."""
-    return CpuExperts(weights).experts(x, slot_ids, out_y)
-
-
-def cpu_experts_combine(x: Tensor, slot_ids: Tensor, topk_weights: Tensor, weights: ExpertWeights) -> Tensor:
-    """`CpuExperts(weights).combine(x, slot_ids, topk_weights)`; keep the object where a layer is called often."""
-    return CpuExperts(weights).combine(x, slot_ids, topk_weights)

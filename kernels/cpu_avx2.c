@@ -26,7 +26,10 @@
 #define TABLE struct table
 #define MR 3
 #define NR 2
-#define CODE_NR 1
+#define CODE_NR 2
+#define CODE_SUB 2
+#define E4M3_SUB 1
+#define HAS_NIBBLES 1
 #define SUM_BLOCK NAME(sum)
 
 SCALAR TARGET __m128 NAME(fold)(VEC v[2]) {
@@ -53,42 +56,68 @@ SCALAR TARGET TABLE NAME(table_at)(const float *from) {
     return (struct table){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
 }
 
-SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* a lookup takes the low 3 bits */
-    __m256i v = _mm256_loadu_si256((const void *)(p + 32 * u)), at = _mm256_srli_epi32(v, 4 * j);
-    __m256 low = _mm256_permutevar8x32_ps(table.low, at), high = _mm256_permutevar8x32_ps(table.high, at);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - 4 * j)));
+/* Int4 and e2m1 as floats' lower bits: 2^23 + n, say, less 2^23 + 8. One lookup by four bits is several instructions. */
+SCALAR TARGET VEC NAME(nibble)(int code, const char *p, int j, int u, TABLE table) {
+    const __m256i twice = _mm256_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0, /* e2m1, plus 12 */
+                                           12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    __m256i v = _mm256_loadu_si256((const void *)(p + 32 * u));
+    if (code == LUT4) { /* a lookup takes the low 3 bits */
+        __m256i at = _mm256_srli_epi32(v, 4 * j);
+        __m256 low = _mm256_permutevar8x32_ps(table.low, at), high = _mm256_permutevar8x32_ps(table.high, at);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - 4 * j)));
+    }
+    int at = code == INT4 ? j % 4 * 4 : j / 2 % 2 * 8, one = code == INT4 ? 23 : 22;
+    if (code == E2M1 && j % 2) v = _mm256_srli_epi32(v, 4);
+    if (code == E2M1) v = _mm256_shuffle_epi8(twice, _mm256_and_si256(v, _mm256_set1_epi32(0x0f0f0f0f)));
+    if (j >= 4) v = _mm256_srli_epi32(v, 16);
+    v = _mm256_blend_epi16(v, _mm256_set1_epi32((code == INT4 ? 158 : 157) << 23), 0xaa); /* has the bits of each exponent */
+    v = _mm256_and_si256(v, _mm256_set1_epi32((127 + one - at) << 23 | (code == INT4 ? 15 : 31) << at));
+    return VSUB(_mm256_castsi256_ps(v), VSET((float)(1 << (one - at)) + (code == INT4 ? 8.0f : 6.0f)));
 }
 
 /* The sign and the seven bits below it where fp16 has its sign, exponent and upper mantissa; see e4m3_part. */
+SCALAR TARGET __m128i NAME(half_e4m3)(const char *p) {
+    __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)p));
+    return _mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16((short)0xbf80));
+}
+
 SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int half, int u) {
-    __m128i v = _mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)(p + half / 2 * LANES + u * WIDTH)));
-    v = _mm_and_si128(_mm_slli_epi16(v, 7), _mm_set1_epi16((short)0xbf80));
-    __m128i carried = _mm_add_epi16(v, _mm_set1_epi16(0x80));
+    __m128i v = NAME(half_e4m3)(p + half / 2 * LANES + u * WIDTH), carried = _mm_add_epi16(v, _mm_set1_epi16(0x80));
     return _mm256_cvtph_ps(_mm_or_si128(v, _mm_and_si128(carried, _mm_set1_epi16(0x4000))));
+}
+
+/* The same of codes that are numbers, and whether any of n, a multiple of 16, is none: looked for apart, it is cheaper. */
+#define FINITE_E4M3(p, half, u) _mm256_cvtph_ps(NAME(half_e4m3)((p) + (half) / 2 * LANES + (u) * WIDTH))
+#define NO_NUMBER(p, n) NAME(no_number)(p, n)
+SCALAR TARGET int NAME(no_number)(const char *p, int64_t n) {
+    const __m256i sign = _mm256_set1_epi8((char)0x80), all = _mm256_set1_epi8(-1);
+    __m256i found = _mm256_setzero_si256();
+    for (int64_t i = 0; i + 32 <= n; i += 32) {
+        __m256i v = _mm256_loadu_si256((const void *)(p + i));
+        found = _mm256_or_si256(found, _mm256_cmpeq_epi8(_mm256_or_si256(v, sign), all));
+    }
+    if (n % 32) {
+        __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)(p + n - 16)));
+        found = _mm256_or_si256(found, _mm256_cmpeq_epi8(_mm256_or_si256(v, sign), all));
+    }
+    return !_mm256_testz_si256(found, found);
 }
 
 SCALAR TARGET VEC NAME(byte_int8)(const char *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
 }
 
-SCALAR TARGET void NAME(sum_codes)(int mr, VEC a[3][1][2], float *c, int64_t ldc, int64_t first) {
-#pragma GCC unroll 3
-    for (int m = 0; m < mr; m++, c += ldc) {
-        __m128 s = NAME(fold)(a[m][0]);
-        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-        s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
-        *c = first ? _mm_cvtss_f32(s) : *c + _mm_cvtss_f32(s);
-    }
-}
+#define SUM_CODES NAME(sum)
 
 struct NAME(group) {
-    VEC first, third, fourth, last; /* first: by a code's two bits, twice */
+    VEC first, fourth, last; /* first: by a code's two bits and its first sign */
 };
 
 SCALAR TARGET struct NAME(group) NAME(group_of)(int level, float scale, float third, float fourth, float last) {
-    (void)level;
+    const VEC sign3 = _mm256_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1);
     VEC first = _mm256_mul_ps(_mm256_setr_ps(-3, -1, 1, 3, -3, -1, 1, 3), VSET(scale));
-    return (struct NAME(group)){first, VSET(third), VSET(fourth), VSET(last)};
+    if (level >= 3) first = VFMA(sign3, VSET(third), first);
+    return (struct NAME(group)){first, VSET(fourth), VSET(last)};
 }
 
 /* + or - size, as the highest bits say. */
@@ -96,19 +125,22 @@ SCALAR TARGET VEC NAME(signed)(VEC size, __m256i bits) {
     return _mm256_xor_ps(size, _mm256_andnot_ps(_mm256_castsi256_ps(bits), VSET(-0.0f)));
 }
 
-/* + or - size, as bits 8u to 8u + 7 of the plane's 16 say. */
-SCALAR TARGET VEC NAME(with_sign)(VEC size, const char *plane, int u) {
+/* Bits 8u to 8u + 7 of a plane's 16 as the highest of their lanes. */
+SCALAR TARGET __m256i NAME(signs)(const char *plane, int u) {
     const __m256i left = _mm256_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8);
     __m256i bits = _mm256_set1_epi16((short)half_at(plane));
-    return NAME(signed)(size, _mm256_sllv_epi32(bits, _mm256_sub_epi32(left, _mm256_set1_epi32(8 * u))));
+    return _mm256_sllv_epi32(bits, _mm256_sub_epi32(left, _mm256_set1_epi32(8 * u)));
 }
 
 SCALAR TARGET VEC NAME(nested)(int level, const char *const *plane, int64_t v, int u, const struct NAME(group) *g) {
     const __m256i two = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), four = _mm256_add_epi32(two, two);
     __m256i at = _mm256_srlv_epi32(_mm256_set1_epi32((int)(word_at(plane[0] + 4 * v) >> 16 * u)), two);
-    VEC w = _mm256_permutevar8x32_ps(g->first, at);
-    if (level >= 3) w = _mm256_add_ps(w, NAME(with_sign)(g->third, plane[1] + 2 * v, u));
-    if (level >= 4) w = _mm256_add_ps(w, NAME(with_sign)(g->fourth, plane[2] + 2 * v, u));
+    if (level >= 3) {
+        __m256i third = _mm256_and_si256(_mm256_srli_epi32(NAME(signs)(plane[1] + 2 * v, u), 29), _mm256_set1_epi32(4));
+        at = _mm256_or_si256(_mm256_and_si256(at, _mm256_set1_epi32(3)), third);
+    }
+    VEC w = _mm256_permutevar8x32_ps(g->first, at); /* by the low 3 bits: of level 2 the third does not count */
+    if (level >= 4) w = _mm256_add_ps(w, NAME(signed)(g->fourth, NAME(signs)(plane[2] + 2 * v, u)));
     if (level < 8) return w;
     __m256i last = _mm256_srlv_epi32(_mm256_set1_epi32((int)word_at(plane[3] + 8 * v + 4 * u)), four);
     last = _mm256_and_si256(last, _mm256_set1_epi32(15));
@@ -134,8 +166,7 @@ SCALAR TARGET struct NAME(fields) NAME(fields_of)(int level, const char *const *
 }
 
 SCALAR TARGET VEC NAME(next_nested)(int level, struct NAME(fields) *f, const struct NAME(group) *g) {
-    VEC w = _mm256_permutevar8x32_ps(g->first, f->first); /* by the low 3 bits, of which the third does not count */
-    if (level >= 3) w = _mm256_add_ps(w, NAME(signed)(g->third, _mm256_slli_epi32(f->first, 29)));
+    VEC w = _mm256_permutevar8x32_ps(g->first, f->first);
     if (level >= 4) w = _mm256_add_ps(w, NAME(signed)(g->fourth, _mm256_slli_epi32(f->first, 28)));
     f->first = _mm256_srli_epi32(f->first, 4);
     if (level < 8) return w;

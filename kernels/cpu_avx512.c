@@ -44,6 +44,12 @@
 #define MR 6
 #define NR 4
 #define CODE_NR 2
+#define CODE_SUB 1
+#define E4M3_SUB 1
+#define HAS_NIBBLES 0
+#define FINITE_E4M3(p, half, u) NAME(byte_e4m3)(p, half, u)
+#define NO_NUMBER(p, n) 0
+#define SUM_CODES NAME(sum_codes)
 #define SUM_BLOCK NAME(sum)
 
 /* Four rows of x by four rows of w at once: 15 additions for 16 sums of 16 lanes. */
@@ -101,8 +107,8 @@ SCALAR TARGET VEC NAME(less_zero)(const char *p, int64_t j, VEC zero) {
 }
 #endif
 
-SCALAR TARGET VEC NAME(nibble)(const char *p, int j, int u, TABLE table) { /* u is 0; the lookup takes the low 4 bits */
-    (void)u;
+SCALAR TARGET VEC NAME(nibble)(int code, const char *p, int j, int u, TABLE table) { /* u is 0; the lookup takes the low 4 bits */
+    (void)u, (void)code;
     return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), 4 * (unsigned)j), table);
 }
 

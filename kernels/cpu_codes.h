@@ -12,8 +12,10 @@
  * fills no vector is copied, padded, and summed apart. Columns that are grouped otherwise (act-order, odd groups) are
  * decoded into fp32 weights and multiplied as those are.
  *
- * The includer also defines VSUB, VSET (one float in all lanes), VPICK (lanes by index), TABLE (16 floats), CODE_NR and the
- * functions table_at, nibble, byte_e4m3, byte_int8, sum_codes.
+ * The includer also defines VSUB, VSET (one float in all lanes), VPICK (lanes by index), TABLE (16 floats), CODE_NR (rows of W
+ * at once), CODE_SUB and E4M3_SUB (of the SUB vectors of 16 lanes, how many at once), HAS_NIBBLES (nibble is told which code it
+ * reads, else LUT4, by a table), FINITE_E4M3 and NO_NUMBER (codes that are no numbers are looked for apart, or never: then
+ * FINITE_E4M3 sees to them), SUM_CODES and the functions table_at, nibble, byte_e4m3, byte_int8.
  */
 
 /* Beside the codes: fp32 values in scratch; and of DOT8 and DOT16, which are all beyond it. */
@@ -43,11 +45,11 @@ struct NAME(sum) { /* over elements [0, n) of those rows, whole vectors; groups 
 /* Lanes u * WIDTH and on of vector j of a span at p. half: 1 and 2 are the vectors j and j + 1 of a pair, 0 is neither. */
 static inline __attribute__((always_inline)) TARGET VEC NAME(value)(int code, int half, const char *p, int64_t j, int u,
                                                                    TABLE table) {
-    if (code == E4M3) return NAME(byte_e4m3)(p + j * LANES, half, u);
+    if (code == E4M3) return FINITE_E4M3(p + j * LANES, half, u);
     if (half == 2) j++;
     if (code == INT8) return NAME(byte_int8)(p + j * LANES + u * WIDTH);
     if (code == NAME(decoded)) return VLOAD((const float *)(const void *)p + j * CODE_NR * LANES + u * WIDTH);
-    return NAME(nibble)(p, EIGHTH((int)j), u, table);
+    return NAME(nibble)(code, p, EIGHTH((int)j), u, table);
 }
 
 /* The j-th vector of a span of DOT8 or DOT16, where SUB is 1. */
@@ -78,38 +80,43 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
                                                                        int64_t at, int64_t ahead, int in_pairs,
                                                                        const TABLE *table,
                                                                        VEC acc[MR][CODE_NR][SUB]) {
-    UNROLL(4)
-    for (int u = 0; u < SUB; u++) {
-        VEC sum[MR][CODE_NR], zero[CODE_NR];
+    const int some = code == E4M3 ? E4M3_SUB : CODE_SUB; /* as many sums at once as hide how long one takes */
+    for (int u0 = 0; u0 < SUB; u0 += some) {
+        VEC sum[MR][CODE_NR][CODE_SUB], zero[CODE_NR][CODE_SUB];
         UNROLL(8)
-        for (int n = 0; n < CODE_NR; n++) {
-            zero[n] = has_zero ? NAME(of_span)(by_lane, r->zero[n] + at, lane, u) : VZERO;
-            UNROLL(8)
-            for (int m = 0; m < mr; m++) sum[m][n] = VZERO;
+        for (int n = 0; n < CODE_NR; n++)
+            UNROLL(4)
+            for (int u = 0; u < some; u++) {
+                zero[n][u] = has_zero ? NAME(of_span)(by_lane, r->zero[n] + at, lane, u0 + u) : VZERO;
+                UNROLL(8)
+                for (int m = 0; m < mr; m++) sum[m][n][u] = VZERO;
+            }
+#define VECTOR(j, half)                                                                                                 \
+    UNROLL(4)                                                                                                           \
+    for (int u = 0; u < some; u++)                                                                                  \
+        UNROLL(8)                                                                                                       \
+        for (int n = 0; n < CODE_NR; n++) {                                                                             \
+            VEC value = NAME(value)(code, half, w + n * row, (j), u0 + u, table[n]);                                    \
+            if (has_zero) value = VSUB(value, zero[n][u]);                                                              \
+            UNROLL(8)                                                                                                   \
+            for (int m = 0; m < mr; m++)                                                                                \
+                sum[m][n][u] =                                                                                          \
+                    VFMA(VLOAD(x + (((j) + half / 2) * mr + m) * LANES + (u0 + u) * WIDTH), value, sum[m][n][u]);       \
         }
-#define VECTOR(j, half)                                                                        \
-    UNROLL(8)                                                                                  \
-    for (int n = 0; n < CODE_NR; n++) {                                                        \
-        VEC value = NAME(value)(code, half, w + n * row, (j), u, table[n]);                    \
-        if (has_zero) value = VSUB(value, zero[n]);                                            \
-        UNROLL(8)                                                                              \
-        for (int m = 0; m < mr; m++)                                                           \
-            sum[m][n] = VFMA(VLOAD(x + (((j) + half / 2) * mr + m) * LANES + u * WIDTH), value, sum[m][n]); \
-    }
 #define PREFETCH(at)                                              \
-    if (u == 0 && ahead) {                                        \
+    if (u0 == 0 && ahead) {                                       \
         UNROLL(8)                                                 \
         for (int n = 0; n < CODE_NR; n++) /* to L2 */             \
             __builtin_prefetch(w + n * row + (at) + ahead, 0, 2); \
     }
         int64_t j = 0;
-#define TWO(j)                                                                                            \
-    UNROLL(8)                                                                                             \
-    for (int n = 0; n < CODE_NR; n++) {                                                                   \
-        VEC value = NAME(two_values)(code, has_zero, w + n * row, (j), zero[n], table[n]);                          \
-        (void)value; /* of sets without VDOT */                                                           \
-        UNROLL(8)                                                                                         \
-        for (int m = 0; m < mr; m++) sum[m][n] = VDOT(sum[m][n], VLOAD(x + ((j) * mr + m) * LANES), value); \
+#define TWO(j)                                                                                                       \
+    UNROLL(8)                                                                                                        \
+    for (int n = 0; n < CODE_NR; n++) {                                                                              \
+        VEC value = NAME(two_values)(code, has_zero, w + n * row, (j), zero[n][0], table[n]);                        \
+        (void)value; /* of sets without VDOT */                                                                      \
+        UNROLL(8)                                                                                                    \
+        for (int m = 0; m < mr; m++) sum[m][n][0] = VDOT(sum[m][n][0], VLOAD(x + ((j) * mr + m) * LANES), value);    \
     }
         if (code > NAME(decoded) && by_lane) {
             if (code == NAME(dot_nibble)) { PREFETCH(0) }
@@ -145,12 +152,14 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
 #undef PREFETCH
 #undef VECTOR
 #undef TWO
-        UNROLL(8)
-        for (int n = 0; n < CODE_NR; n++) {
-            VEC scale = NAME(of_span)(by_lane, r->scale[n] + at, lane, u);
+        UNROLL(4)
+        for (int u = 0; u < some; u++)
             UNROLL(8)
-            for (int m = 0; m < mr; m++) acc[m][n][u] = VFMA(sum[m][n], scale, acc[m][n][u]);
-        }
+            for (int n = 0; n < CODE_NR; n++) {
+                VEC scale = NAME(of_span)(by_lane, r->scale[n] + at, lane, u0 + u);
+                UNROLL(8)
+                for (int m = 0; m < mr; m++) acc[m][n][u0 + u] = VFMA(sum[m][n][u], scale, acc[m][n][u0 + u]);
+            }
     }
 }
 
@@ -169,7 +178,9 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
         for (int n = 0; n < CODE_NR; n++)
             table[n] = code == NAME(dot_nibble) ? DOT_TABLE(r->table[n]) : NAME(table_at)(r->table[n]);
         for (int64_t left = k->n / LANES, first = k->first, at = at0; left > 0; first = 0) {
-            int64_t some = least(left, KC / LANES);
+            int64_t some = least(left, KC / LANES), bytes = some * LANES;
+            const char *from = w;
+            (void)bytes, (void)from; /* of most codes */
             VEC acc[MR][CODE_NR][SUB];
             UNROLL(8)
             for (int m = 0; m < mr; m++)
@@ -183,7 +194,11 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
                 NAME(add_span)(mr, code, has_zero, by_lane, x, w, row, vectors, r, q->lane, at, ahead, q->in_pairs, table, acc);
                 x += vectors * mr * LANES / (code > NAME(decoded) ? 2 : 1);
             }
-            NAME(sum_codes)(mr, acc, c, k->ldc, first);
+            SUM_CODES(mr, acc, c, k->ldc, first);
+            if (code == E4M3)
+                for (int n = 0; n < CODE_NR; n++)
+                    if (NO_NUMBER(from + n * row, bytes))
+                        for (int m = 0; m < mr; m++) c[m * k->ldc + n] = as_float(0x7fc00000u);
         }
     }
 }
@@ -214,9 +229,13 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(
         else if (code == NAME(decoded))          \
             PANEL(M, NAME(decoded), 0, 0);       \
         else if (q->by_lane && has_zero)         \
-            PANEL(M, INT4, 1, 1);                \
-        else if (q->by_lane)                     \
+            PANEL(M, HAS_NIBBLES ? INT4 : LUT4, 1, 1); \
+        else if (HAS_NIBBLES && code == INT4)    \
             PANEL(M, INT4, 0, 1);                \
+        else if (HAS_NIBBLES && code == E2M1)    \
+            PANEL(M, E2M1, 0, 1);                \
+        else if (q->by_lane)                     \
+            PANEL(M, LUT4, 0, 1);                \
         else if (code == E4M3)                   \
             PANEL(M, E4M3, 0, 0);                \
         else if (has_zero)                       \
@@ -236,7 +255,7 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(
 static struct NAME(codes) NAME(codes_of)(int order, const struct matrix *w) {
     const struct coding *q = &w->coding;
     int nibbles = is_nibble(q);
-    struct NAME(codes) p = {.w = w, .by_lane = nibbles, .code = nibbles ? INT4 : (int)q->code};
+    struct NAME(codes) p = {.w = w, .by_lane = nibbles, .code = nibbles && !HAS_NIBBLES ? LUT4 : (int)q->code};
     if (order >= DOT) p.code = nibbles ? NAME(dot_nibble) : q->code == E4M3 ? NAME(dot_e4m3) : NAME(dot_int8);
     p.decoded = order >= DOT ? NAME(dot_decoded) : NAME(decoded), p.lane_step = order >= DOT ? 2 : 1;
     p.in_pairs = order == HALVES || order == DOT16;
@@ -385,7 +404,7 @@ static TARGET void NAME(decode)(const struct NAME(codes) *q, const struct NAME(r
         } else
             UNROLL(4)
             for (int u = 0; u < SUB; u++) {
-                VEC value = q->by_lane         ? NAME(nibble)(from, EIGHTH((int)j), u, table)
+                VEC value = q->by_lane         ? NAME(nibble)(q->code, from, EIGHTH((int)j), u, table)
                             : q->code == E4M3 ? NAME(byte_e4m3)(from + j * LANES, 0, u)
                                               : NAME(byte_int8)(from + j * LANES + u * WIDTH);
                 if (has_zero) value = VSUB(value, NAME(of_span)(q->by_lane, r->zero[i] + at, q->lane, u));

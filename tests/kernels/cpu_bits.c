@@ -1,10 +1,12 @@
-/* Prints a hash of what experts give for every kind of storage, by the instruction set that argv[1] names. Plain C, so that
- * it runs where no Python does; test_cpu_bits.py compares machines.
+/* Prints hashes of what experts and dense layers give for every kind of storage, and what routers, forecasts of them and
+ * blocks give, by the instruction set that argv[1] names. Plain C, so that it runs where no Python does; test_cpu_bits.py
+ * compares machines.
  */
 
 #include <stdio.h>
 
-#include "cpu_experts.h"
+#include "cpu_block.c" /* for their structs */
+#include "cpu_expected.c"
 
 int64_t moe_cpu_experts(const struct layer *l, const struct call *whole, int64_t isa);
 const char *moe_cpu_isa(int64_t i);
@@ -83,14 +85,101 @@ static struct matrix make(char *to, float *scales, int8_t *zeros, int64_t parts,
     return w;
 }
 
+static int is_finite = 1;
+
+/* Of n numbers of `kind`. */
+static unsigned long hash_of(const void *p, int64_t kind, int64_t n) {
+    uint64_t hash = 14695981039346656037u;
+    for (int64_t i = 0; i < n; i++) {
+        float v = widen_one(kind, p, i);
+        is_finite &= v - v == 0;
+        hash = (hash ^ as_bits(v)) * 1099511628211u;
+    }
+    return (unsigned long)hash;
+}
+
+/* n numbers of `kind` of about `size`. */
+static void *made(int64_t kind, int64_t n, float size) {
+    char *p = malloc((size_t)(n * 4));
+    for (int64_t i = 0; i < n; i++) {
+        float v = size * small();
+        if (kind == F32)
+            ((float *)(void *)p)[i] = v;
+        else
+            ((uint16_t *)(void *)p)[i] = kind == BF16 ? float_to_bf16(v) : float_to_half(v);
+    }
+    return p;
+}
+
+static struct matrix dense(int64_t kind, int64_t n, int64_t k) {
+    struct matrix w = {.data = made(kind, n * k, 0.3f), .slot = n * k * size_of(kind), .row = k * size_of(kind), .n = n, .k = k};
+    w.kind = kind;
+    return w;
+}
+
+enum { ROUTED = 13, EXPERTS = 24, CHOSEN = 4, WIDTH = 11 };
+
+static int print_routers(int64_t isa) {
+    for (int64_t kind = F32; kind <= F16; kind++) {
+        struct matrix router = dense(kind, EXPERTS, H);
+        int64_t from = kind == F32 ? BF16 : kind, among[ROUTED * WIDTH], ids[ROUTED * CHOSEN]; /* fp32 takes any x */
+        void *rows = made(from, ROUTED * H, 1.0f);
+        float *spread = made(F32, EXPERTS, 1.0f), expected[EXPERTS], weights[ROUTED * CHOSEN];
+        for (int i = 0; i < EXPERTS; i++) spread[i] = 1.0f + spread[i] * spread[i];
+        for (int i = 0; i < ROUTED * WIDTH; i++) among[i] = (i / WIDTH + i % WIDTH * 2) % EXPERTS;
+        for (int how = 0; how < 2; how++) {
+            memset(expected, 0, sizeof expected);
+            if (moe_cpu_expected(&router, rows, H * size_of(from), from, ROUTED, CHOSEN, 0.3f, how ? spread : NULL, expected, 1, isa)) return 3;
+            printf("expected %d %d %016lx\n", (int)kind, how, hash_of(expected, F32, EXPERTS));
+            struct choice c = {rows, H * size_of(from), from, ROUTED, how ? among : NULL, WIDTH, CHOSEN, how, ids, weights};
+            if (moe_cpu_choose(&router, &c, 1, isa)) return 3;
+            for (int i = 0; i < ROUTED * CHOSEN; i++) weights[i] += (float)ids[i];
+            printf("choose %d %d %016lx\n", (int)kind, how, hash_of(weights, F32, ROUTED * CHOSEN));
+        }
+    }
+    return 0;
+}
+
+enum { HEADS = 4, KV_HEADS = 2, DIM = 16, HIDDEN = 80, TOKENS = 40, SEQUENCES = 2, BLOCK = 8, BLOCKS = 7 };
+
+/* A prompt of 39 tokens and, beside it, one token after 50 others. */
+static int print_blocks(int64_t isa) {
+    int64_t first[] = {0, TOKENS - 1, TOKENS}, lengths[] = {TOKENS - 1, 51};
+    int32_t blocks[SEQUENCES * BLOCKS];
+    for (int i = 0; i < SEQUENCES * BLOCKS; i++) blocks[i] = (i * 5 + 3) % (SEQUENCES * BLOCKS);
+    for (int64_t kind = F32; kind <= BF16; kind++)
+        for (int how = 0; how < 2; how++) { /* a window, sinks and norms of heads, or none of them */
+            int64_t pool = SEQUENCES * BLOCKS * BLOCK * KV_HEADS * DIM, ids[TOKENS * 2];
+            struct block b = {.q = dense(kind, HEADS * DIM, HIDDEN), .k = dense(kind, KV_HEADS * DIM, HIDDEN),
+                              .v = dense(kind, KV_HEADS * DIM, HIDDEN), .o = dense(kind, HIDDEN, HEADS * DIM),
+                              .router = dense(kind, EXPERTS, HIDDEN), .norm = made(kind, HIDDEN, 1.0f), .next_norm = made(kind, HIDDEN, 1.0f),
+                              .keys = made(kind, pool, 1.0f), .values = made(kind, pool, 1.0f), .heads = HEADS, .kv_heads = KV_HEADS,
+                              .dim = DIM, .rotary = DIM, .norm_width = DIM, .kind = kind, .top_k = 2, .normalize = how, .round_weights = 0,
+                              .eps = 1e-5f, .head_eps = 1e-6f, .scale = 0.25f};
+            if (how) b.q_norm = made(kind, DIM, 1.0f), b.k_norm = made(kind, DIM, 1.0f), b.sinks = made(F32, HEADS, 1.0f), b.window = 20;
+            float weights[TOKENS * 2];
+            struct step s = {.h = made(kind, TOKENS * HIDDEN, 1.0f), .x = made(kind, TOKENS * HIDDEN, 0.0f),
+                             .add = how ? made(kind, TOKENS * HIDDEN, 1.0f) : NULL, .cos = made(kind, TOKENS * DIM, 1.0f),
+                             .sin = made(kind, TOKENS * DIM, 1.0f), .first = first, .lengths = lengths, .blocks = blocks, .ids = ids,
+                             .weights = (char *)weights, .work = malloc((size_t)moe_cpu_block_work(&b, TOKENS, HIDDEN)), .tokens = TOKENS,
+                             .sequences = SEQUENCES, .max_blocks = BLOCKS, .block_size = BLOCK, .hidden = HIDDEN, .threads = 1, .isa = isa};
+            if (moe_cpu_block(&b, &s)) return 3;
+            for (int i = 0; i < TOKENS * 2; i++) weights[i] += (float)ids[i];
+            printf("block %d %d %016lx", (int)kind, how, hash_of(s.h, kind, TOKENS * HIDDEN));
+            printf(" %016lx %016lx\n", hash_of(s.x, kind, TOKENS * HIDDEN), hash_of(weights, F32, TOKENS * 2));
+        }
+    return 0;
+}
+
 int main(int argc, char **argv) {
     static char up[ROOM], down[ROOM];
     static float scales[2][ROOM / 4], x[T * H], out[T * K * H], weights[T * K];
     static int8_t zeros[2][ROOM];
+    static uint16_t narrow[T * H];
     int64_t ids[T * K], isa = 0;
     while (argc > 1 && moe_cpu_isa(isa) && strcmp(moe_cpu_isa(isa), argv[1])) isa++;
     if (!moe_cpu_isa(isa)) return 2;
-    for (int i = 0; i < T * H; i++) x[i] = small();
+    for (int i = 0; i < T * H; i++) x[i] = small(), narrow[i] = float_to_bf16(x[i]);
     for (int i = 0; i < T * K; i++) ids[i] = next() % SLOTS, weights[i] = small();
     for (int kind = F32; kind <= F16 + CODES; kind++)
         for (int64_t columns = 8; columns <= 1024; columns *= 2) {
@@ -99,19 +188,20 @@ int main(int argc, char **argv) {
             struct layer l = {.slots = SLOTS, .gated = 1, .act = SILU};
             l.up = make(up, scales[0], zeros[0], 2, I, H, kind, code, columns);
             l.down = make(down, scales[1], zeros[1], 1, H, I, kind, code, columns);
-            for (int with_weights = 0; with_weights < 2; with_weights++) {
-                struct call c = {.x = x, .x_row = H * 4, .slot_ids = ids, .ids_are_64 = 1, .tokens = T, .top_k = K, .out = out, .threads = 1};
-                if (with_weights) c.topk_weights = weights;
+            for (int how = 0; how < 8; how++) { /* with weights or without; few rows of an expert or many; x of fp32 or bf16 */
+                struct call c = {.x = x, .x_row = H * 4, .slot_ids = ids, .ids_are_64 = 1, .tokens = how & 2 ? 2 : T, .top_k = K, .out = out, .threads = 1};
+                if (how & 1) c.topk_weights = weights;
+                if (how & 4) c.x = narrow, c.x_row = H * 2, c.x_kind = BF16;
                 if (moe_cpu_experts(&l, &c, isa)) return 3;
-                uint64_t hash = 14695981039346656037u;
-                for (int64_t i = 0; i < T * H * (with_weights ? 1 : K); i++) {
-                    uint32_t bits;
-                    memcpy(&bits, out + i, 4);
-                    if (out[i] != out[i]) return 4;
-                    hash = (hash ^ bits) * 1099511628211u;
-                }
-                printf("%d %d %ld %d %016lx\n", kind, code, (long)columns, with_weights, (unsigned long)hash);
+                int64_t kind_out = how & 1 ? c.x_kind : F32;
+                printf("%d %d %ld %d %016lx\n", kind, code, (long)columns, how, hash_of(out, kind_out, c.tokens * H * (how & 1 ? 1 : K)));
+            }
+            for (int64_t rows = 1; rows <= T; rows += T - 1) {
+                if (moe_cpu_linear(&l.down, x, H * 4, F32, rows, out, 1, isa)) return 3;
+                printf("linear %d %d %ld %ld %016lx\n", kind, code, (long)columns, (long)rows, hash_of(out, F32, rows * H));
             }
         }
-    return 0;
+    int status = print_routers(isa);
+    if (!status) status = print_blocks(isa);
+    return status ? status : is_finite ? 0 : 4;
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe.kernels import cpu
-from moe.kernels.cpu import CpuExperts, cpu_experts, cpu_experts_combine, instruction_sets, load_helper
+from moe.kernels.cpu import CpuExperts, instruction_sets, load_helper
 from moe.kernels.reference import LEFT, combine_reference, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
 
@@ -130,7 +130,7 @@ def test_every_activation(activation, biased):
     for dtype in (torch.float32, torch.bfloat16):
         w = slab(3, 48, 37, dtype, activation, biased)
         x, slot_ids, _ = tokens(17, 2, w, dtype)
-        assert agrees(cpu_experts(3 * x, slot_ids, w), experts_reference(3 * x, slot_ids, w), dtype)
+        assert agrees(CpuExperts(w).experts(3 * x, slot_ids), experts_reference(3 * x, slot_ids, w), dtype)
 
 
 @needs_helper
@@ -140,7 +140,7 @@ def test_block_edges(rows):
     w = slab(3, 48, 40)
     x, _, _ = tokens(rows, 1, w)
     slot_ids = torch.ones(rows, 1, dtype=torch.int32)
-    assert agrees(cpu_experts(x, slot_ids, w), experts_reference(x, slot_ids, w), torch.float32)
+    assert agrees(CpuExperts(w).experts(x, slot_ids), experts_reference(x, slot_ids, w), torch.float32)
 
 
 @needs_helper
@@ -152,16 +152,16 @@ def test_a_token_does_not_feel_its_batch(hidden, intermediate, dtype, threads):
     x, slot_ids, topk_weights = tokens(150, 3, w, dtype, missing=False)
     slot_ids[40:] = slot_ids[40:] % 2  # two experts with many rows, four with few
     torch.set_num_threads(1)
-    alone = torch.cat([cpu_experts(x[t : t + 1], slot_ids[t : t + 1], w) for t in range(150)])
+    alone = torch.cat([CpuExperts(w).experts(x[t : t + 1], slot_ids[t : t + 1]) for t in range(150)])
     torch.set_num_threads(threads)
-    assert torch.equal(cpu_experts(x, slot_ids, w), alone)
-    assert torch.equal(cpu_experts(x[20:57], slot_ids[20:57], w), alone[20:57])
-    assert torch.equal(cpu_experts(x.flip(0), slot_ids.flip(0), w).flip(0), alone)
-    out = cpu_experts_combine(x, slot_ids, topk_weights, w)
-    assert torch.equal(cpu_experts_combine(x[50:], slot_ids[50:], topk_weights[50:], w), out[50:])
+    assert torch.equal(CpuExperts(w).experts(x, slot_ids), alone)
+    assert torch.equal(CpuExperts(w).experts(x[20:57], slot_ids[20:57]), alone[20:57])
+    assert torch.equal(CpuExperts(w).experts(x.flip(0), slot_ids.flip(0)).flip(0), alone)
+    out = CpuExperts(w).combine(x, slot_ids, topk_weights)
+    assert torch.equal(CpuExperts(w).combine(x[50:], slot_ids[50:], topk_weights[50:]), out[50:])
     renamed = [4, 2, 0, 5, 1, 3]  # slot s of the new slab holds expert renamed[s]
     moved = w._replace(**{name: getattr(w, name)[renamed] for name in ("gate_up", "down", "gate_up_bias", "down_bias")})
-    assert torch.equal(cpu_experts(x, torch.tensor(renamed).argsort()[slot_ids], moved), alone)
+    assert torch.equal(CpuExperts(moved).experts(x, torch.tensor(renamed).argsort()[slot_ids]), alone)
     for isa, name in enumerate(instruction_sets()):
         experts = CpuExperts(w, isa=isa)
         y = experts.experts(x, slot_ids)
@@ -175,7 +175,7 @@ def test_the_law_can_fail():
     """Control: the comparison above sees another order of the same sums."""
     w = slab(1, 2064, 32)
     x, slot_ids, _ = tokens(64, 1, w, missing=False)
-    assert not torch.equal(experts_reference(x, slot_ids, w), cpu_experts(x, slot_ids, w))
+    assert not torch.equal(experts_reference(x, slot_ids, w), CpuExperts(w).experts(x, slot_ids))
 
 
 @needs_helper
@@ -183,19 +183,19 @@ def test_chunks_of_tokens_change_nothing():
     """More rows than the scratch memory of one chunk (64 MiB) holds."""
     w = slab(2, 1024, 16, torch.bfloat16)
     x, slot_ids, topk_weights = tokens(1100, 8, w)  # 8 * (2 * 1024 + 16) * 4 bytes per token
-    out = cpu_experts_combine(x, slot_ids, topk_weights, w)
-    assert torch.equal(out[1000:], cpu_experts_combine(x[1000:], slot_ids[1000:], topk_weights[1000:], w))
+    out = CpuExperts(w).combine(x, slot_ids, topk_weights)
+    assert torch.equal(out[1000:], CpuExperts(w).combine(x[1000:], slot_ids[1000:], topk_weights[1000:]))
     assert agrees(out[:8], combine_reference(experts_reference(x[:8], slot_ids[:8], w), topk_weights[:8]), x.dtype)
     slot_ids[1099, 7] = 2
     with pytest.raises(ValueError, match=r"slot id 2 must be -1 or lie in \[0, 2\)"):
-        cpu_experts(x, slot_ids, w)
+        CpuExperts(w).experts(x, slot_ids)
 
 
 @needs_helper
 def test_strided_and_narrow_input():
     w = slab(dtype=torch.bfloat16)
     x, slot_ids, topk_weights = tokens(9, 2, w, torch.bfloat16)
-    expected = cpu_experts_combine(x, slot_ids, topk_weights, w)
+    expected = CpuExperts(w).combine(x, slot_ids, topk_weights)
     wide = torch.cat([x, x + 1], dim=1)[:, :40]
     assert not wide.is_contiguous()
     for again in [
@@ -203,14 +203,14 @@ def test_strided_and_narrow_input():
         (x.mT.contiguous().mT, slot_ids.mT.contiguous().mT, topk_weights.mT.contiguous().mT),
         (x, slot_ids.int(), topk_weights),
     ]:
-        assert torch.equal(cpu_experts_combine(*again, w), expected)
+        assert torch.equal(CpuExperts(w).combine(*again), expected)
     for dtype in (torch.bfloat16, torch.float16):
         narrow = topk_weights.to(dtype)
-        expected = combine_reference(cpu_experts(x, slot_ids, w), narrow, x.dtype)
-        assert torch.equal(cpu_experts_combine(x, slot_ids, narrow, w), expected)
+        expected = combine_reference(CpuExperts(w).experts(x, slot_ids), narrow, x.dtype)
+        assert torch.equal(CpuExperts(w).combine(x, slot_ids, narrow), expected)
     y = torch.empty(9, 2, 40)
-    assert cpu_experts(x, slot_ids, w, y) is y
-    assert torch.equal(y, cpu_experts(x, slot_ids, w))
+    assert CpuExperts(w).experts(x, slot_ids, y) is y
+    assert torch.equal(y, CpuExperts(w).experts(x, slot_ids))
 
 
 @needs_helper
@@ -273,8 +273,8 @@ def test_custom_activation_runs_in_torch_and_says_so(caplog):
     x, slot_ids, topk_weights = tokens(9, 2, w)
     cpu._say_custom_is_slow.cache_clear()
     with caplog.at_level(logging.WARNING):
-        y = cpu_experts(x, slot_ids, w)
-        out = cpu_experts_combine(x, slot_ids, topk_weights, w)
+        y = CpuExperts(w).experts(x, slot_ids)
+        out = CpuExperts(w).combine(x, slot_ids, topk_weights)
     assert torch.equal(y, experts_reference(x, slot_ids, w))
     assert torch.equal(out, combine_reference(y, topk_weights))
     assert [r.getMessage() for r in caplog.records] == [
@@ -291,7 +291,7 @@ def test_a_missing_helper_is_named_once(caplog, monkeypatch, tmp_path):
         with caplog.at_level(logging.WARNING):
             assert instruction_sets() == []
             y, out = torch.empty(9, 2, 40), CpuExperts(w).combine(x, slot_ids, topk_weights)
-            assert torch.equal(cpu_experts(x, slot_ids, w, y), experts_reference(x, slot_ids, w))
+            assert torch.equal(CpuExperts(w).experts(x, slot_ids, y), experts_reference(x, slot_ids, w))
         assert torch.equal(out, combine_reference(y, topk_weights))
         assert len(caplog.records) == 1
         assert "no _cpu_experts*.so in" in caplog.text
@@ -308,14 +308,17 @@ def test_errors_name_the_numbers():
     w = slab()
     x, slot_ids, topk_weights = tokens(4, 2, w)
     for call, words in [
-        (lambda: cpu_experts(x[:, :39], slot_ids, w), "hidden size 39"),
-        (lambda: cpu_experts(x, slot_ids.clamp(min=0) - 2, w), "slot id -2"),
-        (lambda: cpu_experts(x, slot_ids.clamp(min=0) + 5, w), "slot id"),
-        (lambda: cpu_experts(x, slot_ids, w, torch.empty(4, 2, 39)), r"\(4, 2, 39\)"),
-        (lambda: cpu_experts_combine(x, slot_ids, topk_weights[:, :1], w), r"\(4, 1\)"),
-        (lambda: cpu_experts_combine(x, slot_ids, topk_weights.double(), w), "float64"),
-        (lambda: cpu_experts(x, slot_ids, w._replace(gate_up=w.gate_up.double(), down=w.down.double())), "float64"),
-        (lambda: cpu_experts(x.to("meta"), slot_ids, w), "meta"),
+        (lambda: CpuExperts(w).experts(x[:, :39], slot_ids), "hidden size 39"),
+        (lambda: CpuExperts(w).experts(x, slot_ids.clamp(min=0) - 2), "slot id -2"),
+        (lambda: CpuExperts(w).experts(x, slot_ids.clamp(min=0) + 5), "slot id"),
+        (lambda: CpuExperts(w).experts(x, slot_ids, torch.empty(4, 2, 39)), r"\(4, 2, 39\)"),
+        (lambda: CpuExperts(w).combine(x, slot_ids, topk_weights[:, :1]), r"\(4, 1\)"),
+        (lambda: CpuExperts(w).combine(x, slot_ids, topk_weights.double()), "float64"),
+        (
+            lambda: CpuExperts(w._replace(gate_up=w.gate_up.double(), down=w.down.double())).experts(x, slot_ids),
+            "float64",
+        ),
+        (lambda: CpuExperts(w).experts(x.to("meta"), slot_ids), "meta"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

@@ -9,20 +9,22 @@ import pytest
 from moe.kernels.cpu import instruction_sets
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-PARTS = ("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain")
+PARTS = ("experts", "linear", "decode", "select", "avx512", "avx512_dot", "avx2", "plain", "norm")
 FLAGS = ["-O2", "-std=gnu11", "-Wno-psabi", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-pthread"]
 CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
 
 
 def build(compiler: str, out: Path, *more: str) -> Path:
     sources = [str(KERNELS / f"cpu_{name}.c") for name in PARTS] + [str(Path(__file__).with_name("cpu_bits.c"))]
-    subprocess.run([compiler, *FLAGS, *more, "-I", str(KERNELS), *sources, "-o", str(out)], check=True)
+    subprocess.run([compiler, *FLAGS, *more, "-I", str(KERNELS), *sources, "-o", str(out), "-lm"], check=True)
     return out
 
 
 def hashes(*command: str) -> list[str]:
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert len(lines) == len(set(lines)) == 8 * 8 * 2 + 7 * 2  # nested precision has no groups of 8
+    stored = 8 * 8 + 7  # kinds of storage by sizes of groups; nested precision has no groups of 8
+    routers, blocks = 3 * 2 * 2, 2 * 2
+    assert len(lines) == len(set(lines)) == stored * (8 + 2) + routers + blocks
     return lines
 
 
