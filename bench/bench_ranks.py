@@ -28,8 +28,8 @@ from bench.compare import packed_of
 from bench.walk_model import LARGE, prompts_of, write
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
-from moe.engine.engine import peak_rss_bytes
 from moe.llm import LLM
+from moe.offload.memory import peak_rss_bytes
 from moe.params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe.offload.files_in_use import SHARED_MEMORY, is_at, is_sole_user, open_in_use, remove_abandoned
 from moe.offload.stores import ExpertStore, RamStore
 
-SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "moe-experts-"
 _NUM_PARTS = 64
 _PART_S = 1800.0  # for another process to read one of them
@@ -38,8 +38,8 @@ class SharedStore(RamStore):
     ) -> None:
         self.path, self._part_s = folder / f"{_PREFIX}{name}", part_s
         sizes = [count * layout.nbytes for count, layout in zip(source.num_experts, source.layouts)]
-        _remove_abandoned(folder, keep=self.path)
-        self._file: int | None = _open_in_use(self.path)
+        remove_abandoned(folder, _PREFIX, keep=self.path)
+        self._file: int | None = open_in_use(self.path)
         self.blobs: list[Tensor] = []
         try:
             pages = _map(self._file, mmap.PAGESIZE + sum(sizes), self.path)
@@ -58,7 +58,7 @@ class SharedStore(RamStore):
         file, self._file = self._file, None
         if file is None:
             return
-        if _is_sole_user(file) and _is_at(file, self.path):
+        if is_sole_user(file) and is_at(file, self.path):
             self.path.unlink()
         os.close(file)
         super().close()
@@ -103,44 +103,3 @@ def _map(file: int, nbytes: int, path: Path) -> mmap.mmap:
     except OSError as error:
         message = f"{error.strerror}: the host copy of all experts takes {nbytes} bytes"
         raise OSError(error.errno, message, str(path)) from None
-
-
-def _open_in_use(path: Path) -> int:
-    """The file, made if it is missing, with a mark that a process uses it."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(file, fcntl.LOCK_SH)  # no limit: another has it alone just while it removes the file
-        if _is_at(file, path):
-            return file
-        os.close(file)  # another process removed it in between, as its last user
-
-
-def _is_at(file: int, path: Path) -> bool:
-    try:
-        return path.stat().st_ino == os.fstat(file).st_ino
-    except FileNotFoundError:
-        return False
-
-
-def _is_sole_user(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _remove_abandoned(folder: Path, keep: Path) -> None:
-    """Removes this user's files of processes that were all killed."""
-    for path in folder.glob(f"{_PREFIX}*"):
-        if path == keep:
-            continue
-        try:
-            if path.stat().st_uid != os.getuid():
-                continue
-            file = os.open(path, os.O_RDWR)
-        except FileNotFoundError:  # its last user removed it just now
-            continue
-        if _is_sole_user(file) and _is_at(file, path):
-            path.unlink()
-        os.close(file)

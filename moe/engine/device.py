@@ -13,8 +13,9 @@ from moe.comm.lost import in_collective
 from moe.config import BatchConfig, EngineConfig
 from moe.engine.layer_major import Sizes
 from moe.offload.budget import format_bytes
-from moe.offload.memory import available_memory, own_memory
-from moe.offload.shared import SHARED_MEMORY
+from moe.offload.files_in_use import SHARED_MEMORY
+from moe.offload.memory import available_memory
+from moe.offload.promised import own_memory, own_promised
 
 _SHARE_OF_FREE = 0.9  # the rest is for activations, buffers and the rest of the machine
 _READERS = 4  # whose buffers may hold an expert each, where nobody says how many
@@ -44,25 +45,30 @@ class Began:
 class Sharers:
     """Processes of this machine that take of its memory alike. number: of them, this one counted.
 
-    least: of the numbers that they give, a collective of them; None where they do not know each other yet, and then
-    began: what was there for all of them.
+    free: of what the machine has and what each of them was promised of that, a collective of them: the least that any
+    has seen, with the promises of all. None where they do not know each other yet, and then began: what was there for
+    all of them.
     """
 
     number: int = 1
-    least: Callable[[int], int] | None = None
+    free: Callable[[], int] | None = None
     began: Began | None = None
 
     @staticmethod
     def of(groups: Groups) -> "Sharers":
         """The ranks of this node."""
 
-        def least(value: int) -> int:
+        def over_ranks(value: int, operation: dist.ReduceOp.RedOpType) -> int:
             shared = torch.tensor([value], device=groups.device)
             with in_collective(groups, Task("counting the memory of a node"), groups.local_ranks):
-                dist.all_reduce(shared, dist.ReduceOp.MIN, group=groups.local)
+                dist.all_reduce(shared, operation, group=groups.local)
             return int(shared)
 
-        return Sharers(len(groups.local_ranks), None if groups.local is None else least)
+        def free() -> int:
+            promised = over_ranks(own_promised(), dist.ReduceOp.SUM)  # nobody counts what another is about to load
+            return over_ranks(available_memory() + promised, dist.ReduceOp.MIN)  # nor takes any before all have counted
+
+        return Sharers(len(groups.local_ranks), None if groups.local is None else free)
 
 
 ALONE = Sharers()
@@ -87,7 +93,8 @@ def find_device(name: str | None) -> torch.device:
 
 
 def free_memory(device: torch.device, sharers: Sharers = ALONE) -> int:
-    """Bytes that this process can still take where the model's tensors lie. A collective of those that share them.
+    """Bytes that this process can still take where the model's tensors lie, with what it was promised of them when it
+    loaded. A collective of those that share them.
 
     Of a GPU's memory none but this process takes.
     """
@@ -95,10 +102,9 @@ def free_memory(device: torch.device, sharers: Sharers = ALONE) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if sharers.began is not None:
         return max(0, min(available_memory(), sharers.began.left(sharers.number)))
-    if sharers.least is None:
+    if sharers.free is None:
         return available_memory() // sharers.number
-    sharers.least(0)  # nobody counts what another, which is slower, is just about to load
-    return sharers.least(available_memory()) // sharers.number  # nor takes any of it before all have counted
+    return sharers.free() // sharers.number
 
 
 def _shared_memory() -> int:

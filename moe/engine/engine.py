@@ -33,10 +33,13 @@ from moe.engine.sampling import Choice
 from moe.engine.scheduler import Scheduler
 from moe.engine.share import Share
 from moe.engine.stats import State, StepStats
+from moe.engine.to_come import bytes_to_come
 from moe.layer.experts import SlotExperts
 from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint, read_blueprint
 from moe.offload.layer_stats import LayerStats
+from moe.offload.memory import peak_rss_bytes
+from moe.offload.promised import Promise
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
@@ -81,6 +84,7 @@ class Engine:
         self._started: dict[int, float] = {}
         self.next_id = 0
         self.place: Place
+        self._promise = Promise()
         self._take_first_place(groups, share)
 
     def step(self) -> list[Request]:
@@ -113,6 +117,7 @@ class Engine:
                 self.place = self._place_in(groups, plan, decisions)
         finally:
             self._go_on_with(open_requests, before)
+            self._promise.renew(bytes_to_come(self.loaded, self.scheduler.pool))
 
     def _place_in(self, groups: Groups, plan: Plan | None, decisions: Decisions | None) -> Place:
         shape = shareable_shape(self.blueprint)
@@ -327,14 +332,17 @@ class Engine:
     def close(self) -> None:
         self.place.mode.close()
         self.loaded.close()
+        self._promise.close()
 
     def _take_first_place(self, groups: Groups | None, share: Share | None) -> None:
         with ExitStack() as undo:
+            undo.callback(self._promise.close)
             undo.callback(self.loaded.close)
             self.place = stay_alone(self.loaded)
             if groups is not None and share is not None:
                 forget_host_copy(self.loaded, groups)
                 self.join(groups, share.plan)
+            self._promise.renew(bytes_to_come(self.loaded, self.scheduler.pool))
             undo.pop_all()
 
     def _keep(self, chunks: Seq[Chunk], logits: Tensor) -> None:
@@ -389,11 +397,3 @@ class Engine:
             self.stats.pure_decode_tokens += len(own)
             self.stats.pure_decode_steps += 1
             self.stats.decode_seconds += seconds
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far (ru_maxrss would begin with that of the process before exec)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM line")

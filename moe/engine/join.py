@@ -28,6 +28,7 @@ from moe.engine.online import OnlinePlacement
 from moe.engine.runner import PackedRunner, make_paged_kv
 from moe.engine.scheduler import Scheduler
 from moe.engine.share import Share
+from moe.engine.to_come import bytes_to_come
 from moe.layer.experts import chosen_kernel
 from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
@@ -147,9 +148,9 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
     sizes, num_own = cache.slot_sizes, sum(counts)
     # Slots that are still empty will take what is free now, like at the start, and so will KV.
     pool = loaded.memory.scheduler.pool
-    kv_to_come = loaded.memory.kv_bytes * (pool.room - pool.num_used) // pool.room if read.device.type == "cpu" else 0
+    to_come = cache.empty_bytes if read.device.type != "cpu" else bytes_to_come(loaded, pool)
     of_model = sizes_of(read.blueprint, read.config.batch, loaded.dense.tried.kv_bytes, loaded.dense.vocabulary)
-    free = free_room(read.device, read.config, of_model, Sharers.of(parallel.groups)) - cache.empty_bytes - kv_to_come
+    free = free_room(read.device, read.config, of_model, Sharers.of(parallel.groups)) - to_come
     most = min(max(cache.num_slots, slots_within(cache.slot_bytes + max(0, free), sizes, counts)), cache.map.room)
     budget = read.config.offload.budget
     wanted = num_own

@@ -10,6 +10,9 @@ from torch._C._distributed_c10d import TCPStore
 
 import moe.engine.assemble as assemble
 import moe.engine.device as device
+import moe.engine.engine as engine
+import moe.offload.memory as memory
+import moe.offload.promised as promised
 import moe.offload.stores as stores
 from moe.cluster.host import ExpertHost, sharers_of
 from moe.cluster.lines import Lines
@@ -40,7 +43,10 @@ def taken(engine: Engine) -> int:
 
 
 def rank_takes(free: int) -> tuple[int, int]:
-    device.available_memory = lambda: free  # this process is a rank of this test alone
+    device.available_memory, device.own_promised = (
+        (lambda: free),
+        (lambda: 0),
+    )  # this process is a rank of this test alone
     with process_groups(timeout_s=60) as groups:
         with LLM(TINYMOE, config(), groups=groups) as llm:
             return taken(llm.engine), llm.engine.state().slots
@@ -84,6 +90,7 @@ def unequal_rank_takes(folder: Path, slow: int) -> tuple[int, int, int]:
 
     assemble.load_model, assemble.make_experts = load_late, filling(make, take)  # of this rank alone
     device.available_memory = lambda: 66 * MIB - sum(path.stat().st_size for path in folder.iterdir())
+    device.own_promised = lambda: 0
     with process_groups(timeout_s=60) as groups:
         with LLM(TINYMOE, config(), groups=groups) as llm:
             return taken(llm.engine), llm.engine.state().slots, llm.engine.loaded.memory.scheduler.pool.num_blocks
@@ -160,8 +167,40 @@ def test_hosts_of_unequal_speed_take_alike(late, tmp_path):
     assert 2 * first <= 46 * MIB
 
 
+def late_host_takes(free: int, port: int, folder: str) -> int:
+    """Rank 1 loads when rank 0 serves, whose slots are empty; the machine has `free` without either."""
+    rank, deadline = os.environ["RANK"], time.monotonic() + 120
+    memory._of_machine = lambda proc: free  # of this process alone: what hosts take really is nothing beside it
+    memory._of_control_groups = lambda *_: iter(())
+    memory.owed_by_processes = lambda proc, _: promised.owed_by_processes(proc, Path(folder))
+    engine.Promise = lambda: promised.Promise(Path(folder))
+    device.available_memory, device._shared_memory = memory.available_memory, lambda: 0
+    first, second = Path(folder).parent / "first", Path(folder).parent / "second"
+    while rank == "1" and not first.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lines = Lines("127.0.0.1", "word")
+    where = Where("127.0.0.1", lines.port, "word", "job", port)
+    asked, sharers = config(budget="50%") if rank == "0" else config(), sharers_of(where, Together(1, 1), "here")
+    host = ExpertHost(str(TINYMOE), asked, int(rank), (0, 1), where, sharers=sharers)
+    assert 0 < host.engine.state().slots < 96
+    (first if rank == "0" else second).touch()
+    while not second.exists():  # the first lives until the other has counted
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return taken(host.engine)
+
+
+def test_a_host_that_comes_later_does_not_count_what_others_are_still_to_fill(tmp_path):
+    (tmp_path / "shared").mkdir()
+    free = 28 * MIB  # of which 16 MiB, or a tenth, are for neither
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, second = spawn(2, late_host_takes, free, store.port, str(tmp_path / "shared"))
+    assert first + second <= free - 16 * MIB
+
+
 def rank_joins_later(free: int, dispatcher: str) -> tuple[int, int, list[int]]:
-    device.available_memory = lambda: free
+    device.available_memory, device.own_promised = (lambda: free), (lambda: 0)
     engine = Engine(TINYMOE, replace(config(), parallel=ParallelConfig(dispatcher=dispatcher)))
     most = engine.loaded.split.one.memory
     with process_groups(timeout_s=60) as groups:

@@ -25,7 +25,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from moe.config import *
-from moe.engine.engine import peak_rss_bytes
+from moe.offload.memory import peak_rss_bytes
 from moe.llm import LLM
 from moe.params import SamplingParams
 
@@ -162,7 +162,7 @@ import json, sys
 import torch
 torch.set_num_threads(1)
 from moe.config import *
-from moe.engine.engine import peak_rss_bytes
+from moe.offload.memory import peak_rss_bytes
 from moe.llm import LLM
 from moe.params import SamplingParams
 

@@ -1,5 +1,6 @@
 """What a process may still take, against made-up /proc and /sys/fs/cgroup trees, and in a process with a limit."""
 
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe.offload.memory import available_memory
+from moe.offload.promised import Promise, owed_by_processes, own_memory, own_promised
 from tests.moe.moe_cases import TINYMOE
 from tests.moe.test_memory import write_checkpoint
 
@@ -27,7 +29,8 @@ def tree(folder, files):
 def machine(tmp_path, cgroup, files):
     proc = tree(tmp_path / "proc", {"meminfo": f"MemTotal: 1 kB\nMemAvailable: {8 * GIB // 1024} kB\n"})
     tree(proc, {"self/cgroup": cgroup, "self/status": "VmSize: 1 kB\n"})
-    return proc, tree(tmp_path / "cgroup", files)
+    (tmp_path / "shared").mkdir(exist_ok=True)
+    return proc, tree(tmp_path / "cgroup", files), tmp_path / "shared"
 
 
 def test_no_limit(tmp_path):
@@ -68,6 +71,67 @@ def test_the_path_of_the_host_is_not_here(tmp_path):
     """A container without a namespace of its own: /proc/self/cgroup has the host's path, the mount only the group."""
     files = {"memory/memory.limit_in_bytes": GIB, "memory/memory.usage_in_bytes": GIB + MIB}
     assert available_memory(*machine(tmp_path, "4:memory:/docker/123\n", files)) == 0
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_what_a_process_has_promised_and_not_taken_is_not_free(tmp_path, is_seen):
+    """Of a machine, and of the groups that both are in; one that cannot be seen may take all that it promised."""
+    cgroup, files = "0::/a/b\n", {"a/memory.max": 6 * GIB, "a/memory.current": GIB, "a/b/memory.max": 4 * GIB}
+    proc, cgroups, shared = machine(tmp_path, cgroup, files | {"a/b/memory.current": GIB})
+    free = available_memory(proc, cgroups, shared)
+    assert free == 3 * GIB
+    (proc / str(os.getpid())).mkdir()
+    other = tree(proc / (str(os.getpid()) if is_seen else "1"), {"cgroup": "0::/a/c\n", "status": "RssAnon: 0 kB\n"})
+    has = own_memory()
+    promise = Promise(shared)
+    assert available_memory(proc, cgroups, shared) == free
+    promise.renew(4 * GIB)
+    (only,) = owed_by_processes(proc, shared)
+    (other / "status").write_text(f"RssAnon: {has // 1024 + 2 * GIB // 1024} kB\n")  # it has taken 2 GiB meanwhile
+    (owed,) = owed_by_processes(proc, shared)
+    if is_seen:
+        assert 4 * GIB <= only.nbytes - has <= 4 * GIB + 64 * MIB
+        assert 2 * GIB - 64 * MIB <= owed.nbytes <= 2 * GIB + 64 * MIB
+        assert available_memory(proc, cgroups, shared) == 5 * GIB - owed.nbytes  # of the group around both
+    else:
+        assert only.nbytes == owed.nbytes == 4 * GIB
+        assert available_memory(proc, cgroups, shared) == free  # 8 GiB - 4 GiB are no less
+    (other / "status").write_text("State: Z (zombie)\n")  # it has ended, and what it had locked is about to be free
+    (ended,) = owed_by_processes(proc, shared)
+    assert ended.nbytes == (0 if is_seen else 4 * GIB)
+    promise.close()
+    promise.close()
+    assert available_memory(proc, cgroups, shared) == free
+
+
+def promises(folder: Path, hears, goes) -> None:
+    promise = Promise(folder)
+    promise.renew(GIB)
+    hears.set()
+    goes.wait(60)
+
+
+def test_a_promise_ends_with_its_process(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    hears, goes = context.Event(), context.Event()
+    process = context.Process(target=promises, args=(tmp_path, hears, goes))
+    process.start()
+    assert hears.wait(60)
+    ((pid, nbytes),) = owed_by_processes(folder=tmp_path)
+    assert (pid, GIB - 64 * MIB < nbytes <= GIB) == (process.pid, True)
+    assert own_promised(folder=tmp_path) == 0
+    process.kill()
+    process.join(60)
+    assert list(owed_by_processes(folder=tmp_path)) == []
+    Promise(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_said_to_others_a_line_says_so(tmp_path, caplog):
+    promise = Promise(tmp_path / "missing")
+    promise.renew(GIB)
+    promise.close()
+    assert "other processes do not know what memory this one will still take" in caplog.text
 
 
 CHILD = """

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moe.models.blueprint import read_blueprint
+from moe.offload.files_in_use import open_in_use
 from moe.offload.index import ExpertIndex
-from moe.offload.shared import SharedStore, _open_in_use
+from moe.offload.shared import SharedStore
 from moe.offload.stores import FileStore, RamStore
 from tests.families import tiny_checkpoint
 
@@ -85,7 +86,7 @@ def test_what_a_killed_process_had_read_is_kept_and_the_rest_is_read(index, tmp_
 
 
 def begin_and_stop(path: Path, sender) -> None:
-    fcntl.lockf(_open_in_use(path), fcntl.LOCK_EX, 1, 7)
+    fcntl.lockf(open_in_use(path), fcntl.LOCK_EX, 1, 7)
     sender.send("reads part 7")
     time.sleep(60)
 
