@@ -53,7 +53,9 @@ class Uploads:
         for name in ("files", "batches"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._wake, self._is_closing = threading.Event(), False
-        self._lock = threading.Lock()
+        self._lock, self._naming = threading.Lock(), threading.Lock()
+        ids = [record["id"] for name in ("files", "batches") for record in _newest_first(folder / name)[:1]]
+        self._newest = max((int(id[-24:-8], 16) for id in ids), default=0)
         self._thread = threading.Thread(target=self._run, name="moe-batches", daemon=True)
         self._thread.start()
 
@@ -65,7 +67,7 @@ class Uploads:
     # Files.
 
     def add_file(self, name: str, purpose: str, content: bytes) -> dict[str, Any]:
-        record = _file_record(name, purpose, len(content))
+        record = _file_record(self._later(), name, purpose, len(content))
         with written_whole(self._file(record["id"])) as part:
             part.write_bytes(content)
         _write_json(self._record_of(record["id"]), record)
@@ -98,6 +100,12 @@ class Uploads:
     def _record_of(self, id: str) -> Path:
         return self._file(id).with_suffix(".json")
 
+    def _later(self) -> str:
+        """What follows all that came before, as text, whatever the clock is set to."""
+        with self._naming:
+            self._newest = max(time.time_ns(), self._newest + 1)
+            return f"{self._newest:016x}{secrets.token_hex(4)}"
+
     def _results(self, batch: str) -> Path:
         return self.folder / "batches" / f"{batch}.jsonl"
 
@@ -116,7 +124,7 @@ class Uploads:
             raise BadRequest("completion_window must be '24h'", "completion_window")
         now = int(time.time())
         batch = {
-            "id": f"{BATCH_ID}{_later()}",
+            "id": f"{BATCH_ID}{self._later()}",
             "object": "batch",
             "endpoint": endpoint,
             "input_file_id": source,
@@ -211,7 +219,7 @@ class Uploads:
         try:
             for is_of_errors, kind in enumerate(("output", "error")):
                 if content := parts[is_of_errors]:
-                    record = _file_record(f"{batch['id']}_{kind}.jsonl", "batch_output", len(content))
+                    record = _file_record(self._later(), f"{batch['id']}_{kind}.jsonl", "batch_output", len(content))
                     made.append(self._record_of(record["id"]))
                     _write_json(made[-1], record | {"results_of": batch["id"], "is_of_errors": is_of_errors})
                     batch[f"{kind}_file_id"] = record["id"]
@@ -302,10 +310,10 @@ def _error_of(error: Exception) -> dict[str, str]:
     return {"code": code, "message": str(error) or type(error).__name__}
 
 
-def _file_record(name: str, purpose: str, size: int) -> dict[str, Any]:
+def _file_record(id: str, name: str, purpose: str, size: int) -> dict[str, Any]:
     """Of a new file, as clients see it."""
     return {
-        "id": f"{FILE_ID}{_later()}",
+        "id": f"{FILE_ID}{id}",
         "object": "file",
         "bytes": size,
         "created_at": _now(),
@@ -324,11 +332,6 @@ def _split(results: bytes) -> tuple[bytes, bytes]:
     whole = results[: results.rfind(b"\n") + 1].splitlines(keepends=True)
     good = b"".join(line for line in whole if line.endswith(_SERVED))
     return good, b"".join(line for line in whole if not line.endswith(_SERVED))
-
-
-def _later() -> str:
-    """What follows all that came before, as text."""
-    return f"{time.time_ns():016x}{secrets.token_hex(4)}"
 
 
 def _now() -> int:

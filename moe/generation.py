@@ -9,12 +9,13 @@ from moe.outputs import FinishReason
 
 
 class Generation:
-    """One sample on its way: as the engine has it, and its text so far."""
+    """One sample on its way: as the engine has it, and its text so far. arrival, first_token, finished: of
+    `time.monotonic`, since the clock of a machine may be set meanwhile."""
 
     def __init__(self, request: Request, text: TextStream, index: int) -> None:
         self.request, self.text, self.index = request, text, index
         self.read = len(request.tokens)  # how many of them are in the text
-        self.arrival = time.time()
+        self.arrival = time.monotonic()
         self.first_token: float | None = None
         self.finished: float | None = None
 

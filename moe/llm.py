@@ -302,7 +302,10 @@ class LLM:
         first = answer.samples[0]
         ends = [g.finished for g in answer.samples if g.finished is not None]
         starts = [g.first_token for g in answer.samples if g.first_token is not None]
-        times = RequestTimes(first.arrival, min(starts, default=None), max(ends, default=time.time()))
+        now = time.monotonic()
+        epoch = time.time() - now
+        began = epoch + min(starts) if starts else None
+        times = RequestTimes(epoch + first.arrival, began, epoch + max(ends, default=now))
         return RequestOutput(
             request_id=str(first.request.id),
             prompt=text_of(answer.prompt),
@@ -319,7 +322,7 @@ class LLM:
         generation.read += len(tokens)
         try:
             if tokens:
-                generation.first_token = generation.first_token or time.time()
+                generation.first_token = generation.first_token or time.monotonic()
             ends = request.params.end_token_ids if request.finish_reason == "stop" else ()
             for number, token in enumerate(tokens, generation.read - len(tokens) - request.num_prompt + 1):
                 if not (number == request.num_output and token in ends):  # it ends the text, and is no part of it
@@ -333,7 +336,7 @@ class LLM:
             self.engine.finish(request, "error")
             request.finish_reason = "error"
         if request.finish_reason is not None:
-            generation.finished = time.time()
+            generation.finished = time.monotonic()
             self._open.pop(request.id)
         return Event(
             generation, generation.text.delta(request.finish_reason is not None), tokens, request.finish_reason

@@ -99,6 +99,19 @@ def test_a_batch_whose_file_was_deleted(tmp_path):
     uploads.close()
 
 
+def test_lists_keep_their_order_when_the_clock_is_set_back(tmp_path, monkeypatch):
+    hour, real = 3600 * 10**9, time.time_ns
+    uploads = Uploads(None, tmp_path)
+    uploads.close()
+    first = uploads.add_file("1.jsonl", "batch", b"{}")["id"]
+    monkeypatch.setattr(time, "time_ns", lambda: real() - hour)
+    second = uploads.add_file("2.jsonl", "batch", b"{}")["id"]
+    again = Uploads(None, tmp_path)  # as after a restart
+    again.close()
+    third = again.add_file("3.jsonl", "batch", b"{}")["id"]
+    assert [record["id"] for record in again.files()] == [third, second, first]
+
+
 def test_a_name_that_is_used_twice_and_a_file_that_is_no_utf8(served, client):
     """As batch files have it: the second line of the name is refused; what is split at wrong bytes is not begun."""
     lines = batch_lines(4).replace(b'"r3"', b'"r2"')

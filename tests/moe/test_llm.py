@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -47,6 +48,13 @@ def test_forms_of_prompts(llm):
     answer = by_text[0].outputs[0]
     assert len(answer.token_ids) == 64
     assert answer.text == llm.tokenizer.decode(answer.token_ids)
+
+
+def test_no_answer_ends_before_it_began_when_the_clock_is_set_back(llm, monkeypatch):
+    real, calls = time.time, []
+    monkeypatch.setattr(time, "time", lambda: calls.append(1) or real() - 3600 * len(calls))  # further at each look
+    times = llm.generate(PROMPT, SamplingParams(max_tokens=3))[0].metrics
+    assert times.arrival <= times.first_token <= times.finished < times.arrival + 60
 
 
 def test_params_for_all_or_for_each(llm):
