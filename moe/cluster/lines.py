@@ -1,6 +1,6 @@
 """One TCP connection from every host to the controller: its end is the end of the host, long before anyone else knows.
 
-A host says its name once and then a `Beat`: every BEAT_S from a thread that does not step, and as soon as it has
+A host says its name once and then a `Beat`: every BEAT_S from a thread that does not step, and whenever its desk has
 something to say of its requests from the one that does. So the controller can tell a process that ended (the kernel
 closes the line) from one that is silent (stopped, or out of reach), and hears every token, in order and once, without
 a call of Ray. It reads them where it waits for them: no thread of its own stands between.
