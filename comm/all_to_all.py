@@ -22,7 +22,9 @@ from torch import Tensor
 from moe.comm.dispatcher import (
     Dispatched,
     ExpertRanks,
+    check_results,
     check_tokens,
+    local_pairs,
     pair_values,
     row_sums,
     table_with_none,
@@ -31,18 +33,19 @@ from moe.comm.dispatcher import (
 from moe.comm.errors import Task
 from moe.comm.groups import Groups, ranks_by_node
 from moe.comm.hop import Hop, HopHandle
-from moe.comm.wire import Wire, pack_rows, traffic_of, unpack_rows
+from moe.comm.wire import Meanwhile, Wire, nothing, pack_rows, traffic_of, unpack_rows
 from moe.placement.wire_format import CombineMode, DispatcherName, WireFormat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutedHandle:
-    """What `combine` needs. steps: of each hop, and the pairs bool [R, K] of its received rows that return by it."""
+    """What `combine` needs. steps: of each hop, and the pairs bool [N, K] of its received rows that return by it."""
 
     steps: tuple[tuple[HopHandle, Tensor], ...]
     topk_weights: Tensor  # [T, K], at home
     local_ids: Tensor  # [R, K], here
     local_weights: Tensor | None  # [R, K], here
+    num_first: int  # rows that have travelled; after them come the T own ones, where they stayed
     dtype: torch.dtype
     layer: int
 
@@ -86,13 +89,16 @@ class AllToAllDispatcher:
         """See `TokenDispatcher`. Raises CommError when a peer does not answer in time."""
         check_tokens(x, physical_ids, topk_weights, self.experts.num_physical)
         self.traffic.calls += 1
-        ids = physical_ids.to(torch.int32)
+        held = broadcast_plan(tokens_per_rank, self.broadcast_tokens, self.groups, len(x))
+        ids, own_ids = physical_ids.to(torch.int32), None
+        if self.format.is_exact and held is None:
+            own_ids = self.experts.local_of[ids.long()]
+            ids = ids.masked_fill(own_ids >= 0, -1)
         columns = [x, ids]
         if self.format.sends_weights:
             columns.append(topk_weights.float())
         packed = pack_rows(columns)
         assert packed.shape[1] == self.format.row_bytes(x.shape[1], x.element_size(), ids.shape[1]), packed.shape
-        held = broadcast_plan(tokens_per_rank, self.broadcast_tokens, self.groups, len(x))
         member, received, steps = self.tables[0][ids.long()], columns, []
         for hop, table in zip(self.hops, self.tables[1:]):
             rows_of = None if held is None else [held[rank] for rank in hop.wire.ranks]
@@ -101,31 +107,40 @@ class AllToAllDispatcher:
             member = table[received[1].long()]
             steps.append((handle, member >= 0))
             held = None if held is None else self._held_after(held)
-        local_ids = member
+        rows, local_ids, num_first = received[0], member, len(member)
         weights = received[2] if self.format.sends_weights else None
-        kept = RoutedHandle(tuple(steps), topk_weights, local_ids, weights, x.dtype, layer)
-        return Dispatched(received[0], local_ids, weights, kept)
+        if own_ids is not None:
+            rows, local_ids = torch.cat([rows, x]), torch.cat([local_ids, own_ids])
+        kept = RoutedHandle(tuple(steps), topk_weights, local_ids, weights, num_first, x.dtype, layer)
+        return Dispatched(rows, local_ids, weights, kept, num_first)
 
     def _held_after(self, held: list[int]) -> list[int]:
         return held
 
-    def combine(self, y: Tensor, handle: object) -> Tensor:
+    def combine(self, y: Tensor, handle: object, meanwhile: Meanwhile = nothing) -> Tensor:
         """See `TokenDispatcher`. Raises CommError when a peer does not answer in time."""
         if not isinstance(handle, RoutedHandle):
             raise ValueError(f"the handle is a {type(handle).__name__}; pass the one that dispatch returned")
-        what, y = Task("combine", handle.layer), y.to(handle.dtype)
+        what, ids, num_first = Task("combine", handle.layer), handle.local_ids, handle.num_first
+        check_results(y, ids)
         steps = [(hop, step, mine, hop.counts(step, mine)) for hop, (step, mine) in zip(self.hops, handle.steps)]
         if handle.local_weights is not None:
-            sums = row_sums(y, handle.local_ids, handle.local_weights)
+            sums = row_sums(y.to(handle.dtype), ids, handle.local_weights)
             for hop, step, mine, counts in reversed(steps):
                 sums = hop.return_sums(sums.to(handle.dtype), mine, step, counts, what)
             return sums.to(handle.dtype)
-        values = pair_values(y, handle.local_ids, sum(steps[-1][3].pairs_from))
+        num_pairs = sum(steps[-1][3].pairs_from)
+        border = num_first if y.ndim == 3 else num_pairs
+        values = pair_values(y[:border], ids[:num_first], num_pairs).to(handle.dtype)
         for hop, step, _, counts in reversed(steps[1:]):
             values, positions = hop.return_pairs(values, step, counts, what)
             values = values.index_select(0, torch.argsort(positions))
         hop, step, _, counts = steps[0]
-        values, positions = hop.return_pairs(values, step, counts, what)
+        values, positions = hop.return_pairs(values, step, counts, what, meanwhile)
+        if num_first < len(ids):
+            own = local_pairs(ids[num_first:])
+            values = torch.cat([values, pair_values(y[border:], ids[num_first:], len(own)).to(handle.dtype)])
+            positions = torch.cat([positions, own])
         return weighted_sum_of_pairs(values, positions, handle.topk_weights, handle.dtype)
 
 

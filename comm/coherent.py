@@ -120,12 +120,20 @@ class CoherentDispatcher:
             *rows, payload = unpack_rows(packed, columns)
             arrived, local_ids = self._arrived(rows, held)
             return Dispatched(
-                arrived.x, local_ids, arrived.weights, CoherentHandle(arrived, local_ids, payload, None, None, layer)
+                arrived.x,
+                local_ids,
+                arrived.weights,
+                CoherentHandle(arrived, local_ids, payload, None, None, layer),
+                len(local_ids),
             )
         rows, payload, held, homes, is_split = self._exchange_moving(columns, payload, what)
         arrived, local_ids = self._arrived(rows, held)
         return Dispatched(
-            arrived.x, local_ids, arrived.weights, CoherentHandle(arrived, local_ids, payload, homes, is_split, layer)
+            arrived.x,
+            local_ids,
+            arrived.weights,
+            CoherentHandle(arrived, local_ids, payload, homes, is_split, layer),
+            len(local_ids),
         )
 
     def _exchange_moving(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.comm.groups import Groups
-from moe.comm.wire import Traffic, traffic_of
+from moe.comm.wire import Meanwhile, Traffic, nothing, traffic_of
 from moe.kernels.reference import combine_reference
 
 
@@ -16,13 +16,15 @@ class Dispatched(NamedTuple):
 
     rows: [R, H], by source, within it in the order of its tokens. local_ids: int64 [R, K], index among this rank's
     physical experts, -1 = not here (a row may have none). weights: float32 [R, K], only where the way back needs them.
-    handle: for `combine` alone.
+    handle: for `combine` alone. num_first: rows whose results others may wait for; those after them are this rank's own
+    tokens, and stay.
     """
 
     rows: Tensor
     local_ids: Tensor
     weights: Tensor | None
     handle: object
+    num_first: int
 
 
 class TokenDispatcher(Protocol):
@@ -46,11 +48,12 @@ class TokenDispatcher(Protocol):
         """
         ...
 
-    def combine(self, y: Tensor, handle: object) -> Tensor:
+    def combine(self, y: Tensor, handle: object, meanwhile: Meanwhile = nothing) -> Tensor:
         """Bring the results home. Returns out[t] = Σ_k topk_weights[t, k] · y[t, k] as [T, H] in x's dtype.
 
         y: [R, K, H], 0 where local_ids is -1, or [M, H], only the pairs of `local_pairs`, in that order. It is rounded
-        to x's dtype before it is weighted, as the kernels have done.
+        to x's dtype before it is weighted, as the kernels have done. meanwhile: called when the results of the first
+        `num_first` rows are on their way; those of the others need not be in y before it ends.
         """
         ...
 
@@ -109,13 +112,13 @@ def local_pairs(local_ids: Tensor, num_pairs: int | None = None) -> Tensor:
 
 def pair_values(y: Tensor, local_ids: Tensor, num_pairs: int | None = None) -> Tensor:
     """y [R, K, H] or [M, H] as [M, H]."""
-    _check_results(y, local_ids)
+    check_results(y, local_ids)
     return y if y.ndim == 2 else y.flatten(0, 1).index_select(0, local_pairs(local_ids, num_pairs))
 
 
 def row_values(y: Tensor, local_ids: Tensor) -> Tensor:
     """y [R, K, H] or [M, H] as [R, K, H], 0 where local_ids is -1."""
-    _check_results(y, local_ids)
+    check_results(y, local_ids)
     return y if y.ndim == 3 else placed(y, local_pairs(local_ids, len(y)), local_ids.shape)
 
 
@@ -168,7 +171,8 @@ def row_sums(y: Tensor, local_ids: Tensor, weights: Tensor) -> Tensor:
     return weighted_sum_of_pairs(values, local_pairs(local_ids, len(values)), weights, torch.float32)
 
 
-def _check_results(y: Tensor, local_ids: Tensor) -> None:
+def check_results(y: Tensor, local_ids: Tensor) -> None:
+    """Raises ValueError for y that is neither [R, K, H] nor [M, H]."""
     if y.ndim not in (2, 3) or (y.ndim == 3 and y.shape[:2] != local_ids.shape):
         raise ValueError(f"y {tuple(y.shape)} must be [R, K, H] or [M, H] for local_ids {tuple(local_ids.shape)}")
 
@@ -202,9 +206,9 @@ class LocalDispatcher:
         check_tokens(x, physical_ids, topk_weights, self.experts.num_physical)
         self.traffic.calls += 1
         local_ids = self.experts.local_of[physical_ids.long()]
-        return Dispatched(x, local_ids, None, LocalHandle(local_ids, topk_weights, x.dtype))
+        return Dispatched(x, local_ids, None, LocalHandle(local_ids, topk_weights, x.dtype), len(x))
 
-    def combine(self, y: Tensor, handle: object) -> Tensor:
+    def combine(self, y: Tensor, handle: object, meanwhile: Meanwhile = nothing) -> Tensor:
         """See `TokenDispatcher`."""
         if not isinstance(handle, LocalHandle):
             raise ValueError(f"the handle is a {type(handle).__name__}; pass the one that dispatch returned")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.comm.errors import Task
-from moe.comm.wire import Table, Wire
+from moe.comm.wire import Meanwhile, Table, Wire, nothing
 
 
 class Counts(NamedTuple):
@@ -40,18 +40,25 @@ class Hop:
         self.wire = wire
 
     def forward(
-        self, packed: Tensor, member: Tensor, what: Task, rows_of: Sequence[int] | None = None
+        self,
+        packed: Tensor,
+        member: Tensor,
+        what: Task,
+        rows_of: Sequence[int] | None = None,
+        *,
+        meanwhile: Meanwhile = nothing,
     ) -> tuple[Tensor, HopHandle]:
         """Send rows to the members of their experts. packed: uint8 [N, B]; member: int64 [N, K], -1 = none.
 
         Returns the received rows uint8 [R, B], by member, then in its order. rows_of: None = counts go with
         or before the rows (one host sync); otherwise N of every member, and every row goes everywhere without counts.
+        meanwhile: called once they are on their way.
         """
         wire = self.wire
         if rows_of is not None:
             assert rows_of[wire.index] == len(packed), (rows_of, wire.index, len(packed))
             everywhere = packed.repeat(wire.size, 1)
-            received = wire.exchange(everywhere, [len(packed)] * wire.size, rows_of, what)
+            received = wire.exchange(everywhere, [len(packed)] * wire.size, rows_of, what, meanwhile=meanwhile)
             return received, HopHandle(member, tuple(rows_of), None)
         hits = hits_of(member, wire.size)
         needed = hits.any(1)  # [N, members]
@@ -62,7 +69,7 @@ class Hop:
             return packed.index_select(0, by_member.nonzero_static(size=size)[:, 1])
 
         outgoing = torch.stack([needed.sum(0), hits.sum((0, 1))], 1)
-        received, told, heard = wire.exchange_counted(outgoing, rows, what)
+        received, told, heard = wire.exchange_counted(outgoing, rows, what, meanwhile)
         counts = Counts(*([row[i] for row in table] for table in (told, heard) for i in (0, 1)))
         return received, HopHandle(member, tuple(counts.rows_from), counts)
 
@@ -83,9 +90,11 @@ class Hop:
         ]
         return Counts(*self.wire.to_host(torch.stack(figures)))
 
-    def return_pairs(self, values: Tensor, handle: HopHandle, counts: Counts, what: Task) -> tuple[Tensor, Tensor]:
+    def return_pairs(
+        self, values: Tensor, handle: HopHandle, counts: Counts, what: Task, meanwhile: Meanwhile = nothing
+    ) -> tuple[Tensor, Tensor]:
         """values: [M, H], one per pair of the received rows in the order (row, k). See `exchange_pairs`."""
-        return exchange_pairs(self.wire, values, counts.pairs_from, counts.pairs_to, handle.member, what)
+        return exchange_pairs(self.wire, values, counts.pairs_from, counts.pairs_to, handle.member, what, meanwhile)
 
     def return_sums(self, sums: Tensor, mine: Tensor, handle: HopHandle, counts: Counts, what: Task) -> Tensor:
         """sums: [R, H] in the dtype that travels; rows without a pair in `mine` [R, K] stay. See `exchange_sums`."""
@@ -100,14 +109,20 @@ def hits_of(member: Tensor, size: int) -> Tensor:
 
 
 def exchange_pairs(
-    wire: Wire, values: Tensor, send: Sequence[int], recv: Sequence[int], member: Tensor, what: Task
+    wire: Wire,
+    values: Tensor,
+    send: Sequence[int],
+    recv: Sequence[int],
+    member: Tensor,
+    what: Task,
+    meanwhile: Meanwhile = nothing,
 ) -> tuple[Tensor, Tensor]:
     """Receive one result per pair of the own rows. values: [M, H] by member, within it by (row, k) as the owner orders.
 
     member: [N, K], who computes a pair of the own rows. Returns got [M', H], one per pair with a member, and the flat
     position row * K + k of each, int64 [M'].
     """
-    got = wire.exchange(values, send, recv, what)
+    got = wire.exchange(values, send, recv, what, meanwhile=meanwhile)
     by_member = torch.argsort(member.reshape(-1), stable=True)  # those of no member (-1) come first
     return got, by_member[by_member.numel() - len(got) :]
 

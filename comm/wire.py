@@ -20,6 +20,7 @@ from moe.comm.lost import lost_peer
 from moe.comm.mailbox import Moving
 
 Table = list[list[int]]
+Meanwhile = Callable[[], object]
 
 
 @dataclass(slots=True)
@@ -61,6 +62,10 @@ class Traffic:
         return sum(n for n, node in zip(self.bytes_to, self.nodes) if node != self.nodes[self.rank])
 
 
+def nothing() -> None:
+    """What there is to do meanwhile, where nobody said."""
+
+
 def traffic_of(groups: Groups, carries: str = "rows") -> Traffic:
     return Traffic(groups.rank, groups.world_size, groups.nodes, carries)
 
@@ -88,13 +93,25 @@ class Wire:
         self.mailbox = None if group is None else groups.mailboxes.get(group)
 
     def exchange(
-        self, buffer: Tensor, send: Sequence[int], recv: Sequence[int], what: Task, *, is_control: bool = False
+        self,
+        buffer: Tensor,
+        send: Sequence[int],
+        recv: Sequence[int],
+        what: Task,
+        *,
+        is_control: bool = False,
+        meanwhile: Meanwhile = nothing,
     ) -> Tensor:
-        """Send the first `send[0]` rows to member 0, and so on. buffer: [sum(send), ...]. Returns [sum(recv), ...]."""
+        """Send the first `send[0]` rows to member 0, and so on. buffer: [sum(send), ...]. Returns [sum(recv), ...].
+
+        meanwhile: called once the rows are on their way.
+        """
         if self.mailbox is None:
-            return self.start_exchange(buffer, send, recv, what, is_control=is_control).wait()
+            under_way = self.start_exchange(buffer, send, recv, what, is_control=is_control)
+            meanwhile()
+            return under_way.wait()
         self._count(send, buffer.shape[1:].numel() * buffer.element_size(), is_control)
-        received, _ = self._post(buffer, send, torch.zeros(self.size, 0, dtype=torch.int64), recv, what)
+        received, _ = self._post(buffer, send, torch.zeros(self.size, 0, dtype=torch.int64), recv, what, meanwhile)
         return received
 
     def start_exchange(
@@ -116,29 +133,38 @@ class Wire:
             raise self.failed(what, exchange.started, error) from error
         return exchange
 
-    def exchange_counted(self, counts: Tensor, rows: Callable[[Table], Tensor], what: Task) -> Counted:
+    def exchange_counted(
+        self, counts: Tensor, rows: Callable[[Table], Tensor], what: Task, meanwhile: Meanwhile = nothing
+    ) -> Counted:
         """`exchange` where members do not know yet how much comes: one round by mailbox, else two. One host sync.
 
         counts: int64 [members, C], one row for each member, the rows of buffer that it gets first. rows: makes the
-        buffer when the counts are known on the CPU.
+        buffer when the counts are known on the CPU. meanwhile: called once the rows are on their way.
         """
         if self.mailbox is None:
             ones = [1] * self.size
             incoming = self.exchange(counts, ones, ones, Task(f"counts for {what.what}", what.layer), is_control=True)
             both = self.to_host(torch.cat([counts, incoming]))
             to, come = both[: self.size], both[self.size :]
-            received = self.exchange(rows(to), [row[0] for row in to], [row[0] for row in come], what)
+            send, recv = [row[0] for row in to], [row[0] for row in come]
+            received = self.exchange(rows(to), send, recv, what, meanwhile=meanwhile)
             return Counted(received, to, come)
         to = self.to_host(counts)
         buffer, send = rows(to), [row[0] for row in to]
         self._count(send, buffer.shape[1:].numel() * buffer.element_size(), is_control=False)
         for rank in set(self.ranks) - {self.groups.rank}:
             self.traffic.control_bytes_to[rank] += 8 * counts.shape[1]
-        received, come = self._post(buffer, send, counts, None, what)
+        received, come = self._post(buffer, send, counts, None, what, meanwhile)
         return Counted(received, to, come)
 
     def _post(
-        self, buffer: Tensor, send: Sequence[int], counts: Tensor, recv: Sequence[int] | None, what: Task
+        self,
+        buffer: Tensor,
+        send: Sequence[int],
+        counts: Tensor,
+        recv: Sequence[int] | None,
+        what: Task,
+        meanwhile: Meanwhile,
     ) -> tuple[Tensor, Table]:
         """Rows and counts [members, C] to every member, and theirs. recv: known rows; none: no message."""
         assert self.mailbox is not None
@@ -156,6 +182,12 @@ class Wire:
                 waits_for = [self.ranks[peer]]
                 if recv is None or send[peer]:
                     waiting += [(peer, one) for one in self.mailbox.send(peer, heads[peer], parts[peer])]
+        except RuntimeError as error:
+            raise self.failed(what, started, error, waits_for) from error
+        in_pieces = any(is_long(peer, num_bytes=len(parts[peer])) for peer in peers)
+        if not in_pieces:
+            meanwhile()
+        try:
             for peer in peers:
                 bodies[peer] = parts[peer][:0]
                 if recv is None or recv[peer]:
@@ -170,6 +202,8 @@ class Wire:
                 one.work.wait(self.mailbox.timeout)
         except RuntimeError as error:
             raise self.failed(what, started, error, waits_for) from error
+        if in_pieces:  # which only move while both members see to them
+            meanwhile()
         rows = [row[0] for row in come] if recv is None else list(recv)
         assert [len(body) for body in bodies] == [n * size for n in rows], (what, rows)
         return torch.cat(bodies).view(buffer.dtype).view(sum(rows), *buffer.shape[1:]), come

@@ -6,7 +6,7 @@ Which of the two runs (moe/layer/runners.py) follows from what is resident, and 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from moe.kernels.cpu_layers import CpuLayers
 from moe.kernels.names import KernelName
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
+from moe.layer.home_first import LATER_BYTES, HomeFirst
 from moe.layer.lookahead import Lookahead
 from moe.layer.parallel import ExpertParallel
 from moe.layer.routing import Routing, RoutingSeam, StepContext
@@ -183,7 +184,13 @@ class SlotExperts:
 
         x: [T, H]; ids: int64 [T, K], logical.
         """
-        return self._run(layer, x, ids, None)
+        (y,) = self.home_first(layer, x, ids, len(x))
+        return y
+
+    def home_first(self, layer: int, x: Tensor, ids: Tensor, num_first: int) -> Generator[Tensor, None, None]:
+        """`pairs`, once, as soon as the first `num_first` rows are there; the others are when it ends."""
+        least_later = -(-LATER_BYTES // self.cache.blob_bytes)
+        return self._settled(layer).pairs(layer, x, ids, HomeFirst(num_first, least_later))
 
     def join(self, hidden_size: int, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> None:
         """Takes part in all layers of a forward that only other ranks have. shapes: (rows per token, K) by layer."""
@@ -198,16 +205,16 @@ class SlotExperts:
         self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor, rows_per_token: int = 1
     ) -> Tensor:
         if self.parallel is None:
-            y = self._run(layer, x, ids, topk_weights)
+            y = self._settled(layer).run(layer, x, ids, topk_weights)
         else:
-            y = self.parallel.compute(layer, x, ids, topk_weights, self.pairs, rows_per_token)
+            y = self.parallel.compute(layer, x, ids, topk_weights, self.home_first, rows_per_token)
         self._read_ahead()  # where no wave came
         return y
 
-    def _run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
+    def _settled(self, layer: int) -> LayerRunner:
         if layer == 0 and self._has_changed:
             self.settle()
-        return self.runner.run(layer, x, ids, topk_weights)
+        return self.runner
 
     @property
     def kernels_by_device(self) -> bool:

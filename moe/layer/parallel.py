@@ -10,7 +10,8 @@ The plan's tables are tensors on the device, each read by one index; which copy 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from typing import Protocol
 
 import numpy as np
@@ -148,10 +149,11 @@ class ExpertParallel:
         x: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        run: Callable[[int, Tensor, Tensor], Tensor],
+        run: Callable[[int, Tensor, Tensor, int], Generator[Tensor, None, None]],
         rows_per_token: int = 1,
     ) -> Tensor:
-        """One layer's experts for this rank's rows. run(layer, rows [R, H], logical ids [R, K]) -> y [R, K, H].
+        """One layer's experts for this rank's rows. run(layer, rows [R, H], logical ids [R, K], num_first) gives
+        y [R, K, H] once, when the first rows are there; the others are when it ends.
 
         topk_ids: int64 [T, K]. rows_per_token: rows that a token of the step has here, 1 unless each of its pairs is a
         row of its own.
@@ -163,7 +165,8 @@ class ExpertParallel:
         sent = self.dispatcher.dispatch(
             x.contiguous(), physical, topk_weights.float(), layer=layer, tokens_per_rank=known
         )
-        return self.dispatcher.combine(run(layer, sent.rows, self.logical_here(layer, sent.local_ids)), sent.handle)
+        with closing(run(layer, sent.rows, self.logical_here(layer, sent.local_ids), sent.num_first)) as turns:
+            return self.dispatcher.combine(next(turns), sent.handle, lambda: next(turns, None))
 
     def logical_here(self, layer: int, local_ids: Tensor) -> Tensor:
         """int64: logical ids of this rank's local expert ids, int64 of any shape, -1 kept."""

@@ -6,10 +6,10 @@
                                       └── next wave while slots are fewer than experts
 
 A wave fills only the (token, k) pairs of its experts; the sum over k is taken once, in order, after the last wave. So
-slots and waves cannot change a bit of the result, nor who runs.
+slots and waves cannot change a bit of the result, nor who runs, nor whose rows are computed first (`pairs`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Protocol
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from moe.kernels.cpu import CpuExperts
 from moe.kernels.cpu_block import CpuBlock
 from moe.kernels.cpu_layers import CpuLayers, LayerInSlots, why_not
-from moe.kernels.reference import LEFT, combine_reference
+from moe.kernels.reference import LEFT
+from moe.layer.home_first import HomeFirst, Ids
 from moe.layer.routing import on_host
 from moe.offload.cache import ExpertCache
 from moe.offload.device_cache import DeviceCache
@@ -39,13 +40,13 @@ class LayerKernel(Protocol):
 
 
 class LayerRunner(Protocol):
-    """Computes any layer's rows by logical ids."""
+    """Computes any layer's rows by logical ids. x: [T, H]; ids: int64 [T, K] on x's device, -1 = none; T may be 0."""
 
-    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
-        """x: [T, H]; ids: int64 [T, K] on x's device, -1 = no expert; T may be 0.
+    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The combined rows [T, H] in x's dtype."""
 
-        The combined rows [T, H] in x's dtype, or without weights y of every pair, fp32 [T, K, H].
-        """
+    def pairs(self, layer: int, x: Tensor, ids: Tensor, home_first: HomeFirst) -> Generator[Tensor, None, None]:
+        """y of every pair, fp32 [T, K, H], once, when the first rows are in it; the others are when it ends."""
 
 
 class Resident:
@@ -73,11 +74,21 @@ class Resident:
             self.slots.begin()
         return whole
 
-    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
+    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
         if self.nobody is not None:
             ids = ids.masked_fill(self.nobody.expand(-1, len(ids) // len(self.nobody)).reshape(-1, 1), -1)
-        slot_ids, kernel = self.slots.look_up(layer, ids), self.kernels[layer]
-        return kernel.experts(x, slot_ids) if topk_weights is None else kernel.combine(x, slot_ids, topk_weights)
+        return self.kernels[layer].combine(x, self.slots.look_up(layer, ids), topk_weights)
+
+    def pairs(self, layer: int, x: Tensor, ids: Tensor, home_first: HomeFirst) -> Generator[Tensor, None, None]:
+        kernel, slots = self.kernels[layer], self.slots.look_up(layer, ids)
+        if x.is_cpu and home_first.num_first < len(x):  # elsewhere it would be a host sync
+            asked = ids.numpy()
+            _, later = home_first.turns(asked)
+            if len(later) >= home_first.least_later:
+                y = torch.empty(*ids.shape, x.shape[1])
+                yield from _in_two(kernel, x, slots.numpy(), np.isin(asked, later), y)
+                return
+        yield kernel.experts(x, slots)
 
 
 class Waves:
@@ -91,33 +102,65 @@ class Waves:
         # One more than there are experts: id -1 reads the last entry, which stays -1.
         self._slot_of = [np.full(n + 1, -1, np.int32) for n in cache.num_experts]
 
-    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor | None) -> Tensor:
-        kernel, slot_of = self.kernels[layer], self._slot_of[layer]
-        asked: npt.NDArray[np.int64] = on_host(ids)  # host sync
+    def run(self, layer: int, x: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+        kernel, asked = self.kernels[layer], on_host(ids)  # host sync
         wanted = _distinct(asked)
         left, y = len(wanted), None
+        with closing(self._by_wave(layer, asked, wanted)) as waves:
+            for experts, slots in waves:
+                left -= len(experts)
+                if not left:
+                    return kernel.combine(x, torch.from_numpy(slots).to(x.device), topk_weights, y)
+                y = kernel.experts(x, torch.from_numpy(slots).to(x.device), y)
+        return torch.zeros_like(x)  # no token, or none that has an expert
+
+    def pairs(self, layer: int, x: Tensor, ids: Tensor, home_first: HomeFirst) -> Generator[Tensor, None, None]:
+        kernel, asked = self.kernels[layer], on_host(ids)  # host sync
+        first, later = home_first.turns(asked)
+        left, has_first = {*first.tolist()}, not len(first)
+        y = (torch.zeros if has_first else torch.empty)(*ids.shape, x.shape[1], device=x.device)
+        if has_first:
+            yield y
+        with closing(self._by_wave(layer, asked, np.concatenate([first, later]))) as waves:
+            for experts, slots in waves:
+                left.difference_update(experts.tolist())
+                num_later = len(np.intersect1d(experts, later))
+                if has_first or left or num_later < home_first.least_later:
+                    kernel.experts(x, torch.from_numpy(slots).to(x.device), y)
+                    if not has_first and not left:
+                        has_first = True
+                        yield y
+                else:
+                    has_first = True
+                    yield from _in_two(kernel, x, slots, np.isin(asked, later), y)
+
+    def _by_wave(
+        self, layer: int, asked: Ids, wanted: Ids
+    ) -> Generator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]], None, None]:
+        """A wave's experts, and the slots of all pairs: -1 before their wave, LEFT after it. int32 as `asked`."""
+        slot_of = self._slot_of[layer]
         try:
             with closing(self.cache.acquire(layer, wanted)) as waves:
                 for wave in waves:
                     self._meanwhile()
                     slot_of[wave.experts] = wave.slots
-                    slots = torch.from_numpy(slot_of[asked])
-                    if not x.is_cpu:
-                        slots = slots.to(x.device)
-                    left -= len(wave.experts)
-                    if topk_weights is not None and not left:
-                        return kernel.combine(x, slots, topk_weights, y)
-                    y = kernel.experts(x, slots, y)
+                    yield wave.experts, slot_of[asked]
                     slot_of[wave.experts] = LEFT
         finally:
             slot_of[wanted] = -1
-        if y is None:  # no token, or none that has an expert
-            y = torch.zeros(*ids.shape, x.shape[1], device=x.device)
-        return y if topk_weights is None else combine_reference(y, topk_weights, x.dtype)
 
 
-def _distinct(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _in_two(
+    kernel: LayerKernel, x: Tensor, slots: npt.NDArray[np.int32], is_later: npt.NDArray[np.bool_], y: Tensor
+) -> Generator[Tensor, None, None]:
+    """Pairs [T, K] that are not later, y, and the others."""
+    kernel.experts(x, torch.from_numpy(np.where(is_later & (slots >= 0), -1, slots)).to(x.device), y)
+    yield y
+    kernel.experts(x, torch.from_numpy(np.where(is_later, slots, LEFT)).to(x.device), y)
+
+
+def _distinct(ids: Ids) -> Ids:
     # The top-k of one token are distinct, but for routers that look them up (DeepSeek-V4's by the token's id).
     is_distinct = len(ids) == 1 and len(set(ids[0].tolist())) == ids.shape[1]
-    wanted: npt.NDArray[np.int64] = ids[0] if is_distinct else np.unique(ids)
+    wanted: Ids = ids[0] if is_distinct else np.unique(ids)
     return wanted[wanted >= 0]
