@@ -5,6 +5,7 @@
 Which of the two runs (moe/layer/runners.py) follows from what is resident, and changes when that changes.
 """
 
+import math
 import os
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from moe.kernels.cpu_layers import CpuLayers
 from moe.kernels.names import KernelName
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import ExpertWeights
-from moe.layer.home_first import LATER_BYTES, HomeFirst
+from moe.layer.home_first import HomeFirst
 from moe.layer.lookahead import Lookahead
 from moe.layer.parallel import ExpertParallel
 from moe.layer.routing import Routing, RoutingSeam, StepContext
@@ -187,10 +188,15 @@ class SlotExperts:
         (y,) = self.home_first(layer, x, ids, len(x))
         return y
 
-    def home_first(self, layer: int, x: Tensor, ids: Tensor, num_first: int) -> Generator[Tensor, None, None]:
-        """`pairs`, once, as soon as the first `num_first` rows are there; the others are when it ends."""
-        least_later = -(-LATER_BYTES // self.cache.blob_bytes)
-        return self._settled(layer).pairs(layer, x, ids, HomeFirst(num_first, least_later))
+    def home_first(
+        self, layer: int, x: Tensor, ids: Tensor, num_first: int, later_bytes: float = math.inf
+    ) -> Generator[Tensor, None, None]:
+        """`pairs`, once, as soon as the first `num_first` rows are there; the others are when it ends.
+
+        later_bytes: of weights that only the others ask for, from which on these are computed by a call of their own.
+        """
+        turns = HomeFirst(num_first, later_bytes / self.cache.blob_bytes)
+        return self._settled(layer).pairs(layer, x, ids, turns)
 
     def join(self, hidden_size: int, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> None:
         """Takes part in all layers of a forward that only other ranks have. shapes: (rows per token, K) by layer."""

@@ -4,8 +4,11 @@
                      ├─ experts they ask for ┤                          ├─▶ Σ_k w·y
     own rows        ─┘                       └─ experts that only own rows ask for ─┘
 
-An expert is computed once for all of its rows, so that nothing is read twice: own rows that share an expert with others
-go with them. What is left over costs one more call of the kernel, and is worth it from `LATER_BYTES` of weights on.
+An expert is computed once for all of its rows, so that no weight is read twice: own rows that share an expert with
+others go with them. What is left over costs one more call of the kernel. It pays where results travel between nodes:
+what a link takes is then computed through, up to the time of those experts. It does not where all ranks are of one
+node, through whose memory results are there at once: what one rank waits for, it leaves of the memory's speed to the
+other. Measured in docs/comm.md.
 """
 
 from typing import NamedTuple
@@ -13,16 +16,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-LATER_BYTES = 2 << 20  # read in about 0.1 ms; a call costs 0.02 to 0.03
+LATER_BYTES = 2 << 20  # of weights, from which on they are worth a call: below, a link of 1 ms did not make up for it
 
 Ids = npt.NDArray[np.int64]
 
 
 class HomeFirst(NamedTuple):
-    """num_first: rows that others wait for, the first ones; least_later: experts that are worth a turn of their own."""
+    """num_first: rows that others wait for, which are the first; least_later: experts that are worth another call."""
 
     num_first: int
-    least_later: int
+    least_later: float
 
     def turns(self, asked: Ids) -> tuple[Ids, Ids]:
         """Distinct experts of the first rows, and those that only other rows ask for. asked: [T, K], -1 = none."""

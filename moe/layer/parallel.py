@@ -9,6 +9,7 @@ layer of every forward: a rank with less work joins with T = 0.
 The plan's tables are tensors on the device, each read by one index; which copy of an expert serves is chosen there too.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
@@ -22,6 +23,7 @@ from torch import Tensor
 from moe.comm.all_to_all import AllToAllDispatcher, HierarchicalDispatcher
 from moe.comm.dispatcher import LocalDispatcher, TokenDispatcher
 from moe.comm.groups import Groups
+from moe.layer.home_first import LATER_BYTES
 from moe.layer.replica_choice import DeviceTable, choose_on_device
 from moe.placement.plan import Plan
 from moe.placement.replicas import ServingTable, choose_replicas
@@ -62,6 +64,7 @@ class ExpertParallel:
             in_two = wire.dispatcher == "hierarchical" and groups.is_even
             kind = HierarchicalDispatcher if in_two else AllToAllDispatcher
             self.dispatcher = kind(groups, rank_of, combine=wire.combine, broadcast_tokens=broadcast_tokens)
+        self.later_bytes = LATER_BYTES if groups.num_nodes > 1 else math.inf  # see moe/layer/home_first.py
         self.plan = plan
         self.launch: LayerLaunch | None = None
         self.tokens: tuple[int, ...] | None = None  # of every rank in this forward, where all know them
@@ -149,11 +152,10 @@ class ExpertParallel:
         x: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        run: Callable[[int, Tensor, Tensor, int], Generator[Tensor, None, None]],
+        run: Callable[[int, Tensor, Tensor, int, float], Generator[Tensor, None, None]],
         rows_per_token: int = 1,
     ) -> Tensor:
-        """One layer's experts for this rank's rows. run(layer, rows [R, H], logical ids [R, K], num_first) gives
-        y [R, K, H] once, when the first rows are there; the others are when it ends.
+        """One layer's experts for this rank's rows. run: `SlotExperts.home_first`.
 
         topk_ids: int64 [T, K]. rows_per_token: rows that a token of the step has here, 1 unless each of its pairs is a
         row of its own.
@@ -165,7 +167,8 @@ class ExpertParallel:
         sent = self.dispatcher.dispatch(
             x.contiguous(), physical, topk_weights.float(), layer=layer, tokens_per_rank=known
         )
-        with closing(run(layer, sent.rows, self.logical_here(layer, sent.local_ids), sent.num_first)) as turns:
+        ids = self.logical_here(layer, sent.local_ids)
+        with closing(run(layer, sent.rows, ids, sent.num_first, self.later_bytes)) as turns:
             return self.dispatcher.combine(next(turns), sent.handle, lambda: next(turns, None))
 
     def logical_here(self, layer: int, local_ids: Tensor) -> Tensor:

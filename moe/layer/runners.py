@@ -11,6 +11,7 @@ slots and waves cannot change a bit of the result, nor who runs, nor whose rows 
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from math import inf
 from typing import Protocol
 
 import numpy as np
@@ -81,7 +82,7 @@ class Resident:
 
     def pairs(self, layer: int, x: Tensor, ids: Tensor, home_first: HomeFirst) -> Generator[Tensor, None, None]:
         kernel, slots = self.kernels[layer], self.slots.look_up(layer, ids)
-        if x.is_cpu and home_first.num_first < len(x):  # elsewhere it would be a host sync
+        if x.is_cpu and home_first.num_first < len(x) and home_first.least_later < inf:  # elsewhere a host sync
             asked = ids.numpy()
             _, later = home_first.turns(asked)
             if len(later) >= home_first.least_later:
@@ -124,8 +125,7 @@ class Waves:
         with closing(self._by_wave(layer, asked, np.concatenate([first, later]))) as waves:
             for experts, slots in waves:
                 left.difference_update(experts.tolist())
-                num_later = len(np.intersect1d(experts, later))
-                if has_first or left or num_later < home_first.least_later:
+                if has_first or left or len(np.intersect1d(experts, later)) < home_first.least_later:
                     kernel.experts(x, torch.from_numpy(slots).to(x.device), y)
                     if not has_first and not left:
                         has_first = True
