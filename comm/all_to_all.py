@@ -91,7 +91,7 @@ class AllToAllDispatcher:
         self.traffic.calls += 1
         held = broadcast_plan(tokens_per_rank, self.broadcast_tokens, self.groups, len(x))
         ids, own_ids = physical_ids.to(torch.int32), None
-        if self.format.is_exact and held is None:
+        if self.format.is_exact and held is None and x.is_cpu:  # elsewhere their number would be a host sync
             own_ids = self.experts.local_of[ids.long()]
             ids = ids.masked_fill(own_ids >= 0, -1)
         columns = [x, ids]
