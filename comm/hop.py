@@ -40,25 +40,18 @@ class Hop:
         self.wire = wire
 
     def forward(
-        self,
-        packed: Tensor,
-        member: Tensor,
-        what: Task,
-        rows_of: Sequence[int] | None = None,
-        *,
-        meanwhile: Meanwhile = nothing,
+        self, packed: Tensor, member: Tensor, what: Task, rows_of: Sequence[int] | None = None
     ) -> tuple[Tensor, HopHandle]:
         """Send rows to the members of their experts. packed: uint8 [N, B]; member: int64 [N, K], -1 = none.
 
         Returns the received rows uint8 [R, B], by member, then in its order. rows_of: None = counts go with
         or before the rows (one host sync); otherwise N of every member, and every row goes everywhere without counts.
-        meanwhile: called once they are on their way.
         """
         wire = self.wire
         if rows_of is not None:
             assert rows_of[wire.index] == len(packed), (rows_of, wire.index, len(packed))
             everywhere = packed.repeat(wire.size, 1)
-            received = wire.exchange(everywhere, [len(packed)] * wire.size, rows_of, what, meanwhile=meanwhile)
+            received = wire.exchange(everywhere, [len(packed)] * wire.size, rows_of, what)
             return received, HopHandle(member, tuple(rows_of), None)
         hits = hits_of(member, wire.size)
         needed = hits.any(1)  # [N, members]
@@ -69,7 +62,7 @@ class Hop:
             return packed.index_select(0, by_member.nonzero_static(size=size)[:, 1])
 
         outgoing = torch.stack([needed.sum(0), hits.sum((0, 1))], 1)
-        received, told, heard = wire.exchange_counted(outgoing, rows, what, meanwhile)
+        received, told, heard = wire.exchange_counted(outgoing, rows, what)
         counts = Counts(*([row[i] for row in table] for table in (told, heard) for i in (0, 1)))
         return received, HopHandle(member, tuple(counts.rows_from), counts)
 

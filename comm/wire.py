@@ -133,28 +133,25 @@ class Wire:
             raise self.failed(what, exchange.started, error) from error
         return exchange
 
-    def exchange_counted(
-        self, counts: Tensor, rows: Callable[[Table], Tensor], what: Task, meanwhile: Meanwhile = nothing
-    ) -> Counted:
+    def exchange_counted(self, counts: Tensor, rows: Callable[[Table], Tensor], what: Task) -> Counted:
         """`exchange` where members do not know yet how much comes: one round by mailbox, else two. One host sync.
 
         counts: int64 [members, C], one row for each member, the rows of buffer that it gets first. rows: makes the
-        buffer when the counts are known on the CPU. meanwhile: called once the rows are on their way.
+        buffer when the counts are known on the CPU.
         """
         if self.mailbox is None:
             ones = [1] * self.size
             incoming = self.exchange(counts, ones, ones, Task(f"counts for {what.what}", what.layer), is_control=True)
             both = self.to_host(torch.cat([counts, incoming]))
             to, come = both[: self.size], both[self.size :]
-            send, recv = [row[0] for row in to], [row[0] for row in come]
-            received = self.exchange(rows(to), send, recv, what, meanwhile=meanwhile)
+            received = self.exchange(rows(to), [row[0] for row in to], [row[0] for row in come], what)
             return Counted(received, to, come)
         to = self.to_host(counts)
         buffer, send = rows(to), [row[0] for row in to]
         self._count(send, buffer.shape[1:].numel() * buffer.element_size(), is_control=False)
         for rank in set(self.ranks) - {self.groups.rank}:
             self.traffic.control_bytes_to[rank] += 8 * counts.shape[1]
-        received, come = self._post(buffer, send, counts, None, what, meanwhile)
+        received, come = self._post(buffer, send, counts, None, what, nothing)
         return Counted(received, to, come)
 
     def _post(
