@@ -158,9 +158,9 @@ class PagedKV:
 
     def taken_by(self, num_blocks: int) -> int:
         """Bytes of memory that so many blocks take, in whole pages. On the host, after `prepare`."""
-        taken, share = 0, num_blocks / max(1, self.pool.room)
+        taken, room = 0, max(1, self.pool.room)
         for pool in (t for layer in self.layers for t in (layer.keys, layer.values)):
-            used = int(pool.nbytes * share)
+            used = pool.nbytes * num_blocks // room
             taken += used if pool.nbytes < LARGE else min(pool.nbytes, (used // LARGE_PAGE + 1) * LARGE_PAGE)
         return taken
 

@@ -21,6 +21,7 @@ from moe.engine.requests import Request
 from moe.layer.routing import NOBODY, RoutedLayer, Span, StepContext
 from moe.llm import LLM
 from moe.metrics import totals
+from moe.models.kv import BlockPool, PagedKV
 from moe.params import SamplingParams
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
@@ -255,3 +256,12 @@ def test_numbers_that_are_looked_at(fewest, more):
     assert found[0] == fewest
     assert found[-1] == fewest + more
     assert all(a < b <= max(a + 1, 1.16 * a + 1) for a, b in pairwise(found))
+
+
+def test_what_blocks_take_is_what_they_are():
+    """To the byte: of every number of blocks of every number that there is room for."""
+    like = torch.zeros(1, 3, 1, 5)
+    for room in range(1, 70):
+        kv = PagedKV(2, BlockPool(1, 16, sharing=False, room=room), torch.device("cpu"))
+        kv.prepare([(like, like)] * 2)
+        assert [kv.taken_by(n) for n in range(room + 1)] == [n * 2 * 2 * 16 * 15 * 4 for n in range(room + 1)]
