@@ -65,7 +65,7 @@ def serve_in_turn(folder: str, shape, budget: str, dispatcher: str, prompts) -> 
                     lines.wait(0.5)
                     for word in (one for _, words in lines.take_words() for one in words):
                         assert word.error is None, word
-                        said[word.id - first] += [word.token]
+                        said[word.id - first] += word.tokens
                         open_ones -= {word.id - first} if word.finish else set()
                 store.set(f"done-{generation}-{rank}", "")
                 store.wait([f"done-{generation}-{other}" for other in range(num_hosts)])
