@@ -3,7 +3,7 @@
     h += add ─▶ norm ─▶ q k v (torch) ─▶ head norms, positions ─▶ attention ─▶ o (torch) ─▶ h += … ─▶ norm ─▶ router
 
 Two kernels in the place of some thirty operators a layer. They round where torch's operators do: a 16-bit norm before
-its weight, each product of a rotation; only sums of squares have another order.
+its weight (or, GPT-OSS's, after it alone), each product of a rotation; only sums of squares have another order.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -21,8 +21,11 @@ from moe.kernels.intrinsics import cast, check_device, device_function, launch_o
 MAX_WIDTH = 16384  # of a row, and of all heads together: one program holds it
 
 
-def add_norm(h: Tensor, add: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of h + add, [T, H]; h becomes the sum. One dtype, contiguous; T may be 0. One launch."""
+def add_norm(h: Tensor, add: Tensor | None, weight: Tensor, eps: float, *, round_once: bool = False) -> Tensor:
+    """RMS norm of h + add, [T, H]; h becomes the sum. One dtype, contiguous; T may be 0. One launch.
+
+    round_once: the normed row is not rounded before its weight.
+    """
     check_device(h)
     x = torch.empty_like(h)
     if len(h):
@@ -35,23 +38,26 @@ def add_norm(h: Tensor, add: Tensor | None, weight: Tensor, eps: float) -> Tenso
             WIDTH=h.shape[1],
             WIDTH_P=triton.next_power_of_2(h.shape[1]),
             HAS_ADD=add is not None,
+            ROUND_ONCE=round_once,
             DTYPE=tl_dtype(h.dtype),
             **launch_options(8 if h.shape[1] > 1024 else 4, 1),
         )
     return x
 
 
-def add_norm_reference(h: Tensor, add: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_norm_reference(
+    h: Tensor, add: Tensor | None, weight: Tensor, eps: float, *, round_once: bool = False
+) -> Tensor:
     """`add_norm` in plain torch."""
     if add is not None:
         h += add
-    return norm_reference(h, weight, eps)
+    return norm_reference(h, weight, eps, round_once)
 
 
 class Turn(NamedTuple):
     """What happens to the heads of q and k. q_norm, k_norm: [dim], or over all heads, or None.
 
-    rotary: of the elements of a head, the first so many turn.
+    rotary: of the elements of a head, the first so many turn. round_once: as `add_norm` has it.
     """
 
     heads: int
@@ -61,6 +67,7 @@ class Turn(NamedTuple):
     q_norm: Tensor | None
     k_norm: Tensor | None
     eps: float
+    round_once: bool = False
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
@@ -93,6 +100,7 @@ def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> tuple[
             DIM_P=triton.next_power_of_2(turn.dim),
             ROTARY=turn.rotary,
             NORM=norm,
+            ROUND_ONCE=turn.round_once,
             DTYPE=tl_dtype(q.dtype),
             **launch_options(8 if turn.heads * turn.dim > 1024 else 4, 1),
         )
@@ -103,7 +111,7 @@ def turned_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Turn)
     """`turned` in plain torch."""
     made = []
     for x, weight in ((q, turn.q_norm), (k, turn.k_norm)):
-        heads = head_norm_reference(x, weight, turn.dim, turn.eps).reshape(len(x), -1, turn.dim)
+        heads = head_norm_reference(x, weight, turn.dim, turn.eps, turn.round_once).reshape(len(x), -1, turn.dim)
         made.append(rotated_reference(heads, cos, sin, turn.rotary))
     return made[0], made[1]
 
@@ -118,6 +126,7 @@ def _add_norm_kernel(
     WIDTH: tl.constexpr,
     WIDTH_P: tl.constexpr,
     HAS_ADD: tl.constexpr,
+    ROUND_ONCE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     at = tl.arange(0, WIDTH_P)
@@ -130,13 +139,14 @@ def _add_norm_kernel(
         h = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(h * h, 0) / WIDTH + eps)
     weight = tl.load(weight_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    x = cast(weight * cast(h * scale, DTYPE).to(tl.float32), DTYPE)
-    tl.store(x_ptr + row + at, x, mask=ok)
+    tl.store(x_ptr + row + at, _weighted(h * scale, weight, ROUND_ONCE, DTYPE), mask=ok)
 
 
 @device_function
-def _weighted(x, scale, weight, DTYPE: tl.constexpr):
-    return cast(weight * cast(x * scale, DTYPE).to(tl.float32), DTYPE).to(tl.float32)
+def _weighted(normed, weight, ROUND_ONCE: tl.constexpr, DTYPE: tl.constexpr):
+    if not ROUND_ONCE:
+        normed = cast(normed, DTYPE).to(tl.float32)
+    return cast(weight * normed, DTYPE)
 
 
 @device_function
@@ -153,6 +163,7 @@ def _turn(
     DIM_P: tl.constexpr,
     ROTARY: tl.constexpr,
     NORM: tl.constexpr,
+    ROUND_ONCE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """All heads of one row."""
@@ -172,8 +183,10 @@ def _turn(
         else:
             scale = tl.rsqrt(tl.sum(squares, 0) / (HEADS * DIM) + eps)
             first = head * DIM
-        x = _weighted(x, scale, tl.load(weight_ptr + first + d, mask=ok, other=0.0).to(tl.float32), DTYPE)
-        y = _weighted(y, scale, tl.load(weight_ptr + first + other, mask=turns, other=0.0).to(tl.float32), DTYPE)
+        weight = tl.load(weight_ptr + first + d, mask=ok, other=0.0).to(tl.float32)
+        x = _weighted(x * scale, weight, ROUND_ONCE, DTYPE).to(tl.float32)
+        weight = tl.load(weight_ptr + first + other, mask=turns, other=0.0).to(tl.float32)
+        y = _weighted(y * scale, weight, ROUND_ONCE, DTYPE).to(tl.float32)
     cos = tl.load(cos_ptr + d, mask=d < ROTARY, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + d, mask=d < ROTARY, other=0.0).to(tl.float32)
     sin = tl.where(d < HALF, -sin, sin)
@@ -202,6 +215,7 @@ def _turn_kernel(
     DIM_P: tl.constexpr,
     ROTARY: tl.constexpr,
     NORM: tl.constexpr,
+    ROUND_ONCE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -210,8 +224,14 @@ def _turn_kernel(
     if tl.program_id(1) == 0:
         x_ptr = q_ptr + t * stride_q
         out_ptr = out_q_ptr + t * HEADS * DIM
-        _turn(x_ptr, out_ptr, q_norm_ptr, cos_ptr, sin_ptr, eps, HEADS, HEADS_P, DIM, DIM_P, ROTARY, NORM, DTYPE)
+        _turn(
+            x_ptr, out_ptr, q_norm_ptr, cos_ptr, sin_ptr, eps,
+            HEADS, HEADS_P, DIM, DIM_P, ROTARY, NORM, ROUND_ONCE, DTYPE,
+        )  # fmt: skip
     else:
         x_ptr = k_ptr + t * stride_k
         out_ptr = out_k_ptr + t * KV_HEADS * DIM
-        _turn(x_ptr, out_ptr, k_norm_ptr, cos_ptr, sin_ptr, eps, KV_HEADS, KV_HEADS_P, DIM, DIM_P, ROTARY, NORM, DTYPE)
+        _turn(
+            x_ptr, out_ptr, k_norm_ptr, cos_ptr, sin_ptr, eps,
+            KV_HEADS, KV_HEADS_P, DIM, DIM_P, ROTARY, NORM, ROUND_ONCE, DTYPE,
+        )  # fmt: skip

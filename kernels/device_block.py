@@ -23,9 +23,8 @@ class DeviceBlock:
         if reason := why_not(block, keys, values):
             raise ValueError(f"no block of kernels: {reason}")
         self.block, self.pool = block, (keys, values)
-        self._turn = Turn(
-            block.heads, block.kv_heads, block.dim, block.rotary, block.q_norm, block.k_norm, block.head_eps
-        )
+        of_heads = (block.heads, block.kv_heads, block.dim, block.rotary, block.q_norm, block.k_norm, block.head_eps)
+        self._turn = Turn(*of_heads, block.round_once)
         self._scores = Scores(block.scale, block.window, 0.0, block.sinks)
         self._gate = GateConfig(top_k=max(1, block.top_k), renormalize=block.normalize)
 
@@ -35,11 +34,12 @@ class DeviceBlock:
         cos, sin: [S, rotary]. New keys and values go to the pool. No sync.
         """
         block = self.block
-        x = add_norm(h, add, block.norm, block.eps)
+        x = add_norm(h, add, block.norm, block.eps, round_once=block.round_once)
         q, k, v = (F.linear(x, one.weight, one.bias) for one in (block.q, block.k, block.v))
         q, k = turned(q, k, cos, sin, self._turn)
         out = attention.paged_attention(q, (k, v.view(k.shape)), self.pool, pages, self._scores)
-        x = add_norm(h, F.linear(out.flatten(1), block.o.weight, block.o.bias), block.next_norm, block.eps)
+        attended = F.linear(out.flatten(1), block.o.weight, block.o.bias)
+        x = add_norm(h, attended, block.next_norm, block.eps, round_once=block.round_once)
         if block.router is None:
             return BlockResult(x, None, None)
         ids, weights = gate(F.linear(x, block.router.weight, block.router.bias), self._gate)
@@ -52,8 +52,6 @@ def why_not(block: Block, keys: Tensor, values: Tensor) -> str | None:
     dtype = block.norm.dtype
     if any(t.dtype != dtype or not t.is_contiguous() for t in tensors):
         return f"norms and cache must have one dtype and be contiguous (a norm is {dtype})"
-    if block.round_once:
-        return "its norms round after their weight alone"
     if max(len(block.norm), block.heads * block.dim) > MAX_WIDTH or block.rotary > block.dim or block.rotary % 2:
         return f"{block.heads} heads of {block.dim}, of which {block.rotary} turn, or rows of {len(block.norm)}"
     if keys.shape[1:] != (block.kv_heads, block.dim):

@@ -178,7 +178,7 @@ def launched_lookup(chip: FakeDriver, num_slots: int) -> Iterator[Compiled]:
 
 
 def launched_block(chip: FakeDriver, shape: Heads) -> Iterator[Compiled]:
-    """What lies between a decoding layer's products, for one token and several: a kernel each, two of the norm."""
+    """What lies between a decoding layer's products, for one token and several: two or three kernels of each kind."""
     before = len(chip.loaded)
     weight, hidden = torch.zeros(shape.dim, dtype=shape.dtype), torch.zeros(64 * shape.heads, dtype=shape.dtype)
     turn = Turn(shape.heads, shape.kv_heads, shape.dim, shape.dim, weight, weight, 1e-6)
@@ -189,6 +189,8 @@ def launched_block(chip: FakeDriver, shape: Heads) -> Iterator[Compiled]:
         q, k = weight.repeat(count, shape.heads), weight.repeat(count, shape.kv_heads)
         turned(q, k, cos, cos, turn)
         turned(q, k, cos, cos, turn._replace(q_norm=None, k_norm=None))
+        add_norm(h, h, hidden, 1e-6, round_once=True)
+        turned(q, k, cos, cos, turn._replace(round_once=True))
     for binary in chip.loaded[before:]:
         yield _examined(binary, shape.name.replace("attention", "block"), f"sm_{chip.target.arch}", "block", 1)
 

@@ -25,7 +25,7 @@ class DecodePlan:
 
     def __init__(self, model: Any, layers: Sequence[PlannedLayer], kv: PagedKV) -> None:
         self.model, self.base, self.layers = model, model.base_model, list(layers)
-        self._is_plain = rounds_once(self.base.norm) is False
+        self._rounds_once = rounds_once(self.base.norm)  # None: the last norm is of another kind
         self.blocks = [DeviceBlock(one.block, cache.keys, cache.values) for one, cache in zip(layers, kv.layers)]
 
     @torch.inference_mode()
@@ -39,7 +39,10 @@ class DecodePlan:
             add = layer.after(x, ids, weights).contiguous()
         assert add is not None
         norm = self.base.norm
-        x = add_norm(h, add, norm.weight, norm.variance_epsilon) if self._is_plain else norm(h + add)
+        if self._rounds_once is None:
+            x = norm(h + add)
+        else:
+            x = add_norm(h, add, norm.weight, norm.variance_epsilon, round_once=self._rounds_once)
         logits: Tensor = self.model.lm_head(x)
         return logits
 

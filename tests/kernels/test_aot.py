@@ -158,7 +158,7 @@ def test_attention_and_blocks_compile_once_for_all_lengths():
     command = [sys.executable, "-c", ATTENTION.format(only="3:4")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    kernels = [*["_add_norm_kernel"] * 2, "_part_kernel", *["_turn_kernel"] * 2, "sum_kernel"]
+    kernels = [*["_add_norm_kernel"] * 3, "_part_kernel", *["_turn_kernel"] * 3, "sum_kernel"]
     latents = [("_latent_part_kernel", 0), ("sum_kernel", 0)]
     lookup = [("_gather_kernel", 0), ("_route_kernel", 0)]
     assert done.stdout.splitlines() == [str(kernels), str(lookup), str(latents)]

@@ -32,12 +32,11 @@ def test_a_model_decodes_by_blocks_and_a_wrong_one_is_found(tmp_path, monkeypatc
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(
-    ("family", "why"),
-    [("mixtral", None), ("qwen3_moe", None), ("olmoe", None), ("gpt_oss", "differs"), ("glm4_moe", None)],
-)
-def test_families(family, why, tmp_path):
-    folder = tiny_checkpoint(family, tmp_path / "model", torch.float32)
-    with LLM(folder, config("1.0", kernel="grouped", block_size=4)) as llm:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe"])
+def test_families(family, dtype, tmp_path):
+    folder = tiny_checkpoint(family, tmp_path / "model", dtype)
+    with LLM(folder, config("1.0", dtype=str(dtype).removeprefix("torch."), kernel="grouped", block_size=4)) as llm:
         layers = plan_decoding(llm.engine.model, llm.engine.max_context)
-        assert isinstance(layers, list) if why is None else why in layers
+        assert isinstance(layers, list), layers
+        assert {one.block.round_once for one in layers} == {(family, dtype) == ("gpt_oss", torch.bfloat16)}
