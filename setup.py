@@ -13,23 +13,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.editable_wheel import editable_wheel
 
 SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
-CPU_SOURCES = (
-    *(
-        "experts",
-        "linear",
-        "decode",
-        "select",
-        "avx512",
-        "avx512_dot",
-        "avx2",
-        "plain",
-        "norm",
-        "block",
-        "layers",
-        "expected",
-    ),
-)
-CPU_HEADERS = ("experts", "scalars", "place", "elements", "panel", "attention", "codes", "nested", "block", "isa")
+CPU_SOURCES = ["experts", "linear", "decode", "select", "norm", "block", "layers", "expected"]
+CPU_INSTRUCTIONS = ["avx512", "avx512_dot", "avx2", "plain"]  # the same sums, compiled for each
+CPU_HEADERS = ["experts", "scalars", "place", "elements", "panel", "attention", "codes", "nested", "block", "isa"]
 COMMON = ["-O3", "-g0", "-std=c11", "-fvisibility=hidden", *SAME_BITS]  # symbols for debuggers are ten times the code
 
 
@@ -57,7 +43,7 @@ setup(
     ext_modules=[
         Extension(
             "moe.kernels._cpu_experts",
-            [f"kernels/cpu_{name}.c" for name in CPU_SOURCES],
+            [f"kernels/cpu_{name}.c" for name in CPU_SOURCES + CPU_INSTRUCTIONS],
             extra_compile_args=[*COMMON, "-fopenmp", "-Wno-psabi"],
             depends=[f"kernels/cpu_{name}.h" for name in CPU_HEADERS],
             optional=True,

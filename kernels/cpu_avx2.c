@@ -28,7 +28,6 @@
 #define NR 2
 #define CODE_NR 2
 #define CODE_SUB 2
-#define E4M3_SUB 1
 #define HAS_NIBBLES 1
 #define SUM_BLOCK NAME(sum)
 

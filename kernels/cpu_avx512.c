@@ -44,12 +44,6 @@
 #define MR 6
 #define NR 4
 #define CODE_NR 2
-#define CODE_SUB 1
-#define E4M3_SUB 1
-#define HAS_NIBBLES 0
-#define FINITE_E4M3(p, half, u) NAME(byte_e4m3)(p, half, u)
-#define NO_NUMBER(p, n) 0
-#define SUM_CODES NAME(sum_codes)
 #define SUM_BLOCK NAME(sum)
 
 /* Four rows of x by four rows of w at once: 15 additions for 16 sums of 16 lanes. */

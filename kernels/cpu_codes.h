@@ -13,10 +13,21 @@
  * decoded into fp32 weights and multiplied as those are.
  *
  * The includer also defines VSUB, VSET (one float in all lanes), VPICK (lanes by index), TABLE (16 floats), CODE_NR (rows of W
- * at once), CODE_SUB and E4M3_SUB (of the SUB vectors of 16 lanes, how many at once), HAS_NIBBLES (nibble is told which code it
- * reads, else LUT4, by a table), FINITE_E4M3 and NO_NUMBER (codes that are no numbers are looked for apart, or never: then
- * FINITE_E4M3 sees to them), SUM_CODES and the functions table_at, nibble, byte_e4m3, byte_int8.
+ * at once) and the functions table_at, nibble, byte_e4m3, byte_int8; and may define what follows.
  */
+#ifndef CODE_SUB
+#define CODE_SUB 1 /* of the SUB vectors of 16 lanes, how many at once */
+#endif
+#ifndef HAS_NIBBLES
+#define HAS_NIBBLES 0 /* nibble is told which code it reads, else LUT4, by a table */
+#endif
+#ifndef NO_NUMBER /* codes that are no numbers are looked for apart, or never: then FINITE_E4M3 sees to them */
+#define NO_NUMBER(p, n) 0
+#define FINITE_E4M3(p, half, u) NAME(byte_e4m3)(p, half, u)
+#endif
+#ifndef SUM_CODES
+#define SUM_CODES NAME(sum_codes)
+#endif
 
 /* Beside the codes: fp32 values in scratch; and of DOT8 and DOT16, which are all beyond it. */
 enum { NAME(decoded) = CODES, NAME(dot_nibble), NAME(dot_int8), NAME(dot_e4m3), NAME(dot_decoded) };
@@ -80,7 +91,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
                                                                        int64_t at, int64_t ahead, int in_pairs,
                                                                        const TABLE *table,
                                                                        VEC acc[MR][CODE_NR][SUB]) {
-    const int some = code == E4M3 ? E4M3_SUB : CODE_SUB; /* as many sums at once as hide how long one takes */
+    const int some = code == E4M3 ? 1 : CODE_SUB; /* as many sums at once as hide how long one takes */
     for (int u0 = 0; u0 < SUB; u0 += some) {
         VEC sum[MR][CODE_NR][CODE_SUB], zero[CODE_NR][CODE_SUB];
         UNROLL(8)

@@ -69,6 +69,8 @@ def why_not(blocks: Sequence[CpuBlock], layers: Sequence[LayerInSlots]) -> str |
             return f"layer {number} has no router of its own"
         if not layer.experts.packed:
             return f"the experts of layer {number} run in plain torch"
+        if (block.dtype, block.hidden) != (blocks[0].dtype, layer.experts.weights.hidden_size):
+            return f"layer {number} has rows of {block.hidden} {block.dtype}, unlike layer 0 or its own experts"
         num_experts = len(block.block.router.weight)
         if min(len(layer.slots), len(layer.asked)) < num_experts:
             return f"layer {number} chooses from {num_experts} experts and has slots of {len(layer.slots)}"

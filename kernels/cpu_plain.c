@@ -34,12 +34,6 @@ SCALAR float4 load4(const float *p) {
 #define VPICK(from, lane) ((float4){(from)[(lane)[0]], (from)[(lane)[1]], (from)[(lane)[2]], (from)[(lane)[3]]})
 #define TABLE const float *
 #define CODE_NR 1
-#define CODE_SUB 1
-#define E4M3_SUB 1
-#define HAS_NIBBLES 0
-#define FINITE_E4M3(p, half, u) NAME(byte_e4m3)(p, half, u)
-#define NO_NUMBER(p, n) 0
-#define SUM_CODES NAME(sum_codes)
 #if defined(__aarch64__)
 #define VFMA(a, b, c) ((float4)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define MR 3

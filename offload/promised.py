@@ -59,7 +59,8 @@ def owed_by_processes(proc: Path = Path("/proc"), folder: Path = SHARED_MEMORY) 
             continue
         try:
             told = os.pread(file, 128, 0).split()
-            if len(told) == 4 and is_at(file, path) and not is_sole_user(file):
+            is_promise = len(told) == 4 and all(word.isdigit() for word in told)  # anybody may put a file here
+            if is_promise and is_at(file, path) and not is_sole_user(file):
                 space, pid, most, nbytes = map(int, told)
                 yield Owed(pid, _left(proc / str(pid), most, nbytes) if space == _own_space() else nbytes)
         finally:

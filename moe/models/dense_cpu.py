@@ -63,10 +63,9 @@ def _compiled(module: nn.Module) -> nn.Module | None:
 
 
 def _compiled_norm(module: Any) -> CompiledRmsNorm | None:
-    is_norm = type(module).__name__.endswith("RMSNorm") and [name for name, _ in module.named_parameters()] == [
-        "weight"
-    ]
-    if not is_norm or list(module.buffers()) or not can_rms_norm(module.weight.dtype):
+    has_weight_alone = [name for name, _ in module.named_parameters()] == ["weight"] and not list(module.buffers())
+    is_norm = type(module).__name__.endswith("RMSNorm") and has_weight_alone
+    if not is_norm or not can_rms_norm(module.weight.dtype):
         return None
     once = rounds_once(module)
     return None if once is None else CompiledRmsNorm(module.weight, module.variance_epsilon, once)

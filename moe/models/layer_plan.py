@@ -333,9 +333,7 @@ def compare_blocks(
     bound = _BOUND[said[0].given.dtype]
 
     def agree(what: str, ours: Tensor, theirs: Tensor, *terms: Tensor) -> None:
-        size = max(
-            float(of.float().norm()) for of in (theirs, *terms)
-        )  # of a sum whose terms cancel, that of the terms
+        size = max(float(of.float().norm()) for of in (theirs, *terms))  # the terms of a sum may cancel
         error = float((ours.float() - theirs.float()).norm()) / max(size, 1e-30)
         if not error <= bound:
             raise Unplanned(f"{what} differs from transformers' by {error:.1e}")

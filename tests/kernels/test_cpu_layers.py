@@ -64,6 +64,12 @@ def test_why_not():
     assert "3 blocks and 2 layers" in why_not(blocks, layers[:2])
     few = [layers[0]._replace(slots=layers[0].slots[: EXPERTS - 1]), *layers[1:]]
     assert "layer 0 chooses from 7 experts and has slots of 6" in why_not(blocks, few)
+    _, of_bf16, _ = layers_of("alike", torch.bfloat16)
+    assert "layer 1 has rows of 96 torch.bfloat16, unlike" in why_not([blocks[0], of_bf16[1], blocks[2]], layers)
+    narrow = make(torch.float32, heads=2, kv_heads=2, dim=16, hidden=64)
+    pool = Pool(narrow, torch.float32)
+    others = [*blocks[:2], CpuBlock(narrow, pool.keys, pool.values)]
+    assert "layer 2 has rows of 64 torch.float32, unlike" in why_not(others, layers)
     dense = make(torch.float32, heads=2, kv_heads=2, dim=16, experts=0)
     pool = Pool(dense, torch.float32)
     with pytest.raises(ValueError, match="layer 1 has no router of its own"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moe.offload.files_in_use import open_in_use
 from moe.offload.memory import available_memory
 from moe.offload.promised import Promise, owed_by_processes, own_memory, own_promised
 from tests.moe.moe_cases import TINYMOE
@@ -125,6 +126,22 @@ def test_a_promise_ends_with_its_process(tmp_path):
     assert list(owed_by_processes(folder=tmp_path)) == []
     Promise(tmp_path).close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", [b"", b"1 2 3", b"one two three four", b"1 2 -3 4", "1 2 ³ 4".encode(), b"\xff" * 200])
+def test_what_is_no_promise_promises_nothing(tmp_path, text):
+    """Anybody of the machine may put a file there."""
+    file = open_in_use(tmp_path / "moe-promised-1-0", 0o644)
+    os.pwrite(file, text, 0)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # to it the file is in use
+            assert pool.apply(owed_in, (tmp_path,)) == []
+    finally:
+        os.close(file)
+
+
+def owed_in(folder: Path) -> list[tuple[int, int]]:
+    return [(owed.pid, owed.nbytes) for owed in owed_by_processes(folder=folder)]
 
 
 def test_where_nothing_can_be_said_to_others_a_line_says_so(tmp_path, caplog):
