@@ -128,9 +128,13 @@ class Control:
         self._to_first.clear()
         return self.agreement
 
+    def of_all(self, value: int) -> list[int]:
+        """Every rank's, rank by rank. A collective."""
+        return [int(v) for v in self._gather(torch.tensor([value]), "agreeing on a number")]
+
     def smallest(self, value: int) -> int:
         """The least of all ranks' values. A collective."""
-        return min(int(v) for v in self._gather(torch.tensor([value]), "agreeing on a number"))
+        return min(self.of_all(value))
 
     def sums(self, numbers: Tensor) -> Tensor:
         """int64 [N]: of all ranks', number by number. numbers: int64 [N], N alike on all. A collective."""

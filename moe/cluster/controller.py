@@ -26,6 +26,7 @@ class ClusterEngine(Front):
 
     address: of the cluster, None = the one that this process is in, or a new local one. name: of a controller that
     may have been here before; what it left is given back. begin: the plan that it served with, over `parallel.plan`.
+    weights: the fingerprint of those that its requests began with; "" = of `folder` as it is here and now.
     Raises ValueError for what cannot be served or placed; `step` raises ClusterError when no host is left and none may
     be started.
     """
@@ -39,13 +40,15 @@ class ClusterEngine(Front):
         address: str | None = None,
         name: str = "",
         begin: Plan | None = None,
+        weights: str = "",
     ) -> None:
         super().__init__(folder, config, num_hosts)
+        self.weights = weights or self.weights
         self._why_over: str | None = None
         check_inside(address)
         self._starts_ray = connect_ray(address)
         try:
-            self.crew = Crew(Fleet(folder, config, name), config, num_hosts, self.ledger, begin)
+            self.crew = Crew(Fleet(folder, config, name, self.weights), config, num_hosts, self.ledger, begin)
             self.limits = self.crew.limits
         except BaseException:
             if self._starts_ray:

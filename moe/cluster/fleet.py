@@ -67,13 +67,13 @@ class HostEnded(ClusterError):
 class Fleet:
     """Starts hosts, asks them and ends them: all that a crew needs of Ray, which is initialised already."""
 
-    def __init__(self, folder: str | Path, config: EngineConfig, name: str) -> None:
+    def __init__(self, folder: str | Path, config: EngineConfig, name: str, weights: str) -> None:
         self.folder, self.config = str(Path(folder).resolve()), config
         here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         word = secrets.token_hex(16)
         self.lines = Lines(here, word)
         self._store = TCPStore(here, 0, is_master=True, wait_for_workers=False)
-        self.where = Where(here, self.lines.port, word, secrets.token_hex(6), self._store.port)
+        self.where = Where(here, self.lines.port, word, secrets.token_hex(6), self._store.port, weights)
         self._group_name = group_prefix(name)
         if name:
             give_back_groups(name)

@@ -17,6 +17,7 @@ from moe.engine.limits import Limits
 from moe.engine.requests import Request
 from moe.engine.stats import StepStats
 from moe.models.blueprint import Blueprint, read_blueprint
+from moe.offload.fingerprint import fingerprint
 from moe.offload.layer_stats import LayerStats
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
@@ -37,6 +38,7 @@ class Front(ABC):
         # What callers keep in flight: as much as all hosts together take.
         self.config = replace(config, batch=config.batch.for_ranks(num_hosts))
         self.blueprint: Blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
+        self.weights = fingerprint(self.blueprint.checkpoint)  # as they were when this run began
         self.stats, self.next_id, self.ledger = StepStats(), 0, Ledger()
         self._asked: dict[int, float] = {}  # when, of requests without a token
 

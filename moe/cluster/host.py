@@ -7,6 +7,7 @@ Ray; `actor_class` makes it an actor.
 """
 
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +24,9 @@ from moe.engine.device import ALONE, Began, Sharers
 from moe.engine.engine import Engine
 from moe.engine.join import shareable_shape
 from moe.engine.share import Share
-from moe.models.blueprint import read_blueprint
+from moe.models.blueprint import Blueprint, read_blueprint
 from moe.models.kv import BlockPool
+from moe.offload.fingerprint import fingerprint
 from moe.placement.plan import Plan
 
 CONTROL = ("submit", "cancel", "placed", "leave", "interrupt")
@@ -55,7 +57,9 @@ class ExpertHost:
         self._lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self._lifeline.start(self._beat)
         self.desk = Desk(self._lifeline.say)
-        self.engine = Engine(folder, config, share=_share(folder, *share, where.job, sharers))
+        blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
+        _check_weights(blueprint, where.weights)
+        self.engine = Engine(folder, config, share=_share(blueprint, *share, where.job, sharers))
         self._pool = self.engine.scheduler.pool
         self._load_seconds = time.perf_counter() - started
 
@@ -220,6 +224,14 @@ def bundles_here() -> int:
     return list(nodes.values()).count(ray.get_runtime_context().get_node_id())
 
 
-def _share(folder: str, rank: int, num_ranks: int, job: str, sharers: Sharers) -> Share:
-    shape = shareable_shape(read_blueprint(folder))
+def _check_weights(blueprint: Blueprint, wanted: str) -> None:
+    if wanted and (found := fingerprint(blueprint.checkpoint)) != wanted:
+        raise ValueError(
+            f"{blueprint.folder} on {platform.node()} holds other weights or another config.json (fingerprint {found}) "
+            f"than the run began with ({wanted}): give every node the same revision, and change it between runs only"
+        )
+
+
+def _share(blueprint: Blueprint, rank: int, num_ranks: int, job: str, sharers: Sharers) -> Share:
+    shape = shareable_shape(blueprint)
     return Share(Plan.contiguous(*shape, num_ranks), rank % num_ranks, job, sharers, may_change=True)

@@ -148,13 +148,15 @@ class HostInfo:
 @dataclass(frozen=True, slots=True)
 class Where:
     """How a host finds the controller: the port of its lines, and the word that opens them; the port of the store
-    where hosts of a node that load at the same time say what was free before."""
+    where hosts of a node that load at the same time say what was free before. weights: the `fingerprint` of what all
+    hosts must load, "" = whatever is there."""
 
     address: str
     line_port: int
     word: str
     job: str
     store_port: int = 0
+    weights: str = ""
 
 
 @dataclass(frozen=True, slots=True)

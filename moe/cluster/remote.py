@@ -53,7 +53,7 @@ class RemoteEngine(Front):
         self._collecting: Any = None
         self._session, self._seen, self._waited = secrets.token_hex(8), 0, 0.0
         policy, answer = FailurePolicy(self.config.cluster), self.controllers.answer
-        self._actor, folder = self.controllers.start(*self._arguments, self._plan), self._arguments[0]
+        self._actor, folder = self.controllers.start(*self._arguments, self._plan, self.weights), self._arguments[0]
         if (other := answer(self._actor.served.remote(), policy.starts_s())) != folder:
             raise ValueError(
                 f"the controller {self.controllers.name!r} serves {other}, not {folder}; give another --controller, or "
@@ -67,6 +67,11 @@ class RemoteEngine(Front):
             # It has no hosts: what it is told is what making them raised.
             self.controllers.stop(self.config.cluster.answer_s)
             raise
+        if attached.weights != self.weights:
+            raise ValueError(
+                f"the controller {self.controllers.name!r} serves {folder} as it was before its weights or config.json "
+                f"changed (fingerprint {attached.weights}, now {self.weights}); end it with `moe ray stop`"
+            )
         self.limits, self._status = attached.limits, (attached.status, attached.counts)
         self.config = replace(self.config, batch=attached.batch)
         self._is_attached = True

@@ -33,13 +33,15 @@ _IDLE_S = 0.1  # between two looks at the hosts while nobody asks for anything
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What a session must know. batch: of all hosts together; status, counts: as they are."""
+    """What a session must know. batch: of all hosts together; status, counts: as they are;
+    weights: the fingerprint of what hosts load."""
 
     limits: Limits
     notes: tuple[str, ...]
     batch: BatchConfig
     status: ClusterStatus
     counts: ClusterStats
+    weights: str
 
 
 class Session(NamedTuple):
@@ -66,13 +68,15 @@ class Collected(NamedTuple):
 class Resident:
     """`ClusterEngine(folder, config, num_hosts)`, made and stepped by its own thread. All else may come from any.
 
-    begin: the plan to begin with, of the controller that was lost; None: `parallel.plan`.
+    begin: the plan to begin with, of the controller that was lost; None: `parallel.plan`. weights: as `ClusterEngine`.
     """
 
-    def __init__(self, name: str, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None = None) -> None:
+    def __init__(
+        self, name: str, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None, weights: str
+    ) -> None:
         self.folder = folder
         self._session = Session.new("")
-        self._arguments = name, config, num_hosts, begin
+        self._arguments = name, config, num_hosts, begin, weights
         self._told: Plan | None = None  # to the session
         self._engine: ClusterEngine | None = None
         self._over: Exception | None = None
@@ -100,7 +104,7 @@ class Resident:
         limits = self._arguments[1].cluster  # the caller gives up sooner, and leaves this controller as it is
         self._order(lambda: self._take_over(session), FailurePolicy(limits).controller_starts_s() + limits.answer_s)
         engine = self.engine
-        return Attached(engine.limits, tuple(engine.notes), engine.config.batch, *self.status())
+        return Attached(engine.limits, tuple(engine.notes), engine.config.batch, *self.status(), engine.weights)
 
     def submit(self, session: str, requests: list[Dealt]) -> None:
         self._of(session).desk.submit(requests)
@@ -160,8 +164,8 @@ class Resident:
 
     def _run(self) -> None:
         try:
-            name, config, num_hosts, begin = self._arguments
-            self._engine = ClusterEngine(self.folder, config, num_hosts, name=name, begin=begin)
+            name, config, num_hosts, begin, weights = self._arguments
+            self._engine = ClusterEngine(self.folder, config, num_hosts, name=name, begin=begin, weights=weights)
             while True:
                 with self._changed:
                     orders, self._orders = self._orders, []
@@ -209,13 +213,13 @@ class Controllers:
             )
         return actor
 
-    def start(self, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None = None) -> Any:
+    def start(self, folder: str, config: EngineConfig, num_hosts: int, begin: Plan | None, weights: str) -> Any:
         """The actor, started if it is not there; `attach` waits until its hosts have loaded."""
         methods = {m: ray.method(concurrency_group="control")(getattr(Resident, m)) for m in CONTROL}
         options: dict[str, Any] = {"concurrency_groups": {"control": 8}, "max_restarts": 0, "max_task_retries": 0}
         actor: Any = ray.remote(**options)(type("Controller", (Resident,), methods))
         named = {"name": self.name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        return actor.options(**named, num_cpus=0).remote(self.name, folder, config, num_hosts, begin)
+        return actor.options(**named, num_cpus=0).remote(self.name, folder, config, num_hosts, begin, weights)
 
     def has_come(self, reference: Any, wait_s: float) -> bool:
         """Whether its answer is there, within `wait_s`."""

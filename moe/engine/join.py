@@ -34,6 +34,7 @@ from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
 from moe.models.kv import BlockPool
 from moe.offload.budget import resolve_slots, slots_within
+from moe.offload.fingerprint import fingerprint
 from moe.offload.shared import SharedStore
 from moe.placement.plan import Plan
 from moe.placement.topology import Topology
@@ -64,7 +65,9 @@ class Place:
 
 
 def share_of(blueprint: Blueprint, groups: Groups, config: ParallelConfig) -> Share:
-    """This rank's part of the plan that is configured. Raises ValueError for another model's or number of ranks."""
+    """This rank's part of the plan that is configured. A collective. Raises ValueError for another model's or number of
+    ranks, and where ranks found other weights in the folder."""
+    _check_same_weights(blueprint, groups)
     num_layers, num_experts = shareable_shape(blueprint)
     if config.plan is None:
         plan = Plan.contiguous(num_layers, num_experts, groups.world_size)
@@ -90,6 +93,21 @@ def shareable_shape(blueprint: Blueprint) -> tuple[int, int]:
         reason = "it is an encoder-decoder" if blueprint.config.is_encoder_decoder else "layers differ in experts"
         raise ValueError(f"{blueprint.folder} cannot be served by several ranks: {reason if counts else 'no experts'}")
     return len(blueprint.index.sites), counts.pop()
+
+
+def _check_same_weights(blueprint: Blueprint, groups: Groups) -> None:
+    """Before anything is loaded: ranks of other weights would answer with a mixture. A collective.
+
+    Raises ValueError, on all ranks, naming those whose folder differs from rank 0's.
+    """
+    if groups.world_size == 1:
+        return
+    found = Control(groups).of_all(int(fingerprint(blueprint.checkpoint), 16) >> 1)  # 63 bits
+    if others := [rank for rank, one in enumerate(found) if one != found[0]]:
+        raise ValueError(
+            f"{blueprint.folder}: rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} of {len(found)} found "
+            "other weights or another config.json there than rank 0; give every node the same revision"
+        )
 
 
 def stay_alone(loaded: Loaded) -> Place:

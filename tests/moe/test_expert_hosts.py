@@ -3,19 +3,26 @@
 What actors carry is called here; the same hosts under Ray, and what happens to them there: test_cluster.py.
 """
 
+import json
 import os
+import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import moe.cluster.host as of_hosts
 from moe.cluster.host import ExpertHost
 from moe.cluster.lines import Lines
 from moe.cluster.messages import Dealt, Serve, Where
 from moe.cluster.plans import plan_for
-from moe.comm.membership import connect
+from moe.comm.membership import connect, process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
+from moe.engine.engine import Engine
 from moe.llm import LLM
+from moe.offload.checkpoint import Checkpoint
+from moe.offload.fingerprint import fingerprint
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
@@ -23,6 +30,7 @@ from tests.families import tiny_checkpoint
 from tests.moe.test_parallel import DEMO, prompts_of
 
 HOSTS = (4, 3, 2)
+OTHERS = "0123456789abcdef"
 SHAPES = {"demo": (6, 16), "deepseek_v3": (2, 8)}
 DISPATCHERS = ("all_to_all", "hierarchical", "coherent")
 
@@ -105,3 +113,38 @@ def test_four_three_and_two_hosts_say_what_one_process_says(folders, model, disp
     for turn, num_hosts in enumerate(HOSTS):
         said = {n: tokens for answers in by_rank[:num_hosts] for n, tokens in answers[turn].items()}
         assert said == right, num_hosts
+
+
+def begin_with_other_weights() -> str:
+    """In a process of its own: a host whose line closes ends it."""
+    lines = Lines("127.0.0.1", "word")
+    where = Where("127.0.0.1", lines.port, "word", "job", weights=OTHERS)
+    of_hosts.Engine = lambda *_, **__: pytest.fail("it loads")  # of this process
+    with pytest.raises(ValueError, match="other weights") as caught:
+        ExpertHost(str(DEMO), config_of("1.0", "all_to_all"), 0, (0, 2), where)
+    return str(caught.value)
+
+
+def test_a_host_of_other_weights_is_refused_before_it_loads_any():
+    """As one that replaces another after the folder was changed, or on a node with another revision."""
+    (said,) = spawn(1, begin_with_other_weights)
+    found = fingerprint(Checkpoint.open(DEMO))
+    assert re.search(rf"tinymoe on \S+ holds other weights .*{found}\) than .*{OTHERS}\): give every", said), said
+
+
+def ask_for_own_folder(folders: list[str]) -> str:
+    with process_groups(timeout_s=60) as groups:
+        try:
+            Engine(folders[groups.rank], config_of("3", "all_to_all"), groups)
+        except ValueError as error:
+            return str(error)
+        return "loads"
+
+
+def test_ranks_of_other_weights_are_named_on_every_rank(tmp_path):
+    other = shutil.copytree(DEMO, tmp_path / "tinymoe")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
+    said = spawn(3, ask_for_own_folder, [str(DEMO), str(other), str(DEMO)])
+    for one in said:
+        assert "tinymoe: rank 1 of 3 found other weights or another config.json there than rank 0; give" in one

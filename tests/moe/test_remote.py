@@ -52,7 +52,8 @@ class Engine:
 class Controller:
     """As `Resident`, by calls that give futures. how: what is the matter with it."""
 
-    def __init__(self, folder: str, how: str) -> None:
+    def __init__(self, folder: str, how: str, weights: str) -> None:
+        self.weights = "ffffffffffffffff" if how == "other weights" else weights
         self.folder, self.how, self.engine, self.session = folder, how, Engine(), Session.new("")
         self.runs, self.has_ended = how != "stopped", False
         self.waiting: list[Callable[[], None]] = []
@@ -99,7 +100,7 @@ class Controller:
         if self.how == "no room":
             raise ValueError("Ray has no room for 2 bundles")
         self.session = Session.new(session)
-        return Attached(Limits(2048, 512, 16, 99, frozenset()), (), BatchConfig(), *self.do_status())
+        return Attached(Limits(2048, 512, 16, 99, frozenset()), (), BatchConfig(), *self.do_status(), self.weights)
 
     def do_submit(self, session: str, dealt: Any) -> None:
         self._check(session)
@@ -133,9 +134,9 @@ class Starts(Controllers):
         self.name, self.hows, self.started, self.is_closed = "test", list(hows), list[Controller](), False
         self.actor: Controller | None = None
 
-    def start(self, folder: str, *_: Any) -> Any:
+    def start(self, folder: str, *others: Any) -> Any:
         if self.actor is None:
-            self.actor = Controller(folder, self.hows.pop(0) if self.hows else "well")
+            self.actor = Controller(folder, self.hows.pop(0) if self.hows else "well", others[-1])
             self.started.append(self.actor)
         return self.actor
 
@@ -180,6 +181,7 @@ def check_answers(engine: RemoteEngine, requests: list[Request]) -> None:
         ("loads for ever", ControllerSilent, "did not answer within 0.2 s", True),
         ("ends", ControllerEnded, "the controller ended", True),
         ("no room", ValueError, "Ray has no room", False),
+        ("other weights", ValueError, r"weights .* changed \(fingerprint f{16}, now [0-9a-f]{16}\); end it", True),
     ],
 )
 def test_a_start_ends_with_a_sentence(how, error, sentence, is_left):
