@@ -53,7 +53,7 @@ def costs_of(trace: RoutingTrace, machine: Machine | None) -> Costs | None:
         return None
     weight, dense = (machine.seconds_per_weight(work, sizes.dtype, 1, 1) for work in ("expert", "dense"))
     itemsize = 4 if sizes.dtype == "float32" else 2
-    layer = machine.overhead.layer + 4 * sizes.hidden_size**2 * dense
+    layer = machine.overhead.layer + machine.overhead.apart + 4 * sizes.hidden_size**2 * dense
     read = sizes.expert_bytes / min(rate for rate in rates if rate)
     return Costs(read, layer, sizes.expert_bytes / itemsize * weight)
 

@@ -57,6 +57,7 @@ def tables(machine: Machine) -> Iterator[Table]:
     if (over := machine.overhead) is not None:
         table.add_row("a step, and each sequence", f"{over.step * 1e6:.0f} + {over.step_sequence * 1e6:.0f} µs")
         table.add_row("a layer, and each sequence", f"{over.layer * 1e6:.0f} + {over.layer_sequence * 1e6:.1f} µs")
+        table.add_row("called by itself", f"{over.apart * 1e6:.0f} + {over.apart_sequence * 1e6:.1f} µs")
         table.add_row("a layer with misses, and each", f"{over.miss * 1e6:.0f} + {over.wave * 1e6:.0f} µs")
     yield table
     for disk, reads in machine.disks.items():

@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,16 @@ class Evict:
 
 def measure_overhead(slab: Tensor) -> Overhead:
     """From steps of toy models of 2 and 10 layers, at 1 and 8 sequences, and from misses that read nothing."""
-    steps: dict[tuple[int, int], float] = {}
+    steps: dict[tuple[int, int, bool], float] = {}
     for layers in (2, 10):
         with tempfile.TemporaryDirectory() as folder:
             write_toy(folder, layers)
-            steps |= {(layers, batch): toy_step(folder, slab, batch) for batch in (1, 8)}
-    layer = {batch: (steps[10, batch] - steps[2, batch]) / 8 for batch in (1, 8)}
-    rest = {batch: steps[2, batch] - 2 * layer[batch] for batch in (1, 8)}
-    per_layer, per_step = max(0.0, (layer[8] - layer[1]) / 7), max(0.0, (rest[8] - rest[1]) / 7)
+            for batch, apart in product((1, 8), (False, True)):
+                steps[layers, batch, apart] = toy_step(folder, slab, batch, apart=apart)
+    layer, alone = ({n: (steps[10, n, apart] - steps[2, n, apart]) / 8 for n in (1, 8)} for apart in (False, True))
+    rest = {n: steps[2, n, False] - 2 * layer[n] for n in (1, 8)}
+    more = {n: max(0.0, alone[n] - layer[n]) for n in (1, 8)}
+    per_layer, per_step, per_apart = (max(0.0, (each[8] - each[1]) / 7) for each in (layer, rest, more))
     waits = miss_seconds(slab)
     wave = {rows: max(0.0, (waits[rows, 3] - waits[rows, 1]) / 2) for rows in (1, 8)}
     miss = {rows: max(0.0, waits[rows, 1] - waits[rows, 0] - wave[rows]) for rows in (1, 8)}
@@ -154,6 +157,8 @@ def measure_overhead(slab: Tensor) -> Overhead:
         miss_row=miss_row,
         wave=max(0.0, wave[1] - wave_row),
         wave_row=wave_row,
+        apart=max(0.0, more[1] - per_apart),
+        apart_sequence=per_apart,
     )
 
 
@@ -179,17 +184,24 @@ def write_toy(folder: str | Path, layers: int, hidden: int = 64) -> None:
 
 
 def toy_step(
-    folder: str | Path, slab: Tensor, batch: int, groups: Groups | None = None, *, by_clock: bool = False
+    folder: str | Path,
+    slab: Tensor,
+    batch: int,
+    groups: Groups | None = None,
+    *,
+    by_clock: bool = False,
+    apart: bool = True,
 ) -> float:
-    """Seconds of a decoding step of what `write_toy` wrote, caches emptied between its layers.
+    """Seconds of a decoding step of what `write_toy` wrote, caches emptied before it.
 
-    batch: of this process. CPU seconds, or by the clock; with groups always by the clock, and a collective.
+    apart: and between its layers, which are then not computed by one call. batch: of this process. CPU seconds, or by
+    the clock; with groups always by the clock, and a collective.
     """
     clock = time.perf_counter if by_clock or groups is not None else time.thread_time
     evict = Evict(slab, clock)
     settings = EngineConfig(threads=1, batch=BatchConfig(prefix_sharing=False))
     with LLM(folder, settings, experts_in_memory=1.0, groups=groups) as llm:
-        for site in llm.engine.blueprint.index.sites:
+        for site in llm.engine.blueprint.index.sites if apart else ():
             _evict_after(llm.engine.model.get_submodule(site.module), evict)
         params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
         for number in range(batch):
@@ -197,6 +209,7 @@ def toy_step(
         llm.engine.start()
         times = []
         while llm.engine.has_work:
+            evict()
             start, evict.seconds = clock(), 0.0
             llm.step()
             times.append(clock() - start - evict.seconds)

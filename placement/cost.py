@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.placement.machine import How, Machine, Work
+from moe.placement.machine import How, Machine, Overhead, Work
 from moe.placement.topology import Link
 
 WIDTHS = {"float32": 4}  # bytes of an element; others have 2
@@ -112,9 +112,9 @@ class Terms(NamedTuple):
 def decode_step(sizes: Sizes, machine: Machine, use: Use, visits: Visits) -> Terms:
     """The mean step of `visits`, every sequence a token. Raises ValueError for what was not measured."""
     own = -(-use.sequences // use.ranks)
-    (attention, over), layers = machine.step_costs(), sizes.num_layers
+    attention, over = machine.step_costs()
     own_work = Terms(
-        overhead=over.step + own * over.step_sequence + layers * (over.layer + own * over.layer_sequence),
+        overhead=_overhead(over, sizes, use, own),
         dense=sizes.dense_weights * _per_weight(sizes, machine, use, "dense", own),
         attention=own * use.context * sizes.kv_bytes / attention.kv_bytes_per_s,
         experts=0.0,
@@ -133,7 +133,7 @@ def prefill_step(sizes: Sizes, machine: Machine, use: Use, tokens: int) -> Terms
     misses = np.ceil(one * distinct * absent).astype(np.int64)
     visits = Visits(one * distinct, misses, one * tokens * sizes.top_k, 0 * misses)
     own_work = Terms(
-        overhead=over.step + over.step_sequence + layers * (over.layer + over.layer_sequence),
+        overhead=_overhead(over, sizes, use, 1),
         dense=sizes.dense_weights * _per_weight(sizes, machine, use, "dense", tokens),
         attention=layers * tokens**2 * sizes.query_size / attention.prompt_macs_per_s,
         experts=0.0,
@@ -141,6 +141,18 @@ def prefill_step(sizes: Sizes, machine: Machine, use: Use, tokens: int) -> Terms
         exchange=_exchange(sizes, machine, use, tokens),
     )
     return _with_experts(own_work, sizes, machine, use, visits)
+
+
+def _overhead(over: Overhead, sizes: Sizes, use: Use, sequences: int) -> float:
+    """Of a step of one rank, but for reads."""
+    layer = over.layer + sequences * over.layer_sequence
+    if use.ranks > 1 or _can_miss(sizes, use):
+        layer += over.apart + sequences * over.apart_sequence
+    return over.step + sequences * over.step_sequence + sizes.num_layers * layer
+
+
+def _can_miss(sizes: Sizes, use: Use) -> bool:
+    return use.slots < sizes.num_layers * sizes.num_experts
 
 
 def _with_experts(rest: Terms, sizes: Sizes, machine: Machine, use: Use, visits: Visits) -> Terms:
@@ -206,7 +218,7 @@ def _visit_seconds(sizes: Sizes, machine: Machine, use: Use, visits: Visits, res
     reading = _reading(sizes, machine, use) if visits.misses.any() else _Reading(0.0, 0.0, 1)
     known: dict[tuple[float, float], float] = {}
     compute, wait, hand = (np.zeros(visits.distinct.shape) for _ in range(3))
-    can_miss = use.slots < sizes.num_layers * sizes.num_experts
+    can_miss = _can_miss(sizes, use)
     for at, distinct in np.ndenumerate(visits.distinct):
         if not distinct:
             continue

@@ -48,8 +48,10 @@ class Attention(NamedTuple):
 class Overhead(NamedTuple):
     """Seconds beyond weights and rows: of a step, and more for each sequence; of a layer, and more for each sequence.
 
-    waves: of a layer whose experts come and go, though all it asks for are there. miss: of a layer that has misses, and
-    more for each of its rows; wave: for each further expert that arrives alone, and more for each of its rows.
+    apart: more of a layer that is not computed in one call with all others (its experts come and go, or ranks share
+    them), and more for each sequence. waves: of a layer whose experts come and go, though all it asks for are there.
+    miss: of a layer that has misses, and more for each of its rows; wave: for each further expert that arrives alone,
+    and more for each of its rows.
     """
 
     step: float
@@ -61,6 +63,8 @@ class Overhead(NamedTuple):
     miss_row: float
     wave: float
     wave_row: float
+    apart: float = 0.0
+    apart_sequence: float = 0.0
 
 
 class Exchange(NamedTuple):

@@ -52,6 +52,22 @@ def test_all_resident():
     assert step.total == pytest.approx(sum(step))
 
 
+def test_layers_are_called_apart_where_experts_come_and_go_or_ranks_share_them():
+    over = MACHINE.overhead._replace(apart=0.02, apart_sequence=0.001)
+    machine, asked = replace(MACHINE, overhead=over), visits([2, 2], [0, 0], [2, 2])
+    few, ranks = replace(USE, slots=15), replace(USE, ranks=2, sequences=2, link=Link(1e9, 0.0))
+
+    def added(use):
+        return decode_step(SIZES, machine, use, asked).overhead - decode_step(SIZES, MACHINE, use, asked).overhead
+
+    assert added(USE) == 0
+    assert added(few) == pytest.approx(2 * 0.021)
+    assert added(ranks) == pytest.approx(2 * 0.021)
+    assert added(replace(few, sequences=3)) == pytest.approx(2 * 0.023)
+    prompts = [prefill_step(SIZES, one, few, 4).overhead for one in (machine, MACHINE)]
+    assert prompts[0] - prompts[1] == pytest.approx(2 * 0.021)
+
+
 def test_reads_hide_behind_all_but_the_last_expert():
     one = decode_step(SIZES, MACHINE, USE, visits([2, 2], [1, 0], [2, 2]))  # 2 s of reading, 1 s of computing meanwhile
     assert one.waiting == pytest.approx((2 - 1) / 2 * 2)
