@@ -78,6 +78,7 @@ class ExpertCache:
         self._give_back: Callable[[], object] = lambda: None
         self._filling = filling_of(self.device, self.map.room, self.blob_bytes)
         self.from_host = host_copies(self._filling, store, self._blobs)
+        self.num_readers = num_readers
         self.reads_inline = num_readers == 0 or self.blob_bytes <= INLINE_READ_BYTES
         self._reads = SlotReads(store, self._blobs, self._filling, self.from_host)
         self._readers = Readers(num_readers, self._reads.read)
@@ -134,10 +135,9 @@ class ExpertCache:
         """Reads distinct experts that `layer` will probably want, best first, when no miss waits for a reader.
 
         Returns at once. They take slots that are free or that the policy gives up, never one that is held, nor one of
-        `experts`; where there are none, nothing is read. Those of the layer that comes next go first. What was asked of
-        `layer` before and has not begun is dropped, and so it is when `layer` is acquired without it. No effect on a
-        layer that is being acquired. A failed read is forgotten: the miss that follows reports it. The calling thread
-        must be the one that acquires. Raises ValueError without readers.
+        `experts`; where there are none, nothing is read. The next layer's go first. What was asked of `layer` before
+        and has not begun is dropped, as when `layer` is acquired without it. None for a layer that is being acquired. A
+        failed read is forgotten: the miss that follows reports it. By the thread that acquires; there must be readers.
         """
         if not self._readers.threads:
             raise ValueError("prefetch needs num_readers (0) >= 1: someone must read while the caller computes")
@@ -179,6 +179,7 @@ class ExpertCache:
         if (found := self.map.tables(experts)) is None:
             return None
         tables, slots = found
+        self.ahead.unused.clear()  # nobody sees which of them are asked for from here on
         self._hold(slots)
         self.pinned, self._give_back = DeviceSlots(tables, self.device), partial(self._release, slots)
         return self.pinned

@@ -13,7 +13,7 @@ times as long for a number.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -102,6 +102,13 @@ class SlotMap:
         counts = np.diff(self.first_key) if experts is None else np.array([len(of) for of in experts])
         wanted = np.bincount(self._run_of_layer, weights=counts, minlength=len(self._free))
         return int(np.maximum(wanted - np.array(self.slots_of_run), 0).sum())
+
+    def absent(self, most: int) -> Iterator[tuple[int, Ids]]:
+        """Up to `most` experts that are in no slot, by layer, the last layer first."""
+        keys = np.flatnonzero(self.slot_of < 0)[-most:].astype(np.int32)
+        layers = np.searchsorted(self.first_key, keys, side="right") - 1
+        for layer in np.unique(layers)[::-1].tolist():
+            yield layer, keys[layers == layer] - np.int32(self.first_key[layer])
 
     def tables(self, experts: Sequence[Sequence[int]] | None = None) -> tuple[list[Ids], Ids] | None:
         """Slots of these experts by layer, int32 [E] with -1 for others, and all of them; None if one is not there.

@@ -7,7 +7,8 @@ slots' sake; and slots never have fewer than beside that.
     needed   = blocks of running sequences at their next step, and of those that may begin then
              + blocks kept for prompts that begin the same way, where prompts lately did (`KEEP_SHARE`)
     grows    at once, when fewer are there, to what the next `AHEAD` tokens of each sequence need
-    shrinks  every `PERIOD` steps to the most that was needed in them, if slots gain a `LEAST_GAIN` of theirs
+    shrinks  every `PERIOD` steps to the most that was needed in them, if slots gain a `LEAST_GAIN` of theirs, or become
+             one for each expert: those that lack are then read meanwhile
 
 Costs a sum over the running sequences a step; when the border moves, what one_memory.py says.
 """
@@ -34,6 +35,7 @@ class LentKV:
         self._steps = self._most = 0
         self._begun = self._counted()
         self._take(0)
+        one.experts.fill(at_once=True)
 
     @property
     def stats(self) -> SplitStats:
@@ -47,6 +49,7 @@ class LentKV:
         self._most, self._steps = max(self._most, ahead), self._steps + 1
         if self._steps >= PERIOD:
             self._look()
+        self.one.experts.fill()
 
     def make_room(self, blocks: int) -> None:
         """So many that nobody uses, or as many as there may be."""
@@ -56,8 +59,9 @@ class LentKV:
 
     def _look(self) -> None:
         self._judge_kept()
-        slots = self.one.experts.cache.num_slots
-        if self.one.slots_beside(min(self._most, self.one.kv.pool.room)) >= slots * (1 + LEAST_GAIN):
+        slots = self.one.experts.cache.map
+        beside = self.one.slots_beside(min(self._most, self.one.kv.pool.room))
+        if beside >= slots.num_slots * (1 + LEAST_GAIN) or beside == slots.room > slots.num_slots:
             self._take(self._most)
         self._steps = self._most = 0
 

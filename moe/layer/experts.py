@@ -90,6 +90,9 @@ def kernel_notes(name: KernelName, layers: Sequence[ExpertWeights], dtype: torch
     return kernel_choice.slow_formats(layers, dtype)
 
 
+_FILLED = 8  # experts at a time
+
+
 class SlotExperts:
     """The experts of all layers over one cache, alone until `use_ranks`. routing: what it goes through."""
 
@@ -154,6 +157,20 @@ class SlotExperts:
             self.cache.unpin()
             self.cache.preload(self.parallel.hosted)
             self.settle()
+
+    def fill(self, *, at_once: bool = False) -> None:
+        """Between two steps: where each expert has a slot, some of those that lack are read ahead, those of the last
+        layers first, until all are there and stay. at_once: all of them; raises OSError if one cannot be read.
+        """
+        cache = self.cache
+        if self.parallel is not None or cache.pinned is not None or cache.can_evict:
+            return
+        if at_once:
+            cache.preload()
+            self.settle()
+        elif cache.num_readers and not cache.ahead.is_reading:
+            for layer, experts in cache.map.absent(_FILLED):
+                cache.prefetch(layer, experts)
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
         """`compute(x [T, H], topk_ids [T, K], topk_weights [T, K], scale_input) -> [T, H]` of one layer."""

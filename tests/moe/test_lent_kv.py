@@ -16,6 +16,7 @@ import moe.offload.slab as slab
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.lent_kv import LentKV
 from moe.evaluate import every_logit
+from moe.layer.runners import Resident
 from moe.llm import LLM
 from moe.offload.stores import aligned_bytes
 from moe.params import SamplingParams
@@ -295,3 +296,28 @@ def test_a_window_to_evaluate_has_room():
         with pytest.raises(ValueError, match="does not fit the KV cache"):
             every_logit(llm.engine, [*tokens, 1])
         assert pool.num_used == 0
+
+
+@pytest.mark.parametrize("memory", [15 << 20, 17 << 20])
+@pytest.mark.parametrize("readers", [0, 2])
+def test_where_each_expert_has_a_slot_all_are_read_and_stay(said, memory, readers, monkeypatch):
+    """From the start, and again some time after KV has needed its memory; no request waits for those."""
+    monkeypatch.setattr(lent_kv, "PERIOD", 8)
+    monkeypatch.setattr(assemble, "free_room", lambda *_: memory)
+    monkeypatch.setattr(device, "free_memory", lambda *_: memory)
+    offload = OffloadConfig(prefetch="off", readers=readers)
+    with LLM(TINYMOE, EngineConfig(threads=1, offload=offload, batch=BatchConfig(prefix_sharing=False))) as llm:
+        experts, pool = llm.engine.experts, llm.engine.scheduler.pool
+        assert isinstance(experts.runner, Resident)
+        assert fixed_slots(llm) < experts.cache.num_slots == 96
+        many = random_prompts([pool.room // 16 * pool.block_size - 8] * 16, vocab_size=500)
+        llm.generate(many, SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+        assert experts.runner is experts.waves
+        assert (experts.cache.map.slot_of < 0).sum() == 96 - fixed_slots(llm)
+        llm.add(PROMPTS[0], SamplingParams(max_tokens=200, ignore_eos=True))
+        for _ in range(200):
+            llm.step()
+            check(llm)
+            experts.cache.ahead.finish()
+        assert isinstance(experts.runner, Resident) == bool(readers)
+        assert tokens_of(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == said
