@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,22 @@ _STEPS = 128  # of even routing, where there is no trace
 Steps = Sequence[tuple[int, Ints]]
 
 
+class _Attention(NamedTuple):
+    """Of a layer: elements of a token's queries, as many as take part in q·k and p·v in the mean, and in the cache."""
+
+    query_size: int
+    cached: int
+
+
+def _attention_of(text: Any) -> _Attention:
+    heads = text.num_attention_heads
+    if (latent := getattr(text, "kv_lora_rank", None)) is not None:  # keys and values are made of what is cached
+        own = text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
+        return _Attention(heads * own // 2, latent + text.qk_rope_head_dim)
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return _Attention(heads * dim, 2 * (getattr(text, "num_key_value_heads", None) or heads) * dim)
+
+
 def sizes_of(blueprint: Blueprint) -> Sizes:
     """Raises ValueError for a model whose layers differ, or without experts in slots."""
     index = blueprint.index
@@ -38,9 +54,7 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
         if not name.startswith(inside) and not tables & set(name.split("."))
     )
     dtype = str(blueprint.dtype).removeprefix("torch.")
-    heads = text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    attention = _attention_of(text)
     format_ = layout.gate_up_format
     reads = reads_of(in_place(index), direct=True)
     return Sizes(
@@ -48,14 +62,14 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
         num_experts=site.num_experts,
         top_k=blueprint.top_k,
         hidden_size=site.hidden_size,
-        query_size=heads * dim,
+        query_size=attention.query_size,
         dense_weights=weights,
         dense_bytes=blueprint.dense_bytes,
         dtype=dtype,
         expert_weights=(site.parts + 1) * site.hidden_size * site.intermediate_size,
         expert_bytes=layout.nbytes,
         expert_format=format_.code or str(format_.dtype).removeprefix("torch."),
-        kv_bytes=2 * text.num_hidden_layers * kv_heads * dim * blueprint.dtype.itemsize,
+        kv_bytes=text.num_hidden_layers * attention.cached * blueprint.dtype.itemsize,
         reads=reads.number,
         copied_bytes=reads.copied_bytes,
     )

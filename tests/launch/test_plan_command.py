@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moe.config import EngineConfig
 from moe.engine.choices import probed, this_machine
 from moe.launch import measure
 from moe.launch.cli import main
 from moe.launch.plan_inputs import even_routing, replay, settled, sizes_of
+from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.policy import Access, Lfu, misses_of, simulate
 from moe.offload.requantise import sizes
 from moe.placement.cost import Use
 from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads, disk_of, save_machine
 from moe.placement.plan import Plan
+from tests.families import tiny_checkpoint
 
 TINYMOE = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 
@@ -54,6 +57,14 @@ def test_a_slower_disk_makes_reads_bind(capfd, probe_file):
         assert words in " ".join(out.split()), out
     _, slow, _ = plan(capfd, "--probe-file", probe_file, "--slots", 0.25, "--nvme", "1MB/s")
     assert "waiting" in slow
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "dbrx", "glm4_moe"])
+def test_a_token_of_kv_takes_what_the_engine_sees_it_take(family, tmp_path):
+    """Whether a layer keeps keys and values of its heads, or latents that they are made of."""
+    folder = tiny_checkpoint(family, tmp_path / "model", torch.float32)
+    with LLM(folder, EngineConfig(threads=1, dtype="float32")) as llm:
+        assert sizes_of(llm.engine.blueprint).kv_bytes == llm.engine.loaded.dense.tried.kv_bytes > 0
 
 
 def test_memory_holds_more_in_fewer_bits(capfd, probe_file):
