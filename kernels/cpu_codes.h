@@ -50,7 +50,8 @@ struct NAME(rows) { /* of CODE_NR rows of W: a scale (EIGHTS: up to 8) a span, z
 };
 
 struct NAME(sum) { /* over elements [0, n) of those rows, whole vectors; groups of CODE_NR rows; strides in bytes */
-    int64_t n, row, step, first, ldc, ahead, groups, group;
+    int64_t n, row, step, first, ldc, groups, group, ahead;
+    const char *end; /* of the tile; ahead: how far to prefetch, 0 = not */
 };
 
 /* Lanes u * WIDTH and on of vector j of a span at p. half: 1 and 2 are the vectors j and j + 1 of a pair, 0 is neither. */
@@ -88,7 +89,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
                                                                        const float *x, const char *w, int64_t row,
                                                                        int64_t vectors,
                                                                        const struct NAME(rows) *r, const int32_t *lane,
-                                                                       int64_t at, int64_t ahead, int in_pairs,
+                                                                       int64_t at, struct ahead *ahead, int in_pairs,
                                                                        const TABLE *table,
                                                                        VEC acc[MR][CODE_NR][SUB]) {
     const int some = code == E4M3 ? 1 : CODE_SUB; /* as many sums at once as hide how long one takes */
@@ -114,11 +115,15 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
                 sum[m][n][u] =                                                                                          \
                     VFMA(VLOAD(x + (((j) + half / 2) * mr + m) * LANES + (u0 + u) * WIDTH), value, sum[m][n][u]);       \
         }
-#define PREFETCH(at)                                              \
-    if (u0 == 0 && ahead) {                                       \
-        UNROLL(8)                                                 \
-        for (int n = 0; n < CODE_NR; n++) /* to L2 */             \
-            __builtin_prefetch(w + n * row + (at) + ahead, 0, 2); \
+#define PREFETCH                                                     \
+    if (u0 == 0 && ahead->at) {                                      \
+        UNROLL(8)                                                    \
+        for (int n = 0; n < CODE_NR; n++)                            \
+            if (ahead->past_l2)                                      \
+                __builtin_prefetch(ahead->at + n * ahead->row, 0, 0); \
+            else                                                     \
+                __builtin_prefetch(ahead->at + n * ahead->row, 0, 2); \
+        ahead->at += ahead->step;                                    \
     }
         int64_t j = 0;
 #define TWO(j)                                                                                                       \
@@ -130,25 +135,25 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
         for (int m = 0; m < mr; m++) sum[m][n][0] = VDOT(sum[m][n][0], VLOAD(x + ((j) * mr + m) * LANES), value);    \
     }
         if (code > NAME(decoded) && by_lane) {
-            if (code == NAME(dot_nibble)) { PREFETCH(0) }
+            if (code == NAME(dot_nibble)) { PREFETCH }
             TWO(0) TWO(1) TWO(2) TWO(3)
             j = vectors;
         } else if (code > NAME(decoded)) {
             int64_t i = 0;
             for (; i + 2 <= vectors / 2; i += 2) {
-                if (code != NAME(dot_decoded)) { PREFETCH(2 * i * LANES) }
+                if (code != NAME(dot_decoded)) { PREFETCH }
                 TWO(i) TWO(i + 1)
             }
             if (i < vectors / 2) { TWO(i) }
             j = vectors;
         } else if (by_lane) {
-            PREFETCH(0)
+            PREFETCH
             UNROLL(8)
             for (int i = 0; i < 8; i++) { VECTOR(i, 0) }
             j = vectors;
         }
         for (; j + 4 <= vectors; j += 4) { /* a line of codes of each row */
-            if (code != NAME(decoded)) { PREFETCH(j * LANES) }
+            if (code != NAME(decoded)) { PREFETCH }
             if (in_pairs) {
                 VECTOR(j, 2) VECTOR(j, 1) VECTOR(j + 2, 2) VECTOR(j + 2, 1)
             } else {
@@ -180,10 +185,12 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
                                                                          const struct NAME(sum) *k, const float *x0,
                                                                          const char *w0, const struct NAME(rows) *r,
                                                                          int64_t at0, float *c) {
-    int64_t row = k->row, step = k->step, ahead = k->ahead, per_span = q->per_span, whole = q->span / LANES;
+    int64_t row = k->row, step = k->step, per_span = q->per_span, whole = q->span / LANES;
     for (int64_t g = 0; g < k->groups; g++, w0 += k->group, r++, c += CODE_NR) {
         const float *x = x0;
         const char *w = w0;
+        struct ahead ahead = {0};
+        if (k->ahead) ahead = ahead_of(w0, k->end, k->ahead, row, CODE_NR, 64);
         TABLE table[CODE_NR];
         UNROLL(8)
         for (int n = 0; n < CODE_NR; n++)
@@ -202,7 +209,8 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
             left -= some;
             for (int64_t vectors; some > 0; some -= vectors, w += step, at += per_span) {
                 vectors = by_lane ? 8 : least(whole, some);
-                NAME(add_span)(mr, code, has_zero, by_lane, x, w, row, vectors, r, q->lane, at, ahead, q->in_pairs, table, acc);
+                NAME(add_span)(mr, code, has_zero, by_lane, x, w, row, vectors, r, q->lane, at, &ahead, q->in_pairs, table,
+                               acc);
                 x += vectors * mr * LANES / (code > NAME(decoded) ? 2 : 1);
             }
             SUM_CODES(mr, acc, c, k->ldc, first);
@@ -385,6 +393,7 @@ static TARGET void NAME(straight)(const struct NAME(tile_job) *t, const struct N
     const struct NAME(codes) *q = &t->q;
     int64_t whole = q->w->k / q->unit * q->unit, row = q->w->row, full = count / CODE_NR;
     struct NAME(sum) k = {.n = whole, .row = row, .step = q->span * q->bits / 8, .first = 1, .ldc = t->ldc};
+    k.end = w + count * row;
     k.ahead = CODE_NR * row > AHEAD ? CODE_NR * row : AHEAD, k.group = CODE_NR * row;
     struct NAME(sum) last = k;
     k.groups = full, last.groups = count % CODE_NR != 0, last.row = 0; /* the first row of the last group again */
@@ -439,8 +448,8 @@ static TARGET void NAME(by_decoding)(const struct NAME(tile_job) *t, const struc
                 if (k0 == whole) NAME(copy_end)(q, from, 1, k0, end);
                 NAME(decode)(q, r + g / CODE_NR, i, k0 == whole ? end : from + k0 * q->bits / 8, k0, n, decoded + g * KC);
             }
-        struct NAME(sum) k = {n, LANES * 4, q->span * CODE_NR * 4 / q->lane_step, k0 == 0, t->ldc, 0, 0, CODE_NR * KC * 4};
-        k.groups = (count + CODE_NR - 1) / CODE_NR;
+        struct NAME(sum) k = {.n = n, .row = LANES * 4, .step = q->span * CODE_NR * 4 / q->lane_step, .first = k0 == 0, .ldc = t->ldc};
+        k.group = CODE_NR * KC * 4, k.groups = (count + CODE_NR - 1) / CODE_NR;
         for (int64_t m = 0; m < t->rows; m += MR)
             NAME(blocks)(t, q->decoded, &k, k0, (const char *)decoded, r, m, c);
     }

@@ -70,9 +70,14 @@ struct call {
     int64_t threads;
 };
 
+struct ahead { /* what is prefetched: n-th of the rows at once, s-th step: at + n * row + s * step; NULL: nothing */
+    const char *at;
+    int64_t row, step, past_l2; /* past_l2: to L1 alone */
+};
+
 struct walk { /* one pass over W; strides in bytes */
     int64_t row, step, group, groups, steps, ldc, first;
-    int64_t ahead; /* how far to prefetch, 0 = not */
+    struct ahead ahead;
 };
 
 /* acc[m] = acc[m] * shrink[m] + sum over j < keys of share[m][j] * v[j], key after key. */
@@ -121,6 +126,14 @@ char *moe_scratch(size_t size);
 #endif
 
 SCALAR int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* What `num` rows at `from` prefetch step after step: the same columns `bytes` later (the hardware loses streams at
+ * pages); or, where weights go past L2, what lies there line after line, in the order that memory is fastest in. What is
+ * beyond the end of the tile goes to L2, as another tile may be between. */
+SCALAR struct ahead ahead_of(const char *from, const char *end, int64_t bytes, int64_t row, int64_t num, int64_t step) {
+    if (!moe_past_l2) return (struct ahead){from + bytes, row, step, 0};
+    return (struct ahead){from + bytes, step, num * step, from + bytes + num * row <= end};
+}
 
 /* The next `size` bytes, aligned to a cache line. */
 SCALAR void *take(uintptr_t *at, int64_t size) {

@@ -44,14 +44,14 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_lanes)(int mr,
 #endif
 }
 
-/* c[m][n] (+)= sum over `steps` of x row m times w row n, for `groups` groups of NR rows of w. past_l2: prefetches so.
+/* c[m][n] (+)= sum over `steps` of x row m times w row n, for `groups` groups of NR rows of w. past_l2: of k->ahead.
  * x: [steps][1, or 2 of bf16][mr][16] floats. w: row n of step s begins at w + n * row + s * step bytes. */
 static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int kind, int past_l2, const float *x0,
                                                                     const char *w0, const struct walk *k, float *c) {
-    int64_t row = k->row, step = k->step, ldc = k->ldc, ahead = k->ahead;
+    int64_t row = k->row, step = k->step, ldc = k->ldc;
     for (int64_t g = 0; g < k->groups; g++, w0 += k->group, c += NR) {
         const float *x = x0;
-        const char *w = w0;
+        const char *w = w0, *ahead = k->ahead.at;
         VEC acc[MR][NR][SUB];
 #pragma GCC unroll 8
         for (int m = 0; m < mr; m++)
@@ -59,14 +59,14 @@ static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int
             for (int n = 0; n < NR; n++)
 #pragma GCC unroll 8
                 for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
-        for (int64_t s = 0; s < k->steps; s++, w += step) {
-            if (ahead)
+        for (int64_t s = 0; s < k->steps; s++, w += step, ahead += k->ahead.step) {
+            if (k->ahead.at)
 #pragma GCC unroll 8
                 for (int n = 0; n < NR; n++)
                     if (past_l2)
-                        __builtin_prefetch(w + n * row + ahead, 0, 0);
+                        __builtin_prefetch(ahead + n * k->ahead.row, 0, 0);
                     else
-                        __builtin_prefetch(w + n * row + ahead, 0, 2);
+                        __builtin_prefetch(ahead + n * k->ahead.row, 0, 2);
 #pragma GCC unroll 2
             for (int j = 0; j < 2; j++) {
                 if (j == 1 && kind != BF16) break;
@@ -104,7 +104,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int
 static TARGET void NAME(any_panel)(int64_t mr, int64_t kind, const float *x, const char *w, const struct walk *k,
                                    float *c) {
 #define PANEL(M, KIND)                        \
-    if (moe_past_l2)                          \
+    if (k->ahead.past_l2)                     \
         NAME(panel)(M, KIND, 1, x, w, k, c);  \
     else                                      \
         NAME(panel)(M, KIND, 0, x, w, k, c);
@@ -155,14 +155,17 @@ static TARGET void NAME(tile)(int order, const float *x, int64_t rows, const str
     int64_t kind = order == DOT ? NAME(dotted) : w->kind;
     base += n0 * w->row;
     struct walk k = {.row = w->row, .step = per_step * size, .ldc = ldc, .groups = 1};
+    int64_t ahead = NR * w->row > AHEAD ? NR * w->row : AHEAD;
     for (int64_t n = 0; n < straight; n += NR)
         for (int64_t k0 = 0; k0 < w->k; k0 += KC) {
             k.steps = least(KC, w->k - k0) / per_step, k.first = k0 == 0;
             for (int64_t m = 0; m < rows; m += MR) {
                 int64_t mr = least(MR, rows - m);
                 const float *from = x + (m * vectors + vectors_of(order, k0) * mr) * LANES;
-                k.ahead = m ? 0 : NR * w->row > AHEAD ? NR * w->row : AHEAD; /* the hardware loses streams at pages */
-                NAME(any_panel)(mr, kind, from, base + n * w->row + k0 * size, &k, c + m * ldc + n);
+                const char *row = base + n * w->row;
+                k.ahead = m ? (struct ahead){0} : ahead_of(row, base + count * w->row, ahead, w->row, NR, k.step);
+                if (k.ahead.at) k.ahead.at += k0 / per_step * k.ahead.step;
+                NAME(any_panel)(mr, kind, from, row + k0 * size, &k, c + m * ldc + n);
             }
         }
     if (straight == count) return;
