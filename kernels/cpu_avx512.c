@@ -10,7 +10,7 @@
 #ifdef WITH_DOT
 #define NAME(x) moe_avx512_dot_##x
 #define ISA "avx512_dot"
-#define TARGET __attribute__((target(AVX512 ",avx512bf16")))
+#define TARGET __attribute__((target(AVX512 ",avx512bf16,avx512vbmi")))
 #define VDOT(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
 /* Nibbles j and, above it, 4 + j of each lane as bf16; the lookup takes 5 bits, of which the highest is another nibble's. */
 #define VNIBBLES(p, j, table)                                                                                   \
@@ -18,6 +18,8 @@
                                                  _mm512_castps_si512(table)))
 #define DOT_TABLE(from) NAME(dot_table)(from)
 #define VLESS_ZERO(p, j, zero) NAME(less_zero)(p, j, zero)
+#define E4M3_TABLES(to) NAME(e4m3_tables)(to)
+#define VLINE_E4M3(p, lookup, to) NAME(line_e4m3)(_mm512_loadu_si512(p), lookup, to)
 /* Floats that are exact in bf16 as such, two to a lane. */
 #define VTWO(low, high) \
     _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(high), _mm512_srli_epi32(_mm512_castps_si512(low), 16)))
@@ -125,6 +127,42 @@ SCALAR TARGET VEC NAME(byte_e4m3)(const char *p, int half, int u) { /* u is 0; h
 SCALAR TARGET VEC NAME(byte_int8)(const char *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
 }
+
+#ifdef WITH_DOT
+/* The lower bytes in bf16 of e4m3's codes 0 to 127, then the upper ones. */
+SCALAR TARGET void NAME(e4m3_tables)(VEC to[4]) {
+    char code[128];
+    __m512i word[4], even = _mm512_setzero_si512();
+    for (int i = 0; i < 128; i++) code[i] = (char)i;
+    for (int i = 0; i < 4; i++) {
+        const char *p = code + 32 * i;
+        word[i] = (__m512i)_mm512_cvtne2ps_pbh(NAME(byte_e4m3)(p, 2, 0), NAME(byte_e4m3)(p, 1, 0));
+    }
+    for (int i = 0; i < 64; i++) ((char *)&even)[i] = (char)(2 * i);
+    __m512i odd = _mm512_add_epi8(even, _mm512_set1_epi8(1));
+    for (int i = 0; i < 2; i++) {
+        to[i] = _mm512_castsi512_ps(_mm512_permutex2var_epi8(word[2 * i], even, word[2 * i + 1]));
+        to[2 + i] = _mm512_castsi512_ps(_mm512_permutex2var_epi8(word[2 * i], odd, word[2 * i + 1]));
+    }
+}
+
+/* 64 codes of e4m3 as bf16, of each 32 in lane l: l, above it l + 16. Lookups take 7 bits; the sign is the code's. */
+SCALAR TARGET void NAME(line_e4m3)(__m512i codes, const VEC *lookup, VEC to[2]) {
+    static const uint8_t order[64] = { /* from which unpacking makes that */
+        0,  16, 1,  17, 2,  18, 3,  19, 32, 48, 33, 49, 34, 50, 35, 51, 4,  20, 5,  21, 6,  22,
+        7,  23, 36, 52, 37, 53, 38, 54, 39, 55, 8,  24, 9,  25, 10, 26, 11, 27, 40, 56, 41, 57,
+        42, 58, 43, 59, 12, 28, 13, 29, 14, 30, 15, 31, 44, 60, 45, 61, 46, 62, 47, 63,
+    };
+    __m512i table[4];
+    for (int i = 0; i < 4; i++) table[i] = _mm512_castps_si512(lookup[i]);
+    codes = _mm512_permutexvar_epi8(_mm512_loadu_si512(order), codes);
+    __m512i low = _mm512_permutex2var_epi8(table[0], codes, table[1]);
+    __m512i high = _mm512_permutex2var_epi8(table[2], codes, table[3]);
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xd8); /* codes where 1 */
+    to[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high));
+    to[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
+}
+#endif
 
 SCALAR TARGET __m128 NAME(fold)(VEC v) {
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

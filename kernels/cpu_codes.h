@@ -43,6 +43,7 @@ struct NAME(codes) { /* what all rows of a matrix have in common */
     int64_t per_span, floats; /* scales from span to span; of a row */
     int64_t lane_step;        /* elements of x in a lane of a vector: 2 in DOT8 and DOT16, else 1 */
     int32_t lane[LANES];      /* EIGHTS: which of a span's scales is this lane's */
+    VEC lookup[4];            /* DOT16: bytes of what e4m3's codes are in bf16 */
 };
 
 struct NAME(rows) { /* of CODE_NR rows of W: a scale (EIGHTS: up to 8) a span, zero points likewise, values of nibbles */
@@ -79,6 +80,16 @@ SCALAR TARGET VEC NAME(two_values)(int code, int has_zero, const char *p, int64_
     return VTWO(low, high);
 }
 
+/* The j-th and the next, of bytes a line. lookup: of e4m3. */
+SCALAR TARGET void NAME(four_values)(int code, int has_zero, const char *p, int64_t j, VEC zero, TABLE table,
+                                     const VEC *lookup, VEC to[2]) {
+    (void)lookup;
+    if (code == NAME(dot_e4m3))
+        VLINE_E4M3(p + 2 * j * LANES, lookup, to);
+    else
+        for (int i = 0; i < 2; i++) to[i] = NAME(two_values)(code, has_zero, p, j + i, zero, table);
+}
+
 static inline __attribute__((always_inline)) TARGET VEC NAME(of_span)(int by_lane, const float *from,
                                                                      const int32_t *lane, int u) {
     return by_lane ? VPICK(from, lane + u * WIDTH) : VSET(*from);
@@ -90,7 +101,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
                                                                        int64_t vectors,
                                                                        const struct NAME(rows) *r, const int32_t *lane,
                                                                        int64_t at, struct ahead *ahead, int in_pairs,
-                                                                       const TABLE *table,
+                                                                       const TABLE *table, const VEC *lookup,
                                                                        VEC acc[MR][CODE_NR][SUB]) {
     const int some = code == E4M3 ? 1 : CODE_SUB; /* as many sums at once as hide how long one takes */
     for (int u0 = 0; u0 < SUB; u0 += some) {
@@ -126,13 +137,15 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
         ahead->at += ahead->step;                                    \
     }
         int64_t j = 0;
-#define TWO(j)                                                                                                       \
-    UNROLL(8)                                                                                                        \
-    for (int n = 0; n < CODE_NR; n++) {                                                                              \
-        VEC value = NAME(two_values)(code, has_zero, w + n * row, (j), zero[n][0], table[n]);                        \
-        (void)value; /* of sets without VDOT */                                                                      \
-        UNROLL(8)                                                                                                    \
-        for (int m = 0; m < mr; m++) sum[m][n][0] = VDOT(sum[m][n][0], VLOAD(x + ((j) * mr + m) * LANES), value);    \
+#define ADD_DOT(j, value)                   \
+    UNROLL(8)                               \
+    for (int m = 0; m < mr; m++) sum[m][n][0] = VDOT(sum[m][n][0], VLOAD(x + ((j) * mr + m) * LANES), value);
+#define TWO(j)                                                                                                \
+    UNROLL(8)                                                                                                 \
+    for (int n = 0; n < CODE_NR; n++) {                                                                       \
+        VEC value = NAME(two_values)(code, has_zero, w + n * row, (j), zero[n][0], table[n]);                  \
+        (void)value; /* of sets without VDOT */                                                               \
+        ADD_DOT(j, value)                                                                                       \
     }
         if (code > NAME(decoded) && by_lane) {
             if (code == NAME(dot_nibble)) { PREFETCH }
@@ -142,7 +155,12 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
             int64_t i = 0;
             for (; i + 2 <= vectors / 2; i += 2) {
                 if (code != NAME(dot_decoded)) { PREFETCH }
-                TWO(i) TWO(i + 1)
+                UNROLL(8)
+                for (int n = 0; n < CODE_NR; n++) {
+                    VEC value[2];
+                    NAME(four_values)(code, has_zero, w + n * row, i, zero[n][0], table[n], lookup, value);
+                    ADD_DOT(i, value[0]) ADD_DOT(i + 1, value[1])
+                }
             }
             if (i < vectors / 2) { TWO(i) }
             j = vectors;
@@ -168,6 +186,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
 #undef PREFETCH
 #undef VECTOR
 #undef TWO
+#undef ADD_DOT
         UNROLL(4)
         for (int u = 0; u < some; u++)
             UNROLL(8)
@@ -186,6 +205,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
                                                                          const char *w0, const struct NAME(rows) *r,
                                                                          int64_t at0, float *c) {
     int64_t row = k->row, step = k->step, per_span = q->per_span, whole = q->span / LANES;
+    const VEC lookup[4] = {q->lookup[0], q->lookup[1], q->lookup[2], q->lookup[3]};
     for (int64_t g = 0; g < k->groups; g++, w0 += k->group, r++, c += CODE_NR) {
         const float *x = x0;
         const char *w = w0;
@@ -210,7 +230,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
             for (int64_t vectors; some > 0; some -= vectors, w += step, at += per_span) {
                 vectors = by_lane ? 8 : least(whole, some);
                 NAME(add_span)(mr, code, has_zero, by_lane, x, w, row, vectors, r, q->lane, at, &ahead, q->in_pairs, table,
-                               acc);
+                               lookup, acc);
                 x += vectors * mr * LANES / (code > NAME(decoded) ? 2 : 1);
             }
             SUM_CODES(mr, acc, c, k->ldc, first);
@@ -271,13 +291,14 @@ static TARGET void NAME(any_code_panel)(int64_t mr, int code, const struct NAME(
 
 /* ---- scales and zero points ---- */
 
-static struct NAME(codes) NAME(codes_of)(int order, const struct matrix *w) {
+static TARGET struct NAME(codes) NAME(codes_of)(int order, const struct matrix *w) {
     const struct coding *q = &w->coding;
     int nibbles = is_nibble(q);
     struct NAME(codes) p = {.w = w, .by_lane = nibbles, .code = nibbles && !HAS_NIBBLES ? LUT4 : (int)q->code};
     if (order >= DOT) p.code = nibbles ? NAME(dot_nibble) : q->code == E4M3 ? NAME(dot_e4m3) : NAME(dot_int8);
     p.decoded = order >= DOT ? NAME(dot_decoded) : NAME(decoded), p.lane_step = order >= DOT ? 2 : 1;
     p.in_pairs = order == HALVES || order == DOT16;
+    if (order == DOT16 && q->code == E4M3) E4M3_TABLES(p.lookup);
     p.bits = nibbles ? 4 : 8, p.unit = nibbles ? 8 * LANES : p.in_pairs ? 2 * LANES : LANES, p.span = nibbles ? p.unit : KC, p.floats = 1;
     if (q->columns >= w->k) return p; /* one group: nothing moves from span to span */
     if (!nibbles) p.span = least(q->columns & -q->columns, KC);

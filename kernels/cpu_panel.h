@@ -2,7 +2,8 @@
  *
  * The includer defines NAME(x), ISA (a string), TARGET, VEC, WIDTH (floats in a VEC), VZERO, VLOAD, VLOAD_ODD and VLOAD_EVEN
  * (the odd and the even of 2 * WIDTH bf16), VLOAD_BF16, VLOAD_F16, VFMA, MR, NR (rows of x and of W in a register block) and, where it
- * has them, SUM_BLOCK (a faster sum of lanes), VDOT (vdpbf16ps), VNIBBLES, DOT_TABLE, VTWO and VLESS_ZERO (cpu_codes.h). The order of sums: cpu_experts.h.
+ * has them, SUM_BLOCK (a faster sum of lanes), VDOT (vdpbf16ps), VNIBBLES, DOT_TABLE, VTWO, VLESS_ZERO,
+ * VLINE_E4M3 and E4M3_TABLES (cpu_codes.h). The order of sums: cpu_experts.h.
  */
 
 #define SUB (LANES / WIDTH) /* vectors that make up 16 lanes */
@@ -13,6 +14,8 @@
 #define VDOT(sum, a, b) (sum) /* never reached, nor are these */
 #define VNIBBLES(p, j, table) VZERO
 #define VTWO(low, high) VZERO
+#define VLINE_E4M3(p, lookup, to) (to)[0] = (to)[1] = VZERO
+#define E4M3_TABLES(to) (void)0
 #define VLESS_ZERO(p, j, zero) VZERO
 #define DOT_TABLE(from) NAME(table_at)(from)
 #endif

@@ -75,7 +75,8 @@ static void find_sets(void) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    int dot = avx512 && __builtin_cpu_supports("avx512bf16"), is_faster = dot && dot_is_faster();
+    int dot = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    int is_faster = dot && dot_is_faster();
     if (dot && is_faster) sets[n++] = &moe_avx512_dot_kernels;
     if (avx512) sets[n++] = &moe_avx512_kernels;
     if (dot && !is_faster) sets[n++] = &moe_avx512_dot_kernels;
