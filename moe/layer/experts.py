@@ -91,6 +91,7 @@ def kernel_notes(name: KernelName, layers: Sequence[ExpertWeights], dtype: torch
 
 
 _FILLED = 8  # experts at a time
+_MOST_TRIES = 16  # in which none comes: what cannot be read, and nobody has asked for, is left alone
 
 
 class SlotExperts:
@@ -128,7 +129,7 @@ class SlotExperts:
         self._plan = None if self.parallel is None else self.parallel.plan
         own = None if self.parallel is None else self.parallel.hosted
         self.cache.unpin()
-        self._fills = self.cache.map.num_fills
+        self._fills, self._tries = self.cache.map.num_fills, 0
         pinned: DeviceSlots | DeviceCache | None = None
         if not self.cache.map.num_lacking(own):
             pinned = self.cache.pin(own)
@@ -165,10 +166,11 @@ class SlotExperts:
         cache = self.cache
         if self.parallel is not None or cache.pinned is not None or cache.can_evict:
             return
+        self._tries += 1
         if at_once:
             cache.preload()
             self.settle()
-        elif cache.num_readers and not cache.ahead.is_reading:
+        elif cache.num_readers and not cache.ahead.is_reading and self._tries <= _MOST_TRIES:
             for layer, experts in cache.map.absent(_FILLED):
                 cache.prefetch(layer, experts)
 

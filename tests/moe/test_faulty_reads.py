@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, product, repeat
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -63,15 +63,18 @@ _preadv = os.preadv
 
 
 def faulty(monkeypatch, faults):
-    """Every store's reads act first; a short one is a file's."""
-    for kind in (FileStore, MmapStore, RamStore):
-        real = kind.read_into
+    """Every store's reads act first, whole and in parts; a short one is a file's."""
 
-        def read_into(self, layer, expert, out, real=real):
+    def acts_first(real):
+        def read(self, layer, expert, out):
             faults.act()
             return real(self, layer, expert, out)
 
-        monkeypatch.setattr(kind, "read_into", read_into)
+        return read
+
+    for kind, name in product((FileStore, MmapStore, RamStore), ("read_into", "read_parts")):
+        if hasattr(kind, name):
+            monkeypatch.setattr(kind, name, acts_first(getattr(kind, name)))
     monkeypatch.setattr(os, "preadv", faults.preadv)
 
 

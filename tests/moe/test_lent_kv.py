@@ -4,6 +4,7 @@ moves when sequences need KV, and back when they have ended."""
 import errno
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -321,3 +322,30 @@ def test_where_each_expert_has_a_slot_all_are_read_and_stay(said, memory, reader
             experts.cache.ahead.finish()
         assert isinstance(experts.runner, Resident) == bool(readers)
         assert tokens_of(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == said
+
+
+def test_what_cannot_be_read_and_nobody_asks_for_is_left_alone(monkeypatch):
+    """Until slots change: then it is tried again."""
+    monkeypatch.setattr(assemble, "free_room", lambda *_: 15 << 20)
+    monkeypatch.setattr(device, "free_memory", lambda *_: 15 << 20)
+    with LLM(TINYMOE, EngineConfig(threads=1, offload=OffloadConfig(prefetch="off", readers=2))) as llm:
+        experts, cache = llm.engine.experts, llm.engine.experts.cache
+        cache.unpin()
+        cache.map.evict(np.array([37, 90]))
+        experts.settle()
+        assert experts.runner is experts.waves
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(["fail"] * 1000)
+            faulty(patch, faults)
+            for _ in range(100):
+                experts.fill()
+                cache.ahead.finish()
+            assert faults.done["fail"] == 2 * 16
+        experts.fill()
+        assert not cache.ahead.is_reading
+        experts.settle()
+        experts.fill()
+        cache.ahead.finish()
+        cache.check()
+        experts.settle()
+        assert isinstance(experts.runner, Resident)
