@@ -32,7 +32,8 @@ def load_helper() -> ctypes.CDLL | None:
     try:
         if not files:
             raise OSError(
-                f"no _line*.so in {folder}; it is compiled at installation, which needs gcc or clang and Linux"
+                f"no _line*.so in {folder}; it is compiled at installation (of a checkout: pip install -e .), "
+                "which needs gcc or clang and Linux"
             )
         helper = ctypes.CDLL(str(files[0]))
         if not hasattr(helper, "moe_line_head"):

@@ -42,7 +42,10 @@ def load_helper() -> ctypes.CDLL | None:
     files = sorted(folder.glob("_cpu_experts*.so"))
     try:
         if not files:
-            raise OSError(f"no _cpu_experts*.so in {folder}; it is compiled at installation, which needs gcc or clang")
+            raise OSError(
+                f"no _cpu_experts*.so in {folder}; it is compiled at installation (of a checkout: pip install -e .), "
+                "which needs gcc or clang"
+            )
         helper = ctypes.CDLL(str(files[0]))  # after `import torch`: its OpenMP runtime must be there
         sizes = {
             "moe_cpu_abi": (_LAYER, _CALL),

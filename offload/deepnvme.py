@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
 from moe.offload.integrity import CheckReads, ReadCheck
 from moe.offload.layout import ALIGNMENT
@@ -40,8 +39,12 @@ class Handle(Protocol):
 
 def is_built() -> bool:
     """Whether DeepSpeed is there and its operator was compiled before: loading it then takes seconds."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return find_spec("deepspeed") is not None and any(Path(root).rglob("async_io.so"))
+    if find_spec("deepspeed") is None:
+        return False
+    from torch.utils.cpp_extension import get_default_build_root  # warns where there is nvcc and no GPU
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return any(Path(root).rglob("async_io.so"))
 
 
 def aio_handles() -> Callable[[], Handle]:

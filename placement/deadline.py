@@ -1,10 +1,14 @@
 """One end of time for all parts of a search, by one clock, which tests replace by a counter."""
 
 import ctypes
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from math import inf
+from types import FrameType
 
 ASK = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 
@@ -83,14 +87,34 @@ class Pace:
     def __init__(self, deadline: Deadline, planned: int) -> None:
         self.planned = planned
         self._deadline, self._began = deadline, deadline.left()
-        self._call = ASK(self._allowed)
+        self._call, self._is_interrupted = ASK(self._allowed), False
 
     @property
     def address(self) -> int:
         """For compiled code; 0 where time has no end. Valid as long as this object lives."""
         return 0 if self._deadline.until == inf else ctypes.cast(self._call, ctypes.c_void_p).value or 0
 
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Inside, compiled code may ask. Ctrl-C ends its search, and is what it always is when the block ends: an
+        exception where compiled code asks would be printed and lost, and the answer be any number."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._note_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self._is_interrupted:
+            signal.raise_signal(signal.SIGINT)
+
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._is_interrupted = True
+
     def _allowed(self, done: int) -> int:
+        if self._is_interrupted:
+            return done
         left = self._deadline.left()
         spent = self._began - left
         allowed = self.planned

@@ -24,7 +24,10 @@ def load_helper() -> ctypes.CDLL | None:
     files = sorted(folder.glob("_placement*.so"))
     try:
         if not files:
-            raise OSError(f"no _placement*.so in {folder}; it is compiled at installation, which needs gcc or clang")
+            raise OSError(
+                f"no _placement*.so in {folder}; it is compiled at installation (of a checkout: pip install -e .), "
+                "which needs gcc or clang"
+            )
         helper = ctypes.CDLL(str(files[0]))
         try:
             parts = (helper.moe_anneal_abi, helper.moe_assign_abi, helper.moe_best_swaps_abi, helper.moe_serve_abi)

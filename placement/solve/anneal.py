@@ -124,7 +124,8 @@ def anneal(
         *ids.shape, experts, ranks, slots, seed, price.home_first, *schedule.packed(pace), price.pair, caps.load,
         PENALTY, *(a.ctypes.data for a in (moments, ids, at, masks)),
     )  # fmt: skip
-    cost = float(helper.moe_anneal(problem))
+    with pace.asked():
+        cost = float(helper.moe_anneal(problem))
     if cost < 0:
         raise MemoryError(f"annealing {len(ids)} tokens needs about {60 * ids.size} bytes; fit on fewer tokens")
     return (masks[:, None] >> np.arange(ranks, dtype=np.uint64) & np.uint64(1)).astype(bool), cost

@@ -110,7 +110,8 @@ def anneal_assignment(
         tokens, top, num_ranks * places, num_ranks, places, nodes, seed, options.node_weight, limits.cap, CAP_PRICE,
         limits.moment_cap, *schedule.packed(pace), *(a.ctypes.data for a in arrays),
     )  # fmt: skip
-    cost = float(helper.moe_assign(call))
+    with pace.asked():
+        cost = float(helper.moe_assign(call))
     if cost < 0:
         raise MemoryError(f"placing {tokens} tokens needs about {tokens * experts // 8} bytes; fit on fewer tokens")
     ranks_of = np.repeat(np.arange(num_ranks), places)

@@ -1,6 +1,8 @@
 """One limit on time, kept by every solver: clocks that count looks instead of seconds."""
 
 import itertools
+import signal
+import traceback
 
 import numpy as np
 import pytest
@@ -60,6 +62,26 @@ def test_the_pace_leaves_time_for_a_whole_schedule():
     now[0] = 10.0
     assert ask(420) == 420
     assert Pace(Deadline(), 7).address == 0
+
+
+@pytest.mark.parametrize("slots", [None, 6])
+def test_ctrl_c_while_compiled_code_searches_ends_it(slots, caplog):
+    """The clock is looked at inside the search, and the signal comes there: an exception there would be lost."""
+    looks, before, asked = itertools.count(), signal.getsignal(signal.SIGINT), []
+
+    def clock() -> float:
+        if "_allowed" in {frame.name for frame in traceback.extract_stack(limit=4)}:
+            asked.append(1)
+            if len(asked) == 2:
+                signal.raise_signal(signal.SIGINT)
+        return next(looks) / 1e6 + 50 * (len(asked) > 2)  # a search that goes on ends, too
+
+    options = CopyOptions(rounds=10**5, seconds=Deadline(100.0, clock))
+    plan = solve_copies(topic_trace(600, 5, 16, 4), 4, slots_per_rank=slots, options=options)
+    assert plan.num_ranks == 4
+    assert [record.message for record in caplog.records] == ["interrupted: this is the best plan so far"]
+    assert len(asked) == 2
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("slots", [None, 6])
