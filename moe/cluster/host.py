@@ -93,7 +93,7 @@ class ExpertHost:
 
     def _beat(self, said: Sequence[Said]) -> Beat:
         placed = 0 if self._placed is None else self._placed.number
-        return Beat(self._steps, 0 if self._pool is None else self._pool.num_available, placed, said)
+        return Beat(self._steps, 0 if self._pool is None else self._pool.num_to_have, placed, said)
 
     def leave(self, generation: int) -> None:
         """All ranks end this generation after the step that they are in."""
@@ -138,6 +138,7 @@ class ExpertHost:
                 raise LostPeer("the generation ended while its ranks met", generation=order.generation)
             self.engine.join(groups, order.plan)
             has_joined = True
+            self._pool = self.engine.scheduler.pool
             seconds["join"] = time.perf_counter() - started - seconds["meet"]
             self._run(order.generation, seconds)
             leave_groups(groups)

@@ -223,16 +223,14 @@ def _moving_split(
 def _lent_kv(read: Read, dense: Dense, memory: Memory, experts: Experts, share: Share | None) -> LentKV | None:
     """Where nobody said what experts may take, and they would take more."""
     slots, runner = experts.slots, memory.runner
-    if slots is None or share is not None or read.device.type != "cpu" or read.config.offload.budget is not None:
+    if slots is None or read.device.type != "cpu" or read.config.offload.budget is not None:
         return None
     if why_not_split(read.blueprint, dense.is_packed) is not None or not slots.cache.map.num_lacking():
         return None
     assert isinstance(runner, PackedRunner), "why_not_split has refused others"
-    sizes = sizes_of(read.blueprint, read.config.batch, dense.tried.kv_bytes, dense.vocabulary)
-    sizes = sizes._replace(expert_bytes=slots.cache.slot_sizes)
     runner.kv.prepare(dense.tried.kv)  # addresses only
     both = runner.kv.taken_by(runner.kv.pool.room) + slots.cache.slot_bytes
-    return LentKV(OneMemory(sizes, both, memory.scheduler, runner.kv, slots))
+    return LentKV(OneMemory(both, memory.scheduler, runner.kv, slots), meets=share is not None)
 
 
 def _settle_threads(read: Read, runner: Runner, is_alone: bool) -> AutoChoice | None:

@@ -21,7 +21,7 @@ from moe.config import EngineConfig
 from moe.engine.assemble import Loaded, load, read_model
 from moe.engine.choices import AutoChoice
 from moe.engine.coherent import CoherentRunner
-from moe.engine.join import Decisions, Place, forget_host_copy, join, share_of, shareable_shape, stay_alone
+from moe.engine.join import Decisions, Place, forget_host_copy, join, settle, share_of, shareable_shape, stay_alone
 from moe.engine.layer_major import Workload
 from moe.engine.lent_kv import LentKV
 from moe.engine.limits import Limits
@@ -117,7 +117,7 @@ class Engine:
                 self.place = self._place_in(groups, plan, decisions)
         finally:
             self._go_on_with(open_requests, before)
-            self._promise.renew(bytes_to_come(self.loaded, self.scheduler.pool))
+            self._promise.renew(settle(self.loaded, self.place))
 
     def _place_in(self, groups: Groups, plan: Plan | None, decisions: Decisions | None) -> Place:
         shape = shareable_shape(self.blueprint)
@@ -289,7 +289,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             blocks=pool.room,
-            free_blocks=pool.room - pool.num_used,
+            free_blocks=pool.num_to_have,
             slots=cache.num_slots if cache else 0,
             experts=self.blueprint.num_experts,
             slot_bytes=cache.slot_bytes if cache else 0,

@@ -29,6 +29,7 @@ from moe.engine.runner import PackedRunner, make_paged_kv
 from moe.engine.scheduler import Scheduler
 from moe.engine.share import Share
 from moe.engine.to_come import bytes_to_come
+from moe.kernels.names import KernelName
 from moe.layer.experts import chosen_kernel
 from moe.layer.parallel import ExpertParallel
 from moe.models.blueprint import Blueprint
@@ -118,6 +119,13 @@ def stay_alone(loaded: Loaded) -> Place:
     return Place(mode, None, Decisions(), ())
 
 
+def settle(loaded: Loaded, place: Place) -> int:
+    """What KV does not use is lent alone, too; among ranks it has been. Returns the bytes that are still to come."""
+    if place.parallel is None and isinstance(loaded.split, LentKV):
+        loaded.split.use()
+    return bytes_to_come(loaded, place.mode.scheduler.pool)
+
+
 def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None = None) -> Place:
     """Takes this rank's place in a generation. A collective: all its ranks must call, with the same arguments.
 
@@ -131,8 +139,6 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
     parallel = ExpertParallel(groups, plan, wire, parallel_config.broadcast_tokens)
     control = Control(groups)
     notes = []
-    if isinstance(loaded.split, LentKV):  # of a process alone: KV has all that it may beside ranks
-        loaded.split.make_room(loaded.memory.scheduler.pool.room)
     if is_hierarchical and not groups.is_even:
         notes.append(f"nodes {groups.nodes} have unequal numbers of ranks: tokens go in one step, not in two")
     if decisions is None:
@@ -141,7 +147,7 @@ def join(loaded: Loaded, groups: Groups, plan: Plan, decisions: Decisions | None
     with ExitStack() as undo:
         undo.callback(slots.use_ranks, None)
         slots.use_ranks(parallel)
-        notes += _fill_slots(loaded, parallel)
+        notes += _fill_slots(loaded, parallel, lends=_lends(loaded, parallel, decisions))
         mode = (_coherent_mode if decisions.is_coherent else _ranks_mode)(loaded, parallel, control, decisions)
         undo.callback(mode.close)
         notes += _offer_single_launch(loaded, parallel, control, decisions)
@@ -155,10 +161,22 @@ def _home(config: ParallelConfig) -> DispatcherName:
     return "hierarchical" if config.dispatcher == "hierarchical" else "all_to_all"
 
 
-def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
+def _lends(loaded: Loaded, parallel: ExpertParallel, decisions: Decisions) -> bool:
+    """Whether a rank may lend KV's memory to slots, and take slots back."""
+    kernel = chosen_kernel(loaded.read.config.kernel, loaded.read.device)
+    # Coherent ranks must have equal KV; a launch over ranks needs what is in slots to stay there.
+    return not decisions.is_coherent and not (_is_launch(kernel) and parallel.groups.world_size > 1)
+
+
+def _is_launch(kernel: KernelName) -> bool:
+    """Whether one launch over all ranks may serve a step."""
+    return kernel in ("single_launch", "measured")
+
+
+def _fill_slots(loaded: Loaded, parallel: ExpertParallel, *, lends: bool) -> Sequence[str]:
     """As many slots as the budget buys of this rank's share, where that is more than there are; filled if all fit.
 
-    Returns what a user should know.
+    lends: as of `LentKV.use`. Returns what a user should know.
     """
     slots, read = loaded.experts.slots, loaded.read
     assert slots is not None
@@ -170,6 +188,8 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel) -> Sequence[str]:
     of_model = sizes_of(read.blueprint, read.config.batch, loaded.dense.tried.kv_bytes, loaded.dense.vocabulary)
     free = free_room(read.device, read.config, of_model, Sharers.of(parallel.groups)) - to_come
     most = min(max(cache.num_slots, slots_within(cache.slot_bytes + max(0, free), sizes, counts)), cache.map.room)
+    if isinstance(loaded.split, LentKV):
+        loaded.split.use(max(0, free), lends=lends)
     budget = read.config.offload.budget
     wanted = num_own
     if budget is not None and not read.blueprint.index.is_mixed:  # those have a slot each
@@ -251,7 +271,7 @@ def _ranks_mode(loaded: Loaded, parallel: ExpertParallel, control: Control, deci
         hidden_size=loaded.read.blueprint.index.sites[0].hidden_size,
         dtype=loaded.dense.model.dtype,
         online=_online(loaded, parallel, control),
-        split=None if isinstance(loaded.split, LentKV) else loaded.split,
+        split=loaded.split,
         upgrades=loaded.experts.upgrades,
     )
 
@@ -303,7 +323,7 @@ def _offer_single_launch(
     """
     config, slots, weights = loaded.read.config, loaded.experts.slots, loaded.experts.weights
     kernel, num_ranks = chosen_kernel(config.kernel, loaded.read.device), parallel.groups.world_size
-    if slots is None or num_ranks == 1 or kernel not in ("single_launch", "measured"):
+    if slots is None or num_ranks == 1 or not _is_launch(kernel):
         return []
     from moe.layer.single_launch import RankLaunch, why_not_single_launch  # triton is an optional extra on the CPU
 

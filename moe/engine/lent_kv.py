@@ -10,10 +10,11 @@ slots' sake; and slots never have fewer than beside that.
     shrinks  every `PERIOD` steps to the most that was needed in them, if slots gain a `LEAST_GAIN` of theirs, or become
              one for each expert: those that lack are then read meanwhile
 
-Costs a sum over the running sequences a step; when the border moves, what one_memory.py says.
+Costs a sum over the running sequences a step; when the border moves, what one_memory.py says. Among ranks that have
+requests of their own each moves its own border, and asks nobody; a coherent run, whose ranks must have equal KV, lends
+none.
 """
 
-from bisect import bisect_right
 from itertools import islice
 
 from moe.engine.one_memory import OneMemory, SplitStats
@@ -27,22 +28,37 @@ ENOUGH = 8  # prompts that must have come without, before it is held for worthle
 
 
 class LentKV:
-    """Of a process alone. `step` must be called before each step is planned."""
+    """Of one process, alone and in one generation of ranks after another. `step` must be called before each step is
+    planned. meets: it is about to join ranks; KV has all that it may until then."""
 
-    def __init__(self, one: OneMemory) -> None:
+    def __init__(self, one: OneMemory, *, meets: bool) -> None:
         self.one = one
+        self.lends = False
         self.keeps = True  # whether blocks of ended sequences are worth their memory
         self._steps = self._most = 0
         self._begun = self._counted()
-        self._take(0)
-        one.experts.fill(at_once=True)
+        if not meets:
+            self.use()
+            one.experts.fill(at_once=True)
 
     @property
     def stats(self) -> SplitStats:
         return self.one.stats
 
+    def use(self, more: int = 0, *, lends: bool = True) -> None:
+        """From here on the slots are for the experts that this process has now, alone or among ranks.
+
+        more: bytes that both have beside what they had, as far as they can use them. lends: whether slots may have
+        memory of KV.
+        """
+        self.one.memory = max(self.one.memory, min(self.one.memory + more, self.one.most))
+        self.lends = lends
+        self._take(self._needed()[1] if lends else self.one.kv.pool.room)
+
     def step(self) -> None:
         """Between two steps: KV gets what the next one needs, and from time to time slots what it does not."""
+        if not self.lends:
+            return
         needed, ahead = self._needed()
         if needed > self.one.kv.pool.num_blocks:
             self._take(ahead)
@@ -54,14 +70,14 @@ class LentKV:
     def make_room(self, blocks: int) -> None:
         """So many that nobody uses, or as many as there may be."""
         pool = self.one.kv.pool
-        if blocks > pool.num_available:
+        if self.lends and blocks > pool.num_available:
             self._take(pool.num_used + blocks)
 
     def _look(self) -> None:
         self._judge_kept()
-        slots = self.one.experts.cache.map
+        slots, own = self.one.experts.cache.num_slots, sum(self.one.experts.num_own)
         beside = self.one.slots_beside(min(self._most, self.one.kv.pool.room))
-        if beside >= slots.num_slots * (1 + LEAST_GAIN) or beside == slots.room > slots.num_slots:
+        if beside >= slots * (1 + LEAST_GAIN) or beside == own > slots:
             self._take(self._most)
         self._steps = self._most = 0
 
@@ -74,10 +90,9 @@ class LentKV:
 
     def _take(self, blocks: int) -> None:
         """So many blocks, and what is left of the memory beside whole slots."""
-        one, pool = self.one, self.one.kv.pool
-        slots = one.slots_beside(min(max(blocks, pool.num_used, 1), pool.room))
-        left = one.memory - one.sizes.slab(slots)
-        one.give(max(1, bisect_right(range(1, pool.room + 1), left, key=one.kv.taken_by)), slots)
+        pool = self.one.kv.pool
+        slots = self.one.slots_beside(min(max(blocks, pool.num_used, 1), pool.room))
+        self.one.give(self.one.blocks_beside(slots), slots)
 
     def _needed(self) -> tuple[int, int]:
         """Blocks at the next step, and some steps later."""
@@ -91,7 +106,7 @@ class LentKV:
 
     def _lacking(self, request: Request, more: int) -> int:
         tokens = len(request.tokens) + more
-        return max(0, -(-tokens // self.one.sizes.block_size) - len(request.blocks))
+        return max(0, -(-tokens // self.one.kv.pool.block_size) - len(request.blocks))
 
     def _counted(self) -> tuple[int, int, int]:
         scheduler = self.one.scheduler

@@ -139,7 +139,7 @@ class MovingSplit:
     ) -> None:
         self.shared, self.scheduler, self.kv, self.experts = shared, scheduler, kv, experts
         sizes = shared.sizes
-        self.one = OneMemory(sizes, shared.memory, scheduler, kv, experts)
+        self.one = OneMemory(shared.memory, scheduler, kv, experts)
         self.demand, self.lengths = Measured(sizes, own), AnswerLengths()
         self._seen: list[Request] = []
         self._put_back = 0

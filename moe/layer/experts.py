@@ -120,6 +120,11 @@ class SlotExperts:
             self.lookahead.use_ranks(parallel)
         self.settle()
 
+    @property
+    def num_own(self) -> list[int]:
+        """Experts of this rank, by layer; alone all of them."""
+        return self.cache.num_experts if self.parallel is None else [len(of) for of in self.parallel.hosted]
+
     def settle(self) -> None:
         """Chooses who runs from here on: `Resident` if all experts of this rank are in slots, which then stay there, or
         if the device can fetch them by itself.

@@ -55,6 +55,11 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - self.num_available
 
+    @property
+    def num_to_have(self) -> int:
+        """Blocks that no sequence uses, of all that there may ever be."""
+        return self.room - self.num_used
+
     def take(self, count: int) -> list[int]:
         """`count` blocks, each with one user. The caller has looked at `num_available`."""
         assert count <= self.num_available, (count, self.num_available)

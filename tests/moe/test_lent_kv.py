@@ -16,6 +16,7 @@ import moe.offload.cache as cache_module
 import moe.offload.slab as slab
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
 from moe.engine.lent_kv import LentKV
+from moe.engine.to_come import bytes_to_come
 from moe.evaluate import every_logit
 from moe.layer.runners import Resident
 from moe.llm import LLM
@@ -69,6 +70,7 @@ def check(llm: LLM) -> None:
     assert one.nbytes == state.slot_bytes + pool.num_blocks * BLOCK <= one.memory
     assert pool.num_used <= pool.num_blocks <= pool.room == state.blocks
     assert fixed_slots(llm) <= state.slots <= 96
+    assert bytes_to_come(engine.loaded, pool) <= one.memory
 
 
 @pytest.fixture(scope="module")
