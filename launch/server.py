@@ -9,9 +9,10 @@ import hmac
 import json
 import secrets
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,18 +117,36 @@ def make_server(app: FastAPI, limits: Limits, host: str, port: int) -> uvicorn.S
     a caller that reads no more would keep it for ever."""
     settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "http": _Protocol}
     settings["timeout_graceful_shutdown"] = limits.drain_seconds
-    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, **settings))
+    return _Server(uvicorn.Config(app, host=host, port=port, **settings))
 
 
 def serve_until_told(server: uvicorn.Server) -> None:
-    """Until SIGTERM or Ctrl-C, on the main thread. Returns: uvicorn raises the signal again when it has ended, which
-    would end the process before the model, its hosts and a recording are closed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    """Until SIGTERM or Ctrl-C, on the main thread; a second one cuts off what is open. Returns: uvicorn raises every
+    signal again when it has ended, which would end the process before the model, its hosts and a recording are closed,
+    and a second Ctrl-C while asyncio clears up."""
+
+    def end(*_: object) -> None:
+        server.should_exit = True  # of one that comes before uvicorn handles them itself
+
+    before = {one: signal.signal(one, end) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with suppress(KeyboardInterrupt):
-            server.run()
+        server.run()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's; told twice, it leaves callers and the app's own end as they are: the former are cut off, so that the
+    latter, which closes what was begun, waits for nobody."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, H11Protocol), connection
+                connection.transport.abort()
+            await self.lifespan.shutdown()
 
 
 class _Protocol(H11Protocol):

@@ -1,6 +1,7 @@
 """How a server begins and ends: a port that is taken, a thread that ends, a step that does not, SIGTERM, SIGKILL."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from moe.launch.cli import main
+from moe.launch.server import Limits, make_server, serve_until_told
 from moe.launch.uploads import only_server_of
 from moe.llm import LLM
 from moe.params import SamplingParams
@@ -132,3 +135,26 @@ def test_the_command_drains_and_a_restart_goes_on_with_its_batches(chat_model, t
         status = end(process, signal.SIGTERM)
     stalled.close()
     assert status == 0  # of its own accord: all was closed
+
+
+@pytest.mark.parametrize("told", [[signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGINT] * 3])
+def test_a_server_that_is_told_more_than_once_ends_without_a_traceback(told, capfd):
+    """The second cuts off what is open: the drain of 60 s is not waited for."""
+    server = make_server(FastAPI(), Limits(drain_seconds=60), "127.0.0.1", 0)
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+
+    def tell() -> None:
+        while not server.started:
+            time.sleep(0.01)
+        for one in told:
+            os.kill(os.getpid(), one)
+            time.sleep(0.05)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    try:
+        serve_until_told(server)
+    finally:
+        teller.join()
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert "Traceback" not in capfd.readouterr().err
