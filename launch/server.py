@@ -22,7 +22,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moe import __version__
@@ -164,14 +164,28 @@ class _Protocol(H11Protocol):
 
 
 class _Border:
-    """Refuses callers without the key and bodies that are too long, before anything of them is read."""
+    """Refuses callers without the key and bodies that are too long, before anything of them is read; tells those whom
+    the end of the server cuts off."""
 
     def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
         self.app, self.limits, self.api_key = app, limits, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = self._why_refused(Request(scope)) if scope["type"] == "http" else None
-        await (refused or self.app)(scope, receive, send)
+        begun = False
+
+        async def say(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await (refused or self.app)(scope, receive, say)
+        except asyncio.CancelledError:  # by uvicorn, after the drain; it logs a traceback of whatever is not caught
+            if scope["type"] != "http":
+                raise
+            if not begun:
+                await _refused(503, "the server ends", "server_error")(scope, receive, send)
 
     def _why_refused(self, request: Request) -> Response | None:
         path = request.url.path

@@ -1,5 +1,6 @@
 """How a server begins and ends: a port that is taken, a thread that ends, a step that does not, SIGTERM, SIGKILL."""
 
+import asyncio
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -17,7 +19,7 @@ import pytest
 from fastapi import FastAPI
 
 from moe.launch.cli import main
-from moe.launch.server import Limits, make_server, serve_until_told
+from moe.launch.server import Limits, _Border, make_server, serve_until_told
 from moe.launch.uploads import only_server_of
 from moe.llm import LLM
 from moe.params import SamplingParams
@@ -106,6 +108,7 @@ def test_the_command_drains_and_a_restart_goes_on_with_its_batches(chat_model, t
         process.send_signal(with_signal)
         _, said = process.communicate(timeout=400)
         assert PROMPT not in said
+        assert "Traceback" not in said
         return process.returncode
 
     port = 18000 + hash(str(tmp_path)) % 4000
@@ -157,4 +160,35 @@ def test_a_server_that_is_told_more_than_once_ends_without_a_traceback(told, cap
     finally:
         teller.join()
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_answer_that_the_end_cuts_off_is_told_so(capfd):
+    app, began = FastAPI(), threading.Event()
+    app.add_middleware(_Border, limits=Limits(), api_key=None)
+
+    @app.get("/wait")
+    async def wait() -> None:
+        began.set()
+        await asyncio.sleep(100)
+
+    server = make_server(app, Limits(drain_seconds=1), "127.0.0.1", 0)
+
+    def ask() -> httpx.Response:
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return httpx.get(f"http://127.0.0.1:{port}/wait", timeout=50)
+
+    def tell() -> None:
+        began.wait(50)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(2) as threads:
+        asked, told = threads.submit(ask), threads.submit(tell)
+        serve_until_told(server)
+        told.result()
+        answer = asked.result()
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "the server ends"
     assert "Traceback" not in capfd.readouterr().err
