@@ -56,9 +56,8 @@ def fit(args: argparse.Namespace) -> int:
         table.add_row(str(distance), *(f"{mean:.1%}" for mean in means))
     if recalls:
         out.print(table)
-    out.print(
-        f"{args.out}: {len(windows)} windows, every fifth kept apart to judge; foretells {forecast.kind}", markup=False
-    )
+    judged = "every fifth kept apart to judge" if recalls else "fewer than five: none is left to judge it by"
+    out.print(f"{args.out}: {len(windows)} windows, {judged}; foretells {forecast.kind}", markup=False)
     return 0
 
 

@@ -223,6 +223,8 @@ def test_the_commands(tmp_path, capsys):
     assert main(["fit-lookahead", *common, "-o", str(out), "--experts-in-memory", "0.25"]) == 0
     assert "every fifth kept apart to judge; foretells logits" in capsys.readouterr().out
     assert list(tmp_path.glob("*.sums*")) == []
+    assert main(["fit-lookahead", *common, "-o", str(tmp_path / "few"), "--limit", "4"]) == 0
+    assert "4 windows, fewer than five: none is left to judge it by; foretells" in capsys.readouterr().out
     settings = ["--set", f"routing.lookahead={out}", "--set", "routing.pregate=restrict:4"]
     assert main(["evaluate", *common, *settings]) == 0
     assert "routing.pregate=restrict:4: 470 tokens: loss " in capsys.readouterr().out
