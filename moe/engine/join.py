@@ -182,11 +182,7 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel, *, lends: bool) -> Seq
     assert slots is not None
     cache, counts, notes = slots.cache, [len(own) for own in parallel.hosted], []
     sizes, num_own = cache.slot_sizes, sum(counts)
-    # Slots that are still empty will take what is free now, like at the start, and so will KV.
-    pool = loaded.memory.scheduler.pool
-    to_come = cache.empty_bytes if read.device.type != "cpu" else bytes_to_come(loaded, pool)
-    of_model = sizes_of(read.blueprint, read.config.batch, loaded.dense.tried.kv_bytes, loaded.dense.vocabulary)
-    free = free_room(read.device, read.config, of_model, Sharers.of(parallel.groups)) - to_come
+    free = _free_beside(loaded, parallel.groups)
     most = min(max(cache.num_slots, slots_within(cache.slot_bytes + max(0, free), sizes, counts)), cache.map.room)
     if isinstance(loaded.split, LentKV):
         loaded.split.use(max(0, free), lends=lends)
@@ -202,6 +198,17 @@ def _fill_slots(loaded: Loaded, parallel: ExpertParallel, *, lends: bool) -> Seq
         cache.preload(parallel.hosted)
         slots.settle()
     return notes
+
+
+def _free_beside(loaded: Loaded, groups: Groups) -> int:
+    """Bytes beside what slots and KV have and will still take; may be negative. A collective of the node."""
+    slots, read = loaded.experts.slots, loaded.read
+    assert slots is not None
+    # Slots that are still empty will take what is free now, like at the start, and so will KV.
+    pool = loaded.memory.scheduler.pool
+    to_come = slots.cache.empty_bytes if read.device.type != "cpu" else bytes_to_come(loaded, pool)
+    of_model = sizes_of(read.blueprint, read.config.batch, loaded.dense.tried.kv_bytes, loaded.dense.vocabulary)
+    return free_room(read.device, read.config, of_model, Sharers.of(groups)) - to_come
 
 
 def forget_host_copy(loaded: Loaded, groups: Groups) -> None:
@@ -255,6 +262,10 @@ def decide(loaded: Loaded, parallel: ExpertParallel, control: Control) -> tuple[
         return Decisions(), told
     batch, sharers = config.batch.for_ranks(parallel.groups.world_size), Sharers.of(parallel.groups)
     blocks = num_blocks(loaded.read.device, batch, dense.tried.kv_bytes, dense.max_context, sharers)
+    if loaded.read.device.type == "cpu":  # in the place of a rank's own KV, beside which its slots were counted
+        own = loaded.memory.scheduler.pool
+        beside = max(0, _free_beside(loaded, parallel.groups)) // (own.block_size * dense.tried.kv_bytes)
+        blocks = min(blocks, own.room + beside)
     return Decisions(True, control.smallest(blocks)), told
 
 

@@ -3,6 +3,7 @@ and not where a launch over ranks needs what is in slots."""
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -91,6 +92,32 @@ def test_each_rank_moves_its_own_border(said, dispatcher):
         else:
             assert min(slots) >= fixed < max(slots) <= 48
             assert len(set(slots)) > 2
+
+
+def serve_coherently(beside: int) -> tuple[dict[int, list[int]], int, int]:
+    """What was said; blocks of KV for all ranks' requests, and for a rank's own. beside: bytes that are free."""
+    little_memory(9)
+    join.free_room = lambda *_: beside + 9 * EXPERT + 48 * BLOCK  # what is to come is free
+    assemble.free_room = lambda *_: 9 * EXPERT + 48 * BLOCK
+    batch = BatchConfig(max_tokens=48, max_sequences=3)
+    with process_groups(timeout_s=60) as groups:
+        settings = replace(config("coherent"), batch=batch, max_context=256)
+        with LLM(TINYMOE, settings, groups=groups) as llm:
+            own = {i: llm.engine.add_request(PROMPTS[i], PARAMS[i]) for i in range(groups.rank, len(PROMPTS), 2)}
+            llm.engine.start()
+            while llm.engine.has_work:
+                llm.engine.step()
+                assert llm.engine.why_not_whole() is None
+            pools = llm.engine.scheduler.pool, llm.engine.loaded.memory.scheduler.pool
+            return {i: r.tokens[r.num_prompt :] for i, r in own.items()}, *(pool.room for pool in pools)
+
+
+@pytest.mark.parametrize(("beside", "blocks"), [(0, 48), (20 * BLOCK, 68), (100 * BLOCK, 76)])
+def test_kv_of_all_ranks_requests_takes_what_slots_were_counted_beside_and_what_is_free(said, beside, blocks):
+    """At most a quarter of all, 76 blocks."""
+    for tokens, room, own in spawn(2, serve_coherently, beside):
+        assert all(tokens[i] == said[i] for i in tokens)
+        assert (room, own) == (blocks, 48)
 
 
 def lives_on(dispatchers: list[str]) -> tuple[dict[int, list[int]], list[tuple[int, int]]]:
