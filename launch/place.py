@@ -130,7 +130,7 @@ def run_simulate(args: argparse.Namespace) -> int:
     base = simulate(
         trace, Plan.contiguous(plan.num_layers, plan.num_experts, plan.num_ranks), topology, _workload(args)
     )
-    rows = [_row("contiguous", base), _row(str(args.plan), result)]
+    rows = [_row("contiguous", base), _row(args.plan.name, result)]
     show(f"{trace.num_tokens} tokens in {result.num_steps} steps", _HEADER, rows)
     names = [f"rank {g}" for g in range(plan.num_ranks)]
     links = [(name, *(int(b) for b in row)) for name, row in zip(names, result.link_bytes, strict=True)]
