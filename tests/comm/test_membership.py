@@ -1,6 +1,7 @@
 """Generations: who is missing is named, nodes may be uneven, survivors go on, a wait can be ended."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -84,7 +85,7 @@ def somebody_is_missing() -> str | None:
 
 def test_who_is_missing_is_named_long_before_a_collective_would_time_out():
     first, _, third = spawn(3, somebody_is_missing, time_limit_s=40)
-    assert first == "rank 0 of 3: ranks [1] of generation 5 did not come in 1.0 s"
+    assert re.fullmatch(r"rank 0 of 3: ranks \[1\] of generation 5 did not come in \d\.\d s", first), first
     assert third.startswith("rank 2 of 3: ranks [1]")
 
 
