@@ -137,9 +137,9 @@ class ExpertCache:
         Returns at once. They take slots that are free or that the policy gives up, never one that is held, nor one of
         `experts`; where there are none, nothing is read. The next layer's go first. What was asked of `layer` before
         and has not begun is dropped, as when `layer` is acquired without it. None for a layer that is being acquired. A
-        failed read is forgotten: the miss that follows reports it. By the thread that acquires; there must be readers.
+        failed read is forgotten: the miss that follows reports it. Raises ValueError without readers.
         """
-        if not self._readers.threads:
+        if not self.num_readers:
             raise ValueError("prefetch needs num_readers (0) >= 1: someone must read while the caller computes")
         self.ahead.collect()
         if self._num_waiting or layer == self._acquiring:

@@ -51,7 +51,7 @@ class Overhead(NamedTuple):
     apart: more of a layer that is not computed in one call with all others (its experts come and go, or ranks share
     them), and more for each sequence. waves: of a layer whose experts come and go, though all it asks for are there.
     miss: of a layer that has misses, and more for each of its rows; wave: for each further expert that arrives alone,
-    and more for each of its rows.
+    and more for each of its rows. A figure of `apart` that is missing was measured as part of `layer`.
     """
 
     step: float
