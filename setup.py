@@ -1,8 +1,6 @@
 """Builds the compiled helpers; everything else about the package is in pyproject.toml.
 
-They are plain C without the Python API, loaded with ctypes, so that one build serves every Python 3. The experts' one
-is compiled with OpenMP's code generation but not linked to an OpenMP library, so that it uses the thread pool that
-torch already loaded.
+They are plain C without the Python API, loaded with ctypes, so that one build serves every Python 3.
 """
 
 import sys
@@ -13,9 +11,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.editable_wheel import editable_wheel
 
 SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
-CPU_SOURCES = ["experts", "linear", "decode", "select", "norm", "block", "layers", "expected"]
+CPU_SOURCES = ["experts", "linear", "decode", "select", "norm", "block", "layers", "expected", "team"]
 CPU_INSTRUCTIONS = ["avx512", "avx512_dot", "avx2", "plain"]  # the same sums, compiled for each
-CPU_HEADERS = ["experts", "scalars", "place", "elements", "panel", "attention", "codes", "nested", "block", "isa"]
 COMMON = ["-O3", "-g0", "-std=c11", "-fvisibility=hidden", *SAME_BITS]  # symbols for debuggers are ten times the code
 
 
@@ -44,8 +41,8 @@ setup(
         Extension(
             "moe.kernels._cpu_experts",
             [f"kernels/cpu_{name}.c" for name in CPU_SOURCES + CPU_INSTRUCTIONS],
-            extra_compile_args=[*COMMON, "-fopenmp", "-Wno-psabi"],
-            depends=[f"kernels/cpu_{name}.h" for name in CPU_HEADERS],
+            extra_compile_args=[*COMMON, "-pthread", "-Wno-psabi"],
+            depends=sorted(map(str, Path("kernels").glob("cpu_*.h"))),
             optional=True,
         ),
         Extension("moe.comm._line", ["comm/line.c"], extra_compile_args=COMMON, optional=True),

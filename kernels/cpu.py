@@ -46,7 +46,7 @@ def load_helper() -> ctypes.CDLL | None:
                 f"no _cpu_experts*.so in {folder}; it is compiled at installation (of a checkout: pip install -e .), "
                 "which needs gcc or clang"
             )
-        helper = ctypes.CDLL(str(files[0]))  # after `import torch`: its OpenMP runtime must be there
+        helper = ctypes.CDLL(str(files[0]))
         sizes = {
             "moe_cpu_abi": (_LAYER, _CALL),
             "moe_cpu_block_abi": (BLOCK, STEP),
@@ -186,7 +186,7 @@ class CpuExperts:
         )
         status: int = self._run(self.packed, call, self._isa)
         if status < 0:
-            raise MemoryError(f"no scratch memory for {tuple(slot_ids.shape)} rows of experts")
+            raise MemoryError(f"no scratch memory, or no thread, for {tuple(slot_ids.shape)} rows of experts")
         if status:
             slot = int(slot_ids.view(-1)[status - 1])
             raise ValueError(bad_slot(slot, self._slots))

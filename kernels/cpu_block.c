@@ -9,20 +9,16 @@
  * CHUNK positions, and what a query may not see adds an exact zero.
  */
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "cpu_block.h"
+#include "cpu_linear.h"
 #include "cpu_scalars.h"
+#include "cpu_team.h"
 
 enum { CHUNK = 32, GROUP = 64, MAX_DIM = 256 }; /* keys at a time, query rows at a time, elements of a head */
 enum { SCORES = CHUNK + 16, PART = 64 };        /* a row of scores and what a product writes beyond it; of a head at once */
 enum { FEW_ROWS = 8 };                          /* values of more query rows are widened once for all of them */
 enum { SERIAL_ATTENTION = 1 << 15 };            /* elements of keys below which a second thread costs more than it brings */
 
-int64_t moe_cpu_linear(const struct matrix *w, const void *x, int64_t x_row, int64_t x_kind, int64_t rows, void *out,
-                       int64_t threads, int64_t isa);
 void moe_cpu_rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind, float eps,
                       int64_t once);
 
@@ -162,7 +158,7 @@ SCALAR void prefetch_rows(const char *from, const int64_t *places, int64_t num, 
         for (int64_t j = 0; j < num; j++) __builtin_prefetch(from + i + places[j], 0, 2);
 }
 
-/* 0: done; -1: out of memory. */
+/* 0: done; -1: out of memory or threads. */
 static int attend_part(const struct task *t, const struct part *p) {
     const struct block *b = t->b;
     const struct step *s = t->s;
@@ -234,24 +230,19 @@ static int64_t heads_at_once(const struct block *b, const struct step *s, int64_
     return least(most, GROUP / rows);
 }
 
-static int attend_all(const struct task *t) {
-    const struct block *b = t->b;
-    const struct step *s = t->s;
-    int64_t shared = b->heads / b->kv_heads, num_tasks = 0, elements = 0;
-    int bad = 0;
-    for (int64_t i = 0; i < s->sequences; i++) {
-        int64_t rows = (s->first[i + 1] - s->first[i]) * shared, heads = heads_at_once(b, s, rows);
-        int64_t groups = (rows + GROUP - 1) / GROUP;
-        num_tasks += groups * ((b->kv_heads + heads - 1) / heads);
-        elements += groups * s->lengths[i] * b->kv_heads * b->dim;
-    }
-    int threads = elements < SERIAL_ATTENTION ? 1 : (int)least(s->threads, num_tasks);
-    (void)threads;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1) reduction(| : bad)
-#endif
-    for (int64_t n = 0; n < num_tasks; n++) {
-        int64_t left = n, i = 0, rows, heads, across;
+struct tasks { /* attend_part's */
+    struct task task;
+    int64_t total, next, bad;
+};
+
+static void attend_tasks(void *of_all, const struct member *me) {
+    struct tasks *all = of_all;
+    const struct block *b = all->task.b;
+    const struct step *s = all->task.s;
+    int64_t shared = b->heads / b->kv_heads;
+    (void)me;
+    for (int64_t left; (left = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED)) < all->total;) {
+        int64_t i = 0, rows, heads, across;
         for (;; i++) { /* which sequence; few, or many of one token */
             rows = (s->first[i + 1] - s->first[i]) * shared, heads = heads_at_once(b, s, rows);
             across = (b->kv_heads + heads - 1) / heads;
@@ -261,9 +252,23 @@ static int attend_all(const struct task *t) {
         }
         int64_t head0 = left % across * heads, row0 = left / across * GROUP;
         struct part part = {i, head0, least(heads, b->kv_heads - head0), row0, least(GROUP, rows - row0)};
-        bad |= attend_part(t, &part);
+        if (attend_part(&all->task, &part)) __atomic_store_n(&all->bad, -1, __ATOMIC_RELAXED);
     }
-    return bad;
+}
+
+static int64_t attend_all(const struct task *t) {
+    const struct block *b = t->b;
+    const struct step *s = t->s;
+    struct tasks all = {.task = *t};
+    int64_t shared = b->heads / b->kv_heads, elements = 0;
+    for (int64_t i = 0; i < s->sequences; i++) {
+        int64_t rows = (s->first[i + 1] - s->first[i]) * shared, heads = heads_at_once(b, s, rows);
+        int64_t groups = (rows + GROUP - 1) / GROUP;
+        all.total += groups * ((b->kv_heads + heads - 1) / heads);
+        elements += groups * s->lengths[i] * b->kv_heads * b->dim;
+    }
+    int64_t threads = elements < SERIAL_ATTENTION ? 1 : least(s->threads, all.total);
+    return moe_together(threads, attend_tasks, &all) | all.bad;
 }
 
 /* ---- router ---- */
@@ -312,7 +317,7 @@ static void norm_heads(const struct block *b, char *x, const void *weight, int64
     moe_cpu_rms_norm(x, weight, x, rows * heads * b->dim / width, width, b->kind, b->head_eps, b->round_once);
 }
 
-/* 0: done; -1: out of memory. */
+/* 0: done; -1: out of memory or threads. */
 EXPORT int64_t moe_cpu_block(const struct block *b, const struct step *s) {
     int64_t tokens = s->tokens, size = size_of(b->kind), hidden = s->hidden, row = hidden * size;
     int64_t q_width = b->heads * b->dim, kv_width = b->kv_heads * b->dim, bad = 0;
@@ -320,9 +325,8 @@ EXPORT int64_t moe_cpu_block(const struct block *b, const struct step *s) {
     char *v = k + tokens * kv_width * size, *out = v + tokens * kv_width * size;
     if (s->add) add_into(b->kind, s->h, s->add, tokens * hidden);
     moe_cpu_rms_norm(s->h, b->norm, normed, tokens, hidden, b->kind, b->eps, b->round_once);
-    bad |= moe_cpu_linear(&b->q, normed, row, b->kind, tokens, q, s->threads, s->isa);
-    bad |= moe_cpu_linear(&b->k, normed, row, b->kind, tokens, k, s->threads, s->isa);
-    bad |= moe_cpu_linear(&b->v, normed, row, b->kind, tokens, v, s->threads, s->isa);
+    struct linear qkv[] = {{&b->q, q}, {&b->k, k}, {&b->v, v}}, o = {&b->o, normed};
+    bad |= moe_linears(qkv, 3, normed, row, b->kind, tokens, s->threads, s->isa);
     norm_heads(b, q, b->q_norm, tokens, b->heads);
     norm_heads(b, k, b->k_norm, tokens, b->kv_heads);
     for (int64_t i = 0; i < s->sequences; i++)
@@ -337,13 +341,14 @@ EXPORT int64_t moe_cpu_block(const struct block *b, const struct step *s) {
         }
     struct task task = {b, s, q, out};
     bad |= attend_all(&task);
-    bad |= moe_cpu_linear(&b->o, out, q_width * size, b->kind, tokens, normed, s->threads, s->isa);
+    bad |= moe_linears(&o, 1, out, q_width * size, b->kind, tokens, s->threads, s->isa);
     add_into(b->kind, s->h, normed, tokens * hidden);
     moe_cpu_rms_norm(s->h, b->next_norm, s->x, tokens, hidden, b->kind, b->eps, b->round_once);
     if (b->top_k && !bad) {
         char *logits = q;
         float *p = (float *)(((uintptr_t)(logits + tokens * b->router.n * size) + 63) / 64 * 64);
-        bad |= moe_cpu_linear(&b->router, s->x, row, b->kind, tokens, logits, s->threads, s->isa);
+        struct linear router = {&b->router, logits};
+        bad |= moe_linears(&router, 1, s->x, row, b->kind, tokens, s->threads, s->isa);
         if (!bad) route(b, s, logits, p);
     }
     return bad;

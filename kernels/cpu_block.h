@@ -31,7 +31,7 @@ struct step { /* all layers of one step: T tokens of S sequences, a sequence's t
     int64_t tokens, sequences, max_blocks, block_size, hidden, threads, isa;
 };
 
-/* 0: done; -1: out of memory. */
+/* 0: done; -1: out of memory or threads. */
 int64_t moe_cpu_block(const struct block *b, const struct step *s);
 
 #endif

@@ -145,7 +145,7 @@ class CpuBlock:
             weights = torch.empty(len(h), self.block.top_k, dtype=self._weights_dtype)
         result = BlockResult(torch.empty_like(h), ids, weights)
         if self._run(self.packed, self.pack_step(h, add, step, work, result)):
-            raise MemoryError(f"no scratch memory for {len(h)} rows")
+            raise MemoryError(f"no scratch memory, or no thread, for {len(h)} rows")
         return result
 
     def pack_step(self, h: Tensor, add: Tensor | None, step: Step, work: Tensor, to: BlockResult) -> bytes:

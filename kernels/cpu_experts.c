@@ -1,7 +1,6 @@
 /* Experts of one MoE layer on CPUs: y[t, k] = expert(slot_ids[t, k])(x[t]), one call per layer.
  *
  * Plain C11 with GCC/Clang extensions, no Python API: kernels/cpu.py loads it with ctypes and describes every argument.
- * OpenMP only starts the threads; the library is not linked to an OpenMP runtime but uses the one torch has loaded.
  * The rounding points are those of kernels/reference.py; the order of every sum is stated in cpu_experts.h.
  *
  * Rows are grouped by slot (counting sort), then three rounds of tasks with a barrier between them:
@@ -11,11 +10,8 @@
  * and, when top-k weights are given, the weighted sum over k per token. No two tasks write the same element.
  */
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "cpu_scalars.h"
+#include "cpu_team.h"
 
 enum { NO_EXPERT = -1, LEFT = -2 };
 #define CHUNK_BYTES (64 << 20) /* scratch per call; more tokens are done in chunks */
@@ -152,24 +148,16 @@ static void combine_task(struct run *r, int64_t token, const float **y, float *w
 #define FOR_EACH_TASK(round, total) \
     for (int64_t task; (task = __atomic_fetch_add(&r->next[round], 1, __ATOMIC_RELAXED)) < (total);)
 
-static void barrier(int64_t threads) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp barrier
-    }
-#endif
-    (void)threads;
-}
-
-static void work(struct run *r, int64_t thread, int64_t threads) {
-    float *private = r->private + thread * PRIVATE_FLOATS;
+static void work(void *run, const struct member *me) {
+    struct run *r = run;
+    float *private = r->private + me->thread * PRIVATE_FLOATS;
     FOR_EACH_TASK(0, r->num_parts) pack_task(r, task);
-    barrier(threads);
+    moe_meet(me);
     FOR_EACH_TASK(1, r->num_parts * r->up_tiles) up_task(r, task, private);
-    barrier(threads);
+    moe_meet(me);
     FOR_EACH_TASK(2, r->num_parts * r->down_tiles) down_task(r, task, private);
     if (!r->c->topk_weights) return;
-    barrier(threads);
+    moe_meet(me);
     const float **y = (const float **)(void *)private;
     FOR_EACH_TASK(3, r->c->tokens) combine_task(r, task, y, (float *)(y + r->c->top_k));
 }
@@ -188,12 +176,7 @@ static int64_t run_chunk(const struct layer *l, const struct call *c, const stru
         rows += slot >= 0;
     }
     macs = rows * (l->up.n * l->up.k + hidden * l->down.k);
-#ifdef _OPENMP
     if (macs < SERIAL_MACS) threads = 1;
-#else
-    threads = 1;
-#endif
-    (void)macs;
 
     int32_t *start = NULL;
     for (uintptr_t base = 0, at = 0;; at = base) { /* the first round counts, the second one points */
@@ -228,15 +211,7 @@ static int64_t run_chunk(const struct layer *l, const struct call *c, const stru
     }
     r->rows = rows;
 
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads((int)threads)
-        work(r, omp_get_thread_num(), omp_get_num_threads());
-        return 0;
-    }
-#endif
-    work(r, 0, 1);
-    return 0;
+    return moe_together(threads, work, r);
 }
 
 /* ---- what Python calls ---- */
@@ -244,7 +219,7 @@ static int64_t run_chunk(const struct layer *l, const struct call *c, const stru
 /* sizeof both structs, so that a library of another version is noticed. */
 EXPORT int64_t moe_cpu_abi(void) { return (int64_t)(sizeof(struct layer) * 1000 + sizeof(struct call)); }
 
-/* 0: done; -1: out of memory; otherwise 1 + the flat index of a slot id that does not exist. */
+/* 0: done; -1: out of memory or threads; otherwise 1 + the flat index of a slot id that does not exist. */
 EXPORT int64_t moe_cpu_experts(const struct layer *l, const struct call *whole, int64_t isa) {
     const struct kernels *k = moe_kernels(isa);
     struct call c = *whole;

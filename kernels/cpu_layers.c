@@ -21,7 +21,7 @@ int64_t moe_cpu_experts(const struct layer *l, const struct call *whole, int64_t
 EXPORT int64_t moe_cpu_layers_abi(void) { return (int64_t)(sizeof(struct stage) * 1000 + sizeof(struct step)); }
 
 /* slots: scratch, int32 [T, top_k]; out: [T, H], what the last layer's experts add. s: its `add` is of the first layer.
- * 0: done; -1: out of memory; otherwise 1 + the flat index of a slot id that does not exist. */
+ * 0: done; -1: out of memory or threads; otherwise 1 + the flat index of a slot id that does not exist. */
 EXPORT int64_t moe_cpu_layers(const struct stage *stages, int64_t layers, const struct step *s, int32_t *slots,
                               char *out) {
     struct step step = *s;

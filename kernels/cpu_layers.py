@@ -54,7 +54,7 @@ class CpuLayers:
         packed = self._first.pack_step(h, None, step, work, of_layer)
         status: int = self._run(self._stages, len(blocks), packed, slots.data_ptr(), out.data_ptr())
         if status < 0:
-            raise MemoryError(f"no scratch memory for {len(h)} rows")
+            raise MemoryError(f"no scratch memory, or no thread, for {len(h)} rows")
         if status:
             raise ValueError(f"slot {int(slots.view(-1)[status - 1])} of an expert does not exist")
         return out

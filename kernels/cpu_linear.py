@@ -67,7 +67,7 @@ class CpuLinear:
         rows = x.numel() // width if width else 0
         at = x.data_ptr(), width * x.itemsize, KINDS[x.dtype], rows, out.data_ptr()
         if self._run(self._matrix, *at, torch.get_num_threads(), self._isa):
-            raise MemoryError(f"no scratch memory for {rows} rows of {width}")
+            raise MemoryError(f"no scratch memory, or no thread, for {rows} rows of {width}")
         return out
 
 

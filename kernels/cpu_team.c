@@ -1,0 +1,214 @@
+/* A team of threads that wait for each other awake while that has lately sufficed, and asleep otherwise.
+ *
+ * A thread that sleeps is called up in 30 to 60 us, as long as a small matrix takes. One that spins beside another busy
+ * process keeps a core from the very thread it waits for: steps 3 to 50 times as long. So a wait spins for AWAKE_NS,
+ * about what being called up costs; a thread that did so in vain sleeps at once in its next wait, then in the next three,
+ * seven, …, and half as many less for each wait in which spinning sufficed.
+ */
+
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+
+#include "cpu_team.h"
+
+enum { AWAKE_NS = 60000, MOST_ASLEEP = 255, LINE = 64 };
+
+struct waiter { /* how a thread waits */
+    _Alignas(LINE) int64_t asleep, left; /* waits to sleep at once after the last failure, and how many are left */
+};
+
+struct count { /* what threads wait for to change, on a line of its own */
+    _Alignas(LINE) uint32_t value;
+    uint32_t sleepers;
+};
+
+struct team {
+    struct count jobs, meetings;    /* works begun: times JOB, + the threads of the last one; meetings over */
+    _Alignas(LINE) int64_t arrived; /* at this meeting */
+    moe_work *work;                 /* NULL: the end */
+    void *arg;
+    int64_t size; /* threads, the one that calls included */
+    pthread_t *workers;
+    struct waiter waiters[];
+};
+
+enum { JOB = 1 << 12 }; /* more than threads */
+
+static pthread_key_t team_key;
+static pthread_once_t team_once = PTHREAD_ONCE_INIT;
+
+/* ---- waiting ---- */
+
+static int64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ll + t.tv_nsec;
+}
+
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+static int is_still(const struct count *c, uint32_t value) {
+    return __atomic_load_n(&c->value, __ATOMIC_SEQ_CST) == value;
+}
+
+static int spin(const struct count *c, uint32_t value) {
+    for (int64_t end = 0;;) {
+        for (int i = 0; i < 32; i++) {
+            if (!is_still(c, value)) return 1;
+            pause_briefly();
+        }
+        int64_t now = nanoseconds();
+        if (!end) end = now + AWAKE_NS;
+        if (now > end) return 0;
+    }
+}
+
+/* Until c is no longer `value`. */
+static void await(struct count *c, uint32_t value, struct waiter *w) {
+    if (w->left) {
+        w->left--;
+    } else if (spin(c, value)) {
+        w->asleep /= 2;
+        return;
+    } else {
+        w->left = w->asleep = w->asleep < MOST_ASLEEP ? 2 * w->asleep + 1 : MOST_ASLEEP;
+    }
+    __atomic_fetch_add(&c->sleepers, 1, __ATOMIC_SEQ_CST); /* before the value is asked for: see `change` */
+    while (is_still(c, value))
+#ifdef __linux__
+        syscall(SYS_futex, &c->value, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+#else
+        sched_yield();
+#endif
+    __atomic_fetch_sub(&c->sleepers, 1, __ATOMIC_SEQ_CST);
+}
+
+static void change(struct count *c, uint32_t to) {
+    __atomic_store_n(&c->value, to, __ATOMIC_SEQ_CST);
+#ifdef __linux__
+    if (__atomic_load_n(&c->sleepers, __ATOMIC_SEQ_CST))
+        syscall(SYS_futex, &c->value, FUTEX_WAKE_PRIVATE, 1 << 30, NULL, NULL, 0);
+#endif
+}
+
+void moe_meet(const struct member *me) {
+    struct team *t = me->team;
+    if (me->threads == 1) return;
+    uint32_t meeting = __atomic_load_n(&t->meetings.value, __ATOMIC_SEQ_CST);
+    if (__atomic_add_fetch(&t->arrived, 1, __ATOMIC_SEQ_CST) < me->threads) {
+        await(&t->meetings, meeting, &t->waiters[me->thread]);
+        return;
+    }
+    t->arrived = 0;
+    change(&t->meetings, meeting + 1);
+}
+
+/* ---- threads ---- */
+
+static void begin(struct team *t, int64_t threads, moe_work *work, void *arg) {
+    t->work = work, t->arg = arg;
+    change(&t->jobs, (t->jobs.value / JOB + 1) * JOB + (uint32_t)threads);
+}
+
+static void *serve(void *of_new) {
+    struct member me = *(struct member *)of_new;
+    struct team *t = me.team;
+    free(of_new);
+#ifdef __linux__
+    pthread_setname_np(pthread_self(), "moe-team");
+#endif
+    for (uint32_t job = 0;;) {
+        await(&t->jobs, job, &t->waiters[me.thread]);
+        job = __atomic_load_n(&t->jobs.value, __ATOMIC_SEQ_CST);
+        me.threads = job % JOB;
+        if (me.thread >= me.threads) continue; /* `work` may be that of the next job by now */
+        if (!t->work) return NULL;
+        t->work(t->arg, &me);
+        moe_meet(&me);
+    }
+}
+
+static void end(void *of_thread) {
+    struct team *t = of_thread;
+    begin(t, t->size, NULL, NULL);
+    for (int64_t i = 1; i < t->size; i++) pthread_join(t->workers[i], NULL);
+    free(t->workers);
+    free(t);
+}
+
+static int add_worker(struct team *t) {
+    struct member *me = malloc(sizeof *me);
+    if (!me) return -1;
+    *me = (struct member){t, t->size, 0};
+    if (pthread_create(t->workers + t->size, NULL, serve, me)) {
+        free(me);
+        return -1;
+    }
+    t->size++;
+    return 0;
+}
+
+static struct team *create(int64_t size) {
+    size_t bytes = sizeof(struct team) + (size_t)size * sizeof(struct waiter);
+    struct team *t = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
+    if (!t) return NULL;
+    memset(t, 0, bytes);
+    t->size = 1;
+    if (!(t->workers = calloc((size_t)size, sizeof *t->workers))) {
+        free(t);
+        return NULL;
+    }
+    sigset_t all, before; /* signals are for the program's own threads */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (t->size < size && !add_worker(t)) {}
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (t->size == size) return t;
+    end(t);
+    return NULL;
+}
+
+static void forget(void) { pthread_setspecific(team_key, NULL); } /* a forked child has none of the threads */
+
+static void create_key(void) {
+    pthread_key_create(&team_key, end);
+    pthread_atfork(NULL, NULL, forget);
+}
+
+int64_t moe_together(int64_t threads, moe_work *work, void *arg) {
+    struct member me = {NULL, 0, threads};
+    if (threads > 1) {
+        pthread_once(&team_once, create_key);
+        me.team = pthread_getspecific(team_key);
+        if (threads >= JOB) return -1;
+        if (me.team && me.team->size < threads) {
+            pthread_setspecific(team_key, NULL);
+            end(me.team), me.team = NULL;
+        }
+        if (!me.team) {
+            if (!(me.team = create(threads))) return -1;
+            pthread_setspecific(team_key, me.team);
+        }
+        begin(me.team, threads, work, arg);
+    }
+    work(arg, &me);
+    moe_meet(&me);
+    return 0;
+}
