@@ -17,6 +17,7 @@
 enum { CHUNK = 32, GROUP = 64, MAX_DIM = 256 }; /* keys at a time, query rows at a time, elements of a head */
 enum { SCORES = CHUNK + 16, PART = 64 };        /* a row of scores and what a product writes beyond it; of a head at once */
 enum { FEW_ROWS = 8 };                          /* values of more query rows are widened once for all of them */
+enum { SERIAL_ELEMENTS = 1 << 13 };             /* of norms and the like, for a thread at once: some 10 us */
 enum { SERIAL_ATTENTION = 1 << 15 };            /* elements of keys below which a second thread costs more than it brings */
 
 void moe_cpu_rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind, float eps,
@@ -230,19 +231,18 @@ static int64_t heads_at_once(const struct block *b, const struct step *s, int64_
     return least(most, GROUP / rows);
 }
 
-struct tasks { /* attend_part's */
+struct tasks {
     struct task task;
-    int64_t total, next, bad;
+    int64_t bad;
 };
 
-static void attend_tasks(void *of_all, const struct member *me) {
+static void attend_some(void *of_all, int64_t from, int64_t to) {
     struct tasks *all = of_all;
     const struct block *b = all->task.b;
     const struct step *s = all->task.s;
     int64_t shared = b->heads / b->kv_heads;
-    (void)me;
-    for (int64_t left; (left = __atomic_fetch_add(&all->next, 1, __ATOMIC_RELAXED)) < all->total;) {
-        int64_t i = 0, rows, heads, across;
+    for (int64_t n = from; n < to; n++) {
+        int64_t left = n, i = 0, rows, heads, across;
         for (;; i++) { /* which sequence; few, or many of one token */
             rows = (s->first[i + 1] - s->first[i]) * shared, heads = heads_at_once(b, s, rows);
             across = (b->kv_heads + heads - 1) / heads;
@@ -259,24 +259,24 @@ static void attend_tasks(void *of_all, const struct member *me) {
 static int64_t attend_all(const struct task *t) {
     const struct block *b = t->b;
     const struct step *s = t->s;
-    struct tasks all = {.task = *t};
-    int64_t shared = b->heads / b->kv_heads, elements = 0;
+    struct tasks all = {*t, 0};
+    int64_t shared = b->heads / b->kv_heads, num = 0, elements = 0;
     for (int64_t i = 0; i < s->sequences; i++) {
         int64_t rows = (s->first[i + 1] - s->first[i]) * shared, heads = heads_at_once(b, s, rows);
         int64_t groups = (rows + GROUP - 1) / GROUP;
-        all.total += groups * ((b->kv_heads + heads - 1) / heads);
+        num += groups * ((b->kv_heads + heads - 1) / heads);
         elements += groups * s->lengths[i] * b->kv_heads * b->dim;
     }
-    int64_t threads = elements < SERIAL_ATTENTION ? 1 : least(s->threads, all.total);
-    return moe_together(threads, attend_tasks, &all) | all.bad;
+    return moe_for_each(elements < SERIAL_ATTENTION ? 1 : s->threads, num, 1, attend_some, &all) | all.bad;
 }
 
 /* ---- router ---- */
 
-static CLONES void route(const struct block *b, const struct step *s, const char *logits, float *p) {
+static CLONES void route(const struct block *b, const struct step *s, const char *logits, float *scores, int64_t from,
+                         int64_t to) {
     int64_t experts = b->router.n;
-    for (int64_t t = 0; t < s->tokens; t++) {
-        float top = -1e30f, sum = 0.0f, chosen = 0.0f;
+    for (int64_t t = from; t < to; t++) {
+        float *p = scores + t * experts, top = -1e30f, sum = 0.0f, chosen = 0.0f;
         for (int64_t e = 0; e < experts; e++) {
             p[e] = widen_one(b->kind, logits, t * experts + e);
             top = p[e] > top ? p[e] : top;
@@ -307,8 +307,8 @@ EXPORT int64_t moe_cpu_block_abi(void) { return (int64_t)(sizeof(struct block) *
 
 /* Bytes of scratch memory for a step of so many tokens. */
 EXPORT int64_t moe_cpu_block_work(const struct block *b, int64_t tokens, int64_t hidden) {
-    int64_t a_token = hidden + widest(b) + b->heads * b->dim + b->router.n;
-    return (tokens * a_token + b->router.n + 64) * 4;
+    int64_t a_token = hidden + widest(b) + b->heads * b->dim + 2 * b->router.n;
+    return (tokens * a_token + 64) * 4;
 }
 
 static void norm_heads(const struct block *b, char *x, const void *weight, int64_t rows, int64_t heads) {
@@ -317,39 +317,70 @@ static void norm_heads(const struct block *b, char *x, const void *weight, int64
     moe_cpu_rms_norm(x, weight, x, rows * heads * b->dim / width, width, b->kind, b->head_eps, b->round_once);
 }
 
+struct pass { /* what the parts between products share; each is for the tokens [from, to) */
+    const struct block *b;
+    const struct step *s;
+    char *normed, *q, *k, *v, *out, *logits;
+    float *scores;
+};
+
+static void add_and_norm(const struct pass *p, const char *add, const void *norm, char *to, int64_t from, int64_t end) {
+    int64_t hidden = p->s->hidden, at = from * hidden * size_of(p->b->kind);
+    if (add) add_into(p->b->kind, p->s->h + at, add + at, (end - from) * hidden);
+    moe_cpu_rms_norm(p->s->h + at, norm, to + at, end - from, hidden, p->b->kind, p->b->eps, p->b->round_once);
+}
+
+static void enter(void *of_pass, int64_t from, int64_t to) {
+    const struct pass *p = of_pass;
+    add_and_norm(p, p->s->add, p->b->norm, p->normed, from, to);
+}
+
+static void place(void *of_pass, int64_t from, int64_t to) {
+    const struct pass *p = of_pass;
+    const struct block *b = p->b;
+    const struct step *s = p->s;
+    int64_t size = size_of(b->kind), q_row = b->heads * b->dim * size, kv_row = b->kv_heads * b->dim * size;
+    norm_heads(b, p->q + from * q_row, b->q_norm, to - from, b->heads);
+    norm_heads(b, p->k + from * kv_row, b->k_norm, to - from, b->kv_heads);
+    for (int64_t t = from, i = 0, at; t < to; t++) {
+        const char *cosines = s->cos + t * b->rotary * size, *sines = s->sin + t * b->rotary * size;
+        rotate_heads(b->kind, p->q + t * q_row, b->heads, b->dim, cosines, sines, b->rotary);
+        rotate_heads(b->kind, p->k + t * kv_row, b->kv_heads, b->dim, cosines, sines, b->rotary);
+        while (t >= s->first[i + 1]) i++;
+        places_of(b, s, i, s->lengths[i] - (s->first[i + 1] - t), 1, &at);
+        memcpy(b->keys + at, p->k + t * kv_row, kv_row);
+        memcpy(b->values + at, p->v + t * kv_row, kv_row);
+    }
+}
+
+static void leave(void *of_pass, int64_t from, int64_t to) {
+    const struct pass *p = of_pass;
+    add_and_norm(p, p->normed, p->b->next_norm, p->s->x, from, to);
+}
+
+static void choose(void *of_pass, int64_t from, int64_t to) {
+    const struct pass *p = of_pass;
+    route(p->b, p->s, p->logits, p->scores, from, to);
+}
+
 /* 0: done; -1: out of memory or threads. */
 EXPORT int64_t moe_cpu_block(const struct block *b, const struct step *s) {
-    int64_t tokens = s->tokens, size = size_of(b->kind), hidden = s->hidden, row = hidden * size;
-    int64_t q_width = b->heads * b->dim, kv_width = b->kv_heads * b->dim, bad = 0;
-    char *normed = s->work, *q = normed + tokens * row, *k = q + tokens * q_width * size;
-    char *v = k + tokens * kv_width * size, *out = v + tokens * kv_width * size;
-    if (s->add) add_into(b->kind, s->h, s->add, tokens * hidden);
-    moe_cpu_rms_norm(s->h, b->norm, normed, tokens, hidden, b->kind, b->eps, b->round_once);
-    struct linear qkv[] = {{&b->q, q}, {&b->k, k}, {&b->v, v}}, o = {&b->o, normed};
-    bad |= moe_linears(qkv, 3, normed, row, b->kind, tokens, s->threads, s->isa);
-    norm_heads(b, q, b->q_norm, tokens, b->heads);
-    norm_heads(b, k, b->k_norm, tokens, b->kv_heads);
-    for (int64_t i = 0; i < s->sequences; i++)
-        for (int64_t t = s->first[i]; t < s->first[i + 1]; t++) {
-            const char *cosines = s->cos + t * b->rotary * size, *sines = s->sin + t * b->rotary * size;
-            rotate_heads(b->kind, q + t * q_width * size, b->heads, b->dim, cosines, sines, b->rotary);
-            rotate_heads(b->kind, k + t * kv_width * size, b->kv_heads, b->dim, cosines, sines, b->rotary);
-            int64_t at;
-            places_of(b, s, i, s->lengths[i] - (s->first[i + 1] - t), 1, &at);
-            memcpy(b->keys + at, k + t * kv_width * size, kv_width * size);
-            memcpy(b->values + at, v + t * kv_width * size, kv_width * size);
-        }
-    struct task task = {b, s, q, out};
+    int64_t tokens = s->tokens, size = size_of(b->kind), row = s->hidden * size, threads = s->threads;
+    int64_t q_row = b->heads * b->dim * size, kv_row = b->kv_heads * b->dim * size, bad = 0;
+    int64_t few = 1 + SERIAL_ELEMENTS / s->hidden;
+    struct pass pass = {b, s, s->work, s->work + tokens * row, NULL, NULL, NULL, NULL, NULL}, *p = &pass;
+    p->k = p->q + tokens * q_row, p->v = p->k + tokens * kv_row, p->out = p->v + tokens * kv_row;
+    struct linear qkv[] = {{&b->q, p->q}, {&b->k, p->k}, {&b->v, p->v}}, o = {&b->o, p->normed};
+    struct task task = {b, s, p->q, p->out};
+    bad |= moe_for_each(threads, tokens, few, enter, p);
+    bad |= moe_linears(qkv, 3, p->normed, row, b->kind, tokens, threads, s->isa);
+    bad |= moe_for_each(threads, tokens, few, place, p);
     bad |= attend_all(&task);
-    bad |= moe_linears(&o, 1, out, q_width * size, b->kind, tokens, s->threads, s->isa);
-    add_into(b->kind, s->h, normed, tokens * hidden);
-    moe_cpu_rms_norm(s->h, b->next_norm, s->x, tokens, hidden, b->kind, b->eps, b->round_once);
-    if (b->top_k && !bad) {
-        char *logits = q;
-        float *p = (float *)(((uintptr_t)(logits + tokens * b->router.n * size) + 63) / 64 * 64);
-        struct linear router = {&b->router, logits};
-        bad |= moe_linears(&router, 1, s->x, row, b->kind, tokens, s->threads, s->isa);
-        if (!bad) route(b, s, logits, p);
-    }
-    return bad;
+    bad |= moe_linears(&o, 1, p->out, q_row, b->kind, tokens, threads, s->isa);
+    bad |= moe_for_each(threads, tokens, few, leave, p);
+    if (!b->top_k || bad) return bad;
+    struct linear router = {&b->router, p->logits = p->q};
+    p->scores = (float *)(((uintptr_t)(p->logits + tokens * b->router.n * size) + 63) / 64 * 64);
+    bad |= moe_linears(&router, 1, s->x, row, b->kind, tokens, threads, s->isa);
+    return bad ? bad : moe_for_each(threads, tokens, 1 + SERIAL_ELEMENTS / (b->router.n * b->top_k), choose, p);
 }

@@ -5,9 +5,9 @@
 
 struct part { /* one of the matrices */
     const struct matrix *w;
-    const float *x; /* packed */
+    float *x; /* packed */
     char *out;
-    int64_t first; /* of its tiles of columns */
+    int64_t first, vectors; /* of its tiles of columns; of a packed row, 0: x is that of the part before */
     int order;
 };
 
@@ -15,15 +15,29 @@ struct run {
     const struct kernels *k;
     struct part parts[MOST_LINEAR];
     float *private; /* per thread: a tile of C and a packed piece of W */
-    int64_t rows, x_kind, num, tiles, next;
+    const char *x;
+    int64_t x_row, x_kind, rows, num, tiles, next;
+    int64_t packed; /* rows that are, or that a thread has taken */
 };
 
 enum { FLOATS = C_FLOATS + SCRATCH_FLOATS };
+enum { SERIAL_PACKING = 1 << 14 }; /* elements of x below which a second thread costs more than it brings */
+
+static void pack(struct run *r, int64_t row) {
+    int64_t stride;
+    for (struct part *p = r->parts; p < r->parts + r->num; p++) {
+        if (!p->vectors) continue;
+        float *to = packed_row(r->k, p->x, p->vectors, r->rows, row, &stride);
+        r->k->pack_x(p->order, (int)r->x_kind, r->x + row * r->x_row, p->w->k, to, stride);
+    }
+}
 
 static void work(void *run, const struct member *me) {
     struct run *r = run;
     int64_t size = size_of(r->x_kind);
     float *c = r->private + me->thread * FLOATS;
+    for (int64_t row; (row = __atomic_fetch_add(&r->packed, 1, __ATOMIC_RELAXED)) < r->rows;) pack(r, row);
+    moe_meet(me);
     for (int64_t tile; (tile = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED)) < r->tiles;) {
         const struct part *p = r->parts + r->num - 1;
         while (tile < p->first) p--;
@@ -39,33 +53,27 @@ static void work(void *run, const struct member *me) {
 /* `rows` <= ROWS rows of x from the first-th on. */
 static int64_t linear(const struct linear *all, int64_t num, const char *x, int64_t x_row, int64_t x_kind, int64_t first,
                       int64_t rows, int64_t threads, const struct kernels *k) {
-    struct run run = {.k = k, .rows = rows, .x_kind = x_kind, .num = num};
-    int64_t macs = 0, floats = 0, stride;
+    struct run run = {.k = k, .x = x + first * x_row, .x_row = x_row, .x_kind = x_kind, .rows = rows, .num = num};
+    int64_t columns = 0, floats = 0, width = all->w->k;
     for (int64_t i = 0; i < num; i++) {
         const struct matrix *w = all[i].w;
         struct part *p = run.parts + i;
-        *p = (struct part){w, NULL, all[i].out + first * w->n * size_of(x_kind), run.tiles, order_of(k, w, x_kind)};
+        *p = (struct part){w, NULL, all[i].out + first * w->n * size_of(x_kind), run.tiles, 0, order_of(k, w, x_kind)};
+        if (!i || p->order != p[-1].order) p->vectors = vectors_of(p->order, width);
         run.tiles += (w->n + DOWN_TILE - 1) / DOWN_TILE;
-        macs += rows * w->n * w->k;
-        floats += rows * vectors_of(p->order, w->k) * LANES + LANES;
+        columns += w->n;
+        floats += (rows * p->vectors + 1) * LANES;
     }
-    if (macs < SERIAL_MACS) threads = 1;
+    if (rows * columns * width < SERIAL_MACS) threads = 1;
     uintptr_t at = (uintptr_t)moe_scratch((floats + threads * FLOATS + LANES) * sizeof(float));
     if (!at) return -1;
+    float *packed = NULL;
     for (struct part *p = run.parts; p < run.parts + num; p++) {
-        if (p > run.parts && p->order == p[-1].order) {
-            p->x = p[-1].x;
-            continue;
-        }
-        int64_t vectors = vectors_of(p->order, p->w->k);
-        float *packed = take(&at, rows * vectors * LANES * sizeof(float));
-        for (int64_t i = 0; i < rows; i++) {
-            float *to = packed_row(k, packed, vectors, rows, i, &stride);
-            k->pack_x(p->order, (int)x_kind, x + (first + i) * x_row, p->w->k, to, stride);
-        }
+        if (p->vectors) packed = take(&at, rows * p->vectors * LANES * sizeof(float));
         p->x = packed;
     }
     run.private = take(&at, threads * FLOATS * sizeof(float));
+    for (; rows * width < SERIAL_PACKING && run.packed < rows; run.packed++) pack(&run, run.packed);
     return moe_together(threads, work, &run);
 }
 

@@ -212,3 +212,25 @@ int64_t moe_together(int64_t threads, moe_work *work, void *arg) {
     moe_meet(&me);
     return 0;
 }
+
+/* ---- ranges ---- */
+
+struct ranges {
+    int64_t total, at_once, next;
+    void (*some)(void *arg, int64_t from, int64_t to);
+    void *arg;
+};
+
+static void take_ranges(void *of_all, const struct member *me) {
+    struct ranges *r = of_all;
+    (void)me;
+    for (int64_t from; (from = __atomic_fetch_add(&r->next, r->at_once, __ATOMIC_RELAXED)) < r->total;)
+        r->some(r->arg, from, r->total - from < r->at_once ? r->total : from + r->at_once);
+}
+
+int64_t moe_for_each(int64_t threads, int64_t total, int64_t at_once, void (*some)(void *arg, int64_t from, int64_t to),
+                     void *arg) {
+    struct ranges ranges = {total, at_once, 0, some, arg};
+    int64_t num = (total + at_once - 1) / at_once;
+    return moe_together(num <= 1 ? 1 : num < threads ? num : threads, take_ranges, &ranges);
+}

@@ -21,4 +21,9 @@ int64_t moe_together(int64_t threads, moe_work *work, void *arg);
 /* Returns when all threads of this work have called it. */
 void moe_meet(const struct member *me);
 
+/* `some` for ranges [from, to) that make up [0, total), each of at_once but the last; a single one does not call up
+ * threads. 0: done; -1: as above. */
+int64_t moe_for_each(int64_t threads, int64_t total, int64_t at_once, void (*some)(void *arg, int64_t from, int64_t to),
+                     void *arg);
+
 #endif

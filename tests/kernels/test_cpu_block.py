@@ -141,18 +141,18 @@ def test_instruction_sets_agree_bit_for_bit(shape, dtype):
 
 
 def test_threads_change_nothing():
-    block = make(torch.float32, heads=8, kv_heads=8, dim=64, hidden=512)
+    block = make(torch.float32, heads=8, kv_heads=8, dim=64, hidden=512, experts=200, top_k=8, head_norm="dim")
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         pool = Pool(block, torch.float32)
-        results.append([run(block, pool, parts) for parts in ([(0, 0, 60), (1, 0, 50)], [(0, 60, 61)])])
+        steps = [run(block, pool, parts) for parts in ([(0, 0, 60), (3, 0, 1), (1, 0, 50)], [(0, 60, 61)])]
+        told = [t for h, got in steps for t in (h, got.x, got.ids, got.weights)]
+        results.append([*told, pool.keys.nan_to_num(), pool.values.nan_to_num()])
     torch.set_num_threads(before)
     for other in results[1:]:
-        for (h, mine), (right_h, right) in zip(other, results[0]):
-            assert torch.equal(h, right_h)
-            assert torch.equal(mine.x, right.x)
+        assert all(torch.equal(mine, right) for mine, right in zip(other, results[0], strict=True))
 
 
 def test_what_cannot_be_computed_says_so():
