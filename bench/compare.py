@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.containers import Container, container, drop_page_cache, read_ahead, why_no_limits
+from bench.containers import Container, busy_processes, container, drop_page_cache, read_ahead, why_no_limits
 from bench.walk_model import LARGE, SMALL, TINY, WalkModel, answers_to, prompts_of, write
 
 HERE = Path(__file__).resolve().parent
@@ -327,9 +327,10 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 def run_resident(args: argparse.Namespace, model: WalkModel) -> str:
     folder = write(args.work / f"walk-{model.experts}x{model.hidden}", model)
     candidates = [c for c in resident_candidates(args.work, folder) if _wanted(c, args.only)]
-    with _started(candidates, args.threads, args.work, None) as (workers, reasons):
+    with _started(candidates, args.threads, args.work, None) as (workers, reasons), busy_processes(args.busy):
         rows = measure(folder, workers, reasons, RESIDENT_JOBS, args.rounds)
-    return report(f"All resident, {args.threads} thread(s)", rows, reasons, "ours")
+    beside = f", beside {args.busy} busy process(es)" if args.busy else ""
+    return report(f"All resident, {args.threads} thread(s){beside}", rows, reasons, "ours")
 
 
 def run_offload(args: argparse.Namespace, model: WalkModel) -> str:
@@ -357,6 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("suites", nargs="+", choices=("resident", "offload"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute meanwhile (resident)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.125])
     parser.add_argument("--only", help="beginnings of names, with commas: ours,llama.cpp")

@@ -1,6 +1,8 @@
 """Memory limits by cgroup (v1 or v2) that count the page cache, for whole processes; needs to be root."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,3 +86,15 @@ def read_ahead(kib: int) -> Iterator[None]:
 def drop_page_cache() -> None:
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
+@contextmanager
+def busy_processes(num: int) -> Iterator[None]:
+    """So many other processes, which compute all the time: what a step takes on a machine that is not ours alone."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

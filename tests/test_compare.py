@@ -11,8 +11,9 @@ from bench.walk_model import TINY, answers_to, prompts_of, write
 @pytest.mark.heavy
 def test_engines_of_this_environment_walk_the_same_way(tmp_path, monkeypatch):
     monkeypatch.setitem(compare.ENVIRONMENTS, "vllm", ("no-such-package-of-this-name",))
-    args = argparse.Namespace(work=tmp_path, threads=1, rounds=2, only="ours,transformers grouped,vllm")
+    args = argparse.Namespace(work=tmp_path, threads=1, rounds=2, busy=1, only="ours,transformers grouped,vllm")
     said = compare.run_resident(args, TINY)
+    assert "1 thread(s), beside 1 busy process(es)" in said
     assert said.count("| 1x64 | ours | ") == 1
     assert said.count("| 1x64 | transformers grouped_mm | ") == 1
     assert "other tokens" not in said
