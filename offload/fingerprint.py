@@ -29,7 +29,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     found = hashlib.blake2b(digest_size=8)
     kinds: dict[str, list[TensorInfo]] = defaultdict(list)
-    for name, info in sorted(checkpoint.tensors.items()):
+    for name, info in sorted(checkpoint.tensors.items(), key=_by_number):
         found.update(f"{name} {info.dtype} {info.shape}\n".encode())
         kinds[re.sub(r"\d+", "#", name)].append(info)
     said = {name: (checkpoint.packed or {}).get(name) for name in _PACKED}
@@ -39,6 +39,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         for number in range(count):
             found.update(_sample(infos[number * (len(infos) - 1) // max(1, count - 1)]))
     return found.hexdigest()
+
+
+def _by_number(item: tuple[str, TensorInfo]) -> tuple[list[int], str]:
+    """Layer 9 before layer 10: the last of a kind is then of the last layer."""
+    return [int(number) for number in re.findall(r"\d+", item[0])], item[0]
 
 
 def _config(folder: Path) -> Any:

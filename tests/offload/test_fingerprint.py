@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from moe.models.blueprint import read_blueprint
@@ -76,6 +78,22 @@ def test_a_layer_that_differs_is_seen(original, folder, layer):
     """Of few layers each is looked at, of many the first and the last."""
     change_tensors(folder, lambda name, tensor: tensor * 1.01 if f"layers.{layer}." in name else tensor)
     assert of(folder) != of(original)
+
+
+@pytest.mark.parametrize("num_layers", [9, 12, 32, 101])
+def test_of_many_layers_the_first_and_the_last_are_looked_at(num_layers, tmp_path):
+    """Whatever their numbers sort like as text: a model that is tuned further may keep all but its last layers."""
+
+    def written(changed: int | None) -> str:
+        layers = {
+            f"model.layers.{n}.mlp.gate.weight": torch.full([4, 4], n + (n == changed) / 2) for n in range(num_layers)
+        }
+        save_file(layers, tmp_path / "model.safetensors")
+        return of(tmp_path)
+
+    seen = [n for n in range(num_layers) if written(n) != written(None)]
+    assert (seen[0], seen[-1]) == (0, num_layers - 1)
+    assert max(b - a for a, b in pairwise(seen)) <= -(-num_layers // 7)
 
 
 def test_another_config_is_seen(original, folder):
