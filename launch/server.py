@@ -7,12 +7,13 @@ Nothing of a prompt or an answer is written anywhere but to whoever asked.
 import asyncio
 import hmac
 import json
+import logging
 import secrets
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,11 @@ from moe.launch.uploads import Uploads
 from moe.metrics import exposition
 from moe.openai import CHAT, COMPLETIONS, Ask, BadRequest, json_of, parse_request
 from moe.service import Delta, QueueFull, Service, Ticket
+
+log = logging.getLogger(__name__)
+
+EVENTS = "text/event-stream"
+_ENDS = "the server ends"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +147,9 @@ class _Server(uvicorn.Server):
     latter, which closes what was begun, waits for nobody."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.server_state.tasks and not self.force_exit:
+            count, seconds = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
+            log.warning("ends: %d open calls have %g s, or until it is told again", count, seconds)
         await super().shutdown(sockets)
         if self.force_exit:
             for connection in list(self.server_state.connections):
@@ -172,11 +181,12 @@ class _Border:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = self._why_refused(Request(scope)) if scope["type"] == "http" else None
-        begun = False
+        begun = is_stream = False
 
         async def say(message: Message) -> None:
-            nonlocal begun
-            begun = True
+            nonlocal begun, is_stream
+            if message["type"] == "http.response.start":
+                begun, is_stream = True, _is_stream(message)
             await send(message)
 
         try:
@@ -185,7 +195,11 @@ class _Border:
             if scope["type"] != "http":
                 raise
             if not begun:
-                await _refused(503, "the server ends", "server_error")(scope, receive, send)
+                await _refused(503, _ENDS, "server_error")(scope, receive, send)
+            elif is_stream:
+                last = {"type": "http.response.body", "body": _event(error_body(_ENDS, "server_error")).encode()}
+                with suppress(asyncio.CancelledError):  # at the loop's end: who reads no more is not waited for
+                    await send(last)
 
     def _why_refused(self, request: Request) -> Response | None:
         path = request.url.path
@@ -201,6 +215,10 @@ class _Border:
 
 def _model(service: Service) -> dict[str, Any]:
     return {"id": service.llm.name, "object": "model", "created": int(service.started), "owned_by": "moe"}
+
+
+def _is_stream(message: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(EVENTS.encode()) for name, value in message["headers"])
 
 
 def _is_same(given: str, key: str) -> bool:
@@ -254,7 +272,7 @@ async def _answer(service: Service, limits: Limits, request: Request, url: str) 
         return _refused(400, str(error))
     if ask.stream:
         headers = {"Cache-Control": "no-store"}
-        return StreamingResponse(_stream(call, limits.seconds), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(_stream(call, limits.seconds), media_type=EVENTS, headers=headers)
     return await _whole(call, request, limits.seconds)
 
 

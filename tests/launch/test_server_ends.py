@@ -17,9 +17,10 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+from fastapi.responses import Response, StreamingResponse
 
 from moe.launch.cli import main
-from moe.launch.server import Limits, _Border, make_server, serve_until_told
+from moe.launch.server import EVENTS, Limits, _Border, make_server, serve_until_told
 from moe.launch.uploads import only_server_of
 from moe.llm import LLM
 from moe.params import SamplingParams
@@ -163,14 +164,23 @@ def test_a_server_that_is_told_more_than_once_ends_without_a_traceback(told, cap
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_an_answer_that_the_end_cuts_off_is_told_so(capfd):
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_that_the_end_cuts_off_is_told_so(is_stream, capfd, caplog):
+    """One in a piece by its status, one that has begun to come by its last event."""
     app, began = FastAPI(), threading.Event()
     app.add_middleware(_Border, limits=Limits(), api_key=None)
 
-    @app.get("/wait")
-    async def wait() -> None:
+    async def events():
+        yield "data: 1\n\n"
         began.set()
         await asyncio.sleep(100)
+
+    @app.get("/wait")
+    async def wait() -> Response:
+        if not is_stream:
+            began.set()
+            await asyncio.sleep(100)
+        return StreamingResponse(events(), media_type=EVENTS)
 
     server = make_server(app, Limits(drain_seconds=1), "127.0.0.1", 0)
 
@@ -189,6 +199,10 @@ def test_an_answer_that_the_end_cuts_off_is_told_so(capfd):
         serve_until_told(server)
         told.result()
         answer = asked.result()
-    assert answer.status_code == 503
-    assert answer.json()["error"]["message"] == "the server ends"
-    assert "Traceback" not in capfd.readouterr().err
+    assert answer.status_code == (200 if is_stream else 503)
+    last = answer.text.removeprefix("data: 1\n\ndata: ") if is_stream else answer.text
+    assert json.loads(last)["error"]["message"] == "the server ends"
+    assert "ends: 1 open calls have 1 s" in caplog.text
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert "without completing" not in said
