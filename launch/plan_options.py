@@ -9,7 +9,7 @@ from moe.launch.options import add_trust_option, named_path, real, whole
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add `probe` and `plan`; each names what `run`s it."""
-    probe = subparsers.add_parser("probe", help="measure this machine for some seconds: automatic choices start there")
+    probe = subparsers.add_parser("probe", help="measure this machine for a minute: automatic choices start there")
     probe.add_argument(
         "folder",
         type=named_path,

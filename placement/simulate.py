@@ -100,7 +100,10 @@ def simulate(
             f"{plan.num_layers} of {plan.num_experts}; use a plan for this model"
         )
     if topology.num_ranks != plan.num_ranks:
-        raise ValueError(f"the plan is for {plan.num_ranks} ranks, the topology has {topology.num_ranks}")
+        raise ValueError(
+            f"the plan is for {plan.num_ranks} ranks, the topology has {topology.num_ranks}; give the topology that it "
+            "was solved for"
+        )
     ranks, layers = plan.num_ranks, trace.num_layers
     same_node = topology.same_node()
     sizes = WireFormat.needs(work.sizes or trace.sizes, "the trace")
