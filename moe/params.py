@@ -1,5 +1,6 @@
 """How a request wants its tokens chosen and its text ended: plain data, which loads neither torch nor transformers."""
 
+import copy
 import dataclasses
 import json
 import operator
@@ -140,17 +141,21 @@ class SamplingParams:
         """These parameters with what only the engine knows."""
         # A form says itself where it may end; the model's end is how the model says that it does.
         ends = () if self.ignore_eos and self.structured_outputs is None else tuple(end_token_ids)
-        return dataclasses.replace(
-            self,
-            seed=self.seed if self.seed is not None else seed,
-            max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
-            end_token_ids=tuple(sorted({*ends, *self.stop_token_ids})),
-        )
+        one = self if self.max_tokens is not None else dataclasses.replace(self, max_tokens=max_tokens)
+        seed = seed if self.seed is None else self.seed
+        return one._with(seed=seed, end_token_ids=tuple(sorted({*ends, *self.stop_token_ids})))
 
     def sample(self, index: int) -> "SamplingParams":
         """Of sample `index` of n; the first tells of the prompt."""
         seed = None if self.seed is None else self.seed + index
-        return dataclasses.replace(self, n=1, seed=seed, prompt_logprobs=self.prompt_logprobs if index == 0 else None)
+        return self._with(n=1, seed=seed, prompt_logprobs=self.prompt_logprobs if index == 0 else None)
+
+    def _with(self, **values: Any) -> "SamplingParams":
+        """The same but for these values, which are right: nothing is checked again."""
+        one = copy.copy(self)
+        for name, value in values.items():
+            one._set(name, value)
+        return one
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
