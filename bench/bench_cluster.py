@@ -43,7 +43,9 @@ def write_lines(path: Path, count: int) -> None:
     prompts = (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()
     with path.open("w") as file:
         for number in range(count):
-            body = {"prompt": json.loads(prompts[number])["prompt"], "max_tokens": 48, "temperature": 0}
+            words = json.loads(prompts[number % len(prompts)])["prompt"].split(" ")
+            turned = number // len(prompts)  # no prompt begins as another did
+            body = {"prompt": " ".join(words[turned:] + words[:turned]), "max_tokens": 48, "temperature": 0}
             line = {"custom_id": str(number), "method": "POST", "url": "/v1/completions"}
             file.write(json.dumps(line | {"body": body | {"ignore_eos": True}}) + "\n")
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 
 from moe.cluster.fleet import Fleet, Host, HostEnded
-from moe.cluster.ledger import Ledger
+from moe.cluster.ledger import Ledger, most_dealt
 from moe.cluster.messages import Ended, Placed, Serve
 from moe.cluster.plans import Placements
 from moe.cluster.policy import ClusterError, FailurePolicy, State
@@ -22,7 +22,7 @@ from moe.placement.plan import Plan
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.05  # between two questions to Ray and two looks at beats; a line that closes is seen at once
+_LOOK_S = 0.25  # between two questions to Ray and two looks at beats; a line that closes is seen at once
 _FREED_S = 0.2  # for the others to leave by themselves where one host is lost
 
 
@@ -117,8 +117,7 @@ class Crew:
     def deal(self) -> None:
         """Requests from the queue to hosts that have room."""
         if self.state is State.SERVING:
-            most = 4 * self.config.batch.num_running
-            dealt = self.ledger.deal([host.number for host in self.alive], most)
+            dealt = self.ledger.deal([host.number for host in self.alive], most_dealt(self.config.batch))
             for host in self.alive:
                 if host.number in dealt:
                     host.actor.submit.remote(dealt[host.number])

@@ -11,7 +11,7 @@ from moe.engine.requests import Request
 from moe.outputs import FinishReason
 from moe.params import SamplingParams
 
-HOLD_S = 0.05  # how long tokens wait that nobody reads one by one: what is told costs more than a token of a quick step
+HOLD_S = 0.2  # how long tokens wait that nobody reads one by one: what is told costs more than a token of a quick step
 
 
 class TakesRequests(Protocol):
@@ -57,10 +57,11 @@ class _Running:
 
 class Desk:
     """tell: called by the thread that steps with what there is to say: of requests that somebody reads token by token
-    after the step, of others within `hold_s`."""
+    after the step, of others within `hold_s`. few: requests, with no more of which the caller may send others; the end
+    of one is then told after the step."""
 
-    def __init__(self, tell: Callable[[Sequence[Said]], None], hold_s: float = HOLD_S) -> None:
-        self._tell, self._hold_s = tell, hold_s
+    def __init__(self, tell: Callable[[Sequence[Said]], None], hold_s: float = HOLD_S, *, few: int = 0) -> None:
+        self._tell, self._hold_s, self._few = tell, hold_s, few
         self._changed = threading.Condition()
         self._dealt: list[Dealt] = []
         self._cancelled: set[int] = set()
@@ -106,7 +107,7 @@ class Desk:
     def stepped(self, requests: Sequence[Request], *, may_hold: bool = True) -> None:
         """Tells the caller what its requests among these have now, and what was held; may_hold: another call follows
         soon."""
-        is_awaited = not may_hold
+        is_awaited, has_ended = not may_hold, False
         for request in requests:
             if (running := self._running.get(request.id)) is not None:
                 if not self._moved:
@@ -115,6 +116,8 @@ class Desk:
                 is_awaited = is_awaited or request.is_awaited
                 if request.finish_reason is not None:
                     del self._running[request.id]
+                    has_ended = True
+        is_awaited = is_awaited or (has_ended and len(self._running) <= self._few)
         if self._moved and (is_awaited or time.monotonic() - self._held_since >= self._hold_s):
             self.tell_all()
 

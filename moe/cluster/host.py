@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe.cluster.desk import Desk
+from moe.cluster.ledger import most_dealt
 from moe.cluster.lines import Lifeline
 from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Placed, Said, Serve, Together, Where
 from moe.comm.errors import CommError, LostPeer
@@ -56,7 +57,7 @@ class ExpertHost:
         # Before the model: one that is stopped while it loads is seen by its silence, as any other.
         self._lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self._lifeline.start(self._beat)
-        self.desk = Desk(self._lifeline.say)
+        self.desk = Desk(self._lifeline.say, few=most_dealt(config.batch) // 2)
         blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
         _check_weights(blueprint, where.weights)
         self.engine = Engine(folder, config, share=_share(blueprint, *share, where.job, sharers))

@@ -5,8 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moe.cluster.messages import Dealt, Said
+from moe.config import BatchConfig
 from moe.engine.requests import Request
 from moe.outputs import FinishReason
+
+
+def most_dealt(batch: BatchConfig) -> int:
+    """Requests that whoever computes may have; with half as many it is dealt others."""
+    return 4 * batch.num_running
 
 
 @dataclass(slots=True, eq=False)

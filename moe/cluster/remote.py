@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.cluster.front import Front
+from moe.cluster.ledger import most_dealt
 from moe.cluster.policy import ClusterError, FailurePolicy
 from moe.cluster.resident import Attached, ControllerEnded, Controllers, ControllerSilent
 from moe.cluster.stats import ClusterStats, ClusterStatus, Noted
@@ -90,7 +91,7 @@ class RemoteEngine(Front):
     def exchange(self, wait_s: float) -> None:
         if not self._is_attached:  # a successor that did not take us on: nothing is known of it
             self._start_another("it did not begin to serve")
-        dealt = self.ledger.deal([_CONTROLLER], 4 * self.config.batch.num_running)
+        dealt = self.ledger.deal([_CONTROLLER], most_dealt(self.config.batch))
         for requests in dealt.values():
             self._actor.submit.remote(self._session, requests)
         if self._collecting is None:

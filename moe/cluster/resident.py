@@ -18,6 +18,7 @@ from moe.cluster.address import connect_ray
 from moe.cluster.controller import ClusterEngine
 from moe.cluster.desk import Desk, Outbox
 from moe.cluster.fleet import give_back_groups
+from moe.cluster.ledger import most_dealt
 from moe.cluster.messages import Dealt, Said
 from moe.cluster.policy import ClusterError, FailurePolicy, first_sentence
 from moe.cluster.stats import ClusterStats, ClusterStatus
@@ -52,9 +53,10 @@ class Session(NamedTuple):
     outbox: Outbox
 
     @staticmethod
-    def new(name: str) -> "Session":
+    def new(name: str, few: int = 0) -> "Session":
+        """few: as of `Desk`."""
         outbox = Outbox()
-        return Session(name, Desk(outbox.tell), outbox)
+        return Session(name, Desk(outbox.tell, few=few), outbox)
 
 
 class Collected(NamedTuple):
@@ -182,7 +184,7 @@ class Resident:
 
     def _take_over(self, session: str) -> None:
         self._session.desk.clear(self.engine)
-        self._session, self._told = Session.new(session), None
+        self._session, self._told = Session.new(session, most_dealt(self.engine.config.batch) // 2), None
 
 
 class ControllerEnded(ClusterError):

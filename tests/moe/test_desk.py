@@ -117,6 +117,19 @@ def test_tokens_that_nobody_waits_for_are_held_for_so_long():
     assert said == [[Said(1, (10, 11))]]
 
 
+def test_an_end_is_told_at_once_when_others_may_come():
+    said, engine = list[list[Said]](), EngineOfAFewTokens()
+    desk = Desk(lambda words: said.append(list(words)), hold_s=1e9, few=2)
+    desk.submit([dealt(number, 5, is_awaited=False) for number in range(4)])
+    desk.hand_over(engine)
+    desk.stepped([engine.says(100, 10, "length"), engine.says(101, 20)])
+    assert said == []  # three are left
+    desk.stepped([engine.says(101, 21, "length"), engine.says(102, 30)])
+    assert said == [[Said(0, (10,), "length"), Said(1, (20, 21), "length"), Said(2, (30,))]]
+    desk.stepped([engine.says(102, 31)])
+    assert len(said) == 1  # none has ended
+
+
 def test_what_a_request_came_with_is_not_told_again():
     said, engine = list[list[Said]](), EngineOfAFewTokens()
     desk = Desk(lambda words: said.append(list(words)))
