@@ -14,7 +14,7 @@ from moe.cluster.fleet import Fleet, Host, HostEnded
 from moe.cluster.ledger import Ledger, most_dealt
 from moe.cluster.messages import Ended, Placed, Serve
 from moe.cluster.plans import Placements
-from moe.cluster.policy import ClusterError, FailurePolicy, State
+from moe.cluster.policy import ClusterError, FailurePolicy, Refused, State
 from moe.cluster.stats import ClusterStats, Noted
 from moe.config import EngineConfig
 from moe.engine.limits import Limits
@@ -48,6 +48,7 @@ class Crew:
         self._serving: dict[Any, Host] = {}
         self._placing: dict[Any, Host] = {}  # asked for their `Placed`
         self._limits: Limits | None = None
+        self._refusal = ""  # why no host would load: none is started by itself
         try:
             self._start(num_hosts + config.cluster.spares)
             self.fleet.check_room(list(self.loading.values()))
@@ -70,7 +71,7 @@ class Crew:
         """From some step on `num_hosts` serve: more are started, or the last ones leave in order."""
         if num_hosts < 1:
             raise ValueError(f"hosts ({num_hosts}) must be >= 1")
-        self.target = num_hosts
+        self.target, self._refusal = num_hosts, ""
         there = len(self.alive) + len(self.spare) + len(self.loading)
         self._start(max(0, num_hosts + self.config.cluster.spares - there), is_growth=True)
         if num_hosts < len(self.alive):
@@ -166,6 +167,8 @@ class Crew:
         self.loading |= {host.ready: host for host in hosts}
 
     def _replace(self, num_alive: int) -> None:
+        if self._refusal:
+            return
         waiting = len(self.loading) + len(self.spare)
         self._start(self.policy.hosts_to_start(self.target, num_alive, waiting))
 
@@ -234,6 +237,8 @@ class Crew:
             host.info = self.fleet.answer(reference)
             self.spare.append(host)
         except HostEnded as error:
+            if isinstance(error.cause, Refused):
+                self._refusal = str(error)
             self._does_not_load(host, str(error))
 
     def _drop_stuck(self) -> None:
@@ -253,7 +258,7 @@ class Crew:
         self._note(f"a host did not load: {why}", [host], {})
         self._lose([host])
         self._replace(len(self.alive))
-        if host.is_growth and not self.config.cluster.replaces:
+        if host.is_growth and (self._refusal or not self.config.cluster.replaces):
             self.target = max(1, len(self.alive), self.target - 1)
 
     def _is_lost(self, host: Host) -> bool:
@@ -303,6 +308,8 @@ class Crew:
 
     def _why_over(self) -> str:
         infos = [host.info for host in self.spare if host.info is not None]
+        if self._refusal:
+            return f"{self._refusal}; too few hosts are left to serve, and finished work is kept"
         if not infos:
             return f"all {self.counts.lost_hosts} hosts are lost, none is started; finished work is kept"
         slots, all_experts = sum(info.state.slots for info in infos), infos[0].shape[0] * infos[0].shape[1]

@@ -17,6 +17,7 @@ from moe.cluster.desk import Desk
 from moe.cluster.ledger import most_dealt
 from moe.cluster.lines import Lifeline
 from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Placed, Said, Serve, Together, Where
+from moe.cluster.policy import Refused
 from moe.comm.errors import CommError, LostPeer
 from moe.comm.groups import Groups
 from moe.comm.membership import Generation, connect, interrupt, join_groups, leave_groups
@@ -58,8 +59,7 @@ class ExpertHost:
         self._lifeline = Lifeline(where.address, where.line_port, where.word, host, self.end)
         self._lifeline.start(self._beat)
         self.desk = Desk(self._lifeline.say, few=most_dealt(config.batch) // 2)
-        blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
-        _check_weights(blueprint, where.weights)
+        blueprint = _read_blueprint(folder, config, where.weights)
         self.engine = Engine(folder, config, share=_share(blueprint, *share, where.job, sharers))
         self._pool = self.engine.scheduler.pool
         self._load_seconds = time.perf_counter() - started
@@ -200,8 +200,17 @@ def actor_class() -> Any:
         def __init__(self, *arguments: Any, together: Together) -> None:
             node, where = ray.get_runtime_context().get_node_id(), arguments[-1]
             here = replace(together, count=min(together.count, bundles_here()))
-            super().__init__(*arguments, sharers=sharers_of(where, here, node))
+            self.refused: Refused | None = None
+            try:
+                super().__init__(*arguments, sharers=sharers_of(where, here, node))
+            except Refused as error:
+                self.refused = error  # `ready` raises it: of what a beginning raises Ray tells the text alone
             self.node = node
+
+        def ready(self) -> HostInfo:
+            if self.refused is not None:
+                raise self.refused
+            return super().ready()
 
     for name in CONTROL:
         setattr(Host, name, ray.method(concurrency_group="control")(getattr(ExpertHost, name)))
@@ -226,12 +235,18 @@ def bundles_here() -> int:
     return list(nodes.values()).count(ray.get_runtime_context().get_node_id())
 
 
-def _check_weights(blueprint: Blueprint, wanted: str) -> None:
+def _read_blueprint(folder: str, config: EngineConfig, wanted: str) -> Blueprint:
+    """Raises Refused if the folder cannot be read, or is not as the run began with."""
+    try:
+        blueprint = read_blueprint(folder, trust_remote_code=config.trust_remote_code)
+    except ValueError as error:
+        raise Refused(str(error)) from error
     if wanted and (found := fingerprint(blueprint.checkpoint)) != wanted:
-        raise ValueError(
+        raise Refused(
             f"{blueprint.folder} on {platform.node()} holds other weights or another config.json (fingerprint {found}) "
             f"than the run began with ({wanted}): give every node the same revision, and change it between runs only"
         )
+    return blueprint
 
 
 def _share(blueprint: Blueprint, rank: int, num_ranks: int, job: str, sharers: Sharers) -> Share:

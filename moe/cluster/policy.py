@@ -78,6 +78,10 @@ class ClusterError(CommError):
     """The cluster cannot go on; what was finished stays finished."""
 
 
+class Refused(ValueError):
+    """A host does not load what is in its folder, and neither would another: nobody tries again by itself."""
+
+
 def first_sentence(error: BaseException) -> str:
     """Without Ray's boxes, tracebacks and guesses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

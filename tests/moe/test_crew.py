@@ -20,7 +20,7 @@ from moe.cluster.fleet import Bundles, Fleet, Host, HostEnded
 from moe.cluster.ledger import Ledger
 from moe.cluster.lines import Lifeline, Lines
 from moe.cluster.messages import Beat, Dealt, Ended, HostInfo, Said, Serve, Where
-from moe.cluster.policy import ClusterError, State
+from moe.cluster.policy import ClusterError, Refused, State
 from moe.config import ClusterConfig, EngineConfig
 from moe.engine.limits import Limits
 from moe.engine.requests import Request
@@ -64,6 +64,8 @@ class Actor:
             threading.Thread(target=self._speak, args=(self.line,), daemon=True).start()
         if loads == "stopped":
             self.runs.clear()
+        elif loads == "refused":
+            self.ready_now.set_exception(HostEnded("other weights", Refused("other weights")))
         elif loads == "well":
             sizes = {"slots": 8, "experts": 16, "slot_bytes": 0, "dense_bytes": 0, "peak_rss_bytes": 0}
             state = EngineState(running=0, waiting=0, blocks=9, free_blocks=9, **sizes)
@@ -297,6 +299,35 @@ def test_hosts_that_stop_while_they_load_again_and_again_end_the_run():
     crew.alive[0].actor.ends()
     with pytest.raises(ClusterError, match="2 hosts were lost, more than 1"):
         pump_until(crew, lambda: False)
+    crew.close()
+
+
+def test_a_replacement_that_is_refused_is_not_tried_again():
+    crew = crew_of(2, 2, h2="refused", h3="refused")
+    crew.alive[0].actor.ends()
+    pump_until(crew, lambda: notes(crew, "a host did not load: other weights"))
+    assert serves(crew) == [1]
+    crew.scale(2)  # whoever mends the folder asks for it
+    assert serves(crew) == [1]
+    pump_until(crew, lambda: len(notes(crew, "a host did not load")) == 2)
+    assert crew.target == 1  # growth is given up
+    crew.alive[0].actor.ends()
+    with pytest.raises(ClusterError, match=r"^other weights; too few hosts are left to serve, and finished"):
+        pump_until(crew, lambda: False)
+    assert len(notes(crew, "a host did not load")) == 2
+    crew.close()
+
+
+@pytest.mark.parametrize("loads", ["well", "refused"])
+def test_hosts_that_wait_for_one_that_is_refused_end_at_once(loads):
+    crew = crew_of(2, 2, {"least_in_memory": 1.0}, h2=loads)  # 8 slots each, of 16 experts
+    crew.alive[0].actor.ends()
+    if loads == "well":
+        pump_until(crew, lambda: len(crew.alive) == 2)
+        assert serves(crew) == [1, 2]
+    else:
+        with pytest.raises(ClusterError, match=r"^other weights; too few hosts"):
+            pump_until(crew, lambda: False)
     crew.close()
 
 
