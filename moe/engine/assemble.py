@@ -183,7 +183,7 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
         graphs = use_paths(read.config, read.device, memory.runner, experts.slots, dense.max_context)
         chosen = tuple(one for one in (threads, graphs) if one is not None)
-        split = _moving_split(shared, dense, memory, experts, share) or _lent_kv(read, dense, memory, experts, share)
+        split = _moving_split(shared, dense, memory, experts) or _lent_kv(read, dense, memory, experts, share)
         loaded = Loaded(read, dense, memory, experts, grammars, chosen, split)
         undo.pop_all()
     return loaded
@@ -208,16 +208,13 @@ def _split_memory(read: Read, dense: Dense, work: Workload | None, share: Share 
     return replace(read, config=config, notes=(*read.notes, *([] if said is None else [said]))), shared
 
 
-def _moving_split(
-    shared: Shared | None, dense: Dense, memory: Memory, experts: Experts, share: Share | None
-) -> MovingSplit | None:
+def _moving_split(shared: Shared | None, dense: Dense, memory: Memory, experts: Experts) -> MovingSplit | None:
     if shared is None:
         return None
     assert isinstance(memory.runner, PackedRunner), "why_not_split has refused others"
     assert experts.slots is not None, "why_not_split has refused a model without experts"
-    own = None if share is None else share.experts
     memory.runner.kv.prepare(dense.tried.kv)  # addresses only
-    return MovingSplit(shared, memory.scheduler, memory.runner.kv, experts.slots, own)
+    return MovingSplit(shared, memory.scheduler, memory.runner.kv, experts.slots)
 
 
 def _lent_kv(read: Read, dense: Dense, memory: Memory, experts: Experts, share: Share | None) -> LentKV | None:

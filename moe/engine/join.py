@@ -120,9 +120,13 @@ def stay_alone(loaded: Loaded) -> Place:
 
 
 def settle(loaded: Loaded, place: Place) -> int:
-    """What KV does not use is lent alone, too; among ranks it has been. Returns the bytes that are still to come."""
+    """What KV does not use is lent alone, too; among ranks it has been. A coherent run has another KV: the memory of
+    this one is free meanwhile. Returns the bytes that are still to come."""
     if place.parallel is None and isinstance(loaded.split, LentKV):
         loaded.split.use()
+    if place.decisions.is_coherent and loaded.read.device.type == "cpu":
+        assert isinstance(loaded.memory.runner, PackedRunner), "why_not_coherent has refused others"
+        loaded.memory.runner.kv.empty()
     return bytes_to_come(loaded, place.mode.scheduler.pool)
 
 

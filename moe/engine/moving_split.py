@@ -32,6 +32,7 @@ from moe.layer.experts import SlotExperts
 from moe.layer.routing import RoutedLayer, StepContext, WholeForwards
 from moe.models.kv import PagedKV
 from moe.offload.budget import format_bytes
+from moe.placement.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -47,19 +48,22 @@ Floats = npt.NDArray[np.float64]
 
 
 class Measured:
-    """What steps have been seen to ask for; a `Demand`. own: the experts that are this rank's, by layer; None: all."""
+    """What steps have been seen to ask for; a `Demand`."""
 
-    def __init__(self, sizes: Sizes, own: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         counts = sizes.chosen_from
-        first = np.concatenate([[0], np.cumsum(counts)])
-        each = [range(count) for count in counts] if own is None else own
-        self._own = np.concatenate([a + np.asarray(experts, np.int64) for a, experts in zip(first, each)])
-        self._bytes = np.repeat(np.array(sizes.expert_bytes, np.float64), counts)[self._own]
-        self._alike = np.repeat([min(1.0, sizes.top_k / count) for count in counts], counts)[self._own]
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self._bytes = np.repeat(np.array(sizes.expert_bytes, np.float64), counts)
+        self._alike = np.repeat([min(1.0, sizes.top_k / count) for count in counts], counts)
         self._counts: Floats = np.zeros(sum(counts))
-        self._counts_of = np.split(self._counts, first[1:-1])  # views, by layer
-        self._tokens, self._num_ranks = 0.0, sizes.num_ranks
-        self.efficiency = 1.0
+        self._counts_of = np.split(self._counts, self._first[1:-1])  # views, by layer
+        self._tokens, self.efficiency = 0.0, 1.0
+        self.use([range(count) for count in counts], 1)
+
+    def use(self, own: Sequence[Sequence[int]], num_ranks: int) -> None:
+        """From here on these experts are this rank's, by layer, and tokens of so many ranks come to them."""
+        self._own = np.concatenate([a + np.asarray(experts, np.int64) for a, experts in zip(self._first, own)])
+        self._num_ranks = num_ranks
         self._order()
 
     def learn(self, step: StepContext, layers: Sequence[RoutedLayer]) -> None:
@@ -85,9 +89,10 @@ class Measured:
 
     def _order(self) -> None:
         """The most asked for first."""
-        shares = (self._counts[self._own] + PRIOR_TOKENS * self._alike) / (self._tokens + PRIOR_TOKENS)
+        counts, alike = self._counts[self._own], self._alike[self._own]
+        shares = (counts + PRIOR_TOKENS * alike) / (self._tokens + PRIOR_TOKENS)
         order = np.argsort(-shares, kind="stable")
-        self._shares, self._sorted_bytes = np.minimum(shares[order], 1.0), self._bytes[order]
+        self._shares, self._sorted_bytes = np.minimum(shares[order], 1.0), self._bytes[self._own][order]
 
     def _num_kept(self, asked: Floats, slots: int) -> int:
         passing = 0 if slots >= len(asked) else round(float(asked.sum()) / len(self._counts_of))
@@ -126,21 +131,16 @@ class AnswerLengths:
 class MovingSplit:
     """One memory's KV and slots, on the host. `step` must be called before each step is planned.
 
-    own: as of `Measured`.
+    Counts with the experts that this process has, alone or among ranks, whenever that changes.
     """
 
-    def __init__(
-        self,
-        shared: Shared,
-        scheduler: Scheduler,
-        kv: PagedKV,
-        experts: SlotExperts,
-        own: Sequence[Sequence[int]] | None = None,
-    ) -> None:
+    def __init__(self, shared: Shared, scheduler: Scheduler, kv: PagedKV, experts: SlotExperts) -> None:
         self.shared, self.scheduler, self.kv, self.experts = shared, scheduler, kv, experts
-        sizes = shared.sizes
+        sizes = self.sizes = shared.sizes
         self.one = OneMemory(shared.memory, scheduler, kv, experts)
-        self.demand, self.lengths = Measured(sizes, own), AnswerLengths()
+        self.demand, self.lengths = Measured(sizes), AnswerLengths()
+        self._plan: Plan | None  # that these are of
+        self._follow()
         self._seen: list[Request] = []
         self._put_back = 0
         experts.routing.observers.append(WholeForwards(len(sizes.num_experts), self._learn))
@@ -154,12 +154,15 @@ class MovingSplit:
 
     def step(self) -> None:
         """Between two steps: looks again where it is time, and moves what may be moved."""
+        parallel = self.experts.parallel
+        if self._plan is not (None if parallel is None else parallel.plan):
+            self._follow()
         for request in self._seen:
             if request.finish_reason is not None and request.num_output:
                 self.lengths.add(request)
         self._seen = self._open
         longest = max((self._end(request) for request in self._open), default=0)
-        needed = -(-longest // self.shared.sizes.block_size)
+        needed = -(-longest // self.sizes.block_size)
         if needed > self.kv.pool.num_blocks:  # none of those that were foretold, or the last that was longest
             self._move(self._fitting([needed], self.scheduler.places), needed)
         if self._wanted is None and self._steps >= PERIOD:
@@ -169,6 +172,15 @@ class MovingSplit:
                 self.take(self._wanted)
             self._wanted = None
 
+    def _follow(self) -> None:
+        """Counts with the experts that are this rank's now, and with whose tokens come to them."""
+        parallel, counts = self.experts.parallel, self.sizes.chosen_from
+        self._plan = None if parallel is None else parallel.plan
+        own = [range(count) for count in counts] if parallel is None else parallel.hosted
+        num_ranks = 1 if parallel is None else parallel.groups.world_size
+        self.sizes = self.sizes._replace(num_experts=[len(of) for of in own], num_ranks=num_ranks)
+        self.demand.use(own, num_ranks)
+
     def move(self, sequences: int) -> None:
         """Takes the split of so many sequences, as soon as no more run."""
         self._wanted = sequences
@@ -176,7 +188,7 @@ class MovingSplit:
 
     def left(self) -> Left:
         """Of the requests that are open, and of those that are still to come, with answers as long as it seems."""
-        sizes, work, come = self.shared.sizes, self.shared.work, self.scheduler.num_added
+        sizes, work, come = self.sizes, self.shared.work, self.scheduler.num_added
         rows = [
             (r.num_prompt, self._end(r) - r.num_prompt, r.num_output, min(r.num_computed, r.num_prompt))
             for r in self._open
@@ -208,13 +220,13 @@ class MovingSplit:
         if not left.kv_tokens or stall <= 0:
             return
         present = self._expected(left, self.scheduler.places, cache.num_slots)
-        blocks = np.cumsum(left.kv_tokens) // self.shared.sizes.block_size
+        blocks = np.cumsum(left.kv_tokens) // self.sizes.block_size
         running = len(self.scheduler.running)
         fewest = running if running == len(blocks) else 1  # at the end none can wait for others
         best, sequences = min(
             (self._expected(left, n, slots), n)
             for n in _some(fewest, len(blocks))
-            if (slots := self._slots_beside(int(blocks[n - 1]), n)) >= self.shared.sizes.least_slots or n == fewest
+            if (slots := self._slots_beside(int(blocks[n - 1]), n)) >= self.sizes.least_slots or n == fewest
         )
         if best < (1 - LEAST_GAIN) * present:
             log.info(
@@ -229,7 +241,7 @@ class MovingSplit:
 
     def take(self, sequences: int) -> None:
         """Takes the split of so many sequences now, as far as those that run leave it KV. There must be requests."""
-        blocks = np.cumsum(self.left().kv_tokens) // self.shared.sizes.block_size
+        blocks = np.cumsum(self.left().kv_tokens) // self.sizes.block_size
         sequences = self._fitting(blocks.tolist(), min(sequences, len(blocks)))
         self._move(sequences, int(blocks[sequences - 1]))
 
@@ -237,7 +249,7 @@ class MovingSplit:
         """As many sequences, or as many fewer as leave enough slots. blocks: of 1, 2, … sequences, then as many."""
         while sequences > 1:
             slots = self._slots_beside(blocks[min(sequences, len(blocks)) - 1], sequences)
-            if slots >= self.shared.sizes.least_slots:
+            if slots >= self.sizes.least_slots:
                 break
             sequences -= 1
         return sequences
@@ -252,8 +264,8 @@ class MovingSplit:
     def _slots_beside(self, blocks: int, sequences: int) -> int:
         """The most that the memory holds beside so many blocks, and the rows of a step."""
         shared = self.shared
-        room = min(shared.memory, shared.room - sequences * shared.sizes.row_bytes)
-        return shared.sizes.slots_in(room - self.kv.taken_by(blocks))
+        room = min(shared.memory, shared.room - sequences * self.sizes.row_bytes)
+        return min(self.sizes.slots_in(room - self.kv.taken_by(blocks)), self.experts.cache.map.room)
 
     @property
     def _open(self) -> list[Request]:

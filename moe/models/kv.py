@@ -180,6 +180,12 @@ class PagedKV:
             give_back(tensor[num_blocks * size :])
         return moved
 
+    def empty(self) -> None:
+        """All memory is the system's until it is written again. No block may be used; on the host."""
+        blocks = self.pool.num_blocks
+        self.resize(0)
+        self.resize(blocks)
+
     def begin(self, blocks: Sequence[Sequence[int]], starts: Sequence[int], ends: Sequence[int]) -> StepLayout:
         """Lays out a step that computes the tokens [start, end) of each sequence with these blocks."""
         alone = None if self.alone is None else self.alone(blocks, starts, ends)

@@ -22,6 +22,7 @@ from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.moe.moe_cases import TINYMOE, random_prompts
+from tests.moe.test_moving_split import resident
 
 SHAPE = 6, 16  # layers, experts
 EXPERT = 144 << 10
@@ -151,6 +152,9 @@ def lives_on(dispatchers: list[str]) -> tuple[dict[int, list[int]], list[tuple[i
         object.__setattr__(engine.loaded.read.config, "parallel", parallel)  # as `auto` may choose for these ranks
         groups = join_groups(store, Generation(number, ("a", "a")), rank // 2, meet_s=30, timeout_s=20)
         engine.join(groups, Plan.random(*SHAPE, 2, seed=number))
+        if dispatcher == "coherent":  # which has another KV
+            kv = engine.loaded.memory.runner.kv.layers
+            assert sum(map(resident, (t for layer in kv for t in (layer.keys, layer.values)))) == 0
         serve(dispatcher, 12, 2 + rank // 2 + 2 * number)
         leave_groups(groups)
     engine.join(None)

@@ -202,7 +202,20 @@ def serve_on_ranks(folder, by_rank, moves):
                 assert split is None or split.one.nbytes <= split.shared.memory
                 step += 1
             splits = None if split is None else split.stats.splits
-            return [one.token_ids for one in running], splits, llm.engine.config.parallel.dispatcher
+            answers, dispatcher = [one.token_ids for one in running], llm.engine.config.parallel.dispatcher
+            if split is not None:
+                counted = [(split.sizes.num_ranks, len(split.demand._shares), sum(split.sizes.num_experts))]
+                llm.engine.join(None)
+                running = llm.add(own[0], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+                while llm.engine.has_work:
+                    llm.step()
+                    assert llm.engine.why_not_whole() is None
+                    assert split.one.nbytes <= split.shared.memory
+                assert running.token_ids == answers[0]
+                counted.append((split.sizes.num_ranks, len(split.demand._shares), sum(split.sizes.num_experts)))
+                experts = llm.engine.blueprint.num_experts
+                assert counted == [(2, experts // 2, experts // 2), (1, experts, experts)]
+            return answers, splits, dispatcher
 
 
 @pytest.mark.parametrize("shares", [(slice(0, None, 2), slice(1, None, 2)), (slice(0, 0), slice(0, None))])
