@@ -51,7 +51,7 @@ def request_schema(url: str) -> dict[str, Any]:
     """JSON schema of the body of a request to `url`."""
     kinds = {int: "integer", float: "number"}
     properties: dict[str, Any] = {name: {"type": [kinds[kind], "null"]} for name, kind in NUMBERS.items()}
-    properties |= {name: {"type": ["boolean", "null"]} for name in (*FLAGS, "stream")}
+    properties |= {name: {"type": ["boolean", "null"]} for name in (*FLAGS, "stream", "return_token_ids")}
     properties |= {name: {"type": ["array", "null"], "items": {"type": "integer"}} for name in TOKEN_LISTS}
     properties |= dict.fromkeys(("stop", "bad_words"), _TEXTS)
     properties |= {name: {"enum": [*values, None]} for name, values in NEUTRAL.items()}

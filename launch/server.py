@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moe import __version__
-from moe.answers import chunk_body, chunk_choice, error_body, response_body, usage
+from moe.answers import chunk_body, chunk_choice, error_body, prompt_token_ids, response_body, token_ids, usage
 from moe.launch.live import live_state
 from moe.launch.openapi import answers, request_schema, takes
 from moe.launch.page import PAGE
@@ -294,7 +294,7 @@ async def _whole(call: _Call, request: Request, seconds: float) -> Response:
     if (error := next((one.error for one in answers if one.error is not None), None)) is not None:
         return _refused(500, error, "server_error")
     of_prompts = [end.of_prompt for end in ends[:: call.ask.params.n]]
-    body = response_body(call.ask, answers, **call.names, prompt_tokens=call.prompt_tokens, of_prompts=of_prompts)
+    body = response_body(call.ask, answers, **call.names, prompts=call.prompts, of_prompts=of_prompts)
     return JSONResponse(body)
 
 
@@ -334,6 +334,7 @@ async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:
             finish = None if done is None else done.finish_reason
             is_first = delta.sample not in seen
             seen.add(delta.sample)
+            prompt = call.prompts[delta.sample // call.ask.params.n]
             choice = chunk_choice(
                 call.ask,
                 delta.sample,
@@ -342,9 +343,11 @@ async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:
                 delta.logprobs,
                 first=is_first,
                 reader=readers[delta.sample],
+                ids=token_ids(call.ask, delta.tokens, prompt if is_first else None),
             )
             if choice is not None:
-                yield _event(chunk_body(call.ask, [choice], **call.names))
+                of_prompt = prompt_token_ids(call.ask, prompt) if is_first else {}
+                yield _event(chunk_body(call.ask, [choice], **call.names) | of_prompt)
         if call.ask.include_usage:
             yield _event(chunk_body(call.ask, [], **call.names) | {"usage": usage(call.prompt_tokens, num_tokens)})
         yield "data: [DONE]\n\n"

@@ -265,7 +265,7 @@ class _Run:
                     return
                 ends[delta.sample] = delta
                 if len(ends) == ask.params.n or delta.completion.error is not None:
-                    entry = _result(number, name, ask, [ends[i] for i in sorted(ends)], len(prompts[0]), llm.name)
+                    entry = _result(number, name, ask, [ends[i] for i in sorted(ends)], prompts[0], llm.name)
                     self._finished.append(entry | {"_number": number})
                     self._changed.set()
 
@@ -292,11 +292,11 @@ class _Run:
             self.service.cancel(ticket)
 
 
-def _result(number: int, name: str, ask: Ask, ends: list[Delta], num_prompt: int, model: str) -> dict[str, Any]:
+def _result(number: int, name: str, ask: Ask, ends: list[Delta], prompt: list[int], model: str) -> dict[str, Any]:
     """Of a line whose samples have ended. ends: in their order."""
     try:
         answers = [end.completion for end in ends if end.completion is not None]
-        return result_line(number, name, ask, answers, num_prompt, model, ends[0].of_prompt)
+        return result_line(number, name, ask, answers, prompt, model, ends[0].of_prompt)
     except Exception as error:  # of any kind: readers of what the model wrote run here
         return failed_line(number, name, "server_error", f"{type(error).__name__}: {error}")
 

@@ -16,10 +16,11 @@ def response_body(
     request_id: str,
     created: int,
     model: str,
-    prompt_tokens: int,
+    prompts: Sequence[Sequence[int]],
     of_prompts: Sequence[PromptLogprobs] = (),
 ) -> dict[str, Any]:
-    """The whole answer. answers: of all prompts, n of each, in order. of_prompts: prompt_logprobs of each prompt."""
+    """The whole answer. prompts: token ids; answers: of all prompts, n of each, in order; of_prompts: prompt_logprobs
+    of each prompt."""
     num_top = ask.params.logprobs or 0
     choices: list[dict[str, Any]] = [
         {"index": i, **(_chat_choice(answer, num_top, ask.reader()) if ask.is_chat else _completion_choice(answer))}
@@ -31,8 +32,12 @@ def response_body(
         "created": created,
         "model": ask.model or model,
         "choices": choices,
-        "usage": usage(prompt_tokens, sum(len(answer.token_ids) for answer in answers)),
+        "usage": usage(sum(map(len, prompts)), sum(len(answer.token_ids) for answer in answers)),
     }
+    if ask.tells_ids:
+        for index, (choice, answer) in enumerate(zip(choices, answers)):
+            choice |= token_ids(ask, answer.token_ids, prompts[index // ask.params.n])
+        body |= prompt_token_ids(ask, prompts[0])
     if ask.params.prompt_logprobs is None:
         return body
     told = [None if one is None else [entry and _by_token(entry) for entry in one] for one in of_prompts]
@@ -41,6 +46,19 @@ def response_body(
     for index, choice in enumerate(choices):
         choice["prompt_logprobs"] = told[index // ask.params.n]
     return body
+
+
+def token_ids(ask: Ask, tokens: Sequence[int], prompt: Sequence[int] | None) -> dict[str, Any]:
+    """What a choice says of them where the request asks, by vLLM's names. prompt: None where it was told before."""
+    if not ask.tells_ids:
+        return {}
+    of_prompt = {} if ask.is_chat or prompt is None else {"prompt_token_ids": list(prompt)}
+    return of_prompt | {"token_ids": list(tokens)}
+
+
+def prompt_token_ids(ask: Ask, prompt: Sequence[int]) -> dict[str, Any]:
+    """Beside the choices: a chat has one prompt."""
+    return {"prompt_token_ids": list(prompt)} if ask.tells_ids and ask.is_chat else {}
 
 
 def _by_token(step: Mapping[int, Logprob]) -> dict[str, Any]:
@@ -69,13 +87,16 @@ def chunk_choice(
     *,
     first: bool,
     reader: Reader | None = None,
+    ids: Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """What is new of one sample; None if that is nothing. reader: of this sample, where tools are offered."""
-    if not (text or finish or logprobs is not None or first):
+    """What is new of one sample; None if that is nothing. reader: of this sample, where tools are offered; ids: its
+    `token_ids`."""
+    ids = ids or {}
+    if not (text or finish or logprobs is not None or first or ids):
         return None
     if not ask.is_chat:
         found = None if logprobs is None else completion_logprobs(logprobs)
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": found}
+        return {"index": index, "text": text, "finish_reason": finish, "logprobs": found, **ids}
     delta: dict[str, Any] = {"role": "assistant"} if first else {}
     if reader is None:
         delta |= {"content": text} if text or first else {}
@@ -86,10 +107,10 @@ def chunk_choice(
         delta |= {"tool_calls": [_call_delta(one) for one in said.calls]} if said.calls else {}
         if reader.has_called and finish == "stop":
             finish = "tool_calls"
-        if not (delta or finish or logprobs is not None):
+        if not (delta or finish or logprobs is not None or ids):
             return None
     found = None if logprobs is None else chat_logprobs(logprobs, ask.params.logprobs or 0)
-    return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": found}
+    return {"index": index, "delta": delta, "finish_reason": finish, "logprobs": found, **ids}
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:

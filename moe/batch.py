@@ -214,8 +214,8 @@ class _Run:
         try:
             answers = [self.llm.completion(sample) for sample in entry.samples]
             of_prompt = self.llm.prompt_logprobs(entry.samples[0])
-            name, num_prompt = self.llm.name, len(entry.tokens)
-            return result_line(entry.line, entry.custom_id, entry.ask, answers, num_prompt, name, of_prompt)
+            name, prompt = self.llm.name, entry.tokens
+            return result_line(entry.line, entry.custom_id, entry.ask, answers, prompt, name, of_prompt)
         except Exception as error:  # of any kind: a tokenizer's own code, and readers of what the model wrote, run here
             return failed_line(entry.line, entry.custom_id, "server_error", f"{type(error).__name__}: {error}")
 
@@ -231,7 +231,7 @@ def result_line(
     custom_id: str,
     ask: Ask,
     answers: list[Completion],
-    prompt_tokens: int,
+    prompt: list[int],
     model: str,
     of_prompt: PromptLogprobs = None,
 ) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def result_line(
         request_id=name,
         created=int(time.time()),
         model=model,
-        prompt_tokens=prompt_tokens,
+        prompts=[prompt],
         of_prompts=[of_prompt],
     )
     response = {"status_code": 200, "request_id": name, "body": body}

@@ -92,6 +92,10 @@ class Client:
         """The whole result body of a completion."""
         return self._call("POST", COMPLETIONS, {"model": self.model, "prompt": _plain(prompt), **options})
 
+    def token_ids(self, prompt: str | Sequence[int], **options: Any) -> list[int]:
+        """Of one answer, where the server has vLLM's `return_token_ids`: a model without a tokenizer has no text."""
+        return list(_part(self.complete(prompt, return_token_ids=True, **options), "choices", 0, "token_ids"))
+
     def stream(self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Any) -> Iterator[str]:
         """The text as it comes; of a conversation if messages are given. Leaving it ends the request."""
         path, body = _streamed(self.model, prompt, options)
@@ -209,6 +213,9 @@ class AsyncClient:
     async def complete(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any]:
         body = {"model": await self._name(), "prompt": _plain(prompt), **options}
         return await self._call("POST", COMPLETIONS, body)
+
+    async def token_ids(self, prompt: str | Sequence[int], **options: Any) -> list[int]:
+        return list(_part(await self.complete(prompt, return_token_ids=True, **options), "choices", 0, "token_ids"))
 
     async def stream(
         self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], **options: Any

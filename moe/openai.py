@@ -40,7 +40,7 @@ _READ_ELSEWHERE = {
     *("model", "prompt", "messages", "stop", "logprobs", "top_logprobs", "stream", "stream_options", "logit_bias"),
     *("max_completion_tokens", "bad_words", "chat_template_kwargs", "reasoning_effort"),
     *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-    *("tools", "tool_choice", "parallel_tool_calls"),
+    *("tools", "tool_choice", "parallel_tool_calls", "return_token_ids"),
 }
 WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -76,7 +76,8 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """A request whose form is right. Either prompts (texts or token ids) or messages."""
+    """A request whose form is right. Either prompts (texts or token ids) or messages. tells_ids: the answer has the
+    token ids of prompt and answer, too."""
 
     url: str
     params: SamplingParams
@@ -86,6 +87,7 @@ class Ask:
     template: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the chat template
     stream: bool = False
     include_usage: bool = False
+    tells_ids: bool = False
     tools: "Tools | None" = None
 
     @property
@@ -132,11 +134,9 @@ def parse_request(
     params = SamplingParams(**_sampling(body, url == CHAT, recommended or {}), structured_outputs=_form(body, tools))
     if tools is not None and not tools.is_forced:
         params = dataclasses.replace(params, skip_special_tokens=False)  # calls may stand between special tokens
-    model, stream = body.get("model"), body.get("stream")
+    model, stream = body.get("model"), _flag(body, "stream")
     if not (model is None or isinstance(model, str)):
         raise BadRequest(f"model ({model!r}) must be a string", "model")
-    if not (stream is None or isinstance(stream, bool)):
-        raise BadRequest(f"stream ({stream!r}) must be true or false", "stream")
     if stream and params.prompt_logprobs is not None:
         raise BadRequest("prompt_logprobs cannot be streamed; leave out stream", "prompt_logprobs")
     options = body.get("stream_options") or {}
@@ -148,9 +148,16 @@ def parse_request(
         messages=_messages(body.get("messages")) if url == CHAT else (),
         template=_template(body) | ({} if tools is None else {"tools": list(tools.offered)}),
         tools=tools,
-        stream=bool(stream),
+        stream=stream,
+        tells_ids=_flag(body, "return_token_ids"),
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
     )
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(value := body.get(name), bool | None):
+        raise BadRequest(f"{name} ({value!r}) must be true or false", name)
+    return bool(value)
 
 
 def _check_fields(body: Mapping[str, Any]) -> None:

@@ -20,6 +20,8 @@ def test_our_client(served, right, tmp_path):
         assert client.chat("Hello", max_tokens=12, temperature=0) == right.chat
         messages = [{"role": "user", "content": "Hello"}]
         assert "".join(client.stream(messages, max_tokens=12, temperature=0)) == right.chat
+        said = client.complete(PROMPT, max_tokens=12, temperature=0, return_token_ids=True)["choices"][0]
+        assert client.token_ids(said["prompt_token_ids"], max_tokens=12, temperature=0) == said["token_ids"]
         with pytest.raises(ServerError, match="400: top_p"):
             client.generate(PROMPT, top_p=9)
         seen = []
@@ -42,6 +44,7 @@ def test_our_client(served, right, tmp_path):
     async def several():
         async with AsyncClient(served.url) as client:
             texts = await asyncio.gather(*(client.generate(PROMPT, max_tokens=12, temperature=0) for _ in range(3)))
+            assert len(await client.token_ids(PROMPT, max_tokens=3, ignore_eos=True)) == 3
             return texts, [piece async for piece in client.stream(PROMPT, max_tokens=12, temperature=0)]
 
     async def leaves():

@@ -57,10 +57,32 @@ def test_streams(client, right):
     assert sum(len(c.choices[0].logprobs.content) for c in chunks if c.choices[0].logprobs) == 12
 
 
+def test_token_ids(client, served, right):
+    """By vLLM's names: of a completion with its choices, of a chat's prompt beside them; whole and in pieces."""
+    encode, tokenizer = served.service.llm.encode, served.service.llm.tokenizer
+    asked = {"model": "model", "max_tokens": 12, "temperature": 0, "extra_body": {"return_token_ids": True}}
+    two = client.completions.create(prompt=[PROMPT, "A"], n=2, **asked).choices
+    assert [c.prompt_token_ids for c in two] == [encode(PROMPT)] * 2 + [encode("A")] * 2
+    assert tokenizer.decode(two[0].token_ids) == right.text
+    pieces = [c.choices[0] for c in client.completions.create(prompt=PROMPT, stream=True, **asked)]
+    assert [token for c in pieces for token in c.token_ids] == two[0].token_ids
+    assert [c.prompt_token_ids for c in pieces if hasattr(c, "prompt_token_ids")] == [encode(PROMPT)]
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = client.chat.completions.create(messages=messages, **asked)
+    assert tokenizer.decode(chat.choices[0].token_ids) == right.chat
+    assert len(chat.prompt_token_ids) == chat.usage.prompt_tokens
+    pieces = list(client.chat.completions.create(messages=messages, stream=True, **asked))
+    assert [token for c in pieces for token in c.choices[0].token_ids] == chat.choices[0].token_ids
+    assert pieces[0].prompt_token_ids == chat.prompt_token_ids
+    silent = client.chat.completions.create(**(asked | {"extra_body": {}}), messages=messages)
+    assert not hasattr(silent, "prompt_token_ids")
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
         ({"prompt": PROMPT, "best_of": 3}, "best_of"),
+        ({"prompt": PROMPT, "return_token_ids": 1}, "return_token_ids"),
         ({"prompt": PROMPT, "max_tokens": "many"}, "max_tokens"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [3] * 2000}, None),

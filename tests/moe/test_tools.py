@@ -111,9 +111,7 @@ def ask(**more):
 def test_a_whole_answer(name, text, content, calls):
     asked = ask(form=BY_NAME[name])
     assert not asked.params.skip_special_tokens
-    body = response_body(
-        asked, [Completion(0, text, [1], "stop")], request_id="1", created=1, model="m", prompt_tokens=1
-    )
+    body = response_body(asked, [Completion(0, text, [1], "stop")], request_id="1", created=1, model="m", prompts=[[1]])
     choice = ChatCompletion.model_validate(body).choices[0]
     assert (choice.message.content or "") == content
     found = [(c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls or []]
