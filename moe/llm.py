@@ -323,10 +323,14 @@ class LLM:
         try:
             if tokens:
                 generation.first_token = generation.first_token or time.monotonic()
-            ends = request.params.end_token_ids if request.finish_reason == "stop" else ()
-            for number, token in enumerate(tokens, generation.read - len(tokens) - request.num_prompt + 1):
-                if not (number == request.num_output and token in ends):  # it ends the text, and is no part of it
-                    generation.text.add(token, may_stop=number > request.params.min_tokens)
+            params, said = request.params, tokens if request.is_awaited else request.tokens[request.num_prompt :]
+            if request.finish_reason == "stop" and said and said[-1] in params.end_token_ids:
+                said = said[:-1]  # it ends the text, and is no part of it
+            if request.is_awaited:
+                for number, token in enumerate(said, generation.read - len(tokens) - request.num_prompt + 1):
+                    generation.text.add(token, may_stop=number > params.min_tokens)
+            elif request.finish_reason is not None:  # nobody has read any of it
+                generation.text.add_all(said)
             if generation.text.is_stopped:
                 self.engine.finish(request, "stop")
             if request.finish_reason is not None:

@@ -49,6 +49,16 @@ class TextStream:
     def add(self, token: int, may_stop: bool = True) -> None:
         """may_stop: whether a stop string that is complete with this token ends the text."""
         self._ids.append(token)
+        self._read_on(may_stop)
+
+    def add_all(self, tokens: Sequence[int]) -> None:
+        """As `add` of each, decoded together: where bytes of no text are among them, as the tokenizer decodes all of
+        them. No stop string may end the text."""
+        assert not self._stop, self._stop
+        self._ids += tokens
+        self._read_on()
+
+    def _read_on(self, may_stop: bool = True) -> None:
         if self._decode is None or self.is_stopped:
             return
         before = self._decode(self._ids[self._context : self._read])

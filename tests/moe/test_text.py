@@ -74,6 +74,17 @@ def test_any_tokens_give_the_text_of_all_of_them(name, data):
         assert text.text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_tokens_that_are_added_together_give_the_text_of_all_of_them(name, data):
+    tokenizer, whole = TOKENIZERS[name], TextStream(TOKENIZERS[name])
+    ids = data.draw(st.lists(st.integers(1, len(tokenizer) - 1), max_size=25))
+    whole.add_all(ids)
+    whole.finish()
+    assert whole.text == whole.delta(True) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.text(alphabet="ab \u00e9你", max_size=25),
