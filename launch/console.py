@@ -17,3 +17,8 @@ sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
 sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 out = _Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 err = _Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
+
+
+def say_who_measures() -> None:
+    """What `measures_alone` is told to say."""
+    err.print("another process measures this machine; waiting until it has …", style="dim", markup=False)

@@ -6,9 +6,9 @@ from pathlib import Path
 from moe.config import EngineConfig
 from moe.engine.choices import probed
 from moe.kernels.cpu import instruction_sets
-from moe.launch.console import err
+from moe.launch.console import err, say_who_measures
 from moe.models.blueprint import read_blueprint
-from moe.placement.machine import disk_of, save_machine
+from moe.placement.machine import disk_of, measures_alone, save_machine
 
 LEAST_BYTES = 256 << 20  # of experts: nobody waits for the reads of smaller models
 
@@ -21,8 +21,7 @@ def measure_first_run(model: Path, config: EngineConfig) -> None:
     """
     if not config.probe_first_run or config.offload.store != "file" or not instruction_sets():
         return
-    known = probed(config)
-    if known is not None and disk_of(model) in known.disks:
+    if not _lacks(model, config):
         return
     blueprint = read_blueprint(model, trust_remote_code=config.trust_remote_code)
     if blueprint.expert_bytes < LEAST_BYTES:
@@ -38,6 +37,14 @@ def measure_first_run(model: Path, config: EngineConfig) -> None:
             raise PermissionError(f"{where.parent} cannot be written")
         largest = max(blueprint.index.files(), key=lambda file: file.stat().st_size)
         nbytes = max(layout.nbytes for layout in blueprint.index.layouts)
-        save_machine(where, probe_first(largest, nbytes, known))
+        with measures_alone(where, say_who_measures):
+            if _lacks(model, config):  # still
+                save_machine(where, probe_first(largest, nbytes, probed(config)))
     except OSError as error:
         err.print(f"note: nothing was measured, defaults stand: {error}", style="yellow", markup=False)
+
+
+def _lacks(model: Path, config: EngineConfig) -> bool:
+    """Whether nothing is known of this machine, or of the disk that `model` lies on."""
+    known = probed(config)
+    return known is None or disk_of(model) not in known.disks

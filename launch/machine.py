@@ -8,19 +8,18 @@ from rich.table import Table
 
 from moe.config import EngineConfig
 from moe.engine.choices import this_machine
-from moe.launch.console import out
+from moe.launch.console import out, say_who_measures
 from moe.launch.measure import probe
 from moe.launch.options import check_made
 from moe.offload.budget import format_bytes
-from moe.placement.machine import Machine, load_machine, save_machine
+from moe.placement.machine import Machine, load_machine, measures_alone, save_machine
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures and stores, or shows what is stored with --show."""
     file = Path(args.file or EngineConfig().probe_file).expanduser()
-    known = load_machine(file, this_machine())
     if args.show:
-        if known is None:
+        if (known := load_machine(file, this_machine())) is None:
             raise ValueError(f"{file} knows nothing of this machine ({this_machine()}); run `moe probe`")
     else:
         if not args.folder.is_dir():
@@ -28,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
         if file.is_dir():
             raise ValueError(f"{file} is a folder; give the name of a file with --file")
         check_made(file.parent)
-        known = probe(args.folder, known)
-        save_machine(file, known)
+        with measures_alone(file, say_who_measures):
+            known = probe(args.folder, load_machine(file, this_machine()))
+            save_machine(file, known)
     out.print(known.name, markup=False)
     for table in tables(known):
         out.print(table)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from moe.config import EngineConfig
 from moe.engine.choices import choose_reads, probed, why_not_ahead
-from moe.launch.console import out
+from moe.launch.console import out, say_who_measures
 from moe.launch.options import real
 from moe.launch.plan_inputs import even_routing, replay, settled, sizes_of, with_disk
 from moe.launch.recording import read_recording
@@ -26,7 +26,7 @@ from moe.offload.memory import available_memory
 from moe.offload.requantise import sizes as rounded
 from moe.placement.cost import Sizes, Terms, Use, decode_step, prefill_step
 from moe.placement.gpus import DISK, HOST, gpus_of, machine_link, memory_of, published
-from moe.placement.machine import How, Machine, disk_of, save_machine
+from moe.placement.machine import How, Machine, disk_of, measures_alone, save_machine
 from moe.placement.plan import Plan
 from moe.placement.topology import Link
 from moe.placement.trace import RoutingTrace
@@ -123,14 +123,22 @@ class Case(NamedTuple):
     note: str = ""
 
 
+def _lacks(machine: Machine | None, disk: str) -> bool:
+    """Whether it was not measured whole, or without this disk."""
+    return machine is None or machine.overhead is None or disk not in machine.disks
+
+
 def _here(args: argparse.Namespace, blueprint: Blueprint) -> Case:
     config = EngineConfig() if args.probe_file is None else EngineConfig(probe_file=args.probe_file)
     machine, disk = probed(config), disk_of(blueprint.folder)
-    if args.here and (machine is None or machine.overhead is None or disk not in machine.disks):
+    if args.here and _lacks(machine, disk):
         from moe.launch.measure import probe  # loads the engine, which a plan does not need
 
-        machine = probe(blueprint.folder if os.access(blueprint.folder, os.W_OK) else Path(), machine)
-        save_machine(Path(config.probe_file).expanduser(), machine)
+        where = Path(config.probe_file).expanduser()
+        with measures_alone(where, say_who_measures):
+            if _lacks(machine := probed(config), disk):  # still
+                machine = probe(blueprint.folder if os.access(blueprint.folder, os.W_OK) else Path(), machine)
+                save_machine(where, machine)
     if machine is None:
         raise ValueError(f"nothing is known of this machine; run `moe probe {args.model}` first, or give --here")
     offload, _ = choose_reads(config.offload, blueprint, machine)

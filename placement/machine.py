@@ -3,9 +3,11 @@
 Kept in one JSON file for any number of machines, by name; reads from disks by the file system that a folder lies on.
 """
 
+import fcntl
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -166,8 +168,24 @@ def load_machine(path: Path, name: str) -> Machine | None:
     return Machine.of(str(path), stored[name]) if name in stored else None
 
 
+@contextmanager
+def measures_alone(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """One process at a time measures for the file `path`, from what it holds to what is saved there: two would slow
+    each other, and the second forget what the first found. waits: called where another does, until which has ended.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(lock, fcntl.LOCK_EX)  # no limit: it is let go of when that process saves, or ends in any way
+        yield
+
+
 def save_machine(path: Path, machine: Machine) -> None:
-    """In place of what was known of it; other machines stay. Whoever reads meanwhile sees the old file or the new."""
+    """In place of what was known of it; other machines stay. Whoever reads meanwhile sees the old file or the new; who
+    writes has it to himself by `measures_alone`."""
     stored = {**_read(path), machine.name: machine.stored()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:

@@ -1,6 +1,9 @@
 """What is kept of a machine comes back as it was, or is refused in one sentence; between figures it is interpolated."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +17,7 @@ from moe.placement.machine import (
     disk_of,
     load_machine,
     machine_name,
+    measures_alone,
     save_machine,
 )
 
@@ -103,3 +107,22 @@ def test_a_machine_is_named_by_its_processor(tmp_path):
     info.write_text("processor : 0\nmodel name\t: Fast One\nmodel name\t: Fast One\n")
     assert machine_name(2, "avx2", info) == "Fast One, 2 cores, avx2"
     assert machine_name(2, "avx2", tmp_path / "none") == "unknown processor, 2 cores, avx2"
+
+
+def test_who_measures_while_another_does_waits_and_forgets_nothing(tmp_path):
+    file, entered, waits = tmp_path / "new" / "machines.json", threading.Event(), threading.Event()
+
+    def measure(disk, goes_on):
+        with measures_alone(file, waits.set):
+            entered.set()
+            known = load_machine(file, "one")
+            assert goes_on()
+            disks = {} if known is None else known.disks
+            save_machine(file, replace(machine("one"), disks={**disks, disk: ()}))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(measure, "first", lambda: waits.wait(20))
+        assert entered.wait(20)
+        pool.submit(measure, "second", lambda: True).result(20)
+        first.result(20)
+    assert set(load_machine(file, "one").disks) == {"first", "second"}
