@@ -103,9 +103,15 @@ class SlotMap:
         wanted = np.bincount(self._run_of_layer, weights=counts, minlength=len(self._free))
         return int(np.maximum(wanted - np.array(self.slots_of_run), 0).sum())
 
-    def absent(self, most: int) -> Iterator[tuple[int, Ids]]:
-        """Up to `most` experts that are in no slot, by layer, the last layer first."""
-        keys = np.flatnonzero(self.slot_of < 0)[-most:].astype(np.int32)
+    def absent(self, most: int, experts: Sequence[Sequence[int]] | None = None) -> Iterator[tuple[int, Ids]]:
+        """Up to `most` of these experts that are in no slot, by layer, the last layer first. experts: by layer, in
+        order; None: all."""
+        if experts is None:
+            keys = np.flatnonzero(self.slot_of < 0)
+        else:
+            of_all = np.concatenate([a + np.asarray(of, np.int64) for a, of in zip(self.first_key, experts)])
+            keys = of_all[self.slot_of[of_all] < 0]
+        keys = keys[-most:].astype(np.int32)
         layers = np.searchsorted(self.first_key, keys, side="right") - 1
         for layer in np.unique(layers)[::-1].tolist():
             yield layer, keys[layers == layer] - np.int32(self.first_key[layer])

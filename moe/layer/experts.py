@@ -165,19 +165,19 @@ class SlotExperts:
             self.settle()
 
     def fill(self, *, at_once: bool = False) -> None:
-        """Between two steps: where each expert has a slot, some of those that lack are read ahead, those of the last
-        layers first, until all are there and stay. at_once: all of them; raises OSError if one cannot be read.
+        """Between two steps: where each expert of this rank has a slot, some of those that lack are read ahead, first
+        those of the last layers, until all are there and stay. at_once: all of them; raises OSError where one fails.
         """
-        cache = self.cache
-        if self.parallel is not None or cache.pinned is not None or cache.can_evict:
+        cache, own = self.cache, None if self.parallel is None else self.parallel.hosted
+        if cache.pinned is not None or cache.num_slots < sum(self.num_own) or cache.map.num_lacking(own):
             return
         self._tries += 1
         if at_once:
-            cache.preload()
+            cache.preload(own)
             self.settle()
         elif cache.num_readers and not cache.ahead.is_reading and self._tries <= _MOST_TRIES:
-            for layer, experts in cache.map.absent(_FILLED):
-                cache.prefetch(layer, experts)
+            for layer, experts in cache.map.absent(_FILLED, own):
+                cache.prefetch(layer, experts[: cache.map.num_free(layer)])  # what another plan left goes when it must
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
         """`compute(x [T, H], topk_ids [T, K], topk_weights [T, K], scale_input) -> [T, H]` of one layer."""

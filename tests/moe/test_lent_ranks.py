@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import moe.engine.assemble as assemble
@@ -17,6 +18,7 @@ from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.engine.engine import Engine
 from moe.engine.lent_kv import LentKV
 from moe.engine.share import Share
+from moe.layer.runners import Resident
 from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
@@ -93,6 +95,32 @@ def test_each_rank_moves_its_own_border(said, dispatcher):
         else:
             assert min(slots) >= fixed < max(slots) <= 48
             assert len(set(slots)) > 2
+
+
+def fills_ahead(lacking: int) -> tuple[bool, bool, int]:
+    """Whether all of a rank's experts are resident at first, and when its slots are filled with nothing computed; how
+    many reads that took. lacking: of its experts."""
+    with process_groups(timeout_s=60) as groups:
+        settings = replace(config(), offload=OffloadConfig(prefetch="off", readers=2))
+        with LLM(TINYMOE, settings, groups=groups) as llm:
+            experts, cache = llm.engine.experts, llm.engine.experts.cache
+            own = [layer * 16 + expert for layer, of in enumerate(experts.parallel.hosted) for expert in of]
+            before = isinstance(experts.runner, Resident)
+            cache.unpin()
+            cache.map.evict(np.array(own[::2][:lacking]))
+            experts.settle()
+            assert experts.runner is experts.waves
+            fills = cache.map.num_fills
+            for _ in range(8):
+                experts.fill()
+                cache.ahead.finish()
+                cache.check()
+            experts.settle()
+            return before, isinstance(experts.runner, Resident), cache.map.num_fills - fills
+
+
+def test_ranks_whose_experts_have_slots_fill_them_ahead():
+    assert spawn(2, fills_ahead, 20) == [(True, True, 20)] * 2
 
 
 def serve_coherently(beside: int) -> tuple[dict[int, list[int]], int, int]:
