@@ -342,7 +342,7 @@ class ExpertCache:
 
     def _make_room(self, layer: int, count: int) -> None:
         """So many slots are free for experts of `layer`, if no more are held; nothing is being read."""
-        self.ahead.finish()
+        self.ahead.end()
         self._evict(layer, count - self.map.num_free(layer))
 
     def _evict(self, layer: int, count: int, ahead: bool = False, keep: Keys | None = None) -> None:

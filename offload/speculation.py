@@ -63,6 +63,11 @@ class Speculation:
         while self.is_reading:
             self.collect_one()
 
+    def end(self) -> None:
+        """Waits for the reads that have begun; the others are not done."""
+        self._give_up(self._readers.take_back())
+        self.finish()
+
     def collect_one(self) -> Job:
         """Waits for a read and takes it into the map."""
         arrival = self.batch.next_arrival()

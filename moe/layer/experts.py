@@ -171,11 +171,11 @@ class SlotExperts:
         cache, own = self.cache, None if self.parallel is None else self.parallel.hosted
         if cache.pinned is not None or cache.num_slots < sum(self.num_own) or cache.map.num_lacking(own):
             return
-        self._tries += 1
         if at_once:
             cache.preload(own)
             self.settle()
-        elif cache.num_readers and not cache.ahead.is_reading and self._tries <= _MOST_TRIES:
+        elif cache.num_readers and not cache.ahead.is_reading and self._tries < _MOST_TRIES:
+            self._tries += 1
             for layer, experts in cache.map.absent(_FILLED, own):
                 cache.prefetch(layer, experts[: cache.map.num_free(layer)])  # what another plan left goes when it must
 

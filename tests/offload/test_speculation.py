@@ -216,6 +216,17 @@ def test_what_has_not_begun_is_dropped_when_the_routing_is_known_or_becomes_a_mi
     assert cache.stats[1].late_bytes == 0
 
 
+def test_fewer_slots_do_not_wait_for_what_has_not_begun(gated):
+    store, cache = gated
+    cache.prefetch(1, [4, 2, 0])
+    store.wait_begun()
+    let_after(store, 1, cache.ahead, "_give_up")
+    cache.limit.lower_to(1)
+    assert store.reads == [(1, 4)]
+    cache.check()
+    check_law(cache)
+
+
 class GatedParts(Gated):
     """Experts that are read ahead come in three parts; each waits for a permit."""
 
