@@ -1,7 +1,7 @@
 """A batch file served by the hosts of a Ray cluster.
 
     python -m moe.launch.ray_cluster MODEL in.jsonl out.jsonl --hosts 4
-    ray job submit --working-dir . -- python -m moe.launch.ray_cluster MODEL in.jsonl out.jsonl --hosts 4
+    ray job submit --working-dir . -- python -m moe.launch.ray_cluster MODEL in.jsonl "$PWD/out.jsonl" --hosts 4
 
 Without a cluster one is started on this machine for the run. The model's folder must be there on every node. A host
 that is lost costs no line: the others go on, and another is started. When this command itself is lost, the same command
@@ -12,6 +12,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from moe.launch.cli import run_guarded
 from moe.launch.console import err
@@ -40,6 +41,7 @@ def _run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
+    _check_stays(args.output)
     if is_served(args.input, args.output):
         return 0
     with LLM(args.model, config, hosts=args.hosts, address=args.address) as llm:
@@ -47,6 +49,14 @@ def _run(args: argparse.Namespace) -> int:
             err.print(note, markup=False)
         serve_file(llm, args.input, args.output)
     return 0
+
+
+def _check_stays(output: Path) -> None:
+    """Raises ValueError where Ray will delete it: a job runs in a copy of the folder that was submitted."""
+    if any(part.startswith("_ray_pkg_") for part in output.absolute().parts):
+        raise ValueError(
+            f"{output} would be written into the job's copy of its folder, which Ray deletes; give an absolute path"
+        )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,21 @@ def test_the_stage_of_the_example_leaves_a_core_of_two_to_read_and_write():
     assert actors * cores + 1 <= 2  # else Ray Data waits without end
 
 
+def test_a_job_does_not_answer_into_the_copy_that_ray_deletes(tmp_path, monkeypatch, capsys):
+    packaging = pytest.importorskip("ray._private.runtime_env.packaging")
+    (copy := tmp_path / f"{packaging.RAY_PKG_PREFIX}01").mkdir()
+    (copy / "in.jsonl").write_text("")
+    monkeypatch.chdir(copy)
+    served = []
+    monkeypatch.setattr(ray_cluster, "is_served", lambda *files: served.append(files) or True)
+    command = ["model", "in.jsonl", "out.jsonl", "--hosts", "1"]
+    assert ray_cluster.main(command) == 2
+    assert "which Ray deletes; give an absolute path" in capsys.readouterr().err
+    command[2] = str(tmp_path / "out.jsonl")
+    assert ray_cluster.main(command) == 0
+    assert len(served) == 1
+
+
 def test_commands_and_files_for_clusters_can_be_read():
     """Every command of the page, and what `ray up` would read."""
     text = (ROOT / "docs" / "ray.md").read_text() + (ROOT / "examples/launch/laptop_hosts.sh").read_text()
