@@ -18,7 +18,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,6 +203,16 @@ def until_whole(engine: Any, limit_s: float) -> None:
         assert time.monotonic() < deadline, crew.noted[-12:]
 
 
+@contextlib.contextmanager
+def told_after_every_step(llm: Any) -> Iterator[None]:
+    """As if somebody read the tokens of a batch one by one: a fault strikes at the token that it is to strike at."""
+    llm.add = lambda *args, is_awaited, **more: type(llm).add(llm, *args, **more)
+    try:
+        yield
+    finally:
+        del llm.add
+
+
 def one_seed(llm: Any, seed: int, folder: Path, right: dict[str, Any], total: int) -> Seen:
     """Serves folder/in.jsonl, whose answers have `total` tokens, through the fault of the seed."""
     from moe.batch import run_batch
@@ -217,7 +227,8 @@ def one_seed(llm: Any, seed: int, folder: Path, right: dict[str, Any], total: in
     target = folder / f"seed-{seed}.jsonl"
     target.unlink(missing_ok=True)
     started = time.monotonic()
-    run_batch(llm, folder / "in.jsonl", target, watch)
+    with told_after_every_step(llm):
+        run_batch(llm, folder / "in.jsonl", target, watch)
     seen.seconds = time.monotonic() - started
     assert watch.struck is not None, "the fault never came"
     chaos.finish()
