@@ -161,7 +161,7 @@ def table(results: list[dict[str, Any]], limits: dict[str, float]) -> list[str]:
 
 
 def in_large_pages(t: Tensor) -> Tensor:
-    """The same, in memory as slots have it: with small pages few bits wait for addresses, not for memory."""
+    """The same, in memory as slots have an expert: with small pages few bits wait for addresses, not for memory."""
     return aligned_bytes(t.nbytes).view(t.dtype).view(t.shape).copy_(t)
 
 
@@ -176,8 +176,8 @@ def random_coded(name: str) -> tuple[ExpertWeights, int]:
     for parts, rows, columns in ((2, inter, hidden), (1, hidden, inter)):
         raw = torch.randint(0, 127, (slots, parts * rows, bytes_per_row(code, columns)), dtype=torch.uint8)
         grid = (slots, parts, -(-rows // block[0]), -(-columns // block[1]))
-        scale = torch.full(grid, 2.0**-8).to(scale_dtype)
-        zero = torch.randint(-8, 8, grid, dtype=torch.int8) if with_zeros else None
+        scale = in_large_pages(torch.full(grid, 2.0**-8).to(scale_dtype))
+        zero = in_large_pages(torch.randint(-8, 8, grid, dtype=torch.int8)) if with_zeros else None
         table = torch.randn(slots, parts, 16) if code == "lut4" else None
         raw = in_large_pages(raw)
         tensors.append(raw.view(CODE_DTYPES[code]))
@@ -194,7 +194,8 @@ def random_planes(level: int, shape: tuple[int, int, int, int], grid: tuple[int,
     for bits in LEVELS[1 : LEVELS.index(level) + 1]:
         plane = (slots, parts * rows, plane_bytes(PLANES[bits], columns))
         made[f"codes{bits}"] = in_large_pages(torch.randint(0, 256, plane, dtype=torch.uint8))
-        made[f"scale{bits}"] = torch.full(grid, 2.0**-12).half() if bits == 8 else torch.full(grid, 60).to(torch.uint8)
+        scale = torch.full(grid, 2.0**-12).half() if bits == 8 else torch.full(grid, 60).to(torch.uint8)
+        made[f"scale{bits}"] = in_large_pages(scale)
     return Residual(**made)
 
 

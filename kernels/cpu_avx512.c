@@ -12,12 +12,14 @@
 #define ISA "avx512_dot"
 #define TARGET __attribute__((target(AVX512 ",avx512bf16,avx512vbmi")))
 #define VDOT(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
-/* Nibbles j and, above it, 4 + j of each lane as bf16; the lookup takes 5 bits, of which the highest is another nibble's. */
-#define VNIBBLES(p, j, table)                                                                                   \
-    _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(_mm512_loadu_si512(p), 4 * (unsigned)(j)), \
+/* Nibbles j and, above it, 4 + j of each lane of a line as bf16; the lookup takes 5 bits, of which the highest is another
+ * nibble's. VNEXT: the line with j + 1 where j was, so that it is loaded once. */
+#define VNIBBLES(line, j, table)                                                                                  \
+    _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(_mm512_castps_si512(line), 4 * (unsigned)(j)), \
                                                  _mm512_castps_si512(table)))
+#define VNEXT(line) _mm512_castsi512_ps(_mm512_srli_epi16(_mm512_castps_si512(line), 4))
 #define DOT_TABLE(from) NAME(dot_table)(from)
-#define VLESS_ZERO(p, j, zero) NAME(less_zero)(p, j, zero)
+#define VLESS_ZERO(line, j, zero) NAME(less_zero)(line, j, zero)
 #define E4M3_TABLES(to) NAME(e4m3_tables)(to)
 #define VLINE_E4M3(p, lookup, to) NAME(line_e4m3)(_mm512_loadu_si512(p), lookup, to)
 /* Floats that are exact in bf16 as such, two to a lane. */
@@ -41,7 +43,9 @@
 #define VFMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define VSUB(a, b) _mm512_sub_ps(a, b)
 #define VSET(v) _mm512_set1_ps(v)
-#define VPICK(from, lane) _mm512_permutexvar_ps(_mm512_loadu_si512(lane), _mm512_loadu_ps(from))
+/* Of up to 8: a load of 64 bytes would most often be of two cache lines. */
+#define VPICK(from, lane) \
+    _mm512_permutexvar_ps(_mm512_loadu_si512(lane), _mm512_castps256_ps512(_mm256_loadu_ps(from)))
 #define TABLE __m512
 #define MR 6
 #define NR 4
@@ -87,13 +91,13 @@ SCALAR TARGET TABLE NAME(dot_table)(const float *from) { /* twice the 16 in bf16
 }
 
 /* As VNIBBLES of int4, less the zero points, -8 to 8 in fp32, a lane's own: -16 to 15, looked up by its low 5 bits. */
-SCALAR TARGET VEC NAME(less_zero)(const char *p, int64_t j, VEC zero) {
+SCALAR TARGET VEC NAME(less_zero)(VEC line, int64_t j, VEC zero) {
     static const uint16_t whole[32] = {
         0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
         0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130,
         0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
     }; /* 0 to 15, then -16 to -1, in bf16 */
-    __m512i from = _mm512_srli_epi16(_mm512_loadu_si512(p), j % 2 ? 4 : 0);
+    __m512i from = _mm512_srli_epi16(_mm512_castps_si512(line), j % 2 ? 4 : 0);
     from = _mm512_and_si512(from, _mm512_set1_epi16(0x0f0f)); /* of each word nibbles j and j + 2 */
     if (j >= 2) from = _mm512_srli_epi16(from, 8);
     __m512i eight = _mm512_cvtps_epi32(_mm512_add_ps(zero, _mm512_set1_ps(8.0f)));

@@ -69,7 +69,10 @@ static inline __attribute__((always_inline)) TARGET VEC NAME(value)(int code, in
 SCALAR TARGET VEC NAME(two_values)(int code, int has_zero, const char *p, int64_t j, VEC zero, TABLE table) {
     (void)has_zero, (void)table; /* of sets without them */
     if (code == NAME(dot_decoded)) return VLOAD((const float *)(const void *)p + j * CODE_NR * LANES);
-    if (code == NAME(dot_nibble)) return has_zero ? VLESS_ZERO(p, j, zero) : VNIBBLES(p, j, table);
+    if (code == NAME(dot_nibble)) {
+        VEC line = VLOAD((const float *)(const void *)p);
+        return has_zero ? VLESS_ZERO(line, j, zero) : VNIBBLES(line, j, table);
+    }
     VEC low, high;
     p += 2 * j * LANES;
     if (code == NAME(dot_e4m3))
@@ -149,7 +152,27 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
     }
         if (code > NAME(decoded) && by_lane) {
             if (code == NAME(dot_nibble)) { PREFETCH }
-            TWO(0) TWO(1) TWO(2) TWO(3)
+            VEC line[CODE_NR], value[CODE_NR];
+            UNROLL(8)
+            for (int n = 0; n < CODE_NR; n++) line[n] = VLOAD((const float *)(const void *)(w + n * row));
+            UNROLL(4)
+            for (int i = 0; i < 4; i++) {
+                UNROLL(8)
+                for (int n = 0; n < CODE_NR; n++)
+                    if (code == NAME(dot_decoded))
+                        value[n] = NAME(two_values)(code, 0, w + n * row, i, zero[n][0], table[n]);
+                    else if (has_zero)
+                        value[n] = VLESS_ZERO(line[n], i, zero[n][0]);
+                    else
+                        value[n] = VNIBBLES(line[n], 0, table[n]), line[n] = VNEXT(line[n]);
+                UNROLL(8)
+                for (int m = 0; m < mr; m++) { /* of each row of x a vector is loaded once */
+                    VEC xv = VLOAD(x + (i * mr + m) * LANES);
+                    (void)xv; /* of sets without VDOT */
+                    UNROLL(8)
+                    for (int n = 0; n < CODE_NR; n++) sum[m][n][0] = VDOT(sum[m][n][0], xv, value[n]);
+                }
+            }
             j = vectors;
         } else if (code > NAME(decoded)) {
             int64_t i = 0;
@@ -309,12 +332,14 @@ static TARGET struct NAME(codes) NAME(codes_of)(int order, const struct matrix *
 }
 
 static TARGET void NAME(widen_scales)(int kind, const char *from, int64_t n, float factor, float *to) {
-    int64_t done = 0; /* of e4m3 and fp16, whose bits compilers turn into vectors badly */
-    for (; (kind == E4M3_SCALE || kind == F16) && done + LANES <= n; done += LANES)
+    int64_t done = 0; /* of what compilers turn into vectors badly */
+    for (; (kind == BF16 || kind == E4M3_SCALE || kind == F16) && done + LANES <= n; done += LANES)
         UNROLL(4)
         for (int u = 0; u < SUB; u++) {
             VEC scale;
-            if (kind == F16)
+            if (kind == BF16)
+                scale = VLOAD_BF16((const uint16_t *)(const void *)from + done + u * WIDTH) * VSET(factor);
+            else if (kind == F16)
                 scale = VLOAD_F16((const uint16_t *)(const void *)from + done + u * WIDTH) * VSET(factor);
             else
                 scale = NAME(byte_e4m3)(from + done, 0, u) * VSET(256.0f) * VSET(factor);
@@ -384,6 +409,19 @@ static TARGET void NAME(all_scales)(const struct NAME(codes) *q, int64_t slot, i
     struct NAME(rows) *last = r + (count - 1) / CODE_NR;
     for (int64_t i = count % CODE_NR; i && i < CODE_NR; i++) /* rows that do not exist: nobody reads their results */
         last->scale[i] = last->scale[0], last->zero[i] = last->zero[0], last->table[i] = last->table[0];
+}
+
+/* To L1 the scales and zero points of the `count` rows of W after those from n on, which are most often the next tile of
+ * this matrix: no row of codes hides how long they take. (Inlined: GCC drops calls of what only prefetches.) */
+SCALAR void NAME(next_scales)(const struct NAME(codes) *q, int64_t slot, int64_t n, int64_t count) {
+    const struct coding *own = &q->w->coding;
+    int64_t parts = own->interleaved ? own->parts : 1, num = count / parts / own->rows * own->groups;
+    int64_t bytes = num * scale_size(own->scale_kind);
+    for (int64_t i = 0; i < parts; i++) {
+        struct place at = place_of(q->w, slot, n + i);
+        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at.scale + bytes + j, 0, 3);
+        for (int64_t j = 0; own->zero && j < num; j += 64) __builtin_prefetch(at.zero + num + j, 0, 3);
+    }
 }
 
 /* ---- one tile ---- */
@@ -486,6 +524,7 @@ static TARGET void NAME(tile_codes)(int order, const float *x, int64_t rows, con
         const char *from = w->data + slot * w->slot + (n0 + i) * w->row;
         some = least(most, count - i);
         NAME(all_scales)(&t.q, slot, n0 + i, some, r, scratch + DOWN_TILE * KC);
+        NAME(next_scales)(&t.q, slot, n0 + i, some);
         if (rows > NAME(few_rows))
             NAME(by_decoding)(&t, r, from, some, c, scratch);
         else

@@ -82,6 +82,18 @@ static TARGET void NAME(nested_places)(const struct NAME(nested) *p, int64_t n0,
     }
 }
 
+/* To L1 the scales of the `count` rows after those from n0 on: see next_scales of cpu_codes.h. */
+SCALAR void NAME(next_nested_scales)(const struct NAME(nested) *p, int64_t n0, int64_t count) {
+    const struct coding *q = &p->w->coding;
+    int64_t parts = q->interleaved ? q->parts : 1, rows = p->w->n / parts, num = count / parts * q->groups;
+    for (int64_t i = 0; i < parts; i++)
+        for (int j = 0; j < 4 && p->scale[j]; j++) {
+            int64_t size = j % 3 ? 1 : 2; /* bytes of a scale */
+            const char *next = p->scale[j] + size * ((i * rows + n0 / parts) * q->groups + num);
+            for (int64_t b = 0; b < size * num; b += 64) __builtin_prefetch(next + b, 0, 3);
+        }
+}
+
 static inline __attribute__((always_inline)) TARGET struct NAME(group) NAME(group_at)(int level, const float *scale,
                                                                                      int64_t apart) {
     return NAME(group_of)(level, scale[0], level < 3 ? 0 : scale[apart], level < 4 ? 0 : scale[2 * apart],
@@ -233,6 +245,7 @@ static TARGET void NAME(tile_nested)(const float *x, int64_t rows, const struct 
         some = least(most, count - i);
         int64_t apart = some * w->coding.groups;
         NAME(nested_places)(&p, n0 + i, some, r, scratch);
+        NAME(next_nested_scales)(&p, n0 + i, some);
         if (is_few) {
             for (int64_t n = 0; n < some; n += NR)
                 for (int64_t m = 0; m < rows; m += MR)

@@ -2,7 +2,7 @@
  *
  * The includer defines NAME(x), ISA (a string), TARGET, VEC, WIDTH (floats in a VEC), VZERO, VLOAD, VLOAD_ODD and VLOAD_EVEN
  * (the odd and the even of 2 * WIDTH bf16), VLOAD_BF16, VLOAD_F16, VFMA, MR, NR (rows of x and of W in a register block) and, where it
- * has them, SUM_BLOCK (a faster sum of lanes), VDOT (vdpbf16ps), VNIBBLES, DOT_TABLE, VTWO, VLESS_ZERO,
+ * has them, SUM_BLOCK (a faster sum of lanes), VDOT (vdpbf16ps), VNIBBLES, VNEXT, DOT_TABLE, VTWO, VLESS_ZERO,
  * VLINE_E4M3 and E4M3_TABLES (cpu_codes.h). The order of sums: cpu_experts.h.
  */
 
@@ -12,11 +12,12 @@
 #else
 #define HAS_DOT 0
 #define VDOT(sum, a, b) (sum) /* never reached, nor are these */
-#define VNIBBLES(p, j, table) VZERO
+#define VNIBBLES(line, j, table) (line)
+#define VNEXT(line) (line)
 #define VTWO(low, high) VZERO
 #define VLINE_E4M3(p, lookup, to) (to)[0] = (to)[1] = VZERO
 #define E4M3_TABLES(to) (void)0
-#define VLESS_ZERO(p, j, zero) VZERO
+#define VLESS_ZERO(line, j, zero) (line)
 #define DOT_TABLE(from) NAME(table_at)(from)
 #endif
 enum { NAME(dotted) = 3 }; /* beside the kinds of storage: bf16 as it is */
