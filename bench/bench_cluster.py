@@ -1,6 +1,8 @@
-"""What Ray's control path costs: one batch file by two hosts of a cluster, and by two ranks as torchrun starts them.
+"""What Ray's control path costs: one batch file by hosts of a cluster, and by as many ranks as torchrun starts them.
 
-    python -m bench.bench_cluster [--rounds 12] [--model FOLDER]
+    python -m bench.bench_cluster [--hosts 2] [--rounds 12] [--model FOLDER]
+
+The driver needs a core beside those of the hosts: with as many hosts as cores it takes one from them.
 
 Both compute with the same engine, dispatcher and slots; the ranks deal lines by number and write through rank 0, the
 hosts are dealt requests by the driver and tell it every token. Rounds alternate; whoever does not run is stopped (an
@@ -69,11 +71,11 @@ def rank(model: Path, source: Path) -> None:
 
 
 class Ranks:
-    """Two processes with the environment of torchrun."""
+    """Processes with the environment of torchrun."""
 
-    def __init__(self, model: Path, source: Path) -> None:
+    def __init__(self, model: Path, source: Path, size: int) -> None:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
         common |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
         self._store = store
         self.processes = [
@@ -83,7 +85,7 @@ class Ranks:
                 env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )
-            for r in range(2)
+            for r in range(size)
         ]  # fmt: skip
         self._wait("ready")
 
@@ -121,6 +123,7 @@ def quartiles(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--lines", type=int, default=96)
     parser.add_argument("--model", type=Path, default=DEMO, help="a folder with a tokenizer")
@@ -136,10 +139,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "in.jsonl"
         write_lines(source, args.lines)
-        ranks = Ranks(args.model, source)
+        ranks = Ranks(args.model, source, args.hosts)
         ray.init(num_cpus=4, include_dashboard=False, _temp_dir=session, object_store_memory=100 << 20)
         try:
-            with LLM(args.model, config_for(args.model), hosts=2) as llm:
+            with LLM(args.model, config_for(args.model), hosts=args.hosts) as llm:
                 rows = measure(llm, ranks, source, args.rounds)
         finally:
             ranks.close()
@@ -178,8 +181,9 @@ def measure(llm: Any, ranks: Ranks, source: Path, rounds: int) -> list[dict[str,
 def report(rows: list[dict[str, float]], args: argparse.Namespace) -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, torch {torch.__version__}")
     model = "" if args.model == DEMO else " --model FOLDER"
-    print(f"command: python -m bench.bench_cluster --rounds {args.rounds} --lines {args.lines}{model}\n")
-    print("| | two hosts of Ray | two ranks | hosts / ranks |\n|---|---|---|---|")
+    options = f"--hosts {args.hosts} --rounds {args.rounds} --lines {args.lines}{model}"
+    print(f"command: python -m bench.bench_cluster {options}\n")
+    print("| | hosts of Ray | ranks | hosts / ranks |\n|---|---|---|---|")
     for kind, suffix in (("seconds", ""), ("CPU seconds", " cpu")):
         hosts, ranks = [r[f"hosts{suffix}"] for r in rows], [r[f"ranks{suffix}"] for r in rows]
         ratios = [a / b for a, b in zip(hosts, ranks)]
