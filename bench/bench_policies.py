@@ -2,11 +2,13 @@
 
 Limit: `Belady`, the least number of misses any policy can have. Misses become bytes and stall only with an expert's
 size and a disk, so read this beside bench_stores.py. Routing: the .npz files of a folder, each with `expert_ids`
-[tokens, layers, K]; every token is one decode step of a batch of one. All slots are shared by all layers; "per layer"
-is LRU with the slots divided among the layers, which cannot follow a layer that needs more; "by demand" is the default
-with slots of its own for every layer, as many as saved most misses on the tokens before (PLEC).
+[tokens, layers, K]; a step has `--batch` tokens that follow each other, as of a prompt in chunks; 1: decoding. All
+slots are shared by all layers; "per layer" is LRU with the slots divided among the layers, which cannot follow a layer
+that needs more; where a step wants more than a layer has, its misses follow each other through the same slots, which
+keeps more than reading them side by side can. "By demand" is the default with slots of its own for every layer, as many
+as saved most misses on the tokens before (PLEC).
 
-    python bench/bench_policies.py TRACES_FOLDER [--first 1000] [--tokens 400]
+    python bench/bench_policies.py TRACES_FOLDER [--first 1000] [--tokens 400] [--batch 1]
 """
 
 import argparse
@@ -18,7 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.offload.policy import Access, Belady, Lfu, Lru, Policy, simulate
+from moe.offload.policy import Access, Belady, Keys, Lfu, Lru, Policy, simulate, smallest
+
+
+class RatesAlone(Lfu):
+    """The default without the turns of layers."""
+
+    def victims(self, keys: Keys, count: int) -> Keys:
+        return smallest(self.scores[:, keys].sum(0), count)
 
 
 def misses_per_layer(accesses: list[Access], num_layers: int, num_experts: int, num_slots: int) -> int:
@@ -49,6 +58,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--first", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=1, help="tokens of a step")
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}")
     print(f"python {' '.join(sys.argv)}\n")
@@ -62,30 +72,34 @@ def main() -> None:
     num_layers, num_experts = traces["all, one after another"].shape[1], 64
     sizes = [num_experts] * num_layers
     print("hit rate %\n")
-    print("| routing | slots % | LRU | LRU per layer | LFU, no recency | LFU (default) | by demand | oracle |")
+    print("| routing | slots % | LRU | LRU per layer | rates alone | default | by demand | oracle |")
     print("|---" * 8 + "|")
     rows = []
     for name, ids in traces.items():
+        steps = np.split(ids, range(arguments.batch, len(ids), arguments.batch))
         accesses = [
-            Access(layer, ids[token, layer].astype(np.int64) + num_experts * layer)
-            for token in range(len(ids))
+            Access(layer, np.unique(step[:, layer]).astype(np.int64) + num_experts * layer)
+            for step in steps
             for layer in range(num_layers)
         ]
+        total = sum(len(access.keys) for access in accesses)
         for share in (0.125, 0.25, 0.5):
             num_slots = int(share * num_experts * num_layers)
             policies: dict[str, Policy] = {
                 "lru": Lru(sizes),
-                "lfu_no_recency": Lfu(sizes, recency=0),
-                "lfu": Lfu(sizes),
+                "rates_alone": RatesAlone(sizes),
+                "default": Lfu(sizes),
                 "oracle": Belady(sum(sizes), accesses),
             }
             misses = {key: simulate(policy, accesses, num_slots) for key, policy in policies.items()}
-            misses["lru_per_layer"] = misses_per_layer(accesses, num_layers, num_experts, num_slots)
-            misses["lfu_by_demand"] = misses_by_demand(before[name], ids, num_experts, num_slots)
             assert misses["oracle"] == min(misses.values()), misses
-            rate = {key: 100 * (1 - count / ids.size) for key, count in misses.items()}
-            order = ("lru", "lru_per_layer", "lfu_no_recency", "lfu", "lfu_by_demand", "oracle")
-            print(f"| {name} | {100 * share:g} | " + " | ".join(f"{rate[key]:.1f}" for key in order) + " |", flush=True)
+            misses["lru_per_layer"] = misses_per_layer(accesses, num_layers, num_experts, num_slots)
+            if arguments.batch == 1:
+                misses["by_demand"] = misses_by_demand(before[name], ids, num_experts, num_slots)
+            rate = {key: 100 * (1 - count / total) for key, count in misses.items()}
+            order = ("lru", "lru_per_layer", "rates_alone", "default", "by_demand", "oracle")
+            told = " | ".join(f"{rate[key]:.1f}" if key in rate else "" for key in order)
+            print(f"| {name} | {100 * share:g} | {told} |", flush=True)
             rows.append({"routing": name, "share": share} | rate)
     print(json.dumps(rows))
 

@@ -24,15 +24,18 @@ MOST_SLOTS = 16384  # one program holds a score for each
 class SlotState(NamedTuple):
     """What is where, on the device. Keys number the experts of all layers.
 
-    slot_of: int32 [keys], -1 = none; key_of: int32 [S], -1 = free; scores: fp64 [2, keys], the smallest sum goes first;
-    rule: fp64 [5]: what the first and the second are multiplied by when their layer is visited, what an asked expert's
-    first gains, what its second becomes, and whether the first becomes the clock instead; clock: fp64 [1], visits so
-    far; counts: int64 [L, 2], hits and misses.
+    slot_of: int32 [keys], -1 = none; key_of: int32 [S], -1 = free; scores: fp64 [2, keys], whose sum p, at most 1, is
+    how likely each visit of its layer asks for it: the smallest p / (1 + p far) goes first, where `far` is the part
+    of a cycle over all layers until its layer comes; layer_of: int32 [keys]; rule: fp64 [5]: what the first and the
+    second score are multiplied by when their layer is visited, what an asked expert's first gains, what its second
+    becomes, and whether the first becomes the clock instead, and the smallest of these goes first; clock: fp64 [1],
+    visits so far; counts: int64 [L, 2], hits and misses.
     """
 
     slot_of: Tensor
     key_of: Tensor
     scores: Tensor
+    layer_of: Tensor
     rule: Tensor
     clock: Tensor
     counts: Tensor
@@ -65,6 +68,7 @@ def route(ids: Tensor, layer: int, first_key: int, num_experts: int, state: Slot
         layer,
         first_key,
         num_experts,
+        len(state.counts),
         num_slots,
         state.scores.stride(0),
         scratch.copies.stride(0),
@@ -97,7 +101,16 @@ def gather(scratch: Scratch, most: int, sources: Tensor, rows: Tensor, nbytes: i
 
 
 @triton.jit(
-    do_not_specialize=["num_ids", "layer", "first_key", "num_experts", "num_slots", "stride_scores", "stride_copies"]
+    do_not_specialize=[
+        "num_ids",
+        "layer",
+        "first_key",
+        "num_experts",
+        "num_layers",
+        "num_slots",
+        "stride_scores",
+        "stride_copies",
+    ]
 )
 def _route_kernel(
     ids_ptr,
@@ -105,6 +118,7 @@ def _route_kernel(
     slot_of_ptr,
     key_of_ptr,
     scores_ptr,
+    layer_of_ptr,
     rule_ptr,
     clock_ptr,
     counts_ptr,
@@ -115,6 +129,7 @@ def _route_kernel(
     layer,
     first_key,
     num_experts,
+    num_layers,
     num_slots,
     stride_scores,
     stride_copies,
@@ -159,6 +174,10 @@ def _route_kernel(
         is_full = key >= 0
         score = tl.load(scores_ptr + key, mask=is_full, other=0.0)
         score += tl.load(scores_ptr + stride_scores + key, mask=is_full, other=0.0)
+        ahead = tl.load(layer_of_ptr + key, mask=is_full, other=0) - (layer + 1)
+        far = tl.where(ahead < 0, ahead + num_layers, ahead).to(tl.float64) / num_layers.to(tl.float64)
+        likely = tl.minimum(score, 1.0)
+        score = tl.where(tl.load(rule_ptr + 4) > 0, score, likely / (1.0 + likely * far))
         own = is_full & (key >= first_key) & (key < first_key + num_experts)
         is_used = tl.load(asked_ptr + key - first_key, mask=own, other=0) > 0
         score = tl.where(is_full, score, -float("inf"))

@@ -54,6 +54,7 @@ class DeviceCache:
                 put(slots.slot_of, torch.int32),
                 put(slots.key_of[: slots.num_slots], torch.int32),
                 put(policy.scores, torch.float64),
+                put(policy.layer_of, torch.int32),
                 put(policy.rule, torch.float64),
                 put([policy.now], torch.float64),
                 torch.zeros(len(blobs), 2, dtype=torch.int64, device=device),

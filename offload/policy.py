@@ -1,10 +1,11 @@
-"""Which experts to evict: LRU, frequency with ageing, and the oracle that knows the future.
+"""Which experts to evict: LRU, the foreseen next use, and the oracle that knows the future.
 
 A key is an expert of a layer, numbered through the whole model. An access is what one layer needs in one step: all its
 keys are wanted at once, those that are resident are served first. All slots are shared by all layers, and layers are
 visited in a cycle, so LRU tends to evict just what the coming layers need. Rates counted in visits of the key's own
-layer do not have that fault. On recorded routing that the defaults were not chosen on (bench/bench_policies.py) they
-hit 35-42 % with an eighth of the experts resident where LRU hits 27-29 %, and 75-88 % with half where it hits 71-86 %.
+layer do not have that fault; but where many tokens want nearly every expert, rates are nearly equal, and what counts is
+whose layer comes last. On recorded routing (bench/bench_policies.py, docs/offload.md) both together are never worse
+than rates alone, and near the oracle with many tokens.
 """
 
 from collections.abc import Sequence
@@ -40,10 +41,10 @@ def smallest(scores: npt.NDArray[np.float64], count: int) -> Keys:
 
 
 class Lru:
-    """Evicts the keys whose last use is longest ago. scores, rule, now: what kernels/slot_lookup.py follows."""
+    """Evicts the keys whose last use is longest ago. kernels/slot_lookup.py follows scores, layer_of, rule and now."""
 
     def __init__(self, num_experts: Sequence[int]) -> None:
-        self.scores = np.zeros((2, sum(num_experts)))
+        self.scores, self.layer_of = np.zeros((2, sum(num_experts))), _layers_of(num_experts)
         self._last = self.scores[0]
         self.rule, self.now = (1.0, 1.0, 0.0, 0.0, 1.0), 0.0
 
@@ -56,11 +57,13 @@ class Lru:
 
 
 class Lfu:
-    """Evicts the keys that their layer's next visit needs with the least likelihood, by an aged count of uses.
+    """Evicts the keys whose next use is foreseen last, by an aged count of uses and by when their layer comes next.
 
-    The estimate is the rate of use, where a visit of the layer loses half its weight in `half_life` visits, plus
-    `recency` x 2^-(visits since the last use): tokens that follow each other share experts more than their rates say.
-    Counts of evicted keys are kept. `used` costs O(experts of the layer). scores, rule, now: as of `Lru`.
+    If a key's layer comes after a part `far` of a cycle over all layers (0: next), and each visit uses the key with
+    likelihood p, that is in far + 1/p - 1 cycles. p is the rate of use, where a visit of the layer loses half its
+    weight in `half_life` visits, plus `recency` x 2^-(visits since the last use), as tokens that follow each other
+    share experts more than their rates say, at most 1. Counts of evicted keys are kept. `used` costs O(experts of the
+    layer). scores, layer_of, rule, now: as of `Lru`.
     """
 
     def __init__(self, num_experts: Sequence[int], *, half_life: float = 64.0, recency: float = 0.2) -> None:
@@ -69,6 +72,7 @@ class Lfu:
         first = [0, *np.cumsum(num_experts).tolist()]
         self.scores = scores = np.zeros((2, first[-1]))
         self._rates, self._recent = scores
+        self.layer_of, self._num_layers, self._at = _layers_of(num_experts), len(num_experts), 0
         self._of_layer = [scores[:, a:b] for a, b in pairwise(first)]
         aged = 0.5 ** (1.0 / half_life)
         self._ageing = np.array([[aged], [0.5]])
@@ -76,13 +80,20 @@ class Lfu:
         self.rule, self.now = (aged, 0.5, self._gain, recency, 0.0), 0.0
 
     def used(self, layer: int, keys: Keys) -> None:
+        self._at = layer
         scores = self._of_layer[layer]
         np.multiply(scores, self._ageing, out=scores)
         self._rates[keys] += self._gain
         self._recent[keys] = self._recency
 
     def victims(self, keys: Keys, count: int) -> Keys:
-        return smallest(self._rates[keys] + self._recent[keys], count)
+        likely = np.minimum(self._rates[keys] + self._recent[keys], 1.0)
+        far = (self.layer_of[keys] - (self._at + 1)) % self._num_layers / self._num_layers
+        return smallest(likely / (1.0 + likely * far), count)  # 1 / (far + 1 / likely)
+
+
+def _layers_of(num_experts: Sequence[int]) -> npt.NDArray[np.int32]:
+    return np.repeat(np.arange(len(num_experts), dtype=np.int32), num_experts)
 
 
 def named_policy(name: str, num_experts: Sequence[int]) -> Policy:

@@ -168,7 +168,9 @@ def launched_lookup(chip: FakeDriver, num_slots: int) -> Iterator[Compiled]:
     before, keys = len(chip.loaded), 48 * 128
     flat = [torch.zeros(size, dtype=torch.int32) for size in (keys, num_slots)]
     flat += [torch.zeros(size, dtype=torch.float64) for size in (2 * keys, 5, 1)]
-    state = SlotState(flat[0], flat[1], flat[2].view(2, -1), flat[3], flat[4], torch.zeros(48, 2, dtype=torch.int64))
+    state = SlotState(
+        flat[0], flat[1], flat[2].view(2, -1), flat[0], flat[3], flat[4], torch.zeros(48, 2, dtype=torch.int64)
+    )
     scratch = Scratch(*(torch.zeros(shape, dtype=torch.int32) for shape in ((128,), (2, 128), (1,))))
     for layer, count in ((0, 1), (1, 16), (47, 1024)):
         route(torch.zeros(count, 8, dtype=torch.int64), layer, 128 * layer, 128, state, scratch)

@@ -113,6 +113,26 @@ def test_lfu_counts_visits_of_the_own_layer_and_ages():
     assert recent.victims(np.array([0, 1]), 1).tolist() == [0]  # the last visit weighs more than three before
 
 
+@pytest.mark.parametrize(("layers", "experts", "num_slots"), [(6, 8, 12), (6, 8, 36), (26, 64, 416)])
+def test_where_each_visit_wants_all_what_stays_is_nearly_what_the_oracle_keeps(layers, experts, num_slots):
+    """Rates are equal then, and LRU's order is the worst: prompts, and batches of many sequences."""
+    sizes = [experts] * layers
+    accesses = [Access(n, np.arange(n * experts, (n + 1) * experts)) for _ in range(30) for n in range(layers)]
+    oracle = simulate(Belady(sum(sizes), accesses), accesses, num_slots)
+    assert simulate(Lru(sizes), accesses, num_slots) == 30 * sum(sizes)
+    assert simulate(Lfu(sizes), accesses, num_slots) <= 1.02 * oracle
+
+
+def test_what_is_sure_to_be_wanted_goes_by_its_layers_turn():
+    policy = Lfu([2, 2, 2])
+    for _ in range(200):
+        for layer in range(3):
+            policy.used(layer, np.array([2 * layer, 2 * layer + 1]))
+    for layer, order in ((2, [4, 2, 0]), (0, [0, 4, 2]), (1, [2, 0, 4])):  # of the layer of now, of the one before, …
+        policy.used(layer, np.array([2 * layer]))
+        assert policy.victims(np.array([0, 2, 4]), 3).tolist() == [[0, 2, 4].index(key) for key in order]
+
+
 def test_bad_arguments():
     for options in ({"half_life": 0}, {"half_life": float("nan")}, {"recency": -1}):
         with pytest.raises(ValueError, match="half_life"):
@@ -131,3 +151,18 @@ def test_on_recorded_routing(shared_data):
         steps = [Access(layer, ids[t, layer].astype(np.int64) + 64 * layer) for t in range(40) for layer in range(26)]
         oracle = simulate(Belady(1664, steps), steps, 208)
         assert oracle <= simulate(Lfu([64] * 26), steps, 208) < simulate(Lru([64] * 26), steps, 208), name
+
+
+def test_on_recorded_routing_of_many_sequences(shared_data):
+    """Steps of 64 tokens: hits are nearly the oracle's with half of the experts resident; LRU hits next to none."""
+    ids = np.load(shared_data / "traces" / "deepseek_v2_lite_intent.npz")["expert_ids"][1000 : 1000 + 16 * 64]
+    each = ids.reshape(16, 64, 26, -1)
+    steps = [
+        Access(layer, np.unique(step[:, layer]).astype(np.int64) + 64 * layer) for step in each for layer in range(26)
+    ]
+    total = sum(len(step.keys) for step in steps)
+    lru, ours, oracle = (
+        total - simulate(policy, steps, 832) for policy in (Lru([64] * 26), Lfu([64] * 26), Belady(1664, steps))
+    )
+    assert lru < 0.1 * oracle
+    assert ours > 0.9 * oracle
