@@ -124,7 +124,7 @@ def test_a_file_has_the_same_tokens_and_reads_less(tmp_path):
             preempted, notes = llm.engine.stats.preemptions, llm.notes
     assert said["usual"] == said["layer_major"]
     assert len(said["usual"]) == 41
-    assert read["layer_major"] < 0.7 * read["usual"]
+    assert read["layer_major"] < 0.75 * read["usual"]
     assert preempted == 0
     blob = state.slot_bytes // state.slots
     assert state.slot_bytes + state.blocks * 16 * 2304 <= 3 << 20  # a token's KV: 6 layers of K and V, 3 x 32 in bf16

@@ -73,11 +73,13 @@ def test_generate_says_which_answer_failed(poisoned):
     check_whole(poisoned)
 
 
-@pytest.mark.parametrize("where", ["sampler", "text", "form"])
+@pytest.mark.parametrize("where", ["sampler", "text", "text at its end", "form"])
 def test_any_exception_of_one_request_is_its_own(llm, monkeypatch, where):
     params = greedy(6)
     if where == "form":  # which binds nothing
         params = dataclasses.replace(params, structured_outputs=StructuredOutputsParams(regex="(?s:.*)"))
+    elif where == "text":  # which is read at every step
+        params = dataclasses.replace(params, stop=("no such text",))
     right = llm.generate([[5, 6], [7, 8]], params)
     steps = []
 
@@ -99,7 +101,7 @@ def test_any_exception_of_one_request_is_its_own(llm, monkeypatch, where):
 
         def decode(self, ids, **options):
             calls.append(ids)
-            if len(calls) == 5:
+            if len(calls) == (5 if where == "text" else 2):
                 raise RecursionError("deep inside")
             return whole(self, ids, **options)
 
