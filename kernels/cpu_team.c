@@ -2,8 +2,9 @@
  *
  * A thread that sleeps is called up in 30 to 60 us, as long as a small matrix takes. One that spins beside another busy
  * process keeps a core from the very thread it waits for: steps 3 to 50 times as long. So a wait spins for AWAKE_NS,
- * about what being called up costs; a thread that did so in vain sleeps at once in its next wait, then in the next three,
- * seven, …, and half as many less for each wait in which spinning sufficed.
+ * longer than calling up another thread may take, or two that once slept would go on sleeping for each other. A thread that
+ * spun in vain twice running sleeps at once in its next two waits, then in the next six, fourteen, …, and in half as
+ * many after each wait in which spinning sufficed.
  */
 
 #define _GNU_SOURCE
@@ -22,7 +23,7 @@
 
 #include "cpu_team.h"
 
-enum { AWAKE_NS = 60000, MOST_ASLEEP = 255, LINE = 64 };
+enum { AWAKE_NS = 200000, MOST_ASLEEP = 255, LINE = 64 };
 
 struct waiter { /* how a thread waits */
     _Alignas(LINE) int64_t asleep, left; /* waits to sleep at once after the last failure, and how many are left */
@@ -88,7 +89,8 @@ static void await(struct count *c, uint32_t value, struct waiter *w) {
         w->asleep /= 2;
         return;
     } else {
-        w->left = w->asleep = w->asleep < MOST_ASLEEP ? 2 * w->asleep + 1 : MOST_ASLEEP;
+        w->asleep = w->asleep < MOST_ASLEEP ? 2 * w->asleep + 1 : MOST_ASLEEP;
+        w->left = w->asleep - 1;
     }
     __atomic_fetch_add(&c->sleepers, 1, __ATOMIC_SEQ_CST); /* before the value is asked for: see `change` */
     while (is_still(c, value))
