@@ -11,8 +11,6 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.editable_wheel import editable_wheel
 
 SAME_BITS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # from every compiler
-CPU_SOURCES = ["experts", "linear", "decode", "select", "norm", "block", "layers", "expected", "team"]
-CPU_INSTRUCTIONS = ["avx512", "avx512_dot", "avx2", "plain"]  # the same sums, compiled for each
 COMMON = ["-O3", "-g0", "-std=c11", "-fvisibility=hidden", *SAME_BITS]  # symbols for debuggers are ten times the code
 
 
@@ -40,7 +38,7 @@ setup(
     ext_modules=[
         Extension(
             "moe.kernels._cpu_experts",
-            [f"kernels/cpu_{name}.c" for name in CPU_SOURCES + CPU_INSTRUCTIONS],
+            sorted(map(str, Path("kernels").glob("cpu_*.c"))),  # the same sums, compiled for each instruction set
             extra_compile_args=[*COMMON, "-pthread", "-Wno-psabi"],
             depends=sorted(map(str, Path("kernels").glob("cpu_*.h"))),
             optional=True,
