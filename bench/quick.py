@@ -25,7 +25,7 @@ from bench.compare import packed_of
 from bench.curves import Curve, picture
 from bench.walk_model import WalkModel, answers_to, prompts_of, write
 from moe.config import EngineConfig
-from moe.engine.choices import this_machine
+from moe.engine.known import this_machine
 from moe.launch.measure import dense_rates, expert_rates
 from moe.launch.measure_step import measure_attention, measure_overhead
 from moe.launch.plan_inputs import sizes_of

@@ -28,6 +28,7 @@ from moe.launch.options import (
     named_path,
     whole,
 )
+from moe.uncollected import uncollected
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +83,8 @@ def _is_users(error: Exception) -> bool:
 def _function(name: str) -> Callable[[argparse.Namespace], int]:
     """ "module:function" of this folder."""
     module, _, function = name.partition(":")
-    found: Callable[[argparse.Namespace], int] = getattr(import_module(f"moe.launch.{module}"), function)
+    with uncollected():
+        found: Callable[[argparse.Namespace], int] = getattr(import_module(f"moe.launch.{module}"), function)
     return found
 
 
@@ -105,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", type=named_path, help="folder of a Hugging Face checkpoint, original or packed")
     add_trust_option(info)
     info.add_argument("--check", action="store_true", help="read everything and say what is damaged")
-    info.set_defaults(run="commands:info")
+    info.set_defaults(run="info:info")
 
     generate = commands.add_parser("generate", help="answer prompts")
     add_engine_options(generate)

@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.table import Table
-
 from moe.batch import batch_workload, first_requests, lines_done
 from moe.config import EngineConfig, OffloadConfig
 from moe.engine.layer_major import Workload
@@ -17,20 +15,18 @@ from moe.launch.jobs import is_served, serve_file
 from moe.launch.live import live_state
 from moe.launch.options import engine_config, sampling_params
 from moe.launch.plan_check import checked_state
+from moe.launch.progress import batch_progress
 from moe.launch.prompts import read_prompts
 from moe.launch.recording import recording
-from moe.launch.report import batch_progress, print_choices, print_report, print_rounding
+from moe.launch.report import print_choices, print_report, print_rounding
 from moe.llm import LLM
-from moe.models.blueprint import Blueprint, read_blueprint
+from moe.models.blueprint import read_blueprint
 from moe.models.dense_packed import roundable
 from moe.models.gguf import open_gguf
-from moe.models.neighbours import why_not_packed
-from moe.offload.budget import format_bytes, slots_within
-from moe.offload.check import check_folder
+from moe.offload.budget import format_bytes
 from moe.offload.checkpoint import Checkpoint
-from moe.offload.memory import available_memory
 from moe.offload.pack import pack as pack_experts
-from moe.offload.requantise import sizes, target_format
+from moe.offload.requantise import target_format
 from moe.offload.rounded_dense import RoundedDense
 from moe.offload.segments import ExpertIndex
 from moe.params import SamplingParams
@@ -49,68 +45,6 @@ def loaded(args: argparse.Namespace, config: EngineConfig, workload: Workload | 
         for note in llm.notes:
             err.print(f"note: {note}", style="yellow", markup=False)
         yield llm
-
-
-def info(args: argparse.Namespace) -> int:
-    b = read_blueprint(args.model, trust_remote_code=args.trust_remote_code)
-    if args.check:
-        return _check(b)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("architecture", f"{type(b.skeleton).__name__} ({b.config.model_type})")
-    table.add_row("context", f"{b.max_context or 'no limit'} tokens")
-    decoded = b.quantised.labels(b.coded_dense)
-    table.add_row("dense weights", format_bytes(b.dense_bytes) + (f", decoded from {decoded}" if decoded else ""))
-    reason = why_not_packed(b.skeleton, b.max_context)
-    table.add_row("batching", "packed, continuous" if reason is None else f"one sequence at a time: {reason}")
-    if b.experts:
-        site, blob = b.index.sites[0], max(layout.nbytes for layout in b.index.layouts)
-        kinds = {(s.num_experts, s.hidden_size, s.intermediate_size) for s in b.index.sites}
-        shape = f"{site.hidden_size} x {site.intermediate_size}" if len(kinds) == 1 else "of several sizes"
-        table.add_row(
-            "experts",
-            f"{len(b.experts)} layers, {b.num_experts} experts, top-{b.top_k}, {shape}, {b.expert_formats}",
-        )
-        table.add_row("one expert", format_bytes(blob))
-        table.add_row("all experts", format_bytes(b.expert_bytes))
-        table.add_row(
-            "on disk", "packed" if b.checkpoint.packed else "original checkpoint (moe pack makes reads faster)"
-        )
-        step = b.top_k * len(b.experts)
-        free = max(0, available_memory() - b.dense_bytes) * 9 // 10
-        of_layer, counts = [layout.nbytes for layout in b.index.layouts], [site.num_experts for site in b.index.sites]
-        fits = slots_within(free, of_layer, counts)
-        table.add_row("smallest budget", f"1 expert ({format_bytes(blob)}); slow: every layer runs in waves")
-        table.add_row(
-            "recommended",
-            f"at least {min(2 * step, b.num_experts)} experts "
-            f"({format_bytes(min(2 * step, b.num_experts) * blob)}): twice what one token uses",
-        )
-        table.add_row("fits here", f"{fits} experts, {fits / b.num_experts:.0%} of all, in the memory that is free now")
-        for target, (total, largest) in sizes(b.index).items():
-            share = min(b.num_experts, free // largest) / b.num_experts
-            table.add_row(f"as {target}", f"{format_bytes(total)} in all, {share:.0%} of them fit here; lossy")
-    else:
-        table.add_row("experts", "none in slots: the whole model is kept in memory")
-    out.print(table)
-    return 0
-
-
-def _check(blueprint: "Blueprint") -> int:
-    """Prints what is damaged; 1 if anything is."""
-    with batch_progress() as progress:
-        task = progress.add_task("", total=blueprint.num_experts, figures="experts read")
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        found = list(check_folder(blueprint.checkpoint, blueprint.index, show))
-    for sentence in found:
-        err.print(sentence, style="red", markup=False)
-    kind = "against their checksums" if blueprint.checkpoint.packed else "and could be read"
-    out.print(
-        f"{blueprint.folder}: {len(found)} faults; {blueprint.num_experts} experts were read {kind}", markup=False
-    )
-    return 1 if found else 0
 
 
 def generate(args: argparse.Namespace) -> int:

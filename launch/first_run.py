@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from moe.config import EngineConfig
-from moe.engine.choices import probed
+from moe.engine.known import probed
 from moe.kernels.cpu import instruction_sets
 from moe.launch.console import err, say_who_measures
 from moe.models.blueprint import read_blueprint

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.config import EngineConfig
-from moe.engine.choices import probed
+from moe.engine.known import probed
 from moe.offload.policy import Access, Belady, Lfu
 from moe.offload.predictor import Transitions
 from moe.offload.virtual_time import Costs, Guess, replay

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from moe.batch import BatchProgress, finished_batch, run_batch
 from moe.launch.console import err
-from moe.launch.report import batch_progress, progress_text
+from moe.launch.progress import batch_progress
+from moe.launch.report import progress_text
 from moe.llm import LLM
 
 

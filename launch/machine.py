@@ -7,9 +7,8 @@ from pathlib import Path
 from rich.table import Table
 
 from moe.config import EngineConfig
-from moe.engine.choices import this_machine
+from moe.engine.known import this_machine
 from moe.launch.console import out, say_who_measures
-from moe.launch.measure import probe
 from moe.launch.options import check_made
 from moe.offload.budget import format_bytes
 from moe.placement.machine import Machine, load_machine, measures_alone, save_machine
@@ -27,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
         if file.is_dir():
             raise ValueError(f"{file} is a folder; give the name of a file with --file")
         check_made(file.parent)
+        from moe.launch.measure import probe  # loads the engine's parts, which `--show` needs none of
+
         with measures_alone(file, say_who_measures):
             known = probe(args.folder, load_machine(file, this_machine()))
             save_machine(file, known)

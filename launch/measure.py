@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe.engine.choices import this_machine
+from moe.engine.known import this_machine
 from moe.kernels.cpu import CpuExperts, instruction_sets
 from moe.kernels.weights import Activation
 from moe.launch.console import err

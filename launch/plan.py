@@ -15,7 +15,8 @@ from typing import NamedTuple
 from rich.table import Table
 
 from moe.config import EngineConfig
-from moe.engine.choices import choose_reads, probed, why_not_ahead
+from moe.engine.choices import choose_reads, why_not_ahead
+from moe.engine.known import probed
 from moe.launch.console import out, say_who_measures
 from moe.launch.options import real
 from moe.launch.plan_inputs import even_routing, replay, settled, sizes_of, with_disk

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moe.engine.choices import probed
 from moe.engine.engine import Engine
+from moe.engine.known import probed
 from moe.launch.plan_inputs import sizes_of
 from moe.placement.cost import Use, Visits, decode_step
 from moe.placement.machine import Machine, disk_of

@@ -13,7 +13,7 @@ from moe.fit import fit_lookahead
 from moe.launch.commands import loaded
 from moe.launch.console import out
 from moe.launch.options import engine_config
-from moe.launch.report import batch_progress
+from moe.launch.progress import batch_progress
 from moe.llm import LLM
 from moe.texts import read_windows
 

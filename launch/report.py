@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moe.comm.errors import Task
@@ -71,12 +70,6 @@ def progress_text(engine: Engine) -> str:
         return text
     read = sum(s.bytes_read for s in engine.layer_stats())
     return f"{text}, {hit_rate(engine):.0%} hits, {shown(read, 'bytes')} read"
-
-
-def batch_progress(disable: bool = False) -> Progress:
-    """A bar with lines done, time left, and `progress_text` as the task's field `figures`."""
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
-    return Progress(*columns, console=err, disable=disable)
 
 
 def gather_reports(engine: Engine, groups: Groups) -> Table:

@@ -17,6 +17,7 @@ from importlib import import_module
 
 from moe.launch.cli import run_guarded
 from moe.launch.options import add_rank_options
+from moe.uncollected import uncollected
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     def serve() -> int:
-        status: int = import_module("moe.launch.ranks").serve(args)
+        with uncollected():
+            ranks = import_module("moe.launch.ranks")
+        status: int = ranks.serve(args)
         return status
 
     return run_guarded("moe.launch.torchrun", args, serve, is_first=os.environ.get("RANK", "0") == "0")

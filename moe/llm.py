@@ -1,29 +1,32 @@
-"""`LLM`: load a checkpoint, generate; the shape that users of offline batch APIs know."""
+"""`LLM`: load a checkpoint, generate; the shape that users of offline batch APIs know.
+
+Importing it is cheap: torch and transformers' code of models, which take seconds, are imported where an `LLM` is made.
+"""
 
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from moe import porting
-from moe.comm.groups import Groups
 from moe.config import EngineConfig
-from moe.engine.engine import Engine
-from moe.engine.grammar import Grammars
-from moe.engine.layer_major import Workload
-from moe.engine.requests import Request
-from moe.engine.sampling import Logprobs
 from moe.engine.text import TextStream
 from moe.generation import Event, Generation
 from moe.guard import Guard
-from moe.models.load import load_tokenizer
 from moe.openai import Ask
 from moe.outputs import Completion, RequestOutput, RequestTimes
 from moe.params import Logprob, SamplingParams
 from moe.prompts import Message, Prompt, PromptEncoder, as_conversations, as_prompts, text_of
 from moe.tools import ToolFormat, format_of
+from moe.uncollected import uncollected
+
+if TYPE_CHECKING:
+    from moe.comm.groups import Groups
+    from moe.engine.layer_major import Workload
+    from moe.engine.requests import Request
+    from moe.engine.sampling import Logprobs
 
 
 class _Answer:
@@ -53,28 +56,28 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         experts_in_memory: str | float | None = None,
-        groups: Groups | None = None,
+        groups: "Groups | None" = None,
         hosts: int | None = None,
         address: str | None = None,
         controller: str | None = None,
-        workload: Workload | None = None,
+        workload: "Workload | None" = None,
         **options: Any,
     ) -> None:
         config, notes = porting.with_options(config or EngineConfig(), options)
         if experts_in_memory is not None:
             config = config.with_budget(experts_in_memory)
-        self.engine = (
-            Engine(model, config, groups, work=workload)
+        with uncollected():
+            from moe import opening  # torch and transformers' code of models: seconds
+        self.engine, self.tokenizer, self._grammars = (
+            opening.here(model, config, groups, workload)
             if hosts is None
-            else _on_hosts(model, config, hosts, address, controller)
+            else opening.on_hosts(model, config, hosts, address, controller)
         )
         self.notes = [*notes, *self.engine.notes]
         if self.recommended:
             said = ", ".join(f"{name} {value:g}" for name, value in self.recommended.items())
             self.notes.append(f"sampling is as generation_config.json recommends where nothing else is said: {said}")
-        self.tokenizer = load_tokenizer(Path(model), trust_remote_code=config.trust_remote_code)
         self.encoder = PromptEncoder(self.tokenizer, Path(model).name)
-        self._grammars = _grammars_of(self.engine, Path(model), config, is_here=hosts is None)
         self.name = Path(model).name
         self.guard = Guard(f"the model {model}")
         self._open: dict[int, Generation] = {}
@@ -315,7 +318,7 @@ class LLM:
             metrics=times,
         )
 
-    def _event(self, request: Request) -> Event:
+    def _event(self, request: "Request") -> Event:
         """Moves the text of the request on. An error there is this request's alone."""
         generation = self._open[request.id]
         tokens = request.tokens[generation.read :]
@@ -346,7 +349,7 @@ class LLM:
             generation, generation.text.delta(request.finish_reason is not None), tokens, request.finish_reason
         )
 
-    def _decoded(self, tokens: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[int, Logprob]]:
+    def _decoded(self, tokens: Sequence[int], logprobs: "Sequence[Logprobs]") -> list[dict[int, Logprob]]:
         return [
             {token: Logprob(one.chosen, one.rank, self.encoder.token_text(token))}
             | {t: Logprob(p, rank, self.encoder.token_text(t)) for rank, (t, p) in enumerate(one.top.items(), 1)}
@@ -371,30 +374,3 @@ class LLM:
             if (broken := self.engine.why_not_whole()) is not None:
                 self.guard.close(f"is broken after an error in a step ({broken}); load it again")
             raise
-
-
-def _grammars_of(engine: Engine, folder: Path, config: EngineConfig, is_here: bool) -> Grammars:
-    """The engine's own, so that what a caller's thread compiled is there when its request begins; hosts have theirs."""
-    if is_here:
-        return engine.loaded.grammars
-    return Grammars(folder, engine.limits.vocabulary, engine.limits.eos_ids, config.trust_remote_code)
-
-
-def _on_hosts(
-    model: str | Path, config: EngineConfig, hosts: int, address: str | None, controller: str | None
-) -> Engine:
-    """It has of an engine what this module, batch files and a service use."""
-    if config.batch.schedule == "layer_major":
-        raise ValueError(
-            "batch.schedule=layer_major splits a process's memory for the requests that it will have, which hosts "
-            "hand to each other; use moe.launch.torchrun, or leave it out"
-        )
-    try:
-        from moe.cluster.controller import ClusterEngine  # Ray is an optional extra
-        from moe.cluster.remote import RemoteEngine
-        from moe.cluster.resident import Controllers
-    except ImportError as error:
-        raise ValueError(f"hosts need Ray, which is not installed ({error}); pip install 'moeflow[ray]'") from None
-    if controller is not None:
-        return cast(Engine, RemoteEngine(model, config, hosts, Controllers(controller, address)))
-    return cast(Engine, ClusterEngine(model, config, hosts, address=address))

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, probed, told_choices, why_not_ahead
+from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, told_choices, why_not_ahead
 from moe.engine.device import ALONE, Sharers, find_device, free_room, num_blocks
 from moe.engine.device_paths import use_paths
 from moe.engine.foresight import Foresight
 from moe.engine.grammar import Grammars
+from moe.engine.known import probed
 from moe.engine.layer_major import Shared, Workload, sizes_of, split_memory, why_not_split
 from moe.engine.lent_kv import LentKV
 from moe.engine.limits import context_of

@@ -7,18 +7,16 @@ whose bits do not depend on them. Other kernels and codes in registers would rou
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from moe.config import EngineConfig, OffloadConfig
-from moe.kernels.cpu import instruction_sets
 from moe.models.blueprint import Blueprint
 from moe.offload.budget import format_bytes
 from moe.offload.deepnvme import is_built
 from moe.offload.stores import page_cache_holds, reads_of
-from moe.placement.machine import How, Machine, disk_of, load_machine, machine_name
+from moe.placement.machine import How, Machine, disk_of
 
 DEFAULT_READERS = 2
 _DEPTHS = (1, 2, 4, 8)
@@ -34,16 +32,6 @@ class AutoChoice(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.setting} is {self.value}: {self.reason}"
-
-
-def this_machine() -> str:
-    """The name that this machine's figures are kept by."""
-    return machine_name(len(os.sched_getaffinity(0)), next(iter(instruction_sets()), "no compiled kernels"))
-
-
-def probed(config: EngineConfig) -> Machine | None:
-    """What `moe probe` found here. Raises ValueError for a damaged file."""
-    return load_machine(Path(config.probe_file).expanduser(), this_machine())
 
 
 def choose_reads(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from moe.config import EngineConfig, OffloadConfig
-from moe.engine.choices import choose_reads, this_machine
+from moe.engine.choices import choose_reads
+from moe.engine.known import this_machine
 from moe.launch import first_run, measure
-from moe.launch import machine as command
 from moe.launch.cli import main
 from moe.launch.measure import (
     computing,
@@ -214,7 +214,7 @@ def test_figures_change_no_token_and_are_told(tmp_path):
 
 
 def test_the_command_stores_and_shows(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(command, "probe", lambda folder, known: figures(1e9, {1: 2e9}))
+    monkeypatch.setattr("moe.launch.measure.probe", lambda folder, known: figures(1e9, {1: 2e9}))
     file = str(tmp_path / "probe.json")
     assert main(["probe", "--show", "--file", file]) == 2
     assert "run `moe probe`" in capfd.readouterr().err

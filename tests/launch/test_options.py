@@ -170,7 +170,7 @@ def test_figures_that_could_not_be_kept_are_not_measured(tmp_path, monkeypatch, 
     def fail(*_):
         raise AssertionError
 
-    monkeypatch.setattr("moe.launch.machine.probe", fail)
+    monkeypatch.setattr("moe.launch.measure.probe", fail)
     monkeypatch.setattr("moe.launch.probe.probe", fail)
     (tmp_path / "file").touch()
     for words, said in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe.config import EngineConfig
-from moe.engine.choices import probed, this_machine
+from moe.engine.known import probed, this_machine
 from moe.launch import measure
 from moe.launch.cli import main
 from moe.launch.plan_inputs import even_routing, replay, settled, sizes_of

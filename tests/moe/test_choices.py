@@ -14,10 +14,10 @@ from moe.engine.choices import (
     compute_time,
     pack_offer,
     read_time,
-    this_machine,
     told_choices,
     why_not_ahead,
 )
+from moe.engine.known import this_machine
 from moe.engine.runner import why_threads_count
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
