@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 from moe.placement.loop_options import LoopOptions
 from moe.placement.migrate import Migration
 from moe.placement.plan import Plan
-from moe.placement.recent import Recent, imbalance_of, imbalance_of_chance, newest_alike
-from moe.placement.turn import Figures, Machine, Question, Turn, Window, take_turn
+from moe.placement.recent import Part, Recent, imbalance_of, imbalance_of_chance, in_time, newest_alike, since_change
+from moe.placement.turn import Figures, Machine, Question, Turn, Verdict, Window, answer
 
 log = logging.getLogger(__name__)
 
 CHECKS = 16  # looks at the window per window of tokens, at most
-PATIENCE = 0.7  # of a window: so many tokens of the same traffic decide, at least
-PATIENCE_WITH_COPIES = 0.5  # whose search takes two to three times as long
+PATIENCE = 0.6  # of a window: so many tokens of the same traffic say whether few moves help
+ENOUGH = 0.875  # of a window: so many say which
+WITH_COPIES = (0.4, 0.6)  # both, where experts have copies, whose search takes two to three times as long
 # Windows after which a turn is tried again that moved nothing, though the load never was calm, and after which traffic
 # that did not change may move experts anew.
 RESTS = 8
@@ -42,7 +43,7 @@ class Solver(Protocol):
     """Takes turns while steps run; one at a time."""
 
     def ask(self, question: Question) -> None: ...
-    def poll(self) -> Turn | None:
+    def poll(self) -> Verdict | Turn | None:
         """The answer, once; None if it is not there yet. Raises RuntimeError if there will be none."""
 
     def close(self) -> None: ...
@@ -52,14 +53,14 @@ class SolverAtOnce:
     """The slow twin of `SolverProcess`: answers where it is asked."""
 
     def __init__(self) -> None:
-        self._turn: Turn | None = None
+        self._answer: Verdict | Turn | None = None
 
     def ask(self, question: Question) -> None:
-        self._turn = take_turn(question)
+        self._answer = answer(question)
 
-    def poll(self) -> Turn | None:
-        turn, self._turn = self._turn, None
-        return turn
+    def poll(self) -> Verdict | Turn | None:
+        found, self._answer = self._answer, None
+        return found
 
     def close(self) -> None:
         """Holds nothing."""
@@ -75,17 +76,17 @@ class SolverProcess:
         self._cores = sorted(cores)
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="placement")
-        self._answer: Future[Turn] | None = None
+        self._answer: Future[Verdict | Turn] | None = None
 
     def ask(self, question: Question) -> None:
         self._answer = self._thread.submit(self._exchange, question)
 
-    def poll(self) -> Turn | None:
+    def poll(self) -> Verdict | Turn | None:
         if self._answer is None or not self._answer.done():
             return None
-        answer, self._answer = self._answer, None
+        done, self._answer = self._answer, None
         try:
-            return answer.result(0)
+            return done.result(0)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise RuntimeError(f"the process that solves placements has ended ({error!r})") from error
 
@@ -101,7 +102,7 @@ class SolverProcess:
             except BrokenPipeError:
                 return  # what it had not read yet is of no use
 
-    def _exchange(self, question: Question) -> Turn:
+    def _exchange(self, question: Question) -> Verdict | Turn:
         if self._process is None:
             command = [sys.executable, "-m", "moe.placement.loop", *map(str, self._cores)]
             one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -112,8 +113,8 @@ class SolverProcess:
         assert self._process.stdout is not None
         pickle.dump(question, self._process.stdin)
         self._process.stdin.flush()
-        turn: Turn = pickle.load(self._process.stdout)
-        return turn
+        found: Verdict | Turn = pickle.load(self._process.stdout)
+        return found
 
 
 def answer_questions(cores: Collection[int]) -> None:
@@ -129,7 +130,7 @@ def answer_questions(cores: Collection[int]) -> None:
             question: Question = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(take_turn(question), sys.stdout.buffer)
+        pickle.dump(answer(question), sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 
@@ -209,10 +210,12 @@ class OnlineLoop:
         self.notes: list[str] = []
         self.stats = PlacementStats()
         self._recent = Recent(options.window, plan, is_exact=machine.wire.is_exact)
-        patience = PATIENCE_WITH_COPIES if (plan.replicas > 1).any() else PATIENCE
-        self._trigger = Trigger(options, patience * options.window)
+        patience, enough = WITH_COPIES if (plan.replicas > 1).any() else (PATIENCE, ENOUGH)
+        self._trigger, self._enough = Trigger(options, patience * options.window), int(enough * options.window)
+        self._verdict: Verdict | None = None  # of the traffic since `_changed_at`, which few moves help
+        self._told: list[Window] = []  # since the latest step
         self._sums, self._unseen = Sums(), 0
-        self._heard = self._asked_at = 0  # tokens, in all and when the latest question was asked
+        self._heard = self._asked_at = self._changed_at = 0  # tokens, in all, at the latest question and change
         self._moved = 0  # copies that came, since traffic changed
         self._is_asked = self.is_over = False
         self._measuring: int | None = None  # place in the history of the turn that moved last
@@ -220,14 +223,32 @@ class OnlineLoop:
 
     def observe(self, ids: NDArray[np.int16], home: int, tokens: int, num_bytes: int) -> None:
         """ids: [T, L, K], of some of the `tokens` that rank `home` computed; num_bytes: that it sent for them."""
-        self._recent.add(Window(ids, np.full(len(ids), home, np.int64)))
+        if len(ids):
+            self._told.append(Window(ids, np.full(len(ids), home, np.int64)))
         self._heard += len(ids)
         self._sums.tokens += tokens
         self._sums.bytes += num_bytes
         self._unseen += tokens
 
+    @property
+    def wanted(self) -> int:
+        """Tokens to hear until there is something to look at."""
+        seldom = -(-self.options.window // CHECKS)
+        if self._verdict is None:
+            return seldom
+        missing = self._enough - (self._heard - self._changed_at)
+        return max(1, missing) if missing < 2 * seldom else seldom
+
+    @property
+    def is_waiting(self) -> bool:
+        """Only for tokens, to move experts by: these are worth their time."""
+        return self._verdict is not None
+
     def step(self) -> Migration | None:
         """A migration that all ranks begin now, one of its states a step; mostly None."""
+        if self._told:
+            self._recent.add(in_time(self._told))
+            self._told.clear()
         if self._moving:
             self._moving -= 1
             if not self._moving:
@@ -237,33 +258,44 @@ class OnlineLoop:
             return None
         if self._is_asked:
             return self._answered()
-        if self._recent.num_tokens < self._trigger.patience or self._unseen * CHECKS < self.options.window:
+        if self._recent.num_tokens < self._trigger.patience or self._unseen < self.wanted:
             return None
         parts = self._recent.parts()
         num_layers, top_k = parts[0].window.ids.shape[1:]
         if self._measuring is not None and self._sums.tokens >= self.options.window:
             self._measured(self._measuring, imbalance_of(parts), num_layers)
-        alike = parts[-newest_alike(np.stack([part.counts for part in parts]), self._recent.num_tokens) :]
+        changed_at, alike = self._changed_at, self._alike(parts)
         num_alike = sum(len(part.window.ids) for part in alike)
         imbalance = self.stats.placement_load = imbalance_of(alike)
         chance = imbalance_of_chance(num_alike * top_k, self.plan.num_ranks)
         fires = self._trigger.fires(imbalance, num_alike, self._unseen, chance)
         self._unseen = 0
+        if imbalance <= max(self.options.imbalance, chance) or self._changed_at != changed_at:
+            self._verdict = None
         has_changed = len(alike) < len(parts) and self._heard - num_alike >= self._asked_at
         if has_changed or self._heard - self._asked_at >= RESTS * self.options.window:
             self._moved = 0
         copies = int(self.plan.hosted.sum())
         left = int(self.options.most_moved * copies) - self._moved
-        if fires and left > 0:
+        if left > 0 and (fires if self._verdict is None else self._heard - self._changed_at >= self._enough):
             self._before = self._sums.figures(imbalance, num_layers)
-            window = Window.joined([part.window for part in alike])
-            options = replace(self.options, most_moved=left / copies)
-            self.solver.ask(Question(self.plan, window, self.machine, options))
-            self._is_asked, self._asked_at = True, self._heard
+            options, window = replace(self.options, most_moved=left / copies), since_change(parts, len(alike))
+            self.solver.ask(Question(self.plan, window, self.machine, options, self._verdict))
+            self._is_asked, self._asked_at, self._changed_at = True, self._heard, self._heard - len(window.ids)
         return None
 
     def close(self) -> None:
         self.solver.close()
+
+    def _alike(self, parts: list[Part]) -> list[Part]:
+        """The newest parts, of one traffic. A change that was found is remembered, and where it was found to be: what
+        little is left of the traffic before it would not show it any more."""
+        ends = self._heard - self._recent.num_tokens + np.cumsum([len(part.window.ids) for part in parts])
+        first = len(parts) - newest_alike(np.stack([part.counts for part in parts]), self._recent.num_tokens)
+        if first and not ends[first - 1] - len(parts[first - 1].window.ids) <= self._changed_at <= ends[first]:
+            self._changed_at = int(ends[first - 1])
+        begins = np.append(ends[0] - len(parts[0].window.ids), ends[:-1])
+        return [part for part, begin in zip(parts, begins, strict=True) if begin >= self._changed_at] or parts[-1:]
 
     def _answered(self) -> Migration | None:
         try:
@@ -274,7 +306,13 @@ class OnlineLoop:
             return None
         if turn is None:
             return None
-        self._is_asked, self._unseen = False, 0
+        self._is_asked, self._verdict = False, None
+        if isinstance(turn, Verdict):
+            if not turn.reason:
+                self._verdict = turn
+                return None
+            turn = Turn(None, *turn)
+        self._unseen = 0
         self._trigger.took(turn.migration is not None)
         self.history.append((turn, self._before, None))
         self.stats.placement_turns += 1

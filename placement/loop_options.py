@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class LoopOptions:
     """When plans change and by how much.
 
-    window: tokens whose routing decides. imbalance: busiest rank's load over the mean which starts a turn, where the
-    newest 0.7 of a window (0.5 with copies) are of one traffic and it has been exceeded by half of them; calm: below it
-    the next may start after a turn that moved nothing.
+    window: tokens whose routing decides, of which 0.875 (0.6 with copies) must be of one traffic. imbalance: busiest
+    rank's load over the mean which starts a turn, where the newest 0.6 of a window (0.4) are of one traffic and it has
+    been exceeded by half of them; calm: below it the next may start after a turn that moved nothing.
     most_moved: share of all copies that may move after a change of traffic, and after eight windows without one, in one
     turn or several. bytes_per_step: of experts that come, on all ranks together. payback: tokens within which a
     migration must pay for itself. share: of the CPU time of rank 0's steps, at most, in which it hears what was routed

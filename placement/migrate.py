@@ -130,27 +130,51 @@ def widened(plan: Plan, width: int) -> Plan:
 
 
 def _schedule(start: Plan, goal: Plan, expert_bytes: int, budget: int) -> tuple[tuple[tuple[Write, ...], ...], int]:
-    """Pack safe groups of writes into steps; a group is one write, or a cycle of slots that must trade together."""
-    steps: list[tuple[Write, ...]] = []
-    current: list[Write] = []
-    used = total = 0
+    """Pack safe groups of writes into steps, as full as can be; a group is one write, or a cycle of slots that must
+    trade together. Groups that wait for others of their layer keep their order, each in the first step with room."""
+    most, groups = budget // expert_bytes, list[tuple[int, list[Write], int]]()
+    waits = np.zeros(start.num_layers, bool)
     for layer in range(start.num_layers):
-        for group, size in _groups(layer, start.phy2log[layer], goal.phy2log[layer], start, budget // expert_bytes):
-            cost = size * expert_bytes
-            if cost > budget:
-                raise ValueError(
-                    f"bytes_per_step ({budget}) is less than a group of {size} experts that must move together "
-                    f"({cost} bytes); raise it or leave a spare slot per rank"
-                )
-            if current and used + cost > budget:
-                steps.append(tuple(current))
-                current, used = [], 0
-            current += group
-            used += cost
-            total += cost
-    if current:
-        steps.append(tuple(current))
-    return tuple(steps), total
+        old, new = start.phy2log[layer], goal.phy2log[layer]
+        own = list(_groups(layer, old, new, start, most))
+        largest = max((size for _, size in own), default=0)
+        if largest > most:
+            raise ValueError(
+                f"bytes_per_step ({budget}) is less than a group of {largest} experts that must move together "
+                f"({largest * expert_bytes} bytes); raise it or leave a spare slot per rank"
+            )
+        written = [write.physical for group, _ in own for write in group]
+        waits[layer] = any(len(np.unique(table)) < len(table) for table in (old, new, written))  # copies, empty places
+        groups += [(layer, group, size) for group, size in own]
+    free = sorted((one for one in groups if one[2] and not waits[one[0]]), key=lambda one: -one[2])
+    steps, room = list[list[Write]](), list[int]()  # room: experts that each step may still receive
+    while free:
+        chosen = _fullest([size for _, _, size in free], most)
+        steps.append([write for n in chosen for write in free[n][1]])
+        room.append(most - sum(free[n][2] for n in chosen))
+        free = [one for n, one in enumerate(free) if n not in chosen]
+    earliest = np.zeros(start.num_layers, np.int64)
+    for layer, group, size in (one for one in groups if not one[2] or waits[one[0]]):
+        at = next((step for step in range(earliest[layer], len(steps)) if size <= room[step]), len(steps))
+        if at == len(steps):
+            steps.append([])
+            room.append(most)
+        steps[at] += group
+        room[at] -= size
+        earliest[layer] = at
+    return tuple(map(tuple, steps)), sum(size for _, _, size in groups) * expert_bytes
+
+
+def _fullest(sizes: list[int], room: int) -> tuple[int, ...]:
+    """Which of the sizes, all above 0, fill the room best."""
+    reached: dict[int, tuple[int, ...]] = {0: ()}
+    for n, size in enumerate(sizes):
+        for total, chosen in list(reached.items()):
+            if total + size <= room:
+                reached.setdefault(total + size, (*chosen, n))
+        if room in reached:
+            break
+    return reached[max(reached)]
 
 
 def _groups(

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -75,6 +76,13 @@ class Recent:
         return [Part(*one) for one in zip(parts, counts, self._serving.busy(window, cuts, counts), strict=True)]
 
 
+def in_time(told: Sequence[Window]) -> Window:
+    """What ranks told at once, each its own tokens of the same time, oldest first, as one window in that order."""
+    when = np.concatenate([(np.arange(len(one.ids)) + 0.5) / len(one.ids) for one in told])
+    joined, order = Window.joined(told), np.argsort(when, kind="stable")
+    return Window(joined.ids[order], joined.home[order])
+
+
 def newest_alike(counts: Ints, num_tokens: int) -> int:
     """How many of the newest parts are of one traffic: all since the experts chosen changed most, if they changed.
 
@@ -98,6 +106,28 @@ def newest_alike(counts: Ints, num_tokens: int) -> int:
     penalty = num_layers * (num_experts - 1) / 2 * math.log(max(2, num_tokens))
     best = int(gains.argmax())
     return parts - 1 - best if gains[best] > penalty else parts
+
+
+def since_change(parts: list[Part], alike: int) -> Window:
+    """The tokens of the newest `alike` parts, from the very token on at which traffic changed before them, if it did.
+
+    Parts are cut where ranks told, so that the change lies in the part before the cut or in the one after it: where the
+    tokens of both are likeliest, the earlier by the shares of the parts before and the later by those of the parts
+    after (with one more use of each expert). Of fewer than two parts after it nothing is known.
+    """
+    newer, older = parts[-alike:], parts[:-alike]
+    joined = Window.joined([part.window for part in newer])
+    if not older or alike < 2:
+        return joined
+    counts = [sum((part.counts for part in some), np.ones_like(parts[0].counts)) for some in (older[:-1], newer[1:])]
+    before, after = (np.log(of / of.sum(axis=1, keepdims=True)) for of in counts)
+    last = older[-1].window
+    near = Window.joined([last, newer[0].window])
+    gain = np.pad(after - before, ((0, 0), (0, 1)))  # [L, E + 1]; the last, -1: no expert
+    gains = gain[np.arange(near.ids.shape[1])[:, None], near.ids].sum(axis=(1, 2))  # [N]
+    first = int(np.append(gains[::-1].cumsum()[::-1], 0.0).argmax())
+    later = Window.joined([part.window for part in newer[1:]])
+    return Window.joined([near.part(slice(first, None)), later])
 
 
 def _x_log_x(most: int) -> Floats:

@@ -136,25 +136,26 @@ def simulate(
             else:
                 physical = deal_evenly(ids, plan.log2phy[layer])
             rank = np.where(physical >= 0, physical // plan.physical_per_rank, ranks)
-            pairs = np.zeros((len(ids), ranks + 1), np.int64)
-            np.add.at(pairs, (np.arange(len(ids))[:, None], rank), 1)
-            pairs = pairs[:, :-1]
+            at_token = np.arange(0, len(ids) * (ranks + 1), ranks + 1)[:, None]
+            pairs = np.bincount((at_token + rank).ravel(), minlength=at_token.size * (ranks + 1))
+            pairs = pairs.reshape(-1, ranks + 1)[:, :-1]
             after = at
             if heaviest is not None and moves:
                 after = _homes_after(ids, rank, heaviest[tokens, layer], at)
             out, back = rows_sent(pairs, at, after, topology, wire)
             layer_copies[layer] += sum(rows.sum() for rows in out)
-            node_copies += int(_node_copies(pairs > 0, at, topology.nodes))
-            sent = [rows * row_bytes for rows in out] + [rows * result_bytes for rows in back]
-            np.add.at(sent[0], (at, after), work.payload_bytes * (at != after))
-            link_bytes += sum(sent)
+            node_copies += _node_copies(pairs > 0, at, topology.nodes)
+            sent = np.stack([rows * row_bytes for rows in out] + [rows * result_bytes for rows in back])
+            if after is not at:
+                np.add.at(sent[0], (at, after), work.payload_bytes * (at != after))
+            link_bytes += sent.sum(axis=0)
             busy = np.bincount(rank[rank < ranks], minlength=ranks)
             load[layer] += busy
             step_imbalance.append(float(busy.max() / max(busy.mean(), 1e-12)))
             missed = cache.use(layer, plan, physical)
             uses += cache.last_uses
             seconds += (
-                sum(all_to_all_seconds(num_bytes, same_node, topology) for num_bytes in sent),
+                all_to_all_seconds(sent, same_node, topology),
                 _expert_seconds(physical, busy, plan, topology, work, sizes),
                 float(missed.max()) * sizes.expert_bytes / topology.host.bandwidth
                 + float(missed.any()) * topology.host.latency,
@@ -194,10 +195,11 @@ def rows_sent(
 
     def hop(of_token: NDArray[Any], source: NDArray[np.int64], to: NDArray[np.int64]) -> NDArray[np.int64]:
         """of_token: [T, M] rows that go from `source` to `to`, each [T, M] or broadcast to it."""
-        rows = np.zeros((topology.num_ranks, topology.num_ranks), np.int64)
-        np.add.at(rows, (np.broadcast_to(source, of_token.shape), np.broadcast_to(to, of_token.shape)), of_token)
-        np.fill_diagonal(rows, 0)
-        return rows
+        ranks = topology.num_ranks
+        link = np.broadcast_to(source * ranks + to, of_token.shape)
+        rows = np.bincount(link.ravel(), weights=of_token.ravel(), minlength=ranks * ranks).astype(np.int64)
+        rows[:: ranks + 1] = 0  # what stays
+        return np.asarray(rows.reshape(ranks, ranks))
 
     every, results = np.arange(topology.num_ranks), wire.results(pairs)
     if wire.dispatcher != "hierarchical":
@@ -225,16 +227,15 @@ def _relays(topology: Topology) -> NDArray[np.int64]:
 
 
 def all_to_all_seconds(num_bytes: NDArray[np.int64], same_node: NDArray[np.bool_], topology: Topology) -> float:
-    """Time of one all-to-all [G, G]: the busiest rank's bytes, in or out, per link class; the classes in parallel."""
-    worst = 0.0
+    """Time of all-to-alls [R, G, G], one after another: the busiest rank's bytes, in or out, per link class; the
+    classes in parallel."""
+    worst = np.zeros(len(num_bytes))
     for link, mask in ((topology.intra, same_node), (topology.inter, ~same_node)):
-        if not mask.any():
-            continue
-        part = np.where(mask, num_bytes, 0)
-        most = max(int(part.sum(axis=0).max()), int(part.sum(axis=1).max()))
-        if most:
-            worst = max(worst, link.seconds(most))
-    return worst
+        if mask.any():
+            part = num_bytes * mask
+            most = np.maximum(part.sum(axis=1), part.sum(axis=2)).max(axis=1)
+            worst = np.maximum(worst, (most > 0) * (link.latency + most / link.bandwidth))
+    return float(worst.sum())
 
 
 def deal_evenly(ids: NDArray[np.integer[Any]], log2phy: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -287,6 +288,8 @@ def _homes_after(
 
 def _node_copies(visited: NDArray[np.bool_], at: NDArray[np.int64], nodes: NDArray[np.int64]) -> int:
     """Copies to other nodes, one per token and node."""
+    if not nodes.any():
+        return 0
     by_node = np.zeros((len(visited), int(nodes.max()) + 1), bool)
     for rank, node in enumerate(nodes):
         by_node[:, node] |= visited[:, rank]
@@ -304,7 +307,7 @@ class _Caches:
     def use(self, layer: int, plan: Plan, physical: NDArray[np.int64]) -> NDArray[np.int64]:
         """Touch what a batch uses in a layer; how many experts each rank had to fetch: [G]."""
         width = plan.physical_per_rank
-        used = np.unique(physical[physical >= 0])
+        used = np.flatnonzero(np.bincount(physical[physical >= 0], minlength=1))
         self.last_uses = used.size
         missed = np.zeros(plan.num_ranks, np.int64)
         if self.slots is None:

@@ -1,7 +1,8 @@
 """One turn of re-balancing: from a window of routing and the present plan to few moves, judged before they are made.
 
 Moves are found on the older half of the window and judged by the simulator on the newer one: what only fits noise gains
-nothing there. If they pay, they are found again on the whole window, and scheduled under the byte budget per step.
+nothing there. If they pay, they are found again on the whole window, or on a longer one that has come since, and
+scheduled under the byte budget per step.
 """
 
 import time
@@ -125,13 +126,24 @@ class Figures(NamedTuple):
         return f"load {self.imbalance:.3f}, {self.bytes:.0f} bytes/token/layer, {self.seconds * 1e6:.3g} us/token"
 
 
+class Verdict(NamedTuple):
+    """Whether few moves help traffic that they were not found on. reason: why not, empty if they do; before, after:
+    predicted on the newer half of the window, for the present plan and for moves found on the older; seconds: of CPU."""
+
+    reason: str
+    before: Figures
+    after: Figures
+    seconds: float
+
+
 class Question(NamedTuple):
-    """What a turn is about."""
+    """What a turn is about. verdict: what is known of earlier tokens of this traffic, else the window says it."""
 
     present: Plan
     window: Window
     machine: Machine
     options: LoopOptions
+    verdict: Verdict | None = None
 
 
 class Turn(NamedTuple):
@@ -152,45 +164,71 @@ class Turn(NamedTuple):
         return int((self.migration.target.hosted & ~self.migration.start.hosted).sum())
 
 
+def judge(question: Question) -> Verdict:
+    """Moves that are found on the older half of the window, on the newer. Raises ValueError for a window of another
+    shape."""
+    began = time.process_time()
+    shape, num_layers = question.window.ids.shape, question.present.num_layers
+    if shape[1] != num_layers or shape[0] < 8:
+        raise ValueError(f"the window is {shape} [N >= 8, L, K], the plan has {num_layers} layers")
+    half = shape[0] // 2
+    newer = question.window.part(slice(half, None))
+    before = predict(newer, question.present, question.machine)
+    after = predict(newer, _near(question, question.window.part(slice(0, half))), question.machine)
+    reason = ""
+    if before.imbalance - after.imbalance < LEAST_FALL:
+        reason = f"on tokens that they were not found on, the best moves take {before} to {after}"
+    return Verdict(reason, before, after, time.process_time() - began)
+
+
+def answer(question: Question) -> Verdict | Turn:
+    """A loop asks twice: for a verdict, and with it, once more tokens are there, for moves."""
+    return judge(question) if question.verdict is None else take_turn(question)
+
+
 def take_turn(question: Question) -> Turn:
     """Looks for a better plan near the present one; seconds of CPU. Raises ValueError for a window of another shape."""
     began = time.process_time()
-    present, window, machine, options = question
-    if window.ids.shape[1] != present.num_layers or len(window.ids) < 8:
-        raise ValueError(f"the window is {window.ids.shape} [N >= 8, L, K], the plan has {present.num_layers} layers")
-    rates = machine.rates(window.ids.shape[2], present.num_layers)
-    most = int(options.most_moved * present.hosted.sum())
-    half = len(window.ids) // 2
-    older, newer = window.part(slice(0, half)), window.part(slice(half, None))
+    present, window, machine, options, verdict = question
+    earlier = 0.0 if verdict is None else verdict.seconds
+    verdict = judge(question) if verdict is None else verdict
 
-    def near(part: Window) -> Plan:
-        hosted = few_moves(part.layers(rates), present.hosted, most)
-        return relabel(present, Plan.from_hosted(hosted, model=present.model, solver="few moves", sizes=present.sizes))
+    def turn(migration: Migration | None, reason: str) -> Turn:
+        return Turn(migration, reason, verdict.before, verdict.after, earlier + time.process_time() - began)
 
-    before = predict(newer, present, machine)
-    trial = near(older)
-    after = predict(newer, trial, machine)
-
-    def stays(reason: str) -> Turn:
-        return Turn(None, reason, before, after, time.process_time() - began)
-
-    if before.imbalance - after.imbalance < LEAST_FALL:
-        return stays(f"on tokens that they were not found on, the best moves take {before} to {after}")
+    if verdict.reason:
+        return turn(None, verdict.reason)
     try:
         migration = plan_migration(
             present,
-            near(window),
+            relabel(present, _near(question, window)),
             machine.topology,
             expert_bytes=machine.sizes.expert_bytes,
             bytes_per_step=options.bytes_per_step,
-            seconds_per_step=(before.seconds, after.seconds),
+            seconds_per_step=(verdict.before.seconds, verdict.after.seconds),
             horizon_steps=options.payback,
         )
     except ValueError as error:  # it does not pay, or a swap does not fit the budget: the answer is no, and why
-        return stays(str(error))
+        return turn(None, str(error))
     if not migration.steps:
-        return stays("nothing near the present plan is better on the whole window")
-    return Turn(migration, "", before, after, time.process_time() - began)
+        return turn(None, "nothing near the present plan is better on the whole window")
+    return turn(migration, "")
+
+
+def _near(question: Question, part: Window) -> Plan:
+    """A plan few moves from the present one, found on a part of the window."""
+    present, _, machine, options, _ = question
+    rates = machine.rates(part.ids.shape[2], present.num_layers)
+    per_step = options.bytes_per_step // machine.sizes.expert_bytes
+    most = whole_steps(int(options.most_moved * present.hosted.sum()), per_step)
+    hosted = few_moves(part.layers(rates), present.hosted, most)
+    return Plan.from_hosted(hosted, model=present.model, solver="few moves", sizes=present.sizes)
+
+
+def whole_steps(most: int, per_step: int) -> int:
+    """Moves, but for a rest that would take one more step and fill less than a tenth of it."""
+    rest = most % max(per_step, 1)
+    return most - rest if rest < most and 10 * rest < per_step else most
 
 
 def predict(window: Window, plan: Plan, machine: Machine) -> Figures:

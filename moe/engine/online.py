@@ -24,7 +24,7 @@ from moe.comm.control import Control
 from moe.comm.cores import beside
 from moe.layer.parallel import ExpertParallel
 from moe.layer.routing import Routing, RoutingSeam, StepContext
-from moe.placement.loop import CHECKS, OnlineLoop, PlacementStats, SolverProcess
+from moe.placement.loop import OnlineLoop, PlacementStats, SolverProcess
 from moe.placement.loop_options import LoopOptions
 from moe.placement.migrate import Write, states_of
 from moe.placement.turn import Machine
@@ -114,9 +114,9 @@ class OnlinePlacement:
         tokens = agreement.tokens
         self._all += sum(tokens)
         self._own += tokens[self.control.groups.rank]
-        if self.loop is None or self.loop.is_over or self._owed:
+        if self.loop is None or self.loop.is_over or (self._owed and not self.loop.is_waiting):
             return
-        if self._all * CHECKS >= self.window:
+        if self._all >= self.loop.wanted:
             self.control.ask()
 
     def close(self) -> None:

@@ -27,6 +27,10 @@ static double to_the_norm(double x, int64_t squares) {
     return x;
 }
 
+static double of_bytes(const Swaps *p, int64_t rows, int64_t results) {
+    return p->row * (double)rows + p->result * (double)(p->is_exact ? results : rows);
+}
+
 EXPORT int64_t moe_best_swaps_abi(void) { return (int64_t)sizeof(Swaps); }
 
 /* 0, or -1: memory is short. */
@@ -35,7 +39,8 @@ EXPORT int64_t moe_best_swaps(const Swaps *p) {
     uint64_t *bits = calloc((size_t)((p->copies + 2 * ranks) * words + 1), 8), *once = bits + p->copies * words;
     uint64_t *twice = once + ranks * words;
     double *load = calloc((size_t)(p->copies + ranks), 8), *busy = load + p->copies;
-    int64_t *at_home = calloc((size_t)(p->copies * ranks + 1), 8); /* pairs of each copy whose tokens live on each rank */
+    int64_t *at_home = calloc((size_t)(p->copies * (ranks + 1) + 1), 8); /* pairs of each copy by their tokens' homes */
+    int64_t *sole = at_home + p->copies * ranks; /* tokens that come to a copy's rank for it alone */
     if (!bits || !load || !at_home) goto done;
     for (int64_t t = 0; t < p->tokens; t++) {
         uint64_t bit = 1ull << t % 64;
@@ -52,6 +57,9 @@ EXPORT int64_t moe_best_swaps(const Swaps *p) {
         uint64_t *here = once + p->rank[i] * words, *more = twice + p->rank[i] * words;
         for (int64_t w = 0; w < words; w++) more[w] |= here[w] & bits[i * words + w], here[w] |= bits[i * words + w];
     }
+    for (int64_t i = 0; i < p->copies; i++)
+        for (int64_t w = 0; w < words; w++)
+            sole[i] += __builtin_popcountll(bits[i * words + w] & ~twice[p->rank[i] * words + w]);
     for (int64_t g = 0; g < ranks; g++) most = busy[g] > most ? busy[g] : most;
     for (int64_t g = 0; g < ranks; g++) powers += to_the_norm(busy[g] / most, p->squares);
     for (int64_t n = 0; n < SIZES; n++) p->best[2 * n] = p->best[2 * n + 1] = -1, p->least[n] = INFINITY;
@@ -69,10 +77,12 @@ EXPORT int64_t moe_best_swaps(const Swaps *p) {
             for (int64_t n = 0; n < p->squares; n++) norm = sqrt(norm);
             double cost = p->pair * most * norm;
             const uint64_t *out = bits + i * words, *in = bits + j * words;
-            int64_t rows = change(once + a * words, twice + a * words, out, in, words);
-            rows += change(once + b * words, twice + b * words, in, out, words);
             int64_t results = at_home[i * ranks + a] - at_home[i * ranks + b] + at_home[j * ranks + b] - at_home[j * ranks + a];
-            cost += p->row * (double)rows + p->result * (double)(p->is_exact ? results : rows);
+            int64_t rows = -sole[i] - sole[j]; /* at least */
+            if (cost + of_bytes(p, rows, results) >= p->least[size]) continue;
+            rows = change(once + a * words, twice + a * words, out, in, words);
+            rows += change(once + b * words, twice + b * words, in, out, words);
+            cost += of_bytes(p, rows, results);
             if (cost < p->least[size]) p->least[size] = cost, p->best[2 * size] = i, p->best[2 * size + 1] = j;
         }
     }

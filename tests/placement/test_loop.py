@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from moe.placement.importers import from_deepseek_esft_npz
-from moe.placement.loop import RESTS, OnlineLoop, SolverAtOnce, SolverProcess, Trigger
+from moe.placement.loop import ENOUGH, PATIENCE, RESTS, OnlineLoop, SolverAtOnce, SolverProcess, Trigger
 from moe.placement.loop_options import LoopOptions
 from moe.placement.plan import Plan
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
-from moe.placement.turn import Machine, Question, Window, take_turn
+from moe.placement.turn import Machine, Question, Turn, Verdict, Window, judge, take_turn
 from moe.placement.wire_format import WireFormat
 from tests.placement.windows import EXPERTS, LAYERS, MACHINE, OPTIONS, RANKS, SIZES, TOP_K, even, routing
 
@@ -84,13 +84,64 @@ def test_the_loop_moves_after_a_change_and_not_without_one():
     taken = run(loop, changed)
     assert taken
     assert len(loop.history) == 1
-    assert 0.7 * 512 <= taken[0][0] <= 512, "so much of the new traffic, and little more"
+    assert ENOUGH * 512 <= taken[0][0] <= 512, "so much of the new traffic, and little more"
     turn, before, after = loop.history[0]
     rates = MACHINE.rates(TOP_K)
     assert after is not None
     assert after.imbalance < before.imbalance
     assert changed.part(slice(1000, None)).imbalance(loop.plan, rates) < 1.15
     assert abs(after.imbalance - turn.after.imbalance) < 0.1, "what was predicted is what was measured"
+
+
+class Remembers(SolverAtOnce):
+    """What it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Question] = []
+
+    def ask(self, question: Question) -> None:
+        super().ask(question)
+        self.asked.append(question)
+
+
+@pytest.mark.parametrize("late", [0, 5, 11, 16])
+def test_moves_are_found_on_the_new_traffic_alone_and_on_all_of_it(late):
+    """late: tokens of the first step with new traffic that are still of the old; they come from rank 0 first."""
+    solver, options = Remembers(), LoopOptions(window=512, most_moved=0.5, bytes_per_step=4000)
+    loop = OnlineLoop(Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE, options, solver)
+    old, new = even(800 + late, seed=4), routing(2000, 0, seed=5)
+    run(loop, Window(*map(np.concatenate, zip(old, new, strict=True))))
+    judged, asked = solver.asked[:2]
+    assert judged.verdict is None
+    assert not asked.verdict.reason
+    for question, share in ((judged, PATIENCE), (asked, ENOUGH)):
+        tokens = len(question.window.ids)
+        assert share * 512 - 16 <= tokens <= share * 512 + 3 * 32, "soon after there are so many"
+        told = {row.tobytes() for row in question.window.ids}
+        assert len(told & {row.tobytes() for row in old.ids}) <= 2, "but for what both have by chance"
+
+
+def test_a_verdict_on_traffic_that_has_gone_decides_nothing():
+    solver, options = Remembers(), LoopOptions(window=512, most_moved=0.5, bytes_per_step=4000)
+    loop = OnlineLoop(Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE, options, solver)
+    for window in (even(800, seed=4), routing(330, 0, seed=5), even(1200, seed=6)):
+        assert run(loop, window) == []
+    assert [question.verdict for question in solver.asked] == [None], "it was judged, and then it was over"
+    assert not loop.is_waiting
+
+
+def test_traffic_that_few_moves_do_not_help_is_asked_about_once():
+    class Refuses(SolverAtOnce):
+        def ask(self, question: Question) -> None:
+            super().ask(question)
+            assert isinstance(self._answer, Verdict), "no moves are asked for"
+            self._answer = self._answer._replace(reason="in vain")
+
+    options = LoopOptions(window=512, most_moved=0.5, bytes_per_step=4000)
+    loop = OnlineLoop(Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE, options, Refuses())
+    assert run(loop, routing(2000, 0, seed=5)) == []
+    assert [turn.reason for turn, _, _ in loop.history] == ["in vain"]
 
 
 def test_what_may_move_is_shared_by_all_turns_until_traffic_changes_or_long_after():
@@ -143,11 +194,12 @@ def test_what_is_measured_is_of_the_turn_that_moved():
     class MovesOnce(SolverAtOnce):
         def ask(self, question: Question) -> None:
             super().ask(question)
-            if self.asked:
-                self._turn = self._turn._replace(migration=None, reason="in vain")
-            self.asked = True
+            if self.has_moved:
+                assert isinstance(self._answer, Verdict)
+                self._answer = self._answer._replace(reason="in vain")
+            self.has_moved |= isinstance(self._answer, Turn)
 
-        asked = False
+        has_moved = False
 
     options = LoopOptions(window=256, imbalance=1.0, calm=1.0, most_moved=0.15, bytes_per_step=10**6)
     loop = OnlineLoop(Plan.contiguous(LAYERS, EXPERTS, RANKS), MACHINE, options, MovesOnce())
@@ -162,6 +214,7 @@ def test_what_is_measured_is_of_the_turn_that_moved():
 
 def test_the_process_answers_as_the_thread_does_and_a_dead_one_is_told():
     question = Question(Plan.contiguous(LAYERS, EXPERTS, RANKS), routing(256, 0, seed=2), MACHINE, OPTIONS)
+    question = question._replace(verdict=judge(question))
     cores = {max(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else set()
     solver = SolverProcess(cores)
     try:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe.placement.plan import Plan
-from moe.placement.recent import PARTS, Recent, imbalance_of_chance, newest_alike
+from moe.placement.recent import PARTS, Recent, imbalance_of_chance, in_time, newest_alike, since_change
 from moe.placement.turn import Window
 from tests.placement.windows import EXPERTS, LAYERS, MACHINE, RANKS, TOP_K, replicated, routing
 
@@ -58,6 +58,29 @@ def test_the_newest_tokens_of_one_traffic_are_told_apart_from_those_before(new):
     ids[5] = -1  # a token that has no expert counts nowhere
     assert abs(alike_of(ids) - found) <= 256 // PARTS
     assert alike_of(ids[:1]) == 1
+
+
+@pytest.mark.parametrize("new", [48, 100, 117, 200])
+def test_the_token_at_which_traffic_changed_is_found(new):
+    ids = np.concatenate([routing(256 - new, 2, seed=7).ids, routing(new, 9, seed=8).ids])
+    recent = Recent(256, Plan.contiguous(LAYERS, EXPERTS, RANKS), is_exact=True)
+    recent.add(Window(ids, np.arange(256)))
+    parts = recent.parts()
+    alike = newest_alike(np.stack([part.counts for part in parts]), 256)
+    found = since_change(parts, alike)
+    assert abs(len(found.ids) - new) <= 3, "a few tokens may be of either"
+    assert (found.home == np.arange(256 - len(found.ids), 256)).all(), "the newest ones"
+    assert len(since_change(parts, 1).ids) == len(parts[-1].window.ids), "too few to say more"
+    assert len(since_change(parts, len(parts)).ids) == 256
+
+
+def test_what_ranks_tell_at_once_is_put_in_the_order_of_time():
+    whole = routing(60, 0, seed=1)
+    told = [Window(whole.ids[rank::3], np.full(20, rank)) for rank in range(3)]
+    told.append(Window(np.empty((0, LAYERS, TOP_K), np.int16), np.empty(0, np.int64)))
+    joined = in_time(told)
+    assert (joined.ids == whole.ids).all()
+    assert (joined.home == np.arange(60) % 3).all()
 
 
 def alike_of(ids: np.ndarray) -> int:

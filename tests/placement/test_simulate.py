@@ -1,6 +1,7 @@
 """Simulation against a loop over tokens; migrations that are valid at every step; pages and commands that work."""
 
 import argparse
+import itertools
 import re
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -153,6 +154,27 @@ def test_migration_is_valid_at_every_step_and_reversible(seed, replicas, per_lay
     if states:
         np.testing.assert_array_equal(states[-1].phy2log, move.target.phy2log)
     assert move.num_bytes >= 100 * int((target.hosted & ~plans[0].hosted).sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_of_a_migration_are_as_full_as_can_be(seed):
+    """Experts that trade places two by two, of every rank and layer: no step but the last has room for two more."""
+    rng = np.random.default_rng(seed)
+    present = Plan.contiguous(6, 64, 8)
+    rows = present.assignment.copy()
+    for row in rows:
+        for one, other in rng.permutation(64).reshape(-1, 2)[: rng.integers(1, 12)]:
+            row[[one, other]] = row[[other, one]]
+    args = {"expert_bytes": 100, "bytes_per_step": 1200, "seconds_per_step": (2.0, 1.0)}
+    move = plan_migration(present, relabel(present, Plan.from_assignment(rows, 8)), Topology.preset("h200x8"), **args)
+    moved = int((move.target.hosted & ~present.hosted).sum())
+    assert move.num_bytes == 100 * moved
+    plans = [present, *move.states()]
+    came = [int((new.hosted & ~old.hosted).sum()) for old, new in itertools.pairwise(plans)]
+    assert sum(came) == moved
+    assert max(came) <= 12
+    assert len(came) <= -(-moved // 12) + (max(came) < 12), came
+    np.testing.assert_array_equal(plans[-1].phy2log, move.target.phy2log)
 
 
 def test_relabelling_finds_the_renamed_plan_and_keeps_nodes():

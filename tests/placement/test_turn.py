@@ -5,7 +5,7 @@ import pytest
 from moe.placement.loop_options import LoopOptions
 from moe.placement.plan import Plan
 from moe.placement.solve.few_moves import few_moves
-from moe.placement.turn import Machine, Question, take_turn
+from moe.placement.turn import Machine, Question, answer, judge, take_turn, whole_steps
 from moe.placement.wire_format import ModelSizes, WireFormat
 from tests.placement.windows import EXPERTS, LAYERS, MACHINE, OPTIONS, RANKS, SIZES, TOP_K, even, replicated, routing
 
@@ -52,3 +52,22 @@ def test_experts_that_miss_fast_memory_are_in_the_prediction():
         take_turn(Question(present, window, few, OPTIONS)).before.seconds
         > take_turn(Question(present, window, MACHINE, OPTIONS)).before.seconds
     )
+
+
+def test_a_loop_is_answered_by_a_verdict_and_then_by_moves_that_rest_on_it():
+    question = Question(Plan.contiguous(LAYERS, EXPERTS, RANKS), routing(256, 0, seed=2), MACHINE, OPTIONS)
+    verdict, turn = judge(question), take_turn(question)
+    assert answer(question)._replace(seconds=verdict.seconds) == verdict
+    assert (turn.before, turn.after) == (verdict.before, verdict.after)
+    later = question._replace(window=routing(300, 0, seed=3), verdict=verdict)
+    found = answer(later)
+    assert (found.before, found.after) == (verdict.before, verdict.after), "it is not judged again"
+    assert found.migration.steps == take_turn(later._replace(verdict=None)).migration.steps
+    refused = answer(later._replace(verdict=verdict._replace(reason="no")))
+    assert (refused.migration, refused.reason) == (None, "no")
+
+
+def test_moves_fill_their_steps():
+    """No step is begun for less than a tenth of what it may move."""
+    assert [whole_steps(most, 62) for most in (5, 62, 63, 68, 69, 249, 255)] == [5, 62, 62, 62, 69, 248, 255]
+    assert whole_steps(7, 0) == 7  # no expert fits: that is told where moves are scheduled
