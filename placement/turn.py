@@ -128,7 +128,7 @@ class Figures(NamedTuple):
 
 class Verdict(NamedTuple):
     """Whether few moves help traffic that they were not found on. reason: why not, empty if they do; before, after:
-    predicted on the newer half of the window, for the present plan and for moves found on the older; seconds: of CPU."""
+    predicted on the newer half of the window, for the present plan and for moves found on the older; seconds: CPU."""
 
     reason: str
     before: Figures
