@@ -144,7 +144,7 @@ def _schedule(start: Plan, goal: Plan, expert_bytes: int, budget: int) -> tuple[
                 f"({largest * expert_bytes} bytes); raise it or leave a spare slot per rank"
             )
         written = [write.physical for group, _ in own for write in group]
-        waits[layer] = any(len(np.unique(table)) < len(table) for table in (old, new, written))  # copies, empty places
+        waits[layer] = any(len(np.unique(table)) < len(table) for table in (old, new, written)) or (old < 0).any()
         groups += [(layer, group, size) for group, size in own]
     free = sorted((one for one in groups if one[2] and not waits[one[0]]), key=lambda one: -one[2])
     steps, room = list[list[Write]](), list[int]()  # room: experts that each step may still receive

@@ -177,6 +177,16 @@ def test_steps_of_a_migration_are_as_full_as_can_be(seed):
     np.testing.assert_array_equal(plans[-1].phy2log, move.target.phy2log)
 
 
+@pytest.mark.parametrize("budget", [2, 3, 50])
+@pytest.mark.parametrize("seed", range(5))
+def test_an_expert_that_moves_into_the_only_empty_place_is_nowhere_lost(seed, budget):
+    present, target = (Plan.random(2, 11, 4, seed=seed + 10 * n) for n in range(2))
+    args = {"expert_bytes": 1, "bytes_per_step": budget, "seconds_per_step": (2.0, 1.0)}
+    move = plan_migration(present, relabel(present, target), PAIR, **args)
+    states = list(move.states())  # each is a plan: it has every expert
+    np.testing.assert_array_equal(states[-1].phy2log, move.target.phy2log)
+
+
 def test_relabelling_finds_the_renamed_plan_and_keeps_nodes():
     present = Plan.random(3, 8, 4, seed=2)
     names = np.array([2, 3, 1, 0])
