@@ -89,3 +89,31 @@ def test_info_of_a_model_that_was_looked_at_imports_no_code_of_models(tmp_path, 
     assert "top-2" in first[1]
     assert "top-1" in changed[1]
     assert "top-1" in info(model)[1]
+
+
+COLLECTED = """
+import gc, sys
+from moe.uncollected import uncollected
+{before}
+with uncollected():
+    assert not gc.isenabled()
+    import {module}
+assert gc.isenabled() == {is_on}
+print(gc.get_freeze_count() > 0, end=" ")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "module", "is_frozen"),
+    [("", "torch", True), ("gc.disable()", "torch", True), ("import torch", "json", False), ("", "json", False)],
+)
+def test_what_torch_makes_when_it_is_imported_is_not_looked_at_again(before, module, is_frozen):
+    code = COLLECTED.format(before=before, module=module, is_on="disable" not in before)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ran.stdout.strip(), ran.stderr) == (str(is_frozen), "")
+
+
+def test_nothing_is_called_lost_when_a_command_ends():
+    command = [sys.executable, "-m", "moe", "generate", str(TINYMOE), "--prompt", "A", "--max-tokens", "1"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "leak" not in ran.stderr
