@@ -13,9 +13,8 @@
 #define WIDTH 8
 #define VZERO _mm256_setzero_ps()
 #define VLOAD(p) _mm256_loadu_ps(p)
-#define VLOAD_ODD(p) \
-    _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const void *)(p)), _mm256_set1_epi32((int)0xffff0000u)))
-#define VLOAD_EVEN(p) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const void *)(p)), 16))
+#define VODD(v) _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32((int)0xffff0000u)))
+#define VEVEN(v) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16))
 #define VLOAD_BF16(p) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)(p))), 16))
 #define VLOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
@@ -172,6 +171,32 @@ SCALAR TARGET VEC NAME(next_nested)(int level, struct NAME(fields) *f, const str
     __m256i last = _mm256_and_si256(f->last, _mm256_set1_epi32(15));
     f->last = _mm256_srli_epi32(f->last, 4);
     return VFMA(VSUB(_mm256_cvtepi32_ps(last), VSET(7.5f)), g->last, w); /* the product is exact */
+}
+
+struct NAME(exponents) {
+    __m256i high, low; /* by the code: of the exponent all but its last bit, and that bit as the highest */
+};
+
+SCALAR TARGET struct NAME(exponents) NAME(exponents_of)(uint8_t highest) {
+    const __m256i down = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0));
+    __m256i e = _mm256_and_si256(_mm256_sub_epi8(_mm256_set1_epi8((char)highest), down), all);
+    return (struct NAME(exponents)){_mm256_and_si256(_mm256_srli_epi16(e, 1), _mm256_set1_epi8(0x7f)),
+                                    _mm256_slli_epi16(_mm256_and_si256(e, _mm256_set1_epi8(1)), 7)};
+}
+
+SCALAR TARGET void NAME(widen)(const char *p, const struct NAME(exponents) *e, VEC to[8]) {
+    const __m256i mantissa = _mm256_set1_epi8(0x7f), nibble = _mm256_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* 32 bytes: of 64 weights 16 i % 2 and on, and 32 beyond these */
+        __m256i codes = _mm256_loadu_si256((const void *)(p + 128 + i % 2 * 32));
+        __m256i kept = _mm256_loadu_si256((const void *)(p + i * 32));
+        __m256i code = _mm256_and_si256(i / 2 ? _mm256_srli_epi16(codes, 4) : codes, nibble);
+        __m256i high = _mm256_or_si256(_mm256_andnot_si256(mantissa, kept), _mm256_shuffle_epi8(e->high, code));
+        __m256i low = _mm256_or_si256(_mm256_and_si256(mantissa, kept), _mm256_shuffle_epi8(e->low, code));
+        to[i / 2 * 4 + i % 2] = _mm256_castsi256_ps(_mm256_unpacklo_epi8(low, high));
+        to[i / 2 * 4 + i % 2 + 2] = _mm256_castsi256_ps(_mm256_unpackhi_epi8(low, high));
+    }
 }
 
 #include "cpu_isa.h"

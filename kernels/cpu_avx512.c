@@ -34,9 +34,8 @@
 #define WIDTH 16
 #define VZERO _mm512_setzero_ps()
 #define VLOAD(p) _mm512_loadu_ps(p)
-#define VLOAD_ODD(p) \
-    _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000u)))
-#define VLOAD_EVEN(p) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))
+#define VODD(v) _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32((int)0xffff0000u)))
+#define VEVEN(v) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16))
 #define VLOAD_BF16(p) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(p))), 16))
 #define VLOAD_F16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
@@ -246,6 +245,33 @@ SCALAR TARGET VEC NAME(next_nested)(int level, struct NAME(fields) *f, const str
     w = _mm512_add_ps(w, _mm512_permutexvar_ps(f->last, g->last));
     f->last = _mm512_srli_epi32(f->last, 4);
     return w;
+}
+
+struct NAME(exponents) {
+    __m512i high, low; /* by the code: of the exponent all but its last bit, and that bit as the highest */
+};
+
+SCALAR TARGET struct NAME(exponents) NAME(exponents_of)(uint8_t highest) {
+    const __m512i down = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    __m512i e = _mm512_sub_epi8(_mm512_set1_epi8((char)highest), down);
+    e = _mm512_maskz_mov_epi8(0x7fff7fff7fff7fff, e);
+    return (struct NAME(exponents)){_mm512_and_si512(_mm512_srli_epi16(e, 1), _mm512_set1_epi8(0x7f)),
+                                    _mm512_slli_epi16(_mm512_and_si512(e, _mm512_set1_epi8(1)), 7)};
+}
+
+SCALAR TARGET void NAME(widen)(const char *p, const struct NAME(exponents) *e, VEC to[4]) {
+    const __m512i mantissa = _mm512_set1_epi8(0x7f), nibble = _mm512_set1_epi8(15);
+    __m512i codes = _mm512_loadu_si512(p + 128);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        __m512i kept = _mm512_loadu_si512(p + 64 * half);
+        __m512i code = _mm512_and_si512(half ? _mm512_srli_epi16(codes, 4) : codes, nibble);
+        __m512i high = _mm512_shuffle_epi8(e->high, code), low = _mm512_shuffle_epi8(e->low, code);
+        high = _mm512_ternarylogic_epi32(mantissa, high, kept, 0xca); /* the sign of what is kept */
+        low = _mm512_ternarylogic_epi32(mantissa, kept, low, 0xca);   /* its mantissa */
+        to[2 * half] = _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high));
+        to[2 * half + 1] = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
+    }
 }
 
 #include "cpu_isa.h"

@@ -7,7 +7,7 @@
  *
  *   NATURAL  lane l: k = l mod 16                                 fp32, fp16, nested precision, codes of a byte in odd groups
  *   HALVES   lane l: of every 32, l + 16, then l                  other codes of a byte; x is packed as for NATURAL
- *   PAIRS    lane l: of every 32, 2l + 1, then 2l                 bf16 weights: what vdpbf16ps does, and as fast without it
+ *   PAIRS    lane l: of every 32, 2l + 1, then 2l                 bf16 and bf12 weights: what vdpbf16ps does, and as fast without it
  *   EIGHTS   lane l: of every 128, 8l + 4, 8l, 8l + 5, 8l + 1, … nibbles (cpu_codes.h)
  *   DOT      the sums of PAIRS, by vdpbf16ps; x stays in bf16     bf16 weights and x, where that instruction is fast
  *   DOT8     the sums of EIGHTS, likewise                         nibbles that are exact in bf16, less zero points
@@ -26,8 +26,8 @@
 
 enum { F32, BF16, F16 };                              /* storage; the order of cpu.py's KINDS */
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, GPT_OSS }; /* the order of cpu.py's _ACTIVATIONS */
-enum { E4M3, INT8, INT4, E2M1, LUT4, NESTED, CODES }; /* the order of cpu.py's _CODES */
-enum { E8M0 = 3, E4M3_SCALE, INT8_ZERO };             /* scales may also be of these kinds */
+enum { E4M3, INT8, INT4, E2M1, LUT4, NESTED, BF12, CODES }; /* the order of cpu.py's _CODES */
+enum { E8M0 = 3, E4M3_SCALE, INT8_ZERO, WORDS };      /* scales may also be of these kinds */
 enum { NATURAL, HALVES, PAIRS, EIGHTS, DOT, DOT8, DOT16 };
 #define EIGHTH(i) ((i) % 2 ? (i) / 2 : 4 + (i) / 2) /* of a lane's eight elements, the i-th that EIGHTS sums */
 enum { LANES = 16, KC = 1024 }; /* they define the order of sums; do not tune per machine */
@@ -101,6 +101,8 @@ struct kernels {
                        float *c, int64_t ldc, float *scratch);
     void (*tile_nested)(const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count, float *c,
                         int64_t ldc, float *scratch);
+    void (*tile_bf12)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count,
+                      float *c, int64_t ldc, float *scratch);
     void (*add_bias)(float *c, int64_t ldc, int64_t rows, const float *bias, int64_t n);
     void (*round)(int kind, float *v, int64_t n);
     void (*activate)(const struct layer *l, float *gate, const float *up, int64_t n);
@@ -144,7 +146,7 @@ SCALAR void *take(uintptr_t *at, int64_t size) {
 
 SCALAR int64_t size_of(int64_t kind) { return kind == F32 ? 4 : 2; }
 
-SCALAR int is_nibble(const struct coding *q) { return q->code >= INT4 && q->code != NESTED; }
+SCALAR int is_nibble(const struct coding *q) { return q->code >= INT4 && q->code <= LUT4; }
 
 /* Whether cpu_codes.h multiplies them (cpu_nested.h those of nested precision): the columns of a vector, or of its lanes, share their scales. */
 SCALAR int codes_are_fast(const struct matrix *w) {
@@ -158,6 +160,7 @@ SCALAR int codes_are_fast(const struct matrix *w) {
 /* How x must be packed for w. */
 SCALAR int order_of(const struct kernels *k, const struct matrix *w, int64_t x_kind) {
     int can_dot = k->has_dot && x_kind == BF16;
+    if (w->is_coded && w->coding.code == BF12) return can_dot ? DOT : PAIRS;
     if (w->is_coded && !codes_are_fast(w)) return NATURAL;
     if (w->is_coded && is_nibble(&w->coding)) return can_dot && w->coding.code != LUT4 ? DOT8 : EIGHTS;
     if (w->is_coded && w->coding.columns < w->k && w->coding.columns % (2 * LANES)) return NATURAL;

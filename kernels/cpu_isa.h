@@ -5,8 +5,9 @@
 #include "cpu_attention.h"
 #include "cpu_codes.h"
 #include "cpu_nested.h"
+#include "cpu_bf12.h"
 
 const struct kernels NAME(kernels) = {
-    ISA, MR, HAS_DOT, NAME(pack_x), NAME(tile), NAME(tile_codes), NAME(tile_nested), NAME(add_bias), NAME(round),
-    NAME(activate), NAME(combine), NAME(gather),
+    ISA, MR, HAS_DOT, NAME(pack_x), NAME(tile), NAME(tile_codes), NAME(tile_nested), NAME(tile_bf12), NAME(add_bias),
+    NAME(round), NAME(activate), NAME(combine), NAME(gather),
 };

@@ -1,7 +1,7 @@
 /* Products of packed x and W, compiled once per instruction set (included by cpu_avx512.c, cpu_avx2.c, cpu_plain.c).
  *
- * The includer defines NAME(x), ISA (a string), TARGET, VEC, WIDTH (floats in a VEC), VZERO, VLOAD, VLOAD_ODD and VLOAD_EVEN
- * (the odd and the even of 2 * WIDTH bf16), VLOAD_BF16, VLOAD_F16, VFMA, MR, NR (rows of x and of W in a register block) and, where it
+ * The includer defines NAME(x), ISA (a string), TARGET, VEC, WIDTH (floats in a VEC), VZERO, VLOAD, VODD and VEVEN
+ * (the odd and the even of the 2 * WIDTH bf16 in a VEC), VLOAD_BF16, VLOAD_F16, VFMA, MR, NR (rows of x and of W in a register block) and, where it
  * has them, SUM_BLOCK (a faster sum of lanes), VDOT (vdpbf16ps), VNIBBLES, VNEXT, DOT_TABLE, VTWO, VLESS_ZERO,
  * VLINE_E4M3 and E4M3_TABLES (cpu_codes.h). The order of sums: cpu_experts.h.
  */
@@ -25,8 +25,7 @@ enum { NAME(dotted) = 3 }; /* beside the kinds of storage: bf16 as it is */
 /* Lanes u * WIDTH and on of the j-th vector that a step of W brings. */
 static inline __attribute__((always_inline)) TARGET VEC NAME(fetch)(int kind, const char *p, int j, int u) {
     const void *at = p;
-    if (kind == BF16)
-        return j == 0 ? VLOAD_ODD((const uint16_t *)at + 2 * u * WIDTH) : VLOAD_EVEN((const uint16_t *)at + 2 * u * WIDTH);
+    if (kind == BF16) return j == 0 ? VODD(VLOAD((const float *)at + u * WIDTH)) : VEVEN(VLOAD((const float *)at + u * WIDTH));
     if (kind == F16) return VLOAD_F16((const uint16_t *)at + u * WIDTH);
     return VLOAD((const float *)at + u * WIDTH);
 }

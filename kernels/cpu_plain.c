@@ -7,6 +7,7 @@
 #include "cpu_place.h"
 
 typedef float float4 __attribute__((vector_size(16)));
+typedef uint32_t word4 __attribute__((vector_size(16)));
 
 SCALAR float4 load4(const float *p) {
     float4 v;
@@ -21,10 +22,8 @@ SCALAR float4 load4(const float *p) {
 #define WIDTH 4
 #define VZERO ((float4){0})
 #define VLOAD(p) load4(p)
-#define VLOAD_ODD(p) \
-    ((float4){bf16_to_float((p)[1]), bf16_to_float((p)[3]), bf16_to_float((p)[5]), bf16_to_float((p)[7])})
-#define VLOAD_EVEN(p) \
-    ((float4){bf16_to_float((p)[0]), bf16_to_float((p)[2]), bf16_to_float((p)[4]), bf16_to_float((p)[6])})
+#define VODD(v) ((float4)((word4)(v) & 0xffff0000u))
+#define VEVEN(v) ((float4)((word4)(v) << 16))
 #define VLOAD_BF16(p) \
     ((float4){bf16_to_float((p)[0]), bf16_to_float((p)[1]), bf16_to_float((p)[2]), bf16_to_float((p)[3])})
 #define VLOAD_F16(p) \
@@ -124,6 +123,41 @@ SCALAR VEC NAME(next_nested)(int level, struct NAME(fields) *f, const struct NAM
         f->two[i] >>= 4, f->third[i] >>= 4, f->fourth[i] >>= 4, f->last[i] >>= 4;
     }
     return w;
+}
+
+struct NAME(exponents) {
+    uint8_t high[16], low[16]; /* by the code: of the exponent all but its last bit, and that bit as the highest */
+};
+
+SCALAR struct NAME(exponents) NAME(exponents_of)(uint8_t highest) {
+    struct NAME(exponents) e = {{0}, {0}};
+    for (int i = 0; i < 15; i++) {
+        uint8_t exponent = (uint8_t)(highest - i);
+        e.high[i] = exponent >> 1, e.low[i] = (uint8_t)(exponent << 7);
+    }
+    return e;
+}
+
+SCALAR void NAME(widen)(const char *p, const struct NAME(exponents) *e, VEC to[16]) {
+    const uint8_t *kept = (const uint8_t *)p, *codes = kept + 128;
+    for (int half = 0; half < 2; half++, kept += 64, to += 8)
+        for (int l = 0; l < 4; l++) { /* 16 bytes: 8 weights, and the 8 that lie 32 beyond */
+#if defined(__aarch64__)
+            uint8x16_t code = vld1q_u8(codes + 16 * l), own = vld1q_u8(kept + 16 * l), sign = vdupq_n_u8(0x80);
+            code = half ? vshrq_n_u8(code, 4) : vandq_u8(code, vdupq_n_u8(15));
+            uint8x16_t high = vorrq_u8(vandq_u8(own, sign), vqtbl1q_u8(vld1q_u8(e->high), code));
+            uint8x16_t low = vorrq_u8(vbicq_u8(own, sign), vqtbl1q_u8(vld1q_u8(e->low), code));
+            to[l] = (VEC)vzip1q_u8(low, high), to[l + 4] = (VEC)vzip2q_u8(low, high);
+#else
+            uint16_t wide[16];
+            for (int i = 0; i < 16; i++) {
+                int at = 16 * l + i, code = codes[at] >> 4 * half & 15;
+                uint8_t high = (uint8_t)((kept[at] & 0x80) | e->high[code]), low = (uint8_t)((kept[at] & 0x7f) | e->low[code]);
+                wide[i] = (uint16_t)(high << 8 | low);
+            }
+            memcpy(to + l, wide, 16), memcpy(to + l + 4, wide + 8, 16);
+#endif
+        }
 }
 
 #include "cpu_isa.h"

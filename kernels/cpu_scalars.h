@@ -75,7 +75,7 @@ SCALAR float scale_to_float(int kind, const char *p, int64_t i) {
     return widen_one(kind, p, i);
 }
 
-SCALAR int64_t scale_size(int64_t kind) { return kind == F32 ? 4 : kind <= F16 ? 2 : 1; }
+SCALAR int64_t scale_size(int64_t kind) { return kind == F32 || kind == WORDS ? 4 : kind <= F16 ? 2 : 1; }
 
 /* e^x = 2^n (1 + r + r^2 p(r)), |r| <= ln2/2; p: our own minimax fit (5e-11). Relative error < 1.2e-7; x is clamped to
  * [-87.3, 88.3], where the result is a normal number; nan stays nan. */

@@ -131,6 +131,8 @@ void moe_product(const struct kernels *k, int order, const struct matrix *w, int
         k->tile(order, x, rows, w, w->data + slot * w->slot, n0, n, c, ldc, scratch);
     else if (w->coding.code == NESTED)
         k->tile_nested(x, rows, w, slot, n0, n, c, ldc, scratch);
+    else if (w->coding.code == BF12)
+        k->tile_bf12(order, x, rows, w, slot, n0, n, c, ldc, scratch);
     else if (codes_are_fast(w))
         k->tile_codes(order, x, rows, w, slot, n0, n, c, ldc, scratch);
     else

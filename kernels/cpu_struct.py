@@ -8,8 +8,8 @@ from torch import Tensor
 from moe.kernels.formats import Coding
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SCALE_KINDS = {**KINDS, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4}
-_CODES = {"e4m3": 0, "int8": 1, "int4": 2, "e2m1": 3, "lut4": 4, "nested": 5}
+_SCALE_KINDS = {**KINDS, torch.float8_e8m0fnu: 3, torch.float8_e4m3fn: 4, torch.int32: 6}
+_CODES = {"e4m3": 0, "int8": 1, "int4": 2, "e2m1": 3, "lut4": 4, "nested": 5, "bf12": 6}
 MOST_COLUMNS = 65536  # of a matrix of codes: scratch memory is sized for it
 MATRIX = Struct("=42q")  # struct matrix: 9 and whether it is coded, then the 32 of struct coding
 BLOCK = Struct(f"={5 * MATRIX.size}s18q3f4x")  # struct block: five matrices, 7 pointers, 11 integers, 3 floats

@@ -10,6 +10,7 @@ Plain data that every expert kernel and every checkpoint format agrees on. The m
     e2m1    nibble             E2M1[nibble]                         MXFP4, NVFP4, FP4 of DeepSeek-V4
     lut4    nibble             table[nibble], 16 fp32 of the matrix NF4
     nested  planes of bits     kernels/nested.py                    2, 3, 4 or 8 bits, as the slot says
+    bf12    12 bits            kernels/bf12.py                      bf16, without loss
 
 A matrix [n, k] lies row by row with k contiguous; of nibbles, element 2j is in the low half of byte j, 2j + 1 in the
 high half, and a row takes ceil(k / 2) bytes: the last half byte of an odd row means nothing. In fp32:
@@ -27,9 +28,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moe.kernels.bf12 import bytes_of_row, decode_bf12
 from moe.kernels.nested import Planes, nested_values, plane_bytes
 
-CodeName = Literal["e4m3", "int8", "int4", "e2m1", "lut4", "nested"]
+CodeName = Literal["e4m3", "int8", "int4", "e2m1", "lut4", "nested", "bf12"]
 NIBBLE_CODES: frozenset[CodeName] = frozenset({"int4", "e2m1", "lut4"})
 CODE_DTYPES: dict[CodeName, torch.dtype] = {
     "e4m3": torch.float8_e4m3fn,
@@ -38,6 +40,7 @@ CODE_DTYPES: dict[CodeName, torch.dtype] = {
     "e2m1": torch.uint8,
     "lut4": torch.uint8,
     "nested": torch.uint8,
+    "bf12": torch.uint8,
 }
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.float8_e4m3fn)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -73,7 +76,7 @@ class Coding(NamedTuple):
 
     code: CodeName
     block: tuple[int, int]  # rows and columns that share a scale; either may exceed the matrix
-    scale: Tensor  # [S, P, ceil(n / rows), G], one of SCALE_DTYPES
+    scale: Tensor  # [S, P, ceil(n / rows), G], one of SCALE_DTYPES; of bf12 the rows' words, int32 [S, P, n, 1 + R]
     zero: Tensor | None = None  # int8 [S, P, ceil(n / rows), G]; of int8 and int4 only
     factor: Tensor | None = None  # fp32 [S, P], multiplies the scales (NVFP4)
     table: Tensor | None = None  # fp32 [S, P, 16]; of lut4 only
@@ -93,6 +96,8 @@ class Coding(NamedTuple):
 def bytes_per_row(code: CodeName, columns: int) -> int:
     if code == "nested":
         return plane_bytes(2, columns)
+    if code == "bf12":
+        return bytes_of_row(columns)
     return (columns + 1) // 2 if code in NIBBLE_CODES else columns
 
 
@@ -132,6 +137,8 @@ def decode(codes: Tensor, coding: Coding, columns: int, slot: int, *, interleave
 
 def _decode_part(codes: Tensor, coding: Coding, columns: int, slot: int, part: int) -> Tensor:
     """codes: [n, bytes_per_row]. Returns [n, columns] in fp32."""
+    if coding.code == "bf12":
+        return decode_bf12(codes, coding.scale[slot, part], columns).float()
     values = code_values(codes, coding.code, columns, None if coding.table is None else coding.table[slot, part])
     scale = coding.scale[slot, part].float()
     if coding.factor is not None:

@@ -197,7 +197,8 @@ def _check_coding(name: str, coding: Coding, slots: tuple[int, int], shape: tupl
     rows, columns = coding.block
     if min(rows, columns) < 1:
         raise ValueError(f"scales have blocks of {rows} x {columns}; both must be at least 1")
-    groups = -(-shape[1] // columns) if coding.group_of is None else coding.scale.shape[-1]
+    is_free = coding.group_of is not None or coding.code == "bf12"
+    groups = coding.scale.shape[-1] if is_free else -(-shape[1] // columns)
     grid = (*slots, -(-shape[0] // rows), groups)
     takes_zeros, is_table = coding.code in ("int8", "int4"), coding.code == "lut4"
     if (coding.residual is not None) != (coding.code == "nested"):
@@ -205,7 +206,7 @@ def _check_coding(name: str, coding: Coding, slots: tuple[int, int], shape: tupl
     if (coding.zero is not None and not takes_zeros) or (coding.table is not None) != is_table:
         raise ValueError(f"{name} is coded as {coding.code}; zeros go with int8 and int4 only, a table with lut4 only")
     for what, tensor, wanted, dtypes in (
-        ("scales", coding.scale, grid, SCALE_DTYPES),
+        ("scales", coding.scale, grid, (torch.int32,) if coding.code == "bf12" else SCALE_DTYPES),
         ("zeros", coding.zero, grid, (torch.int8,)),
         ("factors", coding.factor, slots, (torch.float32,)),
         ("tables", coding.table, (*slots, 16), (torch.float32,)),

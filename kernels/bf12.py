@@ -1,0 +1,102 @@
+"""bf16 weights in 12 bits, without loss: signs and mantissas as they are, exponents as one of 15 neighbours.
+
+The weights of a row differ in size, but hardly one lies 2^15 below the largest. Of a weight of 8 bits of exponent four
+are kept, which count down from the row's `highest`; code 15 is the exponent 0 (zeros and subnormals). The few weights of
+a row whose exponents are none of these are rare, and told apart, with all of their exponent. (ZipNN and DFloat11 code the
+same bits by entropy, in about 11; these have one length, so that a row is decoded in registers and a slot has one size.)
+
+    codes  uint8 [n, 192 * ceil(k / 128)]   of every 128 columns: 128 bytes, the sign and 7 bits of mantissa of each
+                                            weight, then 64 bytes of 2 exponents; padded with zeros
+    words  int32 [n, 1 + R]                 highest + 256 * number of rare weights, at most R; then of each of these, by
+                                            column, its exponent + 256 * its column
+
+In 64 bytes of signs and mantissas the weight 32 h + 8 l + i (h < 2, l < 4, i < 8) is byte 16 l + 8 h + i, so that what
+interleaves bytes within 16 of them brings neighbours together. Byte j of the exponents has in its low half the one of
+byte j, in its high half that of byte 64 + j.
+"""
+
+# mypy: allow-untyped-calls
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK, BLOCK_BYTES = 128, 192
+_NEIGHBOURS, _ZERO = 15, 15
+_PLACES = torch.arange(64).view(2, 4, 8).transpose(0, 1).flatten()  # the weight that each byte of 64 is of
+
+
+class ShortFloats(NamedTuple):
+    codes: Tensor  # uint8 [n, bytes_of_row(k)]
+    words: Tensor  # int32 [n, 1 + R]
+
+
+def bytes_of_row(columns: int) -> int:
+    return -(-columns // BLOCK) * BLOCK_BYTES
+
+
+def most_rare(w: Tensor) -> int:
+    """How many weights of a row are rare, at most. w: bf16 [n, k]. Costs 1 KiB a row."""
+    return int(_windows(_exponents(_bits(w)))[1].max())
+
+
+def encode_bf12(w: Tensor, rare: int) -> ShortFloats:
+    """w: bf16 [n, k], of any bits; R = rare, which `most_rare` must not exceed."""
+    bits = _bits(w)
+    exponent = _exponents(bits)
+    highest, count = _windows(exponent)
+    if int(count.max()) > rare:
+        raise ValueError(f"a row has {int(count.max())} rare weights, there is room for {rare}")
+    below = highest[:, None] - exponent
+    is_rare = (exponent > 0) & ((below < 0) | (below >= _NEIGHBOURS))
+    code = torch.where(is_rare | (exponent == 0), _ZERO, below)
+    words = torch.zeros(len(w), 1 + rare, dtype=torch.int32)
+    words[:, 0] = highest + 256 * count
+    row, column = is_rare.nonzero(as_tuple=True)
+    words[row, 1 + (is_rare.cumsum(1) - 1)[row, column]] = exponent[row, column] + 256 * column.int()
+    kept = bits >> 8 & 0x80 | bits & 0x7F
+    more = -w.shape[1] % BLOCK
+    kept, code = (F.pad(t, (0, more), value=value).view(len(w), -1, 2, 64) for t, value in ((kept, 0), (code, _ZERO)))
+    kept, code = kept[..., _PLACES].byte(), code[..., _PLACES].byte()
+    block = torch.cat((kept.flatten(2), code[:, :, 0] | code[:, :, 1] << 4), dim=2)
+    return ShortFloats(block.flatten(1), words)
+
+
+def decode_bf12(codes: Tensor, words: Tensor, columns: int) -> Tensor:
+    """What `encode_bf12` was given, bit for bit: bf16 [n, columns]."""
+    block = codes.view(len(codes), -1, BLOCK_BYTES)
+    halves = block[..., BLOCK:]
+    code = torch.stack((halves & 15, halves >> 4), dim=2).int()
+    kept = block[..., :BLOCK].unflatten(2, (2, 64)).int()
+    exponent = torch.where(code == _ZERO, 0, (words[:, 0] & 255).view(-1, 1, 1, 1) - code)
+    bits = (kept & 0x80) << 8 | (exponent & 255) << 7 | kept & 0x7F
+    natural = torch.empty_like(_PLACES)
+    natural[_PLACES] = torch.arange(64)
+    bits = bits[..., natural.to(codes.device)].flatten(1)[:, :columns].contiguous()
+    is_meant = torch.arange(words.shape[1] - 1, device=words.device) < (words[:, :1] >> 8)
+    row, of = is_meant.nonzero(as_tuple=True)
+    column = (words[row, 1 + of] >> 8).long()
+    bits[row, column] = bits[row, column] & 0x807F | (words[row, 1 + of] & 255) << 7
+    return bits.to(torch.int16).view(torch.bfloat16)
+
+
+def _bits(w: Tensor) -> Tensor:
+    return w.contiguous().view(torch.int16).int() & 0xFFFF
+
+
+def _exponents(bits: Tensor) -> Tensor:
+    return bits >> 7 & 255
+
+
+def _windows(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the highest of the 15 neighbours that most weights have, and how many are rare then: int32 [n]."""
+    counts = torch.zeros(len(exponent), 256, dtype=torch.int32)
+    counts.scatter_add_(1, exponent.long(), torch.ones_like(exponent))
+    zeros = counts[:, 0].clone()
+    counts[:, 0] = 0
+    upto = F.pad(counts.cumsum(1, dtype=torch.int32), (1, 0))
+    inside = upto[:, _NEIGHBOURS:] - upto[:, :-_NEIGHBOURS]
+    best = inside.max(1)
+    return (best.indices + _NEIGHBOURS - 1).int(), exponent.shape[1] - zeros - best.values

@@ -1,0 +1,179 @@
+/* Products of packed x and W in bf12 (kernels/bf12.py), compiled once per instruction set, after cpu_panel.h.
+ *
+ * Weights become bf16 in registers, and are multiplied as those are: the same sums, bit for bit. More rows of x than a block
+ * read what NR rows of W became from scratch memory, which stays in the cache.
+ *
+ * The includer also defines struct NAME(exponents), what
+ * makes upper and lower bytes of exponent codes, NAME(exponents_of), which makes it from the highest, and NAME(widen), which
+ * makes of the 128 weights at p bf16, 2 * WIDTH in each VEC.
+ */
+
+enum { BF12_BLOCK = 128, BF12_BYTES = 192, BF12_STEPS = BF12_BLOCK / 32 };
+
+struct NAME(bf12_rows) { /* NR rows of W */
+    const char *p[NR];     /* their blocks */
+    const char *words[NR];
+    int64_t num[NR]; /* of rare weights */
+};
+
+/* Rows n0 to n0 + count, NR to an element of r; the last stand for those that do not exist. */
+static void NAME(bf12_places)(const struct matrix *w, int64_t slot, int64_t n0, int64_t count, struct NAME(bf12_rows) *r) {
+    const struct coding *q = &w->coding;
+    int64_t parts = q->interleaved ? q->parts : 1, size = 4 * q->groups;
+    const char *words[2] = {place_of(w, slot, n0).scale, parts == 2 ? place_of(w, slot, n0 + 1).scale : NULL};
+    for (int64_t i = 0; i < (count + NR - 1) / NR * NR; i++) {
+        int64_t own = least(i, count - 1);
+        const char *first = (parts == 2 ? words[own % 2] + own / 2 * size : words[0] + own * size);
+        r[i / NR].p[i % NR] = w->data + slot * w->slot + (n0 + own) * w->row;
+        r[i / NR].words[i % NR] = first;
+        r[i / NR].num[i % NR] = least(word_at(first) >> 8, q->groups - 1);
+    }
+}
+
+/* The first rare column of a row from column k0 on. */
+SCALAR int64_t NAME(next_rare)(const char *words, int64_t num, int64_t k0) {
+    for (int64_t i = 1; i <= num; i++)
+        if (word_at(words + 4 * i) >> 8 >= k0) return word_at(words + 4 * i) >> 8;
+    return INT64_MAX;
+}
+
+/* The rare ones of columns [k0, k0 + n), which are at `to` in bf16. */
+SCALAR void NAME(add_rare)(const char *words, int64_t num, int64_t k0, int64_t n, char *to) {
+    for (int64_t i = 1; i <= num; i++) {
+        uint32_t rare = word_at(words + 4 * i);
+        int64_t at = (int64_t)(rare >> 8) - k0;
+        if (at < 0 || at >= n) continue;
+        uint16_t v = (uint16_t)((half_at(to + 2 * at) & 0x807f) | (rare & 255) << 7);
+        memcpy(to + 2 * at, &v, sizeof v);
+    }
+}
+
+/* acc += the first `steps` * 32 columns of a block of each row. next: the first column that is rare in any of them. */
+static inline __attribute__((always_inline)) TARGET void NAME(add_block)(int mr, int is_dot, int64_t steps, const float *x,
+                                                                        const struct NAME(bf12_rows) *r, int64_t k0,
+                                                                        const struct NAME(exponents) *e, int64_t *next, struct ahead *ahead,
+                                                                        VEC acc[MR][NR][SUB]) {
+    int64_t is_rare = *next < k0 + BF12_BLOCK;
+    if (__builtin_expect(is_rare, 0)) *next = INT64_MAX;
+    UNROLL(8)
+    for (int n = 0; n < NR; n++) {
+        UNROLL(3)
+        for (int line = 0; line < BF12_BYTES / 64; line++, ahead->at += 64)
+            if (ahead->past_l2)
+                __builtin_prefetch(ahead->at, 0, 0);
+            else
+                __builtin_prefetch(ahead->at, 0, 2);
+        VEC v[BF12_STEPS * SUB];
+        NAME(widen)(r->p[n] + k0 / BF12_BLOCK * BF12_BYTES, e + n, v);
+        if (__builtin_expect(is_rare, 0)) {
+            if (NAME(next_rare)(r->words[n], r->num[n], k0) < k0 + BF12_BLOCK) {
+                char wide[2 * BF12_BLOCK];
+                memcpy(wide, v, sizeof wide);
+                NAME(add_rare)(r->words[n], r->num[n], k0, BF12_BLOCK, wide);
+                memcpy(v, wide, sizeof wide);
+            }
+            *next = least(*next, NAME(next_rare)(r->words[n], r->num[n], k0 + BF12_BLOCK));
+        }
+        UNROLL(4)
+        for (int s = 0; s < BF12_STEPS; s++) {
+            if (s >= steps) break;
+            UNROLL(8)
+            for (int m = 0; m < mr; m++)
+                UNROLL(8)
+                for (int u = 0; u < SUB; u++) {
+                    VEC w = v[s * SUB + u];
+                    const float *at = x + (s * (is_dot ? 1 : 2) * mr + m) * LANES + u * WIDTH;
+                    if (is_dot)
+                        acc[m][n][u] = VDOT(acc[m][n][u], VLOAD(at), w);
+                    else
+                        acc[m][n][u] = VFMA(VLOAD(at + mr * LANES), VEVEN(w), VFMA(VLOAD(at), VODD(w), acc[m][n][u]));
+                }
+        }
+    }
+}
+
+/* c[m][n] = x row m times row n of r, m < mr <= MR. */
+static inline __attribute__((always_inline)) TARGET void NAME(bf12_panel)(int mr, int is_dot, const struct NAME(bf12_rows) *r,
+                                                                         int64_t k, const float *x, struct ahead ahead,
+                                                                         float *c, int64_t ldc) {
+    struct NAME(exponents) e[NR];
+    int64_t next = INT64_MAX, size = (is_dot ? 1 : 2) * mr * LANES;
+    UNROLL(8)
+    for (int n = 0; n < NR; n++) {
+        e[n] = NAME(exponents_of)((uint8_t)word_at(r->words[n]));
+        next = least(next, NAME(next_rare)(r->words[n], r->num[n], 0));
+    }
+    for (int64_t k0 = 0; k0 < k; k0 += KC) {
+        VEC acc[MR][NR][SUB];
+        UNROLL(8)
+        for (int m = 0; m < mr; m++)
+            UNROLL(8)
+            for (int n = 0; n < NR; n++)
+                UNROLL(8)
+                for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
+        int64_t end = least(k, k0 + KC), at = k0;
+        for (; at + BF12_BLOCK <= end; at += BF12_BLOCK, x += BF12_STEPS * size) {
+            NAME(add_block)(mr, is_dot, BF12_STEPS, x, r, at, e, &next, &ahead, acc);
+        }
+        if (at < end) {
+            int64_t steps = (end - at + 31) / 32;
+            NAME(add_block)(mr, is_dot, steps, x, r, at, e, &next, &ahead, acc);
+            x += steps * size;
+        }
+        NAME(add_lanes)(mr, acc, c, ldc, k0 == 0);
+    }
+}
+
+static TARGET void NAME(any_bf12_panel)(int64_t mr, int is_dot, const struct NAME(bf12_rows) *r, int64_t k, const float *x,
+                                        struct ahead ahead, float *c, int64_t ldc) {
+#define CASE(M)                                                    \
+    case M:                                                        \
+        if (!is_dot)                                               \
+            NAME(bf12_panel)(M, 0, r, k, x, ahead, c, ldc);        \
+        else if (HAS_DOT)                                          \
+            NAME(bf12_panel)(M, 1, r, k, x, ahead, c, ldc);        \
+        break;
+    switch (mr) {
+        CASES
+    }
+#undef CASE
+}
+
+/* Columns [k0, k0 + n) of row i of r as bf16; what is beyond the row, to a whole block, as zeros. */
+static TARGET void NAME(widen_row)(const struct NAME(bf12_rows) *r, int i, int64_t k0, int64_t n, int64_t ahead, char *to) {
+    struct NAME(exponents) e = NAME(exponents_of)((uint8_t)word_at(r->words[i]));
+    const char *p = r->p[i] + k0 / BF12_BLOCK * BF12_BYTES;
+    for (int64_t k = 0; k < n; k += BF12_BLOCK, p += BF12_BYTES) {
+        VEC v[BF12_STEPS * SUB];
+        for (int64_t line = 0; line < BF12_BYTES; line += 64) __builtin_prefetch(p + ahead + line, 0, 2);
+        NAME(widen)(p, &e, v);
+        memcpy(to + 2 * k, v, sizeof v);
+    }
+    NAME(add_rare)(r->words[i], r->num[i], k0, n, to);
+}
+
+/* Like tile, for W in bf12; x is PAIRS or DOT. scratch: SCRATCH_FLOATS. */
+static TARGET void NAME(tile_bf12)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0,
+                                   int64_t count, float *c, int64_t ldc, float *scratch) {
+    struct NAME(bf12_rows) places[DOWN_TILE / NR], *r = places;
+    int64_t vectors = vectors_of(order, w->k), bytes = NR * w->row > AHEAD ? NR * w->row : AHEAD;
+    const char *end = w->data + slot * w->slot + (n0 + count) * w->row;
+    struct walk k = {.row = 2 * KC, .step = 4 * LANES, .ldc = ldc, .groups = 1};
+    NAME(bf12_places)(w, slot, n0, count, r);
+    for (int64_t n = 0; n < count; n += NR, r++) {
+        if (rows <= MR) {
+            NAME(any_bf12_panel)(rows, order == DOT, r, w->k, x, ahead_of(r->p[0], end, bytes, w->row, NR, 64), c + n, ldc);
+            continue;
+        }
+        for (int64_t k0 = 0; k0 < w->k; k0 += KC) {
+            int64_t width = least(KC, w->k - k0);
+            for (int i = 0; i < NR; i++) NAME(widen_row)(r, i, k0, width, bytes, (char *)scratch + i * k.row);
+            k.steps = (width + 2 * LANES - 1) / (2 * LANES), k.first = k0 == 0;
+            for (int64_t m = 0; m < rows; m += MR) {
+                int64_t mr = least(MR, rows - m);
+                const float *from = x + (m * vectors + vectors_of(order, k0) * mr) * LANES;
+                NAME(any_panel)(mr, order == DOT ? NAME(dotted) : BF16, from, (const char *)scratch, &k, c + m * ldc + n);
+            }
+        }
+    }
+}
