@@ -218,6 +218,7 @@ def offload_candidates(work: Path, folder: Path, share: float) -> Iterator[Candi
     yield Candidate("ours packed", "ours", {**ours, "packed": None})
     best = ["offload.direct=true", "offload.prefetch=router"]
     yield Candidate("ours best", "ours", {**ours, "packed": None, "set": best})
+    yield Candidate("ours bf12", "ours", {**ours, "packed": "bf12"})
     for kind in ("int8", "int4"):
         yield Candidate(f"ours {kind}", "ours", {**ours, "packed": kind, "set": ["dense=packed"]})
     for kind in ("f16", "q8_0", "q4_0"):

@@ -1,9 +1,10 @@
 """bf16 weights in 12 bits, without loss: signs and mantissas as they are, exponents as one of 15 neighbours.
 
-The weights of a row differ in size, but hardly one lies 2^15 below the largest. Of a weight of 8 bits of exponent four
-are kept, which count down from the row's `highest`; code 15 is the exponent 0 (zeros and subnormals). The few weights of
-a row whose exponents are none of these are rare, and told apart, with all of their exponent. (ZipNN and DFloat11 code the
-same bits by entropy, in about 11; these have one length, so that a row is decoded in registers and a slot has one size.)
+The weights of a row differ in size, but hardly one lies 2^15 below the largest. Of the 8 bits of an exponent 4 are
+kept, which count down from the row's `highest`; code 15 is the exponent 0 (zeros and subnormals). The few weights
+whose exponents are none of these are rare, and told apart, with all of their exponent. (ZipNN and DFloat11 code the
+same bits by entropy, in about 11; these have one length, so that a row is decoded in registers and a slot has one
+size.)
 
     codes  uint8 [n, 192 * ceil(k / 128)]   of every 128 columns: 128 bytes, the sign and 7 bits of mantissa of each
                                             weight, then 64 bytes of 2 exponents; padded with zeros
@@ -79,7 +80,8 @@ def decode_bf12(codes: Tensor, words: Tensor, columns: int) -> Tensor:
     row, of = is_meant.nonzero(as_tuple=True)
     column = (words[row, 1 + of] >> 8).long()
     bits[row, column] = bits[row, column] & 0x807F | (words[row, 1 + of] & 255) << 7
-    return bits.to(torch.int16).view(torch.bfloat16)
+    decoded: Tensor = bits.to(torch.int16).view(torch.bfloat16)
+    return decoded
 
 
 def _bits(w: Tensor) -> Tensor:

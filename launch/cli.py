@@ -168,11 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--config", type=named_path, metavar="FOLDER", help="of a .gguf: config.json and tokenizer of its model"
     )
-    pack.add_argument("--experts", metavar="FORMAT", help="round them to int8, int4, mxfp4, fp8 or nested: lossy")
+    pack.add_argument(
+        "--experts",
+        metavar="FORMAT",
+        help="bf12: bf16 in 12 bits, nothing lost; or round to int8, int4, mxfp4, fp8, nested: lossy",
+    )
     pack.add_argument(
         "--dense",
         metavar="FORMAT",
-        help="round other linear layers to int8 or int4: lossy; run with dense=packed",
+        help="other linear layers: bf12, nothing lost; or round to int8 or int4: lossy, run with dense=packed",
     )
     pack.add_argument(
         "--group", type=whole(1), help="columns that share a scale, of int8 (a row), int4 (32), nested (64)"

@@ -134,7 +134,10 @@ def pack(args: argparse.Namespace) -> int:
     blueprint = read_blueprint(args.model, trust_remote_code=args.trust_remote_code)
     dense = RoundedDense(blueprint.checkpoint, roundable(blueprint), args.dense) if args.dense else None
     if dense is not None and not dense.names:
-        raise ValueError(f"{args.model}: no weight in floats is a linear layer of its own; leave --dense out")
+        raise ValueError(
+            f"{args.model}: no weight in floats is a linear layer of its own that {args.dense} makes smaller; leave "
+            "--dense out"
+        )
     return _pack(args, blueprint.checkpoint, blueprint.index, dense)
 
 
@@ -144,7 +147,7 @@ def _pack(args: argparse.Namespace, checkpoint: Checkpoint, index: ExpertIndex, 
         raise ValueError(f"{args.model} has no experts to pack")
     if args.group is not None and args.experts is None:
         raise ValueError("--group says how experts are rounded; say to what with --experts int4 or int8")
-    if args.calibrate and args.experts in (None, "fp8"):
+    if args.calibrate and args.experts in (None, "bf12", "fp8"):
         raise ValueError(
             "--calibrate says how experts are rounded; say to what with --experts int4, int8, mxfp4 or nested"
         )
@@ -162,11 +165,10 @@ def _pack(args: argparse.Namespace, checkpoint: Checkpoint, index: ExpertIndex, 
     out.print(f"{args.out}: {num_experts} experts packed", markup=False)
     if dense is not None:
         errors = dense.errors.values()
-        out.print(
-            f"{len(errors)} other weights became {dense.format}; |rounded - original| / |original| is "
-            f"{sum(errors) / max(1, len(errors)):.3%}, at most {max(errors, default=0.0):.3%}",
-            markup=False,
-        )
+        lost = "nothing is lost"
+        if errors:
+            lost = f"|rounded - original| / |original| is {sum(errors) / len(errors):.3%}, at most {max(errors):.3%}"
+        out.print(f"{len(dense.names)} other weights became {dense.format}; {lost}", markup=False)
     if to is not None:
         print_rounding(args.out, index, out)
     return 0

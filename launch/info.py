@@ -73,5 +73,6 @@ def _table(of: Summary) -> Table:
     table.add_row("fits here", f"{fits} experts, {fits / num_experts:.0%} of all, in the memory that is free now")
     for name, form in of.rounded.items():
         share = min(num_experts, free // form.largest) / num_experts
-        table.add_row(f"as {name}", f"{format_bytes(form.nbytes)} in all, {share:.0%} of them fit here; lossy")
+        loss = "nothing is lost" if name == "bf12" else "lossy"
+        table.add_row(f"as {name}", f"{format_bytes(form.nbytes)} in all, {share:.0%} of them fit here; {loss}")
     return table

@@ -118,13 +118,13 @@ def _table_of(rows: list[dict[Metric, float]], name: str) -> Table:
 
 def print_rounding(folder: Path, index: ExpertIndex, console: Console) -> None:
     """What rounding the experts cost, by layer: relative errors of their weights, and the worst expert."""
-    errors = (Checkpoint.open(folder).packed or {})["errors"]
-    outputs = (Checkpoint.open(folder).packed or {}).get("output_errors")
+    packed = Checkpoint.open(folder).packed or {}
+    errors, outputs = packed.get("errors"), packed.get("output_errors")
     table = Table(title="|rounded - original| / |original| of each expert's weights", title_justify="left", box=None)
     headings = ["layer", "gate_up, mean", "down, mean", "worst expert", "its error"]
     for heading in headings if outputs is None else [*headings, "answers to the text, mean", "experts it asked"]:
         table.add_column(heading, justify="right")
-    for layer, experts in enumerate(errors):
+    for layer, experts in enumerate(errors or ()):
         first, second = (sum(e[n] for e in experts) / len(experts) for n in (0, 1))
         worst = max(range(len(experts)), key=lambda e: max(experts[e]))
         row = [str(layer), f"{first:.3%}", f"{second:.3%}", str(worst), f"{max(experts[worst]):.3%}"]
@@ -132,11 +132,10 @@ def print_rounding(folder: Path, index: ExpertIndex, console: Console) -> None:
             known = [error for error in outputs[layer] if error is not None]
             row += [f"{sum(known) / max(1, len(known)):.3%}", f"{len(known)} of {len(experts)}"]
         table.add_row(*row)
-    console.print(table)
     old = sum(s.num_experts * b.nbytes for s, b in zip(index.sites, index.layouts))
     new = sum(path.stat().st_size for path in folder.glob("experts-*.safetensors"))
-    console.print(
-        f"{shown(old, 'bytes')} became {shown(new, 'bytes')}; this is lossy: every error is in packed.json, what it "
-        "does to the answers only a comparison shows",
-        markup=False,
-    )
+    lost = "nothing is lost"
+    if errors is not None:
+        console.print(table)
+        lost = "this is lossy: every error is in packed.json, what it does to the answers only a comparison shows"
+    console.print(f"{shown(old, 'bytes')} became {shown(new, 'bytes')}; {lost}", markup=False)

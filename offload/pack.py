@@ -33,10 +33,11 @@ from moe.offload.nested import checksums as level_checksums
 from moe.offload.nested import is_nested
 from moe.offload.pack_journal import LOST, Journal, LayerFile, request_of
 from moe.offload.packed import PACKED_PREFIX, describe_layer
-from moe.offload.requantise import Calibration, Requantised, requantised
+from moe.offload.requantise import Calibration, Requantised
 from moe.offload.rounded_dense import Kind, RoundedDense
 from moe.offload.segments import ExpertIndex
-from moe.offload.stores import FileStore, aligned_bytes
+from moe.offload.short_floats import Shortened
+from moe.offload.stores import ExpertStore, FileStore, aligned_bytes
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -63,7 +64,8 @@ def pack(
 ) -> Path:
     """Writes the packed form of `checkpoint` to `out_folder`, which must not exist, and returns it.
 
-    experts: what their matrices are rounded to (`requantise.target_format`); None: as they are, without loss.
+    experts: what their matrices are rounded to (`requantise.target_format`); None: as they are. Nothing is lost then,
+    nor as bf12, which reads all experts once before it writes.
     calibration: inputs on which rounding should change the answers least; None: to nearest.
     dense: other weights that are rounded; None: all as they are.
     progress(bytes written, bytes in all) is called after each expert and dense tensor. Memory: one expert or dense
@@ -79,13 +81,34 @@ def pack(
     if out.exists():
         raise ValueError(f"{out} exists already; remove it or choose another folder")
     others = _Others(checkpoint, sorted(set(checkpoint.tensors) - index.expert_keys), dense)
-    total = others.nbytes
-    layouts = (
-        index.layouts
-        if experts is None
-        else [requantised(site, layout, experts) for site, layout in zip(index.sites, index.layouts)]
-    )
-    total += sum(site.num_experts * layout.nbytes for site, layout in zip(index.sites, layouts))
+    files = FileStore(index)
+    try:
+        store = _made(files, index, experts, calibration)
+        _check_room(out, store, others.nbytes)
+        with _only_writer(out):
+            total = others.nbytes + _nbytes(store)
+            return _pack_whole(checkpoint, index, store, others, out, _Progress(progress, total))
+    finally:
+        files.close()
+
+
+def _made(
+    files: FileStore, index: ExpertIndex, experts: MatrixFormat | None, calibration: Calibration | None
+) -> ExpertStore:
+    if experts is None:
+        return files
+    if experts.code == "bf12":
+        return Shortened(files, index.sites)
+    return Requantised(files, index.sites, experts, calibration)
+
+
+def _nbytes(store: ExpertStore) -> int:
+    return sum(number * layout.nbytes for number, layout in zip(store.num_experts, store.layouts))
+
+
+def _check_room(out: Path, store: ExpertStore, others: int) -> None:
+    """others: bytes of what is no expert's. Raises OSError where the disk has no room for all."""
+    total = others + _nbytes(store)
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     there = _unfinished(out)
@@ -96,13 +119,6 @@ def pack(
             "name a place on another disk",
             str(out),
         )
-    with _only_writer(out):
-        files = FileStore(index)
-        try:
-            store = files if experts is None else Requantised(files, index.sites, experts, calibration)
-            return _pack_whole(checkpoint, index, store, others, out, _Progress(progress, total))
-        finally:
-            files.close()
 
 
 @contextmanager
@@ -129,7 +145,7 @@ def _only_writer(out: Path) -> Iterator[None]:
 def _pack_whole(
     checkpoint: Checkpoint,
     index: ExpertIndex,
-    store: FileStore | Requantised,
+    store: ExpertStore,
     others: "_Others",
     out: Path,
     progress: _Progress,
@@ -169,13 +185,13 @@ def _unfinished(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def _journal(index: ExpertIndex, store: FileStore | Requantised, work: Path, progress: _Progress) -> Journal:
+def _journal(index: ExpertIndex, store: ExpertStore, work: Path, progress: _Progress) -> Journal:
     layers = [describe_layer(site, layout) for site, layout in zip(index.sites, store.layouts)]
     files = [_layer_file(index, store, layer) for layer in range(len(layers))]
     return Journal(work, request_of(index, layers, store), files, progress.add)
 
 
-def _layer_file(index: ExpertIndex, store: FileStore | Requantised, layer: int) -> LayerFile:
+def _layer_file(index: ExpertIndex, store: ExpertStore, layer: int) -> LayerFile:
     site, layout, header = index.sites[layer], store.layouts[layer], BytesIO()
     tensors = {f"{PACKED_PREFIX}{layer}": ("U8", (site.num_experts, layout.nbytes))}
     _write_header(header, tensors, {"layout": json.dumps(describe_layer(site, layout))})
@@ -220,7 +236,7 @@ class _Others:
 def _write_folder(
     checkpoint: Checkpoint,
     index: ExpertIndex,
-    store: FileStore | Requantised,
+    store: ExpertStore,
     others: "_Others",
     journal: Journal,
     progress: _Progress,
@@ -258,9 +274,7 @@ def _write_folder(
         _flush(file)
 
 
-def _write_layer(
-    site: ExpertSite, store: FileStore | Requantised, layer: int, journal: Journal, progress: _Progress
-) -> None:
+def _write_layer(site: ExpertSite, store: ExpertStore, layer: int, journal: Journal, progress: _Progress) -> None:
     """One layer's file, and what the journal says of it."""
     made, layout = journal.files[layer], store.layouts[layer]
     blob = aligned_bytes(layout.nbytes)  # zeroed once: the padding between pieces stays zero

@@ -16,7 +16,7 @@ import torch
 from moe.offload.integrity import checksum
 from moe.offload.requantise import Requantised
 from moe.offload.segments import ExpertIndex
-from moe.offload.stores import FileStore, aligned_bytes
+from moe.offload.stores import ExpertStore, aligned_bytes
 
 LOST = ("errors", "losses", "uses", "output_errors")  # by layer, of `Requantised`
 _NAME = "journal.jsonl"
@@ -69,7 +69,7 @@ class Journal:
         self.kept.clear()
 
 
-def request_of(index: ExpertIndex, layers: list[dict[str, Any]], store: FileStore | Requantised) -> str:
+def request_of(index: ExpertIndex, layers: list[dict[str, Any]], store: ExpertStore) -> str:
     """Equal where the experts' files, what they become and what they are calibrated with are the same."""
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in index.files()]
     seen = []

@@ -32,6 +32,8 @@ def _describe_format(layout: MatrixFormat) -> dict[str, Any]:
         said["block_columns"] = BLOCK  # of planes, which at first held column after column, and did not say so
     else:
         del said["bits"]  # as it was before there was nested precision
+    if layout.code != "bf12":
+        del said["rare"]
     return said | {
         "dtype": DTYPE_NAMES[layout.dtype],
         "scale_dtype": DTYPE_NAMES[layout.scale_dtype],

@@ -21,14 +21,15 @@ from moe.kernels.formats import decode
 from moe.kernels.nested import LEVELS, Planes
 from moe.kernels.reference import activation_reference, dequantized
 from moe.kernels.weights import Activation
-from moe.offload.formats.slot import WHOLE, MatrixFormat
+from moe.offload.formats.slot import BF12, WHOLE, MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.nested import at_level, set_bits
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import ExpertStore, aligned_bytes
 
+_BF16 = MatrixFormat(torch.bfloat16)
 Biases = tuple[Tensor | None, Tensor | None]
-Target = Literal["int8", "int4", "mxfp4", "fp8", "nested"]
+Target = Literal["bf12", "int8", "int4", "mxfp4", "fp8", "nested"]
 
 
 def target_format(target: str, group: int | None) -> MatrixFormat:
@@ -48,7 +49,9 @@ def target_format(target: str, group: int | None) -> MatrixFormat:
             return MatrixFormat.coded("e2m1", (1, 32), torch.float8_e8m0fnu)
         case "fp8" if group is None:
             return MatrixFormat.coded("e4m3", (128, 128), torch.float32)
-        case "mxfp4" | "fp8":
+        case "bf12" if group is None:
+            return BF12
+        case "mxfp4" | "fp8" | "bf12":
             raise ValueError(f"--group ({group}) cannot be chosen for {target}; leave it out, or use int4 or int8")
     raise ValueError(f"--experts ({target}) must be one of {', '.join(get_args(Target))}")
 
@@ -67,6 +70,8 @@ def sizes(index: ExpertIndex) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for target in get_args(Target):
         to = target_format(target, None)
+        if to.code == "bf12" and any(f != _BF16 for l in index.layouts for f in (l.gate_up_format, l.down_format)):
+            continue
         layouts = [requantised(site, layout, to) for site, layout in zip(index.sites, index.layouts)]
         forms = {target: layouts}
         if target == "nested":

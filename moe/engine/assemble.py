@@ -43,7 +43,7 @@ from moe.engine.tried import TriedToken, try_a_token
 from moe.engine.turns import Turns
 from moe.engine.upgrades import Upgrades, make_upgrades
 from moe.kernels.weights import ExpertWeights
-from moe.layer.experts import SlotExperts, chosen_kernel, kernel_notes, layer_kernels
+from moe.layer.experts import SlotExperts, check_formats, chosen_kernel, kernel_notes, layer_kernels
 from moe.layer.routing import RoutingSeam
 from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import Blueprint
@@ -246,6 +246,7 @@ def read_model(blueprint: Blueprint, config: EngineConfig, share: Share | None =
     """share: None = all experts. Raises ValueError for a folder or a device that cannot be served."""
     offload, device = config.offload, find_device(config.device)
     is_fixed = share is None or not (share.may_change or config.placement.online)
+    check_formats(chosen_kernel(config.kernel, device), blueprint.index.codes)
     check_bits(offload.bits, offload.store, device, is_fixed=is_fixed)
     held = None if share is None else share.held
     index = serve(blueprint.checkpoint, blueprint.index, offload.bits, offload.budget, held)
@@ -258,11 +259,12 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     """tries_experts: whether anyone needs to know how they are dispatched."""
     blueprint, config = read.blueprint, read.config
     dtype = _DTYPES.get(config.dtype) or blueprint.dtype
-    packed = config.dense == "packed"
-    if packed and (read.device.type != "cpu" or config.kernel == "reference"):
+    packed, compiled = config.dense == "packed", read.device.type == "cpu" and config.kernel != "reference"
+    if packed and not compiled:
         raise ValueError("dense=packed needs the compiled kernels of the CPU; leave it at decoded")
-    model = load_dense(blueprint, dtype, "eager", packed=packed).to(read.device)
-    if read.device.type == "cpu" and config.kernel != "reference":
+    short = compiled and dtype == torch.bfloat16  # the same bits as decoded, of fewer bytes
+    model = load_dense(blueprint, dtype, "eager", packed=packed, short=short).to(read.device)
+    if compiled:
         compile_dense(model)
     context = context_of(config.max_context, blueprint.max_context, blueprint.config.get_text_config())
     reason = why_not_packed(blueprint.skeleton, context)

@@ -87,7 +87,7 @@ class Blueprint:
     def expert_formats(self) -> str:
         """How the experts are stored: "bfloat16", or the published formats."""
         names = set(self.quantised.matrices) - set(self.coded_dense)
-        every = {layout.gate_up_format for layout in self.index.layouts}
+        every = {f for layout in self.index.layouts for f in (layout.gate_up_format, layout.down_format)}
         plain = sorted({str(layout) for layout in every if layout.code is None})
         packed = {f"{layout}" for layout in every if layout.code is not None} if self.index.is_packed else set()
         return ", ".join(filter(None, (self.quantised.labels(names), *plain, *sorted(packed))))

@@ -25,10 +25,13 @@ _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRIM_BYTES = 16 << 20  # so many bytes of weights are decoded between two looks at what that left in the heap
 
 
-def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, packed: bool = False) -> Any:
+def load_dense(
+    blueprint: Blueprint, dtype: torch.dtype, attention: str, *, packed: bool = False, short: bool = False
+) -> Any:
     """The transformers model in eval mode with every weight but the experts', which its modules do not have.
 
-    attention: a name of transformers' attention interface; packed: quantised linear layers stay as they are stored.
+    attention: a name of transformers' attention interface; packed: quantised linear layers stay as they are stored;
+    short: those in bf12.
     Raises ValueError if dense tensors are missing.
     Peak memory: the dense weights and one tensor; if `dtype` is narrower than the stored one, both forms of them.
     """
@@ -42,7 +45,8 @@ def load_dense(blueprint: Blueprint, dtype: torch.dtype, attention: str, *, pack
                 f"{blueprint.folder}: {name} is stored as {str(stored)[6:]}, only "
                 f"{', '.join(str(d)[6:] for d in _DENSE_DTYPES)} are read; give a checkpoint that is not quantised"
             )
-    kept = [found.matrices[n] for n in wanted if packed and n in found.matrices]
+    kept = [found.matrices[n] for n in wanted if n in found.matrices]
+    kept = [matrix for matrix in kept if packed or (short and matrix.format.code == "bf12")]
     kept = [matrix for matrix in kept if packable(blueprint.skeleton, matrix)]
     places = {matrix.name: torch.zeros((), dtype=dtype).expand(matrix.shape) for matrix in kept}  # take no memory
     dense = places | _dense_tensors(blueprint, [n for n in wanted if n not in places], dtype)

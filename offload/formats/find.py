@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from moe.offload.checkpoint import DTYPE_NAMES, TensorInfo
+from moe.offload.formats.bf12 import bf12
 from moe.offload.formats.fp4 import mxfp4, nvfp4
 from moe.offload.formats.fp8 import fp8
 from moe.offload.formats.gptq import gptq
@@ -29,6 +30,7 @@ FORMATS: tuple[Callable[[Group, Quantisation], StoredMatrix | None], ...] = (
     nf4,
     llm_int8,
     int_quantized,
+    bf12,
 )
 
 # End of a key -> the end of the name of the weight that it belongs to, and its role there. The longest comes first.
@@ -50,7 +52,9 @@ _ROLES: tuple[tuple[str, str, str], ...] = (
     (".weight_packed", ".weight", "packed"),
     (".weight_format", ".weight", "weight_format"),
     (".weight_scale", ".weight", "scale"),
+    (".weight_words", ".weight", "words"),
     (".weight_shape", ".weight", "shape"),
+    (".weight_bf12", ".weight", "bf12"),
     (".weight_g_idx", ".weight", "weight_g_idx"),
     ("_weight_scale", "", "scale"),
     (".input_scale", ".weight", "unused"),
@@ -65,7 +69,7 @@ _ROLES: tuple[tuple[str, str, str], ...] = (
     (".scale", ".weight", "scale"),
     (".SCB", ".weight", "SCB"),
 )
-_CODES = {"weight", "packed", "qweight", "blocks"}
+_CODES = {"weight", "packed", "qweight", "blocks", "bf12"}
 _KV_SCALES = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")  # of a quantised KV cache, which this engine has not
 
 

@@ -1,6 +1,7 @@
 """How one matrix of an expert is laid out in a slot: the static part of a `Coding`, and the pieces it takes."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,10 @@ class PieceKind(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
 
 class MatrixFormat(NamedTuple):
     """A matrix as it lies in a slot. code None: plain floats of `dtype`; the other fields are those of a `Coding`."""
@@ -29,6 +34,7 @@ class MatrixFormat(NamedTuple):
     has_factor: bool = False
     num_groups: int = 0  # of columns that are grouped freely; 0 where groups follow from the block
     bits: int = 0  # of nested: the most that a slot holds; 0 of other codes
+    rare: int = 0  # of bf12: a row's weights with rare exponents, at most
 
     @staticmethod
     def coded(code: CodeName, block: tuple[int, int], scale_dtype: torch.dtype) -> "MatrixFormat":
@@ -42,6 +48,8 @@ class MatrixFormat(NamedTuple):
         if self.code is None:
             return {"": PieceKind((parts * n, k), self.dtype)}
         grid = (parts, -(-n // self.block[0]), self.num_groups or -(-k // self.block[1]))
+        if self.code == "bf12":
+            grid = (parts, n, 1 + self.rare)
         pieces = {
             "": PieceKind((parts * n, bytes_per_row(self.code, k)), self.dtype),
             ".scale": PieceKind(grid, self.scale_dtype),
@@ -84,7 +92,12 @@ class MatrixFormat(NamedTuple):
     def __str__(self) -> str:
         if self.code is None:
             return str(self.dtype).removeprefix("torch.")
+        if self.code == "bf12":
+            return "bf12 (12 bits, without loss)"
         rows, columns = ("all" if size == WHOLE else str(size) for size in self.block)
         bits = self.bits or (4 if self.code in NIBBLE_CODES else 8)
         scale = str(self.scale_dtype).removeprefix("torch.")
         return f"{self.code} ({bits} bits, {scale} scales of {rows} x {columns} weights)"
+
+
+BF12 = MatrixFormat.coded("bf12", (1, WHOLE), torch.int32)._replace(rare=3)  # as most models have it
