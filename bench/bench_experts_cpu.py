@@ -37,6 +37,7 @@ from moe.kernels.formats import CODE_DTYPES, NIBBLE_CODES, CodeName, Coding, Res
 from moe.kernels.nested import LEVELS, PLANES, plane_bytes
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.weights import Activation, ExpertWeights
+from moe.offload.short_floats import short
 from moe.offload.stores import aligned_bytes
 
 SHAPES = {"a": (192, 128, 16, 2), "b": (1024, 512, 32, 4), "c": (2048, 1024, 16, 8)}  # H, I, E, K
@@ -48,6 +49,7 @@ CODES_SHAPE = (2048, 768, 64, 8)  # H, I, E, K
 CODES_BYTES = 600 << 20  # of each format, in sets of E experts: as many bytes as bf16 takes
 ROW = 1 << 20  # columns that share a scale: all of a row
 CODES: dict[str, tuple[CodeName, tuple[int, int], torch.dtype, bool]] = {  # code, block, scales, with zeros
+    "bf12": ("bf12", (1, 1 << 30), torch.int32, False),
     "fp8, blocks of 128 x 128": ("e4m3", (128, 128), torch.float32, False),
     "fp8, per channel": ("e4m3", (1, ROW), torch.bfloat16, False),
     "int8, per channel": ("int8", (1, ROW), torch.bfloat16, False),
@@ -170,10 +172,22 @@ def random_coded(name: str) -> tuple[ExpertWeights, int]:
     code, block, scale_dtype, with_zeros = CODES[name]
     hidden, inter, experts, _ = CODES_SHAPE
     level = int(name.split()[1]) if code == "nested" else 0
-    bits = level or (4 if code in NIBBLE_CODES else 8)
+    bits = level or (4 if code in NIBBLE_CODES else 12 if code == "bf12" else 8)
     slots = experts * round(CODES_BYTES * 8 / (experts * 3 * hidden * inter * bits))
     tensors, codings, nbytes = [], [], 0
     for parts, rows, columns in ((2, inter, hidden), (1, hidden, inter)):
+        if code == "bf12":
+            made = [
+                short(torch.randn(parts * rows, columns).mul_(columns**-0.5).bfloat16(), 7, parts) for _ in range(8)
+            ]
+            raw, words = (
+                in_large_pages(torch.stack(each).repeat(slots // 8, 1, *[1] * (each[0].dim() - 1)))
+                for each in zip(*made)
+            )
+            tensors.append(raw)
+            codings.append(Coding(code, block, words))
+            nbytes += raw[0].nbytes + words[0].nbytes
+            continue
         raw = torch.randint(0, 127, (slots, parts * rows, bytes_per_row(code, columns)), dtype=torch.uint8)
         grid = (slots, parts, -(-rows // block[0]), -(-columns // block[1]))
         scale = in_large_pages(torch.full(grid, 2.0**-8).to(scale_dtype))

@@ -202,7 +202,9 @@ def packed_of(folder: Path, experts: str | None = None) -> Path:
 
 
 def resident_candidates(work: Path, folder: Path) -> Iterator[Candidate]:
-    yield Candidate("ours", "ours", {"kind": "ours", "folder": str(folder)})
+    ours = {"kind": "ours", "folder": str(folder)}
+    yield Candidate("ours", "ours", ours)
+    yield Candidate("ours bf12", "ours", {**ours, "packed": "bf12"})
     for experts in ("eager", "grouped_mm"):
         options = {"kind": "transformers", "folder": str(folder), "experts": experts}
         yield Candidate(f"transformers {experts}", "ours", options)

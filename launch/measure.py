@@ -185,7 +185,7 @@ def expert_rates(
     hidden, width = shape
     site = ExpertSite(module="probe", num_experts=4, hidden_size=hidden, intermediate_size=width)
     formats = {name: MatrixFormat(dtype) for name, dtype in FLOATS.items()}
-    formats |= {name: target_format(name, None) for name in ("int8", "int4")}
+    formats |= {name: target_format(name, None) for name in ("bf12", "int8", "int4")}
     for name, each in formats.items():
         layout = ExpertLayout.of(site, each)
         count = len(slab) // layout.nbytes

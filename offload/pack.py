@@ -68,7 +68,8 @@ def pack(
     nor as bf12, which reads all experts once before it writes.
     calibration: inputs on which rounding should change the answers least; None: to nearest.
     dense: other weights that are rounded; None: all as they are.
-    progress(bytes written, bytes in all) is called after each expert and dense tensor. Memory: one expert or dense
+    progress(bytes written, bytes in all) is called after each expert and dense tensor, of bf12 first (bytes read, bytes
+    in all). Memory: one expert or dense
     tensor. The folder appears whole or not at all: it is written beside its place, synced and renamed. What is
     interrupted keeps the layers that are finished, and the same call goes on from there; with other experts or files,
     or another way of rounding, it begins again. Raises ValueError for a bad request, after which nothing is left,
@@ -83,7 +84,7 @@ def pack(
     others = _Others(checkpoint, sorted(set(checkpoint.tensors) - index.expert_keys), dense)
     files = FileStore(index)
     try:
-        store = _made(files, index, experts, calibration)
+        store = _made(files, index, experts, calibration, _Progress(progress, _nbytes(files)))
         _check_room(out, store, others.nbytes)
         with _only_writer(out):
             total = others.nbytes + _nbytes(store)
@@ -93,12 +94,16 @@ def pack(
 
 
 def _made(
-    files: FileStore, index: ExpertIndex, experts: MatrixFormat | None, calibration: Calibration | None
+    files: FileStore,
+    index: ExpertIndex,
+    experts: MatrixFormat | None,
+    calibration: Calibration | None,
+    reading: _Progress,
 ) -> ExpertStore:
     if experts is None:
         return files
     if experts.code == "bf12":
-        return Shortened(files, index.sites)
+        return Shortened(files, index.sites, reading.add)
     return Requantised(files, index.sites, experts, calibration)
 
 

@@ -25,6 +25,7 @@ from moe.offload.formats.slot import BF12, WHOLE, MatrixFormat
 from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.nested import at_level, set_bits
 from moe.offload.segments import ExpertIndex
+from moe.offload.short_floats import short_format
 from moe.offload.stores import ExpertStore, aligned_bytes
 
 _BF16 = MatrixFormat(torch.bfloat16)
@@ -59,7 +60,10 @@ def target_format(target: str, group: int | None) -> MatrixFormat:
 def requantised(site: ExpertSite, layout: ExpertLayout, to: MatrixFormat) -> ExpertLayout:
     """`layout` with both matrices in `to`; biases stay."""
     bias = layout.piece("gate_up_bias")
-    return ExpertLayout.of(site, to, to, None if bias is None else bias.dtype)
+    first = second = to
+    if to.code == "bf12":  # where it is smaller, as most models have it
+        first, second = (short_format(to.rare, columns) for columns in (site.hidden_size, site.intermediate_size))
+    return ExpertLayout.of(site, first, second, None if bias is None else bias.dtype)
 
 
 def sizes(index: ExpertIndex) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ whose exponents are spread over more than 15 in a row.
 
 # mypy: allow-untyped-calls
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,9 +45,12 @@ def short(w: Tensor, rare: int, parts: int = 1, *, interleaved: bool = False) ->
 
 
 class Shortened:
-    """Implements `ExpertStore`. Raises ValueError where experts are not bf16 floats. Reads all of `source` at once."""
+    """Implements `ExpertStore`. Raises ValueError where experts are not bf16 floats.
 
-    def __init__(self, source: ExpertStore, sites: Sequence[ExpertSite]) -> None:
+    Reads all of `source` at once: seen(bytes) is called after each expert.
+    """
+
+    def __init__(self, source: ExpertStore, sites: Sequence[ExpertSite], seen: Callable[[int], None]) -> None:
         self.source, self.sites, self.num_experts = source, list(sites), list(source.num_experts)
         for layer, layout in enumerate(source.layouts):
             if {layout.gate_up_format, layout.down_format} != {_PLAIN}:
@@ -55,9 +58,9 @@ class Shortened:
                     f"experts of layer {layer} are stored as {layout.gate_up_format}; bf12 is bf16 in 12 bits, without "
                     "loss: leave --experts out to keep them as they are"
                 )
-        self.layouts = [self._layout(layer) for layer in range(len(sites))]
+        self.layouts = [self._layout(layer, seen) for layer in range(len(sites))]
 
-    def _layout(self, layer: int) -> ExpertLayout:
+    def _layout(self, layer: int, seen: Callable[[int], None]) -> ExpertLayout:
         site, layout, rare = self.sites[layer], self.source.layouts[layer], dict.fromkeys(_NAMES, 0)
         blob = aligned_bytes(layout.nbytes)
         views = layout.views(blob[None])
@@ -65,6 +68,7 @@ class Shortened:
             self.source.read_into(layer, expert, blob)
             for name in _NAMES:
                 rare[name] = max(rare[name], most_rare(views[name][0]))
+            seen(layout.nbytes)
         first, second = (short_format(rare[name], views[name].shape[2]) for name in _NAMES)
         bias = layout.piece("gate_up_bias")
         return ExpertLayout.of(site, first, second, None if bias is None else bias.dtype)

@@ -366,7 +366,8 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             slots.routing.stages.append(foresight.pregate)
         for layer, site in enumerate(blueprint.index.sites):
             model.get_submodule(site.module).compute = slots.layer(layer)
-        offer = pack_offer(blueprint, machine, offload) if cache.can_evict else []
+        short = read.device.type == "cpu" and kernel in ("auto", "cpu") and model.dtype == torch.bfloat16
+        offer = pack_offer(blueprint, machine, offload, may_be_short=short) if cache.can_evict else []
         notes = [*kernel_notes(kernel, weights, model.dtype), *offer]
         experts = Experts(slots, tuple(weights), tuple(notes), tuple(choices), upgrades)
         undo.pop_all()

@@ -15,6 +15,7 @@ from moe.config import EngineConfig, OffloadConfig
 from moe.models.blueprint import Blueprint
 from moe.offload.budget import format_bytes
 from moe.offload.deepnvme import is_built
+from moe.offload.requantise import sizes
 from moe.offload.stores import page_cache_holds, reads_of
 from moe.placement.machine import How, Machine, disk_of
 
@@ -169,13 +170,23 @@ def why_not_ahead(blueprint: Blueprint, machine: Machine | None, offload: Offloa
     return f"an expert is read in {_ms(read.stored)}, its layer's others take {_ms(others)}: a miss waits for nothing"
 
 
-def pack_offer(blueprint: Blueprint, machine: Machine | None, offload: OffloadConfig) -> list[str]:
-    """One line where packing makes reads enough faster by the figures, or nothing."""
-    read = None if blueprint.index.is_packed else read_time(blueprint, machine, offload)
-    if read is None or read.stored < _PAYS * read.packed:
+def pack_offer(
+    blueprint: Blueprint, machine: Machine | None, offload: OffloadConfig, *, may_be_short: bool = False
+) -> list[str]:
+    """One line where packing makes reads enough faster by the figures, or nothing. may_be_short: bf12 is read here."""
+    told = sizes(blueprint.index).get("bf12") if may_be_short else None
+    read = read_time(blueprint, machine, offload) if told or not blueprint.index.is_packed else None
+    if read is None:
         return []
-    times = f"{_ms(read.packed)} instead of {_ms(read.stored)}"
-    return [f"`moe pack {blueprint.folder} OUT` would pay: an expert is then read in {times}, by `moe probe`"]
+    packed = read.packed if told is None else read.packed * told[0] / blueprint.expert_bytes
+    if read.stored < _PAYS * packed:
+        return []
+    how = "" if told is None else " --experts bf12 --dense bf12"
+    times = f"{_ms(packed)} instead of {_ms(read.stored)}"
+    return [
+        f"`moe pack {blueprint.folder} OUT{how}` would pay, and loses nothing: an expert is then read in {times}, by "
+        "`moe probe`"
+    ]
 
 
 def choose_threads(config: EngineConfig, machine: Machine | None, why_not: str | None) -> AutoChoice | None:

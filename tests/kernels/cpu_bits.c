@@ -55,11 +55,36 @@ static struct matrix make_nested(char *to, char *scales, char *levels, int64_t p
     return w;
 }
 
+/* Blocks of 128 columns of bf16 in 12 bits, of about 1 / 10, at `to`; at `words` of each row two rare ones. */
+static struct matrix make_bf12(char *to, int32_t *words, int64_t parts, int64_t rows, int64_t k) {
+    int64_t row = (k + 127) / 128 * 192, num = parts * rows, groups = 3;
+    struct matrix w = {.data = to, .slot = num * row, .row = row, .n = num, .k = k, .is_coded = 1};
+    fill(to, SLOTS * w.slot);
+    for (int64_t r = 0; r < SLOTS * num; r++, words += groups) {
+        words[0] = 123 + 256 * 2;
+        for (int64_t i = 1, at = 0; i < groups; i++) {
+            at = i == 1 ? next() % (k / 2) : k / 2 + next() % (k / 2);
+            words[i] = (int32_t)(100 + next() % 25 + 256 * at);
+        }
+    }
+    for (int64_t r = 0; r < SLOTS * num; r++) /* what is beyond a row is zeros, of code 15 */
+        for (int64_t c = k; c < row / 192 * 128; c++) {
+            int64_t in = c % 64, byte = in % 32 / 8 * 16 + in / 32 * 8 + in % 8;
+            char *block = to + r * row + c / 128 * 192;
+            block[c % 128 / 64 * 64 + byte] = 0;
+            block[128 + byte] = (char)(block[128 + byte] | (c % 128 / 64 ? 0xf0 : 0x0f));
+        }
+    w.coding = (struct coding){.scale = (const char *)(words - SLOTS * num * groups), .scale_slot = num * groups * 4, .code = BF12,
+                               .scale_kind = WORDS, .rows = 1, .columns = 1 << 30, .groups = groups, .row_blocks = rows, .parts = parts};
+    return w;
+}
+
 /* A matrix [rows, k] in each slot at `to`: of `kind`, or of `code` with groups of `columns`. */
 static struct matrix make(char *to, float *scales, int8_t *zeros, int64_t parts, int64_t rows, int64_t k, int kind, int code,
                           int64_t columns) {
     static float table[16], factor[2] = {0.5f, 0.25f};
     int64_t row = code < 0 ? k * size_of(kind) : code >= INT4 ? (k + 1) / 2 : k, groups = (k + columns - 1) / columns;
+    if (code == BF12) return make_bf12(to, (int32_t *)(void *)scales, parts, rows, k);
     if (code == NESTED) return make_nested(to, (char *)scales, (char *)zeros, parts, rows, k, columns);
     for (int64_t i = 0; i < SLOTS * parts * rows * row; i++) to[i] = (char)((next() & 0xff) % 0x7f);
     if (code < 0)
@@ -184,7 +209,7 @@ int main(int argc, char **argv) {
     for (int kind = F32; kind <= F16 + CODES; kind++)
         for (int64_t columns = 8; columns <= 1024; columns *= 2) {
             int code = kind > F16 ? kind - F16 - 1 : -1;
-            if (code == NESTED && columns % 16) continue;
+            if ((code == NESTED && columns % 16) || (code == BF12 && columns > 8)) continue;
             struct layer l = {.slots = SLOTS, .gated = 1, .act = SILU};
             l.up = make(up, scales[0], zeros[0], 2, I, H, kind, code, columns);
             l.down = make(down, scales[1], zeros[1], 1, H, I, kind, code, columns);

@@ -113,6 +113,8 @@ def test_packing_is_offered_in_one_line_where_it_pays(tmp_path):
     assert pack_offer(original, None, READ) == []
     pack(original.checkpoint, original.index, tmp_path / "packed")
     packed = read_blueprint(tmp_path / "packed")
+    (line,) = pack_offer(original, machine(copy=1e9), READ, may_be_short=True)
+    assert f"`moe pack {TINYMOE} OUT --experts bf12 --dense bf12` would pay, and loses nothing" in line
     known = replace(machine(copy=1e3), disks={disk_of(tmp_path): machine().disks[disk_of(TINYMOE)]})
     assert read_time(packed, known, READ).stored == pytest.approx(read_time(packed, known, READ).packed)
     assert pack_offer(packed, known, READ) == []

@@ -84,5 +84,5 @@ def test_a_packed_folder_may_have_rounded_dense_layers(target, tmp_path, capsys)
 def test_dense_layers_are_rounded_to_known_formats_of_folders(tmp_path, capsys):
     write_pair("qwen3_moe", tmp_path, lambda key: None)
     assert main(["pack", str(tmp_path / "twin"), str(tmp_path / "out"), "--dense", "int3"]) == 2
-    assert "--dense (int3) must be one of int8, int4" in capsys.readouterr().err
+    assert "--dense (int3) must be one of bf12, int8, int4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_a_packed_folder_can_be_rounded_and_bad_requests(tmp_path, capsys):
     assert "this is lossy" in said
     assert read_blueprint(tmp_path / "small").index.layouts[0].gate_up_format.block == (1, 8)
     for options, message in (
-        (["--experts", "int3"], "must be one of int8, int4, mxfp4, fp8, nested"),
+        (["--experts", "int3"], "must be one of bf12, int8, int4, mxfp4, fp8, nested"),
         (["--experts", "mxfp4", "--group", "16"], "cannot be chosen for mxfp4"),
         (["--group", "16"], "--group says how experts are rounded"),
         (["--experts", "int4", "--group", "1"], "must be at least 8"),
