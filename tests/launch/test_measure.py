@@ -59,7 +59,7 @@ def test_kernels_are_measured_in_every_format():
     slab = aligned_bytes(16 << 20).fill_(0x3C)
     found = [*expert_rates(slab, torch.get_num_threads(), (64, 32)), *dense_rates(slab, 1, (32, 64))]
     kinds = {(r.work, r.format) for r in found}
-    assert kinds == {("expert", f) for f in ("float32", "bfloat16", "int8", "int4")} | {
+    assert kinds == {("expert", f) for f in ("float32", "bfloat16", "bf12", "int8", "int4")} | {
         ("dense", f) for f in ("float32", "bfloat16")
     }
     assert all(0 < r.seconds < 1 for r in found)
