@@ -9,7 +9,6 @@
 
 #define _GNU_SOURCE
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,17 +33,21 @@ struct count { /* what threads wait for to change, on a line of its own */
     uint32_t sleepers;
 };
 
+struct seat { /* of one thread; nobody is called up for what others do */
+    struct count jobs; /* begun, that it takes part in */
+    struct waiter waiter;
+    pthread_t worker; /* but of the thread that calls */
+};
+
 struct team {
-    struct count jobs, meetings;    /* works begun: times JOB, + the threads of the last one; meetings over */
+    struct count meetings;          /* over */
     _Alignas(LINE) int64_t arrived; /* at this meeting */
     moe_work *work;                 /* NULL: the end */
     void *arg;
-    int64_t size; /* threads, the one that calls included */
-    pthread_t *workers;
-    struct waiter waiters[];
+    int64_t threads; /* that work */
+    int64_t size;    /* threads that there are, the one that calls included */
+    struct seat seats[];
 };
-
-enum { JOB = 1 << 12 }; /* more than threads */
 
 static pthread_key_t team_key;
 static pthread_once_t team_once = PTHREAD_ONCE_INIT;
@@ -97,7 +100,7 @@ static void await(struct count *c, uint32_t value, struct waiter *w) {
 #ifdef __linux__
         syscall(SYS_futex, &c->value, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
 #else
-        sched_yield();
+        nanosleep(&(struct timespec){0, 50000}, NULL);
 #endif
     __atomic_fetch_sub(&c->sleepers, 1, __ATOMIC_SEQ_CST);
 }
@@ -115,7 +118,7 @@ void moe_meet(const struct member *me) {
     if (me->threads == 1) return;
     uint32_t meeting = __atomic_load_n(&t->meetings.value, __ATOMIC_SEQ_CST);
     if (__atomic_add_fetch(&t->arrived, 1, __ATOMIC_SEQ_CST) < me->threads) {
-        await(&t->meetings, meeting, &t->waiters[me->thread]);
+        await(&t->meetings, meeting, &t->seats[me->thread].waiter);
         return;
     }
     t->arrived = 0;
@@ -125,23 +128,22 @@ void moe_meet(const struct member *me) {
 /* ---- threads ---- */
 
 static void begin(struct team *t, int64_t threads, moe_work *work, void *arg) {
-    t->work = work, t->arg = arg;
-    change(&t->jobs, (t->jobs.value / JOB + 1) * JOB + (uint32_t)threads);
+    t->work = work, t->arg = arg, t->threads = threads;
+    for (struct seat *s = t->seats + 1; s < t->seats + threads; s++) change(&s->jobs, s->jobs.value + 1);
 }
 
 static void *serve(void *of_new) {
     struct member me = *(struct member *)of_new;
     struct team *t = me.team;
+    struct seat *s = t->seats + me.thread;
     free(of_new);
 #ifdef __linux__
     pthread_setname_np(pthread_self(), "moe-team");
 #endif
-    for (uint32_t job = 0;;) {
-        await(&t->jobs, job, &t->waiters[me.thread]);
-        job = __atomic_load_n(&t->jobs.value, __ATOMIC_SEQ_CST);
-        me.threads = job % JOB;
-        if (me.thread >= me.threads) continue; /* `work` may be that of the next job by now */
+    for (uint32_t job = 0;; job++) { /* the next begins only when all have met after this one */
+        await(&s->jobs, job, &s->waiter);
         if (!t->work) return NULL;
+        me.threads = t->threads;
         t->work(t->arg, &me);
         moe_meet(&me);
     }
@@ -150,8 +152,7 @@ static void *serve(void *of_new) {
 static void end(void *of_thread) {
     struct team *t = of_thread;
     begin(t, t->size, NULL, NULL);
-    for (int64_t i = 1; i < t->size; i++) pthread_join(t->workers[i], NULL);
-    free(t->workers);
+    for (int64_t i = 1; i < t->size; i++) pthread_join(t->seats[i].worker, NULL);
     free(t);
 }
 
@@ -159,7 +160,7 @@ static int add_worker(struct team *t) {
     struct member *me = malloc(sizeof *me);
     if (!me) return -1;
     *me = (struct member){t, t->size, 0};
-    if (pthread_create(t->workers + t->size, NULL, serve, me)) {
+    if (pthread_create(&t->seats[t->size].worker, NULL, serve, me)) {
         free(me);
         return -1;
     }
@@ -168,15 +169,11 @@ static int add_worker(struct team *t) {
 }
 
 static struct team *create(int64_t size) {
-    size_t bytes = sizeof(struct team) + (size_t)size * sizeof(struct waiter);
-    struct team *t = aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE);
+    size_t bytes = sizeof(struct team) + (size_t)size * sizeof(struct seat); /* whole lines */
+    struct team *t = aligned_alloc(LINE, bytes);
     if (!t) return NULL;
     memset(t, 0, bytes);
     t->size = 1;
-    if (!(t->workers = calloc((size_t)size, sizeof *t->workers))) {
-        free(t);
-        return NULL;
-    }
     sigset_t all, before; /* signals are for the program's own threads */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -199,7 +196,6 @@ int64_t moe_together(int64_t threads, moe_work *work, void *arg) {
     if (threads > 1) {
         pthread_once(&team_once, create_key);
         me.team = pthread_getspecific(team_key);
-        if (threads >= JOB) return -1;
         if (me.team && me.team->size < threads) {
             pthread_setspecific(team_key, NULL);
             end(me.team), me.team = NULL;

@@ -87,13 +87,50 @@ def test_many_callers_at_once() -> None:
     assert not wrong
 
 
-def test_more_threads_than_there_can_be_are_an_error() -> None:
+def test_nobody_is_called_up_for_what_others_do() -> None:
+    linear = CpuLinear(WEIGHT)
+    before = workers()
+
+    def woken(task: str) -> int:
+        lines = Path(f"/proc/self/task/{task}/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
     def work() -> None:
-        torch.set_num_threads(4096)
-        with pytest.raises(MemoryError, match="no thread"):
-            CpuLinear(WEIGHT)(X)
+        torch.set_num_threads(6)
+        linear(X)
+        time.sleep(0.1)  # they spin for less
+        counts = {task: woken(task) for task in workers() - before}
+        torch.set_num_threads(2)
+        for _ in range(100):
+            linear(X)
+        assert sum(woken(task) != count for task, count in counts.items()) <= 1, "only one of the five has work"
 
     in_thread(work)
+
+
+def test_more_threads_than_the_system_gives_are_an_error_and_fewer_work_on() -> None:
+    program = """
+import os, resource, torch
+from pathlib import Path
+from moe.kernels.cpu_linear import CpuLinear
+linear, x = CpuLinear(torch.randn(700, 1024)), torch.randn(3, 1024)
+torch.set_num_threads(2)
+expected = linear(x)
+torch.set_num_threads(40)
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20), -1))  # some stacks fit
+try:
+    linear(x)
+    raise SystemExit("40 threads have stacks in 64 MiB")
+except MemoryError as error:
+    assert "no thread" in str(error), error
+torch.set_num_threads(3)
+assert torch.equal(linear(x), expected)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+torch.set_num_threads(40)
+assert torch.equal(linear(x), expected)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
