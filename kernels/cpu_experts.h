@@ -122,7 +122,7 @@ char *moe_scratch(size_t size);
 #define SCALAR static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default"))) /* called from Python */
 #if defined(__x86_64__) && defined(__gnu_linux__) /* plain loops, compiled for each of these and chosen at run time */
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default"))) /* never of EXPORT: clang refuses both */
 #else
 #define CLONES
 #endif

@@ -35,9 +35,8 @@ SCALAR void norm_row(int kind, const void *x, const void *weight, void *out, int
     }
 }
 
-/* x, out: [rows, n]; weight: [n]; all contiguous and of one kind. once: nothing is rounded before the weight. */
-EXPORT CLONES void moe_cpu_rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind,
-                                    float eps, int64_t once) {
+static CLONES void norm_rows(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind, float eps,
+                             int64_t once) {
     for (int64_t r = 0; r < rows; r++) {
         int64_t at = r * n;
         if (kind == F32)
@@ -45,4 +44,10 @@ EXPORT CLONES void moe_cpu_rms_norm(const void *x, const void *weight, void *out
         else
             norm_row(BF16, (const uint16_t *)x + at, weight, (uint16_t *)out + at, n, eps, once);
     }
+}
+
+/* x, out: [rows, n]; weight: [n]; all contiguous and of one kind. once: nothing is rounded before the weight. */
+EXPORT void moe_cpu_rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_t n, int64_t kind, float eps,
+                             int64_t once) {
+    norm_rows(x, weight, out, rows, n, kind, eps, once);
 }

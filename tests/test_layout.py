@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,13 @@ def test_arrows_point_downward(folder):
         for module in imported_modules(path):
             target = folder_of(module)
             assert target is None or target == folder or target in ALLOWED[folder], f"{path} imports {module}"
+
+
+def test_no_function_is_both_exported_and_compiled_for_several_machines():
+    """gcc takes target_clones with a visibility, clang for x86 refuses the file."""
+    for path in sorted((ROOT / "kernels").glob("*.[ch]")):
+        heads = re.findall(r"^[^\n#/]*\bCLONES\b[^;{]*[;{]", path.read_text(), re.MULTILINE)
+        assert not [head for head in heads if "EXPORT" in head], path
 
 
 def test_placement_is_free_of_torch():
