@@ -1,6 +1,7 @@
 """Pre-gates: a layer routes by what the layer before foretold, wholly or among the candidates. Lossy, so opt-in.
 
-    restrict:M   the layer's own router, on its own input, chooses among the M experts foretold
+    restrict:M   the layer's own router, on its own input, chooses among the M experts foretold; a token whose
+                 experts are all among them keeps its routing, bit for bit
     replace      the foretold scores are the router's logits, weights too (Pre-gated MoE, ISCA 2024, without training)
 
 What a layer may want is known while the layer before is computed, so that everything can be fetched in time. The first
@@ -43,7 +44,10 @@ class Pregate:
         assert len(foretold[0]) == len(x), (layer, foretold[0].shape, x.shape)
         ids, weights = foretold
         if self.width is not None:
+            is_kept = (routing.topk_ids[:, :, None] == ids[:, None, :]).any(-1).all(-1, keepdim=True)  # [T, 1]
             ids, weights = self._own[layer](x, self.routers[layer].top_k, ids, self.routers[layer].normalize)
+            ids = ids.where(~is_kept, routing.topk_ids)
+            weights = weights.where(~is_kept, routing.topk_weights)
         return routing._replace(
             topk_ids=ids.to(routing.topk_ids.dtype), topk_weights=weights.to(routing.topk_weights.dtype)
         )

@@ -13,6 +13,7 @@ from moe.evaluate import evaluate
 from moe.fit import fit_lookahead
 from moe.launch.cli import main
 from moe.layer.distil import distilled
+from moe.layer.pregate import Pregate
 from moe.layer.ridge import Forecast, Regression, RidgeFit
 from moe.layer.routers import PlainRouter
 from moe.layer.routing import Routing, StepContext
@@ -135,15 +136,34 @@ def test_sigmoid_routers_are_foretold_by_their_choice(tmp_path):
             LLM(folder, foretold(config("1.0"), tmp_path / "file", pregate))
 
 
-def test_all_experts_as_candidates_is_exact(lookahead):
-    for kernel in ("auto", "reference"):
-        with LLM(TINYMOE, config("0.5", kernel=kernel)) as llm:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # a router's own logits are rounded to bf16
+def test_all_experts_as_candidates_is_exact(lookahead, dtype):
+    for kernel, width in (("auto", 16), ("reference", 99)):
+        with LLM(TINYMOE, config("0.5", kernel=kernel, dtype=dtype)) as llm:
             expected = engine_says(llm, PROMPTS)
-        with LLM(TINYMOE, foretold(config("0.5", kernel=kernel), lookahead, "restrict:16")) as llm:
+        with LLM(TINYMOE, foretold(config("0.5", kernel=kernel, dtype=dtype), lookahead, f"restrict:{width}")) as llm:
             said = engine_says(llm, PROMPTS)
-            assert any("restrict:16 changes what the model says" in note for note in llm.notes)
+            assert any(f"restrict:{width} changes what the model says" in note for note in llm.notes)
+            found = evaluate(llm, WINDOWS[:3])
         assert said.tokens == expected.tokens
-        assert max(float((x - y).abs().max()) for x, y in zip(said.logits, expected.logits)) < 1e-4
+        assert all(map(torch.equal, said.logits, expected.logits))
+        assert (found.kl, found.agreement, found.loss) == (0.0, 1.0, found.exact_loss)
+
+
+def test_tokens_whose_experts_were_all_foretold_keep_their_routing():
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    forecast = Forecast("logits", 2, {(0, 1): Regression(torch.zeros(5, 6), None)})
+    gate = Pregate(forecast, [PlainRouter(weight, None, 2, True)] * 2, 3)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    candidates = gate._foretell[0](x, 3, None, True)[0]
+    outside = next(e for e in range(6) if e not in candidates[1])
+    ids = torch.stack([candidates[0, [2, 0]], torch.tensor([candidates[1, 0], outside]), candidates[2, [1, 2]]])
+    weights = torch.tensor([[0.7, 0.3], [0.9, 0.1], [0.25, 0.75]])  # as of a router that rounds
+    routed = [gate.route(x, Routing(layer, ids, weights), StepContext()) for layer in range(2)][1]
+    for row in (0, 2):
+        assert torch.equal(routed.topk_ids[row], ids[row])
+        assert torch.equal(routed.topk_weights[row], weights[row])
+    assert set(routed.topk_ids[1].tolist()) <= set(candidates[1].tolist())
 
 
 @pytest.mark.parametrize(("pregate", "width"), [("restrict:2", 2), ("restrict:4", 4), ("replace", 2)])
