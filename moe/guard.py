@@ -8,14 +8,36 @@ import os
 import signal
 import threading
 import time
+from functools import cache
 from types import FrameType
 from typing import Any
+
+import torch
 
 _PATIENCE = 2.0  # seconds after which a second Ctrl-C no longer waits
 
 
 class UnusableError(RuntimeError):
     """The model cannot be used any more, or not from here; the message says why and what to do."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises UnusableError in a fork of a process that loaded a model, unless there will be one thread.
+
+    Torch would wait forever for its others (OpenMP's), of which a fork has none. threads: the setting.
+    """
+    if threads is None and os.environ.get("OMP_NUM_THREADS"):
+        threads = torch.get_num_threads()
+    if threads != 1 and (parent := _first_to_load()) != os.getpid():
+        raise UnusableError(
+            f"process {os.getpid()} is a fork of {parent}, which had loaded a model, and has none of torch's threads; "
+            "start it by multiprocessing's 'spawn', or compute with threads=1"
+        )
+
+
+@cache
+def _first_to_load() -> int:
+    return os.getpid()
 
 
 class Guard:
@@ -42,7 +64,8 @@ class Guard:
     def __enter__(self) -> "Guard":
         if os.getpid() != self._pid:
             raise UnusableError(
-                f"{self.what} was loaded by process {self._pid} and cannot be used after a fork; load it in the child"
+                f"{self.what} was loaded by process {self._pid} and cannot be used after a fork; load it in a "
+                "process that multiprocessing's 'spawn' started"
             )
         if self._why_unusable is not None:
             raise UnusableError(f"{self.what} {self._why_unusable}")

@@ -10,7 +10,6 @@ import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from moe.engine.share import Share
 from moe.engine.tried import TriedToken, try_a_token
 from moe.engine.turns import Turns
 from moe.engine.upgrades import Upgrades, make_upgrades
+from moe.guard import check_threads
 from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts, check_formats, chosen_kernel, kernel_notes, layer_kernels
 from moe.layer.routing import RoutingSeam
@@ -243,7 +243,8 @@ def _settle_threads(read: Read, runner: Runner, is_alone: bool) -> AutoChoice | 
 
 
 def read_model(blueprint: Blueprint, config: EngineConfig, share: Share | None = None) -> Read:
-    """share: None = all experts. Raises ValueError for a folder or a device that cannot be served."""
+    """share: None = all experts. Raises ValueError for what cannot be served, UnusableError as `check_threads` says."""
+    check_threads(config.threads)
     offload, device = config.offload, find_device(config.device)
     is_fixed = share is None or not (share.may_change or config.placement.online)
     check_formats(chosen_kernel(config.kernel, device), blueprint.index.codes)
@@ -355,8 +356,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         kernel = chosen_kernel(config.kernel, read.device)
         if share is not None and share.plan.num_ranks > 1 and kernel in ("single_launch", "measured"):
             kernel = "grouped"  # for the steps that no launch over all ranks takes
-        table = Path(config.crossover_table).expanduser()
-        kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, table)
+        kernels = layer_kernels(kernel, weights, counts, blueprint.top_k, model.dtype, config.crossover_path)
         lookahead, kind = foresight.lookahead(cache, may_pay=share is None and hidden is None)
         slots = SlotExperts(cache, kernels, dense.routing, lookahead)
         held = None if share is None else share.held

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -208,10 +210,44 @@ def test_a_fork_is_refused_in_one_sentence(llm):
         finally:
             os._exit(0)
     os.close(writer)
-    assert b"cannot be used after a fork; load it in the child" in os.read(reader, 1000)
+    assert b"cannot be used after a fork; load it in a process that multiprocessing's 'spawn' started" in os.read(
+        reader, 1000
+    )
     os.close(reader)
     os.waitpid(child, 0)
     assert llm.generate("A", greedy(2))
+
+
+def test_a_fork_computes_with_one_thread_and_refuses_to_wait_for_others(tmp_path):
+    """Torch's threads are not in it: a step would wait for them forever."""
+    program = """
+import multiprocessing, os, sys
+from moe import LLM, SamplingParams
+from moe.config import EngineConfig
+from moe.guard import UnusableError
+
+def tokens(threads):
+    with LLM(sys.argv[1], EngineConfig(dtype="float32", threads=threads)) as llm:
+        (answer,) = llm.generate("Once upon a time, there was", SamplingParams(max_tokens=8, temperature=0))
+        return answer.outputs[0].token_ids
+
+if __name__ == "__main__":
+    expected = tokens(2)
+    fork = multiprocessing.get_context("fork")
+    with fork.Pool(1) as pool:
+        assert pool.apply(tokens, (1,)) == expected
+        for many in (2, None):
+            try:
+                pool.apply(tokens, (many,))
+                raise SystemExit("waited for nobody?")
+            except UnusableError as error:
+                assert f"is a fork of {os.getpid()}, which had loaded a model" in str(error)
+    assert multiprocessing.get_context("spawn").Pool(1).apply(tokens, (2,)) == expected
+    assert tokens(2) == expected
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    (tmp_path / "program.py").write_text(program)  # a spawned process imports it
+    subprocess.run([sys.executable, tmp_path / "program.py", TINYMOE], check=True, timeout=200, env=environment)
 
 
 @pytest.fixture(scope="module")
