@@ -19,6 +19,7 @@ from moe.launch.options import (
     add_batch_options,
     add_cluster_options,
     add_engine_options,
+    add_overwrite_option,
     add_record_option,
     add_sampling_options,
     add_serve_options,
@@ -139,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="a recorded run as one HTML file")
     report.add_argument("run_file", metavar="RUN", type=named_path, help="what serve or batch wrote with --record")
     report.add_argument("-o", "--out", type=named_path, help="the page (default: RUN.html)")
+    add_overwrite_option(report)
     report.set_defaults(run="recording:report")
 
     ray = commands.add_parser("ray", help="what the controller of a Ray cluster does; more hosts or fewer")
@@ -159,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("trace", type=named_path, help=".npz or .safetensors")
     trace.add_argument("--max-tokens", type=int, default=32, help="of each answer (default %(default)s)")
     trace.add_argument("--limit", type=whole(1), help="prompts to use")
+    add_overwrite_option(trace)
     trace.set_defaults(run="commands:trace")
 
     pack = commands.add_parser("pack", help="write each expert as one aligned blob: faster reads")

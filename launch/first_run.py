@@ -8,7 +8,7 @@ from moe.engine.known import probed
 from moe.kernels.cpu import instruction_sets
 from moe.launch.console import err, say_who_measures
 from moe.models.blueprint import read_blueprint
-from moe.placement.machine import disk_of, measures_alone, save_machine
+from moe.placement.machine import disk_of, lacks, measures_alone, save_machine
 
 LEAST_BYTES = 256 << 20  # of experts: nobody waits for the reads of smaller models
 
@@ -21,14 +21,14 @@ def measure_first_run(model: Path, config: EngineConfig) -> None:
     """
     if not config.probe_first_run or config.offload.store != "file" or not instruction_sets():
         return
-    if not _lacks(model, config):
+    if not lacks(probed(config), disk_of(model)):
         return
     blueprint = read_blueprint(model, trust_remote_code=config.trust_remote_code)
     if blueprint.expert_bytes < LEAST_BYTES:
         return
     from moe.launch.measure import probe_first  # loads the engine's parts that no other run measures
 
-    where = Path(config.probe_file).expanduser()
+    where = config.probe_path
     said = "measuring this machine once, for some seconds (`moe probe` does it whole; probe_first_run=false: never) …"
     err.print(said, style="dim", markup=False)
     try:
@@ -38,13 +38,7 @@ def measure_first_run(model: Path, config: EngineConfig) -> None:
         largest = max(blueprint.index.files(), key=lambda file: file.stat().st_size)
         nbytes = max(layout.nbytes for layout in blueprint.index.layouts)
         with measures_alone(where, say_who_measures):
-            if _lacks(model, config):  # still
+            if lacks(probed(config), disk_of(model)):  # still
                 save_machine(where, probe_first(largest, nbytes, probed(config)))
     except OSError as error:
         err.print(f"note: nothing was measured, defaults stand: {error}", style="yellow", markup=False)
-
-
-def _lacks(model: Path, config: EngineConfig) -> bool:
-    """Whether nothing is known of this machine, or of the disk that `model` lies on."""
-    known = probed(config)
-    return known is None or disk_of(model) not in known.disks

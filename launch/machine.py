@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.table import Table
 
@@ -16,7 +15,7 @@ from moe.placement.machine import Machine, load_machine, measures_alone, save_ma
 
 def run(args: argparse.Namespace) -> int:
     """Measures and stores, or shows what is stored with --show."""
-    file = Path(args.file or EngineConfig().probe_file).expanduser()
+    file = EngineConfig(probe_file=args.file or None).probe_path
     if args.show:
         if (known := load_machine(file, this_machine())) is None:
             raise ValueError(f"{file} knows nothing of this machine ({this_machine()}); run `moe probe`")

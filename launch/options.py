@@ -91,6 +91,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", type=named_path, metavar="FILE", help="write what happens, for `moe report FILE`")
+    add_overwrite_option(parser)
+
+
+def add_overwrite_option(parser: argparse.ArgumentParser) -> None:
+    """Of every command that writes a file anew; what `moe batch` answers is added to, `moe pack` makes a folder."""
+    parser.add_argument("--overwrite", action="store_true", help="write over files that are there; else refused")
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +137,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_WRITTEN = ("html", "png", "record", "out")
 _READ = ("input", "prompts", "texts", "calibrate", "files", "run_file", "api_key_file")
 _READ_LATER = ("model", "config", "trace", "plan")  # whoever reads them says what is not there
 _OF_A_MODEL = (
@@ -187,10 +194,8 @@ def _check_not_read(path: Path, args: argparse.Namespace) -> None:
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises ValueError for a file that could not be written, before hours are spent on what it should hold."""
     command = getattr(args, "command", None)  # ranks and hosts have none
-    names = ["output", "html", "png", "record", "trace" if command == "trace" else "out"]
-    for path in (getattr(args, name, None) for name in names):
-        if path is None or command == "pack":
-            continue
+    written = [] if command == "pack" else _paths(args, (*_WRITTEN, *(["trace"] if command == "trace" else [])))
+    for path in (every := [*_paths(args, ["output"]), *written]):
         folder = path.parent
         if not folder.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {folder}; make it, or give another name")
@@ -199,9 +204,19 @@ def check_outputs(args: argparse.Namespace) -> None:
         if path.exists():
             _check_not_read(path, args)
         _check_place(path, path if path.exists() else folder)
+        if path in written:
+            check_free(path, args)
+    if twice := [path for path in written if every.count(path) > 1]:
+        raise ValueError(f"{twice[0]} is named for two files to be written; give each a name of its own")
     made = (args.out if command == "pack" else None, getattr(args, "state", None))
     for path in (path for path in made if path is not None):
         check_made(path)
+
+
+def check_free(path: Path, args: argparse.Namespace) -> None:
+    """Raises ValueError for a file that is there, unless the command line says to write over it."""
+    if path.is_file() and not getattr(args, "overwrite", False):
+        raise ValueError(f"{path} is there already; give the name of another file, or --overwrite")
 
 
 def check_made(folder: Path) -> None:

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import get_args
 
-from moe.launch.options import named_path, real, whole
+from moe.launch.options import add_overwrite_option, named_path, real, whole
 from moe.placement.wire_format import CombineMode, DispatcherName, StepKind
 from moe.plain_text import read_text
 
@@ -107,6 +107,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--experts", type=whole(1), help="experts of a layer; needed for vllm and sglang")
     parser.add_argument("--model", default="", help="name of the model that was recorded")
     parser.add_argument("--out", "-o", type=named_path, required=True, help="trace to write (.npz or .safetensors)")
+    add_overwrite_option(parser)
     parser.set_defaults(run="import_trace:run")
 
 
@@ -147,3 +148,4 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=named_path, help="write a self-contained page with pictures")
     parser.add_argument("--png", type=named_path, help="write pictures as PNG (needs matplotlib)")
+    add_overwrite_option(parser)

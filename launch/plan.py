@@ -27,7 +27,7 @@ from moe.offload.memory import available_memory
 from moe.offload.requantise import sizes as rounded
 from moe.placement.cost import Sizes, Terms, Use, decode_step, prefill_step
 from moe.placement.gpus import DISK, HOST, gpus_of, machine_link, memory_of, published
-from moe.placement.machine import How, Machine, disk_of, measures_alone, save_machine
+from moe.placement.machine import How, Machine, disk_of, lacks, measures_alone, save_machine
 from moe.placement.plan import Plan
 from moe.placement.topology import Link
 from moe.placement.trace import RoutingTrace
@@ -124,22 +124,16 @@ class Case(NamedTuple):
     note: str = ""
 
 
-def _lacks(machine: Machine | None, disk: str) -> bool:
-    """Whether it was not measured whole, or without this disk."""
-    return machine is None or machine.overhead is None or disk not in machine.disks
-
-
 def _here(args: argparse.Namespace, blueprint: Blueprint) -> Case:
-    config = EngineConfig() if args.probe_file is None else EngineConfig(probe_file=args.probe_file)
+    config = EngineConfig(probe_file=args.probe_file)
     machine, disk = probed(config), disk_of(blueprint.folder)
-    if args.here and _lacks(machine, disk):
+    if args.here and lacks(machine, disk, whole=True):
         from moe.launch.measure import probe  # loads the engine, which a plan does not need
 
-        where = Path(config.probe_file).expanduser()
-        with measures_alone(where, say_who_measures):
-            if _lacks(machine := probed(config), disk):  # still
+        with measures_alone(config.probe_path, say_who_measures):
+            if lacks(machine := probed(config), disk, whole=True):  # still
                 machine = probe(blueprint.folder if os.access(blueprint.folder, os.W_OK) else Path(), machine)
-                save_machine(where, machine)
+                save_machine(config.probe_path, machine)
     if machine is None:
         raise ValueError(f"nothing is known of this machine; run `moe probe {args.model}` first, or give --here")
     offload, _ = choose_reads(config.offload, blueprint, machine)

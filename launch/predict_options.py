@@ -2,7 +2,7 @@
 
 import argparse
 
-from moe.launch.options import add_engine_options, named_path, real, whole
+from moe.launch.options import add_engine_options, add_overwrite_option, named_path, real, whole
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -10,6 +10,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     add_engine_options(fit)
     fit.add_argument("texts", type=named_path, nargs="+", help="text files, all of them like what will be served")
     fit.add_argument("-o", "--out", type=named_path, required=True, help="file to write (.safetensors)")
+    add_overwrite_option(fit)
     fit.add_argument("--distances", type=whole(1), default=3, help="how many layers ahead (default 3)")
     fit.add_argument("--ridge", type=real(1e-9), default=10.0, help="weight of the penalty (default %(default)s)")
     fit.add_argument(

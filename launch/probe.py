@@ -18,7 +18,7 @@ from moe.comm.groups import Groups, timed_all_to_all
 from moe.comm.lost import in_collective
 from moe.comm.membership import process_groups
 from moe.launch.console import err, out
-from moe.launch.options import check_outputs, named_path, whole
+from moe.launch.options import add_overwrite_option, check_outputs, named_path, whole
 from moe.offload.budget import format_bytes
 from moe.placement.topology import Link, Topology, probe_link
 
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moe.launch.probe", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", metavar="topology", type=named_path, help="JSON file to write")
     parser.add_argument("--ranks-per-node", type=whole(1))
+    add_overwrite_option(parser)
     parser.add_argument("--repeats", type=whole(1), default=7)
     args = parser.parse_args(arguments)
     try:

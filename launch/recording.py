@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.launch.console import err, out
+from moe.launch.options import check_free
 from moe.launch.page import recorded_page
 from moe.placement.written import written_whole
 
@@ -54,6 +55,7 @@ def report(args: argparse.Namespace) -> int:
     """Writes the page of a recorded run."""
     states = read_recording(args.run_file)
     target = args.out or args.run_file.with_suffix(".html")
+    check_free(target, args)
     with written_whole(target) as part:
         part.write_text(recorded_page(states), encoding="utf-8")
     out.print(f"{target}: {len(states)} states over {states[-1]['time'] - states[0]['time']:.0f} s", markup=False)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+import os
 import re
 import tomllib
 import types
@@ -230,8 +231,10 @@ class EngineConfig:
     kernel: KernelName = "auto"
     # Decoding steps on a GPU as CUDA graphs, captured at their first step; on: refused where they cannot be.
     graphs: Literal["auto", "on", "off"] = "auto"
-    crossover_table: str = "~/.cache/moe/crossover.json"  # where `measured` keeps what this machine is best at
-    probe_file: str = "~/.cache/moe/probe.json"  # where `moe probe` keeps its figures, which automatic choices read
+    # Where `measured` keeps what this machine is best at, and `moe probe` its figures, which automatic choices read.
+    # None: crossover.json and probe.json of $XDG_CACHE_HOME/moe, of ~/.cache/moe where that is not set.
+    crossover_table: str | None = None
+    probe_file: str | None = None
     probe_first_run: bool = True  # whether a command measures what it knows nothing of yet, for some seconds
     threads: int | None = None  # of torch on the CPU; None leaves torch's own choice
     max_context: int | None = None  # tokens; None: what the model allows
@@ -281,6 +284,14 @@ class EngineConfig:
         """budget: 1.0 means all experts, 64 as many."""
         return dataclasses.replace(self, offload=dataclasses.replace(self.offload, budget=str(budget)))
 
+    @property
+    def crossover_path(self) -> Path:
+        return _cached(self.crossover_table, "crossover.json")
+
+    @property
+    def probe_path(self) -> Path:
+        return _cached(self.probe_file, "probe.json")
+
     def describe(self) -> str:
         """The whole configuration, one `key = value` a line."""
         return "\n".join(f"{key} = {value!r}" for key, value in _flatten(dataclasses.asdict(self)))
@@ -289,6 +300,14 @@ class EngineConfig:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _cached(setting: str | None, name: str) -> Path:
+    """Where a file is kept: as the setting says, or where the user's caches are."""
+    if setting is not None:
+        return Path(setting).expanduser()
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (folder if folder.is_absolute() else Path("~/.cache").expanduser()) / "moe" / name
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

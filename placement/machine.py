@@ -168,6 +168,11 @@ def load_machine(path: Path, name: str) -> Machine | None:
     return Machine.of(str(path), stored[name]) if name in stored else None
 
 
+def lacks(machine: Machine | None, disk: str, *, whole: bool = False) -> bool:
+    """Whether nothing is known of this machine, or of this disk of it; whole: or not all that `moe probe` measures."""
+    return machine is None or disk not in machine.disks or (whole and machine.overhead is None)
+
+
 @contextmanager
 def measures_alone(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     """One process at a time measures for the file `path`, from what it holds to what is saved there: two would slow

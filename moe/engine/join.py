@@ -7,7 +7,6 @@ control, gathers, launch. What stays are the model, the slots and, where tokens 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -350,6 +349,6 @@ def _offer_single_launch(
         return [f"kernel=measured is grouped over {num_ranks} ranks: {reason}"]
     launch = RankLaunch(slots, control, weights, loaded.dense.tried.dispatch_shapes, loaded.dense.model.dtype)
     if kernel == "measured":
-        launch.use_measured(parallel.plan.num_experts, Path(config.crossover_table).expanduser())
+        launch.use_measured(parallel.plan.num_experts, config.crossover_path)
     parallel.launch = launch
     return []

@@ -1,7 +1,6 @@
 """What is known of this machine: the figures that `moe probe` keeps."""
 
 import os
-from pathlib import Path
 
 from moe.config import EngineConfig
 from moe.kernels.cpu import instruction_sets
@@ -15,4 +14,4 @@ def this_machine() -> str:
 
 def probed(config: EngineConfig) -> Machine | None:
     """What `moe probe` found here. Raises ValueError for a damaged file."""
-    return load_machine(Path(config.probe_file).expanduser(), this_machine())
+    return load_machine(config.probe_path, this_machine())

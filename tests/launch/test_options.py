@@ -74,8 +74,33 @@ def test_no_command_writes_over_what_it_reads_or_over_a_model(tmp_path):
                 (tmp_path / "model" / file).write_text("{}")
             with pytest.raises(ValueError, match="is a file of the model in"):
                 check_outputs(argparse.Namespace(command=command, **{written: tmp_path / "model" / name}))
-        check_outputs(argparse.Namespace(command=command, **{written: there}))  # an older result of this command
     assert pairs > 20, pairs
+
+
+def test_no_command_writes_over_a_file_that_is_there_unless_it_is_told_to(capfd, tmp_path):
+    """Of every command alike; only what `moe batch` answers is added to. A device is no file that would be lost."""
+    (there := tmp_path / "run.html").write_text("mine")
+    for command, dest in written_files():
+        args = argparse.Namespace(command=command, **{dest: there}, overwrite=False)
+        if dest != "output":
+            with pytest.raises(ValueError, match=r"run.html is there already; give .*, or --overwrite"):
+                check_outputs(args)
+            parser = _parser()._subparsers._group_actions[0].choices[command]
+            assert any(action.dest == "overwrite" for action in parser._actions), command
+            check_outputs(argparse.Namespace(command=command, **{dest: Path("/dev/null")}, overwrite=False))
+            args.overwrite = True
+        check_outputs(args)
+    (tmp_path / "run.jsonl").write_text('{"time": 1, "tokens": 0, "heat": []}\n')
+    assert main(["report", str(tmp_path / "run.jsonl")]) == 2  # the name that it would choose itself
+    assert "run.html is there already" in capfd.readouterr().err
+    assert there.read_text() == "mine"
+
+
+def test_no_command_writes_two_files_to_one_name(tmp_path):
+    for command, one, other in (("place", "out", "html"), ("simulate", "html", "png"), ("batch", "output", "record")):
+        args = argparse.Namespace(command=command, **dict.fromkeys((one, other), tmp_path / "x"), overwrite=True)
+        with pytest.raises(ValueError, match="x is named for two files to be written"):
+            check_outputs(args)
 
 
 def read_later():

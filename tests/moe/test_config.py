@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -152,3 +153,17 @@ def test_values_are_checked_when_python_gives_them():
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.toml"):
         EngineConfig.load(tmp_path / "none.toml")
+
+
+def test_caches_are_where_the_user_has_them(monkeypatch, tmp_path):
+    """As the XDG specification says: an unset, empty or relative XDG_CACHE_HOME is ~/.cache. A setting goes first."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for value, folder in ((None, "home"), ("", "home"), ("relative", "home"), (str(tmp_path / "x"), "x")):
+        if value is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", value)
+        cache = tmp_path / ".cache" if folder == "home" else tmp_path / "x"
+        config = EngineConfig()
+        assert (config.probe_path, config.crossover_path) == (cache / "moe/probe.json", cache / "moe/crossover.json")
+        set_ = EngineConfig(probe_file="~/p", crossover_table="c.json")
+        assert (set_.probe_path, set_.crossover_path) == (tmp_path / "p", Path("c.json"))
