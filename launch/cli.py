@@ -4,6 +4,7 @@ Reads the arguments and loads only what the command needs: `moe --help` loads ne
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -62,7 +63,7 @@ def run_guarded(name: str, args: argparse.Namespace, run: Callable[[], int], is_
         if args.debug:
             traceback.print_exc()
         if _is_users(error):
-            print(f"{name}: {error}", file=sys.stderr)
+            print(f"{name}: {_said(error)}", file=sys.stderr)
             return 2
         print(
             f"{name}: a fault of the program, {type(error).__name__}: {error}; please report it with what "
@@ -70,6 +71,17 @@ def run_guarded(name: str, args: argparse.Namespace, run: Callable[[], int], is_
             file=sys.stderr,
         )
         return 1
+
+
+def _said(error: Exception) -> str:
+    """One sentence; the system's own errors begin with a number and have no remedy."""
+    if not isinstance(error, OSError) or error.filename is None or not error.strerror:
+        return str(error)
+    if error.errno == errno.ENOENT:
+        return f"there is no {error.filename}; name what is there"
+    if error.errno == errno.EISDIR:
+        return f"{error.filename} is a folder; give the name of a file"
+    return f"{error.filename}: {error.strerror}"
 
 
 def _is_users(error: Exception) -> bool:

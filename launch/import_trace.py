@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moe.placement.importers import from_deepseek_esft_npz, from_sglang_records, from_vllm_routed_experts
-from moe.placement.trace import RoutingTrace
+from moe.placement.trace import RoutingTrace, read_npz
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,15 +33,14 @@ def run(args: argparse.Namespace) -> int:
 def _vllm(files: Sequence[Path], experts: int, model: str) -> RoutingTrace:
     requests: list[np.ndarray[Any, Any]] = []
     for path in files:
+        if path.suffix == ".npz":
+            requests += read_npz(path).values()
+            continue
         try:
-            loaded = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read as plain .npy or .npz: {error}") from None
-        if isinstance(loaded, np.ndarray):
-            requests.append(loaded)
-        else:
-            with loaded:
-                requests += [loaded[name] for name in loaded.files]
+            with path.open("rb") as file:
+                requests.append(np.lib.format.read_array(file, allow_pickle=False))
+        except (ValueError, EOFError):  # their words advise to run the file's code
+            raise ValueError(f"{path} is no .npy file of plain numbers, nor an .npz of several") from None
     return from_vllm_routed_experts(requests, experts, model=model)
 
 
@@ -53,10 +52,8 @@ def _sglang(files: Sequence[Path], experts: int, model: str) -> RoutingTrace:
     for path in files:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} cannot be read as tensors and plain values: {str(error).splitlines()[0]}"
-            ) from None
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):  # as above
+            raise ValueError(f"{path} is no .pt file of tensors and plain values, as of SGLang's recorder") from None
         found = saved.get("records", saved) if isinstance(saved, dict) else saved
         records += found if isinstance(found, list) else [found]
         if isinstance(saved, dict) and "last_physical_to_logical_map" in saved:

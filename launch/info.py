@@ -21,7 +21,7 @@ def info(args: argparse.Namespace) -> int:
         from moe.launch.check import check  # torch and transformers' code of models: seconds
 
         return check(args.model, trust_remote_code=args.trust_remote_code)
-    model, file = args.model, Path(EngineConfig().probe_file).expanduser().with_name("models.json")
+    model, file = args.model, EngineConfig().probe_path.with_name("models.json")
     summary = None if args.trust_remote_code else kept(model, file)
     if summary is None:
         summary = _looked_at(model, file, trust_remote_code=args.trust_remote_code)

@@ -221,7 +221,7 @@ def told_choices(
     if config.kernel == "auto":
         reason = "compiled for this processor, the one path of these bits at any number of rows and threads"
         if device.type != "cpu":
-            reason = f"by number of tokens, as timed on this GPU ({config.crossover_table}); both sum in one order"
+            reason = f"by number of tokens, as timed on this GPU ({config.crossover_path}); both sum in one order"
         chosen.append(AutoChoice("kernel", kernel, reason))
     reason = "as set: decoding at load and in registers round otherwise, so no figure chooses"
     return [*chosen, AutoChoice("dense", config.dense, reason)]

@@ -77,7 +77,7 @@ class Forecast:
                 for name in file.keys():  # noqa: SIM118  it is no dict
                     layer, distance, part = name.split(".")
                     found.setdefault((int(layer), int(distance)), {})[part] = file.get_tensor(name)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, OSError) as error:
             raise ValueError(f"{path} is no lookahead file ({error}); make one with `moe fit-lookahead`") from None
         if said.get("format") != _FORMAT:
             raise ValueError(f"{path} is no lookahead file; make one with `moe fit-lookahead`")

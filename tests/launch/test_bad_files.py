@@ -44,10 +44,18 @@ def test_files_of_the_other_commands(capfd, tmp_path, small_model):
         (["batch", TINYMOE, bad, text], ["is no result of this program"]),
         (["pack", TINYMOE, tmp_path], ["exists already"]),
         (["batch", TINYMOE, wide, tmp_path / "out.jsonl"], ["wide.jsonl is UTF-16 or UTF-32; UTF-8 is wanted"]),
+        (["trace", TINYMOE, tmp_path, trace], [f"{tmp_path} is a folder; give the name of a file"]),
+        (["report", tmp_path], [f"{tmp_path} is a folder; give the name of a file"]),
+        (["generate", TINYMOE, "--prompt", "a", "--config", tmp_path], [f"{tmp_path} is a folder; give the name of"]),
+        (
+            ["generate", TINYMOE, "--prompt", "a", "--config", tmp_path / "no.toml"],
+            ["no.toml; name what is there"],
+        ),
         (["info", tmp_path], ["has neither model.safetensors nor"]),
     ]
     for arguments, words in cases:
         sentence = refused(capfd, *arguments)
+        assert "[Errno" not in sentence
         for word in words:
             assert word in sentence, sentence
     assert text.read_text() == "A prompt\n"

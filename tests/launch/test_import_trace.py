@@ -44,11 +44,30 @@ class Evil:
 
 def test_what_is_wrong_is_one_sentence_and_no_code_runs(tmp_path, capfd):
     (tmp_path / "no.npy").write_bytes(b"nothing")
+    for name in ("empty.npy", "empty.npz", "empty.pt"):
+        (tmp_path / name).touch()
+    np.savez(tmp_path / "whole.npz", a=routing(50))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:400])
+    np.save((tmp_path / "array.npy"), routing(5))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
+    (tmp_path / "folder.npy").mkdir()
+    torch.save([1], tmp_path / "list.pt")
     torch.save({"records": [Evil()]}, tmp_path / "evil.pt")
     wrong = [
         (["no.npy", "--from", "vllm"], "give --experts"),
-        (["no.npy", "--from", "vllm", "--experts", 8], "cannot be read as plain .npy"),
-        (["evil.pt", "--from", "sglang", "--experts", 8], "cannot be read as tensors and plain values"),
+        (["no.npy", "--from", "vllm", "--experts", 8], "no.npy is no .npy file"),
+        (["empty.npy", "--from", "vllm", "--experts", 8], "empty.npy is no .npy file"),
+        (["empty.npz", "--from", "vllm", "--experts", 8], "empty.npz cannot be read as a plain .npz file"),
+        (["cut.npz", "--from", "vllm", "--experts", 8], "cut.npz cannot be read as a plain .npz file"),
+        (["array.npz", "--from", "vllm", "--experts", 8], "array.npz cannot be read as a plain .npz file"),
+        (["objects.npz", "--from", "vllm", "--experts", 8], "objects.npz cannot be read as a plain .npz file"),
+        (["whole.npz", "--from", "sglang", "--experts", 8], "whole.npz is no .pt file"),
+        (["empty.pt", "--from", "sglang", "--experts", 8], "empty.pt is no .pt file"),
+        (["list.pt", "--from", "sglang", "--experts", 8], "hold no records"),
+        (["folder.npy", "--from", "vllm", "--experts", 8], "folder.npy is a folder; give the name of a file"),
+        (["evil.pt", "--from", "esft"], "evil.pt"),
+        (["evil.pt", "--from", "sglang", "--experts", 8], "evil.pt is no .pt file"),
         (["no.npy", "--from", "esft"], "no.npy"),
     ]
     for (name, *rest), sentence in wrong:
@@ -56,6 +75,9 @@ def test_what_is_wrong_is_one_sentence_and_no_code_runs(tmp_path, capfd):
         out, err = capfd.readouterr()
         assert sentence in err
         assert "Traceback" not in err
+        assert "[Errno" not in err
+        assert "pickle" not in err
+        assert "weights_only" not in err
         assert "code ran" not in out
 
 

@@ -217,6 +217,9 @@ def test_evaluate_is_the_models_own_loss(lookahead):
 
 
 def test_what_does_not_fit_is_refused(lookahead, tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match=r"is no lookahead file .*; make one with `moe fit-lookahead`"):
+            LLM(TINYMOE, foretold(config(), path, prefetch="learned"))
     with pytest.raises(ValueError, match="must be off, replace or restrict:4"):
         RoutingConfig(pregate="restrict:0", lookahead="x")
     with pytest.raises(ValueError, match="make it with `moe fit-lookahead`"):
