@@ -191,10 +191,15 @@ def _check_not_read(path: Path, args: argparse.Namespace) -> None:
         raise ValueError(f"{path} is a file of the model in {path.parent} and would be written over; {told}")
 
 
+def written_anew(args: argparse.Namespace) -> list[Path]:
+    """The files that a command makes, by their names on its command line."""
+    command = getattr(args, "command", None)  # ranks and hosts have none
+    return [] if command == "pack" else _paths(args, (*_WRITTEN, *(["trace"] if command == "trace" else [])))
+
+
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises ValueError for a file that could not be written, before hours are spent on what it should hold."""
-    command = getattr(args, "command", None)  # ranks and hosts have none
-    written = [] if command == "pack" else _paths(args, (*_WRITTEN, *(["trace"] if command == "trace" else [])))
+    command, written = getattr(args, "command", None), written_anew(args)
     for path in (every := [*_paths(args, ["output"]), *written]):
         folder = path.parent
         if not folder.is_dir():

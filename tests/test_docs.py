@@ -24,6 +24,7 @@ from torch.distributed.run import get_args_parser
 from moe.config import EngineConfig
 from moe.launch import torchrun
 from moe.launch.cli import _parser, main
+from moe.launch.options import written_anew
 from tests.docs import PAGES, ROOT, Shown, mentions_in, settings_in, shown_in
 
 SHOWN = [shown for page in PAGES for shown in shown_in(page)]
@@ -181,7 +182,7 @@ def free_port() -> int:
 def test_what_is_shown_runs(page, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    port, services = free_port(), []
+    port, services, written = free_port(), [], set()
     try:
         for shown in shown_in(page):
             if why_not_run(shown) is not None:
@@ -195,6 +196,10 @@ def test_what_is_shown_runs(page, folder, monkeypatch, capfd):
                 services.append(start_service([*words[1:], "--port", str(port)], environment, port))
             elif words[0] == "moe":
                 arguments = [*words[1:], *(["--once"] if words[1] == "top" else [])]
+                for path in written_anew(_parser().parse_args(arguments)):
+                    if path not in written:  # by this page; no command writes over what another page's have
+                        path.unlink(missing_ok=True)
+                    written.add(path)
                 assert main(arguments) == 0, (shown, capfd.readouterr().err)
             else:
                 program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
