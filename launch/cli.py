@@ -106,7 +106,7 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
     try:
         return parser.parse_args(place_options.with_file(words))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(_said(error))
 
 
 def _parser() -> argparse.ArgumentParser:
