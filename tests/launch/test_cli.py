@@ -274,7 +274,7 @@ def test_options_of_placing_may_stand_in_a_file(tmp_path, capfd):
         assert sentence in capfd.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["simulate", "t", "p", "--config", "absent.toml"])
-    assert "No such file" in capfd.readouterr().err
+    assert "there is no absent.toml; name what is there" in capfd.readouterr().err
 
 
 GUARDED = (

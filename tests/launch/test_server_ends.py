@@ -90,7 +90,7 @@ def test_a_step_that_does_not_end_is_left_behind(caplog):
 def test_the_command_drains_and_a_restart_goes_on_with_its_batches(chat_model, tmp_path, right):
     def start(port):
         arguments = ["serve", chat_model, "--port", port, "--state", tmp_path / "state", "--set", "dtype=float32"]
-        arguments += ["--drain-seconds", "1", "--record", tmp_path / "run"]
+        arguments += ["--drain-seconds", "1", "--record", tmp_path / "run", "--overwrite"]
         process = subprocess.Popen(
             [sys.executable, "-m", "moe", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
