@@ -30,7 +30,6 @@ MODEL = str(ROOT / "examples" / "tinymoe")
 SAMPLED = ("--max-tokens", "1", "--temperature", "0")
 STARTS: dict[str, Sequence[str]] = {
     "from moe import LLM": ("-c", "from moe import LLM"),
-    "moe info, the first time": ("-m", "moe", "info", MODEL),
     "moe info": ("-m", "moe", "info", MODEL),
     "moe generate, one token": ("-m", "moe", "generate", MODEL, "--prompt", "Once", *SAMPLED),
 }

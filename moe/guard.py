@@ -12,8 +12,6 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
-import torch
-
 _PATIENCE = 2.0  # seconds after which a second Ctrl-C no longer waits
 
 
@@ -27,6 +25,8 @@ def check_threads(threads: int | None) -> None:
     Torch would wait forever for its others (OpenMP's), of which a fork has none. threads: the setting.
     """
     if threads is None and os.environ.get("OMP_NUM_THREADS"):
+        import torch  # not above: who only names LLM does not wait for it
+
         threads = torch.get_num_threads()
     if threads != 1 and (parent := _first_to_load()) != os.getpid():
         raise UnusableError(

@@ -69,8 +69,7 @@ def test_kernels_are_measured_in_every_format():
 def test_attention_and_what_is_left_without_weights():
     assert min(measure_attention()) > 0
     found = measure_overhead(aligned_bytes(64 << 20).fill_(1))
-    assert min(found.layer, found.step, found.miss, found.apart) > 0
-    assert min(found) >= 0
+    assert min(found) >= 0  # differences of times, which noise may leave nothing of
 
 
 @pytest.mark.heavy
