@@ -35,10 +35,13 @@ def groups_bound(
     num_ranks: int,
     deadline: Deadline,
     start: Ints | None = None,
+    *,
+    most_pairs: float = np.inf,
 ) -> float:
     """Lower bound on the mean ranks touched per token: expert_ids [N, K], -1 = none, for ceil(E / G) experts a rank.
 
-    start: ranks [E] of a good placement, whose groups come first. 0 where time is too short for any. Costs
+    start: ranks [E] of a good placement, whose groups come first. most_pairs: that a group may serve, at least what the
+    fullest of `start` does (ValueError). 0 where time is too short for any. Costs
     O(groups N / 64) for the list and a linear program of E rows for each of some tens of rounds.
     """
     places = -(-num_experts // num_ranks)
@@ -49,6 +52,12 @@ def groups_bound(
     except TimeoutError:
         return 0.0
     owner = np.arange(experts) % num_ranks if start is None else _filled(start, num_ranks, places)
+    pairs = np.bitwise_count(bits).sum(axis=1, dtype=np.int64)
+    if most_pairs < np.inf:
+        if start is None or np.bincount(owner, weights=pairs).max() > most_pairs:
+            raise ValueError(f"{most_pairs} pairs a rank need a placement that keeps them, whose groups come first")
+        able = pairs[groups].sum(axis=1) <= most_pairs
+        groups, touched = groups[able], touched[able]
     own = np.sort(np.argsort(owner, kind="stable").reshape(num_ranks, places), axis=1)
     chosen = _places_of(own, groups, experts)
     best, prices = 0.0, touched[chosen].sum() / experts * np.ones(experts)

@@ -51,6 +51,39 @@ def test_closer_than_pairs_and_valid_whenever_time_ends():
         assert groups_bound(ids, 16, 4, Deadline(float(looks), lambda clock=clock: float(next(clock)))) <= bound + 1e-3
 
 
+@pytest.mark.parametrize(("seed", "experts", "ranks"), [(0, 6, 2), (1, 7, 3), (2, 8, 2), (3, 6, 3), (4, 7, 2)])
+def test_bounds_under_a_cap_on_load_are_below_the_best_that_keeps_it(seed, experts, ranks):
+    """Against brute force. Hot experts are chosen together, so that without the cap they share a rank."""
+    rng = np.random.default_rng(seed)
+    weight = np.r_[np.full(3, 6.0), np.ones(experts - 3)]
+    ids = np.argsort(rng.exponential(size=(60, experts)) / weight, axis=1)[:, :3].astype(np.int16)
+    hits, places = k_hot(ids, experts).astype(float), -(-experts // ranks)
+    every = (np.array(r) for r in itertools.product(range(ranks), repeat=experts))
+    every = [r for r in every if np.bincount(r).max() <= places]
+    loads = [np.bincount(r, weights=hits.sum(axis=0)).max() for r in every]
+    cap = 1.03 * min(loads)
+    costs = [touched(ids, r) if load <= cap else np.inf for r, load in zip(every, loads, strict=True)]
+    best = min(costs)
+    bound = layer_bound(hits, ranks, NEVER, iterations=60, most_pairs=cap)
+    listed = groups_bound(ids, experts, ranks, NEVER, every[costs.index(best)], most_pairs=cap)
+    assert max(bound, listed) <= best + 1e-9
+    assert listed > groups_bound(ids, experts, ranks, NEVER) + 0.05
+    assert layer_bound(hits, ranks, NEVER, iterations=60, most_pairs=3 * cap) <= min(touched(ids, r) for r in every)
+    with pytest.raises(ValueError, match="whose groups come first"):
+        groups_bound(ids, experts, ranks, NEVER, every[loads.index(max(loads))], most_pairs=cap)
+
+
+def test_a_cap_on_load_raises_the_bound_by_pairs():
+    """Four hot experts that come together: on one rank without a cap, apart with it."""
+    rng = np.random.default_rng(0)
+    ids = np.concatenate(
+        [np.tile(np.arange(3), (200, 1)), rng.permuted(np.tile(np.arange(16), (60, 1)), axis=1)[:, :3]]
+    )
+    hits = k_hot(ids.astype(np.int16), 16).astype(float)
+    capped = layer_bound(hits, 4, NEVER, iterations=200, most_pairs=hits.sum() / 3)
+    assert capped > layer_bound(hits, 4, NEVER, iterations=200) + 0.2
+
+
 def test_what_is_too_many_to_list():
     assert can_list(64, 16)
     assert not can_list(64, 8)
