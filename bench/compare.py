@@ -30,6 +30,7 @@ from bench.containers import Container, busy_processes, container, drop_page_cac
 from bench.walk_model import LARGE, SMALL, TINY, WalkModel, answers_to, prompts_of, write
 
 HERE = Path(__file__).resolve().parent
+ENVIRONMENT = dict(os.environ)  # as it was before moe, which asks OpenMP for threads that sleep, is imported here
 # What each environment installs; None is the one that runs this.
 ENVIRONMENTS: dict[str, Sequence[str] | None] = {
     "ours": None,
@@ -83,7 +84,7 @@ class Worker:
         python = _python(work, candidate.environment)
         self._log = (work / f"{candidate.name.replace(' ', '_')}.log").open("w+")
         environment = {
-            **os.environ,
+            **ENVIRONMENT,
             "OMP_NUM_THREADS": str(threads),
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(HERE.parent),
