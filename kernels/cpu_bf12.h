@@ -3,9 +3,8 @@
  * Weights become bf16 in registers, and are multiplied as those are: the same sums, bit for bit. More rows of x than a block
  * read what NR rows of W became from scratch memory, which stays in the cache.
  *
- * The includer also defines struct NAME(exponents), what
- * makes upper and lower bytes of exponent codes, NAME(exponents_of), which makes it from the highest, and NAME(widen), which
- * makes of the 128 weights at p bf16, 2 * WIDTH in each VEC.
+ * The includer also defines struct NAME(exponents), what makes upper and lower bytes of exponent codes, NAME(exponents_of),
+ * which makes it from the highest, and NAME(widen), which makes of the 128 weights at p bf16, 2 * WIDTH in each VEC.
  */
 
 enum { BF12_BLOCK = 128, BF12_BYTES = 192, BF12_STEPS = BF12_BLOCK / 32 };
@@ -51,8 +50,8 @@ SCALAR void NAME(add_rare)(const char *words, int64_t num, int64_t k0, int64_t n
 /* acc += the first `steps` * 32 columns of a block of each row. next: the first column that is rare in any of them. */
 static inline __attribute__((always_inline)) TARGET void NAME(add_block)(int mr, int is_dot, int64_t steps, const float *x,
                                                                         const struct NAME(bf12_rows) *r, int64_t k0,
-                                                                        const struct NAME(exponents) *e, int64_t *next, struct ahead *ahead,
-                                                                        VEC acc[MR][NR][SUB]) {
+                                                                        const struct NAME(exponents) *e, int64_t *next,
+                                                                        struct ahead *ahead, VEC acc[MR][NR][SUB]) {
     int64_t is_rare = *next < k0 + BF12_BLOCK;
     if (__builtin_expect(is_rare, 0)) *next = INT64_MAX;
     UNROLL(8)

@@ -84,9 +84,10 @@ def pack(
     others = _Others(checkpoint, sorted(set(checkpoint.tensors) - index.expert_keys), dense)
     files = FileStore(index)
     try:
-        store = _made(files, index, experts, calibration, _Progress(progress, _nbytes(files)))
-        _check_room(out, store, others.nbytes)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with _only_writer(out):
+            store = _made(files, index, experts, calibration, _Progress(progress, _nbytes(files)))
+            _check_room(out, store, others.nbytes)
             total = others.nbytes + _nbytes(store)
             return _pack_whole(checkpoint, index, store, others, out, _Progress(progress, total))
     finally:
@@ -114,7 +115,6 @@ def _nbytes(store: ExpertStore) -> int:
 def _check_room(out: Path, store: ExpertStore, others: int) -> None:
     """others: bytes of what is no expert's. Raises OSError where the disk has no room for all."""
     total = others + _nbytes(store)
-    out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     there = _unfinished(out)
     if free + (sum(file.stat().st_size for file in there.iterdir()) if there.is_dir() else 0) < total:

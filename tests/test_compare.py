@@ -1,6 +1,10 @@
 """The comparison with peers runs to its end on a toy, checks tokens, and says why a peer cannot run."""
 
 import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +22,33 @@ def test_engines_of_this_environment_walk_the_same_way(tmp_path, monkeypatch):
     assert said.count("| 1x64 | transformers grouped_mm | ") == 1
     assert "other tokens" not in said
     assert "| vllm compiled | cannot run: no-such-package-of-this-name" in said
+
+
+def test_peers_have_the_environment_of_the_command(tmp_path):
+    """Not that of a process that has imported moe, which asks OpenMP for threads that sleep."""
+    code = f"""
+import os, subprocess
+from pathlib import Path
+from bench import compare
+import moe
+assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+found = {{}}
+class Caught(Exception): pass
+def caught(*words, env, **how):
+    found.update(env)
+    raise Caught
+subprocess.Popen = caught
+try:
+    compare.Worker(compare.Candidate("ours", "ours", {{}}), 2, Path({str(tmp_path)!r}), None)
+except Caught:
+    assert found["OMP_NUM_THREADS"] == "2"
+    assert "OMP_WAIT_POLICY" not in found
+else:
+    raise AssertionError("no process")
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True)
 
 
 def test_a_wrong_token_is_no_ratio():

@@ -22,6 +22,7 @@ from moe.engine.runner import why_threads_count
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.offload.pack import pack
+from moe.offload.requantise import target_format
 from moe.params import SamplingParams
 from moe.placement.machine import Attention, Machine, Overhead, Rate, Reads, disk_of, save_machine
 
@@ -118,6 +119,11 @@ def test_packing_is_offered_in_one_line_where_it_pays(tmp_path):
     known = replace(machine(copy=1e3), disks={disk_of(tmp_path): machine().disks[disk_of(TINYMOE)]})
     assert read_time(packed, known, READ).stored == pytest.approx(read_time(packed, known, READ).packed)
     assert pack_offer(packed, known, READ) == []
+    wide = read_blueprint(write(tmp_path / "wide", WalkModel(layers=1, experts=4, hidden=1024, width=512, vocab=256)))
+    for name, source, target in (("as it is", wide, None), ("short", wide, target_format("bf12", None))):
+        pack(source.checkpoint, source.index, tmp_path / name, experts=target)
+    for name, num_lines in (("as it is", 1), ("short", 0)):  # also what is packed becomes shorter, once
+        assert len(pack_offer(read_blueprint(tmp_path / name), known, READ, may_be_short=True)) == num_lines
 
 
 def test_the_offer_is_a_note_of_runs_that_read(tmp_path):

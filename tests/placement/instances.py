@@ -80,3 +80,9 @@ def brute_force(program: Program) -> float:
     for combination in itertools.product(states, repeat=program.num_layers):
         best = min(best, program.cost(Plan.from_assignment(np.stack(combination), program.num_ranks)))
     return best
+
+
+def random_hosted(rng: np.random.Generator, layers=2, experts=8, ranks=4, share=0.15) -> np.ndarray:
+    hosted = rng.random((layers, experts, ranks)) < share
+    hosted[np.arange(layers)[:, None], np.arange(experts), rng.integers(0, ranks, (layers, experts))] = True
+    return hosted
