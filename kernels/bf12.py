@@ -78,8 +78,10 @@ def decode_bf12(codes: Tensor, words: Tensor, columns: int) -> Tensor:
     bits = bits[..., natural.to(codes.device)].flatten(1)[:, :columns].contiguous()
     is_meant = torch.arange(words.shape[1] - 1, device=words.device) < (words[:, :1] >> 8)
     row, of = is_meant.nonzero(as_tuple=True)
-    column = (words[row, 1 + of] >> 8).long()
-    bits[row, column] = bits[row, column] & 0x807F | (words[row, 1 + of] & 255) << 7
+    word = words[row, 1 + of]
+    is_there = (word >= 0) & (word >> 8 < columns)  # a file may say anything
+    row, column, word = row[is_there], (word >> 8).long()[is_there], word[is_there]
+    bits[row, column] = bits[row, column] & 0x807F | (word & 255) << 7
     decoded: Tensor = bits.to(torch.int16).view(torch.bfloat16)
     return decoded
 

@@ -8,7 +8,7 @@ static void decode_row(const struct matrix *w, int64_t slot, int64_t n, float *t
     const uint8_t *code = (const uint8_t *)w->data + slot * w->slot + n * w->row;
     struct place p = place_of(w, slot, n);
     for (int64_t k = 0; k < w->k; k++) {
-        int64_t group = p.group_of ? p.group_of[k] : k / q->columns;
+        int64_t group = p.group_of ? least((uint32_t)p.group_of[k], q->groups - 1) : k / q->columns; /* a file may say anything */
         float value;
         if (is_nibble(q))
             value = p.table[code[k / 2] >> k % 2 * 4 & 15];

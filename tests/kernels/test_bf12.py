@@ -147,6 +147,7 @@ def test_damaged_words_change_numbers_and_nothing_else():
                 x, ids = torch.randn(tokens, 300).bfloat16(), torch.zeros(tokens, 1, dtype=torch.int64)
                 y = CpuExperts(short, isa=isa).experts(x, ids)
                 assert y.shape == (tokens, 1, 300)
+        assert experts_reference(x, ids, short).shape == (30, 1, 300)
 
 
 def test_bad_pieces_are_refused():

@@ -86,6 +86,23 @@ def test_columns_grouped_freely(code):
     check(coded_experts((code, code), (3, 160, 96), ((1, 32), (1, 16)), with_groups=True, with_zeros=True))
 
 
+def test_groups_that_do_not_exist_change_numbers_and_nothing_else():
+    """A packed file may say anything: no scale is read beyond those that there are."""
+    torch.manual_seed(2)
+    w = coded_experts(("int4", "int8"), (3, 160, 96), ((1, 32), (1, 16)), with_groups=True, with_zeros=True)
+    x, slot_ids = torch.randn(5, 160), torch.randint(0, 3, (5, 2))
+    made = []
+    for group in (-(1 << 31), (1 << 31) - 1, None):
+        for coding in (w.gate_up_coding, w.down_coding):
+            assert coding is not None
+            assert coding.group_of is not None
+            coding.group_of.fill_(coding.scale.shape[-1] - 1 if group is None else group)
+        made.append([CpuExperts(w, isa=isa).experts(x, slot_ids) for isa in range(len(instruction_sets()))])
+    for below, beyond, there in zip(*made):
+        assert torch.equal(below, there)
+        assert torch.equal(beyond, there)
+
+
 @pytest.mark.parametrize(
     "activation",
     [
