@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe.offload.checkpoint import read_tensor
+from moe.offload.formats.integers import within
 from moe.offload.formats.slot import FLOATS, WHOLE, MatrixFormat
 from moe.offload.formats.stored import Group, Quantisation, Source, StoredMatrix, columns_per_group
 
@@ -37,14 +38,15 @@ def gptq(group: Group, said: Quantisation) -> StoredMatrix | None:
     if weight.shape[1] != n and weight.shape[1] * 8 == n:
         return _awq(group, said)
     order = group.tensors.get("g_idx")
-    bits = _bits(weight.shape[0], None if order is None else order.shape[0], said)
+    ordered = None if order is None else group.elements("g_idx", (torch.int32,))
+    bits = _bits(weight.shape[0], ordered, said)
     if bits is None or weight.shape[1] != n or zeros.shape != (groups, -(-n * bits // 32)):
         raise ValueError(
             f"{group.keys['qweight']} {list(weight.shape)}, scales {list(scales.shape)} and qzeros "
             f"{list(zeros.shape)} are not GPTQ of 4 or 8 bits"
         )
-    k = weight.shape[0] * 32 // bits if order is None else order.shape[0]
-    columns = columns_per_group(k, groups, said)
+    k = ordered or weight.shape[0] * 32 // bits
+    columns = columns_per_group(group.name, k, groups, said)
     layout = MatrixFormat.coded("int4" if bits == 4 else "int8", (1, _wide(columns, k, said)), scales.dtype)
     layout = layout._replace(has_zero=True)
     sources = {
@@ -53,9 +55,7 @@ def gptq(group: Group, said: Quantisation) -> StoredMatrix | None:
         ".zero": Source((zeros,), partial(_gptq_zeros, bits=bits, rows=n, add=int(said.zeros_less_one))),
     }
     if order is not None:
-        group_of = read_tensor(order)
-        if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
-            raise ValueError(f"{group.keys['g_idx']} names groups outside of 0 to {groups - 1}")
+        group_of = within(read_tensor(order).view(-1), groups, group.keys["g_idx"])
         if not torch.equal(group_of, (torch.arange(k) // columns).to(group_of.dtype)):
             layout, sources[".group_of"] = layout._replace(num_groups=groups), Source((order,))
     return group.matrix(f"GPTQ, {bits} bits", (n, k), layout, sources)
@@ -77,7 +77,7 @@ def _awq(group: Group, said: Quantisation) -> StoredMatrix:
     (k, words), (groups, n) = weight.shape, scales.shape
     if zeros.shape != (groups, words) or said.bits not in (None, 4):
         raise ValueError(f"{group.keys['qzeros']} has shape {list(zeros.shape)}, AWQ needs [{groups}, {words}]")
-    columns = columns_per_group(k, groups, said)
+    columns = columns_per_group(group.name, k, groups, said)
     layout = MatrixFormat.coded("int4", (1, _wide(columns, k, said)), scales.dtype)._replace(has_zero=True)
     sources = {
         "": Source((weight,), _awq_codes),

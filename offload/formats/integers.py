@@ -27,7 +27,11 @@ def pack_quantized(group: Group, said: Quantisation) -> StoredMatrix | None:
             f"{group.keys['packed']} has shape {list(packed.shape)}; packed stacks of experts are not read"
         )
     n, words = packed.shape
-    k = _columns(group, words, said)
+    k = group.columns(n, packed.shape, scale.shape) if "shape" in group.tensors else 0
+    if not k:
+        if said.bits not in (4, 8):
+            raise ValueError(f"{group.name} has neither weight_shape nor a number of bits in the configuration")
+        k = words * 32 // said.bits
     bits = next((b for b in (4, 8) if -(-k * b // 32) == words), None)
     if bits is None:
         raise ValueError(f"{group.keys['packed']} has {words} words for {k} columns; only 4 and 8 bits are read")
@@ -35,7 +39,12 @@ def pack_quantized(group: Group, said: Quantisation) -> StoredMatrix | None:
     if rows != n:
         raise ValueError(f"{group.keys['scale']} has {rows} rows, {group.name} has {n}")
     zero, order = group.tensors.get("zero_point"), group.tensors.get("weight_g_idx")
-    block = (1, WHOLE if groups == 1 and max(said.group_sizes, default=0) < 1 else columns_per_group(k, groups, said))
+    block = (
+        1,
+        WHOLE
+        if groups == 1 and max(said.group_sizes, default=0) < 1
+        else columns_per_group(group.name, k, groups, said),
+    )
     layout = MatrixFormat.coded("int4" if bits == 4 else "int8", block, scale.dtype)
     layout = layout._replace(has_zero=zero is not None, num_groups=0 if order is None else groups)
     sources = {"": Source((packed,), _codes_of(bits, words, k)), ".scale": Source((scale,))}
@@ -44,28 +53,9 @@ def pack_quantized(group: Group, said: Quantisation) -> StoredMatrix | None:
             raise ValueError(f"{group.keys['zero_point']} has shape {list(zero.shape)} for {n} rows, {groups} groups")
         sources[".zero"] = Source((zero,), partial(_zeros, bits=bits, rows=n))
     if order is not None:
-        if order.shape != (k,) or order.dtype != torch.int32:
-            raise ValueError(f"{group.keys['weight_g_idx']} is {list(order.shape)}, expected I32 [{k}]")
-        sources[".group_of"] = Source((order,), partial(_within, groups=groups, key=group.keys["weight_g_idx"]))
+        group.elements("weight_g_idx", (torch.int32,), k)
+        sources[".group_of"] = Source((order,), partial(within, groups=groups, key=group.keys["weight_g_idx"]))
     return group.matrix(f"compressed-tensors int{bits}", (n, k), layout, sources)
-
-
-def _columns(group: Group, words: int, said: Quantisation) -> int:
-    """The true number of columns: `weight_shape`'s, read once for all weights of the same stored shapes.
-
-    A model has tens of thousands of them, each a read of 16 bytes; a wrong number does not fit the model's own shapes.
-    """
-    info, stored = group.tensors.get("shape"), (group.tensors["packed"].shape, group.tensors["scale"].shape)
-    if info is not None and stored not in group.memo:
-        rows, columns = (int(v) for v in read_tensor(info).tolist())
-        if rows != stored[0][0] and (rows, columns) != (0, 0):  # zeros: a file of shapes without data
-            raise ValueError(f"{group.keys['shape']} says {rows} rows, {group.keys['packed']} has {stored[0][0]}")
-        group.memo[stored] = columns
-    if group.memo.get(stored):
-        return group.memo[stored]
-    if said.bits not in (4, 8):
-        raise ValueError(f"{group.name} has neither weight_shape nor a number of bits in the configuration")
-    return words * 32 // said.bits
 
 
 def _codes_of(bits: int, words: int, columns: int):  # type: ignore[no-untyped-def]
@@ -82,8 +72,8 @@ def _signed_bytes(packed: Tensor, columns: int) -> Tensor:
     return (packed.view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
 
 
-def _within(group_of: Tensor, groups: int, key: str) -> Tensor:
-    """As it is; kernels read scales by it without looking."""
+def within(group_of: Tensor, groups: int, key: str) -> Tensor:
+    """As it is. Raises ValueError for groups that have no scales."""
     if int(group_of.min()) < 0 or int(group_of.max()) >= groups:
         raise ValueError(f"{key} names groups outside of 0 to {groups - 1}")
     return group_of
@@ -104,7 +94,7 @@ def int_quantized(group: Group, said: Quantisation) -> StoredMatrix | None:
     rows, groups = group.grid("scale", tuple(lead))
     if rows not in (1, n):
         raise ValueError(f"{group.keys['scale']} has {rows} rows, {group.name} has {n}")
-    columns = WHOLE if groups == 1 else columns_per_group(k, groups, said)
+    columns = WHOLE if groups == 1 else columns_per_group(group.name, k, groups, said)
     layout = MatrixFormat.coded("int8", (1 if rows == n else WHOLE, columns), scale.dtype)
     sources = {"": Source((weight,)), ".scale": Source((scale,))}
     zero = group.tensors.get("zero_point")
@@ -122,7 +112,9 @@ def llm_int8(group: Group, said: Quantisation) -> StoredMatrix | None:
     if weight.dtype != torch.int8 or scb.shape != weight.shape[:1] or scb.dtype != torch.float32:
         raise ValueError(f"{group.name} {list(weight.shape)} does not fit {group.keys['SCB']} {list(scb.shape)}")
     marker = group.tensors.get("weight_format")
-    if marker is not None and int(read_tensor(marker).view(-1)[0]) != 0:
+    if marker is not None and (
+        not group.elements("weight_format", (torch.uint8,)) or int(read_tensor(marker).max()) != 0
+    ):
         raise ValueError(f"{group.name} is stored in an LLM.int8 layout other than by rows; save it again by rows")
     layout = MatrixFormat.coded("int8", (1, WHOLE), torch.float32)
     sources = {"": Source((weight,)), ".scale": Source((scb,), _scb_to_scale)}

@@ -1,14 +1,15 @@
 """A matrix of weights as a checkpoint stores it: which tensors it consists of, and how they become a slot's pieces."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe.kernels.formats import decode
-from moe.offload.checkpoint import TensorInfo, read_tensor
+from moe.offload.checkpoint import DTYPE_NAMES, TensorInfo, read_tensor
 from moe.offload.formats.slot import MatrixFormat
 
 
@@ -24,8 +25,11 @@ class Source(NamedTuple):
         return self.made(tensors, shape, dtype)
 
     def made(self, tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        made = tensors[0] if self.convert is None else self.convert(*tensors)
-        return made.contiguous().view(-1).view(dtype).view(shape)
+        made = (tensors[0] if self.convert is None else self.convert(*tensors)).contiguous().view(-1)
+        if made.nbytes != prod(shape) * dtype.itemsize:
+            where = f" in {self.tensors[0].path}" if self.tensors else ""
+            raise ValueError(f"{made.nbytes} bytes{where} are not the {list(shape)} of {dtype} that a weight needs")
+        return made.view(dtype).view(shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +103,30 @@ class Group(NamedTuple):
         keys = tuple(self.keys.values())
         return StoredMatrix(name=self.name, label=label, keys=keys, shape=shape, format=layout, sources=sources)
 
+    def elements(self, role: str, dtypes: Collection[torch.dtype], count: int | None = None) -> int:
+        """How many elements the tensor of a role has. Raises ValueError unless they are of `dtypes`, and `count`."""
+        info = self.tensors[role]
+        found = prod(info.shape)
+        if info.dtype not in dtypes or count not in (None, found):
+            names = " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
+            wanted = names if count is None else f"{count} of {names}"
+            raise ValueError(f"{self.keys[role]} is {DTYPE_NAMES[info.dtype]} {list(info.shape)}, expected {wanted}")
+        return found
+
+    def columns(self, rows: int, *stored: tuple[int, ...]) -> int:
+        """The true number of columns: `weight_shape`'s, read once for all weights of the same stored shapes.
+
+        A model has tens of thousands of them, each a read of 16 bytes; a wrong number does not fit the model's own
+        shapes. 0 for a file of shapes without data. Raises ValueError for another number of rows.
+        """
+        if stored not in self.memo:
+            self.elements("shape", (torch.int64, torch.int32), 2)
+            said, columns = read_tensor(self.tensors["shape"]).view(-1).tolist()
+            if said != rows and (said, columns) != (0, 0):
+                raise ValueError(f"{self.keys['shape']} says {said} rows, {self.name} has {rows}")
+            self.memo[stored] = columns
+        return self.memo[stored]
+
     def grid(self, role: str, lead: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of a tensor of scales; [n] counts as [n, 1], a single number as [1, 1]."""
         shape = self.tensors[role].shape
@@ -107,6 +135,8 @@ class Group(NamedTuple):
         rest = shape[len(lead) :]
         if len(rest) > 2:
             raise ValueError(f"{self.keys[role]} has shape {list(shape)}, expected scales of rows and columns")
+        if 0 in rest:
+            raise ValueError(f"{self.keys[role]} has shape {list(shape)}: it holds no scales")
         return (rest[0] if rest else 1, rest[1] if len(rest) == 2 else 1)
 
 
@@ -122,13 +152,15 @@ class Quantisation:
     activations: str = ""  # what other engines round the activations to, as the configuration asks; this one does not
 
 
-def columns_per_group(columns: int, groups: int, said: Quantisation) -> int:
+def columns_per_group(name: str, columns: int, groups: int, said: Quantisation) -> int:
     """Columns that share a scale. Raises ValueError where neither the configuration nor the shape tells."""
     for size in said.group_sizes:
         if size > 0 and -(-columns // size) == groups:
             return size
     if groups == 1:
         return columns
-    if columns % groups:
-        raise ValueError(f"{columns} columns in {groups} groups: the configuration gives no group size that fits")
+    if groups < 1 or columns % groups:
+        raise ValueError(
+            f"{name} has {columns} columns in {groups} groups: the configuration gives no group size that fits"
+        )
     return columns // groups
