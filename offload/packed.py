@@ -13,6 +13,7 @@ from moe.offload.layout import ExpertLayout, ExpertSite
 from moe.offload.segments import ExpertIndex, Parts, Segment
 
 PACKED_PREFIX = "packed.experts."
+_NUMBERS = ("num_groups", "bits", "rare")
 
 
 def describe_layer(site: ExpertSite, layout: ExpertLayout) -> dict[str, Any]:
@@ -46,8 +47,10 @@ def _read_format(said: dict[str, Any]) -> MatrixFormat:
     if said["code"] is not None and said["code"] not in get_args(CodeName):
         raise ValueError(said["code"])
     rows, columns = said["block"]
+    if any(type(number) is not int for number in (rows, columns, *(said.get(name, 0) for name in _NUMBERS))):
+        raise ValueError(said)
     return MatrixFormat(**{name: of for name, of in said.items() if name != "block_columns"})._replace(
-        dtype=DTYPES[said["dtype"]], scale_dtype=DTYPES[said["scale_dtype"]], block=(int(rows), int(columns))
+        dtype=DTYPES[said["dtype"]], scale_dtype=DTYPES[said["scale_dtype"]], block=(rows, columns)
     )
 
 

@@ -53,9 +53,10 @@ class Shortened:
     def __init__(self, source: ExpertStore, sites: Sequence[ExpertSite], seen: Callable[[int], None]) -> None:
         self.source, self.sites, self.num_experts = source, list(sites), list(source.num_experts)
         for layer, layout in enumerate(source.layouts):
-            if {layout.gate_up_format, layout.down_format} != {_PLAIN}:
+            other = {layout.gate_up_format, layout.down_format} - {_PLAIN}
+            if other:
                 raise ValueError(
-                    f"experts of layer {layer} are stored as {layout.gate_up_format}; bf12 is bf16 in 12 bits, without "
+                    f"experts of layer {layer} are stored as {min(other, key=str)}; bf12 is bf16 in 12 bits, without "
                     "loss: leave --experts out to keep them as they are"
                 )
         self.layouts = [self._layout(layer, seen) for layer in range(len(sites))]

@@ -131,6 +131,7 @@ def test_packed_for_another_model(packed):
     [
         (lambda d: d.update(version=99), "version 99, this program reads 2"),
         (lambda d: d["layers"][1]["formats"][0].update(dtype="F64"), "differ from layer 1 on"),
+        (lambda d: d["layers"][1]["formats"][1].update(num_groups=0.0), "differ from layer 1 on"),
         (lambda d: d["layers"][2]["pieces"][1].reverse(), "differ from layer 2 on"),
         (lambda d: d["files"].remove("experts-00001.safetensors"), r"packed\.experts\.1 is missing"),
         (lambda d: d["files"].append("experts-00009.safetensors"), "shard experts-00009.safetensors is missing"),

@@ -127,7 +127,7 @@ def test_what_would_not_become_smaller_stays_as_it_is(tmp_path):
     folder = wide_checkpoint("qwen3_moe", tmp_path / "original")
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    first = "model.layers.0.mlp.experts.3.down_proj.weight"
+    first = "model.layers.0.mlp.experts.3.gate_proj.weight"
     second = "model.layers.1.mlp.experts.5.gate_proj.weight"
     bits = torch.randint(-(1 << 15), 1 << 15, tensors[first].shape).to(torch.int16)
     tensors[first] = bits.view(torch.bfloat16)
@@ -137,14 +137,16 @@ def test_what_would_not_become_smaller_stays_as_it_is(tmp_path):
     pack(original.checkpoint, original.index, tmp_path / "short", experts=target_format("bf12", None))
     short = read_blueprint(tmp_path / "short")
     layouts = short.index.layouts
-    assert [layout.down_format.code for layout in layouts] == [None, *["bf12"] * (len(layouts) - 1)]
-    assert layouts[0].gate_up_format.rare == 3 < layouts[1].gate_up_format.rare
+    assert [layout.gate_up_format.code for layout in layouts] == [None, *["bf12"] * (len(layouts) - 1)]
+    assert layouts[0].down_format.rare == 3 < layouts[1].gate_up_format.rare
     assert "bf12" in short.expert_formats
     assert "bfloat16" in short.expert_formats
     for each in zip(blobs(original.index), blobs(short.index)):
         both = [dequantized(layout.weights(layout.views(blob[None]), Activation()), 0) for layout, blob in each]
         for want, got in zip(*both):
             assert torch.equal(want.view(torch.int32), got.view(torch.int32))
+    with pytest.raises(ValueError, match="experts of layer 0 are stored as bf12"):
+        pack(short.checkpoint, short.index, tmp_path / "again", experts=target_format("bf12", None))
 
 
 def test_a_pack_that_is_interrupted_goes_on(tmp_path):
