@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         total = sizes.num_layers * sizes.num_experts
         fits = [f"{name} {min(total, int(room // of[1])) / total:.0%}" for name, of in rounded(blueprint.index).items()]
         if fits:
-            out.print(f"experts that the same memory holds in other formats, which are lossy: {'; '.join(fits)}")
+            out.print(f"experts that the same memory holds in other formats, lossy but for bf12: {'; '.join(fits)}")
     routing = "even routing is assumed, which no cache wins on (--trace tells)" if args.trace is None else args.trace
     experts = "contiguous blocks" if plan is None else str(args.plan)
     out.print(f"experts in slots: {routing}; on ranks: {experts}", markup=False)

@@ -82,6 +82,7 @@ def test_memory_holds_more_in_fewer_bits(capfd, probe_file):
     flat = " ".join(out.split())
     held = int(re.search(r"(\d+) of 96", flat)[1])
     shares = dict(re.findall(r"[:;] ([a-z0-9]+(?:, \d bits)?) (\d+)%", flat))
+    assert "lossy but for bf12:" in out
     assert set(shares) == {"bf12", "int8", "int4", "mxfp4", "fp8", *(f"nested, {bits} bits" for bits in (2, 3, 4, 8))}
     index = read_blueprint(TINYMOE).index
     least, most = (100 * slots * index.layouts[0].nbytes for slots in (held, held + 1))
