@@ -104,12 +104,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(bf12_panel)(int mr
     }
     for (int64_t k0 = 0; k0 < k; k0 += KC) {
         VEC acc[MR][NR][SUB];
-        UNROLL(8)
-        for (int m = 0; m < mr; m++)
-            UNROLL(8)
-            for (int n = 0; n < NR; n++)
-                UNROLL(8)
-                for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
+        NO_SUMS(acc, mr, NR)
         int64_t end = least(k, k0 + KC), at = k0;
         for (; at + BF12_BLOCK <= end; at += BF12_BLOCK, x += BF12_STEPS * size) {
             NAME(add_block)(mr, is_dot, BF12_STEPS, x, r, at, e, &next, &ahead, acc);

@@ -32,8 +32,6 @@
 /* Beside the codes: fp32 values in scratch; and of DOT8 and DOT16, which are all beyond it. */
 enum { NAME(decoded) = CODES, NAME(dot_nibble), NAME(dot_int8), NAME(dot_e4m3), NAME(dot_decoded) };
 enum { NAME(few_rows) = 3 * MR }; /* rows of x up to which codes are read where they lie (measured) */
-#define PRAGMA(x) _Pragma(#x)
-#define UNROLL(n) PRAGMA(GCC unroll n)
 
 struct NAME(codes) { /* what all rows of a matrix have in common */
     const struct matrix *w;
@@ -243,12 +241,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
             const char *from = w;
             (void)bytes, (void)from; /* of most codes */
             VEC acc[MR][CODE_NR][SUB];
-            UNROLL(8)
-            for (int m = 0; m < mr; m++)
-                UNROLL(8)
-                for (int n = 0; n < CODE_NR; n++)
-                    UNROLL(8)
-                    for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
+            NO_SUMS(acc, mr, CODE_NR)
             left -= some;
             for (int64_t vectors; some > 0; some -= vectors, w += step, at += per_span) {
                 vectors = by_lane ? 8 : least(whole, some);

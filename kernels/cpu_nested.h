@@ -124,12 +124,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(nested_panel)(int 
         int64_t end = least(v + KC / LANES, vectors);
         VEC acc[MR][NR][SUB];
         struct NAME(group) g[NR];
-        UNROLL(8)
-        for (int m = 0; m < mr; m++)
-            UNROLL(8)
-            for (int n = 0; n < NR; n++)
-                UNROLL(8)
-                for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
+        NO_SUMS(acc, mr, NR)
 #define STEP(value)                                                                    \
     UNROLL(4)                                                                          \
     for (int u = 0; u < SUB; u++)                                                      \

@@ -20,6 +20,15 @@
 #define VLESS_ZERO(line, j, zero) (line)
 #define DOT_TABLE(from) NAME(table_at)(from)
 #endif
+#define PRAGMA(x) _Pragma(#x)
+#define UNROLL(n) PRAGMA(GCC unroll n)
+#define NO_SUMS(acc, mr, nr)           \
+    UNROLL(8)                          \
+    for (int m = 0; m < (mr); m++)     \
+        UNROLL(8)                      \
+        for (int n = 0; n < (nr); n++) \
+            UNROLL(8)                  \
+            for (int u = 0; u < SUB; u++) (acc)[m][n][u] = VZERO;
 enum { NAME(dotted) = 3 }; /* beside the kinds of storage: bf16 as it is */
 
 /* Lanes u * WIDTH and on of the j-th vector that a step of W brings. */
@@ -56,34 +65,29 @@ static inline __attribute__((always_inline)) TARGET void NAME(panel)(int mr, int
         const float *x = x0;
         const char *w = w0, *ahead = k->ahead.at;
         VEC acc[MR][NR][SUB];
-#pragma GCC unroll 8
-        for (int m = 0; m < mr; m++)
-#pragma GCC unroll 8
-            for (int n = 0; n < NR; n++)
-#pragma GCC unroll 8
-                for (int u = 0; u < SUB; u++) acc[m][n][u] = VZERO;
+        NO_SUMS(acc, mr, NR)
         for (int64_t s = 0; s < k->steps; s++, w += step, ahead += k->ahead.step) {
             if (k->ahead.at)
-#pragma GCC unroll 8
+                UNROLL(8)
                 for (int n = 0; n < NR; n++)
                     if (past_l2)
                         __builtin_prefetch(ahead + n * k->ahead.row, 0, 0);
                     else
                         __builtin_prefetch(ahead + n * k->ahead.row, 0, 2);
-#pragma GCC unroll 2
+            UNROLL(2)
             for (int j = 0; j < 2; j++) {
                 if (j == 1 && kind != BF16) break;
                 VEC wv[NR][SUB];
-#pragma GCC unroll 8
+                UNROLL(8)
                 for (int n = 0; n < NR; n++)
-#pragma GCC unroll 8
+                    UNROLL(8)
                     for (int u = 0; u < SUB; u++) wv[n][u] = NAME(fetch)(kind, w + n * row, j, u);
-#pragma GCC unroll 8
+                UNROLL(8)
                 for (int m = 0; m < mr; m++)
-#pragma GCC unroll 8
+                    UNROLL(8)
                     for (int u = 0; u < SUB; u++) {
                         VEC xv = VLOAD(x + m * LANES + u * WIDTH);
-#pragma GCC unroll 8
+                        UNROLL(8)
                         for (int n = 0; n < NR; n++)
                             acc[m][n][u] = kind == NAME(dotted) ? VDOT(acc[m][n][u], xv, wv[n][u])
                                                                 : VFMA(xv, wv[n][u], acc[m][n][u]);
