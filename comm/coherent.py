@@ -34,26 +34,24 @@ from moe.placement.wire_format import CombineMode, WireFormat
 class Moved(NamedTuple):
     """The tokens that live on this rank now, by former rank, within it in their former order.
 
-    out: [T', H], Σ_k w_k·y_k in x's dtype; x: [T', H], the row that was dispatched; payload: [T', D]; former_rank:
-    int64 [T']; tokens_per_rank: T' of every rank, which the next dispatch may be given.
+    out: [T', H], Σ_k w_k·y_k in x's dtype; x: [T', H], the row that was dispatched; payload: [T', D];
+    tokens_per_rank: T' of every rank, which the next dispatch may be given.
     """
 
     out: Tensor
     x: Tensor
     payload: Tensor
-    former_rank: Tensor
     tokens_per_rank: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrived:
-    """Received rows: home and source: rank, int64 [R]; member: [R, K], the rank of each expert, -1 = none."""
+    """Received rows: home: rank, int64 [R]; member: [R, K], the rank of each expert, -1 = none."""
 
     x: Tensor
     member: Tensor
     weights: Tensor
     home: Tensor
-    source: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,7 +183,7 @@ class CoherentDispatcher:
         source = torch.repeat_interleave(ranks, torch.tensor(rows_of, device=x.device), output_size=len(x))
         member = self.experts.rank_of[ids]
         home = home_of(member, weights, source)
-        return Arrived(x, member, weights, home, source), self.experts.local_of[ids]
+        return Arrived(x, member, weights, home), self.experts.local_of[ids]
 
     def combine(self, y: Tensor, handle: object) -> Moved:
         """Bring results to the new homes. y: [R, K, H], 0 where local_ids is -1, or [M, H] as `local_pairs` lists.
@@ -206,7 +204,7 @@ class CoherentDispatcher:
         payload = handle.payload[here] if handle.tokens_per_rank is None else handle.payload
         out = self._results_at(here, y, handle, is_split)
         x = arrived.x.index_select(0, here)
-        return Moved(out.to(x.dtype), x, payload, arrived.source[here], tokens_per_rank)
+        return Moved(out.to(x.dtype), x, payload, tokens_per_rank)
 
     def _results_at(self, here: Tensor, y: Tensor, handle: CoherentHandle, is_split: bool) -> Tensor:
         """Σ_k w_k·y_k of the rows `here`, in x's dtype or float32."""

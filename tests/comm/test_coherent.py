@@ -81,8 +81,9 @@ def travel(groups, case, *, limit, combine, pairs):
     tokens_per_rank = case.tokens_of
     for layer in range(NUM_LAYERS):
         ids, weights = routing(case, layer)
+        who = torch.stack([token, torch.full_like(token, groups.rank)], 1)
         sent = dispatcher.dispatch(
-            x, ids[token], weights[token], payload=token[:, None], layer=layer, tokens_per_rank=tokens_per_rank
+            x, ids[token], weights[token], payload=who, layer=layer, tokens_per_rank=tokens_per_rank
         )
         physical = physical_of(case.rank_of, groups.rank)[sent.local_ids]
         if pairs:
@@ -92,8 +93,9 @@ def travel(groups, case, *, limit, combine, pairs):
             y = expert_values(sent.rows, physical)
         moved = dispatcher.combine(y, sent.handle)
         assert moved.tokens_per_rank[groups.rank] == len(moved.x)
-        assert moved.former_rank.tolist() == sorted(moved.former_rank.tolist())
-        token, tokens_per_rank = moved.payload[:, 0], moved.tokens_per_rank
+        token, former_rank = moved.payload.t()
+        assert former_rank.tolist() == sorted(former_rank.tolist())
+        tokens_per_rank = moved.tokens_per_rank
         x = moved.x + moved.out
     return x, token, tokens_per_rank, dispatcher
 
@@ -115,7 +117,7 @@ def rank_layers(world_size, combine, eager_bytes=4096):
                     torch.testing.assert_close(x, whole[token])
                     differs += not torch.equal(x, whole[token])
                 assert dispatcher.traffic.bytes_to == expected_bytes(
-                    case, groups.rank, homes, payload_bytes=8, partial=combine == "partial", broadcast=limit > 0
+                    case, groups.rank, homes, payload_bytes=16, partial=combine == "partial", broadcast=limit > 0
                 ), (limit, case)
         return differs
 
