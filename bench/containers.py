@@ -45,10 +45,6 @@ class Container:
                     raise
                 time.sleep(0.3)
 
-    def peak_bytes(self) -> int:
-        """The most that the processes inside had, page cache included."""
-        return int((self.folder / ("memory.max_usage_in_bytes" if self.is_v1 else "memory.peak")).read_text())
-
 
 @contextmanager
 def container(name: str) -> Iterator[Container]:

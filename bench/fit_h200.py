@@ -27,7 +27,6 @@ from moe.placement.topology import ExpertCost
 Floats = NDArray[np.float64]
 DATA = Path(__file__).parent / "data"
 ELEMENT = 2  # bytes
-GPUS = 8  # of DeepEP's node
 
 
 class Fit(NamedTuple):

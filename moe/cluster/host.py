@@ -48,7 +48,6 @@ class ExpertHost:
         *,
         sharers: Sharers = ALONE,
     ) -> None:
-        started = time.perf_counter()
         self.config, self.where, self.node = config, where, "here"
         self._pool: BlockPool | None = None  # until the model is loaded
         self._steps = 0
@@ -62,7 +61,6 @@ class ExpertHost:
         blueprint = _read_blueprint(folder, config, where.weights)
         self.engine = Engine(folder, config, share=_share(blueprint, *share, where.job, sharers))
         self._pool = self.engine.scheduler.pool
-        self._load_seconds = time.perf_counter() - started
 
     def end(self) -> None:
         """The controller is gone, or has given this host up: nothing that it computes is of use any more."""
@@ -77,7 +75,6 @@ class ExpertHost:
             shape=shareable_shape(engine.blueprint),
             state=engine.state(),
             notes=tuple(engine.notes),
-            load_seconds=self._load_seconds,
         )
 
     # From threads of their own.

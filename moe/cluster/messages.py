@@ -142,7 +142,6 @@ class HostInfo:
     shape: tuple[int, int]  # layers, experts of each
     state: State
     notes: tuple[str, ...]
-    load_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

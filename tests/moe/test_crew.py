@@ -70,7 +70,7 @@ class Actor:
             sizes = {"slots": 8, "experts": 16, "slot_bytes": 0, "dense_bytes": 0, "peak_rss_bytes": 0}
             state = EngineState(running=0, waiting=0, blocks=9, free_blocks=9, **sizes)
             limits = Limits(100, 64, 4, 9, frozenset())
-            self.ready_now.set_result(HostInfo(1000 + number, "node", limits, SHAPE, state, (), 0.0))
+            self.ready_now.set_result(HostInfo(1000 + number, "node", limits, SHAPE, state, ()))
 
     def __getattr__(self, name: str) -> Any:
         return type("Method", (), {"remote": staticmethod(getattr(self, f"do_{name}"))})
