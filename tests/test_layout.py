@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,15 @@ ALLOWED = {
 FOLDERS = sorted(ALLOWED)
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported_modules(path: Path) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -40,6 +47,7 @@ def folder_of(module: str) -> str | None:
     return parts[1] if len(parts) > 1 and parts[1] in ALLOWED else "moe"
 
 
+@cache
 def sources(folder: str) -> list[Path]:
     return [p for p in sorted((ROOT / folder).glob("**/*.py")) if not any(q.is_symlink() for q in p.parents)]
 
@@ -198,7 +206,7 @@ def test_every_wait_has_a_limit_or_a_reason(folder):
     found = []
     for path in sources(folder):
         text, name = path.read_text(), str(path.relative_to(ROOT))
-        tree, lines = ast.parse(text), text.splitlines()
+        tree, lines = tree_of(path), text.splitlines()
         limited = [n.args[0] for n in ast.walk(tree) if isinstance(n, ast.Call) and n.args[1:]
                    and ast.unparse(n.func) == "asyncio.wait_for"]  # fmt: skip
         for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and n not in limited and is_endless(n)):
