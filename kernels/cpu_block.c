@@ -14,7 +14,7 @@
 #include "cpu_scalars.h"
 #include "cpu_team.h"
 
-enum { CHUNK = 32, GROUP = 64, MAX_DIM = 256 }; /* keys at a time, query rows at a time, elements of a head */
+enum { CHUNK = 32, GROUP = 64 }; /* keys at a time, query rows at a time */
 enum { SCORES = CHUNK + 16, PART = 64 };        /* a row of scores and what a product writes beyond it; of a head at once */
 enum { FEW_ROWS = 8 };                          /* values of more query rows are widened once for all of them */
 enum { SERIAL_ELEMENTS = 1 << 13 };             /* of norms and the like, for a thread at once: some 10 us */
