@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from bench.gpu_measure import Run
 from bench.two_launch import two_launch
 from moe.comm.symmetric import VirtualHeap
+from moe.kernels.bf12 import encode_bf12, most_rare
 from moe.kernels.combine import combine
+from moe.kernels.formats import Coding
 from moe.kernels.fused import FusedExperts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.heap_layout import FusedShape, HeapLayout
@@ -86,10 +88,10 @@ class Case:
         self.slots = (torch.arange(layer.experts, device=device) * (slots // layer.experts)).to(torch.int32)
 
     def stored(self) -> dict[str, ExpertWeights]:
-        """The same experts in 8 bits, as far as this chip widens them."""
+        """The same experts in 8 bits, as far as this chip widens them; the first four of them, in turn, in bf12."""
         chip = device_capability(self.device)
         kinds: tuple[Literal["fp8", "int8"], ...] = ("fp8", "int8") if chip == 0 or chip >= 89 else ("int8",)
-        return {kind: quantize_experts(self.weights, kind) for kind in kinds}
+        return {kind: quantize_experts(self.weights, kind) for kind in kinds} | {"bf12": in_12_bits(self.weights)}
 
     def inputs(self, tokens: int, routing: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """x, slot ids and weights. routing: "balanced", "power_law" (popularity of expert r is r ** -1.2) or "one"."""
@@ -115,6 +117,20 @@ class Case:
         itemsize = self.dtype.itemsize
         nbytes = float(matrices * layer.hidden * layer.inter * itemsize * active + 4 * rows * layer.hidden * itemsize)
         return flops, nbytes, max(flops / MATRIX_RATE, nbytes / BANDWIDTH) * 1e6
+
+
+def in_12_bits(weights: ExpertWeights, number: int = 4) -> ExpertWeights:
+    """In slot i expert i % number, which is enough to tell slots apart; encoding all would take a minute."""
+    made: list[Tensor] = []
+    for stored, parts in ((weights.gate_up, 2 if weights.activation.gated else 1), (weights.down, 1)):
+        few = [w.bfloat16().cpu() for w in stored[:number]]
+        rare = max(map(most_rare, few))
+        codes, words = zip(*(encode_bf12(w, rare) for w in few))
+        each = torch.arange(len(stored)) % len(few)
+        made += [torch.stack(codes)[each], torch.stack(words)[each].unflatten(1, (parts, -1))]
+    first, first_words, second, second_words = (t.to(weights.down.device) for t in made)
+    codings = (Coding("bf12", (1, 1 << 30), words) for words in (first_words, second_words))
+    return ExpertWeights(first, second, None, None, weights.activation, *codings)
 
 
 def grouped(case: Case, weights: ExpertWeights | None = None, config: TileConfig | None = None) -> Run:

@@ -86,6 +86,8 @@ class Coding(NamedTuple):
     @property
     def name(self) -> str:
         """All that a kernel is compiled for: "int4 1x128 float16 zeros"."""
+        if self.code == "bf12":
+            return "bf12"
         more = ((self.zero, "zeros"), (self.factor, "factors"), (self.group_of, "groups"))
         rows, columns = self.block
         code = self.code if self.residual is None else f"{self.code}{self.residual.most}"

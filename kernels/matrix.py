@@ -2,7 +2,7 @@
 
 The formats are those of `formats.py`; their twin is its `decode`. How a kernel reads a matrix depends on what is exact:
 
-    float    as stored, no scale
+    float    as stored, no scale; of bf12 the bfloat16 that it stands for
     row      one scale a row: codes become activations' numbers, which hold them exactly; the sum is scaled at its end
     blocks   a scale for a block of columns: the sum over each block is scaled, in float32
     exact    code times scale is a number of the activations' dtype (FP4 with power-of-two or E4M3 scales): no rounding
@@ -22,7 +22,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe.kernels.formats import NIBBLE_CODES, Coding, Residual
 from moe.kernels.intrinsics import cast, device_function, dot, same_dtype
-from moe.kernels.tile_codes import code_values, in_block, nested_values, scale_values, scales_of_tile, zero_points
+from moe.kernels.tile_codes import (
+    FEW_RARE,
+    code_values,
+    in_block,
+    nested_values,
+    scale_values,
+    scales_of_tile,
+    short_floats,
+    short_start,
+    zero_points,
+)
 from moe.kernels.weights import ExpertWeights
 
 Reading = Literal["float", "row", "blocks", "exact", "wide"]
@@ -58,7 +68,7 @@ class Matrix(NamedTuple):
 
     codes: Any  # pointer or TMA descriptor over [S, n, bytes of a row]
     bias: Any
-    scale: Any  # one byte scales as bytes
+    scale: Any  # one byte scales as bytes; of bf12 the rows' words
     zero: Any
     factor: Any
     table: Any
@@ -73,6 +83,7 @@ class Matrix(NamedTuple):
     stride_factor: Any
     stride_table: Any
     stride_group: Any
+    stride_words: Any  # of rows of bf12: 1 + R
     CODE: Any  # "float" or a code; "e4m3 bits" where the chip has no such numbers
     READ: Any  # `Reading`
     SCALE: Any  # "float", "e8m0" or "e4m3"
@@ -81,6 +92,7 @@ class Matrix(NamedTuple):
     GROUPS: Any
     NIBBLES: Any
     TMA: Any
+    RARE: Any  # weights that a row of bf12 may have: "none", "few" or "many"
 
 
 class Part(NamedTuple):
@@ -99,7 +111,7 @@ class Part(NamedTuple):
 
 def reading(coding: Coding | None, columns: int, dtype: torch.dtype) -> Reading:
     """How a matrix of so many columns is read for activations of `dtype`; see the top of this file."""
-    if coding is None:
+    if coding is None or coding.code == "bf12":
         return "float"
     group = coding.block[1]
     if coding.code in ("lut4", "nested") or coding.group_of is not None:
@@ -140,12 +152,14 @@ def argument(part: Part, dtype: torch.dtype, *, tma_box: tuple[int, int] | None,
     code: str = "float" if coding is None else coding.code
     if code == "e4m3" and not has_e4m3:
         code, codes = "e4m3 bits", codes.view(torch.uint8)
+    if code == "bf12":
+        codes = codes.view(torch.int32)  # four codes a word; every piece of a slot begins on a cache line
     strides = codes.stride(0), codes.stride(1)
     source: Any = codes
     if tma_box is not None:
         source = TensorDescriptor.from_tensor(codes, [1, tma_box[0], tma_box[1] // (2 if is_nibbles else 1)])
     scale = zero = factor = table = group_of = None
-    kind, block, groups = "float", (1, 1), 1
+    kind, block, groups, rare = "float", (1, 1), 1, 0
     if coding is not None:
         scale, zero, factor, table, group_of = (
             None if t is None else t[:, part.number]
@@ -153,11 +167,16 @@ def argument(part: Part, dtype: torch.dtype, *, tma_box: tuple[int, int] | None,
         )
         assert scale is not None
         groups, block = scale.shape[-1], coding.block
+        if code == "bf12":
+            assert table is None, "rare weights beside the rows' words are not read here"
+            groups, rare = 1, groups - 1
         if scale.dtype.itemsize == 1:
             kind = "e8m0" if scale.dtype == torch.float8_e8m0fnu else "e4m3"
             scale = scale.view(torch.uint8)
     steps = [0 if t is None else t.stride(0) for t in (bias, scale, zero, factor, table, group_of)]
-    constants = (code, part.reading(dtype), kind, *block, groups, is_nibbles, tma_box is not None)
+    steps.append(1 + rare)
+    many = "none" if not rare else "few" if rare <= FEW_RARE.value else "many"
+    constants = (code, part.reading(dtype), kind, *block, groups, is_nibbles, tma_box is not None, many)
     return Matrix(
         source,
         bias,
@@ -183,10 +202,12 @@ def _planes(residual: Residual, part: Part) -> Planes:
 
 
 @device_function
-def tile_pointers(m, slot, cols, BLOCK_K: tl.constexpr):
-    """Of the first tile: [BLOCK_K, BLOCK_N], of nibbles [BLOCK_N, BLOCK_K / 2]; nothing by TMA."""
+def tile_pointers(m, slot, cols, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the first tile: [BLOCK_K, BLOCK_N], of nibbles [BLOCK_N, BLOCK_K / 2]; of bf12 what `short_start` says."""
     if m.TMA:
         return 0  # triton 3.6 returns no None from a function
+    elif m.CODE == "bf12":
+        return short_start(m, slot, cols, N, BLOCK_K)
     else:
         rows = m.codes + slot.to(tl.int64) * m.stride_slot + cols.to(tl.int64) * m.stride_row
         if m.NIBBLES:
@@ -254,6 +275,8 @@ def _codes(m, ptrs, slot, n0, k0, cols, N: tl.constexpr, K: tl.constexpr, BLOCK_
     WHOLE: tl.constexpr = K % BLOCK_K == 0 and N % BLOCK_N == 0
     if m.CODE == "nested":
         return 0  # `nested_values` loads them
+    elif m.CODE == "bf12":
+        return short_floats(m, ptrs, slot, k0, cols, N, BLOCK_N, BLOCK_K)
     elif m.NIBBLES:
         if m.TMA:
             pairs = tl.reshape(m.codes.load([slot, n0, k0 // 2]), (BLOCK_N, BLOCK_K // 2))

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from moe.kernels.intrinsics import INTERPRETED, device_function
 
+FEW_RARE = tl.constexpr(8)  # of a row of bf12, looked for without a loop
+
 
 @device_function
 def code_values(m, codes, zero, slot):
@@ -123,3 +125,117 @@ def scales_of_tile(m, slot, cols, k0, N: tl.constexpr, K: tl.constexpr, BLOCK_N:
         scale = in_block(m, m.scale, m.stride_scale, slot, cols[:, None], group[None, :], there)
         spread = tl.broadcast_to(scale_values(m, scale)[:, :, None], (BLOCK_N, EACH, SIZE))
         return tl.trans(tl.reshape(spread, (BLOCK_N, BLOCK_K)))
+
+
+@device_function
+def short_start(m, slot, cols, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # Of bf12, before the first tile: where its words of four codes lie [BLOCK_N, BLOCK_K / 4 or 16], in the order of
+    # columns; each row's highest exponent four times [BLOCK_N]; how many rare weights a row has at most
+    if BLOCK_K >= 64:
+        word = tl.arange(0, 16)
+    else:
+        word = tl.arange(0, BLOCK_K // 4)
+    rows = m.codes + slot.to(tl.int64) * m.stride_slot + cols.to(tl.int64) * m.stride_row
+    words = m.scale + slot.to(tl.int64) * m.stride_scale + cols * m.stride_words
+    first = tl.load(words, mask=cols < N, other=0)
+    return rows[:, None] + _place(word)[None, :], (first & 255).to(tl.uint32) * 0x01010101, tl.max(first >> 8, 0)
+
+
+@device_function
+def short_floats(m, start, slot, k0, cols, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    # bfloat16 [BLOCK_K, BLOCK_N], bit for bit what was encoded. Four weights are decoded at once in the bytes of a word
+    tl.static_assert(BLOCK_K <= 128)
+    ptrs, highest, most = start
+    WHOLE: tl.constexpr = N % BLOCK_N == 0
+    at = ptrs + k0 // 128 * 48
+    if BLOCK_K < 64:  # else 0, which triton 3.6 does not see, and loads no two words at once
+        at += _place(k0 % 64 // 4)
+    there = (cols < N)[:, None]
+    if BLOCK_K == 128:
+        low, high, codes = _words(at, there, WHOLE), _words(at + 16, there, WHOLE), _words(at + 32, there, WHOLE)
+        exponents = _exponents(codes, highest), _exponents(codes >> 4, highest)
+    else:
+        half = k0 // 64 % 2
+        low, codes = _words(at + 16 * half, there, WHOLE), _words(at + 32, there, WHOLE) >> (4 * half)
+        exponents = (_exponents(codes, highest),)  # type: ignore[assignment]
+    words = m.scale + slot.to(tl.int64) * m.stride_scale + cols * m.stride_words
+    count = tl.minimum(tl.load(words, mask=cols < N, other=0) >> 8, m.stride_words - 1)  # a damaged file may say more
+    for r in tl.static_range(0 if m.RARE == "none" else FEW_RARE):
+        if r < 2:  # most rows that have any have no more: these stay in registers, the others are loaded where they are
+            rare = _rare(words, r, count, codes)
+            if r < most:
+                exponents = _with_rare(exponents, rare, k0, BLOCK_K)
+        elif r < most:
+            exponents = _with_rare(exponents, _rare(words, r, count, codes), k0, BLOCK_K)
+    if m.RARE == "many":  # a loop inside of that over columns, which then is no pipeline
+        for r in range(FEW_RARE, tl.minimum(most, m.stride_words - 1)):
+            exponents = _with_rare(exponents, _rare(words, r, count, codes), k0, BLOCK_K)
+    if BLOCK_K == 128:
+        halves = tl.join(_put_together(low, exponents[0]), _put_together(high, exponents[1]))
+        return tl.trans(tl.reshape(tl.permute(halves, (0, 2, 1)), (BLOCK_N, BLOCK_K)))
+    else:
+        return tl.trans(_put_together(low, exponents[0]))
+
+
+@device_function
+def _place(word):
+    # Of words of four columns within 64, which `bf12.py` lays out otherwise
+    return word // 2 % 4 * 4 + word // 8 * 2 + word % 2
+
+
+@device_function
+def _words(at, there, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(at).to(tl.uint32, bitcast=True)
+    else:
+        return tl.load(at, mask=there, other=0).to(tl.uint32, bitcast=True)
+
+
+@device_function
+def _exponents(codes, highest):
+    # Four a word, of the low half bytes of codes; 0 where a code is 15
+    codes = codes & 0x0F0F0F0F
+    ends = (codes + 0x01010101) & 0x10101010
+    is_zero = (ends << 4) - (ends >> 4)  # 255 where it is
+    return (highest[:, None] - (codes & ~is_zero)) & ~is_zero
+
+
+@device_function
+def _rare(words, r, count, like):
+    # Each row's r-th rare weight, [BLOCK_N, words]; of no column where it has fewer. What is added is 0, and has what
+    # follows computed where the words of codes are: else values of rows change threads, by shared memory, at each step
+    rare = tl.load(words + 1 + r, mask=count > r, other=-256)
+    return rare[:, None] + (tl.arange(0, like.shape[1]) // like.shape[1])[None, :]
+
+
+@device_function
+def _with_rare(exponents, rare, k0, BLOCK_K: tl.constexpr):
+    # And those of each row's rare weight, if it is one of the tile's
+    if BLOCK_K == 128:
+        return _and_rare(exponents[0], rare, k0), _and_rare(exponents[1], rare, k0 + 64)
+    else:
+        return (_and_rare(exponents[0], rare, k0),)
+
+
+@device_function
+def _and_rare(exponents, rare, k0):
+    # Its code has told none, so that its byte is 0
+    is_here = (rare >> 10) == (k0 // 4 + tl.arange(0, exponents.shape[1]))[None, :]
+    return exponents | tl.where(is_here, (rare & 255).to(tl.uint32) << ((rare >> 8 & 3) * 8).to(tl.uint32), 0)
+
+
+@device_function
+def _put_together(kept, exponents):
+    # bfloat16 [BLOCK_N, 4 * words] of signs and mantissas, and exponents: their upper and lower bytes, four a word
+    upper = (kept & 0x80808080) | ((exponents >> 1) & 0x7F7F7F7F)
+    lower = (kept & 0x7F7F7F7F) | ((exponents << 7) & 0x80808080)
+    pairs = tl.join(_interleaved(lower, upper), _interleaved(lower >> 16, upper >> 16))
+    pairs = tl.reshape(pairs, (kept.shape[0], 2 * kept.shape[1]))
+    halves = tl.join((pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16))
+    return tl.reshape(halves, (kept.shape[0], 4 * kept.shape[1])).to(tl.bfloat16, bitcast=True)
+
+
+@device_function
+def _interleaved(lower, upper):
+    # The low two bytes of each
+    return (lower & 0xFF) | ((upper & 0xFF) << 8) | ((lower & 0xFF00) << 8) | ((upper & 0xFF00) << 16)

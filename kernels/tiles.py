@@ -59,7 +59,7 @@ def tiles_for(config: TileConfig, weights: ExpertWeights, dtype: torch.dtype) ->
     elif "wide" in readings:  # three tiles of each: ahead of time, more spills on sm_100 and does not fit gfx942
         n1, n2, k = (min(size, most) for size, most in zip(config[1:4], (64, 64, 32)))
         config = config._replace(block_n1=n1, block_n2=n2, block_k=k)
-    if config.block_m >= 64 and is_decoded(weights, dtype):  # ahead of time: else spills in the loop
+    if "bf12" in weights.formats or (config.block_m >= 64 and is_decoded(weights, dtype)):  # ahead of time: else spills
         config = config._replace(block_n1=min(config.block_n1, 64), block_n2=min(config.block_n2, 64))
     block_k = config.block_k
     for part in parts:
@@ -73,7 +73,8 @@ def tiles_for(config: TileConfig, weights: ExpertWeights, dtype: torch.dtype) ->
 
 def is_decoded(weights: ExpertWeights, dtype: torch.dtype) -> bool:
     """Whether some matrix costs registers beside its sum: more than a conversion, or scales inside a row."""
-    return any(part.reading(dtype) in ("blocks", "exact", "wide") for part in parts_of(weights))
+    readings = {part.reading(dtype) for part in parts_of(weights)}
+    return "bf12" in weights.formats or not readings.isdisjoint(("blocks", "exact", "wide"))
 
 
 def device_capability(device: torch.device) -> int:
@@ -113,7 +114,7 @@ def _fits_tma(part: Part, dtype: torch.dtype, block_k: int) -> bool:
     codes = part.codes
     if part.coding is None and codes.dtype != dtype:
         return False
-    if part.coding is not None and part.coding.code == "nested":  # planes of several strides
+    if part.coding is not None and part.coding.code in ("nested", "bf12"):  # planes of several strides; blocks of three
         return False
     row = block_k * codes.itemsize // (2 if codes.dtype == torch.uint8 else 1)
     steps = (codes.data_ptr(), codes.stride(0) * codes.itemsize, codes.stride(1) * codes.itemsize, row)
@@ -146,8 +147,8 @@ def gate_up_tile(
     cols = n0 + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     x_ptrs = rows[:, None] + ks[None, :]
-    gate_ptrs = tile_pointers(gate, slot, cols, BLOCK_K)
-    up_ptrs = tile_pointers(up, slot, cols, BLOCK_K)
+    gate_ptrs = tile_pointers(gate, slot, cols, I, BLOCK_K)
+    up_ptrs = tile_pointers(up, slot, cols, I, BLOCK_K)
     acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, H, BLOCK_K):
@@ -184,7 +185,7 @@ def down_tile(
     cols = n0 + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
     h_ptrs = rows[:, None] + ks[None, :]
-    ptrs = tile_pointers(down, slot, cols, BLOCK_K)
+    ptrs = tile_pointers(down, slot, cols, H, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, I, BLOCK_K):
         if I % BLOCK_K == 0:

@@ -160,5 +160,7 @@ def compile_at_start(layers: Sequence[GroupedExperts], top_k: int, dtype: torch.
 
 def _kernel_key(layer: GroupedExperts) -> tuple[object, ...]:
     weights = layer.weights
-    stored = weights.stored, weights.gate_up.shape, weights.down.shape, weights.gate_up_bias is None
+    codings = (c for c in (weights.gate_up_coding, weights.down_coding) if c is not None and c.code == "bf12")
+    rare = tuple(c.scale.shape[-1] for c in codings)  # a stride, which the JIT looks at
+    stored = weights.stored, rare, weights.gate_up.shape, weights.down.shape, weights.gate_up_bias is None
     return *stored, weights.activation, layer.num_experts

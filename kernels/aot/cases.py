@@ -24,7 +24,15 @@ from moe.kernels.permute import _small_dense_routing_kernel, _small_routing_kern
 from moe.kernels.tiles import TileConfig, is_decoded, matrices, pick_tiles, tiles_for
 from moe.kernels.weights import Activation, ExpertWeights
 
-STORED = ("fp8", "int8", "int4", "mxfp4", "nf4", "nested")  # between them every way in which kernels read a matrix
+STORED = (
+    "fp8",
+    "int8",
+    "int4",
+    "mxfp4",
+    "nf4",
+    "nested",
+    "bf12",
+)  # between them every way in which kernels read a matrix
 _MAP_NORESERVE = 0x4000  # Linux; the module has no name for it
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -116,7 +124,7 @@ def cases(arch: str) -> Iterator[Case]:
         for tma in (False, True) if capability(arch) >= 90 else (False,):
             config = pick_tiles(rows, torch.bfloat16, capability(arch), tma=tma)
             for stored in ("bf16", *STORED) if phase != "mid" else ("bf16",):
-                if tma and stored == "nested":  # planes of several strides come by pointers
+                if tma and stored in ("nested", "bf12"):  # which come by pointers
                     continue
                 name = f"{phase}{'' if stored == 'bf16' else '_' + stored}{'_tma' if tma else ''}"
                 yield from _grouped_cases(name, config, weights_stored(stored, hidden, inter), top_k, arch, tma)
@@ -141,7 +149,7 @@ def cases(arch: str) -> Iterator[Case]:
 def weights_stored(
     stored: str, hidden: int, inter: int, slots: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> ExpertWeights:
-    """Experts of no values, as published: FP8 of DeepSeek-V3, int8, GPTQ's int4, gpt-oss, NF4; or our nested ones."""
+    """Experts of no values, as published: FP8 of DeepSeek-V3, int8, GPTQ's int4, gpt-oss, NF4; or our own."""
     if stored == "bf16":
         first, second = (_unbacked((slots, n, k), dtype) for n, k in ((2 * inter, hidden), (hidden, inter)))
         return ExpertWeights(first, second, None, None, Activation())
@@ -154,11 +162,13 @@ def weights_stored(
         "nvfp4": ("e2m1", (1, 16), torch.float8_e4m3fn),
         "nf4": ("lut4", (1, 64), torch.float32),
         "nested": ("nested", (1, 64), torch.float16),
+        "bf12": ("bf12", (1, 1 << 30), torch.int32),
     }
     code, block, scale = formats[stored]
     codes, codings = [], []
     for parts, rows, columns in ((2, inter, hidden), (1, hidden, inter)):
-        grid = (slots, parts, -(-rows // block[0]), -(-columns // block[1]))
+        groups = 1 + 3 if stored == "bf12" else -(-columns // block[1])
+        grid = (slots, parts, -(-rows // block[0]), groups)
         codes.append(_unbacked((slots, parts * rows, bytes_per_row(code, columns)), CODE_DTYPES[code]))
         codings.append(
             Coding(

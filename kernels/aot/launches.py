@@ -59,6 +59,7 @@ SHAPES = (
     Shape("gpt-oss-20b mxfp4", 4, 32, 4, 2880, 2880, torch.bfloat16, "mxfp4", GPT_OSS, True),
     Shape("Qwen3-30B-A3B nvfp4", 4, 128, 8, 2048, 768, torch.bfloat16, "nvfp4"),
     Shape("Qwen3-30B-A3B nf4", 4, 128, 8, 2048, 768, torch.bfloat16, "nf4"),
+    Shape("Qwen3-30B-A3B bf12", 4, 128, 8, 2048, 768, torch.bfloat16, "bf12"),
     Shape("Qwen3-30B-A3B nf4 fp16", 4, 128, 8, 2048, 768, torch.float16, "nf4"),
 )
 

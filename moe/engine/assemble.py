@@ -43,7 +43,7 @@ from moe.engine.turns import Turns
 from moe.engine.upgrades import Upgrades, make_upgrades
 from moe.guard import check_threads
 from moe.kernels.weights import ExpertWeights
-from moe.layer.experts import SlotExperts, check_formats, chosen_kernel, kernel_notes, layer_kernels
+from moe.layer.experts import SlotExperts, chosen_kernel, kernel_notes, layer_kernels
 from moe.layer.routing import RoutingSeam
 from moe.models.attention import ATTENTION_NAME
 from moe.models.blueprint import Blueprint
@@ -247,7 +247,6 @@ def read_model(blueprint: Blueprint, config: EngineConfig, share: Share | None =
     check_threads(config.threads)
     offload, device = config.offload, find_device(config.device)
     is_fixed = share is None or not (share.may_change or config.placement.online)
-    check_formats(chosen_kernel(config.kernel, device), blueprint.index.codes)
     check_bits(offload.bits, offload.store, device, is_fixed=is_fixed)
     held = None if share is None else share.held
     index = serve(blueprint.checkpoint, blueprint.index, offload.bits, offload.budget, held)
@@ -366,7 +365,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
             slots.routing.stages.append(foresight.pregate)
         for layer, site in enumerate(blueprint.index.sites):
             model.get_submodule(site.module).compute = slots.layer(layer)
-        short = read.device.type == "cpu" and kernel in ("auto", "cpu") and model.dtype == torch.bfloat16
+        short = model.dtype == torch.bfloat16
         offer = pack_offer(blueprint, machine, offload, may_be_short=short) if cache.can_evict else []
         notes = [*kernel_notes(kernel, weights, model.dtype), *offer]
         experts = Experts(slots, tuple(weights), tuple(notes), tuple(choices), upgrades)

@@ -7,8 +7,7 @@ Which of the two runs (moe/layer/runners.py) follows from what is resident, and 
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -50,14 +49,6 @@ def chosen_kernel(name: KernelName, device: torch.device) -> KernelName:
     return "cpu" if device.type == "cpu" else "measured"
 
 
-def check_formats(name: KernelName, formats: Iterable[str]) -> None:
-    """name: as `chosen_kernel` gives it; formats: of the experts. Raises ValueError for what it cannot read."""
-    if name not in ("reference", "cpu") and "bf12" in formats:
-        raise ValueError(
-            f"kernel {name!r} does not read bf12, which is for CPUs; serve the original checkpoint instead"
-        )
-
-
 def layer_kernels(
     name: KernelName,
     layers: Sequence[ExpertWeights],
@@ -75,7 +66,6 @@ def layer_kernels(
     """
     device = layers[0].gate_up.device
     name = chosen_kernel(name, device)
-    check_formats(name, chain.from_iterable(weights.formats for weights in layers))
     if name == "reference":
         return [ReferenceKernel(weights) for weights in layers]
     if name == "cpu":

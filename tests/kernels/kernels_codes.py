@@ -15,9 +15,9 @@ def random_codes(code: CodeName, shape: tuple[int, ...], columns: int) -> torch.
     return raw.view(CODE_DTYPES[code])
 
 
-def apart(t: torch.Tensor) -> torch.Tensor:
+def apart(t: torch.Tensor, gap: int = 13) -> torch.Tensor:
     """The same with slots further apart than they are long; what lies between is not finite, or -1."""
-    slab = torch.full((len(t), math.prod(t.shape[1:]) + 13), 255, dtype=torch.uint8)
+    slab = torch.full((len(t), math.prod(t.shape[1:]) + gap), 255, dtype=torch.uint8)
     if t.is_floating_point() and t.itemsize > 1:
         slab = torch.full(slab.shape, math.nan, dtype=t.dtype)
     slab = slab.view(t.dtype) if t.itemsize == 1 else slab.to(t.dtype)

@@ -62,19 +62,21 @@ def test_three_quarters_of_the_bytes():
     assert (codes.nbytes + words.nbytes) / w.nbytes < 0.76
 
 
-def coded(w: torch.Tensor, parts: int, *, interleaved: bool = False) -> tuple[torch.Tensor, Coding]:
-    """w: [S, P * n, k]."""
-    rare = max(most_rare(of) for of in w)
+def coded(
+    w: torch.Tensor, parts: int, *, interleaved: bool = False, gap: int = 13, room: int = 0
+) -> tuple[torch.Tensor, Coding]:
+    """w: [S, P * n, k]. gap: between slots; room: for so many rare weights more than a row has."""
+    rare = max(most_rare(of) for of in w) + room
     each = [encode_bf12(of, rare) for of in w]
     words = [
         e.words.unflatten(0, (-1, parts)).transpose(0, 1) if interleaved else e.words.unflatten(0, (parts, -1))
         for e in each
     ]
-    return apart(torch.stack([e.codes for e in each])), Coding("bf12", (1, WHOLE), apart(torch.stack(words)))
+    return apart(torch.stack([e.codes for e in each]), gap), Coding("bf12", (1, WHOLE), apart(torch.stack(words), gap))
 
 
 def experts(
-    hidden: int, inter: int, act: Activation, spread: float = 1.0, bias: bool = False
+    hidden: int, inter: int, act: Activation, spread: float = 1.0, bias: bool = False, gap: int = 13
 ) -> tuple[ExpertWeights, ExpertWeights]:
     """The same, of floats and of bf12."""
     parts, slots = 2 if act.gated else 1, 3
@@ -84,8 +86,8 @@ def experts(
         made.append((w / w.abs().max()).bfloat16().view(slots, n, k))
     first, down = made
     biases = [torch.randn(slots, n).bfloat16() if bias else None for n in (parts * inter, hidden)]
-    codes, coding = coded(first, parts, interleaved=act.gated and act.interleaved)
-    down_codes, down_coding = coded(down, 1)
+    codes, coding = coded(first, parts, interleaved=act.gated and act.interleaved, gap=gap)
+    down_codes, down_coding = coded(down, 1, gap=gap)
     plain = ExpertWeights(first, down, *biases, act)
     return plain, ExpertWeights(codes, down_codes, *biases, act, coding, down_coding)
 

@@ -133,6 +133,8 @@ def test_the_offer_is_a_note_of_runs_that_read(tmp_path):
     for budget, is_told in ((0.25, True), (1.0, False)):
         with LLM(TINYMOE, config, experts_in_memory=budget) as llm:
             assert any("moe pack" in note for note in llm.notes) == is_told
+    with LLM(TINYMOE, replace(config, dtype="bfloat16", kernel="grouped"), experts_in_memory=0.25) as llm:
+        assert any("--experts bf12" in note for note in llm.notes)  # the kernels of GPUs read it too
 
 
 def test_what_no_figure_chooses_is_told_with_its_reason():

@@ -7,15 +7,19 @@ from safetensors.torch import load_file, save_file
 
 from bench.walk_model import WalkModel, write
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from moe.kernels import fused, grouped_gemm
 from moe.kernels.reference import dequantized
+from moe.kernels.tiles import TileConfig
 from moe.kernels.weights import Activation
 from moe.launch.cli import main
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
-from moe.models.dense_packed import PackedLinear
+from moe.models.dense_packed import PackedLinear, roundable
+from moe.models.load import load_dense
 from moe.offload.check import check_folder
 from moe.offload.pack import pack
 from moe.offload.requantise import sizes, target_format
+from moe.offload.rounded_dense import RoundedDense
 from moe.offload.stores import FileStore, aligned_bytes
 from moe.params import SamplingParams
 from tests.families import randomise, tiny_checkpoint
@@ -37,16 +41,16 @@ def wide_checkpoint(family, folder, dtype=torch.bfloat16):
     return folder
 
 
-def says(folder, *, dtype="bfloat16", budget="3", **more):
+def says(folder, *, dtype="bfloat16", budget="3", store="file", new=5, **more):
     config = EngineConfig(
         dtype=dtype,
-        offload=OffloadConfig(budget=budget),
+        offload=OffloadConfig(budget=budget, store=store),
         batch=BatchConfig(max_tokens=16, max_sequences=3, kv_tokens=256),
         **more,
     )
     with LLM(folder, config) as llm:
         logits = llm.engine.keep_logits()
-        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=5, ignore_eos=True))
+        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=new, ignore_eos=True))
         rows = torch.stack([row for rows in logits.values() for row in rows])
         packed = sum(isinstance(module, PackedLinear) for module in llm.engine.model.modules())
         return [o.outputs[0].token_ids for o in outputs], rows, packed
@@ -182,10 +186,48 @@ def test_what_it_would_take_is_told_of_bf16_alone(tmp_path):
         assert ("bf12" in sizes(read_blueprint(folder).index)) == is_told
 
 
-def test_on_a_gpu_the_original_is_asked_for(tmp_path, monkeypatch):
-    model = write(tmp_path / "model", WalkModel(layers=2, experts=4, hidden=256, width=256, vocab=256))
-    original = read_blueprint(model)
-    pack(original.checkpoint, original.index, tmp_path / "short", experts=target_format("bf12", None))
-    for kernel in ("grouped", "single_launch", "measured"):
-        with pytest.raises(ValueError, match=f"kernel '{kernel}' does not read bf12.*serve the original checkpoint"):
-            LLM(tmp_path / "short", EngineConfig(kernel=kernel))
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory):
+    """A model, its experts in bf12 (a row of one has as many rare weights as there is room for), its linear layers."""
+    path = tmp_path_factory.mktemp("walk")
+    folder = write(path / "original", WalkModel(layers=2, experts=4, top_k=2, hidden=256, width=256, vocab=256))
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.experts.2.down_proj.weight"][7, :250:100] *= 2.0**-40
+    save_file(tensors, file, metadata={"format": "pt"})
+    original = read_blueprint(folder)
+    pack(original.checkpoint, original.index, path / "packed")
+    bf12, dense = target_format("bf12", None), RoundedDense(original.checkpoint, roundable(original), "bf12")
+    pack(original.checkpoint, original.index, path / "short", experts=bf12)
+    pack(original.checkpoint, original.index, path / "dense", dense=dense)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kernel", "budget", "store"),
+    [
+        ("grouped", "0.5", "ram"),
+        pytest.param("single_launch", "1.0", "file", marks=pytest.mark.heavy),
+        pytest.param("grouped", "2", "file", marks=pytest.mark.heavy),
+    ],
+)
+def test_the_kernels_of_gpus_say_the_same_bits(kernel, budget, store, walk, monkeypatch):
+    """On CPU tensors, interpreted: from slots, from host memory by the device's own cache, and in waves."""
+    for module in (grouped_gemm, fused):  # the same for floats: numpy adds up tiles of other widths in another order
+        monkeypatch.setattr(module, "pick_tiles", lambda *_, **__: TileConfig(16, 64, 64, 128, 4, 1))
+    found = [says(walk / name, kernel=kernel, budget=budget, store=store, new=2) for name in ("packed", "short")]
+    (tokens, logits, _), (again, same, _) = found
+    assert again == tokens
+    assert torch.equal(same, logits)
+
+
+def test_where_no_compiled_kernel_reads_them_linear_layers_are_decoded_at_load(walk):
+    """As on a GPU, whose model has the weights of the original, bit for bit."""
+    original, short = (read_blueprint(walk / name) for name in ("original", "dense"))
+    assert short.quantised.matrices
+    assert {matrix.format.code for matrix in short.quantised.matrices.values()} == {"bf12"}
+    models = [load_dense(one, torch.bfloat16, "eager", packed=False, short=False) for one in (original, short)]
+    (want, got) = (dict(model.named_parameters()) for model in models)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert not any(isinstance(module, PackedLinear) for module in models[1].modules())
