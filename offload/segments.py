@@ -64,6 +64,12 @@ class ExpertIndex:
         return self.layouts[0].gate_up_format.dtype if self.layouts else torch.float32
 
     @property
+    def codes(self) -> set[str]:
+        """Of the matrices that are no floats (kernels/formats.py)."""
+        each = (f.code for layout in self.layouts for f in (layout.gate_up_format, layout.down_format))
+        return {code for code in each if code is not None}
+
+    @property
     def is_mixed(self) -> bool:
         """Whether experts of one layer differ in size."""
         return any(layout.sizes for layout in self.layouts)
