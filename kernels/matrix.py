@@ -244,6 +244,7 @@ def multiply(
             group = ks // m.SCALE_K
         else:
             group = tl.load(m.group_of + slot.to(tl.int64) * m.stride_group + ks, mask=ks < K, other=0)
+            group = tl.minimum(group.to(tl.uint32), m.GROUPS - 1).to(tl.int32)  # a file may say anything
         there = (ks < K)[:, None] & (cols < N)[None, :]
         if m.CODE == "nested":
             return _dot_wide(x, nested_values(m, slot, cols, k0, there, N, K, BLOCK_K), acc)

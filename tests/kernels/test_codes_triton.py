@@ -86,6 +86,19 @@ def test_columns_grouped_freely(code, dtype):
     check(coded_experts((code, code), (3, 160, 96), ((1, 32), (1, 16)), **how), dtype, single=True)
 
 
+def test_groups_that_do_not_exist_change_numbers_and_nothing_else():
+    """No scale is read beyond those that there are, as by the CPU's kernel."""
+    torch.manual_seed(2)
+    w = coded_experts(("int4", "int8"), (3, 64, 48), ((1, 32), (1, 16)), with_groups=True, with_zeros=True)
+    x, ids, made = torch.randn(5, 64), random_ids(5, 2, 3), []
+    for group in (-(1 << 31), (1 << 31) - 1, None):
+        for coding in (w.gate_up_coding, w.down_coding):
+            coding.group_of.fill_(coding.scale.shape[-1] - 1 if group is None else group)
+        made.append(grouped_experts(x, ids, w))
+    assert torch.equal(made[0], made[2])
+    assert torch.equal(made[1], made[2])
+
+
 @pytest.mark.parametrize(
     "activation",
     [
