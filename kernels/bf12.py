@@ -8,8 +8,10 @@ size.)
 
     codes  uint8 [n, 192 * ceil(k / 128)]   of every 128 columns: 128 bytes, the sign and 7 bits of mantissa of each
                                             weight, then 64 bytes of 2 exponents; padded with zeros
-    words  int32 [n, 1 + R]                 highest + 256 * number of rare weights, at most R; then of each of these, by
-                                            column, its exponent + 256 * its column
+    words  int32 [n, 1 + R]                 highest + 256 * number of rare weights; then of each of these, by column,
+                                            its exponent + 256 * its column
+    table  int32 [A]                        where a slab has one: of rows with more than R rare weights these, from the
+                                            place on that their second word says; without it there are at most R
 
 In 64 bytes of signs and mantissas the weight 32 h + 8 l + i (h < 2, l < 4, i < 8) is byte 16 l + 8 h + i, so that what
 interleaves bytes within 16 of them brings neighbours together. Byte j of the exponents has in its low half the one of
@@ -39,24 +41,29 @@ def bytes_of_row(columns: int) -> int:
 
 
 def most_rare(w: Tensor) -> int:
-    """How many weights of a row are rare, at most. w: bf16 [n, k]. Costs 1 KiB a row."""
-    return int(_windows(_exponents(_bits(w)))[1].max())
+    """How many weights of a row are rare, at least, in the row that has most. w: bf16 [n, k]. Costs 1 KiB a row."""
+    exponent = _exponents(_bits(w))
+    return int(_num_rare(exponent, _best_highest(exponent)).max())
 
 
 def encode_bf12(w: Tensor, rare: int) -> ShortFloats:
-    """w: bf16 [n, k], of any bits; R = rare, which `most_rare` must not exceed."""
+    """w: bf16 [n, k], of any bits; R = rare. A row's `highest` is its own, unless more than R are rare then.
+
+    Of a row that has more in any case the first word says how many, and the others the first R.
+    """
     bits = _bits(w)
     exponent = _exponents(bits)
-    highest, count = _windows(exponent)
-    if int(count.max()) > rare:
-        raise ValueError(f"a row has {int(count.max())} rare weights, there is room for {rare}")
+    own = exponent.amax(1)
+    highest = torch.where(_num_rare(exponent, own) <= rare, own, _best_highest(exponent))
+    is_rare = _is_rare(exponent, highest)
     below = highest[:, None] - exponent
-    is_rare = (exponent > 0) & ((below < 0) | (below >= _NEIGHBOURS))
     code = torch.where(is_rare | (exponent == 0), _ZERO, below)
     words = torch.zeros(len(w), 1 + rare, dtype=torch.int32)
-    words[:, 0] = highest + 256 * count
+    words[:, 0] = highest + 256 * is_rare.sum(1)
     row, column = is_rare.nonzero(as_tuple=True)
-    words[row, 1 + (is_rare.cumsum(1) - 1)[row, column]] = exponent[row, column] + 256 * column.int()
+    place = (is_rare.cumsum(1) - 1)[row, column]
+    row, column, place = (t[place < rare] for t in (row, column, place))
+    words[row, 1 + place] = exponent[row, column] + 256 * column.int()
     kept = bits >> 8 & 0x80 | bits & 0x7F
     more = -w.shape[1] % BLOCK
     kept, code = (F.pad(t, (0, more), value=value).view(len(w), -1, 2, 64) for t, value in ((kept, 0), (code, _ZERO)))
@@ -65,8 +72,15 @@ def encode_bf12(w: Tensor, rare: int) -> ShortFloats:
     return ShortFloats(block.flatten(1), words)
 
 
-def decode_bf12(codes: Tensor, words: Tensor, columns: int) -> Tensor:
-    """What `encode_bf12` was given, bit for bit: bf16 [n, columns]."""
+def rare_words(w: Tensor, highest: int) -> Tensor:
+    """Of every rare weight of a row its exponent + 256 * its column, by column: int32 [number]. w: bf16 [k]."""
+    exponent = _exponents(_bits(w))
+    column = _is_rare(exponent[None], torch.tensor([highest]))[0].nonzero()[:, 0]
+    return exponent[column] + 256 * column.int()
+
+
+def decode_bf12(codes: Tensor, words: Tensor, columns: int, table: Tensor | None = None) -> Tensor:
+    """What `encode_bf12` was given, bit for bit: bf16 [n, columns]. table: int32 [A], as the module says."""
     block = codes.view(len(codes), -1, BLOCK_BYTES)
     halves = block[..., BLOCK:]
     code = torch.stack((halves & 15, halves >> 4), dim=2).int()
@@ -76,14 +90,22 @@ def decode_bf12(codes: Tensor, words: Tensor, columns: int) -> Tensor:
     natural = torch.empty_like(_PLACES)
     natural[_PLACES] = torch.arange(64)
     bits = bits[..., natural.to(codes.device)].flatten(1)[:, :columns].contiguous()
-    is_meant = torch.arange(words.shape[1] - 1, device=words.device) < (words[:, :1] >> 8)
+    num, room = words[:, :1] >> 8, words.shape[1] - 1
+    is_meant = torch.arange(room, device=words.device) < torch.where(num > room, 0 if table is not None else room, num)
     row, of = is_meant.nonzero(as_tuple=True)
-    word = words[row, 1 + of]
-    is_there = (word >= 0) & (word >> 8 < columns)  # a file may say anything
-    row, column, word = row[is_there], (word >> 8).long()[is_there], word[is_there]
-    bits[row, column] = bits[row, column] & 0x807F | (word & 255) << 7
+    _set_exponents(bits, row, words[row, 1 + of])
+    if table is not None:
+        for over in (num[:, 0] > room).nonzero()[:, 0]:
+            told = table[words[over, 1] :][: int(num[over])]
+            _set_exponents(bits, over.expand(len(told)), told)
     decoded: Tensor = bits.to(torch.int16).view(torch.bfloat16)
     return decoded
+
+
+def _set_exponents(bits: Tensor, row: Tensor, words: Tensor) -> None:
+    is_there = (words >= 0) & (words >> 8 < bits.shape[1])  # a file may say anything
+    row, column, words = row[is_there], (words >> 8).long()[is_there], words[is_there]
+    bits[row, column] = bits[row, column] & 0x807F | (words & 255) << 7
 
 
 def _bits(w: Tensor) -> Tensor:
@@ -94,13 +116,21 @@ def _exponents(bits: Tensor) -> Tensor:
     return bits >> 7 & 255
 
 
-def _windows(exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the highest of the 15 neighbours that most weights have, and how many are rare then: int32 [n]."""
+def _is_rare(exponent: Tensor, highest: Tensor) -> Tensor:
+    below = highest[:, None] - exponent
+    return (exponent > 0) & ((below < 0) | (below >= _NEIGHBOURS))
+
+
+def _num_rare(exponent: Tensor, highest: Tensor) -> Tensor:
+    return _is_rare(exponent, highest).sum(1)
+
+
+def _best_highest(exponent: Tensor) -> Tensor:
+    """Of each row the highest of the 15 neighbours that most weights have, of several the highest: int32 [n]."""
     counts = torch.zeros(len(exponent), 256, dtype=torch.int32)
     counts.scatter_add_(1, exponent.long(), torch.ones_like(exponent))
-    zeros = counts[:, 0].clone()
     counts[:, 0] = 0
     upto = F.pad(counts.cumsum(1, dtype=torch.int32), (1, 0))
     inside = upto[:, _NEIGHBOURS:] - upto[:, :-_NEIGHBOURS]
-    best = inside.max(1)
-    return (best.indices + _NEIGHBOURS - 1).int(), exponent.shape[1] - zeros - best.values
+    last = (inside.flip(1) == inside.amax(1, keepdim=True)).int().argmax(1)
+    return (255 - last).int()

@@ -68,6 +68,8 @@ def load_helper() -> ctypes.CDLL | None:
         *(ctypes.c_float, pointer, pointer, integer, integer),
     ]
     helper.moe_cpu_expected.restype = integer
+    helper.moe_cpu_shorten.argtypes = [pointer, *[integer] * 4, pointer, pointer, integer]
+    helper.moe_cpu_shorten.restype = integer
     helper.moe_cpu_choose.argtypes = [ctypes.c_char_p, ctypes.c_char_p, integer, integer]
     helper.moe_cpu_choose.restype = integer
     helper.moe_cpu_rms_norm.argtypes = [*[pointer] * 3, *[integer] * 3, ctypes.c_float, integer]

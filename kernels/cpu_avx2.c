@@ -199,6 +199,32 @@ SCALAR TARGET void NAME(widen)(const char *p, const struct NAME(exponents) *e, V
     }
 }
 
+SCALAR TARGET int NAME(narrow)(const uint16_t *v, int highest, char *to) {
+    const __m256i exponent = _mm256_set1_epi16(255), sign = _mm256_set1_epi16(0x80), far = _mm256_set1_epi16(15);
+    __m256i codes[4], rare = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) { /* 32 bytes, as in widen */
+        const __m256i mantissa = _mm256_set1_epi16(0x7f);
+        __m256i code[2], kept[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            __m256i w = _mm256_loadu_si256((const void *)(v + i / 2 * 64 + j * 32 + i % 2 * 16));
+            __m256i e = _mm256_and_si256(_mm256_srli_epi16(w, 7), exponent);
+            __m256i below = _mm256_sub_epi16(_mm256_set1_epi16((short)highest), e);
+            __m256i is_zero = _mm256_cmpeq_epi16(e, _mm256_setzero_si256());
+            __m256i is_far = _mm256_cmpeq_epi16(_mm256_max_epu16(below, far), below);
+            rare = _mm256_or_si256(rare, _mm256_andnot_si256(is_zero, is_far));
+            code[j] = _mm256_blendv_epi8(below, far, _mm256_or_si256(is_zero, is_far));
+            kept[j] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(w, 8), sign), _mm256_and_si256(w, mantissa));
+        }
+        _mm256_storeu_si256((void *)(to + i * 32), _mm256_packus_epi16(kept[0], kept[1]));
+        codes[i] = _mm256_packus_epi16(code[0], code[1]);
+    }
+    for (int i = 0; i < 2; i++)
+        _mm256_storeu_si256((void *)(to + 128 + i * 32), _mm256_or_si256(codes[i], _mm256_slli_epi16(codes[i + 2], 4)));
+    return !_mm256_testz_si256(rare, rare);
+}
+
 #include "cpu_isa.h"
 
 #endif

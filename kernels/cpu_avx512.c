@@ -274,6 +274,30 @@ SCALAR TARGET void NAME(widen)(const char *p, const struct NAME(exponents) *e, V
     }
 }
 
+SCALAR TARGET int NAME(narrow)(const uint16_t *v, int highest, char *to) {
+    const __m512i exponent = _mm512_set1_epi16(255), sign = _mm512_set1_epi16(0x80), most = _mm512_set1_epi16(14);
+    __m512i codes[2];
+    __mmask32 rare = 0;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        __m512i code[2], kept[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            __m512i w = _mm512_loadu_si512(v + 64 * half + 32 * i), e = _mm512_and_si512(_mm512_srli_epi16(w, 7), exponent);
+            __m512i below = _mm512_sub_epi16(_mm512_set1_epi16((short)highest), e);
+            __mmask32 is_zero = _mm512_testn_epi16_mask(e, e), is_far = _mm512_cmpgt_epu16_mask(below, most);
+            rare |= is_far & ~is_zero;
+            code[i] = _mm512_mask_mov_epi16(below, is_zero | is_far, _mm512_set1_epi16(15));
+            kept[i] = _mm512_ternarylogic_epi32(sign, _mm512_srli_epi16(w, 8), _mm512_andnot_si512(sign, w), 0xca);
+            kept[i] = _mm512_and_si512(kept[i], exponent);
+        }
+        _mm512_storeu_si512(to + 64 * half, _mm512_packus_epi16(kept[0], kept[1]));
+        codes[half] = _mm512_packus_epi16(code[0], code[1]);
+    }
+    _mm512_storeu_si512(to + 128, _mm512_or_si512(codes[0], _mm512_slli_epi16(codes[1], 4)));
+    return rare != 0;
+}
+
 #include "cpu_isa.h"
 
 #endif

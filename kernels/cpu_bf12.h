@@ -4,15 +4,16 @@
  * read what NR rows of W became from scratch memory, which stays in the cache.
  *
  * The includer also defines struct NAME(exponents), what makes upper and lower bytes of exponent codes, NAME(exponents_of),
- * which makes it from the highest, and NAME(widen), which makes of the 128 weights at p bf16, 2 * WIDTH in each VEC.
+ * which makes it from the highest, NAME(widen), which makes of the 128 weights at p bf16, 2 * WIDTH in each VEC, and
+ * NAME(narrow), which makes a block of the 128 weights at v and returns whether any is rare.
  */
 
 enum { BF12_BLOCK = 128, BF12_BYTES = 192, BF12_STEPS = BF12_BLOCK / 32 };
 
 struct NAME(bf12_rows) { /* NR rows of W */
     const char *p[NR];     /* their blocks */
-    const char *words[NR];
-    int64_t num[NR]; /* of rare weights */
+    const char *words[NR], *rare[NR];
+    int64_t num[NR]; /* of rare weights, which are told from `rare` on */
 };
 
 /* Rows n0 to n0 + count, NR to an element of r; the last stand for those that do not exist. */
@@ -24,22 +25,25 @@ static void NAME(bf12_places)(const struct matrix *w, int64_t slot, int64_t n0, 
         int64_t own = least(i, count - 1);
         const char *first = (parts == 2 ? words[own % 2] + own / 2 * size : words[0] + own * size);
         r[i / NR].p[i % NR] = w->data + slot * w->slot + (n0 + own) * w->row;
+        int64_t num = word_at(first) >> 8, room = q->groups - 1, at = room ? word_at(first + 4) : 0;
+        int is_elsewhere = num > room && q->table && at + num <= q->table_slot / 4;
         r[i / NR].words[i % NR] = first;
-        r[i / NR].num[i % NR] = least(word_at(first) >> 8, q->groups - 1);
+        r[i / NR].rare[i % NR] = is_elsewhere ? q->table + 4 * at : first + 4;
+        r[i / NR].num[i % NR] = is_elsewhere ? num : least(num, room); /* a damaged file may say more than there are */
     }
 }
 
 /* The first rare column of a row from column k0 on. */
-SCALAR int64_t NAME(next_rare)(const char *words, int64_t num, int64_t k0) {
-    for (int64_t i = 1; i <= num; i++)
-        if (word_at(words + 4 * i) >> 8 >= k0) return word_at(words + 4 * i) >> 8;
+SCALAR int64_t NAME(next_rare)(const char *list, int64_t num, int64_t k0) {
+    for (int64_t i = 0; i < num; i++)
+        if (word_at(list + 4 * i) >> 8 >= k0) return word_at(list + 4 * i) >> 8;
     return INT64_MAX;
 }
 
 /* The rare ones of columns [k0, k0 + n), which are at `to` in bf16. */
-SCALAR void NAME(add_rare)(const char *words, int64_t num, int64_t k0, int64_t n, char *to) {
-    for (int64_t i = 1; i <= num; i++) {
-        uint32_t rare = word_at(words + 4 * i);
+SCALAR void NAME(add_rare)(const char *list, int64_t num, int64_t k0, int64_t n, char *to) {
+    for (int64_t i = 0; i < num; i++) {
+        uint32_t rare = word_at(list + 4 * i);
         int64_t at = (int64_t)(rare >> 8) - k0;
         if (at < 0 || at >= n) continue;
         uint16_t v = (uint16_t)((half_at(to + 2 * at) & 0x807f) | (rare & 255) << 7);
@@ -65,13 +69,13 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_block)(int mr,
         VEC v[BF12_STEPS * SUB];
         NAME(widen)(r->p[n] + k0 / BF12_BLOCK * BF12_BYTES, e + n, v);
         if (__builtin_expect(is_rare, 0)) {
-            if (NAME(next_rare)(r->words[n], r->num[n], k0) < k0 + BF12_BLOCK) {
+            if (NAME(next_rare)(r->rare[n], r->num[n], k0) < k0 + BF12_BLOCK) {
                 char wide[2 * BF12_BLOCK];
                 memcpy(wide, v, sizeof wide);
-                NAME(add_rare)(r->words[n], r->num[n], k0, BF12_BLOCK, wide);
+                NAME(add_rare)(r->rare[n], r->num[n], k0, BF12_BLOCK, wide);
                 memcpy(v, wide, sizeof wide);
             }
-            *next = least(*next, NAME(next_rare)(r->words[n], r->num[n], k0 + BF12_BLOCK));
+            *next = least(*next, NAME(next_rare)(r->rare[n], r->num[n], k0 + BF12_BLOCK));
         }
         UNROLL(4)
         for (int s = 0; s < BF12_STEPS; s++) {
@@ -100,7 +104,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(bf12_panel)(int mr
     UNROLL(8)
     for (int n = 0; n < NR; n++) {
         e[n] = NAME(exponents_of)((uint8_t)word_at(r->words[n]));
-        next = least(next, NAME(next_rare)(r->words[n], r->num[n], 0));
+        next = least(next, NAME(next_rare)(r->rare[n], r->num[n], 0));
     }
     for (int64_t k0 = 0; k0 < k; k0 += KC) {
         VEC acc[MR][NR][SUB];
@@ -143,7 +147,7 @@ static TARGET void NAME(widen_row)(const struct NAME(bf12_rows) *r, int i, int64
         NAME(widen)(p, &e, v);
         memcpy(to + 2 * k, v, sizeof v);
     }
-    NAME(add_rare)(r->words[i], r->num[i], k0, n, to);
+    NAME(add_rare)(r->rare[i], r->num[i], k0, n, to);
 }
 
 /* Like tile, for W in bf12; x is PAIRS or DOT. scratch: SCRATCH_FLOATS. */
@@ -170,4 +174,59 @@ static TARGET void NAME(tile_bf12)(int order, const float *x, int64_t rows, cons
             }
         }
     }
+}
+
+/* ---- bf16 to bf12 ---- */
+
+/* A row of k weights: its codes, and its words but for those of more rare weights than there is room for. Returns them. */
+static TARGET int64_t NAME(short_row)(const uint16_t *v, int64_t k, int highest, int64_t room, char *codes, char *words) {
+    int64_t num = 0;
+    for (int64_t k0 = 0; k0 < k; k0 += BF12_BLOCK, codes += BF12_BYTES) {
+        uint16_t last[BF12_BLOCK] = {0};
+        int64_t n = least(BF12_BLOCK, k - k0);
+        if (n < BF12_BLOCK) memcpy(last, v + k0, (size_t)n * 2);
+        if (!NAME(narrow)(n < BF12_BLOCK ? last : v + k0, highest, codes)) continue;
+        for (int64_t i = k0; i < k0 + n; i++) {
+            uint32_t e = v[i] >> 7 & 255, word = e + 256 * (uint32_t)i;
+            if (!e || (uint32_t)(highest - (int)e) < 15) continue;
+            if (num++ < room) memcpy(words + 4 * num, &word, 4);
+        }
+    }
+    uint32_t first = (uint32_t)highest + 256 * (uint32_t)num, none = 0;
+    memcpy(words, &first, 4);
+    for (int64_t i = num; i < room; i++) memcpy(words + 4 + 4 * i, &none, 4);
+    return num;
+}
+
+/* The highest of the 15 neighbours that most of a row's weights have; of several the highest. */
+static int NAME(best_highest)(const uint16_t *v, int64_t k) {
+    uint32_t count[256] = {0}, inside = 0, most = 0;
+    int best = 14;
+    for (int64_t i = 0; i < k; i++) count[v[i] >> 7 & 255]++;
+    count[0] = 0;
+    for (int e = 0; e < 256; e++) {
+        inside += count[e] - (e < 15 ? 0 : count[e - 15]);
+        if (e >= 14 && inside >= most) most = inside, best = e;
+    }
+    return best;
+}
+
+/* n rows of bf16. The highest exponent of a row is its own highest unless more are rare then than there is room for. words
+ * of row i: row i / parts of part i % parts. Returns how many rows have more than that. */
+static TARGET int64_t NAME(shorten)(const char *from, int64_t n, int64_t k, int64_t parts, int64_t room, char *codes,
+                                    char *words) {
+    int64_t over = 0, bytes = (k + BF12_BLOCK - 1) / BF12_BLOCK * BF12_BYTES;
+    for (int64_t i = 0; i < n; i++) {
+        const uint16_t *v = (const uint16_t *)(const void *)(from + 2 * i * k);
+        char *own = words + 4 * (1 + room) * (i % parts * (n / parts) + i / parts);
+        uint16_t most = 0;
+        for (int64_t j = 0; j < k; j++) {
+            uint16_t e = v[j] & 0x7f80;
+            most = e > most ? e : most;
+        }
+        int64_t num = NAME(short_row)(v, k, most >> 7, room, codes + i * bytes, own);
+        if (num > room) num = NAME(short_row)(v, k, NAME(best_highest)(v, k), room, codes + i * bytes, own);
+        over += num > room;
+    }
+    return over;
 }

@@ -38,7 +38,7 @@ enum { SCRATCH_FLOATS = DOWN_TILE * KC + CODE_FLOATS, PRIVATE_FLOATS = 2 * C_FLO
 enum { SERIAL_MACS = 400000 }; /* below, waking a second thread costs more than it brings */
 
 struct coding { /* kernels/formats.py's Coding of one matrix: slot 0, then bytes from slot to slot; NULL where absent */
-    const char *scale, *zero, *factor, *table, *group_of;
+    const char *scale, *zero, *factor, *table, *group_of; /* table of BF12: table_slot bytes for all slots */
     int64_t scale_slot, zero_slot, factor_slot, table_slot, group_slot;
     int64_t code, scale_kind, rows, columns, groups, row_blocks, parts, interleaved; /* row_blocks: of a part */
     const char *residual[7];  /* of NESTED: bits, then codes and scales of 3, of 4 and of 8 bits */
@@ -103,6 +103,7 @@ struct kernels {
                         int64_t ldc, float *scratch);
     void (*tile_bf12)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count,
                       float *c, int64_t ldc, float *scratch);
+    int64_t (*shorten)(const char *from, int64_t n, int64_t k, int64_t parts, int64_t room, char *codes, char *words);
     void (*add_bias)(float *c, int64_t ldc, int64_t rows, const float *bias, int64_t n);
     void (*round)(int kind, float *v, int64_t n);
     void (*activate)(const struct layer *l, float *gate, const float *up, int64_t n);

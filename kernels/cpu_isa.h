@@ -8,6 +8,6 @@
 #include "cpu_bf12.h"
 
 const struct kernels NAME(kernels) = {
-    ISA, MR, HAS_DOT, NAME(pack_x), NAME(tile), NAME(tile_codes), NAME(tile_nested), NAME(tile_bf12), NAME(add_bias),
-    NAME(round), NAME(activate), NAME(combine), NAME(gather),
+    ISA, MR, HAS_DOT, NAME(pack_x), NAME(tile), NAME(tile_codes), NAME(tile_nested), NAME(tile_bf12), NAME(shorten),
+    NAME(add_bias), NAME(round), NAME(activate), NAME(combine), NAME(gather),
 };

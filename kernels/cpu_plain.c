@@ -160,4 +160,37 @@ SCALAR void NAME(widen)(const char *p, const struct NAME(exponents) *e, VEC to[1
         }
 }
 
+SCALAR int NAME(narrow)(const uint16_t *v, int highest, char *to) {
+    uint8_t code[128];
+    uint16_t rare = 0;
+#if defined(__aarch64__)
+    const uint16x8_t far = vdupq_n_u16(15);
+    uint16x8_t any = vdupq_n_u16(0);
+    for (int at = 0; at < 128; at += 16) { /* 16 bytes, as in widen */
+        uint8x8_t codes[2], kept[2];
+        for (int i = 0; i < 2; i++) {
+            uint16x8_t w = vld1q_u16(v + at / 64 * 64 + i * 32 + at / 16 % 4 * 8);
+            uint16x8_t e = vandq_u16(vshrq_n_u16(w, 7), vdupq_n_u16(255)), is_zero = vceqzq_u16(e);
+            uint16x8_t below = vsubq_u16(vdupq_n_u16((uint16_t)highest), e), is_far = vcgeq_u16(below, far);
+            any = vorrq_u16(any, vbicq_u16(is_far, is_zero));
+            codes[i] = vmovn_u16(vbslq_u16(vorrq_u16(is_zero, is_far), far, below));
+            kept[i] = vmovn_u16(vbslq_u16(vdupq_n_u16(0x80), vshrq_n_u16(w, 8), w));
+        }
+        vst1q_u8((uint8_t *)to + at, vcombine_u8(kept[0], kept[1]));
+        vst1q_u8(code + at, vcombine_u8(codes[0], codes[1]));
+    }
+    rare = vmaxvq_u16(any);
+#else
+    for (int at = 0; at < 128; at++) { /* the bytes of each half in their order */
+        uint16_t w = v[at / 64 * 64 + at / 8 % 2 * 32 + at / 16 % 4 * 8 + at % 8];
+        uint16_t e = w >> 7 & 255, below = (uint16_t)(highest - e), is_kept = below < 15;
+        to[at] = (char)((w >> 8 & 0x80) | (w & 0x7f));
+        code[at] = (uint8_t)(e && is_kept ? below : 15);
+        rare |= e && !is_kept;
+    }
+#endif
+    for (int at = 0; at < 64; at++) to[128 + at] = (char)(code[at] | code[at + 64] << 4);
+    return rare;
+}
+
 #include "cpu_isa.h"

@@ -79,7 +79,7 @@ class Coding(NamedTuple):
     scale: Tensor  # [S, P, ceil(n / rows), G], one of SCALE_DTYPES; of bf12 the rows' words, int32 [S, P, n, 1 + R]
     zero: Tensor | None = None  # int8 [S, P, ceil(n / rows), G]; of int8 and int4 only
     factor: Tensor | None = None  # fp32 [S, P], multiplies the scales (NVFP4)
-    table: Tensor | None = None  # fp32 [S, P, 16]; of lut4 only
+    table: Tensor | None = None  # of lut4 fp32 [S, P, 16]; of bf12 absent, or int32 [1, A] of all slots (bf12.py)
     group_of: Tensor | None = None  # int32 [S, P, k], the group of each column (GPTQ with act-order)
     residual: Residual | None = None  # of nested only, whose codes and scales are those of the base
 
@@ -140,7 +140,8 @@ def decode(codes: Tensor, coding: Coding, columns: int, slot: int, *, interleave
 def _decode_part(codes: Tensor, coding: Coding, columns: int, slot: int, part: int) -> Tensor:
     """codes: [n, bytes_per_row]. Returns [n, columns] in fp32."""
     if coding.code == "bf12":
-        return decode_bf12(codes, coding.scale[slot, part], columns).float()
+        table = None if coding.table is None else coding.table[0]
+        return decode_bf12(codes, coding.scale[slot, part], columns, table).float()
     values = code_values(codes, coding.code, columns, None if coding.table is None else coding.table[slot, part])
     scale = coding.scale[slot, part].float()
     if coding.factor is not None:

@@ -203,13 +203,17 @@ def _check_coding(name: str, coding: Coding, slots: tuple[int, int], shape: tupl
     takes_zeros, is_table = coding.code in ("int8", "int4"), coding.code == "lut4"
     if (coding.residual is not None) != (coding.code == "nested"):
         raise ValueError(f"{name} is coded as {coding.code}; nested, and nothing else, has residual planes")
+    is_table |= coding.code == "bf12" and coding.table is not None  # it may have one
     if (coding.zero is not None and not takes_zeros) or (coding.table is not None) != is_table:
         raise ValueError(f"{name} is coded as {coding.code}; zeros go with int8 and int4 only, a table with lut4 only")
+    table: tuple[tuple[int, ...], torch.dtype] = (*slots, 16), torch.float32
+    if coding.table is not None and coding.code == "bf12":
+        table = (1, coding.table.shape[-1]), torch.int32
     for what, tensor, wanted, dtypes in (
         ("scales", coding.scale, grid, (torch.int32,) if coding.code == "bf12" else SCALE_DTYPES),
         ("zeros", coding.zero, grid, (torch.int8,)),
         ("factors", coding.factor, slots, (torch.float32,)),
-        ("tables", coding.table, (*slots, 16), (torch.float32,)),
+        ("tables", coding.table, table[0], (table[1],)),
         ("groups", coding.group_of, (*slots, shape[1]), (torch.int32,)),
         *_residual_pieces(coding, slots, shape, grid),
     ):

@@ -11,7 +11,7 @@ from moe.offload.in_place import in_place
 from moe.offload.policy import Access, Lfu, misses_of
 from moe.offload.predictor import Transitions
 from moe.offload.prefetch import LEAST_EXPECTED
-from moe.offload.stores import reads_of
+from moe.offload.stretches import reads_of
 from moe.placement.cost import Sizes, Use, Visits
 from moe.placement.machine import Machine, Reads
 from moe.placement.plan import Plan

@@ -36,6 +36,9 @@ class OffloadConfig:
     direct: bool | None = None  # O_DIRECT; None decides by the size of the files, and by `moe probe`
     # Of store=file; None: preadv unless `moe probe` found the other faster.
     io: Literal["preadv", "deepnvme"] | None = None
+    # How bf16 experts lie in slots of a CPU: as they are stored, or in 12 bits without loss (kernels/bf12.py), which
+    # they become when they arrive. auto: bf12 where `moe probe` found it no slower and slots become a tenth smaller.
+    keep: Literal["auto", "stored", "bf12"] = "auto"
     # Of experts in nested precision (offload/nested.py). auto: what offload.budget buys each of them; upgrade: 2 at
     # first, then what it buys those that are asked most, so that an answer depends on what was asked before.
     bits: Literal["2", "3", "4", "8", "auto", "upgrade"] = "8"

@@ -23,8 +23,11 @@ _WORD = 8  # bytes; kernels read codes as words of so many at most
 def in_place(index: ExpertIndex) -> ExpertIndex:
     """The same experts in blobs whose large pieces lie in their pages as most experts of the layer do in the file.
 
-    Slots of all layers that were of one size are of one size again. Packed folders are as they should be already.
+    Slots of all layers that were of one size are of one size again. Packed folders are as they should be already. Where
+    slots hold other bytes than the files, what is read before them is made so, and slots are as they were.
     """
+    if index.stored is not None:
+        return replace(index, stored=in_place(index.stored))
     if index.is_packed:
         return index
     made = [_in_place(layout, parts) for layout, parts in zip(index.layouts, index.parts)]

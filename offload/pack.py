@@ -104,7 +104,7 @@ def _made(
     if experts is None:
         return files
     if experts.code == "bf12":
-        return Shortened(files, index.sites, reading.add)
+        return Shortened.read_all(files, index.sites, reading.add)
     return Requantised(files, index.sites, experts, calibration)
 
 

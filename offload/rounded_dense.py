@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from moe.kernels.bf12 import bytes_of_row, most_rare
+from moe.kernels.bf12 import bytes_of_row
+from moe.kernels.cpu_encode import most_rare_of
 from moe.kernels.encode import encode
 from moe.kernels.formats import decode
 from moe.offload.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ class RoundedDense:
         if self.format.code == "bf12":
             if len(shape) != 2 or self.checkpoint.tensors[name].dtype != torch.bfloat16:
                 return False
-            made = short_format(most_rare(self.checkpoint.load(name)), shape[1])
+            made = short_format(most_rare_of(self.checkpoint.load(name)), shape[1])
             self._rare[name] = made.rare
             return made.code is not None
         return name.endswith(".weight") and len(shape) == 2 and (self.format.code == "int8" or shape[1] % 32 == 0)

@@ -57,11 +57,22 @@ class ExpertIndex:
     parts: tuple[tuple[Parts, ...], ...]
     is_packed: bool = False
     checksums: tuple[tuple[int, ...], ...] = ()  # of every blob, in packed folders
+    stored: "ExpertIndex | None" = None  # where slots hold the same weights in other bytes: what the files hold
+
+    @property
+    def in_files(self) -> "ExpertIndex":
+        """Whose parts say where bytes lie."""
+        return self.stored or self
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the first layer's weights or codes; float32 where there are none."""
         return self.layouts[0].gate_up_format.dtype if self.layouts else torch.float32
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all experts as they lie in slots, padding included."""
+        return sum(site.num_experts * layout.nbytes for site, layout in zip(self.sites, self.layouts))
 
     @property
     def codes(self) -> set[str]:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from moe.offload.integrity import CheckReads, ReadCheck
 from moe.offload.layout import ALIGNMENT, ExpertLayout
 from moe.offload.memory import available_memory
 from moe.offload.segments import ExpertIndex, Segment
+from moe.offload.stretches import Run, in_parts, runs_of, stretches_of
 
 log = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -104,79 +105,23 @@ def give_back(memory: Tensor) -> None:
         raise OSError(ctypes.get_errno(), f"madvise of {nbytes} bytes")
 
 
-class Run(NamedTuple):
-    """Segments that lie side by side in one file."""
+class Buffers:
+    """Of every thread its own, to read into; one more where a read is within another, between its parts."""
 
-    path: Path
-    offset: int
-    nbytes: int
-    segments: tuple[Segment, ...]
+    def __init__(self) -> None:
+        self._of_thread = threading.local()
 
-
-def runs_of(segments: Sequence[Segment]) -> list[Run]:
-    runs: list[Run] = []
-    for segment in sorted(segments):
-        last = runs[-1] if runs else None
-        if last is not None and (last.path, last.offset + last.nbytes) == (segment.path, segment.offset):
-            runs[-1] = Run(last.path, last.offset, last.nbytes + segment.nbytes, (*last.segments, segment))
-        else:
-            runs.append(Run(segment.path, segment.offset, segment.nbytes, (segment,)))
-    return runs
-
-
-class ReadsOfExpert(NamedTuple):
-    """What brings one expert: how many reads, and the bytes that are copied because no read can put them in place."""
-
-    number: int
-    copied_bytes: int
-
-
-def reads_of(index: ExpertIndex, *, direct: bool) -> ReadsOfExpert:
-    """Of the first expert, by `FileStore`."""
-    runs = runs_of(index.segments(0, 0))
-    made = [info for conversion in index.conversions(0, 0) for info in conversion.tensors]
-    block = ALIGNMENT if direct else 1
-    straight = sum(each.nbytes for run in runs for each in _stretches(run, 0, block) if each.target is not None)
-    moved = sum(run.nbytes for run in runs) - straight + sum(info.nbytes for info in made)
-    return ReadsOfExpert(max(1, len(runs) + len(made)), moved)
-
-
-class Stretch(NamedTuple):
-    """Bytes of a file that are read to one place of the blob, or to a buffer (None) and copied from there."""
-
-    begin: int
-    nbytes: int
-    target: int | None
-
-
-def _stretches(run: Run, blob_at: int, block: int) -> list[Stretch]:
-    """What of the run, and of the blocks around it, goes where: side by side in the file.
-
-    blob_at: the blob's address; block: what offsets in the file and addresses must be multiples of.
-    """
-    found = list[Stretch]()
-    at, last = run.offset // block * block, -(-(run.offset + run.nbytes) // block) * block
-    for offset, nbytes, target in ((s.offset, s.nbytes, s.blob_offset) for s in run.segments if s.size is None):
-        begin, end = -(-offset // block) * block, (offset + nbytes) // block * block
-        if begin < end and not (blob_at + target - offset) % block:
-            found += [Stretch(at, begin - at, None)] if at < begin else []
-            found.append(Stretch(begin, end - begin, target + begin - offset))
-            at = end
-    return found + ([Stretch(at, last - at, None)] if at < last else [])
-
-
-def _in_parts(targets: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
-    """The same memory in the same order, in parts of `most` bytes; the last has what is left."""
-    part, room = list[memoryview](), most
-    for memory in targets:
-        while len(memory) >= room:
-            yield [*part, memory[:room]]
-            memory, part, room = memory[room:], [], most
-        if len(memory):
-            part.append(memory)
-            room -= len(memory)
-    if part:
-        yield part
+    @contextmanager
+    def spare(self, nbytes: int) -> Iterator[Tensor]:
+        """uint8 [nbytes], from a page on."""
+        free: list[Tensor] = vars(self._of_thread).setdefault("free", [])
+        spare = free.pop() if free else aligned_bytes(0)
+        if len(spare) < nbytes:
+            spare = aligned_bytes(-(-nbytes // ALIGNMENT) * ALIGNMENT)
+        try:
+            yield spare[:nbytes]
+        finally:
+            free.append(spare)
 
 
 def _place_kept(segment: Segment, kept: Sequence[tuple[int, Bytes]], out: Bytes) -> None:
@@ -302,7 +247,7 @@ class FileStore:
         files = index.files()
         self.direct = not page_cache_holds(index) if direct is None else direct
         self._files: dict[Path, tuple[int, bool]] = {}  # descriptor, opened with O_DIRECT
-        self._buffers = threading.local()
+        self._buffers = Buffers()
         try:
             for path in files:
                 self._files[path] = self._open(path)
@@ -344,8 +289,8 @@ class FileStore:
     def _read_run(self, run: Run, out: Tensor, most: int) -> Iterator[int]:
         """Yields between its parts: the bytes of the run that have come, of which some may not be in place yet."""
         file, direct = self._files[run.path]
-        stretches = _stretches(run, out.data_ptr(), ALIGNMENT if direct else 1)
-        with self._spare(sum(each.nbytes for each in stretches if each.target is None)) as spare:
+        stretches = stretches_of(run, out.data_ptr(), ALIGNMENT if direct else 1)
+        with self._buffers.spare(sum(each.nbytes for each in stretches if each.target is None)) as spare:
             blob, buffer, at = out.numpy(), spare.numpy(), 0
             kept, targets = list[tuple[int, Bytes]](), list[memoryview]()  # kept: by where it begins in the file
             for begin, nbytes, target in stretches:
@@ -356,25 +301,13 @@ class FileStore:
                 else:
                     targets.append(blob.data[target : target + nbytes])
             begin, end = stretches[0].begin, run.offset + run.nbytes
-            for part in _in_parts(targets, most):
+            for part in in_parts(targets, most):
                 self._read(run, file, part, begin, min(sum(map(len, part)), end - begin))
                 begin += sum(map(len, part))
                 if begin < end:
                     yield begin - run.offset
             for segment in run.segments:
                 _place_kept(segment, kept, blob)
-
-    @contextmanager
-    def _spare(self, nbytes: int) -> Iterator[Tensor]:
-        """A buffer of this thread's, from a page on; one more where a read is within another, between its parts."""
-        free: list[Tensor] = vars(self._buffers).setdefault("free", [])
-        spare = free.pop() if free else aligned_bytes(0)
-        if len(spare) < nbytes:
-            spare = aligned_bytes(-(-nbytes // ALIGNMENT) * ALIGNMENT)
-        try:
-            yield spare[:nbytes]
-        finally:
-            free.append(spare)
 
     def _read(self, run: Run, file: int, parts: list[memoryview], offset: int, needed: int) -> None:
         """preadv until `needed` bytes arrived; the file may end inside the last page that was asked for."""

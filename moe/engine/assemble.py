@@ -6,7 +6,6 @@ Each stage is a frozen record; `load` runs them and leaves nothing behind if one
 apart (moe/engine/join.py), for it can be done again with other peers.
 """
 
-import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +13,16 @@ from typing import Any
 
 import torch
 
-from moe.config import BatchConfig, EngineConfig, OffloadConfig
-from moe.engine.choices import AutoChoice, choose_reads, choose_threads, pack_offer, told_choices, why_not_ahead
+from moe.config import BatchConfig, EngineConfig
+from moe.engine.choices import (
+    AutoChoice,
+    choose_keep,
+    choose_reads,
+    choose_threads,
+    pack_offer,
+    told_choices,
+    why_not_ahead,
+)
 from moe.engine.device import ALONE, Sharers, find_device, free_room, num_blocks
 from moe.engine.device_paths import use_paths
 from moe.engine.foresight import Foresight
@@ -38,6 +45,7 @@ from moe.engine.runner import (
 )
 from moe.engine.scheduler import Scheduler
 from moe.engine.share import Share
+from moe.engine.stores import make_store, open_store
 from moe.engine.tried import TriedToken, try_a_token
 from moe.engine.turns import Turns
 from moe.engine.upgrades import Upgrades, make_upgrades
@@ -52,12 +60,9 @@ from moe.models.kv import BlockPool
 from moe.models.load import load_dense, why_untied
 from moe.models.neighbours import why_not_packed
 from moe.offload.cache import ExpertCache
-from moe.offload.deepnvme import file_store
 from moe.offload.in_place import in_place
 from moe.offload.nested import check_bits, serve, slots_for
-from moe.offload.segments import ExpertIndex
-from moe.offload.shared import SharedStore
-from moe.offload.stores import ExpertStore, MmapStore, RamStore
+from moe.offload.short_floats import Shortened
 from moe.placement.wire_format import ModelSizes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,6 +76,7 @@ class Read:
     blueprint: Blueprint
     device: torch.device
     notes: tuple[str, ...]
+    chosen: tuple[AutoChoice, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,7 +189,7 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
         trusts = read.config.trust_remote_code
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
         graphs = use_paths(read.config, read.device, memory.runner, experts.slots, dense.max_context)
-        chosen = tuple(one for one in (threads, graphs) if one is not None)
+        chosen = (*read.chosen, *(one for one in (threads, graphs) if one is not None))
         split = _moving_split(shared, dense, memory, experts) or _lent_kv(read, dense, memory, experts, share)
         loaded = Loaded(read, dense, memory, experts, grammars, chosen, split)
         undo.pop_all()
@@ -252,7 +258,8 @@ def read_model(blueprint: Blueprint, config: EngineConfig, share: Share | None =
     index = serve(blueprint.checkpoint, blueprint.index, offload.bits, offload.budget, held)
     blueprint = replace(blueprint, index=index)
     notes = (*notes_on(blueprint, config.dense, None if held is None else held.own), *lossy_modes(config))
-    return Read(config, blueprint, device, notes)
+    index, keep = choose_keep(config, blueprint, probed(config), device)
+    return Read(config, replace(blueprint, index=index), device, notes, () if keep is None else (keep,))
 
 
 def load_model(read: Read, tries_experts: bool) -> Dense:
@@ -336,7 +343,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         blueprint = replace(blueprint, index=in_place(blueprint.index))
     hidden = why_not_ahead(blueprint, machine, offload)
     with ExitStack() as undo:
-        store = _make_store(blueprint, offload, share)
+        store = make_store(blueprint, offload, share)
         undo.callback(store.close)
         room = free() if room is None else room
         num_slots = slots_for(*told, blueprint.index, own, room)
@@ -359,7 +366,7 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
         lookahead, kind = foresight.lookahead(cache, may_pay=share is None and hidden is None)
         slots = SlotExperts(cache, kernels, dense.routing, lookahead)
         held = None if share is None else share.held
-        upgrades = make_upgrades(blueprint, offload, slots, partial(_open_store, offload), held)
+        upgrades = make_upgrades(blueprint, offload, slots, partial(open_store, offload), held)
         choices += told_choices(config, read.device, kind, kernel, hidden)
         if foresight.pregate is not None:
             slots.routing.stages.append(foresight.pregate)
@@ -375,24 +382,8 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
 
 def expert_weights(blueprint: Blueprint, cache: ExpertCache) -> list[ExpertWeights]:
     """Every layer's weights as kernels take them: views of all slots."""
-    layers = zip(blueprint.experts, blueprint.index.layouts, strict=True)
-    return [layout.weights(cache.views(n), found.activation) for n, (found, layout) in enumerate(layers)]
-
-
-def _open_store(offload: OffloadConfig, index: ExpertIndex) -> ExpertStore:
-    if offload.store == "mmap":
-        return MmapStore(index, check=offload.check)
-    return file_store(index, offload.io, direct=offload.direct, check=offload.check)
-
-
-def _make_store(blueprint: Blueprint, offload: OffloadConfig, share: Share | None) -> ExpertStore:
-    files = _open_store(offload, blueprint.index)
-    if offload.store != "ram":
-        return files
-    try:
-        if share is None or not share.host_copy:
-            return RamStore.read_from(files)
-        model = hashlib.sha256(str(blueprint.folder.resolve()).encode()).hexdigest()[:16]
-        return SharedStore(files, f"{share.host_copy}-{model}")
-    finally:
-        files.close()
+    layers, table = zip(blueprint.experts, blueprint.index.layouts, strict=True), None
+    if isinstance(cache.store, Shortened):
+        table = cache.store.table
+    told = {} if table is None else dict.fromkeys(("gate_up.table", "down.table"), table.words)
+    return [layout.weights(cache.views(n) | told, found.activation) for n, (found, layout) in enumerate(layers)]

@@ -12,11 +12,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from moe.config import EngineConfig, OffloadConfig
+from moe.engine.stores import open_store
+from moe.kernels.cpu import load_helper
+from moe.layer.experts import chosen_kernel
 from moe.models.blueprint import Blueprint
 from moe.offload.budget import format_bytes
 from moe.offload.deepnvme import is_built
 from moe.offload.requantise import sizes
-from moe.offload.stores import page_cache_holds, reads_of
+from moe.offload.segments import ExpertIndex
+from moe.offload.short_floats import not_bf16, shortened, why_not_shortened
+from moe.offload.stores import page_cache_holds
+from moe.offload.stretches import reads_of
 from moe.placement.machine import How, Machine, disk_of
 
 DEFAULT_READERS = 2
@@ -35,6 +41,63 @@ class AutoChoice(NamedTuple):
         return f"{self.setting} is {self.value}: {self.reason}"
 
 
+def choose_keep(
+    config: EngineConfig, blueprint: Blueprint, machine: Machine | None, device: torch.device
+) -> tuple[ExpertIndex, AutoChoice | None]:
+    """Of the experts as slots are to hold them, and the choice where no setting says it.
+
+    Raises ValueError for offload.keep=bf12 where they cannot be kept so. Costs reads of three experts where they can.
+    """
+    index, keep = blueprint.index, config.offload.keep
+    if keep == "stored" or not blueprint.experts:
+        return index, None
+    made = _shortened(config, index, device)
+    told = made if isinstance(made, str) else _bf12_is_slower(machine) if keep == "auto" else None
+    if told is None and not isinstance(made, str):
+        told = _spread(config.offload, made)
+    if keep == "bf12":
+        if told is not None or isinstance(made, str):
+            raise ValueError(f"offload.keep=bf12 is not for {blueprint.folder}: {told}; leave it out")
+        return made, None
+    if told is not None or isinstance(made, str):
+        return index, AutoChoice("offload.keep", "stored", f"{told}")
+    reason = (
+        "bf16 in 12 bits, nothing lost: a third more experts in the same memory, and kernels as fast by `moe probe`"
+    )
+    return made, AutoChoice("offload.keep", "bf12", reason)
+
+
+def _shortened(config: EngineConfig, index: ExpertIndex, device: torch.device) -> ExpertIndex | str:
+    """`index` in bf12, or why it cannot be."""
+    if device.type != "cpu" or chosen_kernel(config.kernel, device) != "cpu" or load_helper() is None:
+        return "experts become bf12 for the compiled kernels of the CPU"
+    if config.offload.store == "ram":
+        return "offload.store=ram keeps a copy of what is stored"
+    if reason := not_bf16(index):
+        return reason
+    return shortened(index) or "rows are so narrow that bf12 would not make slots a tenth smaller"
+
+
+def _bf12_is_slower(machine: Machine | None) -> str | None:
+    """None where the figures say that it is not."""
+    rates = machine.rates if machine is not None else ()
+    times = {r.format: r.seconds for r in sorted(rates, key=lambda r: -r.seconds) if (r.work, r.rows) == ("expert", 1)}
+    short, plain = times.get("bf12"), times.get("bfloat16")
+    if short is None or plain is None:
+        return "the default, as this machine's kernels were not measured (`moe probe`)"
+    if short <= plain:
+        return None
+    return f"kernels read {1e-9 / short:.1f} G weights/s of bf12 and {1e-9 / plain:.1f} of bf16, by `moe probe`"
+
+
+def _spread(offload: OffloadConfig, made: ExpertIndex) -> str | None:
+    store = open_store(offload, made.in_files)
+    try:
+        return why_not_shortened(store, made)
+    finally:
+        store.close()
+
+
 def choose_reads(
     offload: OffloadConfig, blueprint: Blueprint, machine: Machine | None
 ) -> tuple[OffloadConfig, list[AutoChoice]]:
@@ -45,11 +108,11 @@ def choose_reads(
     if offload.io == "deepnvme":
         offload = replace(offload, direct=True)
     disk = disk_of(blueprint.folder)
-    nbytes = max(layout.nbytes for layout in blueprint.index.layouts)
+    nbytes = max(layout.nbytes for layout in blueprint.index.in_files.layouts)
     known = machine if machine is not None and disk in machine.disks else None
     chosen: list[AutoChoice] = []
     if offload.direct is None:
-        direct, reason = _choose_direct(page_cache_holds(blueprint.index), known, disk, nbytes)
+        direct, reason = _choose_direct(page_cache_holds(blueprint.index.in_files), known, disk, nbytes)
         offload = replace(offload, direct=direct)
         chosen.append(AutoChoice("offload.direct", direct, reason))
     if offload.io is None:
@@ -136,8 +199,8 @@ def read_time(blueprint: Blueprint, machine: Machine | None, offload: OffloadCon
     if machine is None or offload.store != "file" or not blueprint.index.sites:
         return None
     how = _how(offload)
-    nbytes = max(layout.nbytes for layout in blueprint.index.layouts)
-    reads = reads_of(blueprint.index, direct=bool(offload.direct))
+    nbytes = max(layout.nbytes for layout in blueprint.index.in_files.layouts)
+    reads = reads_of(blueprint.index.in_files, direct=bool(offload.direct))
     disk = disk_of(blueprint.folder)
     rates = [_rate(machine, disk, how, size, 1) for size in (nbytes // reads.number, nbytes)]
     if not all(rates):
@@ -174,11 +237,12 @@ def pack_offer(
     blueprint: Blueprint, machine: Machine | None, offload: OffloadConfig, *, may_be_short: bool = False
 ) -> list[str]:
     """One line where packing makes reads enough faster by the figures, or nothing. may_be_short: bf12 is read here."""
-    told = sizes(blueprint.index).get("bf12") if may_be_short else None
+    files = blueprint.index.in_files
+    told = sizes(files).get("bf12") if may_be_short else None
     read = read_time(blueprint, machine, offload) if told or not blueprint.index.is_packed else None
     if read is None:
         return []
-    packed = read.packed if told is None else read.packed * told[0] / blueprint.expert_bytes
+    packed = read.packed if told is None else read.packed * told[1] / max(layout.nbytes for layout in files.layouts)
     if read.stored < _PAYS * packed:
         return []
     how = "" if told is None else " --experts bf12 --dense bf12"

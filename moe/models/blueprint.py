@@ -107,7 +107,7 @@ class Blueprint:
     @property
     def expert_bytes(self) -> int:
         """Of all experts as they lie in slots, padding included."""
-        return sum(s.num_experts * b.nbytes for s, b in zip(self.index.sites, self.index.layouts))
+        return self.index.expert_bytes
 
     @property
     def num_experts(self) -> int:

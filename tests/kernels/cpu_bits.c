@@ -142,6 +142,27 @@ static struct matrix dense(int64_t kind, int64_t n, int64_t k) {
     return w;
 }
 
+/* bf16 becomes bf12: normal rows, one with more rare weights than there is room for, one of any bits. */
+static int print_shortened(int64_t isa) {
+    enum { N = 6, COLUMNS = 300, ROOM_FOR = 3, BYTES = (COLUMNS + 127) / 128 * 192 };
+    for (int64_t parts = 1; parts <= 2; parts++) {
+        uint16_t *v = made(BF16, N * COLUMNS, 1.0f);
+        static char codes[N * BYTES], words[N * 4 * (1 + ROOM_FOR)];
+        for (int i = 0; i < COLUMNS; i++) {
+            if (i % 40 == 0) v[COLUMNS + i] = 1;
+            if (i % 50 == 7) v[2 * COLUMNS + i] = (uint16_t)(0x2000 + i);
+            v[3 * COLUMNS + i] = (uint16_t)next();
+        }
+        int64_t over = moe_kernels(isa)->shorten((const char *)v, N, COLUMNS, parts, ROOM_FOR, codes, words);
+        uint64_t hash = 14695981039346656037u;
+        for (int i = 0; i < N * BYTES; i++) hash = (hash ^ (uint8_t)codes[i]) * 1099511628211u;
+        for (int i = 0; i < (int)sizeof words; i++) hash = (hash ^ (uint8_t)words[i]) * 1099511628211u;
+        printf("shortened %d %d %016lx\n", (int)parts, (int)over, (unsigned long)hash);
+        free(v);
+    }
+    return 0;
+}
+
 enum { ROUTED = 13, EXPERTS = 24, CHOSEN = 4, WIDTH = 11 };
 
 static int print_routers(int64_t isa) {
@@ -228,5 +249,6 @@ int main(int argc, char **argv) {
         }
     int status = print_routers(isa);
     if (!status) status = print_blocks(isa);
+    if (!status) status = print_shortened(isa);
     return status ? status : is_finite ? 0 : 4;
 }

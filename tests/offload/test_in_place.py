@@ -15,7 +15,8 @@ from moe.offload.formats.slot import MatrixFormat
 from moe.offload.in_place import in_place
 from moe.offload.layout import ALIGNMENT, ExpertLayout, ExpertSite
 from moe.offload.segments import ExpertIndex, Parts, Segment
-from moe.offload.stores import FileStore, MmapStore, aligned_bytes, bytes_moved, reads_of
+from moe.offload.stores import FileStore, MmapStore, aligned_bytes, bytes_moved
+from moe.offload.stretches import reads_of
 from moe.params import SamplingParams
 from tests.families import IN_SLOTS, reference_model, tiny_checkpoint
 from tests.offload.test_index_and_stores import check_store, index_of
