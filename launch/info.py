@@ -2,8 +2,12 @@
 
 import argparse
 
+import torch
 from rich.table import Table
 
+from moe.config import EngineConfig
+from moe.engine.choices import choose_keep
+from moe.engine.known import probed
 from moe.launch.console import err, out
 from moe.launch.progress import batch_progress
 from moe.models.blueprint import Blueprint, read_blueprint
@@ -26,21 +30,24 @@ def info(args: argparse.Namespace) -> int:
     reason = why_not_packed(b.skeleton, b.max_context)
     table.add_row("batching", "packed, continuous" if reason is None else f"one sequence at a time: {reason}")
     if b.experts:
-        site, blob = b.index.sites[0], max(layout.nbytes for layout in b.index.layouts)
+        kept, choice = choose_keep(EngineConfig(), b, probed(EngineConfig()), torch.device("cpu"))
+        site, blob = kept.sites[0], max(layout.nbytes for layout in kept.layouts)
         kinds = {(s.num_experts, s.hidden_size, s.intermediate_size) for s in b.index.sites}
         shape = f"{site.hidden_size} x {site.intermediate_size}" if len(kinds) == 1 else "of several sizes"
         table.add_row(
             "experts",
             f"{len(b.experts)} layers, {b.num_experts} experts, top-{b.top_k}, {shape}, {b.expert_formats}",
         )
+        if choice is not None and choice.value == "bf12":
+            table.add_row("in slots", "bf12: bf16 in 12 bits, nothing is lost (offload.keep)")
         table.add_row("one expert", format_bytes(blob))
-        table.add_row("all experts", format_bytes(b.expert_bytes))
+        table.add_row("all experts", format_bytes(kept.expert_bytes))
         table.add_row(
             "on disk", "packed" if b.checkpoint.packed else "original checkpoint (moe pack makes reads faster)"
         )
         step = b.top_k * len(b.experts)
         free = max(0, available_memory() - b.dense_bytes) * 9 // 10
-        of_layer, counts = [layout.nbytes for layout in b.index.layouts], [site.num_experts for site in b.index.sites]
+        of_layer, counts = [layout.nbytes for layout in kept.layouts], [site.num_experts for site in kept.sites]
         fits = slots_within(free, of_layer, counts)
         table.add_row("smallest budget", f"1 expert ({format_bytes(blob)}); slow: every layer runs in waves")
         table.add_row(

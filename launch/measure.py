@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from moe.engine.known import this_machine
 from moe.kernels.cpu import CpuExperts, instruction_sets
+from moe.kernels.cpu_linear import CpuLinear
 from moe.kernels.weights import Activation
 from moe.launch.console import err
 from moe.launch.measure_ranks import measure_exchange
 from moe.launch.measure_step import measure_attention, measure_overhead, usual_seconds
 from moe.models.dense_cpu import CompiledLinear
 from moe.offload.deepnvme import Handle, LockedReads, aio_handles, is_built
-from moe.offload.formats.slot import MatrixFormat
+from moe.offload.formats.slot import BF12, MatrixFormat
 from moe.offload.layout import ALIGNMENT, ExpertLayout, ExpertSite
 from moe.offload.requantise import target_format
 from moe.offload.stores import aligned_bytes
@@ -45,6 +46,7 @@ FIRST_RATE_BYTES = 16 << 20
 READ_SIZES = tuple(1 << n for n in (18, 20, 22, 24))
 DEPTHS = (1, 2, 4, 8)
 EXPERT_ROWS, DENSE_ROWS = (1, 2, 4, 8, 16, 64), (1, 4, 16, 64, 256)
+_LAYERS = 4 * 8  # linear ones that are timed
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -206,9 +208,11 @@ def dense_rates(
     slab: Tensor, threads: int, shape: tuple[int, int] = (HIDDEN, HIDDEN), rows_of: Sequence[int] = DENSE_ROWS
 ) -> Iterator[Rate]:
     """Layers as the engine has them on a CPU; four a call, others each time."""
+    kinds = dict[str, tuple[torch.dtype, Sequence[Callable[[Tensor], Tensor]]]]()
     for name, dtype in FLOATS.items():
-        weights = slab.view(dtype).view(-1, *shape)
-        layers = [_linear(weight) for weight in weights[: 4 * 8]]
+        kinds[name] = dtype, [_linear(weight) for weight in slab.view(dtype).view(-1, *shape)[:_LAYERS]]
+    kinds["bf12"] = torch.bfloat16, _short_linears(slab, shape)
+    for name, (dtype, layers) in kinds.items():
         for rows in rows_of:
             x = torch.ones(rows, shape[1], dtype=dtype)
 
@@ -218,6 +222,16 @@ def dense_rates(
 
             with torch.inference_mode():
                 yield Rate("dense", name, threads, rows, usual_seconds(call, threads) / (4 * shape[0] * shape[1]))
+
+
+def _short_linears(slab: Tensor, shape: tuple[int, int]) -> list[CpuLinear]:
+    pieces, made = BF12.pieces(1, *shape), []
+    sizes = [piece.nbytes for piece in pieces.values()]
+    for one in slab[: len(slab) // sum(sizes) * sum(sizes)].view(-1, sum(sizes))[:_LAYERS]:
+        parts = zip(pieces.items(), torch.split(one, sizes))
+        views = {name: part.view(piece.dtype).view(1, *piece.shape) for (name, piece), part in parts}
+        made.append(CpuLinear(views[""][0], coding=BF12.coding(views, ""), columns=shape[1]))
+    return made
 
 
 def _linear(weight: Tensor) -> CompiledLinear:

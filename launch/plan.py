@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rich.table import Table
 
 from moe.config import EngineConfig
-from moe.engine.choices import choose_reads, why_not_ahead
+from moe.engine.choices import choose_keep, choose_reads, why_not_ahead
 from moe.engine.known import probed
 from moe.launch.console import out, say_who_measures
 from moe.launch.options import real
@@ -37,9 +38,13 @@ _MOST_SEQUENCES = 4096  # routing is drawn for all of them
 
 def run(args: argparse.Namespace) -> int:
     blueprint = read_blueprint(args.model, trust_remote_code=args.trust_remote_code)
-    sizes, work = sizes_of(blueprint), Workload.of(args.workload, blueprint.max_context)
+    work = Workload.of(args.workload, blueprint.max_context)
     measured = None if args.against is None else measured_rate(args.against)
     case = _on_gpus(args, blueprint) if args.gpus else _here(args, blueprint)
+    if not args.gpus:
+        kept, _ = choose_keep(EngineConfig(), blueprint, case.machine, torch.device("cpu"))
+        blueprint = replace(blueprint, index=kept)
+    sizes = sizes_of(blueprint)
     plan = None if args.plan is None else Plan.load(args.plan)
     trace = even_routing(sizes, work.sequences) if args.trace is None else RoutingTrace.load(args.trace)
     table = Table(box=None, padding=(0, 2, 0, 0))

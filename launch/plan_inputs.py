@@ -56,7 +56,8 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
     dtype = str(blueprint.dtype).removeprefix("torch.")
     attention = _attention_of(text)
     format_ = layout.gate_up_format
-    reads = reads_of(in_place(index), direct=True)
+    files = in_place(index.in_files)
+    reads = reads_of(files, direct=True)
     return Sizes(
         num_layers=len(index.sites),
         num_experts=site.num_experts,
@@ -68,7 +69,9 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
         dtype=dtype,
         expert_weights=(site.parts + 1) * site.hidden_size * site.intermediate_size,
         expert_bytes=layout.nbytes,
+        stored_bytes=files.layouts[0].nbytes,
         expert_format=format_.code or str(format_.dtype).removeprefix("torch."),
+        dense_format=dtype if index.stored is None else "bf12",
         kv_bytes=text.num_hidden_layers * attention.cached * blueprint.dtype.itemsize,
         reads=reads.number,
         copied_bytes=reads.copied_bytes,

@@ -105,23 +105,22 @@ def give_back(memory: Tensor) -> None:
         raise OSError(ctypes.get_errno(), f"madvise of {nbytes} bytes")
 
 
-class Buffers:
+class Buffers(threading.local):
     """Of every thread its own, to read into; one more where a read is within another, between its parts."""
 
     def __init__(self) -> None:
-        self._of_thread = threading.local()
+        self.free = list[Tensor]()
 
     @contextmanager
     def spare(self, nbytes: int) -> Iterator[Tensor]:
         """uint8 [nbytes], from a page on."""
-        free: list[Tensor] = vars(self._of_thread).setdefault("free", [])
-        spare = free.pop() if free else aligned_bytes(0)
+        spare = self.free.pop() if self.free else aligned_bytes(0)
         if len(spare) < nbytes:
             spare = aligned_bytes(-(-nbytes // ALIGNMENT) * ALIGNMENT)
         try:
             yield spare[:nbytes]
         finally:
-            free.append(spare)
+            self.free.append(spare)
 
 
 def _place_kept(segment: Segment, kept: Sequence[tuple[int, Bytes]], out: Bytes) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from moe.placement.machine import How, Machine, Overhead, Work
 from moe.placement.topology import Link
 
-WIDTHS = {"float32": 4}  # bytes of an element; others have 2
+WIDTHS = {"float32": 4, "bf12": 1.53}  # bytes of an element; others have 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,8 @@ class Sizes:
     """Of a model. dense_weights: numbers that every token is multiplied with; dense_bytes: all that is not in slots.
 
     expert_weights, expert_bytes: of one; reads: that bring it; copied_bytes: of it, that a read cannot put where they
-    belong. kv_bytes: of a token, all layers. query_size: heads x elements of a head.
+    belong; stored_bytes: of it in its file. dense_format: of linear layers. kv_bytes: of a token, all layers.
+    query_size: heads x elements of a head.
     """
 
     num_layers: int
@@ -47,6 +48,13 @@ class Sizes:
     kv_bytes: int
     reads: int = 1
     copied_bytes: int = 0
+    stored_bytes: int | None = None  # as in slots
+    dense_format: str = ""  # as dtype
+
+    @property
+    def read_bytes(self) -> int:
+        """Of an expert."""
+        return self.expert_bytes if self.stored_bytes is None else self.stored_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,12 +180,15 @@ def _with_experts(rest: Terms, sizes: Sizes, machine: Machine, use: Use, visits:
 
 def _per_weight(sizes: Sizes, machine: Machine, use: Use, work: Work, rows: float) -> float:
     """Seconds, alone or as fast as memory gives it to all ranks of the machine."""
-    kind = sizes.dtype if work == "dense" else sizes.expert_format
+    kind = sizes.expert_format
+    if work == "dense":
+        is_measured = any((r.work, r.format) == ("dense", sizes.dense_format) for r in machine.rates)
+        kind = sizes.dense_format if is_measured else sizes.dtype
     alone = machine.seconds_per_weight(work, kind, rows, use.threads)
     readers = use.local_ranks * use.threads
     if use.local_ranks == 1:
         return alone
-    nbytes = WIDTHS.get(sizes.dtype, 2) if work == "dense" else sizes.expert_bytes / sizes.expert_weights
+    nbytes = WIDTHS.get(kind, 2) if work == "dense" else sizes.expert_bytes / sizes.expert_weights
     return max(alone, nbytes * use.local_ranks / machine.memory_bytes_per_s(readers))
 
 
@@ -199,14 +210,14 @@ class _Reading(NamedTuple):
 
 
 def _reading(sizes: Sizes, machine: Machine, use: Use) -> _Reading:
-    size = sizes.expert_bytes // sizes.reads
+    size = sizes.read_bytes // sizes.reads
     rate = machine.read_bytes_per_s(use.disk, use.how, size, use.readers)
     single = machine.read_bytes_per_s(use.disk, use.how, size, 1)
     if rate is None or single is None:
         raise ValueError(f"{use.how} reads of {use.disk or 'this disk'} were not measured; `moe probe` it")
-    alone = sizes.expert_bytes / single + sizes.copied_bytes / machine.copy_bytes_per_s
+    alone = sizes.read_bytes / single + sizes.copied_bytes / machine.copy_bytes_per_s
     # ranks of one machine share its disk; a reader's own copy keeps it from its next read
-    return _Reading(alone, max(sizes.expert_bytes * use.local_ranks / rate, alone / use.readers), use.readers)
+    return _Reading(alone, max(sizes.read_bytes * use.local_ranks / rate, alone / use.readers), use.readers)
 
 
 def _visit_seconds(sizes: Sizes, machine: Machine, use: Use, visits: Visits, rest: float) -> tuple[float, float, float]:

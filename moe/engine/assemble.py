@@ -147,7 +147,7 @@ class Loaded:
     @property
     def choices(self) -> tuple[AutoChoice, ...]:
         """What was chosen where no setting said it."""
-        return (*self.chosen, *self.experts.choices)
+        return (*self.chosen, *self.experts.choices, *self.read.chosen)
 
     @property
     def notes(self) -> list[str]:
@@ -189,7 +189,7 @@ def load(read: Read, share: Share | None = None, work: Workload | None = None) -
         trusts = read.config.trust_remote_code
         grammars = Grammars(read.blueprint.folder, dense.vocabulary, dense.eos_ids, trusts)
         graphs = use_paths(read.config, read.device, memory.runner, experts.slots, dense.max_context)
-        chosen = (*read.chosen, *(one for one in (threads, graphs) if one is not None))
+        chosen = tuple(one for one in (threads, graphs) if one is not None)
         split = _moving_split(shared, dense, memory, experts) or _lent_kv(read, dense, memory, experts, share)
         loaded = Loaded(read, dense, memory, experts, grammars, chosen, split)
         undo.pop_all()
@@ -270,7 +270,8 @@ def load_model(read: Read, tries_experts: bool) -> Dense:
     if packed and not compiled:
         raise ValueError("dense=packed needs the compiled kernels of the CPU; leave it at decoded")
     short = compiled and dtype == torch.bfloat16  # the same bits as decoded, of fewer bytes
-    model = load_dense(blueprint, dtype, "eager", packed=packed, short=short).to(read.device)
+    shortens = short and blueprint.index.stored is not None
+    model = load_dense(blueprint, dtype, "eager", packed=packed, short=short, shortens=shortens).to(read.device)
     if compiled:
         compile_dense(model)
     context = context_of(config.max_context, blueprint.max_context, blueprint.config.get_text_config())

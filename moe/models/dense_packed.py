@@ -1,4 +1,5 @@
-"""Dense layers kept as they are stored (`dense=packed`): linear layers whose codes are decoded in registers.
+"""Dense layers kept as they are stored (`dense=packed`): linear layers whose codes are decoded in registers; and bf16
+ones that become bf12 at load, where experts do when they arrive (`offload.keep`).
 
 Wins where memory matters: quantised attention and shared experts take a half to a quarter of what decoding them at load
 takes, and few rows read that much less. CPU only, through the compiled helper. A row's result does not depend on the
@@ -8,29 +9,36 @@ other rows. Weights that the model does not keep as a plain linear layer of the 
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moe.kernels.cpu import load_helper
 from moe.kernels.cpu_block import Linear
+from moe.kernels.cpu_encode import most_rare_of, shorten
 from moe.kernels.cpu_linear import CpuLinear
 from moe.kernels.cpu_struct import MOST_COLUMNS
 from moe.models.blueprint import Blueprint
-from moe.offload.checkpoint import TensorInfo
-from moe.offload.formats.slot import PieceKind
+from moe.offload.formats.slot import MatrixFormat, PieceKind
 from moe.offload.formats.stored import StoredMatrix
+from moe.offload.short_floats import short_format
 from moe.offload.stores import aligned_bytes
 
 
 class PackedLinear(nn.Module):
-    """x [..., K] -> [..., N] in x's dtype; codes and what decodes them are buffers, read from the checkpoint here."""
+    """x [..., K] -> [..., N] in x's dtype; codes and what decodes them are buffers.
 
-    def __init__(self, matrix: StoredMatrix, views: dict[str, Tensor], bias: Tensor | None) -> None:
+    shape: [N, K]; views: as `MatrixFormat.pieces` names them, each [1, ...].
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], layout: MatrixFormat, views: dict[str, Tensor], bias: Tensor | None
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = matrix.shape
+        self.out_features, self.in_features = shape
         for name, view in views.items():
             self.register_buffer(name.lstrip(".") or "codes", view, persistent=False)
         self.bias = bias
-        coding = matrix.format.coding(views, "")
+        coding = layout.coding(views, "")
         self.described = Linear(views[""][0], bias, coding, self.in_features)
         self._linear = CpuLinear(views[""][0], bias, coding=coding, columns=self.in_features)
 
@@ -74,15 +82,15 @@ def roundable(blueprint: Blueprint) -> list[str]:
         except AttributeError:
             continue
         is_plain = type(module) is nn.Linear and tuple(module.weight.shape) == info.shape
-        if is_plain and not _routes(blueprint, path, info):
+        if is_plain and not _routes(blueprint, path, info.shape[0]):
             names.append(name)
     return names
 
 
-def _routes(blueprint: Blueprint, path: str, info: TensorInfo) -> bool:
+def _routes(blueprint: Blueprint, path: str, outputs: int) -> bool:
     """Whether a layer chooses or weighs experts: it stands beside some, and has an output for each, or one."""
     beside = {site.module.rpartition(".")[0]: site.num_experts for site in blueprint.index.sites}
-    return info.shape[0] in (1, beside.get(path.rpartition(".")[0]))
+    return outputs in (1, beside.get(path.rpartition(".")[0]))
 
 
 def pack_dense(model: nn.Module, matrices: list[StoredMatrix]) -> None:
@@ -97,8 +105,41 @@ def pack_dense(model: nn.Module, matrices: list[StoredMatrix]) -> None:
             views[name] = left[: read.nbytes].view(read.dtype).view(read.shape).copy_(read)
             left = left[_room(_pieces(matrix)[name]) :]
         path = matrix.name.removesuffix(".weight")
-        bias = model.get_submodule(path).bias
-        model.set_submodule(path, PackedLinear(matrix, views, bias.detach() if isinstance(bias, Tensor) else None))
+        _replace(model, path, matrix.shape, matrix.format, views)
+
+
+def shorten_dense(model: nn.Module, blueprint: Blueprint) -> None:
+    """Puts bf12 (kernels/bf12.py) in place of bf16 linear layers that become smaller: the same bits of fewer bytes.
+
+    All but routers and weights that are another's, too. A weight is given back before the next is made.
+    """
+    tied = tied_weights(model)
+    shared = {*tied, *tied.values()}
+    formats = dict[str, MatrixFormat]()
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and f"{path}.weight" not in shared:
+            weight = module.weight.detach()
+            if not _routes(blueprint, path, len(weight)) and weight.shape[1] <= MOST_COLUMNS:
+                formats[path] = short_format(most_rare_of(weight), weight.shape[1])
+    formats = {path: layout for path, layout in formats.items() if layout.code is not None}
+    shapes = {path: (int(n), int(k)) for path in formats for n, k in [model.get_parameter(f"{path}.weight").shape]}
+    pieces = {path: layout.pieces(1, *shapes[path]) for path, layout in formats.items()}
+    left = aligned_bytes(sum(_room(piece) for each in pieces.values() for piece in each.values()))
+    for path, layout in formats.items():
+        views = {}
+        for name, piece in pieces[path].items():
+            views[name] = left[: piece.nbytes].view(piece.dtype).view(1, *piece.shape)
+            left = left[_room(piece) :]
+        over = shorten(model.get_parameter(f"{path}.weight").detach(), views[""][0], views[".scale"][0])
+        assert not over, f"{path}: {over} rows have more rare weights than were counted"
+        _replace(model, path, shapes[path], layout, views)
+
+
+def _replace(
+    model: nn.Module, path: str, shape: tuple[int, ...], layout: MatrixFormat, views: dict[str, Tensor]
+) -> None:
+    bias = model.get_submodule(path).bias
+    model.set_submodule(path, PackedLinear(shape, layout, views, bias.detach() if isinstance(bias, Tensor) else None))
 
 
 def _pieces(matrix: StoredMatrix) -> dict[str, PieceKind]:

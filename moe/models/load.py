@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.utils import logging as transformers_logging
 
 from moe.models.blueprint import Blueprint, first_line
-from moe.models.dense_packed import pack_dense, packable, tied_weights
+from moe.models.dense_packed import pack_dense, packable, shorten_dense, tied_weights
 from moe.models.families import slot_class
 from moe.models.towers import CODE_OF_MODELS, absent_class, prune
 
@@ -26,12 +26,18 @@ _TRIM_BYTES = 16 << 20  # so many bytes of weights are decoded between two looks
 
 
 def load_dense(
-    blueprint: Blueprint, dtype: torch.dtype, attention: str, *, packed: bool = False, short: bool = False
+    blueprint: Blueprint,
+    dtype: torch.dtype,
+    attention: str,
+    *,
+    packed: bool = False,
+    short: bool = False,
+    shortens: bool = False,
 ) -> Any:
     """The transformers model in eval mode with every weight but the experts', which its modules do not have.
 
     attention: a name of transformers' attention interface; packed: quantised linear layers stay as they are stored;
-    short: those in bf12.
+    short: those in bf12; shortens: those in bf16 become bf12.
     Raises ValueError if dense tensors are missing.
     Peak memory: the dense weights and one tensor; if `dtype` is narrower than the stored one, both forms of them.
     """
@@ -74,6 +80,8 @@ def load_dense(
     prune(model)
     pack_dense(model, kept)
     del dense
+    if shortens:
+        shorten_dense(model, blueprint)
     return_freed()
     if blueprint.generation.decoder_start_token_id is not None:
         model.generation_config.decoder_start_token_id = blueprint.generation.decoder_start_token_id

@@ -60,7 +60,7 @@ def test_kernels_are_measured_in_every_format():
     found = [*expert_rates(slab, torch.get_num_threads(), (64, 32)), *dense_rates(slab, 1, (32, 64))]
     kinds = {(r.work, r.format) for r in found}
     assert kinds == {("expert", f) for f in ("float32", "bfloat16", "bf12", "int8", "int4")} | {
-        ("dense", f) for f in ("float32", "bfloat16")
+        ("dense", f) for f in ("float32", "bfloat16", "bf12")
     }
     assert all(0 < r.seconds < 1 for r in found)
 
@@ -208,7 +208,7 @@ def test_figures_change_no_token_and_are_told(tmp_path):
     assert said[0].startswith("offload.direct is True: ")
     assert said[1].startswith("offload.io is preadv: ")
     assert said[2].startswith("offload.readers is 4: ")
-    names = {"offload.direct", "offload.io", "offload.readers", "offload.prefetch", "kernel", "dense"}
+    names = {"offload.direct", "offload.io", "offload.readers", "offload.prefetch", "kernel", "dense", "offload.keep"}
     assert {line.split()[0] for line in said} == names
 
 
