@@ -135,5 +135,5 @@ def free_room(device: torch.device, config: EngineConfig, sizes: Sizes, sharers:
     """Bytes for KV and slots: a tenth of what is free stays, or what steps and reads take, if that is more."""
     batch, free = config.batch, free_memory(device, sharers)
     step = batch.max_tokens * sizes.token_bytes + batch.max_sequences * sizes.row_bytes
-    reads = (config.offload.readers or _READERS) * max(sizes.expert_bytes)
+    reads = (config.offload.readers or _READERS) * max(sizes.read_bytes, *sizes.expert_bytes)
     return free - max(int(free * (1 - _SHARE_OF_FREE)), step + reads + _UNSEEN)

@@ -66,7 +66,7 @@ class Left(NamedTuple):
 class Sizes(NamedTuple):
     """expert_bytes, num_experts: by layer, of those that are this rank's; chosen_from: of all that a token may ask for.
     num_ranks: whose tokens come to them. kv_bytes: of a token in all layers; row_bytes: of a sequence in a step;
-    token_bytes: of a token in a step, while it is computed.
+    token_bytes: of a token in a step, while it is computed; read_bytes: of the largest expert in files.
     """
 
     expert_bytes: Sequence[int]
@@ -78,6 +78,7 @@ class Sizes(NamedTuple):
     row_bytes: int
     token_bytes: int
     block_size: int
+    read_bytes: int = 0
 
     @property
     def least_slots(self) -> int:
@@ -290,6 +291,7 @@ def sizes_of(
         row_bytes=2 * 4 * vocabulary,  # logits and scores, fp32
         token_bytes=2 * 4 * widest,  # rows of attention and of experts, fp32, and as much again
         block_size=batch.block_size,
+        read_bytes=max((layout.nbytes for layout in blueprint.index.in_files.layouts), default=0),
     )
 
 
