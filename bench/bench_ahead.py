@@ -127,7 +127,7 @@ def record(args: argparse.Namespace, batch: int, pregate: str = "off") -> tuple[
             llm.step()
             if llm.engine.stats.pure_decode_steps > steps:
                 times.append(time.thread_time() - before)
-        nbytes = llm.engine.blueprint.index.layouts[0].nbytes
+        nbytes = llm.engine.blueprint.index.in_files.layouts[0].nbytes
     expert = nbytes / (args.gb_per_s * 1e9)
     asked = np.mean([len(v.keys) for v in recorder.visits])
     layer = max(0.0, float(np.median(times)) / len(sites) - asked * expert)

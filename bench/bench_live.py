@@ -133,7 +133,7 @@ def case(args: argparse.Namespace, share: float, batch: int) -> list[dict[str, A
     once = [Access(n, first_key[n] + ids) for forward in recorder.forwards for n, ids in enumerate(forward)]
     policy = Belady(int(first_key[-1]), once * 2)
     num_slots = first.engine.experts.cache.num_slots
-    least = sum(misses_of(policy, once * 2, num_slots)[len(once) :]) * index.layouts[0].nbytes
+    least = sum(misses_of(policy, once * 2, num_slots)[len(once) :]) * index.in_files.layouts[0].nbytes
     rows = []
     for name in names:
         row: dict[str, Any] = {"share": share, "batch": batch, "way": name}

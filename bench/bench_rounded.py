@@ -35,7 +35,7 @@ SETTINGS = ["batch.kv_tokens=2048", "offload.prefetch=off"]  # what is read ahea
 def candidates(work: Path, folder: Path, budget: str, with_peers: bool) -> Iterator[Candidate]:
     for kind in KINDS:
         path = packed_of(folder, None if kind == "bf16" else kind)
-        more = [] if kind == "bf16" else ["dense=packed"]
+        more = ["offload.keep=stored"] if kind == "bf16" else ["dense=packed"]
         told = [f"offload.budget={budget}", "offload.direct=true", *SETTINGS, *more]
         yield Candidate(kind, "ours", {"kind": "ours", "folder": str(path), "set": told, "profile": True})
     for name, kind in PEERS.items() if with_peers else ():

@@ -205,7 +205,7 @@ def packed_of(folder: Path, experts: str | None = None) -> Path:
 def resident_candidates(work: Path, folder: Path) -> Iterator[Candidate]:
     ours = {"kind": "ours", "folder": str(folder)}
     yield Candidate("ours", "ours", ours)
-    yield Candidate("ours bf12", "ours", {**ours, "packed": "bf12"})
+    yield Candidate("ours bf16", "ours", {**ours, "set": ["offload.keep=stored"]})
     for experts in ("eager", "grouped_mm"):
         options = {"kind": "transformers", "folder": str(folder), "experts": experts}
         yield Candidate(f"transformers {experts}", "ours", options)
@@ -218,6 +218,7 @@ def offload_candidates(work: Path, folder: Path, share: float) -> Iterator[Candi
     """Ours finds out by itself what the limit leaves for experts. share: which accelerate must be told."""
     ours = {"kind": "ours", "folder": str(folder)}
     yield Candidate("ours default", "ours", ours)
+    yield Candidate("ours bf16", "ours", {**ours, "set": ["offload.keep=stored"]})
     yield Candidate("ours packed", "ours", {**ours, "packed": None})
     best = ["offload.direct=true", "offload.prefetch=router"]
     yield Candidate("ours best", "ours", {**ours, "packed": None, "set": best})
