@@ -75,12 +75,6 @@ class ExpertIndex:
         return sum(site.num_experts * layout.nbytes for site, layout in zip(self.sites, self.layouts))
 
     @property
-    def codes(self) -> set[str]:
-        """Of the matrices that are no floats (kernels/formats.py)."""
-        each = (f.code for layout in self.layouts for f in (layout.gate_up_format, layout.down_format))
-        return {code for code in each if code is not None}
-
-    @property
     def is_mixed(self) -> bool:
         """Whether experts of one layer differ in size."""
         return any(layout.sizes for layout in self.layouts)
