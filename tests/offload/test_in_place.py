@@ -1,6 +1,9 @@
 """Direct reads of original checkpoints: pages that can go to their place do, and every byte is the file's."""
 
+import pickle
 import random
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -19,6 +22,7 @@ from moe.offload.stores import FileStore, MmapStore, aligned_bytes, bytes_moved
 from moe.offload.stretches import reads_of
 from moe.params import SamplingParams
 from tests.families import IN_SLOTS, reference_model, tiny_checkpoint
+from tests.moe.moe_cases import ROOT
 from tests.offload.test_index_and_stores import check_store, index_of
 
 
@@ -149,3 +153,36 @@ def test_tokens_are_those_of_all_in_memory(family, tmp_path, monkeypatch):
             moved.append(layout != stored)
     assert answers[0] == answers[1] == answers[2]
     assert moved == [False, False, True]
+
+
+THREADS = """
+import os, pickle, sys, threading
+import torch
+torch.set_num_threads(2)
+from moe.offload.stores import FileStore, RamStore, aligned_bytes
+
+index = pickle.load(sys.stdin.buffer)
+files = [FileStore(index, direct=direct) for direct in (False, True)]
+stores = [*files, RamStore.read_from(files[0])]
+out = aligned_bytes(index.layouts[0].nbytes)
+before = len(os.listdir("/proc/self/task"))
+
+def read():
+    for store in stores:
+        store.read_into(0, 1, out)
+    seen.append(len(os.listdir("/proc/self/task")))
+
+seen = []
+thread = threading.Thread(target=read)
+thread.start()
+thread.join()
+print(seen[0] - before)
+"""
+
+
+def test_a_reader_calls_up_no_threads(tmp_path):
+    """Copying within a reader by torch's threads would give every reader as many as compute has."""
+    index = pickle.dumps(checkpoint_of(tmp_path, skips=[13] * 5, gaps=[0] * 5))
+    done = subprocess.run([sys.executable, "-c", THREADS], cwd=ROOT, input=index, capture_output=True, timeout=90)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.split() == [b"1"]  # the reader

@@ -1,7 +1,5 @@
 """Every blob equals the parameters that transformers itself loads, for every family and every store."""
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,6 @@ from tests.families import (
     tiny_checkpoint,
     tiny_config,
 )
-from tests.moe.moe_cases import ROOT
 
 
 def meta_model(family):
@@ -259,37 +256,3 @@ def test_a_file_system_without_direct_reads_is_said_once(tmp_path, monkeypatch, 
     assert store.direct is False
     assert len([r for r in caplog.records if "refuses O_DIRECT" in r.message]) == 1
     store.close()
-
-
-THREADS = """
-import os, sys, threading
-import torch
-torch.set_num_threads(2)
-from moe.offload.stores import FileStore, RamStore, aligned_bytes
-from tests.offload.test_in_place import checkpoint_of
-from pathlib import Path
-
-index = checkpoint_of(Path(sys.argv[1]), skips=[13] * 5, gaps=[0] * 5)
-files = [FileStore(index, direct=direct) for direct in (False, True)]
-stores = [*files, RamStore.read_from(files[0])]
-out = aligned_bytes(index.layouts[0].nbytes)
-before = len(os.listdir("/proc/self/task"))
-
-def read():
-    for store in stores:
-        store.read_into(0, 1, out)
-    seen.append(len(os.listdir("/proc/self/task")))
-
-seen = []
-thread = threading.Thread(target=read)
-thread.start()
-thread.join()
-print(seen[0] - before)
-"""
-
-
-def test_a_reader_calls_up_no_threads(tmp_path):
-    """Copying within a reader by torch's threads would give every reader as many as compute has."""
-    done = subprocess.run([sys.executable, "-c", THREADS, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["1"]  # the reader
