@@ -1,4 +1,4 @@
-"""`moe info`: what a model's folder holds and what it needs, without reading a weight."""
+"""`moe info`: what a model's folder holds and what it needs; of weights it reads three experts at most."""
 
 import argparse
 

@@ -33,7 +33,7 @@ _NAMES = ("gate_up", "down")
 _GAIN = 0.9  # of the bytes, at most: narrower rows than some 200 columns are not worth it
 _TABLE_SHARE = 1024  # of all experts' bytes: what rows with more rare weights may take
 _LEAST_TABLE = 1 << 16
-_LOOKED_AT = 3  # layers of which an expert is read before any is served
+_LOOKED_AT = 3  # experts, of as many layers, that are read before any is served
 
 
 class Short(NamedTuple):
@@ -83,21 +83,31 @@ def shortened(index: ExpertIndex) -> ExpertIndex | None:
 
 
 def why_not_shortened(store: ExpertStore, index: ExpertIndex) -> str | None:
-    """What an expert of the first, of a middle and of the last layer tell against it: a sentence, or None.
+    """What the first expert of the first layer, a middle one and the last of the last tell against it: a sentence, or
+    None.
 
-    store: of `index.in_files`; index: of `shortened`. Costs the reads.
+    store: of `index.in_files`; index: of `shortened`. Costs the reads. Raises OSError where they fail.
     """
-    last = len(index.sites) - 1
-    for layer in sorted({last * n // max(1, _LOOKED_AT - 1) for n in range(_LOOKED_AT)}):
-        table = RareTable(index.layouts[layer].nbytes)
+    for layer, expert in _looked_at(index):
+        layout = index.layouts[layer]
+        table = RareTable(layout.nbytes)
         try:
-            made = Shortened(store, index.sites, index.layouts, table)
-            made.read_into(layer, 0, aligned_bytes(index.layouts[layer].nbytes))
+            Shortened(store, index.sites, index.layouts, table).read_into(layer, expert, aligned_bytes(layout.nbytes))
+            is_spread = table.used > layout.nbytes // (4 * _TABLE_SHARE)
         except TooMuchRare:
-            pass
-        if table.used > index.layouts[layer].nbytes // (4 * _TABLE_SHARE):
+            is_spread = True
+        if is_spread:
             return f"exponents of layer {layer}'s weights are spread over more than 15 in a row"
     return None
+
+
+def _looked_at(index: ExpertIndex) -> list[tuple[int, int]]:
+    """Layers and experts."""
+    found = []
+    for part in range(_LOOKED_AT):
+        layer = (len(index.sites) - 1) * part // (_LOOKED_AT - 1)
+        found.append((layer, (index.sites[layer].num_experts - 1) * part // (_LOOKED_AT - 1)))
+    return found
 
 
 class TooMuchRare(OSError):

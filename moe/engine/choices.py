@@ -94,6 +94,8 @@ def _spread(offload: OffloadConfig, made: ExpertIndex) -> str | None:
     store = open_store(offload, made.in_files)
     try:
         return why_not_shortened(store, made)
+    except OSError as error:  # whoever needs that expert is told
+        return f"one that was looked at cannot be read ({error})"
     finally:
         store.close()
 

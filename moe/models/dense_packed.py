@@ -6,6 +6,7 @@ takes, and few rows read that much less. CPU only, through the compiled helper. 
 other rows. Weights that the model does not keep as a plain linear layer of the same name are decoded as ever.
 """
 
+import re
 from math import prod
 from typing import Any
 
@@ -17,6 +18,7 @@ from moe.kernels.cpu_block import Linear
 from moe.kernels.cpu_encode import most_rare_of, shorten
 from moe.kernels.cpu_linear import CpuLinear
 from moe.kernels.cpu_struct import MOST_COLUMNS
+from moe.kernels.formats import decode
 from moe.models.blueprint import Blueprint
 from moe.offload.formats.slot import MatrixFormat, PieceKind
 from moe.offload.formats.stored import StoredMatrix
@@ -27,23 +29,39 @@ from moe.offload.stores import aligned_bytes
 class PackedLinear(nn.Module):
     """x [..., K] -> [..., N] in x's dtype; codes and what decodes them are buffers.
 
-    shape: [N, K]; views: as `MatrixFormat.pieces` names them, each [1, ...].
+    shape: [N, K]; views: as `MatrixFormat.pieces` names them, each [1, ...]; dtype: of the model.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], layout: MatrixFormat, views: dict[str, Tensor], bias: Tensor | None
+        self,
+        shape: tuple[int, ...],
+        layout: MatrixFormat,
+        views: dict[str, Tensor],
+        bias: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         for name, view in views.items():
             self.register_buffer(name.lstrip(".") or "codes", view, persistent=False)
         self.bias = bias
+        self._dtype = dtype
+        self._decoded: Tensor | None = None
         coding = layout.coding(views, "")
         self.described = Linear(views[""][0], bias, coding, self.in_features)
         self._linear = CpuLinear(views[""][0], bias, coding=coding, columns=self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._linear(input)
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K], decoded: some models read it beside calling the layer. Kept from the first time on."""
+        if self._decoded is None:
+            codes, coding = self._linear.weight, self._linear.coding
+            assert coding is not None
+            self._decoded = decode(codes, coding, self.in_features, 0).to(self._dtype)
+        return self._decoded
 
 
 def packable(skeleton: nn.Module, matrix: StoredMatrix) -> bool:
@@ -88,9 +106,11 @@ def roundable(blueprint: Blueprint) -> list[str]:
 
 
 def _routes(blueprint: Blueprint, path: str, outputs: int) -> bool:
-    """Whether a layer chooses or weighs experts: it stands beside some, and has an output for each, or one."""
+    """Whether a layer chooses or weighs experts: it stands beside some, or within what does, and has an output for
+    each, or one."""
     beside = {site.module.rpartition(".")[0]: site.num_experts for site in blueprint.index.sites}
-    return outputs in (1, beside.get(path.rpartition(".")[0]))
+    above = [path[: dot.start()] for dot in re.finditer(r"\.", path)]  # routers may be modules of several
+    return outputs == 1 or outputs in [beside[name] for name in above if name in beside]
 
 
 def pack_dense(model: nn.Module, matrices: list[StoredMatrix]) -> None:
@@ -119,7 +139,8 @@ def shorten_dense(model: nn.Module, blueprint: Blueprint) -> None:
     for path, module in model.named_modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and f"{path}.weight" not in shared:
             weight = module.weight.detach()
-            if not _routes(blueprint, path, len(weight)) and weight.shape[1] <= MOST_COLUMNS:
+            is_plain = weight.is_contiguous() and len(weight) and weight.shape[1] <= MOST_COLUMNS
+            if is_plain and not _routes(blueprint, path, len(weight)):
                 formats[path] = short_format(most_rare_of(weight), weight.shape[1])
     formats = {path: layout for path, layout in formats.items() if layout.code is not None}
     shapes = {path: (int(n), int(k)) for path in formats for n, k in [model.get_parameter(f"{path}.weight").shape]}
@@ -138,8 +159,9 @@ def shorten_dense(model: nn.Module, blueprint: Blueprint) -> None:
 def _replace(
     model: nn.Module, path: str, shape: tuple[int, ...], layout: MatrixFormat, views: dict[str, Tensor]
 ) -> None:
-    bias = model.get_submodule(path).bias
-    model.set_submodule(path, PackedLinear(shape, layout, views, bias.detach() if isinstance(bias, Tensor) else None))
+    old: Any = model.get_submodule(path)
+    bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
+    model.set_submodule(path, PackedLinear(shape, layout, views, bias, old.weight.dtype))
 
 
 def _pieces(matrix: StoredMatrix) -> dict[str, PieceKind]:

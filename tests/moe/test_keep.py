@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from moe.comm.membership import process_groups
@@ -23,8 +24,11 @@ from moe.offload.short_floats import RareTable, Shortened, TooMuchRare, shortene
 from moe.offload.stores import FileStore, MmapStore, PartedStore, aligned_bytes, bytes_moved
 from moe.params import SamplingParams
 from moe.placement.machine import Rate, save_machine
+from tests import architecture_configs
+from tests.architectures import tiny_model
 from tests.distributed import spawn
-from tests.families import tiny_checkpoint
+from tests.families import randomise, tiny_checkpoint
+from tests.family_configs import CONFIGS
 from tests.launch.test_measure import figures
 from tests.offload.test_short_floats import PROMPTS, wide_checkpoint
 
@@ -167,13 +171,53 @@ def test_a_table_that_is_full_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_weights_whose_exponents_are_spread_stay_as_they_are(tmp_path):
-    folder = with_odd_rows(wide_checkpoint("qwen3_moe", tmp_path / "original"), 1, 0, 256)
+    folder = with_odd_rows(wide_checkpoint("qwen3_moe", tmp_path / "original"), 1, 3, 256)
     blueprint = read_blueprint(folder)
     for store in (FileStore(blueprint.index), MmapStore(blueprint.index)):
         assert "layer 1's weights are spread" in why_not_shortened(store, shortened(blueprint.index))
         store.close()
     with pytest.raises(ValueError, match=r"keep=bf12 is not for .*layer 1's weights are spread.*leave it out"):
         LLM(folder, config())
+
+
+def test_what_is_looked_at_may_be_more_than_a_table_holds(tmp_path, monkeypatch):
+    index = read_blueprint(with_odd_rows(wide_checkpoint("qwen3_moe", tmp_path / "original"), 0, 0, 256)).index
+    monkeypatch.setattr(short_floats, "_LEAST_TABLE", 64)
+    assert "layer 0's weights are spread" in why_not_shortened(FileStore(index), shortened(index))
+
+
+def test_a_file_that_cannot_be_read_is_told_by_whoever_needs_it(tmp_path):
+    folder = wide_checkpoint("qwen3_moe", tmp_path / "original")
+    blueprint = read_blueprint(folder)
+    pack(blueprint.checkpoint, blueprint.index, tmp_path / "packed")
+    first = read_blueprint(tmp_path / "packed").index.segments(0, 0)[0]
+    with first.path.open("r+b") as opened:
+        opened.seek(first.offset + 8192)
+        opened.write(b"damage")
+    index, choice = choose_keep(config(keep="auto"), read_blueprint(tmp_path / "packed"), machine(1e-10), CPU)
+    assert index.stored is None
+    assert "one that was looked at cannot be read" in choice.reason
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "deepseek_v32"])
+def test_models_that_read_a_weight_beside_its_layer(model_type, tmp_path, monkeypatch):
+    wide = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank"), 256)
+    if model_type == "jamba":
+        name, model_name, options = CONFIGS["jamba"]
+        options = options | {key: 256 for key in wide if key in options} | {"mamba_dt_rank": 256}
+        torch.manual_seed(0)
+        model = getattr(transformers, model_name)(getattr(transformers, name)(**options))
+        with torch.no_grad():
+            randomise(model)
+    else:
+        for key in wide:
+            monkeypatch.setitem(architecture_configs._SIZES, key, 256)
+        model = tiny_model(model_type)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    (tokens, logits, *_), (again, same, _, packed) = (says(tmp_path, config(keep=keep)) for keep in ("stored", "bf12"))
+    assert packed
+    assert again == tokens
+    assert torch.equal(same, logits)
 
 
 def machine(short, plain=1e-10):
