@@ -1,6 +1,7 @@
-"""Shared fixtures: where the optional real data lies, and poisoned allocations."""
+"""Shared fixtures: where the optional real data lies, and poisoned allocations; Ctrl-C as on a terminal."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from tests import ray_environment  # noqa: F401  # before Ray is imported
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere in the test process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
