@@ -14,8 +14,9 @@ process.
 
 Then the same requests with the loop and without it, in turn, from the plan that a run has if none is given (contiguous
 blocks) and with the settings that it has by itself: the demo model's prompts of one domain after another, on four
-ranks. A step is as long as that of the rank that computes most: mean over the later half of the steps of the greatest
-CPU time among ranks, which is what a step takes where each rank has a core of its own; ranks that wait take none.
+ranks; once each, and of two domains eight times each, sampled with a seed of its own. A step is as long as that of the
+rank that computes most: mean over the later half of the steps of the greatest CPU time among ranks, which is what a
+step takes where each rank has a core of its own; ranks that wait take none.
 Baseline: the runs without. What limits: what a step computes that is no expert's work, which is the same on all ranks.
 Tokens must be the same.
 """
@@ -29,6 +30,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,8 @@ from moe.llm import LLM
 
 BLOCK = 16  # steps
 DOMAINS = ("stories", "mathematics", "shakespeare", "code")
-UNEVEN_RANKS, UNEVEN_TOKENS, PAIRS = 4, 300, 3
+UNEVEN_RANKS, PAIRS = 4, 3
+UNEVEN = [(domain, 1, 300) for domain in DOMAINS] + [(domain, 8, 100) for domain in DOMAINS[::3]]  # times, tokens
 NEVER = PlacementConfig(online=True, imbalance=1e6, calm=1e6)  # it observes, and moves nothing
 
 
@@ -126,16 +129,18 @@ def worker(folder: Path, sequences: int, num_tokens: int) -> None:
 
 
 def uneven_worker(folder: Path) -> None:
-    """One rank: CPU seconds of every step of each domain, by run: without the loop and with it, in turn."""
-    told: dict[str, list[dict[str, Any]]] = {domain: [] for domain in DOMAINS}
-    for domain, is_on in itertools.product(DOMAINS, PAIRS * (False, True)):
-        asked_for = prompts_of(domain)
+    """One rank: CPU seconds of every step of each case, by run: without the loop and with it, in turn."""
+    told: list[list[dict[str, Any]]] = [[] for _ in UNEVEN]
+    for case, is_on in itertools.product(range(len(UNEVEN)), PAIRS * (False, True)):
+        domain, times, num_tokens = UNEVEN[case]
+        asked_for = [(prompt, seed) for seed in range(times) for prompt in prompts_of(domain)]
         with (
             process_groups(timeout_s=120) as groups,
             load(len(asked_for), groups, PlacementConfig(online=is_on)) as llm,
         ):
             own = asked_for[groups.rank :: groups.world_size]
-            asked, engine = [llm.add(llm.encode(p), params(UNEVEN_TOKENS)) for p in own], llm.engine
+            wanted = [replace(params(num_tokens), temperature=float(times > 1), seed=seed) for _, seed in own]
+            asked, engine = [llm.add(llm.encode(p), one) for (p, _), one in zip(own, wanted)], llm.engine
             engine.start()
             steps = list[float]()
             while engine.has_work:
@@ -148,7 +153,7 @@ def uneven_worker(folder: Path) -> None:
                 if engine.online.loop is not None:
                     loop = engine.online.loop
                     run["turns"] = [(b.imbalance, a and a.imbalance) for _, b, a in loop.history]
-            told[domain].append(run)
+            told[case].append(run)
             rank = groups.rank
     (folder / f"{rank}.out").write_text(json.dumps(told))
 
@@ -160,18 +165,19 @@ def prompts_of(domain: str) -> list[str]:
 
 def measure_uneven() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
-        told = told_by_ranks("bench.bench_online", Path(name), UNEVEN_RANKS, 0, UNEVEN_TOKENS)
+        told = told_by_ranks("bench.bench_online", Path(name), UNEVEN_RANKS, 0, 0)
     rows = []
-    for domain in DOMAINS:
-        runs = [[rank[domain][number] for rank in told] for number in range(2 * PAIRS)]
+    for case, (domain, _, num_tokens) in enumerate(UNEVEN):
+        runs = [[rank[case][number] for rank in told] for number in range(2 * PAIRS)]
         for run in runs:
             assert [r["tokens"] for r in run] == [r["tokens"] for r in runs[0]], domain
-        later = [[max(at) for at in list(zip(*(r["steps"] for r in run)))[UNEVEN_TOKENS // 2 :]] for run in runs]
+        later = [[max(at) for at in list(zip(*(r["steps"] for r in run)))[num_tokens // 2 :]] for run in runs]
         means = [statistics.mean(one) for one in later]
         with_loop = [run[0] for run in runs[1::2]]
         rows.append(
             {
                 "domain": domain,
+                "sequences": sum(len(rank["tokens"]) for rank in runs[0]),
                 "moved": [one["moved"] for one in with_loop],
                 "turns": [one["turns"] for one in with_loop],
                 "without_us": [mean * 1e6 for mean in means[::2]],
@@ -226,15 +232,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def uneven_table(rows: list[dict[str, Any]]) -> str:
     """Loads: means of the runs, measured before the first turn and after the last."""
     lines = [
-        "| domain | load, before and after | turns | experts moved of 96 | step without, CPU us of the fullest rank "
-        "| with the loop | change, pair by pair |",
+        "| domain, sequences | load, before and after | turns | experts moved of 96 "
+        "| step without, CPU us of the fullest rank | with the loop | change, pair by pair |",
         "|" + "---|" * 7,
     ]
     for r in rows:
         before = statistics.mean(turns[0][0] for turns in r["turns"])
         after = statistics.mean([after for _, after in turns if after is not None][-1] for turns in r["turns"])
         lines.append(
-            f"| {r['domain']} | {before:.2f} -> {after:.2f} | {', '.join(str(len(turns)) for turns in r['turns'])} "
+            f"| {r['domain']}, {r['sequences']} | {before:.2f} -> {after:.2f} "
+            f"| {', '.join(str(len(turns)) for turns in r['turns'])} "
             f"| {', '.join(map(str, r['moved']))} | {statistics.mean(r['without_us']):.0f} "
             f"| {statistics.mean(r['with_us']):.0f} | {', '.join(f'{cost:+.1%}' for cost in r['cost'])} |"
         )
@@ -245,7 +252,8 @@ def document(head: str, rows: list[dict[str, Any]], uneven: list[dict[str, Any]]
     return (
         f"# The loop of `placement.online` on real ranks\n\n{head}\n\n## What it costs where nothing moves\n\n"
         f"{table(rows)}\n\n## What it wins where ranks are uneven\n\n{UNEVEN_RANKS} ranks, contiguous blocks, "
-        f"{UNEVEN_TOKENS} tokens of each prompt, all prompts of a domain at once\n\n{uneven_table(uneven)}\n"
+        f"300 tokens of each prompt, all prompts of a domain at once, or 100 of each eight times\n\n"
+        f"{uneven_table(uneven)}\n"
     )
 
 

@@ -38,6 +38,7 @@ from tests.placement.scorer import Score, score
 
 SINGLE = 2  # rounds without replicas for each with: they cost far less
 BOUND_SECONDS = 2.0  # of a layer
+KINDS = ("single", "replicas")
 DOMAINS = ("translation", "summary", "intent")
 HEADER = (
     "| domain, ranks, slots | plan | copies @ load, partial | bytes, partial | copies @ load, exact | bytes, exact | "
@@ -79,17 +80,23 @@ def plans_of(fit: RoutingTrace, ranks: int, slots: int | None, effort: Effort) -
     return made
 
 
+def kind_of(row: dict[str, Any]) -> str:
+    return KINDS[row["slots"] is not None]
+
+
 def mean_of(scores: list[Score]) -> dict[str, Any]:
     mean = {name: float(np.mean([getattr(one, name) for one in scores])) for name in Score._fields}
     return mean | {"loads": [one.load for one in scores]}
 
 
-def judged(folder: Path, domain: str, ranks: int, effort: Effort, layers: int) -> list[dict[str, Any]]:
-    """All plans of one cell."""
+def judged(
+    folder: Path, domain: str, ranks: int, effort: Effort, layers: int, kinds: list[str]
+) -> list[dict[str, Any]]:
+    """All plans of one cell, of these `KINDS`."""
     trace = from_deepseek_esft_npz(folder / f"deepseek_v2_lite_{domain}.npz")
     fit, held = some_layers(trace, layers).split(0.6, seed=0)
     rows: list[dict[str, Any]] = []
-    for slots in (None, -(-72 // ranks)):
+    for slots in ({"single": None, "replicas": -(-72 // ranks)}[kind] for kind in kinds):
         for name, (plans, seconds) in plans_of(fit, ranks, slots, effort).items():
             even = name.endswith("evenly")
             partial, exact = (
@@ -154,6 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the solver")
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 4], help="run these again, keep the others")
     parser.add_argument("--domains", nargs="*", choices=DOMAINS, default=DOMAINS)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="plans without replicas, with them")
     parser.add_argument("--bounds", action="store_true", help="prove again, of the plans that were found")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "placement_frontier")
     args = parser.parse_args()
@@ -169,14 +177,16 @@ def main() -> None:
         args.out.with_suffix(".md").write_text(text[: text.index("| domain, ranks, slots")] + table(document["rows"]))
         return
     for ranks, domain in itertools.product(args.ranks, args.domains):
-        new = judged(args.folder, domain, ranks, Effort(args.rounds, args.seeds), args.layers)
+        new = judged(args.folder, domain, ranks, Effort(args.rounds, args.seeds), args.layers, args.kinds)
         print(table(new), flush=True)
         about = {"hardware": hardware(), "rounds": args.rounds, "layers": args.layers, "seeds": args.seeds}
         document = json.loads(found.read_text()) if found.exists() else {"rows": []}
         kept = document["rows"] if about.items() <= (document | {"hardware": about["hardware"]}).items() else []
         order = {(r, d): n for n, (r, d) in enumerate(itertools.product((8, 16, 4), DOMAINS))}
-        rows = [row for row in kept if (row["ranks"], row["domain"]) != (ranks, domain)] + new
-        document = about | {"rows": sorted(rows, key=lambda row: order[row["ranks"], row["domain"]])}
+        made = [(ranks, domain, kind) for kind in args.kinds]
+        rows = [row for row in kept if (row["ranks"], row["domain"], kind_of(row)) not in made] + new
+        rows.sort(key=lambda row: (order[row["ranks"], row["domain"]], KINDS.index(kind_of(row))))
+        document = about | {"rows": rows}
         found.write_text(json.dumps(document, indent=1) + "\n")
         lines = [
             f"command: python bench/bench_placement_frontier.py FOLDER --rounds {args.rounds} --layers {args.layers} "

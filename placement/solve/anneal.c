@@ -4,8 +4,9 @@
  * moments, sums over every two of a rank's experts, when each copy of an expert has an equal share of it.
  *
  * State: a mask of ranks per expert. Moves: swap two copies between ranks, move a copy into an empty slot, or give one
- * copy's slot of a replicated expert to another expert. Only the tokens of the two experts are served again. The caller
- * (anneal.py) checks sizes and indices; the same seed gives the same masks on every machine with IEEE doubles.
+ * copy's slot of a replicated expert to another expert. Nine moves of ten are drawn by what they may save: an expert goes
+ * to a rank as likely as its tokens have another expert there. Only the tokens of the two experts are served again. The
+ * caller (anneal.py) checks sizes and indices; the same seed gives the same masks on every machine with IEEE doubles.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +14,8 @@
 #include "../cover.h"
 #include "pace.h"
 #include "random.h"
+
+#define GUIDED 230 /* moves of 256 that are drawn by tokens in common; the others reach every rank and expert */
 
 typedef struct {
     int64_t tokens, top, experts, ranks, slots; /* slots: copies per rank */
@@ -75,6 +78,18 @@ static double share_anew(const Problem *p, double *common, int64_t e, uint64_t o
     return rise;
 }
 
+/* An expert that shares a token with expert e, as likely as they share some, or e itself; -1 = none. */
+static int32_t neighbour(const Problem *p, const int64_t *begin, const int64_t *list, int32_t e, Random *random) {
+    if (e < 0 || begin[e] == begin[e + 1] || below(random, 256) >= GUIDED) return -1;
+    int64_t token = list[begin[e] + below(random, begin[e + 1] - begin[e])];
+    return p->ids[token * p->top + below(random, p->top)];
+}
+
+static int64_t one_of(uint64_t mask, Random *random) {
+    for (int64_t skip = below(random, count(mask)); skip; skip--) mask &= mask - 1;
+    return __builtin_ctzll(mask);
+}
+
 EXPORT int64_t moe_anneal_abi(void) { return (int64_t)sizeof(Problem); }
 
 /* Masks of the best state; its cost, or -1 where memory is short. */
@@ -125,7 +140,8 @@ EXPORT double moe_anneal(const Problem *p) {
         if (e < 0) continue;
         uint64_t here = 1ull << a, mask_e = p->masks[e], mask_f = 0, new_e, new_f = 0;
         if (next(&random) & 1) { /* swap, or move into an empty slot */
-            int64_t b = below(&random, p->ranks);
+            int32_t near = neighbour(p, begin, list, e, &random);
+            int64_t b = near < 0 || near == e ? below(&random, p->ranks) : one_of(p->masks[near], &random);
             uint64_t there = 1ull << b;
             j = b * p->slots + below(&random, p->slots);
             f = slot[j];
@@ -135,7 +151,8 @@ EXPORT double moe_anneal(const Problem *p) {
             if (f >= 0) mask_f = p->masks[f], new_f = (mask_f & ~there) | here;
         } else { /* another expert takes the slot */
             if (count(mask_e) < 2) continue;
-            f = (int32_t)below(&random, p->experts);
+            f = neighbour(p, begin, list, slot[a * p->slots + below(&random, p->slots)], &random);
+            if (f < 0) f = (int32_t)below(&random, p->experts);
             mask_f = p->masks[f];
             if (mask_f & here) continue;
             new_e = mask_e & ~here, new_f = mask_f | here;
