@@ -56,7 +56,8 @@ def short(w: Tensor, rare: int, parts: int = 1) -> Short:
         torch.empty(len(w), bytes_of_row(w.shape[1]), dtype=torch.uint8),
         torch.empty(parts, len(w) // parts, 1 + rare, dtype=torch.int32),
     )
-    assert not shorten(w, *made), f"a row has more than {rare} rare weights"
+    over = shorten(w, *made)
+    assert not over, f"{over} rows have more than {rare} rare weights"
     return made
 
 

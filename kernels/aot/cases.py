@@ -24,15 +24,8 @@ from moe.kernels.permute import _small_dense_routing_kernel, _small_routing_kern
 from moe.kernels.tiles import TileConfig, is_decoded, matrices, pick_tiles, tiles_for
 from moe.kernels.weights import Activation, ExpertWeights
 
-STORED = (
-    "fp8",
-    "int8",
-    "int4",
-    "mxfp4",
-    "nf4",
-    "nested",
-    "bf12",
-)  # between them every way in which kernels read a matrix
+# Between them every way in which kernels read a matrix.
+STORED = ("fp8", "int8", "int4", "mxfp4", "nf4", "nested", "bf12")
 _MAP_NORESERVE = 0x4000  # Linux; the module has no name for it
 _POINTERS = {
     torch.bfloat16: "*bf16",

@@ -52,19 +52,15 @@ def choose_keep(
     if keep == "stored" or not blueprint.experts:
         return index, None
     made = _shortened(config, index, device)
-    told = made if isinstance(made, str) else _bf12_is_slower(machine) if keep == "auto" else None
-    if told is None and not isinstance(made, str):
-        told = _spread(config.offload, made)
+    why_not = made if isinstance(made, str) else _bf12_is_slower(machine) if keep == "auto" else None
+    if not isinstance(made, str):
+        why_not = why_not or _spread(config.offload, made)
+        if why_not is None:
+            reason = "a third more experts in the same memory, nothing lost, and kernels as fast by `moe probe`"
+            return made, AutoChoice("offload.keep", "bf12", reason) if keep == "auto" else None
     if keep == "bf12":
-        if told is not None or isinstance(made, str):
-            raise ValueError(f"offload.keep=bf12 is not for {blueprint.folder}: {told}; leave it out")
-        return made, None
-    if told is not None or isinstance(made, str):
-        return index, AutoChoice("offload.keep", "stored", f"{told}")
-    reason = (
-        "bf16 in 12 bits, nothing lost: a third more experts in the same memory, and kernels as fast by `moe probe`"
-    )
-    return made, AutoChoice("offload.keep", "bf12", reason)
+        raise ValueError(f"offload.keep=bf12 is not for {blueprint.folder}: {why_not}; leave it out")
+    return index, AutoChoice("offload.keep", "stored", f"{why_not}")
 
 
 def _shortened(config: EngineConfig, index: ExpertIndex, device: torch.device) -> ExpertIndex | str:

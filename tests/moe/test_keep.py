@@ -241,7 +241,7 @@ def test_figures_choose_and_say_why(tmp_path):
     assert choose_keep(config(keep="stored"), blueprint, machine(1e-10), CPU) == (blueprint.index, None)
     save_machine(tmp_path / "probe.json", machine(1e-10))
     with LLM(folder, config(keep="auto", probe_file=str(tmp_path / "probe.json"))) as llm:
-        assert "offload.keep is bf12: bf16 in 12 bits" in "\n".join(map(str, llm.engine.choices))
+        assert "offload.keep is bf12: a third more experts" in "\n".join(map(str, llm.engine.choices))
         assert isinstance(llm.engine.experts.cache.store, Shortened)
 
 
