@@ -28,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moe import __version__
 from moe.answers import chunk_body, chunk_choice, error_body, prompt_token_ids, response_body, token_ids, usage
+from moe.engine.limits import ContextExceeded
 from moe.launch.live import live_state
 from moe.launch.openapi import answers, request_schema, takes
 from moe.launch.page import PAGE
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 EVENTS = "text/event-stream"
 _ENDS = "the server ends"
+_TOO_LONG = "context_length_exceeded"  # by which clients know that they must shorten a prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +72,8 @@ def make_app(service: Service, uploads: Uploads, limits: Limits, api_key: str | 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         """A path or a method that is not served, in the format's own form."""
-        return JSONResponse(error_body(f"{request.method} {error.detail}"), error.status_code, error.headers)
+        what = f"{request.method} {request.url.path}"
+        return JSONResponse(error_body(f"{what}: {error.detail.lower()}"), error.status_code, error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: Exception) -> Response:
@@ -269,7 +272,7 @@ async def _answer(service: Service, limits: Limits, request: Request, url: str) 
     except BadRequest as error:
         return _refused(400, str(error), param=error.param)
     except ValueError as error:
-        return _refused(400, str(error))
+        return _refused(400, str(error), code=_TOO_LONG if isinstance(error, ContextExceeded) else None)
     if ask.stream:
         headers = {"Cache-Control": "no-store"}
         return StreamingResponse(_stream(call, limits.seconds), media_type=EVENTS, headers=headers)
@@ -320,6 +323,8 @@ async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:
     """Server-sent events; the generator is closed when the caller goes away, and then the request ends."""
     seen: set[int] = set()
     readers = [call.ask.reader() for _ in range(call.ticket.num_samples)]
+    offsets = [0] * call.ticket.num_samples
+    no_usage = {"usage": None} if call.ask.include_usage else {}  # until the last piece, as the format has it
     finished = num_tokens = 0
     deadline = time.monotonic() + seconds
     try:
@@ -344,10 +349,12 @@ async def _stream(call: _Call, seconds: float) -> AsyncIterator[str]:
                 first=is_first,
                 reader=readers[delta.sample],
                 ids=token_ids(call.ask, delta.tokens, prompt if is_first else None),
+                offset=offsets[delta.sample],
             )
+            offsets[delta.sample] += sum(len(next(iter(step.values())).decoded_token) for step in delta.logprobs or ())
             if choice is not None:
                 of_prompt = prompt_token_ids(call.ask, prompt) if is_first else {}
-                yield _event(chunk_body(call.ask, [choice], **call.names) | of_prompt)
+                yield _event(chunk_body(call.ask, [choice], **call.names) | of_prompt | no_usage)
         if call.ask.include_usage:
             yield _event(chunk_body(call.ask, [], **call.names) | {"usage": usage(call.prompt_tokens, num_tokens)})
         yield "data: [DONE]\n\n"

@@ -88,14 +88,15 @@ def chunk_choice(
     first: bool,
     reader: Reader | None = None,
     ids: Mapping[str, Any] | None = None,
+    offset: int = 0,
 ) -> dict[str, Any] | None:
     """What is new of one sample; None if that is nothing. reader: of this sample, where tools are offered; ids: its
-    `token_ids`."""
+    `token_ids`; offset: characters of the tokens before these."""
     ids = ids or {}
     if not (text or finish or logprobs is not None or first or ids):
         return None
     if not ask.is_chat:
-        found = None if logprobs is None else completion_logprobs(logprobs)
+        found = None if logprobs is None else completion_logprobs(logprobs, offset)
         return {"index": index, "text": text, "finish_reason": finish, "logprobs": found, **ids}
     delta: dict[str, Any] = {"role": "assistant"} if first else {}
     if reader is None:
@@ -183,7 +184,9 @@ def chat_logprobs(logprobs: Sequence[dict[int, Logprob]], num_top: int) -> dict[
 
 def _token(one: Logprob) -> dict[str, Any]:
     text = one.decoded_token
-    return {"token": text, "logprob": _finite(one.logprob), "bytes": list(text.encode(errors="replace"))}
+    is_part = "\ufffd" in text  # of a character: its own bytes are not in its text
+    said = None if is_part else list(text.encode(errors="replace"))
+    return {"token": text, "logprob": _finite(one.logprob), "bytes": said}
 
 
 def _finite(logprob: float) -> float:

@@ -360,6 +360,8 @@ class LLM:
         self, given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
     ) -> list[SamplingParams]:
         each = [given or self.default_params()] * num_prompts if not isinstance(given, Sequence) else list(given)
+        if not all(isinstance(one, SamplingParams) for one in each):
+            raise ValueError("sampling_params must be SamplingParams(…), or a list of one for each prompt")
         if len(each) != num_prompts:
             raise ValueError(f"{len(each)} sampling parameters for {num_prompts} prompts; give one, or one for each")
         return each

@@ -131,7 +131,11 @@ def parse_request(
     if url == COMPLETIONS and body.get("tools"):
         raise BadRequest(f"tools are of {CHAT}, not of {COMPLETIONS}", "tools")
     tools = _tools(body, tool_format) if url == CHAT else None
-    params = SamplingParams(**_sampling(body, url == CHAT, recommended or {}), structured_outputs=_form(body, tools))
+    values = _sampling(body, url == CHAT, recommended or {}) | {"structured_outputs": _form(body, tools)}
+    try:
+        params = SamplingParams(**values)
+    except ValueError as error:  # its sentences begin with a name
+        raise BadRequest(str(error), next(filter(str(error).startswith, body), None)) from None
     if tools is not None and not tools.is_forced:
         params = dataclasses.replace(params, skip_special_tokens=False)  # calls may stand between special tokens
     model, stream = body.get("model"), _flag(body, "stream")
@@ -139,7 +143,6 @@ def parse_request(
         raise BadRequest(f"model ({model!r}) must be a string", "model")
     if stream and params.prompt_logprobs is not None:
         raise BadRequest("prompt_logprobs cannot be streamed; leave out stream", "prompt_logprobs")
-    options = body.get("stream_options") or {}
     return Ask(
         url=url,
         params=params,
@@ -150,8 +153,16 @@ def parse_request(
         tools=tools,
         stream=stream,
         tells_ids=_flag(body, "return_token_ids"),
-        include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        include_usage=_includes_usage(body.get("stream_options") or {}),
     )
+
+
+def _includes_usage(options: Any) -> bool:
+    if not isinstance(options, dict) or any(
+        options[n] for n in set(options) - {"include_usage", "include_obfuscation"}
+    ):
+        raise BadRequest("stream_options must be an object, of which include_usage is supported", "stream_options")
+    return _flag(options, "include_usage")
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:
@@ -262,9 +273,7 @@ def _sampling(body: Mapping[str, Any], is_chat: bool, recommended: Mapping[str, 
             values[name] = _number(name, given[name], kind)
     for name in FLAGS:
         if given.get(name) is not None:
-            if not isinstance(given[name], bool):
-                raise BadRequest(f"{name} ({given[name]!r}) must be true or false", name)
-            values[name] = given[name]
+            values[name] = _flag(given, name)
     for name in TOKEN_LISTS:
         if given.get(name) is not None:
             if not (isinstance(given[name], list) and all(type(t) is int for t in given[name])):
@@ -315,6 +324,8 @@ def _num_logprobs(body: Mapping[str, Any]) -> int | None:
         logprobs = 0 if top is None else top
         if type(logprobs) is not int:
             raise BadRequest(f"top_logprobs ({logprobs!r}) must be a whole number", "top_logprobs")
+    elif top:
+        raise BadRequest(f"top_logprobs ({str(top)[:60]}) needs logprobs: true", "top_logprobs")
     if logprobs is None or logprobs is False:
         return None
     if type(logprobs) is not int:

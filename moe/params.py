@@ -63,8 +63,9 @@ GuidedDecodingParams = StructuredOutputsParams  # its former name in vLLM
 class SamplingParams:
     """The parameters that offline batch APIs have. A value of None stands for the default.
 
-    temperature 0 is greedy. `seed` makes a request's tokens independent of what it is batched with; without one, every
-    request draws its own. `n` samples come from seeds seed, seed + 1, … `max_tokens` None: to the end or the context.
+    temperature 0 is greedy. `seed` makes a request's tokens independent of what it is batched with; without one (None,
+    or -1) every request draws its own. `n` samples come from seeds seed, seed + 1, …; a negative one is
+    2^63 more. `max_tokens` None: to the end or the context.
     `logprobs`: how many alternatives to report beside the chosen token (0: only the chosen one; None: nothing);
     `prompt_logprobs`: the same for the prompt. `stop` strings end the text before them. Presence and frequency
     penalties count the answer's tokens, the repetition penalty the prompt's too. Until `min_tokens` nothing ends but an
@@ -108,6 +109,8 @@ class SamplingParams:
                 self._set(one.name, {} if one.name == "logit_bias" else one.default)
         self._read_kinds()
         self._set("top_k", 0 if self.top_k == -1 else self.top_k)
+        if self.seed is not None and -MAX_SEED - 1 <= self.seed < 0:
+            self._set("seed", None if self.seed == -1 else self.seed & MAX_SEED)
         _check(self._rules())
 
     def _read_kinds(self) -> None:
@@ -147,7 +150,7 @@ class SamplingParams:
 
     def sample(self, index: int) -> "SamplingParams":
         """Of sample `index` of n; the first tells of the prompt."""
-        seed = None if self.seed is None else self.seed + index
+        seed = None if self.seed is None else self.seed + index & MAX_SEED
         return self._with(n=1, seed=seed, prompt_logprobs=self.prompt_logprobs if index == 0 else None)
 
     def _with(self, **values: Any) -> "SamplingParams":
@@ -179,12 +182,13 @@ class SamplingParams:
             f"presence_penalty ({self.presence_penalty}) must lie in [-2, 2]": -2 <= self.presence_penalty <= 2,
             f"frequency_penalty ({self.frequency_penalty}) must lie in [-2, 2]": -2 <= self.frequency_penalty <= 2,
             f"n ({self.n}) must lie in [1, {MAX_SAMPLES}]": 1 <= self.n <= MAX_SAMPLES,
-            f"seed ({self.seed}) must lie in [0, 2^63 - n]": self.seed is None
-            or 0 <= self.seed <= MAX_SEED + 1 - max(1, self.n),
+            f"seed ({self.seed}) must lie in [-2^63, 2^63)": self.seed is None or 0 <= self.seed <= MAX_SEED,
             f"logprobs ({self.logprobs}) must be >= 0": self.logprobs is None or self.logprobs >= 0,
             f"prompt_logprobs ({self.prompt_logprobs}) must be >= 0": self.prompt_logprobs is None
             or self.prompt_logprobs >= 0,
             "stop strings must not be empty": all(self.stop),
+            "stop strings need text; leave out detokenize=False, or use stop_token_ids": self.detokenize
+            or not self.stop,
             f"stop must have at most {_MOST_STOP} characters in all, which every step looks for": sum(
                 map(len, self.stop)
             )

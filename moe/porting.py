@@ -77,18 +77,21 @@ _DTYPES = {"half": "float16", "float": "float32"}
 
 def with_options(config: EngineConfig, options: Mapping[str, Any]) -> tuple[EngineConfig, list[str]]:
     """The config with what `options` set, and notes on those that do nothing. Raises ValueError, TypeError."""
-    notes = []
+    notes, settings = [], {}
     for name, value in options.items():
         if name in SETTINGS:
             if value is not None:
-                config = _with_setting(config, SETTINGS[name], _DTYPES.get(str(value), value))
+                settings[SETTINGS[name]] = value
         elif name in IGNORED:
             notes.append(f"{name} is ignored: {IGNORED[name]}")
         elif name in REFUSED:
             _refuse_unless_neutral("LLM", name, value, REFUSED[name])
         else:
             raise TypeError(f"LLM has no argument {name!r}; docs/porting.md lists what it takes")
-    return config, notes
+    if (dtype := settings.get("dtype")) is not None:
+        said = str(dtype).removeprefix("torch.")  # it may be torch's own
+        settings["dtype"] = _DTYPES.get(said, said)
+    return _with_settings(config, settings), notes
 
 
 def check_options(call: str, options: Mapping[str, Any]) -> None:
@@ -105,11 +108,15 @@ def _refuse_unless_neutral(call: str, name: str, value: Any, rule: tuple[tuple[A
         raise ValueError(f"{call}: {name}={value!r} is not offered: {why}")
 
 
-def _with_setting(config: EngineConfig, key: str, value: Any) -> EngineConfig:
-    folder, _, name = key.rpartition(".")
-    if not folder:
-        return dataclasses.replace(config, **{name: value})
-    return dataclasses.replace(config, **{folder: dataclasses.replace(getattr(config, folder), **{name: value})})
+def _with_settings(config: EngineConfig, settings: Mapping[str, Any]) -> EngineConfig:
+    """All at once: what one of them may be depends on the others."""
+    groups: dict[str, dict[str, Any]] = {"": {}}
+    for key, value in settings.items():
+        folder, _, name = key.rpartition(".")
+        groups.setdefault(folder, {})[name] = value
+    own = groups.pop("")
+    made = {folder: dataclasses.replace(getattr(config, folder), **values) for folder, values in groups.items()}
+    return dataclasses.replace(config, **own, **made)
 
 
 @contextmanager

@@ -8,6 +8,10 @@ from typing import Any
 from moe.params import MAX_SEED, SamplingParams
 
 
+class ContextExceeded(ValueError):
+    """A prompt leaves no room for an answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Of a loaded model. max_context, block_size: in tokens; num_blocks: of the KV cache."""
@@ -33,7 +37,7 @@ class Limits:
         if self.encodes_prompts and params.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs: this model's encoder reads the prompt, it predicts none of its tokens")
         if len(tokens) >= self.max_context:
-            raise ValueError(
+            raise ContextExceeded(
                 f"the prompt has {len(tokens)} tokens, the context holds {self.max_context} with at least one for "
                 "the answer; shorten it"
             )

@@ -40,9 +40,14 @@ def test_streams(client, right):
             max_tokens=12,
             temperature=0,
             stream=True,
+            logprobs=0,
             stream_options={"include_usage": True},
         )
     )
+    whole = client.completions.create(model="model", prompt=PROMPT, max_tokens=12, temperature=0, logprobs=0)
+    pieces = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs]
+    assert [offset for piece in pieces for offset in piece.text_offset] == whole.choices[0].logprobs.text_offset
+    assert all("usage" in c.model_fields_set for c in chunks)
     assert "".join(c.choices[0].text for c in chunks if c.choices) == right.text
     assert len(chunks) > 6
     assert chunks[-1].usage.completion_tokens == 12
@@ -88,6 +93,7 @@ def test_token_ids(client, served, right):
         ({"prompt": [3] * 2000}, None),
         ({"prompt": PROMPT, "n": 1000}, "n"),
         ({"prompt": PROMPT, "guided_regex": "(a"}, None),
+        ({"prompt": PROMPT, "temperature": -1}, "temperature"),
         ({"prompt": PROMPT, "response_format": {"type": "xml"}}, "response_format"),
     ],
 )
@@ -95,6 +101,7 @@ def test_bad_requests_are_400_and_name_the_field(client, body, param):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="model", **{"extra_body": body, "prompt": body["prompt"]})
     assert error.value.param == param
+    assert (error.value.code == "context_length_exceeded") == (len(body["prompt"]) == 2000)
 
 
 SCHEMA = {

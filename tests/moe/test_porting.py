@@ -5,6 +5,7 @@ import inspect
 import re
 
 import pytest
+import torch
 
 from moe import porting
 from moe.config import EngineConfig
@@ -119,6 +120,10 @@ def test_arguments_of_a_model():
     }
     made, notes = porting.with_options(EngineConfig(), options | {"quantization": None, "max_num_batched_tokens": None})
     assert (made.dtype, made.max_context, made.batch.max_sequences) == ("float16", 77, 3)
+    both = {"max_num_seqs": 1, "max_num_batched_tokens": 1}
+    for options in (both, dict(reversed(both.items()))):  # one allows the other
+        assert porting.with_options(EngineConfig(), options)[0].batch.max_tokens == 1
+    assert porting.with_options(EngineConfig(), {"dtype": torch.bfloat16})[0].dtype == "bfloat16"
     assert notes == ["enforce_eager is ignored: there are no graphs to leave out"]
     with pytest.raises(ValueError, match="tensor_parallel_size=4 is not offered: attention is not split"):
         porting.with_options(EngineConfig(), {"tensor_parallel_size": 4})
@@ -141,6 +146,8 @@ def test_forms_of_a_call(llm):
         assert output.outputs[0].index == 0
     with pytest.raises(ValueError, match="only prompt and prompt_token_ids are served"):
         llm.generate({"prompt": PROMPT, "multi_modal_data": {}})
+    with pytest.raises(ValueError, match="must be SamplingParams"):
+        llm.generate(PROMPT, {"max_tokens": 1})
     with pytest.raises(ValueError, match="lora_request=5 is not offered"):
         llm.generate(PROMPT, lora_request=5)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -169,6 +176,8 @@ def test_ends(llm):
     assert len(ended.token_ids) > 8
     assert token not in ended.token_ids[:8]
     assert llm.generate(PROMPT, SamplingParams(max_tokens=3, detokenize=False))[0].outputs[0].text == ""
+    with pytest.raises(ValueError, match="stop strings need text"):
+        SamplingParams(stop=stop, detokenize=False)
     unbounded = llm.generate([3] * 1000, SamplingParams(max_tokens=None))[0].outputs[0]
     assert len(unbounded.token_ids) == 24 or unbounded.finish_reason == "stop"
 

@@ -114,6 +114,9 @@ def test_seeds():
     torch.manual_seed(1)
     assert draw(7) == one
     assert len(draw((1 << 63) - 1)) == 20
+    assert SamplingParams(seed=-1).seed is None
+    assert draw(-7) == draw((1 << 63) - 7) != draw(7)
+    assert [SamplingParams(seed=-2, n=3).sample(n).seed for n in range(3)] == [(1 << 63) - 2, (1 << 63) - 1, 0]
 
 
 def test_extreme_temperatures_are_finite():
@@ -259,7 +262,7 @@ def test_a_row_that_fails_is_alone():
         ("repetition_penalty", [0.0, -1.0, math.inf, math.nan]),
         ("n", [0]),
         ("logprobs", [-1]),
-        ("seed", [-1, 1 << 63]),
+        ("seed", [-(1 << 63) - 1, 1 << 63]),
         ("stop", ["", ["a", ""]]),
     ],
 )
