@@ -25,7 +25,7 @@ from bench.bench_placement import hardware
 from moe.placement.deadline import Deadline
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
-from moe.placement.replicas import ServingTable, choose_for_plan
+from moe.placement.replicas import ServingTable, choose_replicas
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.copies import solve_copies
 from moe.placement.solve.swaps import CopyOptions
@@ -108,7 +108,7 @@ def judged(trace: RoutingTrace, plan: Plan, *, dealt_in_turn: bool = False) -> d
         if dealt_in_turn:
             chosen = in_turn(ids, ServingTable.of(plan, layer))
         else:
-            chosen = choose_for_plan(ids, home, plan, layer)
+            chosen = choose_replicas(ids, home, ServingTable.of(plan, layer))
         rank = np.where(chosen < 0, -1, chosen // plan.physical_per_rank)
         bits = np.where(rank < 0, np.uint64(0), np.uint64(1) << rank.astype(np.uint64))  # -1: no expert
         visited = np.bitwise_or.reduce(bits, axis=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.fused import FusedExperts, polls_within
-from moe.kernels.heap_layout import FusedShape, HeapLayout
+from moe.kernels.heap_layout import FusedShape
 from moe.kernels.tiles import TileConfig
 from moe.kernels.weights import ExpertWeights
 
@@ -96,10 +96,3 @@ class SymmetricDispatcher:
     def check(self) -> None:
         """`RuntimeError` when a peer was lost or an expert was not resident; a host sync, so once per step."""
         self.fused.check()
-
-
-def single_rank_dispatcher(shape: FusedShape, device: torch.device | str) -> SymmetricDispatcher:
-    """The fused path without peers, for a world of one."""
-    if shape.world_size != 1:
-        raise ValueError(f"world_size ({shape.world_size}) must be 1; pass a heap that the other ranks share")
-    return SymmetricDispatcher(shape, VirtualHeap(1, HeapLayout.of(shape).nbytes, device))

@@ -63,8 +63,8 @@ def even_costs(top_k: int) -> Costs:
     return Costs(1.0, 0.5, 0.5 / top_k)
 
 
-def gains(trace: RoutingTrace, costs: Costs, shares: tuple[float, ...] = SHARES) -> list[Gain]:
-    """One for each share of all experts in slots that a layer's experts fit. Some seconds for a trace of 26 layers."""
+def gains(trace: RoutingTrace, costs: Costs) -> list[Gain]:
+    """One for each of SHARES of all experts in slots that a layer's fit. Some seconds for a trace of 26 layers."""
     ids = trace.expert_ids[: LEARNED + TOKENS].astype(np.int64)
     num_before = max(0, len(ids) - TOKENS)
     num_tokens, num_layers, top_k = ids[num_before:].shape
@@ -84,7 +84,7 @@ def gains(trace: RoutingTrace, costs: Costs, shares: tuple[float, ...] = SHARES)
     truth = [Guess.sure(then.keys) if then.layer else nothing for then in accesses[1:]] + [nothing]
     warm = num_tokens // 2 * num_layers
     found = []
-    for share in shares:
+    for share in SHARES:
         num_slots = int(share * sum(num_experts))
         if num_slots < top_k or num_tokens < 2:
             continue

@@ -62,16 +62,9 @@ def run_place(args: argparse.Namespace) -> int:
     slots = slots_per_rank(trace.num_experts, topology, args.replicas, trace.num_layers, trace.sizes)
     present = Plan.load(args.present) if args.present else None
     if args.objective in _TRANSITIONS:
-        deadline = Deadline(args.seconds)
-        with _bar() as progress:
-            plan = solve_transitions(
-                _program(fit, topology, args), seconds=deadline, rounds=args.rounds, seed=args.seed, slots=slots,
-                present=present, progress=progress,
-            ).with_result(objective=_TRANSITIONS[args.objective], model=fit.model)  # fmt: skip
-        _tell_limit(deadline, args)
+        plan = _place_transitions(fit, topology, slots, present, args)
     else:
         plan = _place_copies(fit, topology, slots, args)
-    work = _workload(args)
     if args.objective == "coherent" and args.dispatcher != "coherent":
         print(f"note: placed for coherent decode but judged with --dispatcher {args.dispatcher}", file=sys.stderr)
     if present is not None:
@@ -88,7 +81,7 @@ def run_place(args: argparse.Namespace) -> int:
     if present is not None:
         plans["present"] = present
     judged = held if held.sizes is not None else replace(held, sizes=_ANY_SIZES)
-    results = {name: simulate(judged, p, topology, work) for name, p in plans.items()}
+    results = {name: simulate(judged, p, topology, _workload(args)) for name, p in plans.items()}
     rows = [_row(name, result, knows_sizes=held.sizes is not None) for name, result in results.items()]
     show(f"held-out {held.num_sequences} sequences, {held.num_tokens} tokens", _HEADER, rows)
     proof = "no bound for this objective"
@@ -101,13 +94,24 @@ def run_place(args: argparse.Namespace) -> int:
     plan.save(args.out)
     if present is not None:
         _report_migration(present, plan, topology, args, results, _sizes(trace).expert_bytes)
+    _write_pictures(plans, fit, table_html(rows, _HEADER), results, args)
+    return 0
+
+
+def _write_pictures(
+    plans: dict[str, Plan],
+    fit: RoutingTrace,
+    table: str,
+    results: dict[str, Simulation],
+    args: argparse.Namespace,
+) -> None:
+    """Where --html and --png ask for them. plans: those judged; fit: the part that was placed by."""
+    plan, load = plans["this plan"], expert_load(fit)
     if args.html:
-        load = expert_load(fit)
-        before = plans["present" if present is not None else "contiguous"]
         parts = [
-            table_html(rows, _HEADER),
+            table,
             _TOLD,
-            grid_svg(before, title="Experts by rank, before", load=load),
+            grid_svg(plans.get("present", plans["contiguous"]), title="Experts by rank, before", load=load),
             grid_svg(plan, title="Experts by rank, after", load=load),
             bars_svg(
                 {n: r.layer_copies for n, r in results.items()},
@@ -115,10 +119,9 @@ def run_place(args: argparse.Namespace) -> int:
                 unit="copies per token",
             ),
         ]
-        write_page(args.html, f"Placement of {trace.model}", parts)
+        write_page(args.html, f"Placement of {fit.model}", parts)
     if args.png:
         save_png(args.png, {n: Picture(_rank_of_expert(p), "layer", "expert", "rank") for n, p in plans.items()})
-    return 0
 
 
 def run_simulate(args: argparse.Namespace) -> int:
@@ -195,6 +198,19 @@ def slots_per_rank(
                 f"the experts need {need} bytes, fast and host memory hold {have}: {need - have} bytes are missing"
             )
     return slots
+
+
+def _place_transitions(
+    fit: RoutingTrace, topology: Topology, slots: int | None, present: Plan | None, args: argparse.Namespace
+) -> Plan:
+    deadline = Deadline(args.seconds)
+    with _bar() as progress:
+        plan = solve_transitions(
+            _program(fit, topology, args), seconds=deadline, rounds=args.rounds, seed=args.seed, slots=slots,
+            present=present, progress=progress,
+        )  # fmt: skip
+    _tell_limit(deadline, args)
+    return plan.with_result(objective=_TRANSITIONS[args.objective], model=fit.model)
 
 
 def _place_copies(fit: RoutingTrace, topology: Topology, slots: int | None, args: argparse.Namespace) -> Plan:

@@ -94,7 +94,7 @@ def changed(rows: Sequence[Mapping[Metric, float]]) -> list[Metric]:
     return [metric for metric in rows[0] if any(row.get(metric) for row in rows)]
 
 
-def exposition(sources: Iterable[Source], prefix: str = "moe_") -> str:
+def exposition(sources: Iterable[Source]) -> str:
     """The text format that Prometheus scrapes."""
     lines: list[str] = []
     by_metric: dict[Metric, list[Sample]] = {}
@@ -102,7 +102,7 @@ def exposition(sources: Iterable[Source], prefix: str = "moe_") -> str:
         by_metric.setdefault(sample.metric, []).append(sample)
     for metric, samples in by_metric.items():
         unit = f"_{metric.unit}" if metric.unit and not metric.name.endswith(metric.unit) else ""
-        name = f"{prefix}{metric.name}{unit}" + ("_total" if metric.kind == "counter" else "")
+        name = f"moe_{metric.name}{unit}" + ("_total" if metric.kind == "counter" else "")
         lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
         for sample in samples:
             lines += _lines_of(name, sample)

@@ -6,12 +6,14 @@ finite. What a flipped bit makes of one weight in an original folder without suc
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import torch
 from torch import Tensor
 
 from moe.offload.checkpoint import Checkpoint, read_tensor
 from moe.offload.integrity import check_dense, check_downloads
+from moe.offload.layout import ExpertLayout
 from moe.offload.segments import ExpertIndex
 from moe.offload.stores import FileStore, aligned_bytes
 
@@ -34,25 +36,24 @@ def check_folder(
 
 
 def _check_experts(index: ExpertIndex, progress: Callable[[int, int], None] | None) -> Iterator[str]:
-    done, total = 0, sum(site.num_experts for site in index.sites)
-    store = FileStore(index, check="always")
+    experts = [(layer, expert) for layer, site in enumerate(index.sites) for expert in range(site.num_experts)]
+    with closing(FileStore(index, check="always")) as store:
+        for done, (layer, expert) in enumerate(experts, 1):
+            yield from _check_expert(store, index.layouts[layer], layer, expert)
+            if progress is not None:
+                progress(done, len(experts))
+
+
+def _check_expert(store: FileStore, layout: ExpertLayout, layer: int, expert: int) -> Iterator[str]:
+    blob = aligned_bytes(layout.nbytes)
     try:
-        for layer, (site, layout) in enumerate(zip(index.sites, index.layouts)):
-            blob = aligned_bytes(layout.nbytes)
-            for expert in range(site.num_experts):
-                try:
-                    store.read_into(layer, expert, blob)
-                except OSError as error:
-                    yield str(error) if "layer" in str(error) else f"layer {layer}, expert {expert}: {error}"
-                else:
-                    for name, view in layout.views(blob[None]).items():
-                        if not _is_finite(view):
-                            yield f"layer {layer}, expert {expert}: {name} holds numbers that are not finite"
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-    finally:
-        store.close()
+        store.read_into(layer, expert, blob)
+    except OSError as error:
+        yield str(error) if "layer" in str(error) else f"layer {layer}, expert {expert}: {error}"
+        return
+    for name, view in layout.views(blob[None]).items():
+        if not _is_finite(view):
+            yield f"layer {layer}, expert {expert}: {name} holds numbers that are not finite"
 
 
 def _is_finite(tensor: Tensor) -> bool:

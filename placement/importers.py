@@ -44,7 +44,6 @@ def from_vllm_routed_experts(
     *,
     model: str,
     prompt_lengths: Sequence[int] | None = None,
-    domain: str | None = None,
 ) -> RoutingTrace:
     """One sequence per request from vLLM's `routed_experts` arrays, each integer [tokens, layers, K].
 
@@ -76,7 +75,6 @@ def from_vllm_routed_experts(
         num_experts=num_experts,
         model=model,
         phase=phase,
-        domain=domain,
     )
 
 

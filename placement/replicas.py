@@ -165,10 +165,3 @@ def _dealt(options: NDArray[np.bool_], rank: Ints, ranks: int) -> Ints:
             load[g] -= len(moving)
             load[other[g]] += len(moving)
     return rank
-
-
-def choose_for_plan(
-    topk_ids: NDArray[np.integer[Any]], home: int | NDArray[np.integer[Any]], plan: Plan, layer: int
-) -> Ints:
-    """`choose_replicas` with a plan's tables; [T, K] physical ids."""
-    return choose_replicas(topk_ids, home, ServingTable.of(plan, layer))

@@ -71,7 +71,6 @@ class Simulation(NamedTuple):
     step_imbalance: float
     misses: int
     miss_rate: float
-    miss_bytes: int
     all_to_all_seconds: float
     expert_seconds: float
     miss_seconds: float
@@ -104,85 +103,109 @@ def simulate(
             f"the plan is for {plan.num_ranks} ranks, the topology has {topology.num_ranks}; give the topology that it "
             "was solved for"
         )
-    ranks, layers = plan.num_ranks, trace.num_layers
-    same_node = topology.same_node()
-    sizes = WireFormat.needs(work.sizes or trace.sizes, "the trace")
     if home is None:
-        home = np.repeat(np.arange(trace.num_sequences) % ranks, trace.sequence_lengths)
-    heaviest = heaviest_experts(trace) if work.wire.dispatcher == "coherent" else None
-    begins = np.zeros(trace.num_tokens, bool)
-    begins[trace.sequence_starts[:-1]] = True
-    end = np.full(trace.num_tokens, -1)  # where each token that was computed ended; -1: not yet
-    cache = _Caches(plan, work.fast_slots)
-    tables = [ServingTable.of(plan, layer) for layer in range(layers)]
-    link_bytes, load = np.zeros((ranks, ranks), np.int64), np.zeros((layers, ranks), np.int64)
-    layer_copies = np.zeros(layers)
-    node_copies = uses = steps = 0
-    step_imbalance: list[float] = []
-    seconds = np.zeros(3)  # all-to-all, experts, misses
+        home = np.repeat(np.arange(trace.num_sequences) % plan.num_ranks, trace.sequence_lengths)
+    replay = _Replay(trace, plan, topology, work, home)
     for phase, tokens in steps_of(trace, work.batch, work.steps):
-        moves = heaviest is not None and phase != PREFILL
-        wire = work.wire if moves or heaviest is None else WireFormat(combine=work.wire.combine)
-        row_bytes = wire.row_bytes(sizes.hidden_size, sizes.element_bytes, trace.top_k)
-        result_bytes = wire.result_bytes(sizes.hidden_size, sizes.element_bytes)
-        at = home[tokens]
+        replay.step(phase, tokens)
+    return replay.totals()
+
+
+class _Replay:
+    """Sums over the steps of a trace, and where its tokens and experts are meanwhile."""
+
+    def __init__(
+        self, trace: RoutingTrace, plan: Plan, topology: Topology, work: Workload, home: NDArray[np.int64]
+    ) -> None:
+        self.trace, self.plan, self.topology, self.work, self.home = trace, plan, topology, work, home
+        ranks, layers = plan.num_ranks, trace.num_layers
+        self.same_node = topology.same_node()
+        self.sizes = WireFormat.needs(work.sizes or trace.sizes, "the trace")
+        self.heaviest = heaviest_experts(trace) if work.wire.dispatcher == "coherent" else None
+        self.begins = np.zeros(trace.num_tokens, bool)
+        self.begins[trace.sequence_starts[:-1]] = True
+        self.end = np.full(trace.num_tokens, -1)  # where each token that was computed ended; -1: not yet
+        self.cache = _Caches(plan, work.fast_slots)
+        self.tables = [ServingTable.of(plan, layer) for layer in range(layers)]
+        self.link_bytes, self.load = np.zeros((ranks, ranks), np.int64), np.zeros((layers, ranks), np.int64)
+        self.layer_copies = np.zeros(layers)
+        self.node_copies = self.uses = self.steps = 0
+        self.step_imbalance: list[float] = []
+        self.seconds = np.zeros(3)  # all-to-all, experts, misses
+
+    def step(self, phase: int, tokens: NDArray[np.int64]) -> None:
+        """tokens: their numbers in the trace."""
+        moves = self.heaviest is not None and phase != PREFILL
+        own = self.work.wire
+        wire = own if moves or self.heaviest is None else WireFormat(combine=own.combine)
+        at = self.home[tokens]
         if moves:
-            at = np.where(begins[tokens] | (end[tokens - 1] < 0), at, end[tokens - 1])
-        steps += 1
-        for layer in range(layers):
-            ids = trace.expert_ids[tokens, layer]
-            if work.split == "local":
-                physical = _chosen(ids, at, tables[layer], work.wire.is_exact)
-            else:
-                physical = deal_evenly(ids, plan.log2phy[layer])
-            rank = np.where(physical >= 0, physical // plan.physical_per_rank, ranks)
-            at_token = np.arange(0, len(ids) * (ranks + 1), ranks + 1)[:, None]
-            pairs = np.bincount((at_token + rank).ravel(), minlength=at_token.size * (ranks + 1))
-            pairs = pairs.reshape(-1, ranks + 1)[:, :-1]
-            after = at
-            if heaviest is not None and moves:
-                after = _homes_after(ids, rank, heaviest[tokens, layer], at)
-            out, back = rows_sent(pairs, at, after, topology, wire)
-            layer_copies[layer] += sum(rows.sum() for rows in out)
-            node_copies += _node_copies(pairs > 0, at, topology.nodes)
-            sent = np.stack([rows * row_bytes for rows in out] + [rows * result_bytes for rows in back])
-            if after is not at:
-                np.add.at(sent[0], (at, after), work.payload_bytes * (at != after))
-            link_bytes += sent.sum(axis=0)
-            busy = np.bincount(rank[rank < ranks], minlength=ranks)
-            load[layer] += busy
-            step_imbalance.append(float(busy.max() / max(busy.mean(), 1e-12)))
-            missed = cache.use(layer, plan, physical)
-            uses += cache.last_uses
-            seconds += (
-                all_to_all_seconds(sent, same_node, topology),
-                _expert_seconds(physical, busy, plan, topology, work, sizes),
-                float(missed.max()) * sizes.expert_bytes / topology.host.bandwidth
-                + float(missed.any()) * topology.host.latency,
-            )
-            at = after
-        end[tokens] = at
-    per = trace.num_tokens
-    misses = cache.misses
-    return Simulation(
-        bytes=float(link_bytes.sum() / per / layers),
-        node_bytes=float(link_bytes[~same_node].sum() / per / layers),
-        copies=float(layer_copies.sum() / per / layers),
-        node_copies=node_copies / per / layers,
-        layer_copies=layer_copies / per,
-        link_bytes=link_bytes,
-        load=load,
-        imbalance=float((load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-12)).mean()),
-        step_imbalance=float(np.mean(step_imbalance)),
-        misses=misses,
-        miss_rate=misses / max(uses, 1),
-        miss_bytes=misses * sizes.expert_bytes,
-        all_to_all_seconds=float(seconds[0]),
-        expert_seconds=float(seconds[1]),
-        miss_seconds=float(seconds[2]),
-        step_seconds=float(seconds.sum() / steps),
-        num_steps=steps,
-    )
+            at = np.where(self.begins[tokens] | (self.end[tokens - 1] < 0), at, self.end[tokens - 1])
+        for layer in range(self.trace.num_layers):
+            at = self._layer(layer, tokens, at, wire)
+        self.end[tokens] = at
+        self.steps += 1
+
+    def _layer(
+        self, layer: int, tokens: NDArray[np.int64], at: NDArray[np.int64], wire: WireFormat
+    ) -> NDArray[np.int64]:
+        """at: the rank of each token; returns where they are afterwards, which only coherent decode changes."""
+        work, topology, sizes, ranks = self.work, self.topology, self.sizes, self.plan.num_ranks
+        ids = self.trace.expert_ids[tokens, layer]
+        if work.split == "local":
+            physical = _chosen(ids, at, self.tables[layer], work.wire.is_exact)
+        else:
+            physical = deal_evenly(ids, self.plan.log2phy[layer])
+        rank = np.where(physical >= 0, physical // self.plan.physical_per_rank, ranks)
+        at_token = np.arange(0, len(ids) * (ranks + 1), ranks + 1)[:, None]
+        pairs = np.bincount((at_token + rank).ravel(), minlength=at_token.size * (ranks + 1))
+        pairs = pairs.reshape(-1, ranks + 1)[:, :-1]
+        after = at
+        if self.heaviest is not None and wire.dispatcher == "coherent":
+            after = _homes_after(ids, rank, self.heaviest[tokens, layer], at)
+        out, back = rows_sent(pairs, at, after, topology, wire)
+        self.layer_copies[layer] += sum(rows.sum() for rows in out)
+        self.node_copies += _node_copies(pairs > 0, at, topology.nodes)
+        row_bytes = wire.row_bytes(sizes.hidden_size, sizes.element_bytes, self.trace.top_k)
+        result_bytes = wire.result_bytes(sizes.hidden_size, sizes.element_bytes)
+        sent = np.stack([rows * row_bytes for rows in out] + [rows * result_bytes for rows in back])
+        if after is not at:
+            np.add.at(sent[0], (at, after), work.payload_bytes * (at != after))
+        self.link_bytes += sent.sum(axis=0)
+        busy = np.bincount(rank[rank < ranks], minlength=ranks)
+        self.load[layer] += busy
+        self.step_imbalance.append(float(busy.max() / max(busy.mean(), 1e-12)))
+        missed = self.cache.use(layer, self.plan, physical)
+        self.uses += self.cache.last_uses
+        host = topology.host
+        self.seconds += (
+            all_to_all_seconds(sent, self.same_node, topology),
+            _expert_seconds(physical, busy, self.plan, topology, work, sizes),
+            float(missed.max()) * sizes.expert_bytes / host.bandwidth + float(missed.any()) * host.latency,
+        )
+        return after
+
+    def totals(self) -> Simulation:
+        tokens, layers = self.trace.num_tokens, self.trace.num_layers
+        load, misses = self.load, self.cache.misses
+        return Simulation(
+            bytes=float(self.link_bytes.sum() / tokens / layers),
+            node_bytes=float(self.link_bytes[~self.same_node].sum() / tokens / layers),
+            copies=float(self.layer_copies.sum() / tokens / layers),
+            node_copies=self.node_copies / tokens / layers,
+            layer_copies=self.layer_copies / tokens,
+            link_bytes=self.link_bytes,
+            load=load,
+            imbalance=float((load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-12)).mean()),
+            step_imbalance=float(np.mean(self.step_imbalance)),
+            misses=misses,
+            miss_rate=misses / max(self.uses, 1),
+            all_to_all_seconds=float(self.seconds[0]),
+            expert_seconds=float(self.seconds[1]),
+            miss_seconds=float(self.seconds[2]),
+            step_seconds=float(self.seconds.sum() / self.steps),
+            num_steps=self.steps,
+        )
 
 
 def rows_sent(

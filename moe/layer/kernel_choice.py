@@ -37,7 +37,6 @@ def make(
     top_k: int,
     dtype: torch.dtype,
     table_file: Path,
-    tokens: Sequence[int] = MEASURED_TOKENS,
 ) -> list[GroupedExperts]:
     """One kernel per layer. num_experts: of each layer, for the tile sizes.
 
@@ -68,7 +67,7 @@ def make(
         )
         kernel = MeasuredExperts(weights, launch, key, table)
         if not table.is_measured(key):
-            _measure(kernel, dtype, tokens)
+            _measure(kernel, dtype)
         made.append(kernel)
     compile_at_start(made, top_k, dtype)
     made[-1].is_last = True  # only now: a check would be timed too
@@ -85,12 +84,12 @@ def slow_formats(layers: Sequence[ExpertWeights], dtype: torch.dtype) -> list[st
     return [f"experts stored as {'; '.join(slow)} run without matrix instructions in {dtype}; dtype=bfloat16 uses them"]
 
 
-def _measure(kernel: MeasuredExperts, dtype: torch.dtype, tokens: Sequence[int]) -> None:
+def _measure(kernel: MeasuredExperts, dtype: torch.dtype) -> None:
     """Random rows over random slots: what is in the slots does not matter to the time."""
     key, device = kernel.key, kernel.weights.down.device
     generator = torch.Generator().manual_seed(0)
     inputs = {}
-    for count in tokens:
+    for count in MEASURED_TOKENS:
         x = torch.randn(count, key.hidden_size, generator=generator).to(device, dtype)
         num_slots = min(key.num_experts, len(kernel.weights.down))
         ids = torch.rand(count, num_slots, generator=generator).topk(min(key.top_k, num_slots)).indices
@@ -103,5 +102,5 @@ def _measure(kernel: MeasuredExperts, dtype: torch.dtype, tokens: Sequence[int])
         lambda count: single.combine(*inputs[count]),
         lambda count: GroupedExperts.combine(kernel, *inputs[count]),
         device,
-        tokens=tokens,
+        tokens=MEASURED_TOKENS,
     )

@@ -26,6 +26,8 @@ from moe.kernels.weights import ExpertWeights
 from moe.layer.experts import SlotExperts
 from moe.layer.kernel_choice import MAX_SINGLE_LAUNCH_TOKENS, MEASURED_TOKENS
 
+REPEATS = 20  # of each path and number of tokens
+
 
 def why_not_single_launch(
     experts: SlotExperts, control: Control, layers: Sequence[ExpertWeights], dispatcher: str
@@ -59,7 +61,6 @@ class RankLaunch:
         layers: Sequence[ExpertWeights],
         shapes: Sequence[tuple[int, int]],
         dtype: torch.dtype,
-        max_tokens: int = MAX_SINGLE_LAUNCH_TOKENS,
     ) -> None:
         assert experts.parallel is not None
         self.experts, self.parallel, self.control, self.layers = experts, experts.parallel, control, list(layers)
@@ -71,7 +72,7 @@ class RankLaunch:
                 top_k=top_k,
                 hidden_size=weights.down.shape[1],
                 intermediate_size=weights.intermediate_size,
-                max_tokens=max_tokens,
+                max_tokens=MAX_SINGLE_LAUNCH_TOKENS,
                 dtype=dtype,
             )
             for weights, (_, top_k) in zip(layers, shapes)
@@ -83,7 +84,7 @@ class RankLaunch:
             assert ((slot_of[local] >= 0) == (local >= 0)).all(), (layer, slot_of, local)
             self.slots.append(slot_of[local].to(device))
         self.launches = {shape: self._make(shape) for shape in dict.fromkeys(self.shapes)}
-        self.sizes = [frozenset(range(max_tokens + 1))] * len(layers)
+        self.sizes = [frozenset(range(MAX_SINGLE_LAUNCH_TOKENS + 1))] * len(layers)
 
     def takes(self, layer: int, rows: int) -> bool:
         """Whether a step is launched in which no rank has more than `rows` rows."""
@@ -113,9 +114,7 @@ class RankLaunch:
                 patience_s = groups.timeout_s  # a limit of polls ends on one rank before it does on another
                 raise lost_peer(groups, what, started, error, groups.world_ranks, patience_s=patience_s) from error
 
-    def use_measured(
-        self, num_experts: int, table_file: Path, tokens: Sequence[int] = MEASURED_TOKENS, repeats: int = 20
-    ) -> None:
+    def use_measured(self, num_experts: int, table_file: Path) -> None:
         """Take only the steps that the launch wins, as rank 0's table says; measure what that lacks. A collective.
 
         num_experts: logical ones of a layer.
@@ -139,7 +138,7 @@ class RankLaunch:
                 self.sizes[layer] = self.sizes[keys.index(key)]
                 continue
             if not self.control.numbers_of_first([1] * table.is_measured(key)):
-                rows = [self._measure(layer, key, count, repeats) for count in tokens]
+                rows = [self._measure(layer, key, count) for count in MEASURED_TOKENS]
                 if groups.rank == 0:
                     table.replace(key, rows)
             wins: list[int] = []
@@ -148,7 +147,7 @@ class RankLaunch:
                 wins = [n for n in counts if table.choose(key, n) == "single"]
             self.sizes[layer] = frozenset(self.control.numbers_of_first(wins))
 
-    def _measure(self, layer: int, key: LayerKey, count: int, repeats: int) -> Measured:
+    def _measure(self, layer: int, key: LayerKey, count: int) -> Measured:
         """Both paths with `count` random rows on every rank. A collective."""
         parallel, device = self.parallel, self.experts.cache.device
         generator = torch.Generator().manual_seed(parallel.groups.rank)
@@ -164,7 +163,7 @@ class RankLaunch:
             return parallel.dispatcher.combine(y, sent.handle)
 
         launched = partial(self.run, layer, x, physical, weights)
-        single_us, grouped_us = medians_us([launched, dispatched], device, repeats)
+        single_us, grouped_us = medians_us([launched, dispatched], device, REPEATS)
         self.check(Task("measuring the single launch", layer), time.monotonic())
         self.experts.cache.reset_stats()
         parallel.dispatcher.traffic.reset()

@@ -11,7 +11,6 @@ TOP_K: Final = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_to
 FIXED_TOP_K: Final = {"switch_transformers": 1, "nllb-moe": 2}
 SIZES: Final = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings")  # 1 at least
 CONTEXT: Final = ("max_position_embeddings", "max_seq_len", "n_positions")
-WITHOUT_LIMIT: Final = ("switch_transformers",)  # its positions are distances, the far ones all alike
 
 
 def top_k(text: Any) -> int:

@@ -16,9 +16,7 @@ class GenerationDefaults:
 
     eos_ids: frozenset[int] = frozenset()
     sampling: Mapping[str, float] = field(default_factory=dict)
-    do_sample: bool | None = None
     decoder_start_token_id: int | None = None
-    is_from_file: bool = False  # whether the folder has a generation_config.json
 
     @property
     def recommended(self) -> dict[str, Any]:
@@ -49,9 +47,7 @@ def read_generation(folder: Path, config: Any) -> GenerationDefaults:
     return GenerationDefaults(
         eos_ids=frozenset(_token_ids(eos, path)),
         sampling={name: _number(said[name], name, path) for name in _SAMPLING if said.get(name) is not None},
-        do_sample=said.get("do_sample"),
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None) if start is None else start,
-        is_from_file=path.is_file(),
     )
 
 

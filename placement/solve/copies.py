@@ -253,7 +253,7 @@ class ReplicaSearch:
         rounds = np.inf if base.options.rounds is None else base.options.rounds
         while True:
             rounds -= 1
-            trial = self.swap(trial, rng, deadline)
+            trial = self.swap(trial, deadline)
             cost = self.cost(trial)
             if cost < best_cost:
                 best, best_cost = trial, cost
@@ -298,7 +298,7 @@ class ReplicaSearch:
             hits[:, mine] = able
         return items, items[:, 0], hits
 
-    def swap(self, hosted: NDArray[np.bool_], rng: np.random.Generator, deadline: Deadline) -> NDArray[np.bool_]:
+    def swap(self, hosted: NDArray[np.bool_], deadline: Deadline) -> NDArray[np.bool_]:
         """Swap copies between ranks with the token split held fixed; empty slots are items without tokens."""
         base = self.base
         items, experts, hits = self.split(hosted)

@@ -177,7 +177,7 @@ def solve_milp(
 
 def _add_crossing(program: Program, model: _Model, x: Ints, replica_slots: int | None) -> float:
     """Reward co-located transitions, per group of ranks at one link cost; returns the cost if all were apart."""
-    ranks, experts = program.num_ranks, program.num_experts
+    ranks = program.num_ranks
     off = program.links[~np.eye(ranks, dtype=bool)]
     if ranks == 1 or program.num_layers == 1 or not program.weights.cross:
         return 0.0
@@ -196,20 +196,28 @@ def _add_crossing(program: Program, model: _Model, x: Ints, replica_slots: int |
             model.add_rows((y[:, g][:, None], 1.0), (x[layer + 1, j][:, members], -1.0), high=0)
         model.add_rows((y, 1.0), high=1)
         if replica_slots is None:
-            # an expert in a group meets at most the group's capacity of the next layer's experts, and vice versa
-            for g, members in enumerate(groups):
-                room = float(program.capacities[members].sum())
-                for ids in (layer * experts + i, (layer + 1) * experts + j):
-                    order = np.argsort(ids, kind="stable")
-                    keys, first = np.unique(ids[order], return_index=True)
-                    for key, rows in zip(keys, np.split(order, first[1:]), strict=True):
-                        if len(rows) > room:
-                            model.add_rows(
-                                (y[rows, g][None], 1.0),
-                                (x[key // experts, key % experts, members][None], -room),
-                                high=0,
-                            )
+            _add_meetings(program, model, x, y, groups)
     return float(program.weights.cross * kinds[-1])
+
+
+def _add_meetings(program: Program, model: _Model, x: Ints, y: Ints, groups: list[Ints]) -> None:
+    """An expert in a group meets at most the group's capacity of the next layer's experts, and vice versa.
+
+    y: [transitions, groups], the columns that say whether a transition stays in a group.
+    """
+    experts = program.num_experts
+    layer, i, j = np.nonzero(program.transitions)
+    meetings: list[tuple[int, Ints]] = []  # an expert of a layer, and its transitions
+    for ids in (layer * experts + i, (layer + 1) * experts + j):
+        order = np.argsort(ids, kind="stable")
+        keys, first = np.unique(ids[order], return_index=True)
+        meetings += zip(keys.tolist(), np.split(order, first[1:]), strict=True)
+    for g, members in enumerate(groups):
+        room = float(program.capacities[members].sum())
+        for key, rows in meetings:
+            if len(rows) > room:
+                at = x[key // experts, key % experts, members]
+                model.add_rows((y[rows, g][None], 1.0), (at[None], -room), high=0)
 
 
 def exflow(

@@ -57,18 +57,17 @@ def relax(
     *,
     time_limit: float | Deadline,
     max_cuts: int = 0,
-    target: float = np.inf,
     iterations: float = np.inf,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Relaxation:
     """Bound the crossing fraction of equal-capacity placements: transitions [L - 1, E, E] of total 1, E = G * capacity.
 
     max_cuts: how many triangle cuts may be active; 0 = the plain relaxation. Stops after the iterations, at the time
-    limit, when the bound reaches `target`, or when it no longer rises; if time did not end it, the same input gives the
+    limit, or when the bound no longer rises; if time did not end it, the same input gives the
     same result. progress: called with the share of the iterations or of the time. One iteration costs L
     eigendecompositions of [2E, 2E].
     """
-    return _Admm(transitions, num_ranks, max_cuts).run(Deadline.of(time_limit), target, iterations, progress)
+    return _Admm(transitions, num_ranks, max_cuts).run(Deadline.of(time_limit), iterations, progress)
 
 
 class _Admm:
@@ -87,9 +86,7 @@ class _Admm:
         self.cuts = Cuts.none()
         self.leading = np.full(n, 2 * num_ranks)
 
-    def run(
-        self, deadline: Deadline, target: float, iterations: float, progress: Callable[[float], None]
-    ) -> Relaxation:
+    def run(self, deadline: Deadline, iterations: float, progress: Callable[[float], None]) -> Relaxation:
         began = deadline.spent()
         best, count, check_cost, step_cost, next_check = -np.inf, 0, 0.0, 0.0, 8
         history: list[float] = []
@@ -119,7 +116,7 @@ class _Admm:
             history.append(best)
             patience = 40 if self.max_cuts else 12  # cuts first disturb, then lift the bound
             stalled = len(history) > patience and best - history[-patience] < 2e-6
-            if last or best >= target or stalled:
+            if last or stalled:
                 break
         return Relaxation(best, self.within, self.between, count, len(self.cuts.price), deadline.spent() - began)
 
@@ -261,7 +258,7 @@ class _Admm:
             self.stride = self.rho / float(degree)
 
 
-def violated_triangles(between: Floats, within: Floats, limit: int, tolerance: float = 1e-3) -> NDArray[np.int64]:
+def violated_triangles(between: Floats, within: Floats, limit: int) -> NDArray[np.int64]:
     """The most violated triangle inequalities: [3, n] flat indices (a, b, c) of y[a] + y[b] - y[c] <= 1.
 
     Of a pair of layers: w_ij + w_ik - s_jk and w_ij + s_jk - w_ik, both ways round; inside a layer s_ij + s_jk - s_ik.
@@ -280,7 +277,7 @@ def violated_triangles(between: Floats, within: Floats, limit: int, tolerance: f
     def take(excess: Floats, allowed: NDArray[np.bool_], flat: tuple[NDArray[np.int64], ...]) -> None:
         excess = np.where(allowed, excess, 0.0).reshape(-1)
         top = np.argpartition(-excess, min(share, excess.size - 1))[:share]
-        top = top[excess[top] > tolerance]
+        top = top[excess[top] > 1e-3]
         found.append(np.stack([np.broadcast_to(f, (e, e, e)).reshape(-1)[top] for f in flat]).astype(np.int64))
         amount.append(excess[top])
 
@@ -306,7 +303,7 @@ def violated_triangles(between: Floats, within: Floats, limit: int, tolerance: f
     return triples[:, np.argsort(-amounts, kind="stable")[:limit]]
 
 
-def matching_bound(cost: Floats, degree: int, rounds: int = 20) -> Floats:
+def matching_bound(cost: Floats, degree: int) -> Floats:
     """Lower bound on min <cost, Y> over 0 <= Y <= 1 with all rows and columns summing to `degree`: [n, E, E] -> [n].
 
     Coordinate ascent on the dual, so valid after any number of rounds; degree >= 1. Costs O(n E^2) per round.
@@ -315,7 +312,7 @@ def matching_bound(cost: Floats, degree: int, rounds: int = 20) -> Floats:
     if degree >= e:
         return np.asarray(cost.sum(axis=(1, 2)))
     rows, columns = np.zeros((n, e)), np.zeros((n, e))
-    for _ in range(rounds):
+    for _ in range(20):
         reduced = np.partition(cost - columns[:, None, :], (degree - 1, degree), axis=2)
         rows = (reduced[:, :, degree - 1] + reduced[:, :, degree]) / 2
         reduced = np.partition(cost - rows[:, :, None], (degree - 1, degree), axis=1)

@@ -101,16 +101,23 @@ def solve_transitions(
             plan = solve_milp(program, time_limit=deadline, replica_slots=slots, warm=rows, most_nodes=nodes).plan
         elif has_milp and not deadline.is_over() and found.cost - bound.value > TIGHT:
             milp = solve_milp(places, time_limit=deadline, warm=found.assignment, most_nodes=nodes).plan
-            assert milp.value is not None
-            assert milp.bound is not None
-            if milp.value < found.cost:
-                rows = milp.assignment[:, :experts]
-                plan = Plan.from_assignment(rows, program.num_ranks, solver="milp", value=milp.value)
-            value = min(milp.value, found.cost)
-            plan = plan.with_result(bound=min(max(milp.bound, bound.value), value))
+            plan = _better(plan, milp, experts)
     except KeyboardInterrupt:  # HiGHS answers once it is done
         log.warning("interrupted: this is the search's plan")
     return plan.with_result(seconds=deadline.spent())
+
+
+def _better(found: Plan, milp: Plan, experts: int) -> Plan:
+    """The cheaper of two plans, with the tighter of their bounds. milp: of all places, of which `experts` hold one."""
+    assert found.value is not None
+    assert found.bound is not None
+    assert milp.value is not None
+    assert milp.bound is not None
+    best = found
+    if milp.value < found.value:
+        rows = milp.assignment[:, :experts]
+        best = Plan.from_assignment(rows, milp.num_ranks, solver="milp", value=milp.value)
+    return best.with_result(bound=min(max(milp.bound, found.bound), milp.value, found.value))
 
 
 def _starts(present: Plan, places: Program) -> list[Ints]:

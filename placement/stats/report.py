@@ -33,17 +33,18 @@ STYLE = (
     "svg text{font-size:11px;fill:currentColor}"
 )
 CACHE_RATIOS = (1.0, 1.5, 2.0, 3.0, 4.0)
+CACHE_TOKENS = 4096
 
 
-def analyse(trace: RoutingTrace, *, segment: int = 16, cache_tokens: int = 4096) -> dict[str, Any]:
-    """What the trace says about offloading and placement, as plain numbers; the cache curve uses up to cache_tokens.
+def analyse(trace: RoutingTrace, *, segment: int = 16) -> dict[str, Any]:
+    """What the trace says about offloading and placement, as plain numbers; the cache curve uses up to CACHE_TOKENS.
 
     Keys: model, tokens, entropy, hottest, srp, srp_ratio, cache (rows of slots, oracle, lru), knee, affinity, verdict.
     """
     load = expert_load(trace)
     whole = trace
-    if trace.num_tokens > cache_tokens:
-        count = int(np.searchsorted(np.cumsum(trace.sequence_lengths), cache_tokens)) + 1
+    if trace.num_tokens > CACHE_TOKENS:
+        count = int(np.searchsorted(np.cumsum(trace.sequence_lengths), CACHE_TOKENS)) + 1
         trace = trace.select(slice(0, count))
     m = min(segment, int(trace.sequence_lengths.max()))
     srp = segment_routing_performance(segment_histogram(trace, m))
@@ -126,10 +127,9 @@ def heatmap_svg(picture: Picture, *, title: str, cell: int = 8) -> str:
     return _figure_html(width, _TOP + max(rows * cell, steps * 5) + _BELOW, title, cells, told)
 
 
-def grid_svg(plan: Plan, *, title: str, load: NDArray[np.float64] | None = None, cell: int = 9) -> str:
+def grid_svg(plan: Plan, *, title: str, load: NDArray[np.float64]) -> str:
     """Experts by rank: one row per layer, one column block per rank, a cell per slot, replicas outlined."""
-    width = plan.physical_per_rank
-    rank_gap = cell // 2
+    width, cell, rank_gap = plan.physical_per_rank, 9, 4  # pixels
     replicas = plan.replicas
     cells = _row_names("layer", plan.num_layers, cell)
     for layer in range(plan.num_layers):
@@ -138,8 +138,7 @@ def grid_svg(plan: Plan, *, title: str, load: NDArray[np.float64] | None = None,
                 continue
             rank = physical // width
             x, y = _LEFT + physical * cell + rank * rank_gap, _TOP + layer * cell
-            shade = 0.5 if load is None else float(load[layer, expert] / max(load[layer].max(), 1e-12))
-            fill = _shade(0.15 + 0.85 * shade, rank)
+            fill = _shade(0.15 + 0.85 * float(load[layer, expert] / max(load[layer].max(), 1e-12)), rank)
             edge = ' stroke="#d33" stroke-width="1.5"' if replicas[layer, expert] > 1 else ""
             cells.append(
                 f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{fill}"{edge}>'
@@ -152,16 +151,17 @@ def grid_svg(plan: Plan, *, title: str, load: NDArray[np.float64] | None = None,
         cells.append(_text(_LEFT + rank * (block + rank_gap) + block / 2, low + 14, name, "middle"))
     full = _LEFT + plan.num_physical * cell + plan.num_ranks * rank_gap
     told = "A column is a slot of a rank" + (", named below" if block >= 48 else ", whose number stands below")
-    told += "" if load is None else "; darker: more tokens, against the busiest expert of the layer"
+    told += "; darker: more tokens, against the busiest expert of the layer"
     told += "; red edge: in several places" if (replicas > 1).any() else ""
     return _figure_html(full + 30, low + _BELOW - 12, title, cells, told + ".")
 
 
-def bars_svg(series: dict[str, NDArray[np.float64]], *, title: str, unit: str, height: int = 130) -> str:
+def bars_svg(series: dict[str, NDArray[np.float64]], *, title: str, unit: str) -> str:
     """Grouped bars, one group per layer: for example copies per token before and after."""
     most = max(float(np.max(v)) for v in series.values()) or 1.0
     count, layers = len(series), len(next(iter(series.values())))
     bar = max(3, min(14, 700 // (layers * (count + 1))))
+    height = 130  # pixels
     group, low = bar * (count + 1), _TOP + height
     cells, full = [], _LEFT + layers * bar * (count + 1)
     for part in (0, 0.5, 1):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from symmetric_ranks import BOUND, all_weights, inputs, one_program, one_rank, own_share, relative_error, run_processes
 
-from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, VirtualHeap, single_rank_dispatcher
+from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, VirtualHeap
 from moe.comm.symmetric_torch import TorchSymmetricHeap
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.reference import combine_reference, experts_reference
@@ -66,7 +66,8 @@ def lonely_rank(rank: int, folder: str) -> None:
 
 def test_one_rank_without_peers():
     shape = make_shape(1)
-    dispatcher, weights = single_rank_dispatcher(shape, "cpu"), all_weights(shape)
+    dispatcher = SymmetricDispatcher(shape, VirtualHeap(1, HeapLayout.of(shape).nbytes))
+    weights = all_weights(shape)
     for epoch in (3, 4):
         x, ids, topk_weights = inputs(shape, 0, epoch, "none")
         out = dispatcher.run(x, ids, topk_weights, torch.arange(2), weights)
@@ -99,8 +100,6 @@ def test_layout_has_no_overlap():
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match=r"rank \(2\) must lie in \[0, 2\)"):
         MappedHeap(tmp_path / "heap", 2, 2, 100)
-    with pytest.raises(ValueError, match=r"world_size \(2\) must be 1"):
-        single_rank_dispatcher(make_shape(2), "cpu")
     with pytest.raises(ValueError, match="needs a GPU, not cpu"):
         TorchSymmetricHeap(100, None, torch.device("cpu"))
     assert VirtualHeap(3, 100).num_ranks == 3

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moe.kernels.fused import FusedExperts
+from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.weights import Activation, ExpertWeights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,3 +54,24 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     """‖got - want‖ / ‖want‖ in float64; the plain norm when `want` is zero."""
     difference, norm = (got.double() - want.double()).norm(), want.double().norm()
     return float(difference / norm if norm > 0 else difference)
+
+
+def fused_experts(x: Tensor, ids: Tensor, topk_weights: Tensor, slots: Tensor, weights: ExpertWeights) -> Tensor:
+    """The single launch on one rank without peers, for one call; keep a `FusedExperts` to call it again and again.
+
+    x: [T, H], ids: int32 [T, K] in [0, E), -1 = none; topk_weights: [T, K]; slots: int32 [E]. Returns [T, H].
+    """
+    shape = FusedShape(
+        world_size=1,
+        num_experts=len(slots),
+        top_k=ids.shape[1],
+        hidden_size=x.shape[1],
+        intermediate_size=weights.intermediate_size,
+        max_tokens=max(1, len(x)),
+        dtype=x.dtype,
+    )
+    heap = torch.zeros(HeapLayout.of(shape).nbytes, dtype=torch.uint8, device=x.device)
+    experts = FusedExperts(shape, torch.tensor([heap.data_ptr()], device=x.device))
+    out = experts(x, ids, topk_weights, slots, weights)
+    experts.check()  # host sync; also keeps the heap alive until the launch has ended
+    return out

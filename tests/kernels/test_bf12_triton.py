@@ -5,12 +5,11 @@ import torch
 import triton
 import triton.language as tl
 from kernels_codes import coded_experts
-from kernels_experts import relative_error
+from kernels_experts import fused_experts, relative_error
 from test_bf12 import ACTIVATIONS, any_bits, coded, experts, normal
 
 from moe.kernels.combine import combine
 from moe.kernels.formats import Coding
-from moe.kernels.fused import fused_experts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.matrix import Matrix, Part, _codes, argument, tile_pointers
 from moe.kernels.reference import experts_reference

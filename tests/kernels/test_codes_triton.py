@@ -9,13 +9,12 @@ import functools
 import pytest
 import torch
 from kernels_codes import coded_experts
-from kernels_experts import random_ids, relative_error
+from kernels_experts import fused_experts, random_ids, relative_error
 from test_nested import matrices as nested_matrices
 
 from moe.kernels import grouped_gemm, tiles
 from moe.kernels.combine import combine
 from moe.kernels.formats import Coding
-from moe.kernels.fused import fused_experts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.matrix import reading
 from moe.kernels.reference import experts_reference

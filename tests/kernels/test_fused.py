@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernels_experts import random_ids, random_weights, relative_error
+from kernels_experts import fused_experts, random_ids, random_weights, relative_error
 
 from moe.kernels.combine import combine
-from moe.kernels.fused import FusedExperts, fused_experts
+from moe.kernels.fused import FusedExperts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.reference import combine_reference, experts_reference

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from kernels_experts import DTYPES, random_ids, random_weights, relative_error
+from kernels_experts import DTYPES, fused_experts, random_ids, random_weights, relative_error
 
 from moe.kernels.combine import combine
-from moe.kernels.fused import fused_experts
 from moe.kernels.grouped_gemm import grouped_experts
 from moe.kernels.quantize import quantize_experts
 from moe.kernels.reference import check_expert_weights, combine_reference, dequantized, experts_reference

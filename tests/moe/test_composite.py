@@ -161,7 +161,6 @@ def test_end_tokens_of_generation_config_are_honoured(tmp_path):
         assert answer.token_ids == tokens[:4]
         defaults = llm.engine.blueprint.generation
         assert defaults.sampling == {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
-        assert (defaults.do_sample, defaults.is_from_file) == (True, True)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_kernels_give_the_same_greedy_tokens(kernel):
 @pytest.mark.heavy
 def test_the_faster_path_is_measured_once_and_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_choice, "_measure", counted := Counted(kernel_choice._measure))
-    monkeypatch.setattr(kernel_choice.make, "__defaults__", ((1,),))
+    monkeypatch.setattr(kernel_choice, "MEASURED_TOKENS", (1,))
     config = replace(CONFIG, kernel="measured", crossover_table=str(tmp_path / "table.json"))
     expected = tokens_of(replace(CONFIG, kernel="cpu"))
     assert tokens_of(config) == expected

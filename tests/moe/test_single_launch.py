@@ -15,7 +15,7 @@ from moe.comm.errors import CommError, LostPeer
 from moe.comm.membership import process_groups
 from moe.config import BatchConfig, EngineConfig, OffloadConfig, ParallelConfig
 from moe.kernels.crossover import CrossoverTable, LayerKey, Measured, machine_name
-from moe.layer.single_launch import RankLaunch
+from moe.layer import single_launch
 from moe.llm import LLM
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
@@ -166,7 +166,7 @@ def test_all_ranks_choose_by_the_table_of_rank_0(mixtral, expected, tmp_path):
 
 def measure(folder: str, table: str) -> tuple:
     """One rank: what it takes after measuring, briefly, what its table lacks."""
-    RankLaunch.use_measured.__defaults__ = ((1,), 2)
+    single_launch.MEASURED_TOKENS, single_launch.REPEATS = (1,), 2
     with process_groups(timeout_s=60) as groups:
         config = config_of("measured", table=table.format(rank=groups.rank))
         with LLM(folder, config, groups=groups) as llm:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe.placement.importers import from_deepseek_esft_npz
 from moe.placement.plan import Plan
-from moe.placement.replicas import choose_for_plan
+from moe.placement.replicas import ServingTable, choose_replicas
 from moe.placement.solve.baselines import eplb_greedy
 from moe.placement.solve.copies import (
     add_replicas,
@@ -110,7 +110,7 @@ def test_choice_of_replicas(seed, tokens, ranks):
     ids = np.argsort(rng.random((tokens, 8)), axis=1)[:, :3].astype(np.int16)
     ids[rng.random(ids.shape) < 0.2] = -1
     home = rng.integers(0, ranks, tokens)
-    chosen = choose_for_plan(ids, home, plan, 0)
+    chosen = choose_replicas(ids, home, ServingTable.of(plan, 0))
     assert chosen.shape == ids.shape
     assert ((chosen < 0) == (ids < 0)).all()
     np.testing.assert_array_equal(plan.phy2log[0][chosen[ids >= 0]], ids[ids >= 0])
@@ -126,16 +126,18 @@ def test_choice_of_replicas(seed, tokens, ranks):
 def test_free_tokens_go_to_the_idlest_copy():
     plan = Plan.from_hosted(np.array([[[True, True, False], [True, False, False], [False, False, True]]]))
     ids = np.array([[1]] * 4 + [[0]] * 10)
-    chosen = choose_for_plan(ids, 2, plan, 0)  # nobody lives on ranks 0 and 1; rank 0 already has four
+    # Nobody lives on ranks 0 and 1; rank 0 already has four.
+    chosen = choose_replicas(ids, 2, ServingTable.of(plan, 0))
     assert np.bincount(chosen[:, 0] // plan.physical_per_rank, minlength=3).tolist() == [7, 7, 0]
 
 
 def test_a_visited_rank_is_as_free_as_home():
     plan = Plan.from_hosted(np.array([[[True, True], [True, False], [False, True]]]))
     ids = np.array([[0, 1, 2]] * 3 + [[1, -1, -1]] * 4)  # rank 0 serves expert 1 of all: expert 0 goes to rank 1
-    rank = choose_for_plan(ids, 0, plan, 0) // plan.physical_per_rank
+    table = ServingTable.of(plan, 0)
+    rank = choose_replicas(ids, 0, table) // plan.physical_per_rank
     assert rank[:3, 0].tolist() == [1, 1, 1]
-    assert choose_for_plan(np.array([[0, -1, -1]]), 0, plan, 0)[0, 0] // plan.physical_per_rank == 0  # no new visit
+    assert choose_replicas(np.array([[0, -1, -1]]), 0, table)[0, 0] // plan.physical_per_rank == 0  # no new visit
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(0, 50))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.placement.plan import Plan, even_capacities
-from moe.placement.solve.bounds import clique_bound, load_bound, lower_bound, matching_lp_bound
+from moe.placement.solve.bounds import load_bound, lower_bound
 from moe.placement.solve.exact import all_partitions, is_exact_feasible, num_states, solve_exact
 from moe.placement.solve.milp import exflow, solve_milp
 from moe.placement.solve.program import Program, Weights
@@ -115,16 +115,12 @@ def test_uneven_capacities_and_single_rank():
     assert lower_bound(alone).value == pytest.approx(0)
 
 
-def test_bounds_are_ordered_and_below_the_optimum():
+def test_the_bound_is_below_the_optimum_and_close():
     program = Program.even(transitions(4, 8, 2), 2)
     optimum = solve_exact(program).cost
-    matching = matching_lp_bound(program.transitions, 2)
-    clique = clique_bound(program.transitions, 2, time_limit=20)
     semidefinite = relax(program.transitions, 2, time_limit=4)
-    assert matching < clique <= optimum + 1e-9
-    assert matching < semidefinite.bound <= optimum + 1e-9
-    assert clique == pytest.approx(optimum, abs=1e-4)  # tight on this instance
-    assert semidefinite.bound == pytest.approx(optimum, abs=1e-3)
+    assert semidefinite.bound <= optimum + 1e-9
+    assert semidefinite.bound == pytest.approx(optimum, abs=1e-3)  # tight on this instance
 
 
 @pytest.mark.parametrize("kind", ["topic", "zipf"])
