@@ -16,8 +16,18 @@ import torch
 import torch.distributed as dist
 
 MULTIPROCESSING = multiprocessing.get_context("forkserver")
-# torch._inductor.config is what use_deterministic_algorithms imports: seconds per rank if each did it.
-MULTIPROCESSING.set_forkserver_preload(["torch.distributed", "torch._inductor.config", "pytest", "moe.llm"])
+# torch._inductor.config is what use_deterministic_algorithms imports, moe.opening what an LLM does where one is made:
+# seconds per rank if each did it.
+_MODULES = [
+    "torch.distributed",
+    "torch._inductor.config",
+    "pytest",
+    "hypothesis",
+    "moe.llm",
+    "moe.opening",
+    "moe.batch",
+]
+MULTIPROCESSING.set_forkserver_preload(_MODULES)
 
 
 class RankFailed(AssertionError):

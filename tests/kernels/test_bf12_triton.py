@@ -48,6 +48,8 @@ def kinds(n: int, k: int) -> dict[str, torch.Tensor]:
     spoilt = normal(n, k)
     few = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 2.0**-130, 3e38, -(2.0**-126)]).bfloat16()
     spoilt[n // 2, : len(few)] = few[:k]
+    odd, some = normal(n, k), torch.arange(min(k, 28))  # of a row: the interpreter takes long for each rare weight
+    odd.scatter_(1, (torch.randint(k, (n, 1)) + some) % k, any_bits(n, k))
     full = torch.ones(n, k).bfloat16()
     full[:, :: max(1, k // 3)] = 2.0**-60  # the same number of rare weights in each row
     return {
@@ -57,7 +59,7 @@ def kinds(n: int, k: int) -> dict[str, torch.Tensor]:
         "zero": torch.zeros(n, k).bfloat16(),
         "smallest": (torch.randn(n, k) * 2.0**-125).bfloat16(),  # zero and subnormal beside exponents below 15
         "no numbers": spoilt,
-        "any bits": any_bits(n, k),
+        "any bits": odd,
     }
 
 
@@ -89,7 +91,7 @@ def config_for(dtype: torch.dtype, *, few: bool) -> TileConfig:
         ((100, 70), torch.bfloat16, (1, 130)),
         ((1, 33), torch.float16, (5,)),
         ((300, 130), torch.float32, (17,)),
-        ((200, 257), torch.bfloat16, (17,)),
+        ((130, 257), torch.bfloat16, (17,)),
     ],
 )
 def test_results_have_the_bits_of_bf16(act, sizes, dtype, tokens):
