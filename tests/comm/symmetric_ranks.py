@@ -12,6 +12,7 @@ from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.tiles import TileConfig
 from moe.kernels.weights import Activation, ExpertWeights
+from tests.kernels.kernels_experts import relative_error
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 TILES = TileConfig(16, 32, 32, 32, 4, 1)
@@ -68,11 +69,6 @@ def own_share(shape: FusedShape, rank: int, weights: ExpertWeights) -> tuple[tor
     down = torch.full((len(order), *weights.down.shape[1:]), torch.nan, dtype=shape.dtype)
     gate_up[slots], down[slots] = weights.gate_up[mine], weights.down[mine]
     return slots, weights._replace(gate_up=gate_up, down=down)
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    difference, norm = (got.double() - want.double()).norm(), want.double().norm()
-    return float(difference / norm if norm > 0 else difference)
 
 
 def one_rank(rank: int, folder: str, shape: FusedShape, epochs: int, skews: tuple[str, ...], delay: float) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from symmetric_ranks import BOUND, all_weights, inputs, one_program, one_rank, own_share, relative_error, run_processes
+from symmetric_ranks import BOUND, all_weights, inputs, one_program, one_rank, own_share, run_processes
 
 from moe.comm.symmetric import MappedHeap, SymmetricDispatcher, VirtualHeap
 from moe.comm.symmetric_torch import TorchSymmetricHeap
 from moe.kernels.heap_layout import FusedShape, HeapLayout
 from moe.kernels.reference import combine_reference, experts_reference
+from tests.kernels.kernels_experts import relative_error
 
 SKEWS = ("none", "one", "own", "next", "holes")
 

@@ -2,20 +2,14 @@
 
 import pytest
 import torch
+from kernels_codes import random_codes
 from kernels_experts import random_weights
 
-from moe.kernels.formats import CODE_DTYPES, E2M1, NIBBLE_CODES, Coding, bytes_per_row, decode
+from moe.kernels.formats import CODE_DTYPES, E2M1, NIBBLE_CODES, Coding, decode
 from moe.kernels.reference import check_expert_weights, dequantized
 from moe.kernels.weights import Activation
 
 CODES = sorted(set(CODE_DTYPES) - {"nested", "bf12"})  # which are in test_nested.py and test_bf12.py
-
-
-def random_codes(code: str, rows: int, columns: int) -> torch.Tensor:
-    raw = torch.randint(0, 256, (rows, bytes_per_row(code, columns)), dtype=torch.uint8)
-    if code == "e4m3":
-        raw[raw & 127 == 127] = 0  # not a number
-    return raw.view(CODE_DTYPES[code])
 
 
 def value_of(code: str, codes: torch.Tensor, row: int, column: int, table: torch.Tensor | None) -> float:
@@ -49,7 +43,7 @@ def test_decode_against_loops(code, groups, interleaved):
     torch.manual_seed(0)
     rows, columns, block = 5, 23, (2, 8)
     coding = random_coding(code, 2, rows, columns, block, groups=groups)
-    codes = random_codes(code, 2 * rows, columns)
+    codes = random_codes(code, (2 * rows,), columns)
     got = decode(codes, coding, columns, 0, interleaved=interleaved)
     for part in range(2):
         for row in range(rows):
@@ -76,7 +70,7 @@ def test_a_slot_is_decoded_by_its_own_coding(act):
     n = 6 if act.gated else 3
     first = random_coding("int4", 2 if act.gated else 1, 3, 8, (1, 4), groups=False)
     second = random_coding("e4m3", 1, 8, 3, (8, 3), groups=False)
-    both = [random_codes("int4", n, 8), random_codes("e4m3", 8, 3)]
+    both = [random_codes("int4", (n,), 8), random_codes("e4m3", (8,), 3)]
     weights = random_weights(1, 8, 3, activation=act)._replace(
         gate_up=both[0][None], down=both[1][None], gate_up_coding=first, down_coding=second
     )

@@ -1,6 +1,5 @@
 """Four hosts in network namespaces, two nodes of two ranks: the batch that torchrun writes is that of one process."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from bench.hosts import Shape, hosts, measure, run_ranks, trunk_bytes, why_not
 from moe.batch import run_batch
 from moe.config import EngineConfig
 from moe.llm import LLM
+from tests.moe.test_parallel import results_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [Shape(mbit=100), Shape(mbit=100, delay_ms=5.0)]
@@ -40,10 +40,4 @@ def test_hosts_write_the_batch_of_one_process(dispatcher, shape, tmp_path):
     with LLM(ROOT / "examples" / "tinymoe", EngineConfig(dtype="float32")) as llm:
         run_batch(llm, source, tmp_path / "one.jsonl")
 
-    def results(path: Path) -> dict:
-        return {
-            (e := json.loads(line))["custom_id"]: e["response"]["body"] | {"created": 0}
-            for line in path.read_text().splitlines()
-        }
-
-    assert results(target) == results(tmp_path / "one.jsonl")
+    assert results_of(target) == results_of(tmp_path / "one.jsonl")

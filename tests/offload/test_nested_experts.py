@@ -29,6 +29,7 @@ from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.families import nested_folder, tiny_checkpoint
 from tests.offload.test_deepnvme import Sectors
+from tests.offload.test_integrity import flip
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +82,10 @@ def test_fewer_bits_ahead_of_their_use_come_in_parts(folder, bits, monkeypatch):
     assert moved
     assert torch.equal(out, expected)
     (segment,) = index.segments(1, 2)
-    flip_a_bit(segment.path, segment.offset + 4000)
+    flip(segment.path, segment.offset + 4000)
     with pytest.raises(OSError, match="layer 1, expert 2"):
         bytes_moved(FileStore(index, direct=True).read_parts(1, 2, out))
-    flip_a_bit(segment.path, segment.offset + 4000)
-
-
-def flip_a_bit(path, at):
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 1]))
+    flip(segment.path, segment.offset + 4000)
 
 
 @pytest.mark.parametrize("bits", ["2", "3", "4", "8"])
