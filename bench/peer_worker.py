@@ -67,6 +67,9 @@ class Ours:
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
+        from moe.launch.lean import import_only_what_runs
+
+        import_only_what_runs()  # as the commands do: this process runs nothing else
         from moe.config import EngineConfig
         from moe.llm import LLM
 

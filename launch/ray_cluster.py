@@ -10,11 +10,10 @@ goes on with the lines that are missing.
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe.launch.cli import run_guarded
+from moe.launch.cli import run_guarded, run_process
 from moe.launch.console import err
 from moe.launch.jobs import is_served, serve_file
 from moe.launch.options import add_rank_options, engine_config, whole
@@ -60,4 +59,4 @@ def _check_stays(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -11,11 +11,10 @@ Reads the arguments and loads the rest where Ctrl-C is one sentence already.
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from moe.launch.cli import run_guarded
+from moe.launch.cli import run_guarded, run_process
 from moe.launch.options import add_rank_options
 from moe.uncollected import uncollected
 
@@ -41,4 +40,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

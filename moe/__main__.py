@@ -1,8 +1,6 @@
 """`python -m moe`: the command `moe`."""
 
-import sys
-
-from moe.launch.cli import main
+from moe.launch.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

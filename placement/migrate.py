@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from moe.placement.plan import Plan
 from moe.placement.topology import Topology
@@ -229,6 +228,8 @@ def _cycle(table: NDArray[np.int32], new: NDArray[np.int32], first: int) -> list
 
 def _best_names(overlap: NDArray[np.int64], nodes: tuple[int, ...] | None) -> NDArray[np.int64]:
     """New name of each target rank, [G], with the greatest total overlap [present, target]."""
+    from scipy.optimize import linear_sum_assignment  # a fifth of a second, which runs that move nothing do not take
+
     if nodes is None:
         return np.asarray(linear_sum_assignment(overlap.T, maximize=True)[1])
     node = np.array(nodes)

@@ -1,7 +1,10 @@
-"""Shared fixtures: where the optional real data lies, and poisoned allocations; Ctrl-C as on a terminal."""
+"""Shared fixtures: where the optional real data lies, poisoned allocations; Ctrl-C as on a terminal, an empty cache."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What `moe probe` knows of the machine that tests run on would choose for them.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="moe-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 

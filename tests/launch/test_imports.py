@@ -16,11 +16,15 @@ MODELS = {"transformers.modeling_utils", "transformers"}  # the first is what ta
 HEAVY = {*MODELS, "torch", "scipy", "numpy"}
 
 
+def python(code: str) -> str:
+    """What it prints."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def imported_by(code: str) -> set[str]:
     """Those of HEAVY that are imported when `code` has run."""
     end = f"import sys; print(); print(*({HEAVY!r} & set(sys.modules)))"
-    ran = subprocess.run([sys.executable, "-c", f"{code}\n{end}"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(ran.stdout.splitlines()[-1].split())
+    return set(python(f"{code}\n{end}").splitlines()[-1].split())
 
 
 def imported_by_command(*words: str | Path, status: int = 0) -> set[str]:
@@ -57,6 +61,69 @@ def test_commands_of_no_model_import_no_code_of_models(trace, tmp_path):
     assert not imported_by_command("place", trace, *on, "--seconds", 1, "--out", plan) & {*MODELS, "torch"}
     assert not imported_by_command("simulate", trace, plan, *on) & {*MODELS, "torch"}
     assert not imported_by_command("top", "http://127.0.0.1:9", "--once", status=2) & {*MODELS, "torch"}
+
+
+NOT_TO_RUN = {"torch._dynamo.utils", "torch.distributed.tensor", "scipy.optimize", "sklearn", "torch._inductor"}
+ALONE = "from moe.launch.lean import import_only_what_runs; import_only_what_runs()"
+
+
+@pytest.mark.parametrize("words", [["info", TINYMOE], ["generate", TINYMOE, "--prompt", "A", "--max-tokens", "1"]])
+def test_a_command_imports_nothing_that_only_trains_and_compiles(words):
+    run = f"from moe.launch.cli import main; assert not main({[str(word) for word in words]})"
+    seen = "import sys; print(); print(*(NOT & set(sys.modules)))".replace("NOT", repr(NOT_TO_RUN))
+    modules = [
+        set(python(f"{first}; {run}; {seen}").splitlines()[-1].split())
+        for first in ("import moe", f"import moe; {ALONE}")
+    ]
+    assert "torch._dynamo.utils" in modules[0]
+    assert not modules[1]
+
+
+COMPILES = """
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask
+
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained({model!r})).eval()
+ids = torch.arange(12).reshape(2, 6) + 5
+padded = torch.ones_like(ids)
+padded[0, :3] = 0
+embedded = model.get_input_embeddings()(ids)
+mask = create_causal_mask(
+    model.config, inputs_embeds=embedded, attention_mask=padded, past_key_values=None,
+    and_mask_function=lambda b, h, q, k: k != 4,
+)
+with torch.no_grad():
+    print(mask.float().sum().item(), model(ids).logits.double().sum().item())
+    print(torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)(torch.ones(2)).sum().item())
+import torch._dynamo
+print(torch._dynamo.config.suppress_errors, "torch._dynamo.utils" in __import__("sys").modules)
+"""
+
+
+def test_what_was_left_out_is_there_when_it_is_wanted():
+    code = COMPILES.format(model=str(TINYMOE))
+    assert python(f"{ALONE}\n{code}") == python(code)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import torch._dynamo.aot_compile_types as part; assert part.__file__",
+        "from torch._dynamo import config, utils; assert not config.suppress_errors",
+        "import torch._dynamo; assert torch._dynamo.list_backends()",
+        "import torch._inductor, torch.distributed.tensor, torch.distributed.fsdp, torch.onnx",
+    ],
+)
+def test_the_compiler_works_whatever_of_it_is_imported_first(first):
+    compiles = "print(torch.compile(lambda x: x * 2, backend='eager', fullgraph=True)(torch.ones(1)).item())"
+    assert python(f"{ALONE}; import torch; {first}; {compiles}; {first}") == "2.0\n"
+
+
+def test_a_part_that_the_compiler_lacks_is_missing():
+    code = f"{ALONE}\ntry:\n    import torch._dynamo.nothing\nexcept ModuleNotFoundError as error:\n    print(error)"
+    assert python(code) == "No module named 'torch._dynamo.nothing'\n"
 
 
 COLLECTED = """
