@@ -89,7 +89,7 @@ def run_guarded(name: str, args: argparse.Namespace, run: Callable[[], int], is_
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        if _is_users(error):
+        if _is_users(error) or _is_of_memory(error):
             print(f"{name}: {_said(error)}", file=sys.stderr)
             return 2
         print(
@@ -101,7 +101,9 @@ def run_guarded(name: str, args: argparse.Namespace, run: Callable[[], int], is_
 
 
 def _said(error: Exception) -> str:
-    """One sentence; the system's own errors begin with a number and have no remedy."""
+    """One sentence; the system's own errors begin with a number and have no remedy, Python's of memory say nothing."""
+    if _is_of_memory(error):
+        return f"not enough memory{f' ({error})' if str(error) else ''}; allow this process more, or free some"
     if not isinstance(error, OSError) or error.filename is None or not error.strerror:
         return str(error)
     if error.errno == errno.ENOENT:
@@ -117,7 +119,13 @@ def _is_users(error: Exception) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     says_disk = "SafetensorError" in names and "I/O error" in str(error)
     says_memory = isinstance(error, RuntimeError) and "memory" in str(error)
-    return isinstance(error, (ValueError, OSError, MemoryError)) or bool(names & ours) or says_memory or says_disk
+    return isinstance(error, (ValueError, OSError)) or bool(names & ours) or says_memory or says_disk
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Python's own, and that of a library which the limits of this process leave no room to load."""
+    is_unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)
+    return isinstance(error, MemoryError) or is_unmapped
 
 
 def _function(name: str) -> Callable[[argparse.Namespace], int]:

@@ -180,7 +180,7 @@ class Service:
             events = self.llm.step()
         except Exception as error:  # a read error, a lost peer: those on their way end, the next may fare better
             for ticket in {id(t): t for t, _ in self._of.values()}.values():
-                self._fail(ticket, f"the step failed: {error}")
+                self._fail(ticket, f"the step failed: {str(error) or type(error).__name__}")
             if not self.llm.guard.is_usable_here:
                 self.why_ill = str(error)
             return

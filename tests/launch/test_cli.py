@@ -72,6 +72,18 @@ def test_a_fault_of_ours_is_told_from_a_users(capfd, monkeypatch):
     assert "Traceback" in err
 
 
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("libx.so: failed to map segment from shared object")])
+def test_too_little_memory_is_a_sentence(capfd, monkeypatch, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr("moe.launch.info.info", run)
+    assert main(["info", str(TINYMOE)]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("moe info: not enough memory")
+    assert str(error) in said
+
+
 def test_info(capfd, tmp_path):
     status, out, _ = run(capfd, "info", TINYMOE)
     assert status == 0
