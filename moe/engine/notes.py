@@ -30,6 +30,10 @@ def notes_on(blueprint: Blueprint, dense: str, own: Sequence[Sequence[int]] | No
     note = blueprint.format_note(dense)
     formats = list(filter(None, (note, describe(blueprint.index, own))))
     formats += _layers_not_read(blueprint) + _tensors_not_read(blueprint)
+    if (blueprint.folder / "adapter_config.json").is_file():
+        formats += [
+            "the adapter beside the model (adapter_config.json) is not used; merge it with peft if it should be"
+        ]
     if blueprint.experts:
         return formats
     if declared > 1:

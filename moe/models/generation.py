@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe.params import SamplingParams
+
 # As vLLM and SGLang take them over: by name, whether or not `do_sample` is set.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
@@ -29,7 +31,7 @@ class GenerationDefaults:
 
 
 def read_generation(folder: Path, config: Any) -> GenerationDefaults:
-    """Raises ValueError for a file that is no JSON object or has values of other kinds."""
+    """Raises ValueError for a file that is no JSON object, or has values that sampling does not take."""
     path = folder / "generation_config.json"
     said: Any = {}
     if path.is_file():
@@ -44,11 +46,16 @@ def read_generation(folder: Path, config: Any) -> GenerationDefaults:
     for fallback in (text, config):
         eos = getattr(fallback, "eos_token_id", None) if eos is None else eos
     start = said.get("decoder_start_token_id")
-    return GenerationDefaults(
+    defaults = GenerationDefaults(
         eos_ids=frozenset(_token_ids(eos, path)),
         sampling={name: _number(said[name], name, path) for name in _SAMPLING if said.get(name) is not None},
         decoder_start_token_id=getattr(config, "decoder_start_token_id", None) if start is None else start,
     )
+    try:
+        SamplingParams(**defaults.recommended)
+    except ValueError as error:  # else every request that is silent would be refused for it
+        raise ValueError(f"{path}: {error}; mend it there") from None
+    return defaults
 
 
 def _token_ids(said: Any, path: Path) -> list[int]:

@@ -14,7 +14,7 @@ from moe.models.dense_packed import roundable
 from moe.models.load import load_dense
 from tests.families import reference_model
 from tests.launch.refused import PROMPT, refused
-from tests.moe.moe_cases import NUM_NEW, check_whole, config, engine_says, greedy, reference_says
+from tests.moe.moe_cases import NUM_NEW, TINYMOE, check_whole, config, engine_says, greedy, reference_says
 
 
 def shards(folder):
@@ -284,3 +284,10 @@ def test_an_expert_that_cannot_be_read_any_more(small_copy):
             shard.write_bytes(content)
         again = engine_says(llm, [[1, 2, 3]])
         assert again.tokens == right.tokens
+
+
+def test_an_adapter_beside_a_whole_model_is_not_left_out_in_silence(tmp_path):
+    folder = shutil.copytree(TINYMOE, tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    with LLM(folder, experts_in_memory=0.5) as llm:
+        assert any("adapter_config.json) is not used" in note for note in llm.notes)
