@@ -216,6 +216,15 @@ STAGES = {  # where each stage has done all but its last line
 }
 
 
+@pytest.fixture(scope="module")
+def frozen():
+    """What modules hold is not looked at again each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def open_things() -> dict[str, int]:
     """Of this process, after everything unreachable is gone. Slabs and layers: of models, by what holds them."""
     gc.collect()
@@ -258,7 +267,7 @@ def fail(where: str, config: EngineConfig) -> None:
 
 @pytest.mark.parametrize("store", ["file", "ram"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_failed_stage_leaves_nothing_behind(stage, store):
+def test_a_failed_stage_leaves_nothing_behind(frozen, stage, store):
     """Several times in one process: no thread, no file, none in shared memory, no model, and no memory that adds up."""
     offload = OffloadConfig(budget="1.0", readers=3, store=store)
     config = EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(kv_tokens=1024))
