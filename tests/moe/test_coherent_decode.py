@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_parallel import DEMO, PARAMS, ROOT, config_of, prompts_of, results_of, tokens_alone, torchrun, write_plans
+from test_parallel import DEMO, PARAMS, ROOT, config_of, prompts_of, results_of, tokens_alone, write_plans
 from transformers import AutoConfig
 
 from moe.batch import run_batch
 from moe.comm.membership import process_groups
 from moe.config import EngineConfig
 from moe.engine.coherent_choice import Costs, why_coherent, why_not_coherent
+from moe.launch import torchrun
 from moe.llm import LLM
 from moe.params import SamplingParams, StructuredOutputsParams
 from moe.placement.topology import Link
@@ -171,8 +172,10 @@ def test_what_one_rank_ends_all_end(qwen2_moe):
 
 
 def test_a_batch_file_has_each_line_once(tmp_path):
-    process, printed = torchrun(tmp_path / "two.jsonl", "parallel.dispatcher=coherent")
-    assert process.returncode == 0, printed
+    files = [ROOT / "examples" / "batch.jsonl", tmp_path / "two.jsonl"]
+    settings = [f"--set={s}" for s in ("dtype=float32", "threads=1", "parallel.dispatcher=coherent")]
+    words = [*map(str, [DEMO, *files]), "--experts-in-memory", "0.25", *settings]
+    assert spawn(2, torchrun.main, words, time_limit_s=200) == [0, 0]
     with LLM(DEMO, EngineConfig(dtype="float32")) as llm:
         run_batch(llm, ROOT / "examples" / "batch.jsonl", tmp_path / "one.jsonl")
     assert len((tmp_path / "two.jsonl").read_text().splitlines()) == len(results_of(tmp_path / "one.jsonl"))

@@ -1,9 +1,9 @@
 """Models of several modalities served for text, folders with code of their own, and generation_config.json."""
 
+import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moe.config import EngineConfig
 from moe.engine.sampling import SamplingParams
+from moe.launch.cli import main
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.models.generation import read_generation
@@ -109,13 +110,14 @@ def with_own_code(folder, model_type):
     return folder
 
 
-def test_code_of_an_unknown_architecture_is_not_run_and_nobody_is_asked(tmp_path):
+def test_code_of_an_unknown_architecture_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch, capfd):
     folder = with_own_code(tmp_path / "model", "other")
-    command = [sys.executable, "-m", "moe", "info", str(folder)]
-    run = subprocess.run(command, input="y\n", capture_output=True, text=True, timeout=100)
-    assert run.returncode == 2
-    assert "trust_remote_code=true" in run.stderr
-    assert "y/N" not in run.stdout + run.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))  # for whoever asks
+    assert main(["info", str(folder)]) == 2
+    said = capfd.readouterr()
+    assert "trust_remote_code=true" in said.err
+    assert "y/N" not in said.out + said.err
+    assert sys.stdin.read() == "y\n"
     assert not (folder / "ran").exists()
 
 

@@ -1,6 +1,5 @@
 """What a process may still take, against made-up /proc and /sys/fs/cgroup trees, and in a process with a limit."""
 
-import multiprocessing
 import os
 import resource
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 from moe.offload.files_in_use import open_in_use
 from moe.offload.memory import available_memory
 from moe.offload.promised import Promise, owed_by_processes, own_memory, own_promised
+from tests.distributed import MULTIPROCESSING
 from tests.moe.moe_cases import TINYMOE
 from tests.moe.test_memory import write_checkpoint
 
@@ -113,9 +113,8 @@ def promises(folder: Path, hears, goes) -> None:
 
 
 def test_a_promise_ends_with_its_process(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    hears, goes = context.Event(), context.Event()
-    process = context.Process(target=promises, args=(tmp_path, hears, goes))
+    hears, goes = MULTIPROCESSING.Event(), MULTIPROCESSING.Event()
+    process = MULTIPROCESSING.Process(target=promises, args=(tmp_path, hears, goes))
     process.start()
     assert hears.wait(60)
     ((pid, nbytes),) = owed_by_processes(folder=tmp_path)
@@ -137,7 +136,7 @@ def test_what_is_no_promise_promises_nothing(tmp_path):
     for file, text in zip(files, NO_PROMISES):
         os.pwrite(file, text, 0)
     try:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # to it the files are in use
+        with MULTIPROCESSING.Pool(1) as pool:  # to it the files are in use
             assert pool.apply(owed_in, (tmp_path,)) == []
     finally:
         for file in files:

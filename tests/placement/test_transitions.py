@@ -99,7 +99,7 @@ def test_what_the_exact_recursion_cannot_the_integer_program_proves():
 
 def test_the_search_begins_at_the_present_plan():
     program = Program.even(np.random.default_rng(2).random((4, 13, 13)) ** 6, 4)
-    good = solve_transitions(program, seconds=4, rounds=150)
+    good = solve_transitions(program, seconds=1, rounds=150)
     again = solve_transitions(program, seconds=1e-3, rounds=0, present=good)
     assert again.value <= good.value + 1e-12
     assert again.bound <= again.value
