@@ -18,7 +18,8 @@
     _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(_mm512_castps_si512(line), 4 * (unsigned)(j)), \
                                                  _mm512_castps_si512(table)))
 #define VNEXT(line) _mm512_castsi512_ps(_mm512_srli_epi16(_mm512_castps_si512(line), 4))
-#define DOT_TABLE(from) NAME(dot_table)(from)
+#define DOT_TABLE(from) NAME(dot_table)(_mm512_loadu_ps(from))
+#define DOT_TABLE_OF(table) NAME(dot_table)(table)
 #define VLESS_ZERO(line, j, zero) NAME(less_zero)(line, j, zero)
 #define E4M3_TABLES(to) NAME(e4m3_tables)(to)
 #define VLINE_E4M3(p, lookup, to) NAME(line_e4m3)(_mm512_loadu_si512(p), lookup, to)
@@ -46,6 +47,7 @@
 #define VPICK(from, lane) \
     _mm512_permutexvar_ps(_mm512_loadu_si512(lane), _mm512_castps256_ps512(_mm256_loadu_ps(from)))
 #define TABLE __m512
+#define VAT(line, j, table) _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_castps_si512(line), 4 * (unsigned)(j)), table)
 #define MR 6
 #define NR 4
 #define CODE_NR 2
@@ -84,8 +86,8 @@ static inline __attribute__((always_inline)) TARGET void NAME(sum)(int mr, VEC a
 SCALAR TARGET TABLE NAME(table_at)(const float *from) { return _mm512_loadu_ps(from); }
 
 #ifdef WITH_DOT
-SCALAR TARGET TABLE NAME(dot_table)(const float *from) { /* twice the 16 in bf16, in which they are exact */
-    __m256i once = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from));
+SCALAR TARGET TABLE NAME(dot_table)(TABLE table) { /* twice the 16 in bf16, in which they are exact */
+    __m256i once = (__m256i)_mm512_cvtneps_pbh(table);
     return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1));
 }
 

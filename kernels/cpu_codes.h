@@ -507,13 +507,21 @@ static TARGET void NAME(by_decoding)(const struct NAME(tile_job) *t, const struc
     }
 }
 
+#include "cpu_nibbles.h"
+
 /* Like tile, for W stored as codes that are fast. */
 static TARGET void NAME(tile_codes)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0,
                                     int64_t count, float *c, int64_t ldc, float *scratch) {
     struct NAME(tile_job) t = {NAME(codes_of)(order, w), x, rows, vectors_of(order, w->k), ldc};
     struct NAME(rows) r[DOWN_TILE / CODE_NR];
     int64_t most = (CODE_FLOATS - LANES) / (2 * t.q.floats) / CODE_NR * CODE_NR; /* rows whose scales there is room for */
-    for (int64_t i = 0, some; i < count; i += some, c += some) {
+    int64_t done = 0;
+#ifdef VAT
+    done = NAME(in_lines)(&t.q, rows, n0, count);
+    if (done) NAME(tile_lines)(&t.q, x, rows, slot, n0, done, c, ldc, scratch + DOWN_TILE * KC);
+    c += done;
+#endif
+    for (int64_t i = done, some; i < count; i += some, c += some) {
         const char *from = w->data + slot * w->slot + (n0 + i) * w->row;
         some = least(most, count - i);
         NAME(all_scales)(&t.q, slot, n0 + i, some, r, scratch + DOWN_TILE * KC);

@@ -19,6 +19,7 @@
 #define E4M3_TABLES(to) (void)0
 #define VLESS_ZERO(line, j, zero) (line)
 #define DOT_TABLE(from) NAME(table_at)(from)
+#define DOT_TABLE_OF(table) (table)
 #endif
 #define PRAGMA(x) _Pragma(#x)
 #define UNROLL(n) PRAGMA(GCC unroll n)

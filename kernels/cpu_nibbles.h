@@ -1,0 +1,160 @@
+/* Nibbles by few rows of x, where their scales lie as those of most checkpoints do: the sums of cpu_codes.h, of which
+ * this is part, with less between the lines of codes.
+ *
+ * Scales are not widened before a tile's rows but before a few of them, and asked for as far ahead as the codes are:
+ * what binds is memory, and it is never without something to do.
+ *
+ * An includer whose vectors have 16 lanes defines VNEXT (a line of codes, its next nibbles at the lowest bits), VAT (a
+ * lookup of 16 floats by them) and DOT_TABLE_OF (a table in fp32 as VNIBBLES takes it).
+ */
+#ifdef VAT
+
+enum { NAME(lines_at_once) = 4 }; /* rows of W, of up to LINE_MR rows of x */
+enum { NAME(line_mr) = 3 };
+
+struct NAME(lines) { /* strides in bytes */
+    const struct NAME(codes) *q;
+    const char *w, *end, *scale; /* of the first row; the end of the tile */
+    const int8_t *zero;
+    const float *table;
+    float factor, *scales; /* room for the scales and zero points of lines_at_once rows */
+    int64_t row, scale_row, count, ldc, ahead;
+};
+
+SCALAR TARGET TABLE NAME(line_table)(int is_dot, TABLE table) { return is_dot ? DOT_TABLE_OF(table) : table; }
+
+/* c[m][n] = x row m times row n of W, of `mr` and `nr`. past_l2: of `ahead`. */
+SCALAR TARGET void NAME(line_panel)(int mr, int nr, int is_dot, int has_zero, int past_l2, const struct NAME(lines) *t,
+                                    struct ahead ahead, const float *x, const char *w, float *c) {
+    const int64_t row = t->row, floats = t->q->floats, per_span = t->q->per_span, ldc = t->ldc;
+    const int vectors = is_dot ? 4 : 8;
+    const TABLE plain = NAME(table_at)(t->table), shared = NAME(line_table)(is_dot, plain);
+    const float *scale = t->scales, *zero = t->scales + nr * floats;
+    const int32_t *lane = t->q->lane;
+    int64_t first = 1;
+    for (int64_t left = t->q->w->k / (8 * LANES), some; left > 0; left -= some, first = 0) {
+        VEC acc[MR][4][1];
+        NO_SUMS(acc, mr, nr)
+        some = least(left, KC / (8 * LANES));
+        for (int64_t i = 0; i < some; i++, w += 64, x += vectors * mr * LANES, ahead.at += ahead.step) {
+            VEC line[4], sum[MR][4];
+            TABLE table[4];
+            UNROLL(8)
+            for (int n = 0; n < nr; n++) {
+                if (past_l2)
+                    __builtin_prefetch(ahead.at + n * ahead.row, 0, 0);
+                else
+                    __builtin_prefetch(ahead.at + n * ahead.row, 0, 2);
+                line[n] = VLOAD((const float *)(const void *)(w + n * row));
+                table[n] = has_zero ? NAME(line_table)(is_dot, VSUB(plain, VSET(zero[n * floats]))) : shared;
+                UNROLL(8)
+                for (int m = 0; m < mr; m++) sum[m][n] = VZERO;
+            }
+            UNROLL(8)
+            for (int j = 0; j < vectors; j++) {
+                VEC value[4];
+                UNROLL(8)
+                for (int n = 0; n < nr; n++)
+                    if (is_dot)
+                        value[n] = VNIBBLES(line[n], 0, table[n]), line[n] = VNEXT(line[n]);
+                    else
+                        value[n] = VAT(line[n], EIGHTH(j), table[n]);
+                UNROLL(8)
+                for (int m = 0; m < mr; m++) {
+                    VEC xv = VLOAD(x + (j * mr + m) * LANES);
+                    UNROLL(8)
+                    for (int n = 0; n < nr; n++)
+                        sum[m][n] = is_dot ? VDOT(sum[m][n], xv, value[n]) : VFMA(xv, value[n], sum[m][n]);
+                }
+            }
+            UNROLL(8)
+            for (int n = 0; n < nr; n++) {
+                VEC s = VPICK(scale + n * floats, lane);
+                UNROLL(8)
+                for (int m = 0; m < mr; m++) acc[m][n][0] = VFMA(sum[m][n], s, acc[m][n][0]);
+            }
+            scale += per_span, zero += per_span;
+        }
+        if (nr == 4) {
+            SUM_BLOCK(mr, acc, c, ldc, first);
+        } else {
+            VEC two[MR][2][1];
+            UNROLL(8)
+            for (int m = 0; m < mr; m++) two[m][0][0] = acc[m][0][0], two[m][1][0] = acc[m][1][0];
+            SUM_CODES(mr, two, c, ldc, first);
+        }
+    }
+}
+
+SCALAR TARGET void NAME(line_rows)(int mr, int is_dot, int has_zero, const struct NAME(lines) *t, const float *x,
+                                   float *c) {
+    const struct coding *own = &t->q->w->coding;
+    const int nr = mr <= NAME(line_mr) ? NAME(lines_at_once) : 2;
+    const char *w = t->w, *scale = t->scale;
+    const int8_t *zero = t->zero;
+    int64_t floats = t->q->floats, rows_ahead = t->ahead / t->row;
+    for (int64_t n = 0; n < t->count; n += nr, w += nr * t->row, scale += nr * t->scale_row, c += nr) {
+        struct ahead ahead = {w, 0, 0, 1}; /* what is in L1: nothing */
+        NAME(widen_scales)((int)own->scale_kind, scale, nr * floats, t->factor, t->scales);
+        if (has_zero) NAME(widen_scales)(INT8_ZERO, (const char *)zero, nr * floats, 1.0f, t->scales + nr * floats);
+        if (t->ahead) {
+            ahead = ahead_of(w, t->end, t->ahead, t->row, nr, 64);
+            for (int64_t j = 0; j < nr * t->scale_row; j += 64)
+                __builtin_prefetch(scale + rows_ahead * t->scale_row + j, 0, 3);
+            if (has_zero) /* a row of them is less than a line */
+                for (int j = 0; j < nr; j += 2) __builtin_prefetch(zero + (rows_ahead + j) * floats, 0, 3);
+        }
+        if (ahead.past_l2)
+            NAME(line_panel)(mr, nr, is_dot, has_zero, 1, t, ahead, x, w, c);
+        else
+            NAME(line_panel)(mr, nr, is_dot, has_zero, 0, t, ahead, x, w, c);
+        if (has_zero) zero += nr * floats;
+    }
+}
+
+#define CASE(M)                                                                                      \
+    static TARGET void NAME(lines_##M)(const struct NAME(lines) *t, const float *x, float *c) {      \
+        int is_dot = HAS_DOT && t->q->code == NAME(dot_nibble), has_zero = t->zero != NULL;          \
+        if (is_dot && has_zero)                                                                      \
+            NAME(line_rows)(M, HAS_DOT, 1, t, x, c);                                                 \
+        else if (is_dot)                                                                             \
+            NAME(line_rows)(M, HAS_DOT, 0, t, x, c);                                                 \
+        else if (has_zero)                                                                           \
+            NAME(line_rows)(M, 0, 1, t, x, c);                                                       \
+        else                                                                                         \
+            NAME(line_rows)(M, 0, 0, t, x, c);                                                       \
+    }
+CASES
+#undef CASE
+
+/* How many rows of W of a tile, its first ones, may be read so: 0 if scales or zero points lie otherwise. */
+static int64_t NAME(in_lines)(const struct NAME(codes) *q, int64_t rows, int64_t n0, int64_t count) {
+    const struct matrix *w = q->w;
+    const struct coding *own = &w->coding;
+    int64_t of_part = w->n / own->parts, whole = count / NAME(lines_at_once) * NAME(lines_at_once);
+    if (!q->by_lane || rows > NAME(few_rows) || w->k % q->unit || q->floats != own->groups) return 0;
+    if (own->zero && own->columns != q->span) return 0; /* of all lanes alike: they are taken from the table */
+    if (own->rows != 1 || (own->interleaved && own->parts > 1) || n0 % of_part + whole > of_part) return 0;
+    return whole;
+}
+
+static TARGET void NAME(tile_lines)(const struct NAME(codes) *q, const float *x, int64_t rows, int64_t slot, int64_t n0,
+                                    int64_t count, float *c, int64_t ldc, float *scratch) {
+    const struct matrix *w = q->w;
+    struct place at = place_of(w, slot, n0);
+    int64_t size = scale_size((int)w->coding.scale_kind), row = w->row, least_ahead = NAME(lines_at_once) * row;
+    struct NAME(lines) t = {.q = q, .w = w->data + slot * w->slot + n0 * row, .scale = at.scale, .table = at.table,
+                            .zero = (const int8_t *)at.zero, .factor = at.factor, .scales = scratch, .row = row,
+                            .scale_row = q->floats * size, .count = count, .ldc = ldc};
+    t.end = t.w + count * row, t.ahead = least_ahead > AHEAD ? least_ahead : AHEAD;
+    for (int64_t m = 0; m < rows; m += MR, t.ahead = 0) {
+        const float *from = x + m * vectors_of(q->code > NAME(decoded) ? DOT8 : EIGHTS, w->k) * LANES;
+        switch (least(MR, rows - m)) {
+#define CASE(M) case M: NAME(lines_##M)(&t, from, c + m * ldc); break;
+            CASES
+#undef CASE
+        }
+    }
+}
+
+#endif
