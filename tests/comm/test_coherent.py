@@ -1,6 +1,7 @@
 """Coherent dispatch over several layers: tokens end on the rank of their heaviest expert with the right values."""
 
-import time
+import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from moe.comm.dispatcher import LocalDispatcher, local_pairs
 from moe.comm.errors import CommError, Task
 from moe.comm.gather import BackgroundGather
 from moe.comm.groups import Groups
-from moe.comm.membership import leave_groups, process_groups, start_groups
+from moe.comm.membership import connect, leave_groups, process_groups, start_groups
 from tests.distributed import spawn
 
 NUM_LAYERS = 4
@@ -187,16 +188,17 @@ def test_background_gather_of_uneven_rows():
 
 
 def rank_gather_lost(timeout_s):
-    groups = start_groups(timeout_s=timeout_s)
+    groups, store = start_groups(timeout_s=timeout_s), connect("127.0.0.1", int(os.environ["MASTER_PORT"]))
     message = None
     if groups.rank == 1:
-        time.sleep(2.5 * timeout_s)  # alive, but it never joins the gather
+        store.wait(["ended"], timedelta(seconds=50))  # alive, but it never joins the gather
     else:
         gathering = BackgroundGather(groups).counts(torch.ones(2), Task("counts", 7))
         try:
             gathering.wait()
         except CommError as error:
             message = str(error)
+        store.set("ended", "")
     leave_groups(groups, wait=False)
     return message
 

@@ -111,11 +111,11 @@ def meets_briefly() -> None:
     groups = join_groups(store(), Generation(0, ("a", "a")), own_rank(), meet_s=1.5, timeout_s=60)
     ask_all(groups)
     if groups.rank == 1:
-        time.sleep(3)
+        time.sleep(2)
     ask_all(groups)  # a wait longer than the meeting's limit
     dist.barrier(group=groups.world)
     if groups.rank == 1:
-        time.sleep(3)
+        time.sleep(2)
     dist.barrier(group=groups.world)
     leave_groups(groups)
 

@@ -32,6 +32,12 @@ LOOK_S = 2.0  # that pass by the clock of the crew between two looks at its host
 LIMITS = {"silence_s": 3.0, "room_s": 5.0, "load_s": 30.0, "stuck_s": 20.0, "answer_s": 1.0}
 
 
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch):
+    """As time passes only when it looks, it need not wait for the next look."""
+    monkeypatch.setattr("moe.cluster.crew._LOOK_S", 0.01)
+
+
 class Clock(Lines):
     """Lines whose time stands still until `pass_time`."""
 
