@@ -36,11 +36,6 @@ class LostPeer(CommError):
     `peers`: those that left no word (moe/comm/lost.py); several where it cannot be known.
     """
 
-    @property
-    def peer(self) -> int | None:
-        """The one rank that was lost, if it was one."""
-        return self.peers[0] if len(self.peers) == 1 else None
-
 
 def first_line(error: BaseException) -> str:
     """The first sentence of a backend's error, without its source position."""

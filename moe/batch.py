@@ -82,8 +82,6 @@ def run_batch(
             try:
                 while run.has_work:
                     run.step()
-                    for handed in control.received() if control is not None else ():
-                        results.write(json.loads(handed))
                     if on_progress is not None:
                         on_progress(progress)
                     guard.check()
@@ -181,6 +179,9 @@ class _Run:
                 entry.num_finished += 1
                 if entry.num_finished == entry.ask.params.n:
                     self.results.write(self._result(entry))
+        control = self.llm.engine.control
+        for handed in control.received() if control is not None else ():  # by other ranks
+            self.results.write(json.loads(handed))
 
     def _read(self, number: int, line: bytes) -> None:
         custom_id: str | None = None

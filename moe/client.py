@@ -15,8 +15,10 @@ import fcntl
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -126,31 +128,30 @@ class Client:
         cannot be reached: what is finished stays.
         """
         lines = lines_of(Path(source).read_bytes(), str(source))
-        with Path(target).open("ab", buffering=0) as file, ThreadPoolExecutor(at_once) as pool:
+        with Path(target).open("ab", buffering=0) as file:
             _lock(file, target)
             done, failed = _finished(Path(target), lines)
             todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done]
-            total, finished = len(done) + len(todo), len(done)
-            waiting = iter(todo)
-            open_ones: set[Future[dict[str, Any]]] = set()
-            try:
-                while True:
-                    for one in waiting:
-                        open_ones.add(pool.submit(self._line, *one))
-                        if len(open_ones) >= at_once:
-                            break
-                    if not open_ones:
-                        return failed
-                    ended, open_ones = wait(open_ones, return_when=FIRST_COMPLETED)  # no limit: each call has one
-                    for future in ended:
-                        entry = future.result(0)
-                        file.write(json.dumps(entry).encode() + b"\n")
-                        finished, failed = finished + 1, failed + (entry["error"] is not None)
-                        if on_progress is not None:
-                            on_progress(finished, total)
-            finally:
-                for future in open_ones:
-                    future.cancel()
+            with closing(self._answers(todo, at_once)) as answers:
+                for finished, entry in enumerate(answers, len(done) + 1):
+                    file.write(json.dumps(entry).encode() + b"\n")
+                    failed += entry["error"] is not None
+                    if on_progress is not None:
+                        on_progress(finished, len(done) + len(todo))
+        return failed
+
+    def _answers(self, todo: Iterable[tuple[int, bytes]], at_once: int) -> Generator[dict[str, Any], None, None]:
+        """Results of lines in the order in which they come. Closed early, it asks for no more of them."""
+        waiting, open_ones, pool = iter(todo), set[Future[dict[str, Any]]](), ThreadPoolExecutor(at_once)
+        try:
+            while True:
+                open_ones |= {pool.submit(self._line, *one) for one in islice(waiting, at_once - len(open_ones))}
+                if not open_ones:
+                    return
+                ended, open_ones = wait(open_ones, return_when=FIRST_COMPLETED)  # no limit: each call has one
+                yield from (future.result(0) for future in ended)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _line(self, number: int, line: bytes) -> dict[str, Any]:
         name = f"line-{number}"

@@ -49,10 +49,6 @@ class View(NamedTuple):
     def transposed(self) -> "View":
         return self._replace(size=self.size[::-1], stride=self.stride[::-1])
 
-    @property
-    def is_coded(self) -> bool:
-        return isinstance(self.info, StoredMatrix)
-
 
 # One parameter of every expert: E lists of views that follow each other along the first dimension.
 Stack = list[list[View]]

@@ -70,8 +70,8 @@ def open_gguf(path: Path, config_folder: Path) -> Iterator[GgufModel]:
     field = readers[0][1].fields.get("general.architecture")
     arch = "" if field is None else str(field.contents())
     processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config)
+    is_named_so = _NAMED_AS.get(skeleton.config.model_type) == arch
     try:
-        is_named_so = _NAMED_AS.get(skeleton.config.model_type) == arch
         names = get_gguf_hf_weights_map(skeleton, processor, arch if is_named_so else None)
     except NotImplementedError:
         raise ValueError(
@@ -95,18 +95,22 @@ def open_gguf(path: Path, config_folder: Path) -> Iterator[GgufModel]:
                     dense[names[made.name]] = torch.from_numpy(made.weights.copy())
     index = _index(path, found, experts)
     with TemporaryDirectory(prefix="moe-gguf-") as folder:
-        try:
-            save_file(dense, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            needed = format_bytes(sum(tensor.nbytes for tensor in dense.values()))
-            raise OSError(
-                errno.EIO,
-                f"{first_line(error)}; dense tensors take {needed} here while the file is packed: make room, or set "
-                "TMPDIR to a folder that has it; nothing was written",
-                folder,
-            ) from None
+        _save(dense, folder)
         tensors = Checkpoint.open(folder).tensors
         yield GgufModel(Checkpoint(folder=config_folder, tensors=tensors), index)
+
+
+def _save(dense: dict[str, torch.Tensor], folder: str) -> None:
+    try:
+        save_file(dense, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        needed = format_bytes(sum(tensor.nbytes for tensor in dense.values()))
+        raise OSError(
+            errno.EIO,
+            f"{first_line(error)}; dense tensors take {needed} here while the file is packed: make room, or set "
+            "TMPDIR to a folder that has it; nothing was written",
+            folder,
+        ) from None
 
 
 def _files(path: Path) -> list[Path]:

@@ -42,15 +42,7 @@ def load_dense(
     Peak memory: the dense weights and one tensor; if `dtype` is narrower than the stored one, both forms of them.
     """
     found, wanted = blueprint.quantised, dense_keys(blueprint)
-    for name in wanted:
-        if name in found.problems:
-            raise ValueError(f"{blueprint.folder}: {found.problems[name]}")
-        stored = torch.float32 if name in found.matrices else blueprint.checkpoint.tensors[name].dtype
-        if name.endswith(".weight") and stored not in _DENSE_DTYPES:
-            raise ValueError(
-                f"{blueprint.folder}: {name} is stored as {str(stored)[6:]}, only "
-                f"{', '.join(str(d)[6:] for d in _DENSE_DTYPES)} are read; give a checkpoint that is not quantised"
-            )
+    _check_stored(blueprint, wanted)
     kept = [found.matrices[n] for n in wanted if n in found.matrices]
     kept = [matrix for matrix in kept if packed or (short and matrix.format.code == "bf12")]
     kept = [matrix for matrix in kept if packable(blueprint.skeleton, matrix)]
@@ -86,6 +78,20 @@ def load_dense(
     if blueprint.generation.decoder_start_token_id is not None:
         model.generation_config.decoder_start_token_id = blueprint.generation.decoder_start_token_id
     return model.eval()
+
+
+def _check_stored(blueprint: Blueprint, names: Sequence[str]) -> None:
+    """Raises ValueError for a dense tensor that nobody here can read."""
+    found = blueprint.quantised
+    for name in names:
+        if name in found.problems:
+            raise ValueError(f"{blueprint.folder}: {found.problems[name]}")
+        stored = torch.float32 if name in found.matrices else blueprint.checkpoint.tensors[name].dtype
+        if name.endswith(".weight") and stored not in _DENSE_DTYPES:
+            raise ValueError(
+                f"{blueprint.folder}: {name} is stored as {str(stored)[6:]}, only "
+                f"{', '.join(str(d)[6:] for d in _DENSE_DTYPES)} are read; give a checkpoint that is not quantised"
+            )
 
 
 def _dense_tensors(blueprint: Blueprint, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
