@@ -77,13 +77,12 @@ def run_batch(
         run = _Run(llm, NamesOfLines(lines), results, deque(todo[rank::world_size]))
         with llm.guard as guard:
             llm.engine.start()
-            if on_progress is not None:
-                on_progress(progress)
+            tell = on_progress or (lambda progress: None)
+            tell(progress)
             try:
                 while run.has_work:
                     run.step()
-                    if on_progress is not None:
-                        on_progress(progress)
+                    tell(progress)
                     guard.check()
             finally:  # after an error the same engine can go on
                 llm.abort(run.samples())

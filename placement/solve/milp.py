@@ -124,8 +124,7 @@ def solve_milp(
     """
     deadline = Deadline.of(time_limit)
     began = deadline.spent()
-    layers, experts, ranks = program.num_layers, program.num_experts, program.num_ranks
-    w, model = program.weights, _Model()
+    experts, ranks, model = program.num_experts, program.num_ranks, _Model()
     x = model.add_columns(program.unary(), integer=True)
     if replica_slots is None:
         model.add_rows((x.reshape(-1, ranks), 1.0), low=1, high=1)
@@ -139,28 +138,14 @@ def solve_milp(
             if replica_slots is None and expert + 1 < ranks:
                 model.add_rows((x[0, expert, expert + 1 :][None], 1.0), high=0)
     constant = _add_crossing(program, model, x, replica_slots)
-    if w.load:
-        top = model.add_columns(np.full(layers, w.load * ranks / layers), integer=False, upper=1e9)
-        split = x
-        coefficient = program.shares[:, None, :].repeat(ranks, axis=1).reshape(-1, experts)
-        if replica_slots is not None:
-            split = model.add_columns(np.zeros(x.shape), integer=False)
-            model.add_rows((split.reshape(-1, ranks), 1.0), low=1, high=1)
-            model.add_rows((split.reshape(-1, 1), 1.0), (x.reshape(-1, 1), -1.0), high=0)
-        per_rank = split.transpose(0, 2, 1).reshape(-1, experts)
-        model.add_rows((per_rank, coefficient), (np.repeat(top, ranks)[:, None], -1.0), high=0)
-        constant -= w.load
-    if w.miss and program.fast_slots is not None:
+    if program.weights.load:
+        constant += _add_load(program, model, x, replica_slots)
+    if program.weights.miss and program.fast_slots is not None:
         if replica_slots is not None:
             raise ValueError(
                 "misses with replicas are not part of the exact program; set the miss weight or the slots to none"
             )
-        gain = -w.miss * program.shares[:, :, None].repeat(ranks, axis=2) / layers
-        resident = model.add_columns(gain, integer=True)
-        model.add_rows((resident.reshape(-1, 1), 1.0), (x.reshape(-1, 1), -1.0), high=0)
-        for rank, slots in enumerate(program.fast_slots):
-            model.add_rows((resident[:, :, rank].reshape(1, -1), 1.0), high=float(slots))
-        constant += w.miss
+        constant += _add_misses(program, model, x, program.fast_slots)
     start = None
     if warm is not None:
         rows = np.array(warm)
@@ -173,6 +158,33 @@ def solve_milp(
     cost = program.cost(plan)
     bound = min(max(bound + constant - 1e-7, 0.0), cost)  # every term is at least 0, whatever little time proved
     return Milp(plan.with_result(value=cost, bound=bound, seconds=deadline.spent() - began), optimal, nodes)
+
+
+def _add_load(program: Program, model: _Model, x: Ints, replica_slots: int | None) -> float:
+    """The busiest rank of each layer; returns what is constant."""
+    layers, experts, ranks = x.shape
+    weight = program.weights.load
+    top = model.add_columns(np.full(layers, weight * ranks / layers), integer=False, upper=1e9)
+    split = x
+    coefficient = program.shares[:, None, :].repeat(ranks, axis=1).reshape(-1, experts)
+    if replica_slots is not None:
+        split = model.add_columns(np.zeros(x.shape), integer=False)
+        model.add_rows((split.reshape(-1, ranks), 1.0), low=1, high=1)
+        model.add_rows((split.reshape(-1, 1), 1.0), (x.reshape(-1, 1), -1.0), high=0)
+    per_rank = split.transpose(0, 2, 1).reshape(-1, experts)
+    model.add_rows((per_rank, coefficient), (np.repeat(top, ranks)[:, None], -1.0), high=0)
+    return -weight
+
+
+def _add_misses(program: Program, model: _Model, x: Ints, fast_slots: Ints) -> float:
+    """Rewards the experts that are resident; returns the cost if none were."""
+    layers, _, ranks = x.shape
+    gain = -program.weights.miss * program.shares[:, :, None].repeat(ranks, axis=2) / layers
+    resident = model.add_columns(gain, integer=True)
+    model.add_rows((resident.reshape(-1, 1), 1.0), (x.reshape(-1, 1), -1.0), high=0)
+    for rank, slots in enumerate(fast_slots):
+        model.add_rows((resident[:, :, rank].reshape(1, -1), 1.0), high=float(slots))
+    return program.weights.miss
 
 
 def _add_crossing(program: Program, model: _Model, x: Ints, replica_slots: int | None) -> float:
