@@ -1,4 +1,4 @@
-"""The semidefinite bound: a doubly nonnegative relaxation over the layer chain, with triangle cuts, device-free.
+"""The semidefinite bound: a doubly nonnegative relaxation over the layer chain, with triangle cuts, without labels.
 
 Variables say "i and j share a rank": s within a layer, w between consecutive layers. For each pair of layers the
 matrix [[s, w], [w', s']] is positive semidefinite, has unit diagonal, entries in [0, 1], rows summing to the
