@@ -107,8 +107,8 @@ class Client:
                 if response.status_code != 200:
                     response.read()
                     raise _error_of(response)
-                for line in response.iter_lines():
-                    yield from pieces.of(line)
+                for text in response.iter_text():
+                    yield from pieces.of(text)
         except httpx.TransportError as error:
             raise _unreachable(self._http.base_url, error) from None
         pieces.check_end()
@@ -163,10 +163,8 @@ class Client:
                 raise ValueError(f"url ({fields['url']!r}) must be a path such as {COMPLETIONS}")
             body = {"model": self.model, **fields["body"]}
             result = self._call("POST", fields["url"], body)
-        except (ValueError, KeyError, TypeError, httpx.InvalidURL) as error:
-            return entry | {"error": {"code": "invalid_request", "message": f"line {number}: {error}"}}
-        except ServerError as error:
-            if error.status in (0, *_AGAIN):
+        except (ValueError, KeyError, TypeError, httpx.InvalidURL, ServerError) as error:
+            if isinstance(error, ServerError) and error.status in (0, *_AGAIN):
                 raise  # the server's fault: the line is not finished
             return entry | {"error": {"code": "invalid_request", "message": f"line {number}: {error}"}}
         return entry | {"response": {"status_code": 200, "request_id": name, "body": result}}
@@ -228,8 +226,8 @@ class AsyncClient:
                 if response.status_code != 200:
                     await response.aread()
                     raise _error_of(response)
-                async for line in response.aiter_lines():
-                    for piece in pieces.of(line):
+                async for text in response.aiter_text():
+                    for piece in pieces.of(text):
                         yield piece
         except httpx.TransportError as error:
             raise _unreachable(self._http.base_url, error) from None
@@ -299,8 +297,7 @@ def _part(found: Any, *path: str | int) -> Any:
         for name in path:
             part = part[name]
     except (KeyError, IndexError, TypeError):
-        where = ".".join(map(str, path))
-        raise ServerError(f"the server's answer has no {where}: {str(found)[:80]}", 200) from None
+        raise ServerError(f"the server's answer has no {'.'.join(map(str, path))}: {str(found)[:80]}", 200) from None
     return part
 
 
@@ -320,12 +317,17 @@ def _streamed(model: str, prompt: Any, options: Mapping[str, Any]) -> tuple[str,
 
 
 class _Pieces:
-    """The text in the lines of a stream, and whether it has come to its end."""
+    """The text in a stream, and whether it has come to its end."""
 
     def __init__(self) -> None:
-        self._is_whole = False
+        self._is_whole, self._rest = False, ""  # of a line that goes on
 
-    def of(self, line: str) -> list[str]:
+    def of(self, received: str) -> list[str]:
+        """httpx would cut lines at U+2028, too, which JSON may hold as it is."""
+        *lines, self._rest = (self._rest + received).split("\n")
+        return [text for line in lines for text in self._of_line(line)]
+
+    def _of_line(self, line: str) -> list[str]:
         if not line.startswith("data:"):
             return []  # a comment, an empty line, the name of an event
         said = line.removeprefix("data:").strip()
@@ -346,6 +348,7 @@ class _Pieces:
 
     def check_end(self) -> None:
         """Raises ServerError for a stream that was cut, or that was none."""
+        self.of("\n")  # a last line may lack its end
         if not self._is_whole:
             raise ServerError("the stream ended before the answer did", 0)
 
@@ -378,8 +381,6 @@ def _lock(file: IO[bytes], target: str | Path) -> None:
 
 def _finished(target: Path, lines: Sequence[bytes]) -> tuple[set[int], int]:
     """Numbers of the lines that `target` has results of, and how many of these failed; a line that was cut goes."""
-    if not target.exists():
-        return set(), 0
     content = target.read_bytes()
     whole = content.rfind(b"\n") + 1
     done, failed = set(), 0

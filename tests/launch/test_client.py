@@ -121,6 +121,25 @@ ANSWERS = [
 ]
 
 
+def test_a_stream_is_cut_at_the_ends_of_its_lines_alone():
+    """JSON may hold what ends a line in Python: U+2028 and its like, which many servers send as they are."""
+    odd = "a\u2028b\u2029c\x85d"
+    body = f'data: {{"choices": [{{"text": "{odd}", "finish_reason": null}}]}}\r\n\r\ndata: [DONE]'
+
+    async def reply(said):
+        size = len(body.encode())
+        return f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n{body}".encode()
+
+    async def collect(url):
+        async with AsyncClient(url, model="m", retries=0) as client:
+            return [piece async for piece in client.stream("a")]
+
+    with answering(reply) as url:
+        with Client(url, model="m", retries=0) as client:
+            assert list(client.stream("a")) == [odd]
+        assert asyncio.run(collect(url)) == [odd]
+
+
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_whatever_a_server_answers_ends_in_a_server_error(answer):
     async def reply(said):
