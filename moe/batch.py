@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe.answers import response_body
+from moe.batch_results import check_same_file, mark_of, results_in
 from moe.comm.control import Control
 from moe.config import EngineConfig
 from moe.engine.layer_major import Workload
@@ -121,7 +122,7 @@ def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
 def lines_done(target: str | Path) -> set[int]:
     """The lines that an output file has results of; there may be no such file. Raises ValueError for another's."""
     content = Path(target).read_bytes() if Path(target).is_file() else b""
-    return {line for line, _, _ in _results_in(Path(target), content[: content.rfind(b"\n") + 1])}
+    return {line for line, *_ in results_in(Path(target), content[: content.rfind(b"\n") + 1])}
 
 
 def batch_workload(
@@ -240,15 +241,8 @@ def result_line(
     if error is not None:
         return failed_line(number, custom_id, "server_error", error)
     name = f"line-{number}"
-    body = response_body(
-        ask,
-        answers,
-        request_id=name,
-        created=int(time.time()),
-        model=model,
-        prompts=[prompt],
-        of_prompts=[of_prompt],
-    )
+    told: dict[str, Any] = {"request_id": name, "created": int(time.time()), "model": model}
+    body = response_body(ask, answers, **told, prompts=[prompt], of_prompts=[of_prompt])
     response = {"status_code": 200, "request_id": name, "body": body}
     return {"id": name, "custom_id": custom_id, "response": response, "error": None}
 
@@ -257,39 +251,6 @@ def failed_line(number: int, custom_id: str | None, code: str, sentence: str) ->
     """The result of a line that cannot be served."""
     error = {"code": code, "message": f"line {number}: {sentence}"}
     return {"id": f"line-{number}", "custom_id": custom_id, "response": None, "error": error}
-
-
-def _results_in(path: Path, content: bytes) -> list[tuple[int, str | None, bool]]:
-    """(input line, custom_id, whether it failed) of every line of an output file. Raises ValueError for another's."""
-    found: list[tuple[int, str | None, bool]] = []
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            word, _, place = entry["id"].partition("-")
-            if word != "line":
-                raise ValueError
-            found.append((int(place), entry["custom_id"], entry["error"] is not None))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{path}, line {number}, is no result of this program; give another output file") from None
-    return found
-
-
-def _check_same_file(lines: list[bytes], done: dict[int, str | None], target: Path) -> None:
-    for number, custom_id in done.items():
-        if not 1 <= number <= len(lines):
-            raise ValueError(
-                f"{target} has a result for line {number}, the input has {len(lines)} lines: it is the output of "
-                "another file; give another name"
-            )
-        try:
-            expected = json.loads(lines[number - 1]).get("custom_id")
-        except (ValueError, AttributeError, RecursionError):
-            expected = None
-        if custom_id is not None and expected != custom_id:
-            raise ValueError(
-                f"{target} has a result for line {number} with custom_id {custom_id!r}, the input has {expected!r} "
-                "there: it is the output of another file; give another name"
-            )
 
 
 class NamesOfLines:
@@ -342,6 +303,7 @@ class ResultFile:
     def __init__(self, path: Path, progress: BatchProgress) -> None:
         self.path, self.progress = path, progress
         self._file: BinaryIO
+        self._lines: list[bytes] = []  # of the input
 
     def __enter__(self) -> "ResultFile":
         self._file = self.path.open("a+b", buffering=0)
@@ -369,17 +331,20 @@ class ResultFile:
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
-        results = _results_in(self.path, content[:whole])
-        self.progress.failed += sum(is_failed for _, _, is_failed in results)
-        done = {line: custom_id for line, custom_id, _ in results}
-        _check_same_file(lines, done, self.path)
+        results = results_in(self.path, content[:whole])
+        self.progress.failed += sum(is_failed for _, _, is_failed, _ in results)
+        check_same_file(lines, results, self.path)
+        self._lines = lines
         if not (content[whole:].startswith(_START) or _START.startswith(content[whole:])):
             raise ValueError(f"the end of {self.path} is no result of this program; give another output file")
         if whole < len(content):
             self._file.truncate(whole)
-        return done
+        return {line: custom_id for line, custom_id, *_ in results}
 
     def write(self, entry: dict[str, Any]) -> None:
+        if entry["response"] is not None:
+            number = int(entry["id"].removeprefix("line-"))
+            entry["response"]["request_id"] = f"{entry['id']}-{mark_of(self._lines[number - 1])}"
         # Half a surrogate pair, which JSON can name, is written as it was named.
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
         end = self._file.seek(0, os.SEEK_END)

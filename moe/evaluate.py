@@ -41,11 +41,17 @@ def evaluate(
     """Both runs over every window, each token foretold from those before it: with the stages of routing, and without.
 
     against: the model that this one was rounded from, which is then the exact run. A window counts as a step, between
-    which experts may get more bits (offload.bits=upgrade). Raises ValueError for an encoder-decoder.
+    which experts may get more bits (offload.bits=upgrade). Raises ValueError for an encoder-decoder, and for
+    a model of another vocabulary.
     """
     engine = llm.engine
     if engine.blueprint.config.is_encoder_decoder:
         raise ValueError(f"{llm.name} is an encoder-decoder: its text is no single sequence to be evaluated")
+    if against is not None and against.engine.limits.vocabulary != engine.limits.vocabulary:
+        raise ValueError(
+            f"{llm.name} has {engine.limits.vocabulary} tokens in its vocabulary, {against.name} "
+            f"{against.engine.limits.vocabulary}: it is no rounded copy of that model; give the one it was made from"
+        )
     seam = None if engine.experts is None else engine.experts.routing
     sums, count = torch.zeros(4, dtype=torch.float64), 0
     for number, window in enumerate(windows):

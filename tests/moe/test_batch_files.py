@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from moe.batch import BatchProgress, run_batch
+from moe.batch import BatchProgress, finished_batch, run_batch
 from moe.llm import LLM
 from moe.params import SamplingParams
 from tests.moe.moe_cases import ROOT, TINYMOE, check_whole, config
@@ -277,6 +277,21 @@ def test_lines_may_be_added_to_the_input(llm, tmp_path):
     run(llm, tmp_path, request("a"))
     results = run(llm, tmp_path, request("a"), request("b"))
     assert [results[n]["custom_id"] for n in (1, 2)] == ["a", "b"]
+
+
+def test_a_line_that_has_changed_is_not_answered_by_its_former_result(llm, tmp_path):
+    lines = [request("a"), b"broken", request("b", "Once")]
+    run(llm, tmp_path, *lines)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    again = json.dumps(dict(reversed(lines[0].items())), indent=None, separators=(",", ":")).encode()
+    assert run_batch(llm, write(tmp_path / "in.jsonl", [again, *lines[1:]]), tmp_path / "out.jsonl").resumed == 3
+    for changed in (request("b", "Twice"), request("b", "Once", max_tokens=9)):
+        source = write(tmp_path / "in.jsonl", [*lines[:2], changed])
+        with pytest.raises(ValueError, match="has a result for line 3, which asks for something else now"):
+            run_batch(llm, source, tmp_path / "out.jsonl")
+        with pytest.raises(ValueError, match="asks for something else now"):
+            finished_batch(source, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_output_of_another_file_is_refused_and_stays_as_it_is(llm, tmp_path):

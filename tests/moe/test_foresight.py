@@ -194,7 +194,7 @@ def test_nothing_outside_the_forecast_is_used(lookahead, pregate, width):
         assert [engine_says(llm, [prompt]).tokens[0] for prompt in PROMPTS] == together
 
 
-def test_evaluate_is_the_models_own_loss(lookahead):
+def test_evaluate_is_the_models_own_loss(lookahead, tmp_path):
     windows = WINDOWS[:3]
     with LLM(TINYMOE, config("0.5")) as llm:
         exact = evaluate(llm, windows)
@@ -214,6 +214,9 @@ def test_evaluate_is_the_models_own_loss(lookahead):
     assert restricted.exact_loss == pytest.approx(exact.loss, rel=1e-6)
     assert restricted.kl > 0
     assert restricted.agreement < 1
+    with LLM(tiny_checkpoint("mixtral", tmp_path / "other"), config()) as other, LLM(TINYMOE, config("0.5")) as llm:
+        with pytest.raises(ValueError, match="2048 tokens in its vocabulary, other 97"):
+            evaluate(llm, windows, against=other)
 
 
 def test_what_does_not_fit_is_refused(lookahead, tmp_path):
