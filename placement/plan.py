@@ -110,6 +110,14 @@ class Plan:
         """How many copies each expert has: [L, E]."""
         return np.asarray(self.hosted.sum(axis=2))
 
+    def check_ranks(self) -> None:
+        """Raises ValueError where a rank holds no expert of any layer: it would have no slot."""
+        if idle := np.flatnonzero(~self.hosted.any(axis=(0, 1))).tolist():
+            raise ValueError(
+                f"rank{'s' * (len(idle) > 1)} {', '.join(map(str, idle))} of {self.num_ranks} would have none of the "
+                f"{self.num_experts} experts of a layer; start fewer, or give a plan with replicas"
+            )
+
     @property
     def gap(self) -> float | None:
         """(value - bound) / value, the share by which the plan might still be improved; None without a bound."""

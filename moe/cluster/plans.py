@@ -91,7 +91,9 @@ def first_plan(file: str | None, shape: tuple[int, int], nodes: Sequence[str]) -
     Without a file, contiguous blocks. Raises ValueError if it is another model's or for another number of hosts.
     """
     if file is None:
-        return Plan.contiguous(*shape, len(nodes))
+        plan = Plan.contiguous(*shape, len(nodes))
+        plan.check_ranks()
+        return plan
     plan = Plan.load(file) if file.endswith(".json") else solved(RoutingTrace.load(file), nodes)
     if (plan.num_layers, plan.num_experts, plan.num_ranks) != (*shape, len(nodes)):
         raise ValueError(

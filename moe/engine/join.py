@@ -82,6 +82,7 @@ def share_of(blueprint: Blueprint, groups: Groups, config: ParallelConfig) -> Sh
         raise ValueError(
             f"the plan is for {plan.num_ranks} ranks, this run has {groups.world_size}; solve it again for them"
         )
+    plan.check_ranks()
     host_copy = groups.name if groups.local is not None else ""
     return Share(plan, groups.rank, host_copy, Sharers.of(groups))
 

@@ -102,4 +102,6 @@ def test_a_trace_is_solved_for_the_nodes_that_came(tmp_path):
         assert len({tuple(layer[e]) for e in (0, 2, 4, 6)}) == 1
     with pytest.raises(ValueError, match=r"this run has 3 of 8 on 4"):
         first_plan(str(tmp_path / "trace.npz"), (3, 8), nodes)
+    with pytest.raises(ValueError, match="rank 3 of 4 would have none"):
+        first_plan(None, (2, 3), nodes)
     assert (first_plan(None, (2, 8), nodes).hosted == Plan.contiguous(2, 8, 4).hosted).all()

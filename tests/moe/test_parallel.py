@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from moe.batch import run_batch
 from moe.comm.membership import process_groups
@@ -195,6 +196,31 @@ def test_a_plan_of_another_model_or_world_is_refused(deepseek_v3, tmp_path):
             LLM(deepseek_v3, config_of("1.0", str(tmp_path / "three.json"), "all_to_all"), groups=groups)
         with pytest.raises(ValueError, match=r"5 layers of 8 experts.*2 of 8"):
             LLM(deepseek_v3, config_of("1.0", str(tmp_path / "layers.json"), "all_to_all"), groups=groups)
+
+
+def one_more_than_experts(folder: str) -> str:
+    with process_groups(timeout_s=60) as groups:
+        try:
+            LLM(folder, config_of("1.0", None, "all_to_all"), groups=groups).close()
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_more_ranks_than_experts_are_refused_by_all_of_them(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=1,
+        num_experts_per_tok=1,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    for said in spawn(2, one_more_than_experts, str(tmp_path / "model")):
+        assert said.startswith("rank 1 of 2 would have none of the 1 experts")
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

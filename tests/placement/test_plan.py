@@ -92,6 +92,13 @@ def test_invalid_plans_are_refused(fields, message):
         Plan(**given_fields | {"phy2log": np.array(given_fields["phy2log"])})
 
 
+def test_ranks_without_any_expert_are_named():
+    Plan.contiguous(3, 5, 4).check_ranks()
+    with pytest.raises(ValueError, match="ranks 2, 3 of 4 would have none of the 2 experts of a layer"):
+        Plan.contiguous(3, 2, 4).check_ranks()
+    Plan.from_hosted(np.ones((3, 2, 4), np.bool_)).check_ranks()
+
+
 def test_capacity_and_model_errors_have_the_numbers():
     check_capacity(8, 2, 4)
     with pytest.raises(ValueError, match="2 slots are missing, 20 bytes"):
