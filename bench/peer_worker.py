@@ -103,7 +103,9 @@ def _timed_calls() -> dict[str, float]:
     from moe.kernels.cpu import CpuExperts
     from moe.kernels.cpu_block import CpuBlock
     from moe.kernels.cpu_linear import CpuLinear
+    from moe.layer import runners
 
+    runners.why_not = lambda blocks, layers: "each call is timed"  # all layers in one call could not be divided
     sums = {"expert_seconds": 0.0, "dense_seconds": 0.0, "dense_bytes": 0.0}
 
     def nbytes(linear: Any) -> int:

@@ -74,14 +74,16 @@ def test_a_rounded_models_step_is_foretold_from_bytes_alone():
 
 
 @pytest.mark.heavy
-def test_rounded_models_walk_the_same_way_and_their_steps_are_divided(tmp_path):
+@pytest.mark.parametrize("budget", ["1.0", "0.25"])  # all in memory: layers that one call would compute
+def test_rounded_models_walk_the_same_way_and_their_steps_are_divided(tmp_path, budget):
     args = argparse.Namespace(work=tmp_path, rounds=1, tiny=True)
-    rows = bench_rounded.measure(args, write(tmp_path / "model", TINY), "0.25")
+    rows = bench_rounded.measure(args, write(tmp_path / "model", TINY), budget)
     for by_name in rows.values():
         (plain,), *others = by_name.values()
         assert list(by_name) == ["bf16", "int8", "int4"]
-        assert 0 < plain["expert_seconds"] + plain["dense_seconds"] + plain["stall_seconds"] < plain["step"]
-        for key in ("expert_bytes", "dense_bytes", "bytes_read"):
+        assert min(plain["expert_seconds"], plain["dense_seconds"]) > 0
+        assert plain["expert_seconds"] + plain["dense_seconds"] + plain["stall_seconds"] < plain["step"]
+        for key in ("expert_bytes", "dense_bytes", "bytes_read")[: 2 if budget == "1.0" else 3]:
             sizes = [plain[key], *(rounds[0][key] for rounds in others)]
             assert sizes == sorted(sizes, reverse=True), key
             assert sizes[-1] > 0
