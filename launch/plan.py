@@ -38,6 +38,10 @@ _MOST_SEQUENCES = 4096  # routing is drawn for all of them
 
 def run(args: argparse.Namespace) -> int:
     blueprint = read_blueprint(args.model, trust_remote_code=args.trust_remote_code)
+    if not blueprint.experts:
+        raise ValueError(
+            f"{args.model} has no experts in slots: there is nothing to plan, the whole model is in memory"
+        )
     work = Workload.of(args.workload, blueprint.max_context)
     measured = None if args.against is None else measured_rate(args.against)
     case = _on_gpus(args, blueprint) if args.gpus else _here(args, blueprint)

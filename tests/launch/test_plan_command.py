@@ -227,3 +227,9 @@ def test_misses_of_each_access_add_up():
     each = misses_of(Lfu([4]), accesses, 2)
     assert each == [2, 1, 1, 1]
     assert sum(each) == simulate(Lfu([4]), accesses, 2)
+
+
+def test_a_model_without_experts_in_slots_is_one_sentence(capfd, tmp_path, probe_file):
+    folder = tiny_checkpoint("nllb_moe", tmp_path / "whole")
+    assert main(["plan", str(folder), "--probe-file", str(probe_file)]) == 2
+    assert "has no experts in slots: there is nothing to plan" in capfd.readouterr().err
