@@ -324,6 +324,11 @@ def make_experts(read: Read, dense: Dense, reserved_bytes: int, share: Share | N
     """
     blueprint, config, model = read.blueprint, read.config, dense.model
     if not blueprint.experts:
+        if config.routing.pregate != "off":
+            raise ValueError(
+                f"routing.pregate={config.routing.pregate} cannot serve {blueprint.folder}: it has no experts in "
+                "slots; set routing.pregate=off"
+            )
         return Experts(None, ())
     counts = [site.num_experts for site in blueprint.index.sites]
     own = [list(range(n)) for n in counts] if share is None else share.experts

@@ -229,6 +229,8 @@ def test_what_does_not_fit_is_refused(lookahead, tmp_path):
         RoutingConfig(pregate="replace")
     with pytest.raises(ValueError, match=r"restrict:1 leaves fewer experts than a token takes \(2\)"):
         LLM(TINYMOE, foretold(config(), lookahead, "restrict:1"))
+    with pytest.raises(ValueError, match="it has no experts in slots; set"):
+        LLM(tiny_checkpoint("nllb_moe", tmp_path / "whole"), foretold(config(), lookahead, "restrict:2"))
     other = tiny_checkpoint("mixtral", tmp_path / "mixtral")
     with pytest.raises(ValueError, match="it was fitted to another"):
         LLM(other, foretold(config(), lookahead, prefetch="learned"))
