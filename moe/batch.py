@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe.answers import response_body
-from moe.batch_results import check_same_file, mark_of, results_in
+from moe.batch_results import mark_result, results_in, results_of
 from moe.comm.control import Control
 from moe.config import EngineConfig
 from moe.engine.layer_major import Workload
@@ -31,8 +31,6 @@ from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, json_of, l
 from moe.outputs import Completion
 from moe.prompts import PromptEncoder
 from moe.tools import format_of
-
-_START = b'{"id": "line-'  # of every result
 
 
 @dataclass(slots=True)
@@ -122,7 +120,7 @@ def first_requests(llm: LLM, source: str | Path, limit: int) -> list[list[int]]:
 def lines_done(target: str | Path) -> set[int]:
     """The lines that an output file has results of; there may be no such file. Raises ValueError for another's."""
     content = Path(target).read_bytes() if Path(target).is_file() else b""
-    return {line for line, *_ in results_in(Path(target), content[: content.rfind(b"\n") + 1])}
+    return {result.line for result in results_in(Path(target), content[: content.rfind(b"\n") + 1])}
 
 
 def batch_workload(
@@ -329,22 +327,14 @@ class ResultFile:
         Raises ValueError, and leaves the file as it is, if it holds anything but results of the input `lines`.
         """
         self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        results = results_in(self.path, content[:whole])
-        self.progress.failed += sum(is_failed for _, _, is_failed, _ in results)
-        check_same_file(lines, results, self.path)
+        results, whole = results_of(self.path, self._file.read(), lines)
+        self._file.truncate(whole)
+        self.progress.failed += sum(result.has_failed for result in results)
         self._lines = lines
-        if not (content[whole:].startswith(_START) or _START.startswith(content[whole:])):
-            raise ValueError(f"the end of {self.path} is no result of this program; give another output file")
-        if whole < len(content):
-            self._file.truncate(whole)
-        return {line: custom_id for line, custom_id, *_ in results}
+        return {result.line: result.custom_id for result in results}
 
     def write(self, entry: dict[str, Any]) -> None:
-        if entry["response"] is not None:
-            number = int(entry["id"].removeprefix("line-"))
-            entry["response"]["request_id"] = f"{entry['id']}-{mark_of(self._lines[number - 1])}"
+        mark_result(entry, self._lines[int(entry["id"].removeprefix("line-")) - 1])
         # Half a surrogate pair, which JSON can name, is written as it was named.
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
         end = self._file.seek(0, os.SEEK_END)

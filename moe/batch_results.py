@@ -2,35 +2,67 @@
 
 import json
 import zlib
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
+
+_START = b'{"id": "line-'  # of every result
 
 
-def results_in(path: Path, content: bytes) -> list[tuple[int, str | None, bool, str]]:
-    """(input line, custom_id, whether it failed, its mark or "") of every line of an output file.
+class Result(NamedTuple):
+    """Of an input's line, from 1. mark: of what the line asks for, "" where none is told."""
 
-    Raises ValueError for another's.
-    """
-    found: list[tuple[int, str | None, bool, str]] = []
+    line: int
+    custom_id: str | None
+    has_failed: bool
+    mark: str
+
+
+def results_in(path: Path, content: bytes) -> list[Result]:
+    """One of every line of an output file. Raises ValueError for another's."""
+    found = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entry = json.loads(line)
             word, _, place = entry["id"].partition("-")
             if word != "line":
                 raise ValueError
-            mark = str((entry.get("response") or {}).get("request_id", "")).removeprefix(entry["id"]).removeprefix("-")
-            found.append((int(place), entry["custom_id"], entry["error"] is not None, mark))
+            response = entry["response"] or {}
+            mark = str(response.get("request_id", "")).removeprefix(entry["id"]).removeprefix("-")
+            found.append(Result(int(place), entry["custom_id"], entry["error"] is not None, mark))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}, line {number}, is no result of this program; give another output file") from None
     return found
 
 
+def results_of(path: Path, content: bytes, lines: Sequence[bytes]) -> tuple[list[Result], int]:
+    """Those of an output file, and the bytes of its whole lines: what follows them was cut off.
+
+    lines: of the input. Raises ValueError if the file holds anything but results of these lines.
+    """
+    whole = content.rfind(b"\n") + 1
+    results = results_in(path, content[:whole])
+    _check_same_file(lines, results, path)
+    if not (content[whole:].startswith(_START) or _START.startswith(content[whole:])):
+        raise ValueError(f"the end of {path} is no result of this program; give another output file")
+    return results, whole
+
+
+def mark_result(entry: dict[str, Any], line: bytes) -> None:
+    """Lets an answer tell what was asked for."""
+    if entry["response"] is not None:
+        entry["response"]["request_id"] = f"{entry['id']}-{mark_of(line)}"
+
+
 def mark_of(line: bytes) -> str:
-    """Tells a line from another of its name, however its fields are written. Raises ValueError for what is no JSON."""
-    return f"{zlib.crc32(json.dumps(json.loads(line), sort_keys=True).encode()):08x}"
+    """Tells a line from another of its name, however its fields are written."""
+    with suppress(ValueError, RecursionError):  # what is no JSON stays as it is
+        line = json.dumps(json.loads(line), sort_keys=True).encode()
+    return f"{zlib.crc32(line):08x}"
 
 
-def check_same_file(lines: list[bytes], results: list[tuple[int, str | None, bool, str]], target: Path) -> None:
-    """Raises ValueError if `results` of `target` are not those of the input's `lines`."""
+def _check_same_file(lines: Sequence[bytes], results: Sequence[Result], target: Path) -> None:
     for number, custom_id, _, mark in results:
         if not 1 <= number <= len(lines):
             raise ValueError(

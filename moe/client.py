@@ -27,6 +27,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"moe.Client needs httpx ({error}): pip install 'moeflow[serve]'") from None
 
+from moe.batch_results import mark_result, results_of
 from moe.openai import CHAT, COMPLETIONS, lines_of
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
@@ -130,7 +131,9 @@ class Client:
         lines = lines_of(Path(source).read_bytes(), str(source))
         with Path(target).open("ab", buffering=0) as file:
             _lock(file, target)
-            done, failed = _finished(Path(target), lines)
+            results, whole = results_of(Path(target), Path(target).read_bytes(), lines)
+            file.truncate(whole)
+            done, failed = {result.line for result in results}, sum(result.has_failed for result in results)
             todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done]
             with closing(self._answers(todo, at_once)) as answers:
                 for finished, entry in enumerate(answers, len(done) + 1):
@@ -167,7 +170,9 @@ class Client:
             if isinstance(error, ServerError) and error.status in (0, *_AGAIN):
                 raise  # the server's fault: the line is not finished
             return entry | {"error": {"code": "invalid_request", "message": f"line {number}: {error}"}}
-        return entry | {"response": {"status_code": 200, "request_id": name, "body": result}}
+        entry |= {"response": {"status_code": 200, "request_id": name, "body": result}}
+        mark_result(entry, line)
+        return entry
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         """The answer's JSON; tries again where that may help: a completion leaves nothing behind on the server."""
@@ -376,25 +381,3 @@ def _lock(file: IO[bytes], target: str | Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is writing {target}; wait for it, or give another name") from None
-
-
-def _finished(target: Path, lines: Sequence[bytes]) -> tuple[set[int], int]:
-    """Numbers of the lines that `target` has results of, and how many of these failed; a line that was cut goes."""
-    content = target.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    done, failed = set(), 0
-    for place, line in enumerate(content[:whole].splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            number = int(entry["id"].removeprefix("line-"))
-            is_same = entry["custom_id"] is None or json.loads(lines[number - 1])["custom_id"] == entry["custom_id"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            is_same = False
-        if not is_same:
-            raise ValueError(f"{target}, line {place}, is no result of this input; give another output file")
-        done.add(number)
-        failed += entry["error"] is not None
-    if whole < len(content):
-        with target.open("r+b") as file:
-            file.truncate(whole)
-    return done, failed

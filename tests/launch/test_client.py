@@ -37,9 +37,18 @@ def test_our_client(served, right, tmp_path):
             fcntl.flock(other, fcntl.LOCK_EX)
             with pytest.raises(ValueError, match="another process is writing"):
                 client.batch(tmp_path / "in.jsonl", out)
-        (tmp_path / "notes").write_text("mine\n")
-        with pytest.raises(ValueError, match="is no result of this input"):
-            client.batch(tmp_path / "in.jsonl", tmp_path / "notes")
+        for notes in ("mine\n", "mine"):
+            (tmp_path / "notes").write_text(notes)
+            with pytest.raises(ValueError, match="is no result of this program"):
+                client.batch(tmp_path / "in.jsonl", tmp_path / "notes")
+            assert (tmp_path / "notes").read_text() == notes
+        (tmp_path / "other.jsonl").write_bytes(
+            (tmp_path / "in.jsonl").read_bytes().replace(b'"max_tokens": ', b'"max_tokens": 1')
+        )
+        before = out.read_bytes()
+        with pytest.raises(ValueError, match="asks for something else now"):
+            client.batch(tmp_path / "other.jsonl", out)
+        assert out.read_bytes() == before
 
     async def several():
         async with AsyncClient(served.url) as client:
