@@ -183,12 +183,17 @@ def read_topology(name: str) -> Topology:
 def slots_per_rank(
     num_experts: int, topology: Topology, replicas: float, num_layers: int, sizes: ModelSizes | None
 ) -> int | None:
-    """Copies per rank and layer; None without replicas. Raises ValueError if fast plus host memory cannot hold them,
-    where sizes are known."""
+    """Copies per rank and layer; None without replicas. Raises ValueError for more than ranks can differ in, and if fast
+    plus host memory cannot hold them, where sizes are known."""
     expert_bytes = 0 if sizes is None else sizes.expert_bytes
     slots = None
+    if replicas > topology.num_ranks - 1:
+        raise ValueError(
+            f"--replicas ({replicas:g}) is a share of the {num_experts} experts, and {topology.num_ranks - 1} puts all "
+            f"of them on each of {topology.num_ranks} ranks; give {1 / num_experts:g} for each spare slot"
+        )
     if replicas:
-        slots = min(int(num_experts * (1 + replicas)) // topology.num_ranks, num_experts)
+        slots = int(num_experts * (1 + replicas)) // topology.num_ranks
         check_capacity(num_experts, topology.num_ranks, slots, expert_bytes)
     if topology.fast_bytes is not None and topology.host_bytes is not None:
         need = num_layers * (num_experts if slots is None else slots * topology.num_ranks) * expert_bytes

@@ -230,6 +230,18 @@ def test_place_from_a_running_plan_reports_the_migration(tmp_path, capsys):
     assert new <= old
 
 
+def test_more_replicas_than_ranks_have_places_for_are_refused(tmp_path):
+    trace, out = tmp_path / "t.npz", tmp_path / "plan.json"
+    topic_trace(100, 2, 16, 3).save(trace)
+    options = ["--topology", "laptopx4", "--seconds", 1, "--out", out]
+    assert run("place", trace, *options, "--replicas", 3) == 0
+    assert Plan.load(out).num_physical == 64
+    out.unlink()
+    with pytest.raises(ValueError, match=r"3 puts all of them on each of 4 ranks; give 0\.0625 for each spare slot"):
+        run("place", trace, *options, "--replicas", 8)
+    assert not out.exists()
+
+
 def test_memory_that_is_too_small_is_refused_with_the_bytes(tmp_path):
     topic_trace(100, 2, 16, 3).save(tmp_path / "t.npz")
     Topology.uniform(1, 2, fast_bytes=(5000, 5000), host_bytes=(10000,)).save(tmp_path / "t.json")
