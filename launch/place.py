@@ -183,8 +183,8 @@ def read_topology(name: str) -> Topology:
 def slots_per_rank(
     num_experts: int, topology: Topology, replicas: float, num_layers: int, sizes: ModelSizes | None
 ) -> int | None:
-    """Copies per rank and layer; None without replicas. Raises ValueError for more than ranks can differ in, and if fast
-    plus host memory cannot hold them, where sizes are known."""
+    """Copies per rank and layer; None without replicas. Raises ValueError for more than ranks have room for, and where
+    sizes are known if fast plus host memory cannot hold them."""
     expert_bytes = 0 if sizes is None else sizes.expert_bytes
     slots = None
     if replicas > topology.num_ranks - 1:
