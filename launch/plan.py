@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(name)
     rates: list[float] = []
     counts = args.ranks or [case.ranks if plan is None else plan.num_ranks]
+    for ranks in counts:
+        (plan or Plan.contiguous(sizes.num_layers, sizes.num_experts, ranks)).check_ranks()
     for ranks, is_shared in [(n, True) for n in counts] + [(n, False) for n in counts if n > 1]:
         slots = _slots(args, case, blueprint, sizes, work, ranks, is_shared)
         own = work if is_shared else work._replace(sequences=-(-work.sequences // ranks))

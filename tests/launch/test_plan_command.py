@@ -123,6 +123,7 @@ def test_more_ranks_or_replicas(capfd, probe_file):
         (("--slots", "1", "--against", "fast.jsonl"), "fast.jsonl"),
         (("--slots", "1", "--against", "0"), "above 0"),
         (("--ranks", "2", "--slots", "1"), "2 ranks need a link"),
+        (("--ranks", "17", "--link", "1GB,1e-5"), "rank 16 of 17 would have none of the 16 experts of a layer"),
         (("--link", "fast"), "must be BYTES/s,SECONDS"),
         (("--link", "1GB,nan"), "must be BYTES/s,SECONDS"),
         (("--workload", "1x1000+1000"), "is longer than the model's context, 1024 tokens"),
