@@ -183,10 +183,8 @@ def chat_logprobs(logprobs: Sequence[dict[int, Logprob]], num_top: int) -> dict[
 
 
 def _token(one: Logprob) -> dict[str, Any]:
-    text = one.decoded_token
-    is_part = "\ufffd" in text  # of a character: its own bytes are not in its text
-    said = None if is_part else list(text.encode(errors="replace"))
-    return {"token": text, "logprob": _finite(one.logprob), "bytes": said}
+    said = None if one.token_bytes is None else list(one.token_bytes)
+    return {"token": one.decoded_token, "logprob": _finite(one.logprob), "bytes": said}
 
 
 def _finite(logprob: float) -> float:

@@ -350,9 +350,12 @@ class LLM:
         )
 
     def _decoded(self, tokens: Sequence[int], logprobs: "Sequence[Logprobs]") -> list[dict[int, Logprob]]:
+        def told(token: int, logprob: float, rank: int) -> Logprob:
+            return Logprob(logprob, rank, self.encoder.token_text(token), self.encoder.token_bytes(token))
+
         return [
-            {token: Logprob(one.chosen, one.rank, self.encoder.token_text(token))}
-            | {t: Logprob(p, rank, self.encoder.token_text(t)) for rank, (t, p) in enumerate(one.top.items(), 1)}
+            {token: told(token, one.chosen, one.rank)}
+            | {t: told(t, p, rank) for rank, (t, p) in enumerate(one.top.items(), 1)}
             for token, one in zip(tokens, logprobs)
         ]
 

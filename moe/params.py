@@ -262,8 +262,9 @@ def _check(rules: Mapping[str, bool]) -> None:
 
 class Logprob(NamedTuple):
     """Of one token at one place: natural log-probability before temperature and filters, 1 + how many were likelier,
-    and its text."""
+    its text, and its bytes, which may be a part of a character's; None where they are not known."""
 
     logprob: float
     rank: int
     decoded_token: str
+    token_bytes: bytes | None = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -71,6 +72,22 @@ class PromptEncoder:
     def token_text(self, token: int) -> str:
         """One token by itself; "" without a tokenizer."""
         return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """Of one token, which may be part of a character; None where the tokenizer does not tell them."""
+        text = self.token_text(token)
+        piece = "" if self.tokenizer is None else str(self.tokenizer.convert_ids_to_tokens(token))
+        if match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
+            return bytes.fromhex(match[1])
+        if "\ufffd" not in text:
+            return text.encode(errors="replace")
+        if "ByteLevel" not in str(getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", "")):
+            return None
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        values = {letter: value for value, letter in bytes_to_unicode().items()}
+        told = bytes(values[letter] for letter in piece) if values.keys() >= set(piece) else b""
+        return told if told.decode(errors="replace") == text else None
 
     def _ids(self, text: str, special: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from moe.engine.text import TextStream, decoder_of
 from moe.models.load import load_tokenizer
 from moe.params import SamplingParams
+from moe.prompts import PromptEncoder
 from tests.moe.moe_cases import TINYMOE
 
 
@@ -83,6 +84,22 @@ def test_tokens_that_are_added_together_give_the_text_of_all_of_them(name, data)
     whole.add_all(ids)
     whole.finish()
     assert whole.text == whole.delta(True) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=30))
+@example("héllo 你好 \U0001f468 \ufffd!")
+def test_bytes_of_tokens_are_those_of_the_text(name, written):
+    encoder = PromptEncoder(TOKENIZERS[name], name)
+    assert b"".join(encoder.token_bytes(token) for token in ids_of(name, written)) == written.encode()
+
+
+def test_bytes_that_are_not_known_are_not_made_up():
+    words = Tokenizer(models.WordLevel({"a": 0, "b\ufffd": 1}, unk_token="a"))
+    encoder = PromptEncoder(PreTrainedTokenizerFast(tokenizer_object=words), "words")
+    assert [encoder.token_bytes(0), encoder.token_bytes(1)] == [b"a", None]
+    assert PromptEncoder(None, "none").token_bytes(5) == b""
 
 
 @settings(max_examples=200, deadline=None)
