@@ -174,7 +174,7 @@ class SamplingParams:
             f"temperature ({self.temperature}) must be 0 (greedy) or lie in [1e-6, 1e6]": self.temperature == 0
             or low <= self.temperature <= high,
             f"top_k ({self.top_k}) must be >= 0; 0 or -1 keeps all": self.top_k >= 0,
-            f"top_p ({self.top_p}) must lie in (0, 1]": 0 < self.top_p <= 1,
+            f"top_p ({self.top_p}) must lie in [0, 1]": 0 <= self.top_p <= 1,
             f"min_p ({self.min_p}) must lie in [0, 1]": 0 <= self.min_p <= 1,
             f"repetition_penalty ({self.repetition_penalty}) must lie in [1e-6, 1e6]": low
             <= self.repetition_penalty

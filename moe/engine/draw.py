@@ -72,6 +72,6 @@ def _of_the_likeliest(weights: Tensor, draws: list[Draws], table: Tensor) -> Ten
     ordered = ordered.where(ordered >= least, 0)
     before = ordered.cumsum(-1) - ordered
     total, top_p = ordered.sum(-1, keepdim=True), table[:, 2:3]
-    enough = (total.double() * top_p).ceil().long().where(top_p < 1, total)
+    enough = (total.double() * top_p).ceil().long().clamp(min=1).where(top_p < 1, total)
     ordered = ordered.where(before < enough, 0)
     return torch.zeros_like(weights).scatter_(1, places, ordered)

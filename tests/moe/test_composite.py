@@ -172,7 +172,7 @@ def test_end_tokens_of_generation_config_are_honoured(tmp_path):
         ("{", "not valid JSON"),
         ('{"eos_token_id": "</s>"}', "must be a token id"),
         ('{"temperature": "hot"}', "temperature ('hot') must be a number"),
-        ('{"do_sample": true, "top_p": 0}', "generation_config.json: top_p (0.0) must lie in (0, 1]; mend it there"),
+        ('{"do_sample": true, "top_p": 2}', "generation_config.json: top_p (2.0) must lie in [0, 1]; mend it there"),
         ('{"max_new_tokens": 0}', "max_tokens (0) must be >= 1"),
     ],
 )

@@ -52,7 +52,7 @@ def plain_probabilities(logits, params, tokens):
     if params.top_p < 1:
         p, taken, mass = shares(kept), [], 0.0
         for i in kept:  # likeliest first
-            if mass >= params.top_p:
+            if taken and mass >= params.top_p:
                 break
             taken.append(i)
             mass += p[i]
@@ -68,7 +68,7 @@ def plain_probabilities(logits, params, tokens):
     st.integers(0, 1000),
     st.sampled_from([0.3, 1.0, 1.7]),
     st.sampled_from([0, 1, 4, 100]),
-    st.sampled_from([1.0, 0.9, 0.5, 0.01]),
+    st.sampled_from([1.0, 0.9, 0.5, 0.01, 0.0]),
     st.sampled_from([0.0, 0.05, 0.4, 1.0]),
     st.sampled_from([1.0, 1.5, 0.7]),
 )
@@ -167,7 +167,7 @@ def plain_draw(scores, how):
         least = weight[order[min(how.top_k, len(order)) - 1]]
         weight = {i: w if w >= least else 0 for i, w in weight.items()}
     if how.top_p < 1:
-        enough, before = math.ceil(sum(weight.values()) * how.top_p), 0
+        enough, before = max(1, math.ceil(sum(weight.values()) * how.top_p)), 0
         for i in order:
             before, weight[i] = before + weight[i], weight[i] if before < enough else 0
     weight = {i: w if ratio[i] >= how.min_p else 0 for i, w in weight.items()}
@@ -185,7 +185,7 @@ def plain_draw(scores, how):
         st.tuples(
             st.sampled_from([0.01, 0.5, 1.0, 30.0]),
             st.sampled_from([0, 1, 3, 50]),
-            st.sampled_from([1.0, 0.9, 0.3, 1e-9]),
+            st.sampled_from([1.0, 0.9, 0.3, 1e-9, 0.0]),
             st.sampled_from([0.0, 0.2, 1.0]),
             st.floats(0, 1, exclude_max=True),
         ),
@@ -257,7 +257,7 @@ def test_a_row_that_fails_is_alone():
         ("max_tokens", [0, -1]),
         ("temperature", [-0.1, math.nan, math.inf, 1e-9]),
         ("top_k", [-2]),
-        ("top_p", [0.0, 1.01, math.nan]),
+        ("top_p", [-0.1, 1.01, math.nan]),
         ("min_p", [-0.1, 1.1, math.nan]),
         ("repetition_penalty", [0.0, -1.0, math.inf, math.nan]),
         ("n", [0]),
