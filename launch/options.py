@@ -14,6 +14,8 @@ def named_path(text: str) -> Path:
     """Of an argument: `Path("")` would be the folder that we happen to be in."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name a file or a folder ('.' is the present one)")
+    if text == "-":  # which would be taken for a file of that name, not for a pipe
+        raise argparse.ArgumentTypeError("pipes are not read or written; name a file (./- if it is called that)")
     return Path(text)
 
 

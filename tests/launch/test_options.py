@@ -142,6 +142,14 @@ def numbers():
                 yield parser.prog, action.dest, action.type
 
 
+def test_a_dash_is_no_file_of_that_name(capsys):
+    for words in (["batch", "m", "in.jsonl", "-"], ["batch", "m", "-", "out.jsonl"], ["trace", "m", "p.jsonl", "-"]):
+        with pytest.raises(SystemExit):
+            _parser().parse_args(words)
+        assert "pipes are not read or written; name a file" in capsys.readouterr().err
+    assert str(_parser().parse_args(["batch", "m", "in.jsonl", "./-"]).output) == "-"
+
+
 def test_every_number_of_a_command_line_has_a_range():
     """Those of a request are checked where requests of all ways are."""
     of_requests = {field.name for field in dataclasses.fields(SamplingParams)}
