@@ -62,7 +62,10 @@ def prompt_token_ids(ask: Ask, prompt: Sequence[int]) -> dict[str, Any]:
 
 
 def _by_token(step: Mapping[int, Logprob]) -> dict[str, Any]:
-    return {str(token): one._asdict() | {"logprob": _finite(one.logprob)} for token, one in step.items()}
+    return {
+        str(token): {"logprob": _finite(one.logprob), "rank": one.rank, "decoded_token": one.decoded_token}
+        for token, one in step.items()
+    }
 
 
 def chunk_body(
