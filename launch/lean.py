@@ -1,6 +1,6 @@
 """What transformers imports for training and torch.compile alone stays out of the processes of this program.
 
-`transformers.modeling_utils` brings torch._dynamo, torch.distributed.tensor, sympy and scipy: a second of the processor
+`transformers.modeling_utils` brings torch._dynamo, torch.distributed.tensor and scipy: a second of the processor
 for marks on functions that only torch.compile reads, for fully sharded training, and for losses of object detection.
 Here the marks mean nothing until somebody wants the compiler, and transformers is told that the others are missing. Not
 for the process of somebody else's script, which may train: `LLM` does not use this.

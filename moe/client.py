@@ -324,7 +324,8 @@ def _streamed(model: str, prompt: Any, options: Mapping[str, Any]) -> tuple[str,
 class _Pieces:
     """The text in a stream, and whether it has come to its end."""
 
-    _is_whole, _rest = False, ""  # of a line that goes on
+    def __init__(self) -> None:
+        self._is_whole, self._rest = False, ""  # of a line that goes on
 
     def of(self, received: str) -> list[str]:
         """httpx would cut lines at U+2028, too, which JSON may hold as it is."""

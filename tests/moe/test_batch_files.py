@@ -275,8 +275,7 @@ def test_killed_and_resumed(llm, tmp_path):
 
 def test_lines_may_be_added_to_the_input(llm, tmp_path):
     run(llm, tmp_path, request("a"))
-    results = run(llm, tmp_path, request("a"), request("b"))
-    assert [results[n]["custom_id"] for n in (1, 2)] == ["a", "b"]
+    assert [r["custom_id"] for r in run(llm, tmp_path, request("a"), request("b")).values()] == ["a", "b"]
 
 
 def test_a_line_that_has_changed_is_not_answered_by_its_former_result(llm, tmp_path):

@@ -237,16 +237,11 @@ def test_experts_move_while_hosts_serve_and_a_loss_starts_from_where_they_are(no
         def kill_one() -> None:
             os.kill(pids(engine)[1], signal.SIGKILL)
             generation = engine.crew.generation
-
-            def is_formed() -> bool:
-                formed.append(engine.plan)  # experts may move until the loss is seen
-                return engine.crew.generation > generation
-
-            until(engine, is_formed)
+            until(engine, lambda: formed.append(engine.plan) or engine.crew.generation > generation)
 
         assert serve(engine, 60, kill_one) == expected
         after = formed[-1]
-        before = next(plan for plan in reversed(formed) if plan.solver != "kept")
+        before = next(plan for plan in reversed(formed) if plan.solver != "kept")  # they may move until a loss is seen
         assert after.solver == "kept"
         assert (after.hosted == before.hosted).all(), "who was left kept what it had, the spare took the rest"
         assert live_state(llm)["plan"] == (engine.plan.log2phy[:, :, 0] // engine.plan.physical_per_rank).tolist()
