@@ -84,7 +84,7 @@ def batch(args: argparse.Namespace) -> int:
     config = engine_config(args)
     if args.verify:
         check_verifiable(config)
-    if not args.verify and args.record is None and is_served(args.input, args.output):
+    if not args.verify and args.record is None and is_served(args.model, config, args.input, args.output):
         return 0
     is_planned = config.batch.schedule == "layer_major"
     work = batch_workload(args.model, config, args.input, lines_done(args.output)) if is_planned else None

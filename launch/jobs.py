@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moe.batch import BatchProgress, finished_batch, run_batch
+from moe.config import EngineConfig
 from moe.launch.console import err
 from moe.launch.progress import batch_progress
 from moe.launch.report import progress_text
@@ -23,9 +24,9 @@ def serve_file(llm: LLM, source: Path, target: Path, *, is_first: bool = True) -
     return state
 
 
-def is_served(source: Path, target: Path) -> bool:
+def is_served(model: Path, config: EngineConfig, source: Path, target: Path) -> bool:
     """Whether no line of the file is left, which is said then: nothing need be loaded."""
-    state = finished_batch(source, target)
+    state = finished_batch(model, config, source, target)
     if state is not None:
         _print_end(state, target)
     return state is not None

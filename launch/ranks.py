@@ -39,7 +39,7 @@ def _serve(args: argparse.Namespace, config: EngineConfig, groups: Groups) -> in
     is_first = groups.rank == 0
     if is_first and args.show_config:
         err.print(config.describe(), style="dim", markup=False)
-    served = is_first and is_served(args.input, args.output)
+    served = is_first and is_served(args.model, config, args.input, args.output)
     if Control(groups).numbers_of_first([1] if served else []):  # the others need not have the file
         return 0
     work = None

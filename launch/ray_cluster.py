@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.show_config:
         err.print(config.describe(), style="dim", markup=False)
     _check_stays(args.output)
-    if is_served(args.input, args.output):
+    if is_served(args.model, config, args.input, args.output):
         return 0
     with LLM(args.model, config, hosts=args.hosts, address=args.address) as llm:
         for note in llm.notes:

@@ -250,7 +250,8 @@ class _Call:
 
     @property
     def names(self) -> dict[str, Any]:
-        return {"request_id": self.id, "created": self.created, "model": self.service.llm.name}
+        named = {"request_id": self.id, "created": self.created, "model": self.service.llm.name}
+        return named | {"fingerprint": self.service.fingerprint}
 
     @property
     def prompt_tokens(self) -> int:

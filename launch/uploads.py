@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, result_line
+from moe.llm import LLM
 from moe.openai import Ask, BadRequest, custom_id_of, json_of, lines_of, parse_batch_line
 from moe.placement.written import written_whole
 from moe.service import Delta, QueueFull, Service
@@ -184,7 +185,7 @@ class Uploads:
         lines = lines_of(self.content(batch["input_file_id"]), "the file")
         progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
         with ResultFile(self._results(batch["id"]), progress) as results:
-            done = results.finished_lines(lines)
+            done = results.finished_lines(lines, lambda: self.service.llm.system_fingerprint)
             progress.finished = progress.resumed = len(done)
             todo = deque((n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done)
             run = _Run(self.service, results, batch["endpoint"], NamesOfLines(lines))
@@ -265,7 +266,7 @@ class _Run:
                     return
                 ends[delta.sample] = delta
                 if len(ends) == ask.params.n or delta.completion.error is not None:
-                    entry = _result(number, name, ask, [ends[i] for i in sorted(ends)], prompts[0], llm.name)
+                    entry = _result(number, name, ask, [ends[i] for i in sorted(ends)], prompts[0], llm)
                     self._finished.append(entry | {"_number": number})
                     self._changed.set()
 
@@ -292,11 +293,11 @@ class _Run:
             self.service.cancel(ticket)
 
 
-def _result(number: int, name: str, ask: Ask, ends: list[Delta], prompt: list[int], model: str) -> dict[str, Any]:
+def _result(number: int, name: str, ask: Ask, ends: list[Delta], prompt: list[int], llm: LLM) -> dict[str, Any]:
     """Of a line whose samples have ended. ends: in their order."""
     try:
         answers = [end.completion for end in ends if end.completion is not None]
-        return result_line(number, name, ask, answers, prompt, model, ends[0].of_prompt)
+        return result_line(number, name, ask, answers, prompt, llm, ends[0].of_prompt)
     except Exception as error:  # of any kind: readers of what the model wrote run here
         return failed_line(number, name, "server_error", f"{type(error).__name__}: {error}")
 

@@ -16,6 +16,7 @@ def response_body(
     request_id: str,
     created: int,
     model: str,
+    fingerprint: str | None = None,
     prompts: Sequence[Sequence[int]],
     of_prompts: Sequence[PromptLogprobs] = (),
 ) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def response_body(
         "object": "chat.completion" if ask.is_chat else "text_completion",
         "created": created,
         "model": ask.model or model,
+        "system_fingerprint": fingerprint,
         "choices": choices,
         "usage": usage(sum(map(len, prompts)), sum(len(answer.token_ids) for answer in answers)),
     }
@@ -69,7 +71,13 @@ def _by_token(step: Mapping[int, Logprob]) -> dict[str, Any]:
 
 
 def chunk_body(
-    ask: Ask, choices: Sequence[Mapping[str, Any]], *, request_id: str, created: int, model: str
+    ask: Ask,
+    choices: Sequence[Mapping[str, Any]],
+    *,
+    request_id: str,
+    created: int,
+    model: str,
+    fingerprint: str | None = None,
 ) -> dict[str, Any]:
     """One piece of a streamed answer."""
     return {
@@ -77,6 +85,7 @@ def chunk_body(
         "object": "chat.completion.chunk" if ask.is_chat else "text_completion",
         "created": created,
         "model": ask.model or model,
+        "system_fingerprint": fingerprint,
         "choices": list(choices),
     }
 

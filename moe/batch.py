@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe.answers import response_body
-from moe.batch_results import mark_result, results_in, results_of
+from moe.batch_results import check_same_model, mark_result, results_in, results_of
 from moe.comm.control import Control
 from moe.config import EngineConfig
 from moe.engine.layer_major import Workload
@@ -27,9 +27,11 @@ from moe.generation import Generation
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.models.load import load_tokenizer
+from moe.offload.checkpoint import Checkpoint
 from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, json_of, lines_of, parse_batch_line
 from moe.outputs import Completion
 from moe.prompts import PromptEncoder
+from moe.system_fingerprint import system_fingerprint
 from moe.tools import format_of
 
 
@@ -60,8 +62,8 @@ def run_batch(
 ) -> BatchProgress:
     """Serves every line of `source` that `target` does not have yet, and appends the results to `target`.
 
-    Raises ValueError if `source` is no UTF-8, `target` is the output of another file or another process writes it;
-    OSError if it cannot be written (a full disk): what was finished stays, and the same call goes on from there.
+    Raises ValueError if `source` is no UTF-8, `target` is the output of another file or model, or another process
+    writes it; OSError if it cannot be written (a full disk): what was finished stays, and the same call goes on there.
     """
     lines = lines_of(Path(source).read_bytes(), str(source))
     control = llm.engine.control
@@ -69,7 +71,7 @@ def run_batch(
     progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
     results = ResultFile(Path(target), progress) if control is None or rank == 0 else _Remote(control)
     with results:
-        done = results.finished_lines(lines)
+        done = results.finished_lines(lines, lambda: llm.system_fingerprint)
         finished = set(done) if control is None else control.numbers_of_first(list(done))
         progress.resumed = progress.finished = len(finished)
         todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in finished]
@@ -88,17 +90,20 @@ def run_batch(
     return progress
 
 
-def finished_batch(source: str | Path, target: str | Path) -> BatchProgress | None:
+def finished_batch(
+    model: str | Path, config: EngineConfig, source: str | Path, target: str | Path
+) -> BatchProgress | None:
     """What `run_batch` would return if no line is left to be served, so that no model need be loaded; None if one is.
 
-    Raises as `run_batch` does.
+    The model's files are looked at if results say which model they are of. Raises as `run_batch` does.
     """
     lines = lines_of(Path(source).read_bytes(), str(source))
     progress = BatchProgress(total=sum(bool(line.strip()) for line in lines))
     if progress.total and not Path(target).exists():
         return None
     with ResultFile(Path(target), progress) as results:
-        progress.resumed = progress.finished = len(results.finished_lines(lines))
+        done = results.finished_lines(lines, lambda: system_fingerprint(Checkpoint.open(model), config))
+        progress.resumed = progress.finished = len(done)
     return progress if progress.finished == progress.total else None
 
 
@@ -213,8 +218,7 @@ class _Run:
         try:
             answers = [self.llm.completion(sample) for sample in entry.samples]
             of_prompt = self.llm.prompt_logprobs(entry.samples[0])
-            name, prompt = self.llm.name, entry.tokens
-            return result_line(entry.line, entry.custom_id, entry.ask, answers, prompt, name, of_prompt)
+            return result_line(entry.line, entry.custom_id, entry.ask, answers, entry.tokens, self.llm, of_prompt)
         except Exception as error:  # of any kind: a tokenizer's own code, and readers of what the model wrote, run here
             return failed_line(entry.line, entry.custom_id, "server_error", f"{type(error).__name__}: {error}")
 
@@ -231,7 +235,7 @@ def result_line(
     ask: Ask,
     answers: list[Completion],
     prompt: list[int],
-    model: str,
+    llm: LLM,
     of_prompt: PromptLogprobs = None,
 ) -> dict[str, Any]:
     """The result of a line whose samples are all finished, or of which one failed."""
@@ -239,8 +243,16 @@ def result_line(
     if error is not None:
         return failed_line(number, custom_id, "server_error", error)
     name = f"line-{number}"
-    told: dict[str, Any] = {"request_id": name, "created": int(time.time()), "model": model}
-    body = response_body(ask, answers, **told, prompts=[prompt], of_prompts=[of_prompt])
+    body = response_body(
+        ask,
+        answers,
+        request_id=name,
+        created=int(time.time()),
+        model=llm.name,
+        fingerprint=llm.system_fingerprint,
+        prompts=[prompt],
+        of_prompts=[of_prompt],
+    )
     response = {"status_code": 200, "request_id": name, "body": body}
     return {"id": name, "custom_id": custom_id, "response": response, "error": None}
 
@@ -288,7 +300,7 @@ class _Remote:
     def __exit__(self, *_: object) -> None:
         self._control.take_back()
 
-    def finished_lines(self, lines: list[bytes]) -> dict[int, str | None]:
+    def finished_lines(self, lines: list[bytes], fingerprint: Callable[[], str]) -> dict[int, str | None]:
         return {}
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -321,13 +333,16 @@ class ResultFile:
         finally:
             self._file.close()
 
-    def finished_lines(self, lines: list[bytes]) -> dict[int, str | None]:
+    def finished_lines(self, lines: list[bytes], fingerprint: Callable[[], str]) -> dict[int, str | None]:
         """Input line -> custom_id of every result; a line that was cut off is removed from the file.
 
-        Raises ValueError, and leaves the file as it is, if it holds anything but results of the input `lines`.
+        fingerprint: of whoever answers the others, asked where results tell theirs. Raises ValueError, and leaves the
+        file as it is, if it holds anything but results of the input `lines`, or those of another model.
         """
         self._file.seek(0)
         results, whole = results_of(self.path, self._file.read(), lines)
+        for known in {result.fingerprint for result in results} - {None}:
+            check_same_model(self.path, known, fingerprint())
         self._file.truncate(whole)
         self.progress.failed += sum(result.has_failed for result in results)
         self._lines = lines

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _START = b'{"id": "line-'  # of every result
+OURS = "moe-"  # how a `system_fingerprint` of this program begins; those of other servers may change at any time
 
 
 class Result(NamedTuple):
-    """Of an input's line, from 1. mark: of what the line asks for, "" where none is told."""
+    """Of an input's line, from 1. mark: of what the line asks for, "" where none is told; fingerprint: of the model and
+    settings that answered, None where none is told."""
 
     line: int
     custom_id: str | None
     has_failed: bool
     mark: str
+    fingerprint: str | None
 
 
 def results_in(path: Path, content: bytes) -> list[Result]:
@@ -30,7 +33,8 @@ def results_in(path: Path, content: bytes) -> list[Result]:
                 raise ValueError
             response = entry["response"] or {}
             mark = str(response.get("request_id", "")).removeprefix(entry["id"]).removeprefix("-")
-            found.append(Result(int(place), entry["custom_id"], entry["error"] is not None, mark))
+            failed = entry["error"] is not None
+            found.append(Result(int(place), entry["custom_id"], failed, mark, fingerprint_in(entry)))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}, line {number}, is no result of this program; give another output file") from None
     return found
@@ -49,6 +53,21 @@ def results_of(path: Path, content: bytes, lines: Sequence[bytes]) -> tuple[list
     return results, whole
 
 
+def fingerprint_in(entry: dict[str, Any]) -> str | None:
+    """The `system_fingerprint` of an answer of this program; None of others, and of failed lines."""
+    found = ((entry["response"] or {}).get("body") or {}).get("system_fingerprint")
+    return found if isinstance(found, str) and found.startswith(OURS) else None
+
+
+def check_same_model(target: str | Path, before: str | None, now: str | None) -> None:
+    """before, now: of an answer in the output file, and of those to come; None: not known. Raises ValueError."""
+    if before is not None and now is not None and before != now:
+        raise ValueError(
+            f"{target} has answers of another model, or with other settings (system_fingerprint {before}, now {now}); "
+            "go on with those, or give another name"
+        )
+
+
 def mark_result(entry: dict[str, Any], line: bytes) -> None:
     """Lets an answer tell what was asked for."""
     if entry["response"] is not None:
@@ -63,7 +82,7 @@ def mark_of(line: bytes) -> str:
 
 
 def _check_same_file(lines: Sequence[bytes], results: Sequence[Result], target: Path) -> None:
-    for number, custom_id, _, mark in results:
+    for number, custom_id, _, mark, _ in results:
         if not 1 <= number <= len(lines):
             raise ValueError(
                 f"{target} has a result for line {number}, the input has {len(lines)} lines: it is the output of "

@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f"moe.Client needs httpx ({error}): pip install 'moeflow[serve]'") from None
 
-from moe.batch_results import mark_result, results_of
+from moe.batch_results import check_same_model, fingerprint_in, mark_result, results_of
 from moe.openai import CHAT, COMPLETIONS, lines_of
 
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
@@ -125,8 +125,8 @@ class Client:
         """Sends every line of a batch file that `target` has no result for, and appends the results.
 
         Returns how many lines failed. on_progress(finished, total) is called after each. Raises ValueError if `target`
-        is the output of another file or another process writes it, or `source` is no UTF-8; ServerError if the server
-        cannot be reached: what is finished stays.
+        is the output of another file or model or another process writes it, or `source` is no UTF-8; ServerError if the
+        server cannot be reached: what is finished stays.
         """
         lines = lines_of(Path(source).read_bytes(), str(source))
         with Path(target).open("ab", buffering=0) as file:
@@ -135,8 +135,11 @@ class Client:
             file.truncate(whole)
             done, failed = {result.line for result in results}, sum(result.has_failed for result in results)
             todo = [(n, line) for n, line in enumerate(lines, 1) if line.strip() and n not in done]
+            known = next((result.fingerprint for result in results if result.fingerprint is not None), None)
             with closing(self._answers(todo, at_once)) as answers:
                 for finished, entry in enumerate(answers, len(done) + 1):
+                    check_same_model(target, known, now := fingerprint_in(entry))
+                    known = known or now
                     file.write(json.dumps(entry).encode() + b"\n")
                     failed += entry["error"] is not None
                     if on_progress is not None:

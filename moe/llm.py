@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ class LLM:
             self.notes.append(f"sampling is as generation_config.json recommends where nothing else is said: {said}")
         self.encoder = PromptEncoder(self.tokenizer, Path(model).name)
         self.name = Path(model).name
+        self._config = config  # as it was asked for
         self.guard = Guard(f"the model {model}")
         self._open: dict[int, Generation] = {}
 
@@ -170,6 +172,13 @@ class LLM:
     def recommended(self) -> dict[str, Any]:
         """The sampling that the model's generation_config.json recommends, by the names of SamplingParams."""
         return self.engine.blueprint.generation.recommended
+
+    @cached_property
+    def system_fingerprint(self) -> str:
+        """Of the model and of the settings that answers depend on (`moe/system_fingerprint.py`). Raises OSError."""
+        from moe.system_fingerprint import system_fingerprint  # torch
+
+        return system_fingerprint(self.engine.blueprint.checkpoint, self._config)
 
     @property
     def tool_format(self) -> ToolFormat | None:

@@ -80,6 +80,7 @@ class Service:
 
     def __init__(self, llm: LLM, max_open: int = 256) -> None:
         self.llm, self.max_open = llm, max_open
+        self.fingerprint = llm.system_fingerprint  # its folder may change while it is served
         self.stats = ServiceStats()
         self.started = time.time()
         self.why_ill: str | None = None

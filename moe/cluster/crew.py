@@ -71,6 +71,7 @@ class Crew:
         """From some step on `num_hosts` serve: more are started, or the last ones leave in order."""
         if num_hosts < 1:
             raise ValueError(f"hosts ({num_hosts}) must be >= 1")
+        self.placements.check(num_hosts)
         self.target, self._refusal = num_hosts, ""
         there = len(self.alive) + len(self.spare) + len(self.loading)
         self._start(max(0, num_hosts + self.config.cluster.spares - there), is_growth=True)

@@ -45,10 +45,19 @@ class Placements:
             plan = plan_for([*parts, *[None] * (len(hosts) - len(parts))], shape)
         else:
             plan = first_plan(self.file, shape, nodes)
+        plan.check_ranks()
         self.plan = plan
         self._held = {number: plan.hosted[:, :, rank] for rank, number in enumerate(hosts)}
         self._before, self._placed = self.stats, None
         return plan
+
+    def check(self, num_hosts: int) -> None:
+        """Raises ValueError if some of so many hosts would have no expert."""
+        if self.plan is not None and num_hosts > self.plan.num_experts:
+            raise ValueError(
+                f"{num_hosts} hosts would share {self.plan.num_experts} experts of a layer, so that "
+                f"{num_hosts - self.plan.num_experts} had none; ask for at most {self.plan.num_experts}"
+            )
 
     def left(self, host: int, rank: int, plan: Plan | None) -> None:
         """A host that was `rank` ended a generation with this plan; None: it never began."""
@@ -91,9 +100,7 @@ def first_plan(file: str | None, shape: tuple[int, int], nodes: Sequence[str]) -
     Without a file, contiguous blocks. Raises ValueError if it is another model's or for another number of hosts.
     """
     if file is None:
-        plan = Plan.contiguous(*shape, len(nodes))
-        plan.check_ranks()
-        return plan
+        return Plan.contiguous(*shape, len(nodes))
     plan = Plan.load(file) if file.endswith(".json") else solved(RoutingTrace.load(file), nodes)
     if (plan.num_layers, plan.num_experts, plan.num_ranks) != (*shape, len(nodes)):
         raise ValueError(

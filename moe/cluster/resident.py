@@ -123,8 +123,6 @@ class Resident:
 
     def scale(self, num_hosts: int) -> None:
         """As `ClusterEngine.scale`; hosts come and go afterwards, as `status` shows."""
-        if num_hosts < 1:
-            raise ValueError(f"hosts ({num_hosts}) must be >= 1")
         self._order(lambda: self.engine.scale(num_hosts), self._arguments[1].cluster.answer_s)
 
     def status(self) -> tuple[ClusterStatus, ClusterStats]:

@@ -49,6 +49,14 @@ def test_our_client(served, right, tmp_path):
         with pytest.raises(ValueError, match="asks for something else now"):
             client.batch(tmp_path / "other.jsonl", out)
         assert out.read_bytes() == before
+        assert before.count(f'"system_fingerprint": "{served.service.fingerprint}"'.encode()) == 11
+        answer = next(line for line in before.splitlines(keepends=True) if b'"moe-' in line)
+        other = answer.replace(b'"moe-', b'"moe-0')
+        out.write_bytes(other)
+        with pytest.raises(ValueError, match="has answers of another model"):
+            client.batch(tmp_path / "in.jsonl", out)
+        assert out.read_bytes().startswith(other)
+        assert out.read_bytes().count(b'"moe-') == 1
 
     async def several():
         async with AsyncClient(served.url) as client:

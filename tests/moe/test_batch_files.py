@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from moe.batch import BatchProgress, finished_batch, run_batch
+from moe.config import EngineConfig
 from moe.llm import LLM
 from moe.params import SamplingParams
 from tests.moe.moe_cases import ROOT, TINYMOE, check_whole, config
@@ -289,8 +291,30 @@ def test_a_line_that_has_changed_is_not_answered_by_its_former_result(llm, tmp_p
         with pytest.raises(ValueError, match="has a result for line 3, which asks for something else now"):
             run_batch(llm, source, tmp_path / "out.jsonl")
         with pytest.raises(ValueError, match="asks for something else now"):
-            finished_batch(source, tmp_path / "out.jsonl")
+            finished_batch(TINYMOE, EngineConfig(), source, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_answers_of_another_model_or_with_other_settings_are_not_mixed(llm, tmp_path):
+    run(llm, tmp_path, request("a"), b"broken", request("b"))
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    bodies = [r["response"]["body"] for r in read(tmp_path / "out.jsonl").values() if r["response"]]
+    assert {body["system_fingerprint"] for body in bodies} == {llm.system_fingerprint}
+    other = tmp_path / "other"
+    shutil.copytree(TINYMOE, other)
+    (other / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    source, exact = tmp_path / "in.jsonl", EngineConfig(threads=1)
+    answered = next(line for line in whole.splitlines(keepends=True) if b"moe-" in line)
+    for before in (whole, answered):
+        (tmp_path / "out.jsonl").write_bytes(before)
+        for model, settings in ((other, exact), (TINYMOE, EngineConfig(dtype="bfloat16", threads=1))):
+            with pytest.raises(ValueError, match="has answers of another model, or with other settings"):
+                finished_batch(model, settings, source, tmp_path / "out.jsonl")  # before any is loaded
+            with LLM(model, settings) as another, pytest.raises(ValueError, match="of another model"):
+                run_batch(another, source, tmp_path / "out.jsonl")
+            assert (tmp_path / "out.jsonl").read_bytes() == before
+    with LLM(TINYMOE, config("8", max_sequences=2)) as few_slots:  # which change no answer
+        assert run_batch(few_slots, source, tmp_path / "out.jsonl").finished == 3
 
 
 def test_output_of_another_file_is_refused_and_stays_as_it_is(llm, tmp_path):

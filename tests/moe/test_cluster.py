@@ -355,14 +355,14 @@ def test_more_hosts_than_there_is_room_for(nodes):
 
 def test_growth_without_room_ends_and_the_hosts_serve_on(nodes, expected):
     """Those that Ray cannot place are given up after `room_s`, with the numbers; then a number that fits is reached."""
-    with LLM(DEMO, config_of("cluster.room_s=2"), hosts=2) as llm:
+    with LLM(DEMO, config_of("cluster.room_s=2", "cluster.cpus_per_host=1"), hosts=2) as llm:
         engine = llm.engine
-        engine.scale(40)
+        engine.scale(16)
         assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
         until(engine, lambda: engine.crew.target == 2, 60)
         (why,) = {note.what for note in engine.crew.noted if "no room" in note.what}
         assert re.search(
-            r"no room for 38 bundles of {'CPU': 0.5}: after 2 s the cluster has {'CPU': 8.0}, of which", why
+            r"no room for 14 bundles of {'CPU': 1.0}: after 2 s the cluster has {'CPU': 8.0}, of which", why
         )
         assert (len(engine.crew.alive), len(engine.crew.loading), engine.crew.counts.lost_hosts) == (2, 0, 0)
         engine.scale(3)

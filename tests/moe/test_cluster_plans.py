@@ -103,5 +103,7 @@ def test_a_trace_is_solved_for_the_nodes_that_came(tmp_path):
     with pytest.raises(ValueError, match=r"this run has 3 of 8 on 4"):
         first_plan(str(tmp_path / "trace.npz"), (3, 8), nodes)
     with pytest.raises(ValueError, match="rank 3 of 4 would have none"):
-        first_plan(None, (2, 3), nodes)
+        Placements(None).form([0, 1, 2, 3], (2, 3), nodes)
+    with pytest.raises(ValueError, match="rank 2 of 3 would have none"):  # of another number of hosts before
+        Placements(None, Plan.contiguous(1, 2, 2)).form([0, 1, 2], (1, 2), ["a", "a", "b"])
     assert (first_plan(None, (2, 8), nodes).hosted == Plan.contiguous(2, 8, 4).hosted).all()

@@ -263,6 +263,16 @@ def test_growth_by_a_host_that_stops_while_it_loads_is_reached_by_another(loads)
     crew.close()
 
 
+def test_no_more_hosts_than_a_layer_has_experts():
+    crew = crew_of(1, 20)
+    with pytest.raises(
+        ValueError, match="9 hosts would share 8 experts of a layer, so that 1 had none; ask for at most 8"
+    ):
+        crew.scale(9)
+    assert (crew.target, len(crew.loading)) == (1, 0)
+    crew.close()
+
+
 def test_growth_ends_where_no_other_host_may_be_started():
     crew = crew_of(1, 3, {"replaces": False}, h1="stopped")
     crew.scale(2)
