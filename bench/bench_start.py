@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.compare import BASE_BYTES, Candidate, Worker, offload_candidates, processor
+from bench.compare import BASE_BYTES, ENVIRONMENT, Candidate, Worker, offload_candidates, processor
 from bench.compare import _with_files as with_files
 from bench.containers import container, read_ahead, why_no_limits
 from bench.walk_model import LARGE, answers_to, prompts_of, write
@@ -39,7 +39,7 @@ PEERS = ("ours default", "llama.cpp f16")
 def seconds_of(folder: Path, words: Sequence[str], home: Path) -> tuple[float, float]:
     """By the clock and of the processor, until the process has ended. folder: the checkout that it imports."""
     begin, before = time.perf_counter(), os.times()
-    environment = {**os.environ, "HOME": str(home)}
+    environment = {**ENVIRONMENT, "HOME": str(home)}
     subprocess.run([sys.executable, *words], cwd=folder, check=True, capture_output=True, env=environment)
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system

@@ -31,6 +31,7 @@ from bench.walk_model import LARGE, SMALL, TINY, WalkModel, answers_to, prompts_
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = dict(os.environ)  # as it was before moe, which asks OpenMP for threads that sleep, is imported here
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)  # whoever has started an engine once has its modules compiled
 # What each environment installs; None is the one that runs this.
 ENVIRONMENTS: dict[str, Sequence[str] | None] = {
     "ours": None,

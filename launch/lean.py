@@ -2,15 +2,17 @@
 
 `transformers.modeling_utils` brings torch._dynamo, torch.distributed.tensor and scipy: a second of the processor
 for marks on functions that only torch.compile reads, for fully sharded training, and for losses of object detection.
-Here the marks mean nothing until somebody wants the compiler, and transformers is told that the others are missing. Not
-for the process of somebody else's script, which may train: `LLM` does not use this.
+Here the marks mean nothing until somebody wants the compiler, and transformers is told that the others are missing, as
+is accelerate. It also reads all of its files for names, twice: here once, and only where the names are. Not for the
+process of somebody else's script, which may train: `LLM` does not use this.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_loader
 from types import ModuleType
 from typing import Any
@@ -24,7 +26,7 @@ def import_only_what_runs() -> None:
     if _DYNAMO not in sys.modules:
         sys.modules[_DYNAMO] = _Deferred(_DYNAMO, dict.fromkeys(_MARKS, _unmarked) | {"__path__": []})
         sys.modules[_INDEXING] = _Deferred(_INDEXING, {"TransformGetItemToIndex": _TransformGetItemToIndex})
-        sys.meta_path[:0] = [_BeforeModels(), _Parts()]
+        sys.meta_path[:0] = [_Told(), _Parts()]
 
 
 def _unmarked(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
@@ -75,21 +77,40 @@ class _Parts(MetaPathFinder, Loader):
         """It has run."""
 
 
-class _BeforeModels(MetaPathFinder):
-    """Finds nothing. Transformers learns what is missing once its own way to ask is there, before anything asks."""
+class _Told(MetaPathFinder):
+    """Finds nothing of its own: the module by which transformers asks what is installed, and reads the names in all of
+    its files, is told as soon as it is there, before others take these functions from it."""
 
-    has_told = False
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if fullname != "transformers.utils.import_utils":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        package, _, module = fullname.partition(".")
-        if not self.has_told and package == "transformers" and module.partition(".")[0] in _ASKING:
-            self.has_told = True
-            for asked in (import_module("transformers.utils"), import_module("transformers.utils.import_utils")):
-                asked.is_torch_distributed_available = asked.is_scipy_available = _is_missing  # type: ignore[attr-defined]
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _tell(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
-_ASKING = ("distributed", "generation", "integrations", "loss", "masking_utils", "modeling_utils")
+def _tell(asked: Any) -> None:
+    for package in ("torch_distributed", "scipy", "accelerate"):
+        setattr(asked, f"is_{package}_available", _is_missing)
+    read, find = asked.create_import_structure_from_path, asked.fetch__all__
+
+    def read_once(path: Any) -> Any:
+        """Asked for the folder of all models, and again for a file in it."""
+        return read(os.path.dirname(path) if os.path.isfile(path) else str(path))
+
+    def find_last(text: str) -> Any:
+        """Not line by line through files of a thousand lines, of which only what begins there is of use."""
+        return find(text[max(0, text.rfind("\n__all__")) :].removeprefix("\n"))
+
+    asked.create_import_structure_from_path, asked.fetch__all__ = read_once, find_last
 
 
-def _is_missing() -> bool:
+def _is_missing(*_: Any) -> bool:
     return False

@@ -107,6 +107,29 @@ def test_what_was_left_out_is_there_when_it_is_wanted():
     assert python(f"{ALONE}\n{code}") == python(code)
 
 
+NAMES = """
+import os, transformers
+from transformers.utils import import_utils as asked
+
+folder = os.path.join(os.path.dirname(transformers.__file__), "models")
+paths = [folder, folder + "/__init__.py"]
+found = [asked.define_import_structure(path, prefix) for path in paths for prefix in (None, "m")]
+assert len(found[0]) > 3 and sum(map(len, found[0].values())) > 1000
+for by_backends in found:
+    for backends, modules in sorted(by_backends.items(), key=lambda item: sorted(map(str, item[0]))):
+        print(sorted(map(str, backends)), sorted((module, sorted(names)) for module, names in modules.items()))
+texts = ["", "__all__ = ['a', 'b']", "import x\\n__all__ = [\\n 'c',\\n]\\n__all__ = ['d']\\n"]
+print([asked.fetch__all__(text) for text in [*texts, "x = '__all__'", "\\n__all__ = []"]])
+print(asked.is_accelerate_available("1.0"))
+"""
+
+
+def test_transformers_finds_the_names_that_it_finds_alone():
+    told, alone = (python(f"{first}\n{NAMES}").splitlines() for first in (ALONE, ""))
+    assert told[:-1] == alone[:-1]
+    assert told[-1] == "False"
+
+
 @pytest.mark.parametrize(
     "first",
     [
