@@ -6,6 +6,8 @@
 Binds: the processor, which runs what torch and transformers do when they are imported; beside peers also the disk. With
 --peers every start has a process and a memory limit of its own, which counts the page cache, and the model's files are
 not in it; the model is bench/walk_model.py's, whose right token is known. --before: another checkout, in turns.
+--touch: so much memory is touched before each start. A virtual machine's host takes back what was not used for seconds,
+and gives it again page by page: 1 to 2 s per GB here, for memory that is not the page cache's.
 """
 
 import argparse
@@ -33,6 +35,12 @@ STARTS: dict[str, Sequence[str]] = {
     "moe info": ("-m", "moe", "info", MODEL),
     "moe generate, one token": ("-m", "moe", "generate", MODEL, "--prompt", "Once", *SAMPLED),
 }
+TOUCH = """
+import mmap, sys
+pages = mmap.mmap(-1, int(sys.argv[1]) or 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+pages.madvise(mmap.MADV_HUGEPAGE)  # as slots
+pages[::4096] = bytes(len(pages) // 4096)
+"""
 PEERS = ("ours default", "llama.cpp f16")
 
 
@@ -64,7 +72,7 @@ def measure_starts(folders: dict[str, Path], rounds: int) -> str:
     return "\n".join([*text, "", json.dumps(seconds)])
 
 
-def measure_peers(work: Path, share: float, lengths: Sequence[int], rounds: int) -> str:
+def measure_peers(work: Path, share: float, lengths: Sequence[int], rounds: int, touched: int) -> str:
     """Raises RuntimeError for a wrong token."""
     folder = write(work / f"walk-{LARGE.experts}x{LARGE.hidden}-large", LARGE)
     limit = BASE_BYTES + int(share * LARGE.expert_bytes)
@@ -76,6 +84,7 @@ def measure_peers(work: Path, share: float, lengths: Sequence[int], rounds: int)
                 for one in candidates[number % len(candidates) :] + candidates[: number % len(candidates)]:
                     prompts = prompts_of(folder, 1, length, number)
                     right = answers_to(folder, prompts, 1)
+                    subprocess.run([sys.executable, "-c", TOUCH, str(touched)], check=True)
                     seconds[length][one.name].append(first_token(one, work, limit, prompts, right))
     text = [
         "| prompt | engine | to the first token, s | ours ÷ it | of them until it can be asked |",
@@ -88,7 +97,8 @@ def measure_peers(work: Path, share: float, lengths: Sequence[int], rounds: int)
                 f"| {length} tokens | {name} | {spread([a for a, _ in taken])} | {spread(ratios)} "
                 f"| {spread([b for _, b in taken])} |"
             )
-    title = f"{share:.0%} of {LARGE.expert_bytes / 1e9:.2f} GB of experts, limit {limit >> 20} MiB, cold\n"
+    title = f"{share:.0%} of {LARGE.expert_bytes / 1e9:.2f} GB of experts, limit {limit >> 20} MiB, cold"
+    title += f", {touched >> 30} GiB of memory touched before each\n" if touched else ", memory as the host gives it\n"
     return "\n".join([title, *text, "", json.dumps(seconds)])
 
 
@@ -132,6 +142,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="the first token beside llama.cpp, in place of the rest")
     parser.add_argument("--share", type=float, default=0.25, help="of the experts that the limit leaves room for")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 64], help="tokens of the prompt")
+    parser.add_argument("--touch", type=int, default=0, metavar="GiB", help="of memory, before each start beside peers")
     parser.add_argument("--work", type=Path, default=Path(".peers"), help="as bench.compare's")
     args = parser.parse_args()
     print(f"`python -m bench.bench_start {' '.join(sys.argv[1:])}`\n")
@@ -142,7 +153,7 @@ def main() -> None:
     elif (reason := why_no_limits()) is not None:
         print(f"cannot run: {reason}")
     else:
-        print(measure_peers(args.work.resolve(), args.share, args.lengths, args.rounds))
+        print(measure_peers(args.work.resolve(), args.share, args.lengths, args.rounds, args.touch << 30))
 
 
 if __name__ == "__main__":
