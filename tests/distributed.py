@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.patience import PATIENCE_S
+
 MULTIPROCESSING = multiprocessing.get_context("forkserver")
 # torch._inductor.config is what use_deterministic_algorithms imports, moe.opening what an LLM does where one is made:
 # seconds per rank if each did it.
@@ -39,12 +41,13 @@ def spawn(
     function: Callable[..., Any],
     *args: Any,
     ranks_per_node: int | None = None,
-    time_limit_s: float = 60.0,
+    time_limit_s: float = PATIENCE_S + 100,
     may_die: Sequence[int] = (),
 ) -> list[Any]:
     """Run `function(*args)` on `world_size` ranks and return what each returned (a picklable value).
 
     ranks_per_node: LOCAL_WORLD_SIZE, to let one machine stand for several nodes; None = all on one.
+    time_limit_s: longer than what a rank itself waits, so that it says why.
     may_die: ranks whose sudden end is part of the test; their value is None. Raises RankFailed for any other failure.
     """
     # The store lives here: its port is taken, not guessed, and it outlives any rank.
@@ -79,7 +82,7 @@ def spawn(
                 continue
             value, error = _received(receiver)
             if error == "ended":
-                process.join(5)
+                process.join(PATIENCE_S)
                 error = None if rank in may_die else f"ended without a result, exit code {process.exitcode}"
             if error is not None:
                 failures.append(f"rank {rank}: {error}")

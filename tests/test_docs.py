@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,8 @@ from moe.launch import torchrun
 from moe.launch.cli import _parser, main
 from moe.launch.options import written_anew
 from tests.docs import PAGES, ROOT, Shown, mentions_in, settings_in, shown_in
+from tests.patience import PATIENCE_S
+from tests.ports import free_port
 
 SHOWN = [shown for page in PAGES for shown in shown_in(page)]
 MENTIONS = [shown for page in PAGES for shown in mentions_in(page)]
@@ -171,12 +172,6 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_is_shown_runs(page, folder, monkeypatch, capfd):
@@ -207,12 +202,12 @@ def test_what_is_shown_runs(page, folder, monkeypatch, capfd):
     finally:
         for service in services:
             service.terminate()
-            service.wait(60)
+            service.wait(PATIENCE_S)
 
 
 def start_service(arguments: list[str], environment: dict[str, str], port: int) -> subprocess.Popen[bytes]:
     service = subprocess.Popen([sys.executable, "-m", "moe", *arguments], env=environment)
-    end = time.monotonic() + 240
+    end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         assert service.poll() is None, arguments
         try:
@@ -221,5 +216,5 @@ def start_service(arguments: list[str], environment: dict[str, str], port: int) 
         except httpx.TransportError:
             time.sleep(0.2)
     service.kill()
-    service.wait(60)
+    service.wait(PATIENCE_S)
     raise AssertionError(f"{arguments} does not answer at port {port}")

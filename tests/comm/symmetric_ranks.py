@@ -13,6 +13,7 @@ from moe.kernels.reference import combine_reference, experts_reference
 from moe.kernels.tiles import TileConfig
 from moe.kernels.weights import Activation, ExpertWeights
 from tests.kernels.kernels_experts import relative_error
+from tests.patience import PATIENCE_S
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 TILES = TileConfig(16, 32, 32, 32, 4, 1)
@@ -108,9 +109,9 @@ def one_program(index: int, folder: str, shape: FusedShape, players: int, epochs
     for epoch in range(1, epochs + 1):
         x, ids, topk_weights = inputs(shape, rank, epoch, skews[epoch % len(skews)])
         out = shared_like(Path(folder) / f"out{rank}.{epoch}", torch.full_like(x, torch.nan))
-        barriers[rank].wait(120)  # a launch begins
+        barriers[rank].wait(PATIENCE_S)  # a launch begins
         fused(x, ids, topk_weights, slots, share, out)
-        barriers[rank].wait(120)  # and ends
+        barriers[rank].wait(PATIENCE_S)  # and ends
         fused.check()
         want = combine_reference(experts_reference(x, ids, weights), topk_weights, shape.dtype)
         error = relative_error(out, want)

@@ -12,8 +12,9 @@ from moe.comm.dispatcher import LocalDispatcher, local_pairs
 from moe.comm.errors import CommError, Task
 from moe.comm.gather import BackgroundGather
 from moe.comm.groups import Groups
-from moe.comm.membership import connect, leave_groups, process_groups, start_groups
+from moe.comm.membership import Generation, connect, join_groups, leave_groups, process_groups
 from tests.distributed import spawn
+from tests.patience import PATIENCE_S
 
 NUM_LAYERS = 4
 
@@ -102,7 +103,7 @@ def travel(groups, case, *, limit, combine, pairs):
 
 
 def rank_layers(world_size, combine, eager_bytes=4096):
-    with process_groups(timeout_s=20, eager_bytes=eager_bytes) as groups:
+    with process_groups(eager_bytes=eager_bytes) as groups:
         differs = 0
         for case in cases(world_size):
             whole, homes = expected(case)
@@ -138,7 +139,7 @@ def test_partial_combine_is_close_and_another_sum():
 def rank_rounds(eager_bytes):
     """All-to-all rounds of one layer: (K = 1, co-located experts, split experts) without and with counts."""
     rounds = []
-    with process_groups(timeout_s=20, eager_bytes=eager_bytes) as groups:
+    with process_groups(eager_bytes=eager_bytes) as groups:
         for ids in ([[0]], [[0, 2]], [[0, 1]]):
             for limit in (8, 0):
                 dispatcher = CoherentDispatcher(groups, torch.tensor([0, 1, 0, 1]), broadcast_tokens=limit)
@@ -163,7 +164,7 @@ def test_a_round_is_left_out_only_by_agreement_of_all_ranks():
 
 
 def rank_gather():
-    with process_groups(timeout_s=20) as groups:
+    with process_groups() as groups:
         gather = BackgroundGather(groups)
         rows_of = [2, 0, 3]
         whole = torch.arange(5 * 2 * 3, dtype=torch.bfloat16).view(5, 2, 3), torch.arange(5)
@@ -187,11 +188,12 @@ def test_background_gather_of_uneven_rows():
     spawn(3, rank_gather)
 
 
-def rank_gather_lost(timeout_s):
-    groups, store = start_groups(timeout_s=timeout_s), connect("127.0.0.1", int(os.environ["MASTER_PORT"]))
+def rank_gather_lost():
+    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), PATIENCE_S)
+    groups = join_groups(store, Generation(1, ("a", "b")), rank, meet_s=PATIENCE_S, timeout_s=2, eager_bytes=0)
     message = None
     if groups.rank == 1:
-        store.wait(["ended"], timedelta(seconds=50))  # alive, but it never joins the gather
+        store.wait(["ended"], timedelta(seconds=PATIENCE_S))  # alive, but it never joins the gather
     else:
         gathering = BackgroundGather(groups).counts(torch.ones(2), Task("counts", 7))
         try:
@@ -204,7 +206,7 @@ def rank_gather_lost(timeout_s):
 
 
 def test_a_gather_that_a_peer_does_not_join_is_an_error_at_wait():
-    message = spawn(2, rank_gather_lost, 2.0)[0]
+    message = spawn(2, rank_gather_lost)[0]
     assert message.startswith("rank 0 of 2: lost rank 1 in counts of layer 7 with ranks [0, 1] after"), message
 
 

@@ -8,6 +8,7 @@ import pytest
 from moe.comm.cores import allowed_cores, beside, from_text, run_on, share_of, to_text
 from moe.comm.membership import leave_groups, start_groups
 from tests.distributed import spawn
+from tests.patience import PATIENCE_S
 
 
 def cores(*numbers):
@@ -58,7 +59,7 @@ def while_together():
     found, begin = [], threading.Event()
 
     def look():
-        begin.wait(30)
+        begin.wait(PATIENCE_S)
         found.append(os.sched_getaffinity(0))
 
     early = threading.Thread(target=look)

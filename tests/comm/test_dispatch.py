@@ -103,7 +103,7 @@ def expected_bytes(case, groups, kind, *, partial, broadcast):
 
 
 def rank_exact(world_size, eager_bytes):
-    with process_groups(timeout_s=20, eager_bytes=eager_bytes) as groups:
+    with process_groups(eager_bytes=eager_bytes) as groups:
         for case in cases(world_size):
             for kind in (AllToAllDispatcher, HierarchicalDispatcher):
                 for limit in (0, 64):
@@ -117,7 +117,7 @@ def rank_exact(world_size, eager_bytes):
 
 
 def rank_partial(world_size):
-    with process_groups(timeout_s=20) as groups:
+    with process_groups() as groups:
         differs = 0
         every = cases(world_size)
         for case in [c._replace(dtype=d) for c in every[::2] for d in UNITS]:
@@ -142,7 +142,7 @@ def rank_partial(world_size):
 
 
 def rank_identity(world_size):
-    with process_groups(timeout_s=20) as groups:
+    with process_groups() as groups:
         for case in cases(world_size):
             mine = draw(case).of_rank(case, groups.rank)
             x = (mine.x * 8).round()  # whole numbers and weights of 1/8: nothing is rounded

@@ -17,6 +17,7 @@ from moe.comm.lines import DEPTH, LINE_BYTES, load_helper
 from moe.comm.membership import leave_groups, process_groups, start_groups
 from moe.comm.wire import Wire, traffic_of
 from tests.distributed import spawn
+from tests.patience import NEVER_S
 
 
 def own_wire(groups):
@@ -30,7 +31,7 @@ def lines_of(groups):
 
 
 def rank_lines():
-    with process_groups(timeout_s=20) as groups:
+    with process_groups() as groups:
         return lines_of(groups), sorted(groups.mailboxes[groups.world].on_lines)
 
 
@@ -52,7 +53,7 @@ SIZES = (0, 1, LINE_BYTES - 16, LINE_BYTES - 15, LINE_BYTES, LINE_BYTES + 1, 3 *
 
 
 def rank_sends_every_size():
-    with process_groups(timeout_s=20) as groups:
+    with process_groups() as groups:
         wire, peer = own_wire(groups), 1 - groups.rank
         for size in SIZES:
             rows = torch.arange(size).to(torch.uint8) + groups.rank
@@ -67,7 +68,7 @@ def test_messages_of_every_length_arrive():
 
 def rank_runs_ahead(messages):
     """Rank 0 sends and hears nothing, until the lines are full; rank 1 begins late."""
-    with process_groups(timeout_s=20) as groups:
+    with process_groups() as groups:
         wire, found = own_wire(groups), []
         if groups.rank == 1:
             time.sleep(0.3)
@@ -84,7 +85,7 @@ def test_a_sender_that_is_ahead_waits_for_room():
 
 
 def rank_sees_an_end(how):
-    groups = start_groups(timeout_s=60)
+    groups = start_groups(timeout_s=NEVER_S)
     wire = own_wire(groups)
     if groups.rank == 1:
         wire.exchange(torch.ones(1, 1), [1, 0], [0, 0], Task("its last word"))
@@ -93,23 +94,20 @@ def rank_sees_an_end(how):
         leave_groups(groups, wait=False)
         return None
     assert wire.exchange(torch.ones(0, 1), [0, 0], [0, 1], Task("its last word")).item() == 1.0
-    started = time.monotonic()
     with pytest.raises(LostPeer, match="ended or left") as caught:
         wire.exchange(torch.ones(0, 1), [0, 0], [0, 1], Task("silence"))
     leave_groups(groups, wait=False)
-    assert caught.value.peers == (1,)
-    return time.monotonic() - started
+    return caught.value.peers
 
 
 @pytest.mark.parametrize("how", ["killed", "left"])
 def test_the_end_of_a_peer_is_seen_long_before_the_time_out(how):
-    seconds, _ = spawn(2, rank_sees_an_end, how, may_die=[1] if how == "killed" else ())
-    assert seconds < 30  # of 60
+    assert spawn(2, rank_sees_an_end, how, may_die=[1] if how == "killed" else ()) == [(1,), None]
 
 
 def rank_ends_between_pieces():
     """Rank 1 dies when it has sent its head and two of its eight pieces."""
-    groups = start_groups(timeout_s=60)
+    groups = start_groups(timeout_s=NEVER_S)
     wire = own_wire(groups)
     if groups.rank == 1:
         lines, sent = wire.mailbox.lines, []
@@ -136,7 +134,7 @@ def test_a_peer_that_ends_between_pieces_is_named():
 
 def rank_without_memory(folder):
     together._FOLDER = Path(folder)
-    with process_groups(timeout_s=20) as groups:
+    with process_groups() as groups:
         assert lines_of(groups) == [(), ()]
         return own_wire(groups).exchange(torch.full((2, 1), groups.rank), [1, 1], [1, 1], Task("rows")).tolist()
 
@@ -177,9 +175,11 @@ def test_names_that_killed_ranks_leave_are_removed_by_the_next(tmp_path, monkeyp
     def names():
         return sorted(path.name for path in tmp_path.glob("moe-shared-*"))
 
-    maker = "import sys, time; import moe.comm.together as t; from pathlib import Path; t._FOLDER = Path(sys.argv[1])\n"
-    maker += "with t._new_file(4096): print('made', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", maker, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+    maker = "import sys; import moe.comm.together as t; from pathlib import Path; t._FOLDER = Path(sys.argv[1])\n"
+    maker += "with t._new_file(4096): print('made', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", maker, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "made\n"
         (theirs,) = names()
         with together._new_file(1 << 12) as own:

@@ -16,7 +16,7 @@ WORLD, STEPS, COUNTS = 3, 40, 3
 def rank_exchanges(eager_bytes, line_bytes=lines.LINE_BYTES):
     """Known and unknown sizes in turn, many of them 0, so that a rank that waits for no one runs ahead."""
     lines.LINE_BYTES = mailbox.LINE_BYTES = line_bytes
-    with process_groups(timeout_s=20, eager_bytes=eager_bytes) as groups:
+    with process_groups(eager_bytes=eager_bytes) as groups:
         wire = Wire(groups, groups.world, groups.world_ranks, traffic_of(groups))
         assert (wire.mailbox is None) == (eager_bytes == 0)
         generator = torch.Generator().manual_seed(7)

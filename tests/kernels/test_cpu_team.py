@@ -12,6 +12,7 @@ import torch
 
 from moe.kernels.cpu import instruction_sets
 from moe.kernels.cpu_linear import CpuLinear
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.skipif(
     not instruction_sets() or not Path("/proc/self/task").exists(), reason="the compiled helper, or /proc, is absent"
@@ -33,7 +34,7 @@ def in_thread(work: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=guarded)
     thread.start()
-    thread.join(60)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive(), "threads wait for each other forever"
     if failed:
         raise failed[0]
@@ -62,7 +63,7 @@ def test_threads_belong_to_their_caller_take_no_signals_and_end_with_it() -> Non
             assert all(blocked(task) & 1 << 2 - 1 for task in new), "a worker may be given Ctrl-C"
 
     in_thread(work)
-    deadline = time.monotonic() + 30  # Python's thread is over before the system's
+    deadline = time.monotonic() + PATIENCE_S  # Python's thread is over before the system's
     while workers() != before:
         assert time.monotonic() < deadline, "workers outlive the thread that called"
         time.sleep(0.01)
@@ -82,7 +83,7 @@ def test_many_callers_at_once() -> None:
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(60)
+        caller.join(PATIENCE_S)
     assert not any(caller.is_alive() for caller in callers)
     assert not wrong
 
@@ -130,7 +131,7 @@ resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 torch.set_num_threads(40)
 assert torch.equal(linear(x), expected)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE_S)
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
@@ -146,4 +147,4 @@ if not child:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert torch.equal(linear(x), expected)
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE_S)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe.config import BatchConfig, EngineConfig, OffloadConfig
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPTS = ("Once upon a time, there was", "The cat", "In the morning Tom went to", "A", "She said that", "One day")
@@ -183,7 +184,7 @@ class Callers:
                 await self._send(writer, b'{"prompt": "A', promised=500)
             elif kind == "nonsense":
                 await self._send(writer, b"\xff{" * 10)
-                await asyncio.wait_for(reader.read(), 20)
+                await asyncio.wait_for(reader.read(), PATIENCE_S)
             elif kind == "idle":
                 await asyncio.sleep(1)
             else:
@@ -270,7 +271,7 @@ class Server:
             os.kill(self.process.pid, signal.SIGSTOP if what == "stop" else signal.SIGCONT)
             return None
         self.pipe.send(what)
-        assert self.pipe.poll(60), f"the server does not answer to {what!r}"
+        assert self.pipe.poll(PATIENCE_S), f"the server does not answer to {what!r}"
         return self.pipe.recv()
 
     def rss(self) -> int:
@@ -280,14 +281,14 @@ class Server:
 
     def settled(self) -> str | None:
         """What is wrong once everything has had time to end."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while (wrong := self.order("check")) is not None and time.monotonic() < deadline:
             time.sleep(0.2)
         return wrong
 
     def close(self) -> None:
         self.pipe.send("end")
-        self.process.join(60)
+        self.process.join(PATIENCE_S)
         assert self.process.exitcode == 0, self.process.exitcode
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 
 from moe.launch.server import make_app, make_server
+from tests.patience import PATIENCE_S, until
 
 PROMPT = "Once upon a time, there was"
 
@@ -25,10 +26,7 @@ def run_server(service, uploads, limits, api_key=None):
 
 
 def idle(served):
-    deadline = time.monotonic() + 20
-    while served.service.stats.open and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert served.service.stats.open == 0
+    until(lambda: served.service.stats.open == 0)
     state = served.service.llm.engine.state()
     assert (state.running, state.waiting, state.free_blocks) == (0, 0, state.blocks)
 
@@ -41,7 +39,7 @@ def batch_lines(count):
 
 
 def finished(client, batch):
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + PATIENCE_S
     while (batch := client.batches.retrieve(batch.id)).status not in ("completed", "failed", "cancelled"):
         assert time.monotonic() < deadline, batch
         time.sleep(0.05)

@@ -17,6 +17,7 @@ from moe.placement.trace import RoutingTrace
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 from tests.moe.moe_cases import ROOT, TINYMOE, config
+from tests.patience import PATIENCE_S
 
 FP32 = ["--set", "dtype=float32", "--set", "batch.max_sequences=4"]
 PROMPT = "Once upon a time, there was"
@@ -308,7 +309,7 @@ GUARDED += "sys.exit(run_guarded('moe x', Namespace(debug=False), lambda: __impo
 def test_an_interrupt_within_an_import_is_one_sentence(tmp_path, body):
     (tmp_path / "lazy.py").write_text(f"import os, signal, threading, time\n{body}\nstatus = 0\n")
     ran = subprocess.run(
-        [sys.executable, "-c", GUARDED.format(str(tmp_path))], capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", GUARDED.format(str(tmp_path))], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert (ran.returncode, ran.stderr) == (130, "moe x: interrupted\n")
 
@@ -322,7 +323,7 @@ def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path, printed):
     words = [sys.executable, "-c", GUARDED.format(str(tmp_path))]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
-        assert (process.stderr.read(), process.wait(50)) == ("", 0)
+        assert (process.stderr.read(), process.wait(PATIENCE_S)) == ("", 0)
 
 
 def test_closed_output_is_no_failure():
@@ -330,7 +331,7 @@ def test_closed_output_is_no_failure():
     for closed, ran in (("1", printed), ("2", printed), ("1 2", ["-m", "moe", "info", str(TINYMOE)])):
         words = "; ".join(f"os.close({n})" for n in closed.split())
         command = f"import os, sys; {words}; os.execv(sys.executable, [sys.executable, *{ran}])"
-        assert subprocess.run([sys.executable, "-c", command], capture_output=True, timeout=90).returncode == 0
+        assert subprocess.run([sys.executable, "-c", command], capture_output=True, timeout=PATIENCE_S).returncode == 0
 
 
 def rank_runs(arguments):

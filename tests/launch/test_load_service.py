@@ -27,6 +27,7 @@ from tests.launch.load_service import run
 from tests.launch.serving import run_server
 from tests.moe.moe_cases import TINYMOE, check_whole, config
 from tests.moe.test_openai import TEMPLATE, chat_folder
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.heavy
 
@@ -49,7 +50,7 @@ def test_ten_thousand_requests_fit_and_the_next_is_429(tmp_path):
             tickets = [service.submit([[1, 2, 3]], params, lambda _: None) for _ in range(10_000)]
             with pytest.raises(QueueFull, match="10000 requests are open"):
                 service.submit([[1, 2, 3]], params, lambda _: None)
-            refused = httpx.post(f"{url}/v1/completions", json={"model": "tinymoe", "prompt": "A"}, timeout=60)
+            refused = httpx.post(f"{url}/v1/completions", json={"model": "tinymoe", "prompt": "A"}, timeout=PATIENCE_S)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert refused.json()["error"]["code"] == "queue_full"
             assert (service.stats.open, service.stats.refused) == (10_000, 2)
@@ -57,7 +58,7 @@ def test_ten_thousand_requests_fit_and_the_next_is_429(tmp_path):
             go_on.set()
         for ticket in tickets[:-8]:
             service.cancel(ticket)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while service.stats.open:
             assert time.monotonic() < deadline, service.stats
             time.sleep(0.01)
@@ -98,7 +99,7 @@ def test_the_document_and_the_answers_agree(served, seed):
         seen.add(f"{operation.method} {operation.path}")
 
         def ask(case):
-            case.call_and_validate(checks=CHECKS, timeout=60)
+            case.call_and_validate(checks=CHECKS, timeout=PATIENCE_S)
 
         quick = settings(max_examples=25, deadline=None, database=None, derandomize=False)
         quick = settings(quick, suppress_health_check=list(HealthCheck))

@@ -9,7 +9,7 @@ from tests.distributed import spawn
 
 
 def run_probe() -> tuple:
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         topology = probe(groups, (1 << 12, 1 << 23), 8)  # so that some of each size had a core
         return topology.node_of_rank, topology.intra, topology.inter, describe(topology)
 

@@ -20,8 +20,10 @@ kept.itself = kept
 
 def main():
     atexit.register(print, "registered")
-    threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+    printed = threading.Event()
+    threading.Thread(target=lambda: (printed.wait(), time.sleep(0.3), print("thread"))).start()
     print("main")
+    printed.set()
     print("error", file=sys.stderr)
     {end}
 

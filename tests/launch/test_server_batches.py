@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+import threading
 import time
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import httpx
 import openai
 import pytest
 
-from moe.batch import run_batch
+from moe.batch import result_line, run_batch
 from moe.launch.uploads import Uploads, _newest_first
 from moe.llm import LLM
 from tests.launch.serving import batch_lines, finished, idle
 from tests.moe.moe_cases import config
 from tests.moe.test_batch_files import file_size_limit
+from tests.patience import PATIENCE_S, until
 
 
 def test_files_and_batches_by_the_official_client(client, right):
@@ -52,7 +54,7 @@ def test_lists_come_in_pages(served, client):
         if one.id in mine:
             client.files.delete(one.id)
     assert not set(mine) & {f.id for f in client.files.list()}
-    with httpx.Client(base_url=served.url) as http:
+    with httpx.Client(base_url=served.url, timeout=PATIENCE_S) as http:
         for path in ("files", "batches"):
             for query in (
                 "limit=0",
@@ -79,7 +81,7 @@ def test_a_file_that_is_deleted_while_all_are_listed(served, client):
 
     kept = client.files.create(file=("in.jsonl", b"{}"), purpose="batch")
     assert kept.id in [record["id"] for record in _newest_first(Folder())]
-    with httpx.Client(base_url=served.url) as http:
+    with httpx.Client(base_url=served.url, timeout=PATIENCE_S) as http:
         assert http.get(f"/v1/files/{'a' * 300}").status_code == 404  # longer than a name may be
 
 
@@ -91,10 +93,8 @@ def test_a_batch_whose_file_was_deleted(tmp_path):
     batch = uploads.add_batch(body)
     uploads.delete_file(file["id"])
     uploads = Uploads(None, tmp_path)  # as after a restart
-    deadline = time.monotonic() + 20
-    while (found := uploads.batch(batch["id"]))["status"] != "failed":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: uploads.batch(batch["id"])["status"] == "failed")
+    found = uploads.batch(batch["id"])
     assert found["errors"]["data"][0]["message"] == f"the file {file['id']} was deleted before the batch had ended"
     uploads.close()
 
@@ -205,19 +205,26 @@ def is_locked(path):
     return f":{path.stat().st_ino} 0 EOF" in Path("/proc/locks").read_text()
 
 
-def test_a_batch_goes_on_when_there_is_room_again(served, client):
+def test_a_batch_goes_on_when_there_is_room_again(served, client, monkeypatch):
     """Not even its record could be written."""
+    calls, begun, is_full = [], threading.Event(), threading.Event()
+
+    def waits(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            begun.set()
+            assert is_full.wait(PATIENCE_S)
+        return result_line(*given)
+
+    monkeypatch.setattr("moe.launch.uploads.result_line", waits)
     file = client.files.create(file=("in.jsonl", batch_lines(200)), purpose="batch")
     asked = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"}
     batch = client.batches.create(**asked)
-    deadline = time.monotonic() + 100
-    while client.batches.retrieve(batch.id).request_counts.completed == 0:
-        assert time.monotonic() < deadline
+    assert begun.wait(PATIENCE_S)
     results = served.uploads.folder / "batches" / f"{batch.id}.jsonl"
     with file_size_limit(10):
-        while is_locked(results):  # the server lets go of it for a second
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        is_full.set()
+        until(lambda: not is_locked(results))  # the server lets go of it for a second
         assert client.batches.retrieve(batch.id).status == "in_progress"
     batch = finished(client, batch)
     assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 199, 1)
@@ -227,7 +234,8 @@ def test_a_batch_goes_on_when_there_is_room_again(served, client):
 
 
 def test_a_batch_is_cancelled(served, client):
-    file = client.files.create(file=("in.jsonl", batch_lines(2000)), purpose="batch")
+    lines = batch_lines(2000).replace(b'"max_tokens": 12', b'"ignore_eos": true, "max_tokens": 900')  # many minutes
+    file = client.files.create(file=("in.jsonl", lines), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
     client.batches.cancel(batch.id)
     assert finished(client, batch).status == "cancelled"

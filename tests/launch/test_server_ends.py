@@ -27,6 +27,8 @@ from moe.params import SamplingParams
 from moe.service import Service
 from tests.launch.serving import PROMPT, batch_lines, finished
 from tests.moe.moe_cases import ROOT, config
+from tests.patience import NEVER_S, PATIENCE_S, until
+from tests.ports import free_port
 
 
 def test_a_port_or_a_folder_that_another_server_has(served, tmp_path, monkeypatch, capsys):
@@ -58,8 +60,8 @@ def test_a_service_whose_thread_ends_says_so(chat_model, monkeypatch):
 
         monkeypatch.setattr(service, "_fill", lambda: 1 / 0)
         service.submit([[1, 2]], SamplingParams(), deliver)
-        assert came.wait(60)
-        service._thread.join(60)
+        assert came.wait(PATIENCE_S)
+        service._thread.join(PATIENCE_S)
         assert "ZeroDivisionError" in told[-1].completion.error
         assert "ZeroDivisionError" in service.why_ill
         assert service.stats.open == 0
@@ -71,7 +73,7 @@ def test_a_step_that_does_not_end_is_left_behind(caplog):
 
     def step():
         begun.set()
-        goes_on.wait(60)
+        goes_on.wait(PATIENCE_S)
         return []
 
     engine = SimpleNamespace(config=SimpleNamespace(batch=SimpleNamespace(num_running=1)), start=lambda: None)
@@ -79,7 +81,7 @@ def test_a_step_that_does_not_end_is_left_behind(caplog):
     llm.abort = lambda samples: None
     service = Service(llm)
     service.submit([[1]], SamplingParams(), lambda delta: None)
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE_S)
     service.close(step_s=0.1)
     assert "the step that was begun has not ended after 0.1 s" in caplog.text
     goes_on.set()
@@ -95,7 +97,7 @@ def test_the_command_drains_and_a_restart_goes_on_with_its_batches(chat_model, t
             [sys.executable, "-m", "moe", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=60)
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 httpx.get(f"http://127.0.0.1:{port}/health")
@@ -112,15 +114,12 @@ def test_the_command_drains_and_a_restart_goes_on_with_its_batches(chat_model, t
         assert "Traceback" not in said
         return process.returncode
 
-    port = 18000 + hash(str(tmp_path)) % 4000
+    port = free_port()
     process, client = start(port)
     count = 200
     file = client.files.create(file=("in.jsonl", batch_lines(count)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-    deadline = time.monotonic() + 400
-    while client.batches.retrieve(batch.id).request_counts.completed == 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: client.batches.retrieve(batch.id).request_counts.completed)
     end(process, signal.SIGKILL)
     process, client = start(port)
     try:
@@ -145,7 +144,9 @@ def test_the_command_drains_and_a_restart_goes_on_with_its_batches(chat_model, t
 def test_a_server_that_is_told_more_than_once_ends_without_a_traceback(told, capfd):
     """The second cuts off what is open: the drain of 60 s is not waited for."""
     server = make_server(FastAPI(), Limits(drain_seconds=60), "127.0.0.1", 0)
-    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    late: list[int] = []  # those that come when the server has ended: they must not end the test
+    before = {one: signal.signal(one, lambda number, _: late.append(number)) for one in (signal.SIGINT, signal.SIGTERM)}
+    handlers = [signal.getsignal(one) for one in before]
 
     def tell() -> None:
         while not server.started:
@@ -160,7 +161,11 @@ def test_a_server_that_is_told_more_than_once_ends_without_a_traceback(told, cap
         serve_until_told(server)
     finally:
         teller.join()
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+        after = [signal.getsignal(one) for one in before]
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert after == handlers
+    assert len(late) < len(told)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -173,13 +178,13 @@ def test_an_answer_that_the_end_cuts_off_is_told_so(is_stream, capfd, caplog):
     async def events():
         yield "data: 1\n\n"
         began.set()
-        await asyncio.sleep(100)
+        await asyncio.sleep(NEVER_S)
 
     @app.get("/wait")
     async def wait() -> Response:
         if not is_stream:
             began.set()
-            await asyncio.sleep(100)
+            await asyncio.sleep(NEVER_S)
         return StreamingResponse(events(), media_type=EVENTS)
 
     server = make_server(app, Limits(drain_seconds=1), "127.0.0.1", 0)
@@ -188,10 +193,10 @@ def test_an_answer_that_the_end_cuts_off_is_told_so(is_stream, capfd, caplog):
         while not server.started:
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        return httpx.get(f"http://127.0.0.1:{port}/wait", timeout=50)
+        return httpx.get(f"http://127.0.0.1:{port}/wait", timeout=PATIENCE_S)
 
     def tell() -> None:
-        began.wait(50)
+        began.wait(PATIENCE_S)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with ThreadPoolExecutor(2) as threads:

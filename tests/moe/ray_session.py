@@ -6,7 +6,6 @@ The second node has the label of the example's workers and says that it has GPUs
 import os
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ import yaml
 
 from moe.config import EngineConfig
 from tests import ray_environment  # noqa: F401  # before Ray is imported
+from tests.patience import PATIENCE_S
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "tinymoe"
@@ -45,10 +46,8 @@ def two_nodes() -> Iterator[Any]:
     before, os.environ["RAY_TMPDIR"] = os.environ.get("RAY_TMPDIR"), folder
     os.makedirs(f"{folder}/ray")
     common = {"object_store_memory": 80 << 20}
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     # Jobs are submitted to the dashboard, which is of `ray[default]`.
-    dashboard = {"include_dashboard": find_spec("aiohttp") is not None, "dashboard_port": port}
+    dashboard = {"include_dashboard": find_spec("aiohttp") is not None, "dashboard_port": free_port()}
     head = {"num_cpus": 4, "temp_dir": folder, **dashboard, **common}
     cluster = None
     try:
@@ -69,7 +68,7 @@ def two_nodes() -> Iterator[Any]:
             shutil.rmtree(one, ignore_errors=True)
 
 
-def until(engine: Any, condition: Callable[[], bool], limit_s: float = 240) -> None:
+def until(engine: Any, condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
     """Steps until it is true."""
     deadline = time.monotonic() + limit_s
     while not condition():

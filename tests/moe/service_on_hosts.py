@@ -30,6 +30,7 @@ from moe.placement.plan import Plan
 from moe.service import Service
 from tests.launch.serving import run_server
 from tests.moe.ray_session import DEMO, SETTINGS, config_of, until
+from tests.patience import PATIENCE_S
 
 
 def check_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +86,7 @@ def check_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (live["slots"] >= 64, len(live["plan"]), len(live["events"]) > 3) == (True, 6, True)  # by loaded shares
         with client.completions.create(model="tinymoe", prompt=prompt, max_tokens=200, stream=True) as stream:
             next(iter(stream))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while llm.engine.status().counts.open_requests:
             assert time.monotonic() < deadline
         before, plan = llm.engine._actor, llm.engine.plan.hosted

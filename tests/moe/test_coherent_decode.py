@@ -30,7 +30,7 @@ SHAPES = {
 
 def serve(folder, config, prompts, params) -> tuple:
     """One rank: (answers of its share, what it is to be told about the run)."""
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         share = slice(groups.rank, None, groups.world_size)
         with LLM(folder, config, groups=groups) as llm:
             outputs = llm.generate(prompts[share], params[share])
@@ -53,7 +53,7 @@ def check_all(folder: Path, plans: list[str | None], world_size: int, budgets: l
     prompts = prompts_of(world_size)
     expected = tokens_alone(folder, prompts)
     cases = [config_of(b, p, "coherent") for b in budgets for p in plans]
-    answers = spawn(world_size, serve_plans, str(folder), cases, prompts, time_limit_s=250)
+    answers = spawn(world_size, serve_plans, str(folder), cases, prompts)
     for case, by_rank in zip(cases, zip(*answers)):
         for rank, own in enumerate(by_rank):
             assert own == expected[rank::world_size], (case, rank)
@@ -146,7 +146,7 @@ def test_prefixes_are_shared_and_sequences_put_back(qwen2_moe):
 
 def stop_and_abort(folder: str, config: EngineConfig, prompts: list[list[int]]) -> list:
     """Rank 0 ends its second request after three tokens, rank 1 drops its second before it began."""
-    with process_groups(timeout_s=60) as groups, LLM(folder, config, groups=groups) as llm:
+    with process_groups() as groups, LLM(folder, config, groups=groups) as llm:
         own = [llm.add(p, PARAMS) for p in prompts[groups.rank :: 2]]
         if groups.rank == 1:
             llm.abort(own[1:2])
@@ -175,7 +175,7 @@ def test_a_batch_file_has_each_line_once(tmp_path):
     files = [ROOT / "examples" / "batch.jsonl", tmp_path / "two.jsonl"]
     settings = [f"--set={s}" for s in ("dtype=float32", "threads=1", "parallel.dispatcher=coherent")]
     words = [*map(str, [DEMO, *files]), "--experts-in-memory", "0.25", *settings]
-    assert spawn(2, torchrun.main, words, time_limit_s=200) == [0, 0]
+    assert spawn(2, torchrun.main, words) == [0, 0]
     with LLM(DEMO, EngineConfig(dtype="float32")) as llm:
         run_batch(llm, ROOT / "examples" / "batch.jsonl", tmp_path / "one.jsonl")
     assert len((tmp_path / "two.jsonl").read_text().splitlines()) == len(results_of(tmp_path / "one.jsonl"))
@@ -221,7 +221,7 @@ def test_the_choice_follows_bytes_then_rounds():
 
 
 def chosen(folder: str) -> str:
-    with process_groups(timeout_s=60) as groups, LLM(folder, config_of("1.0", None, "auto"), groups=groups) as llm:
+    with process_groups() as groups, LLM(folder, config_of("1.0", None, "auto"), groups=groups) as llm:
         assert (llm.engine.coherent is not None) == ("auto is coherent" in llm.engine.notes[-1])
         return llm.engine.notes[-1]
 
@@ -249,7 +249,7 @@ def test_answers_of_a_given_form_are_those_of_one_process(dispatcher):
     prompts = [[3, 4, 5], [7, 8], [9], [10, 11]]
     with LLM(DEMO, config_of("0.5", None, "all_to_all")) as llm:
         alone = [o.outputs[0] for o in llm.generate(prompts, params)]
-    answers = spawn(2, answers_of, str(DEMO), config_of("0.5", None, dispatcher), prompts, params, time_limit_s=250)
+    answers = spawn(2, answers_of, str(DEMO), config_of("0.5", None, dispatcher), prompts, params)
     for rank, own in enumerate(answers):
         expected = [(o.token_ids, o.text, o.finish_reason) for o in alone[rank::2]]
         assert own == expected
@@ -258,7 +258,7 @@ def test_answers_of_a_given_form_are_those_of_one_process(dispatcher):
 
 def answers_of(folder, config, prompts, params) -> list:
     """One rank: its share of the prompts."""
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         share = slice(groups.rank, None, groups.world_size)
         with LLM(folder, config, groups=groups) as llm:
             outputs = [o.outputs[0] for o in llm.generate(prompts[share], params[share])]

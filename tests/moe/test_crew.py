@@ -26,6 +26,7 @@ from moe.engine.limits import Limits
 from moe.engine.requests import Request
 from moe.engine.stats import State as EngineState
 from moe.params import SamplingParams
+from tests.patience import PATIENCE_S
 
 SHAPE = 2, 8
 LOOK_S = 2.0  # that pass by the clock of the crew between two looks at its hosts
@@ -49,7 +50,7 @@ class Clock(Lines):
     def pass_time(self, seconds: float, hosts: list[int]) -> None:
         """And until it has heard all of these hosts."""
         self.seconds += seconds
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while any((line := self.get(host)) is None or line.heard < self.seconds for host in hosts):
             assert time.monotonic() < deadline
             self.wait(0.002)
@@ -82,12 +83,12 @@ class Actor:
         return type("Method", (), {"remote": staticmethod(getattr(self, f"do_{name}"))})
 
     def _beat(self, said: Sequence[Said]) -> Beat:
-        self.runs.wait(20)
+        self.runs.wait(PATIENCE_S)
         return Beat(0, 9, 0, said)
 
     def _speak(self, line: Lifeline) -> None:
         while line._socket.fileno() >= 0:
-            self.runs.wait(20)
+            self.runs.wait(PATIENCE_S)
             said, self.said = self.said, []
             line.say(said)
             time.sleep(0.005)
@@ -217,7 +218,7 @@ def crew_of(num_hosts: int, room: int, settings: dict[str, Any] | None = None, *
 
 
 def pump_until(crew: Crew, condition: Any) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, crew.noted
         crew.deal()

@@ -28,6 +28,7 @@ from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 from tests.moe.test_parallel import DEMO, prompts_of
+from tests.patience import PATIENCE_S
 
 HOSTS = (4, 3, 2)
 OTHERS = "0123456789abcdef"
@@ -41,7 +42,7 @@ def config_of(budget: str, dispatcher: str) -> EngineConfig:
         threads=1,
         offload=OffloadConfig(budget=budget),
         batch=BatchConfig(max_tokens=48, max_sequences=3, kv_tokens=1024),
-        parallel=ParallelConfig(dispatcher=dispatcher, timeout_seconds=60),
+        parallel=ParallelConfig(dispatcher=dispatcher),
     )
 
 
@@ -86,7 +87,7 @@ def serve_in_turn(folder: str, shape, budget: str, dispatcher: str, prompts) -> 
             ended = host.serve(Serve(generation, port, nodes, rank, plan))
             listening.result()
         assert ended.lost is None, ended
-        assert lines.wait_for_words(rank, ended.said, 20)
+        assert lines.wait_for_words(rank, ended.said, PATIENCE_S)
         answers.append(said)
     host.engine.experts.cache.check()
     pool = host.engine.scheduler.pool
@@ -109,7 +110,7 @@ def test_four_three_and_two_hosts_say_what_one_process_says(folders, model, disp
         outputs = llm.generate(prompts, [params_of(n) for n in range(len(prompts))], use_tqdm=False)
         right = {n: output.outputs[0].token_ids for n, output in enumerate(outputs)}
     arguments = (str(folder), SHAPES[model], budget, dispatcher, prompts)
-    by_rank = spawn(HOSTS[0], serve_in_turn, *arguments, time_limit_s=200)
+    by_rank = spawn(HOSTS[0], serve_in_turn, *arguments)
     for turn, num_hosts in enumerate(HOSTS):
         said = {n: tokens for answers in by_rank[:num_hosts] for n, tokens in answers[turn].items()}
         assert said == right, num_hosts
@@ -133,7 +134,7 @@ def test_a_host_of_other_weights_is_refused_before_it_loads_any():
 
 
 def ask_for_own_folder(folders: list[str]) -> str:
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         try:
             Engine(folders[groups.rank], config_of("3", "all_to_all"), groups)
         except ValueError as error:

@@ -27,6 +27,7 @@ from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.moe.moe_cases import TINYMOE
+from tests.patience import PATIENCE_S
 
 MIB = 1 << 20
 EXPERTS = 96 * 144 * 1024  # bytes of all in slots
@@ -48,7 +49,7 @@ def rank_takes(free: int) -> tuple[int, int]:
         (lambda: free),
         (lambda: 0),
     )  # this process is a rank of this test alone
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         with LLM(TINYMOE, config(), groups=groups) as llm:
             return taken(llm.engine), llm.engine.state().slots
 
@@ -92,7 +93,7 @@ def unequal_rank_takes(folder: Path, slow: int) -> tuple[int, int, int]:
     assemble.load_model, assemble.make_experts = load_late, filling(make, take)  # of this rank alone
     device.available_memory = lambda: 66 * MIB - sum(path.stat().st_size for path in folder.iterdir())
     device.own_promised = lambda: 0
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         with LLM(TINYMOE, config(), groups=groups) as llm:
             return taken(llm.engine), llm.engine.state().slots, llm.engine.loaded.memory.scheduler.pool.num_blocks
 
@@ -134,7 +135,7 @@ def unequal_host_takes(folder: Path, port: int, late: str) -> tuple[int, int]:
     rank, load, make = os.environ["RANK"], assemble.load_model, assemble.make_experts
 
     def wait(what: str) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while rank == "1" and what == late and not (folder / "slots_0").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -170,7 +171,7 @@ def test_hosts_of_unequal_speed_take_alike(late, tmp_path):
 
 def late_host_takes(free: int, port: int, folder: str) -> int:
     """Rank 1 loads when rank 0 serves, whose slots are empty; the machine has `free` without either."""
-    rank, deadline = os.environ["RANK"], time.monotonic() + 120
+    rank, deadline = os.environ["RANK"], time.monotonic() + PATIENCE_S
     memory._of_machine = lambda proc: free  # of this process alone: what hosts take really is nothing beside it
     memory._of_control_groups = lambda *_: iter(())
     memory.owed_by_processes = lambda proc, _: promised.owed_by_processes(proc, Path(folder))
@@ -204,7 +205,7 @@ def rank_joins_later(free: int, dispatcher: str) -> tuple[int, int, list[int]]:
     device.available_memory, device.own_promised = (lambda: free), (lambda: 0)
     engine = Engine(TINYMOE, replace(config(), parallel=ParallelConfig(dispatcher=dispatcher)))
     most = engine.loaded.split.one.memory
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         engine.join(groups)
         taken, state = engine.loaded.split.one.nbytes, engine.state()
         assert state.slots > 48 if dispatcher == "all_to_all" else state.slots == 48  # its share, and what was there

@@ -29,6 +29,7 @@ from moe.offload.cache import ExpertCache
 from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.distributed import spawn
+from tests.patience import PATIENCE_S
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tinymoe"
 SHAPE = 6, 16  # layers, experts
@@ -40,7 +41,7 @@ def config_of(dispatcher: str, prefetch: str = "off", store: str = "file") -> En
         dtype="float32",
         offload=OffloadConfig(budget="20", prefetch=prefetch, store=store),
         batch=BatchConfig(max_tokens=48, max_sequences=3, kv_tokens=1024),
-        parallel=ParallelConfig(dispatcher=dispatcher, timeout_seconds=20),
+        parallel=ParallelConfig(dispatcher=dispatcher),
     )
 
 
@@ -74,12 +75,12 @@ def answers(requests: dict[int, Request]) -> dict[int, list[int]]:
 def lives_on(dispatcher: str, prefetch: str) -> dict[int, list[int]] | None:
     """Loads alone; generation 1 of 3 ranks, one of which is killed in a step; 2 with two ranks and another plan; then
     3 with the same ranks after a clean end; alone at last."""
-    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), 20)
+    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), PATIENCE_S)
     engine = Engine(DEMO, config_of(dispatcher, prefetch), share=Share(Plan.contiguous(*SHAPE, 3), rank))
     reads = engine.loaded
     prompts = prompts_of()
     own = {i: engine.add_request(prompts[i], params_of(i)) for i in range(rank, len(prompts), 3)}
-    groups = join_groups(store, Generation(1, ("a",) * 3), rank, meet_s=30, timeout_s=20)
+    groups = join_groups(store, Generation(1, ("a",) * 3), rank, meet_s=PATIENCE_S)
     engine.join(groups, Plan.contiguous(*SHAPE, 3))
     run(engine, steps=5)
     if rank == 1:
@@ -94,11 +95,11 @@ def lives_on(dispatcher: str, prefetch: str) -> dict[int, list[int]] | None:
         for i in (1, 4):
             so_far = expected[i][:4]
             own[i] = engine.add_request([*prompts[i], *so_far], params_of(i), num_prompt=len(prompts[i]))
-    groups = join_groups(store, Generation(2, ("a", "b")), rank // 2, meet_s=30, timeout_s=20)
+    groups = join_groups(store, Generation(2, ("a", "b")), rank // 2, meet_s=PATIENCE_S)
     engine.join(groups, Plan.round_robin(*SHAPE, 2))
     run(engine, steps=3)
     leave_groups(groups)
-    groups = join_groups(store, Generation(3, ("a", "a")), 1 - rank // 2, meet_s=30, timeout_s=20)
+    groups = join_groups(store, Generation(3, ("a", "a")), 1 - rank // 2, meet_s=PATIENCE_S)
     engine.join(groups, Plan.random(*SHAPE, 2, seed=4))
     own[6 + rank] = engine.add_request(MORE[rank], params_of(6 + rank))
     run(engine)
@@ -129,7 +130,7 @@ def lives_on_knowing(said: str, dispatcher: str, prefetch: str) -> Any:
 def test_survivors_go_on_in_another_generation_without_a_reload(dispatcher, prefetch):
     expected = tokens_alone()
     said = "\n".join(" ".join(map(str, tokens)) for tokens in expected)
-    first, _, third = spawn(3, lives_on_knowing, said, dispatcher, prefetch, may_die=[1], time_limit_s=150)
+    first, _, third = spawn(3, lives_on_knowing, said, dispatcher, prefetch, may_die=[1])
     assert set(first) | set(third) == set(range(9))
     for i, tokens in (first | third).items():
         assert tokens == expected[i], i
@@ -137,9 +138,9 @@ def test_survivors_go_on_in_another_generation_without_a_reload(dispatcher, pref
 
 def decides_nothing() -> tuple:
     """Decisions of a controller: the ranks ask each other nothing while they join."""
-    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), 20)
+    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), PATIENCE_S)
     engine = Engine(DEMO, config_of("auto"), share=Share(Plan.contiguous(*SHAPE, 2), rank))
-    groups = join_groups(store, Generation(1, ("a", "a")), rank, meet_s=30)
+    groups = join_groups(store, Generation(1, ("a", "a")), rank, meet_s=PATIENCE_S)
     engine.join(groups, None, Decisions(is_coherent=True, num_blocks=60))
     request = engine.add_request(prompts_of()[0], params_of(0))
     run(engine)
@@ -159,14 +160,14 @@ PLANS = [Plan.contiguous(*SHAPE, 3), Plan.random(*SHAPE, 2, seed=1), Plan.round_
 
 def grows(budget: str) -> tuple[list[int], list[bool], list[list[int]]]:
     """Three ranks, two of them, three again: slots, whether all are resident, and what is said, by generation."""
-    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), 20)
+    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), PATIENCE_S)
     config = replace(config_of("all_to_all"), offload=OffloadConfig(budget=budget))
     engine = Engine(DEMO, config, share=Share(Plan.contiguous(*SHAPE, 3), rank))
     slots, resident, said = [], [], []
     for number, plan in enumerate(PLANS, 1):
         if rank >= plan.num_ranks:
             continue
-        groups = join_groups(store, Generation(number, ("a",) * plan.num_ranks), rank, meet_s=60, timeout_s=20)
+        groups = join_groups(store, Generation(number, ("a",) * plan.num_ranks), rank, meet_s=PATIENCE_S)
         engine.join(groups, plan)
         cache = engine.experts.cache
         reads = sum(s.misses for s in cache.stats)
@@ -191,7 +192,7 @@ def grows(budget: str) -> tuple[list[int], list[bool], list[list[int]]]:
 def test_a_larger_share_gets_more_slots(budget):
     """Never fewer than before: slots that are there stay."""
     expected = tokens_alone()
-    answers = spawn(3, grows, budget, time_limit_s=150)
+    answers = spawn(3, grows, budget)
     for rank, (slots, resident, said) in enumerate(answers):
         shares = [int(plan.hosted[:, :, rank].sum() * float(budget)) for plan in PLANS if rank < plan.num_ranks]
         assert slots == [max(shares[: n + 1]) for n in range(len(shares))]

@@ -11,10 +11,11 @@ import pytest
 from moe.cluster.lines import BEAT_S, Lifeline, Lines
 from moe.cluster.messages import Beat, Said
 from moe.engine.sampling import Logprobs
+from tests.patience import PATIENCE_S
 
 
 def until(condition, look=lambda: time.sleep(0.01)) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         look()
@@ -72,7 +73,7 @@ def test_a_stranger_is_hung_up_on(says):
         stranger.sendall(says)
         hear_until(lines, lambda: lines._callers)
         hear_until(lines, lambda: not lines._callers)
-        stranger.settimeout(20)
+        stranger.settimeout(PATIENCE_S)
         assert stranger.recv(1) == b""
     assert lines._lines == {}
     lines.close()
@@ -95,14 +96,14 @@ def test_a_line_says_when_its_host_is_gone_or_given_up():
         line.start(beat)
         line.say([Said(5, (), "error", error="no room")])
         time.sleep(60)
-    assert lines.wait_for_words(3, 1, 20)
+    assert lines.wait_for_words(3, 1, PATIENCE_S)
     line = lines.get(3)
     assert (line.steps, line.free_blocks, line.placed) == (17, 4, 2)
     assert lines.take_words()[0] == (3, [Said(5, (), "error", error="no room")])
     assert not line.is_closed
     os.kill(child, 9)
     os.waitpid(child, 0)
-    assert not lines.wait_for_words(3, 2, 20)
+    assert not lines.wait_for_words(3, 2, PATIENCE_S)
     assert line.is_closed
     assert lines.get(5) is None
     is_told = threading.Event()
@@ -110,7 +111,7 @@ def test_a_line_says_when_its_host_is_gone_or_given_up():
     hear_until(lines, lambda: lines.get(4) is not None)
     assert not lines.wait_for_words(4, 1, 0.0)
     lines.hang_up(4)
-    assert is_told.wait(20)
+    assert is_told.wait(PATIENCE_S)
     assert lines.get(4).is_closed
     lines.hang_up(4)
     lines.close()
@@ -125,8 +126,8 @@ def test_what_comes_in_pieces_is_put_together_and_a_bad_beat_ends_the_line():
             target=lambda: [host.sendall(text[at : at + 9999]) for at in range(0, len(text), 9999)]
         )
         sender.start()
-        assert lines.wait_for_words(3, 2, 20)
-        sender.join(20)
+        assert lines.wait_for_words(3, 2, PATIENCE_S)
+        sender.join(PATIENCE_S)
         assert [one for _, words in lines.take_words() for one in words] == said
         line = lines.get(3)
         hear_until(lines, lambda: line.unread == b"[17,4")
@@ -141,7 +142,7 @@ def test_who_speaks_waits_for_nobody_and_every_word_comes_in_order():
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host = Lifeline("127.0.0.1", server.getsockname()[1], "word", 3)
         there, _ = server.accept()
-        there.settimeout(20)
+        there.settimeout(PATIENCE_S)
         host._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         host.start(beat)
         said = [Said(number, (number,), error="x" * (number % 7000)) for number in range(3000)]
@@ -181,14 +182,14 @@ def test_time_in_which_nobody_was_heard_does_not_count():
         assert lines.since(line) == (pytest.approx(2 * BEAT_S), pytest.approx(2 * BEAT_S))
         before = line.heard
         host.sendall(Beat(7, 7, 0).to_line() + Beat(9, 7, 0).to_line())
-        lines.wait(20)
+        lines.wait(PATIENCE_S)
         assert line.heard == line.moved == pytest.approx(before + 2 * BEAT_S)
         assert line.paces[-1] == pytest.approx(2 * BEAT_S / 4)
         before = line.heard
         for _ in range(4):  # it beats, and does not step
             host.sendall(Beat(9, 7, 0).to_line())
             time.sleep(BEAT_S / 4)
-            lines.wait(20)
+            lines.wait(PATIENCE_S)
         assert line.moved == before
         assert line.heard >= before + BEAT_S
     lines.close()

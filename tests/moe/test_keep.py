@@ -96,7 +96,7 @@ def test_what_is_read_ahead_is_the_same(tmp_path):
 
 
 def on_a_rank(folder, how):
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         tokens, logits, *_ = says(folder, how, groups=groups)
         return tokens, logits.float().numpy()
 

@@ -25,6 +25,7 @@ from moe.placement.plan import Plan
 from tests.distributed import spawn
 from tests.moe.moe_cases import TINYMOE, random_prompts
 from tests.moe.test_moving_split import resident
+from tests.patience import PATIENCE_S
 
 SHAPE = 6, 16  # layers, experts
 EXPERT = 144 << 10
@@ -40,7 +41,7 @@ def config(dispatcher: str = "all_to_all", budget: str | None = None) -> EngineC
         threads=1,
         offload=OffloadConfig(budget=budget, prefetch="off"),
         batch=BatchConfig(max_tokens=48, max_sequences=3, kv_tokens=KV_TOKENS),
-        parallel=ParallelConfig(dispatcher=dispatcher, timeout_seconds=20),
+        parallel=ParallelConfig(dispatcher=dispatcher),
     )
 
 
@@ -73,7 +74,7 @@ def serve_on_ranks(dispatcher: str, counts: list[int]) -> tuple[dict[int, list[i
     """What was said; the slots after every step. counts: of slots of each rank beside all of KV."""
     fixed = counts[int(os.environ["RANK"])]
     little_memory(fixed)
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         with LLM(TINYMOE, config(dispatcher), groups=groups) as llm:
             own = {i: llm.engine.add_request(PROMPTS[i], PARAMS[i]) for i in range(groups.rank, len(PROMPTS), 2)}
             slots = [llm.engine.state().slots]
@@ -100,7 +101,7 @@ def test_each_rank_moves_its_own_border(said, dispatcher):
 def fills_ahead(lacking: int) -> tuple[bool, bool, int]:
     """Whether all of a rank's experts are resident at first, and when its slots are filled with nothing computed; how
     many reads that took. lacking: of its experts."""
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         settings = replace(config(), offload=OffloadConfig(prefetch="off", readers=2))
         with LLM(TINYMOE, settings, groups=groups) as llm:
             experts, cache = llm.engine.experts, llm.engine.experts.cache
@@ -129,7 +130,7 @@ def serve_coherently(beside: int) -> tuple[dict[int, list[int]], int, int]:
     join.free_room = lambda *_: beside + 9 * EXPERT + 48 * BLOCK  # what is to come is free
     assemble.free_room = lambda *_: 9 * EXPERT + 48 * BLOCK
     batch = BatchConfig(max_tokens=48, max_sequences=3)
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         settings = replace(config("coherent"), batch=batch, max_context=256)
         with LLM(TINYMOE, settings, groups=groups) as llm:
             own = {i: llm.engine.add_request(PROMPTS[i], PARAMS[i]) for i in range(groups.rank, len(PROMPTS), 2)}
@@ -152,7 +153,7 @@ def test_kv_of_all_ranks_requests_takes_what_slots_were_counted_beside_and_what_
 def lives_on(dispatchers: list[str]) -> tuple[dict[int, list[int]], list[tuple[int, int]]]:
     """Three ranks, one of which is killed; the two others, by another dispatcher; one alone. Slots: (least, most) of
     each generation."""
-    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), 20)
+    rank, store = int(os.environ["RANK"]), connect("127.0.0.1", int(os.environ["MASTER_PORT"]), PATIENCE_S)
     little_memory(9)
     engine = Engine(TINYMOE, config(), share=Share(Plan.contiguous(*SHAPE, 3), rank))
     own, seen = {}, []
@@ -166,7 +167,7 @@ def lives_on(dispatchers: list[str]) -> tuple[dict[int, list[int]], list[tuple[i
             steps = None if steps is None else steps - 1
         seen.append((min(slots), max(slots)))
 
-    groups = join_groups(store, Generation(1, ("a",) * 3), rank, meet_s=30, timeout_s=20)
+    groups = join_groups(store, Generation(1, ("a",) * 3), rank, meet_s=PATIENCE_S)
     engine.join(groups, Plan.contiguous(*SHAPE, 3))
     serve(dispatchers[0], 14, rank, rank + 3)
     if rank == 1:
@@ -176,9 +177,9 @@ def lives_on(dispatchers: list[str]) -> tuple[dict[int, list[int]], list[tuple[i
     assert engine.why_not_whole() is None
     leave_groups(groups, wait=False)
     for number, dispatcher in enumerate(dispatchers[1:], 2):
-        parallel = ParallelConfig(dispatcher=dispatcher, timeout_seconds=20)
+        parallel = ParallelConfig(dispatcher=dispatcher)
         object.__setattr__(engine.loaded.read.config, "parallel", parallel)  # as `auto` may choose for these ranks
-        groups = join_groups(store, Generation(number, ("a", "a")), rank // 2, meet_s=30, timeout_s=20)
+        groups = join_groups(store, Generation(number, ("a", "a")), rank // 2, meet_s=PATIENCE_S)
         engine.join(groups, Plan.random(*SHAPE, 2, seed=number))
         if dispatcher == "coherent":  # which has another KV
             kv = engine.loaded.memory.runner.kv.layers
@@ -196,7 +197,7 @@ def lives_on(dispatchers: list[str]) -> tuple[dict[int, list[int]], list[tuple[i
 @pytest.mark.parametrize("dispatchers", [["all_to_all"] * 3, ["all_to_all", "coherent", "all_to_all"]])
 def test_generations_change_while_memory_is_lent(said, dispatchers):
     """A rank is lost in the middle of it; the experts of the others are others from then on."""
-    first, _, third = spawn(3, lives_on, dispatchers, may_die=[1], time_limit_s=150)
+    first, _, third = spawn(3, lives_on, dispatchers, may_die=[1])
     for tokens, seen in (first, third):
         assert all(tokens[i] == said[i] for i in tokens)
         for dispatcher, (least, most) in zip([*dispatchers, "alone"], seen):

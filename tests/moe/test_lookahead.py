@@ -134,7 +134,7 @@ def test_the_router_guess_is_the_router(family, tmp_path):
 def serve(folder: str, prompts: list, cases: list[tuple], stopped_rank: int | None, only_rank: int | None) -> list:
     """One rank's answers under every case, and how many experts it was to read ahead, in time or not."""
     answers = []
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         for budget, plan, dispatcher, prefetch in cases:
             own = prompts[groups.rank :: groups.world_size]
             if only_rank is not None:
@@ -182,7 +182,7 @@ def test_a_rank_that_stopped_and_one_without_prompts_keep_the_collective(deepsee
 
 def what_is_asked(plan: str) -> list:
     """Rank r expects 1 + r + e/8 tokens for expert e in every layer; returns what this rank was told to expect."""
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         config = with_prefetch(config_of("0.5", plan, "all_to_all"), "transition")
         with LLM(Path(plan).parent / "model", config, groups=groups) as llm:
             lookahead = llm.engine.experts.lookahead
@@ -208,7 +208,7 @@ def test_a_rank_is_told_what_all_ranks_will_ask_of_it(tmp_path):
 
 
 def refuse_coherent(folder: str) -> tuple[str, list[str]]:
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         with pytest.raises(ValueError, match="coherent cannot serve") as error:
             LLM(folder, with_prefetch(config_of("0.5", None, "coherent"), "router"), groups=groups)
         with LLM(folder, with_prefetch(config_of("0.5", None, "auto"), "router"), groups=groups) as llm:

@@ -46,7 +46,7 @@ def assert_as_twin(folder: Path, said: dict, budget: str) -> None:
 def serve(names: list[str]) -> list[list[list[int]]]:
     """One rank: its prompts on every folder."""
     answers = []
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         for name in names:
             prompts = json.loads((FIXTURES / name / "tokens.json").read_text())["prompts"]
             config = EngineConfig(dtype="float32", offload=OffloadConfig(budget="2"), batch=BatchConfig(kv_tokens=512))

@@ -187,7 +187,7 @@ def serve_on_ranks(folder, by_rank, moves):
     """One rank's answers, how often it moved, and who dispatched; it has slots for few of its experts."""
     offload = OffloadConfig(budget="62KiB", prefetch="off")
     config = EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(schedule="layer_major"))
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         own = by_rank[groups.rank]
         work = Workload([len(prompt) for prompt in own], [8] * len(own))
         with LLM(folder, config, groups=groups, workload=work) as llm:

@@ -63,7 +63,7 @@ def config_of(placement: PlacementConfig, plan: str | None = None, budget: str =
         dtype="float32",
         offload=OffloadConfig(budget=budget),
         batch=BatchConfig(max_tokens=48, max_sequences=3, kv_tokens=1024),
-        parallel=ParallelConfig(plan=plan, timeout_seconds=120),
+        parallel=ParallelConfig(plan=plan),
         placement=placement,
     )
 
@@ -95,7 +95,7 @@ class Told(NamedTuple):
 def serve(folder: str, plan: str, placement: PlacementConfig, budget: str, until_moved: bool) -> Told:
     """What this rank says of its share. until_moved: rank 0 has more requests, one after another, until experts have
     moved and one after it: the solver takes time of its own."""
-    with process_groups(timeout_s=120) as groups:
+    with process_groups() as groups:
         with LLM(folder, config_of(placement, plan, budget), groups=groups) as llm:
             own, engine = prompts_of(9)[groups.rank :: groups.world_size], llm.engine
             asked = [llm.add(prompt, PARAMS) for prompt in own]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,8 @@ from moe.placement.topology import Topology
 from tests.distributed import spawn
 from tests.families import tiny_checkpoint
 from tests.family_configs import VOCAB_SIZE
+from tests.patience import PATIENCE_S
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "tinymoe"
@@ -43,7 +44,7 @@ def config_of(budget: str, plan: str | None, dispatcher: str, packed: bool = Tru
         dtype="float32",
         offload=OffloadConfig(budget=budget),
         batch=BatchConfig(max_tokens=48, max_sequences=3, packed=packed, kv_tokens=1024),
-        parallel=ParallelConfig(plan=plan, dispatcher=dispatcher, timeout_seconds=60),
+        parallel=ParallelConfig(plan=plan, dispatcher=dispatcher),
     )
 
 
@@ -55,7 +56,7 @@ def tokens_alone(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 def serve_cases(folder: str, prompts: list[list[int]], cases: list[tuple], only_rank: int | None) -> list:
     """One rank: its share of the prompts under every case."""
     answers = []
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         for budget, plan, dispatcher, packed in cases:
             own = prompts[groups.rank :: groups.world_size]
             if only_rank is not None:
@@ -112,7 +113,7 @@ def test_ranks_plans_dispatchers_and_slots(family, world_size, tmp_path):
 
 def serve_from_host(folder: str, prompts: list[list[int]]) -> tuple[list, int, list[str]]:
     config = EngineConfig(dtype="float32", offload=OffloadConfig(budget="2", store="ram"))
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         with LLM(folder, config, groups=groups) as llm:
             answers = [o.outputs[0].token_ids for o in llm.generate(prompts[groups.rank :: groups.world_size], PARAMS)]
             blob = llm.engine.experts.cache.store.blobs[0][0]
@@ -153,7 +154,7 @@ def test_ranks_step_together_one_sequence_at_a_time(deepseek_v3):
 
 
 def migrate_while_running(folder: str, prompts: list[list[int]], plan: str) -> tuple[list, int]:
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         with LLM(folder, config_of("2", None, "all_to_all"), groups=groups) as llm:
             own = [llm.add(p, PARAMS) for p in prompts[groups.rank :: groups.world_size]]
             parallel = llm.engine.parallel
@@ -199,7 +200,7 @@ def test_a_plan_of_another_model_or_world_is_refused(deepseek_v3, tmp_path):
 
 
 def one_more_than_experts(folder: str) -> str:
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         try:
             LLM(folder, config_of("1.0", None, "all_to_all"), groups=groups).close()
         except ValueError as error:
@@ -251,10 +252,7 @@ def results_of(path: Path) -> dict:
 
 def deepspeed() -> list[str]:
     """Its launcher, of two ranks on this machine at a free port."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    return ["deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={port}", "--no_local_rank", "--module"]
+    return ["deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}", "--no_local_rank", "--module"]
 
 
 WITH_DEEPSPEED = [
@@ -279,7 +277,7 @@ def test_launchers_write_the_batch_of_one_process(launcher, tmp_path):
 def test_a_killed_rank_stops_the_others_and_a_restart_resumes(tmp_path):
     output = tmp_path / "out.jsonl"
     process, _ = torchrun(output, num_lines=200, wait=False)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (output.exists() and output.read_bytes().count(b"\n") >= 20):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no results were written"
@@ -287,7 +285,7 @@ def test_a_killed_rank_stops_the_others_and_a_restart_resumes(tmp_path):
     listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     ranks = [int(line.split()[0]) for line in listing.splitlines() if line.split()[1:2] == [str(process.pid)]]
     os.kill(ranks[1], signal.SIGKILL)
-    printed = process.communicate(timeout=100)[0]
+    printed = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode != 0
     assert "rank 0 of 2" in printed or "SIGKILL" in printed.upper() or "Signal 9" in printed, printed
     before = output.read_bytes()

@@ -43,7 +43,7 @@ def plan() -> Plan:
 def serve(plan: str, dispatchers: list[str]) -> list[list[int]]:
     """One rank answers its share of the prompts by each dispatcher: the bytes that it counted, by destination."""
     counted = []
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         for dispatcher in dispatchers:
             config = EngineConfig(
                 dtype="float32",
@@ -76,7 +76,7 @@ def replay(path: str, plan_path: str, width: int, combine: str) -> list[list[int
     trace, plan = RoutingTrace.load(path), Plan.load(plan_path)
     rank_of = torch.from_numpy(plan.rank_of_physical())
     counted = []
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         home = np.repeat(np.arange(trace.num_sequences) % groups.world_size, trace.sequence_lengths)
         for kind in (AllToAllDispatcher, HierarchicalDispatcher, CoherentDispatcher):
             dispatcher = kind(groups, rank_of, combine=combine)

@@ -5,12 +5,14 @@ anything here.
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from tests.patience import PATIENCE_S
 
 TINY = Path(__file__).parents[2] / "examples" / "tinymoe"
 
@@ -28,7 +30,7 @@ def read(job):
     return Arrival(job, 0, None)
 
 Readers(2, read).put_ahead([Job(0, 0, 0, Batch(), due=1)])
-assert begun.wait(60)
+assert begun.wait(300)
 """
 
 SERVICE = f"""
@@ -39,7 +41,7 @@ from moe.service import Service
 begun = threading.Event()
 service = Service(LLM({str(TINY)!r}, experts_in_memory=0.5))
 service.submit([[1, 2, 3]] * 4, SamplingParams(max_tokens=400, ignore_eos=True), lambda delta: begun.set())
-assert begun.wait(60)
+assert begun.wait(300)
 """
 
 # What was registered first is called last: then no thread is left that may hold a tensor.
@@ -61,7 +63,7 @@ import torch.distributed as dist
 from moe.comm.membership import process_groups
 
 def main():
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         kept = [groups]
         kept.append(kept)  # as models and what they call hold each other
         dist.all_reduce(torch.ones(1), group=groups.world)
@@ -81,7 +83,7 @@ def start(script: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE_S)
     return process.returncode, said
 
 
@@ -92,7 +94,7 @@ def test_threads_that_nobody_ended_do_not_abort_the_process(script):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_no_thread_of_gloo_outlives_python():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    ranks = [start(RANK, RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for r in range(2)]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [start(RANK, RANK=str(r), WORLD_SIZE="2", **where) for r in range(2)]
     assert [ended(rank) for rank in ranks] == [(0, ""), (0, "")]

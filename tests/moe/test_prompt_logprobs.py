@@ -131,7 +131,7 @@ def test_not_finite_is_an_error_of_the_request(folders):
 
 
 def of_ranks(folder, dispatcher) -> list:
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         with LLM(folder, config_of("0.5", None, dispatcher), groups=groups) as llm:
             return [output.prompt_logprobs for output in llm.generate(PROMPTS[groups.rank :: 2], ASK)]
 

@@ -15,6 +15,7 @@ from moe.cluster.address import check_owner, ray_address
 from moe.cluster.controller import ClusterEngine
 from moe.config import EngineConfig
 from tests.moe.moe_cases import TINYMOE
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def listener(says: bytes | None) -> Iterator[str]:
         thread = threading.Thread(target=answer)
         thread.start()
         yield f"127.0.0.1:{server.getsockname()[1]}"
-        thread.join(20)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 

@@ -194,8 +194,8 @@ def test_every_runner_says_whose_tokens_it_has(how, tmp_path):
 
 def serve_watched(prompts: list[list[int]], dispatcher: str) -> tuple:
     """One rank: how often a forward began, and what its layers were told."""
-    with process_groups(timeout_s=60) as groups:
-        parallel = ParallelConfig(dispatcher=dispatcher, timeout_seconds=60)
+    with process_groups() as groups:
+        parallel = ParallelConfig(dispatcher=dispatcher)
         settings = replace(config("1.0", prefix_sharing=False), parallel=parallel)
         with LLM(TINYMOE, settings, groups=groups) as llm:
             places = Places(6)

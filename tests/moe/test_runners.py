@@ -139,7 +139,7 @@ def read_tables() -> None:
     hosted = Plan.random(3, 5, 2, seed=1).hosted.copy()
     hosted[1, :2] = True
     plan, ids = Plan.from_hosted(hosted), torch.tensor([[4, 0], [-1, 3], [1, 2]])
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         ranks = ExpertParallel(groups, plan)
         for layer in range(3):
             with HostSyncs() as found:

@@ -33,7 +33,7 @@ def config_of(kernel: str, plan: str | None = None, budget: str = "1.0", table: 
         crossover_table=table,
         offload=OffloadConfig(budget=budget),
         batch=BatchConfig(max_tokens=16, max_sequences=3, kv_tokens=256),
-        parallel=ParallelConfig(plan=plan, timeout_seconds=60, **parallel),
+        parallel=ParallelConfig(plan=plan, **parallel),
     )
 
 
@@ -69,7 +69,7 @@ class Counted:
 
 def serve(folder: str, config: EngineConfig, table: str, only_rank: int | None) -> tuple:
     """One rank: its share of the prompts. table: where {rank} stands for this one."""
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         config = replace(config, crossover_table=table.format(rank=groups.rank))
         with LLM(folder, config, groups=groups) as llm:
             parallel = llm.engine.parallel
@@ -118,7 +118,7 @@ def serve_until_one_is_lost(folder: str, config: EngineConfig) -> tuple:
 def test_a_lost_rank_is_named_with_the_layer(mixtral):
     config = config_of("single_launch")
     config = replace(config, parallel=replace(config.parallel, timeout_seconds=LIMIT_S))
-    results = spawn(3, serve_until_one_is_lost, str(mixtral), config, may_die=[1], time_limit_s=200)
+    results = spawn(3, serve_until_one_is_lost, str(mixtral), config, may_die=[1])
     for rank in (0, 2):
         message, peers, layer, seconds = results[rank]
         assert message.startswith(f"rank {rank} of 3: lost rank 1 in the single launch of layer 1 with"), message
@@ -137,7 +137,7 @@ def write_replicated(path: Path) -> str:
 
 def test_replicas_and_a_rank_without_tokens(mixtral, expected, tmp_path):
     config = config_of("single_launch", write_replicated(tmp_path / "plan.json"))
-    (none, calls, empty, _), (answers, *_, dispatches) = spawn(2, serve, str(mixtral), config, "", 1, time_limit_s=200)
+    (none, calls, empty, _), (answers, *_, dispatches) = spawn(2, serve, str(mixtral), config, "", 1)
     assert (none, answers) == ([], expected)
     assert calls == empty == 9  # three steps of three layers
     assert dispatches == 0
@@ -156,9 +156,7 @@ def test_all_ranks_choose_by_the_table_of_rank_0(mixtral, expected, tmp_path):
     """Seven experts on two ranks, so one place is empty; steps that rank 0's table gives the grouped path take it."""
     write_table(tmp_path / "0.json", {3: 1.0, 16: 9.0})
     write_table(tmp_path / "1.json", {3: 9.0, 16: 1.0})
-    results = spawn(
-        2, serve, str(mixtral), config_of("measured"), str(tmp_path / "{rank}.json"), None, time_limit_s=200
-    )
+    results = spawn(2, serve, str(mixtral), config_of("measured"), str(tmp_path / "{rank}.json"), None)
     assert [r[0] for r in results] == [expected[0::2], expected[1::2]]
     assert [r[1] for r in results] == [6, 6]  # two steps of at most two tokens a rank, three layers
     assert [r[3] for r in results] == [3, 3]  # the prefill: nine tokens on rank 0, one on rank 1
@@ -167,7 +165,7 @@ def test_all_ranks_choose_by_the_table_of_rank_0(mixtral, expected, tmp_path):
 def measure(folder: str, table: str) -> tuple:
     """One rank: what it takes after measuring, briefly, what its table lacks."""
     single_launch.MEASURED_TOKENS, single_launch.REPEATS = (1,), 2
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         config = config_of("measured", table=table.format(rank=groups.rank))
         with LLM(folder, config, groups=groups) as llm:
             parallel = llm.engine.parallel
@@ -177,20 +175,20 @@ def measure(folder: str, table: str) -> tuple:
 @pytest.mark.heavy
 def test_what_is_not_known_is_measured_by_all_and_stored_by_rank_0(mixtral, tmp_path):
     tables = str(tmp_path / "{rank}.json")
-    first = spawn(2, measure, str(mixtral), tables, time_limit_s=200)
+    first = spawn(2, measure, str(mixtral), tables)
     (rows,) = json.loads((tmp_path / "0.json").read_text()).values()
     assert [(row["layer"]["world_size"], row["tokens"]) for row in rows] == [(2, 1)]  # three layers of one shape
     assert not (tmp_path / "1.json").exists()
     wins = [0, 1] if rows[0]["single_us"] < rows[0]["grouped_us"] else []
     assert first == [([wins] * 3, 0)] * 2  # measuring leaves no trace in the traffic
     written = (tmp_path / "0.json").read_text()
-    assert spawn(2, measure, str(mixtral), tables, time_limit_s=200) == first
+    assert spawn(2, measure, str(mixtral), tables) == first
     assert (tmp_path / "0.json").read_text() == written
 
 
 def refused(folder: str, plan: str) -> list[str]:
     said = []
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         for config in (config_of("single_launch", budget="3"), config_of("single_launch", dispatcher="hierarchical")):
             with pytest.raises(ValueError, match="kernel=single_launch cannot serve 2 ranks") as error:
                 LLM(folder, config, groups=groups)
@@ -215,7 +213,7 @@ def test_what_cannot_share_a_launch_says_so(mixtral, expected, tmp_path):
     hosted = np.zeros((3, 7, 2), dtype=bool)
     hosted[:, np.arange(7), np.arange(7) % 2] = True
     Plan.from_hosted(hosted).save(tmp_path / "dealt.json")
-    for rank, said in enumerate(spawn(2, refused, str(mixtral), str(tmp_path / "dealt.json"), time_limit_s=200)):
+    for rank, said in enumerate(spawn(2, refused, str(mixtral), str(tmp_path / "dealt.json"))):
         short, hierarchical, dispatcher, note, answers = said
         assert "all experts of every rank must be in slots and a rank lacks 9; raise offload.budget" in short
         assert "it takes the place of parallel.dispatcher=all_to_all, this run has hierarchical" in hierarchical

@@ -133,7 +133,7 @@ def test_a_pool_that_gives_no_choice_or_has_no_experts_is_refused():
 def serve_by_turns(prompts: list[list[int]]) -> list[list[int]]:
     batch = BatchConfig(max_sequences=2, pool=5)
     config = EngineConfig(dtype="float32", offload=OffloadConfig(budget="0.25"), batch=batch)
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         own = prompts[:1] if groups.rank else prompts[1:]
         with LLM(TINYMOE, config, groups=groups) as llm:
             return [o.outputs[0].token_ids for o in llm.generate(own, SamplingParams(max_tokens=5), use_tqdm=False)]

@@ -68,9 +68,9 @@ def test_two_turns_are_one(kernel, budget):
 def layers_of(folder, cases, seed):
     """Random rows through every layer of each case, with and without the second turn: the bits of both."""
     found = []
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         for budget, dispatcher, combine in cases:
-            parallel = ParallelConfig(dispatcher=dispatcher, combine=combine, timeout_seconds=60)
+            parallel = ParallelConfig(dispatcher=dispatcher, combine=combine)
             with LLM(folder, config_with(budget, parallel), groups=groups) as llm:
                 experts, ranks = llm.engine.experts, llm.engine.parallel
                 assert (ranks.later_bytes < np.inf) == (groups.num_nodes > 1)
@@ -99,7 +99,7 @@ def test_ranks_say_the_same_in_one_turn_and_in_two_and_what_one_process_says(wor
     cases = [
         (b, d, c) for b in ("1.0", "1 expert") for d in ("all_to_all", "hierarchical") for c in ("exact", "partial")
     ]
-    answers = spawn(world_size, layers_of, str(TINYMOE), cases, 7, ranks_per_node=ranks_per_node, time_limit_s=300)
+    answers = spawn(world_size, layers_of, str(TINYMOE), cases, 7, ranks_per_node=ranks_per_node)
     with LLM(TINYMOE, config("1.0")) as llm:
         for (rows, layer), *arrays, combine in (one for answer in answers for one in answer):
             x, ids, weights, out = map(torch.from_numpy, arrays)

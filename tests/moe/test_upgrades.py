@@ -164,7 +164,7 @@ SHARED = Plan(num_experts=6, num_ranks=2, phy2log=np.array([[0, 1, 2, 3, 2, 3, 4
 
 def as_ranks(folder, plan, budget):
     """One rank, by who reads late, nobody or rank 1: what `as_rank` returns."""
-    with process_groups(timeout_s=60) as groups:
+    with process_groups() as groups:
         return [as_rank(folder, plan, budget, groups, late_rank) for late_rank in (None, 1)]
 
 

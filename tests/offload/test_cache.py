@@ -19,6 +19,7 @@ from moe.offload.policy import Access, Lfu, Lru, simulate
 from moe.offload.readers import Batch, Job
 from moe.offload.slot_map import State
 from moe.offload.stores import RamStore
+from tests.patience import PATIENCE_S
 
 NUM_EXPERTS = [5, 8, 3]
 
@@ -165,7 +166,7 @@ class Stuck(Slow):
         self.answers = threading.Event()
 
     def read_into(self, layer, expert, out):
-        self.answers.wait(60)
+        self.answers.wait(PATIENCE_S)
         return super().read_into(layer, expert, out)
 
 
@@ -184,7 +185,7 @@ def test_a_disk_that_does_not_answer_is_told_and_left_behind(monkeypatch, caplog
     assert "a read has not ended after 0.05 s, and is left behind" in caplog.text
     store.answers.set()
     for thread in cache._readers.threads:
-        thread.join(20)
+        thread.join(PATIENCE_S)
 
 
 def test_hits_come_first_while_misses_are_read(monkeypatch):

@@ -14,6 +14,7 @@ from moe.offload.promised import Promise, owed_by_processes, own_memory, own_pro
 from tests.distributed import MULTIPROCESSING
 from tests.moe.moe_cases import TINYMOE
 from tests.moe.test_memory import write_checkpoint
+from tests.patience import PATIENCE_S
 
 MIB, GIB = 1 << 20, 1 << 30
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -109,19 +110,19 @@ def promises(folder: Path, hears, goes) -> None:
     promise = Promise(folder)
     promise.renew(GIB)
     hears.set()
-    goes.wait(60)
+    goes.wait(PATIENCE_S)
 
 
 def test_a_promise_ends_with_its_process(tmp_path):
     hears, goes = MULTIPROCESSING.Event(), MULTIPROCESSING.Event()
     process = MULTIPROCESSING.Process(target=promises, args=(tmp_path, hears, goes))
     process.start()
-    assert hears.wait(60)
+    assert hears.wait(PATIENCE_S)
     ((pid, nbytes),) = owed_by_processes(folder=tmp_path)
     assert (pid, GIB - 64 * MIB < nbytes <= GIB) == (process.pid, True)
     assert own_promised(folder=tmp_path) == 0
     process.kill()
-    process.join(60)
+    process.join(PATIENCE_S)
     assert list(owed_by_processes(folder=tmp_path)) == []
     Promise(tmp_path).close()
     assert list(tmp_path.iterdir()) == []

@@ -24,6 +24,7 @@ from moe.params import SamplingParams
 from tests.families import IN_SLOTS, reference_model, tiny_checkpoint
 from tests.moe.moe_cases import ROOT
 from tests.offload.test_index_and_stores import check_store, index_of
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize("family", IN_SLOTS)
@@ -183,6 +184,8 @@ print(seen[0] - before)
 def test_a_reader_calls_up_no_threads(tmp_path):
     """Copying within a reader by torch's threads would give every reader as many as compute has."""
     index = pickle.dumps(checkpoint_of(tmp_path, skips=[13] * 5, gaps=[0] * 5))
-    done = subprocess.run([sys.executable, "-c", THREADS], cwd=ROOT, input=index, capture_output=True, timeout=90)
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], cwd=ROOT, input=index, capture_output=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.split() == [b"1"]  # the reader

@@ -14,6 +14,7 @@ from moe.offload.layout import ALIGNMENT
 from moe.offload.pack import pack
 from moe.offload.stores import FileStore, MmapStore, RamStore, aligned_bytes
 from tests.families import tiny_checkpoint
+from tests.patience import PATIENCE_S
 
 
 def packed(folder, seed=0):
@@ -109,11 +110,11 @@ def test_one_writer_at_a_time(tmp_path):
 
     def wait(done, total):
         began.set()
-        goes_on.wait(10)
+        goes_on.wait(PATIENCE_S)
 
     writer = threading.Thread(target=pack, args=(*arguments, tmp_path / "packed"), kwargs={"progress": wait})
     writer.start()
-    assert began.wait(10)
+    assert began.wait(PATIENCE_S)
     try:
         pack(*arguments, tmp_path / "packed")
     except ValueError as error:

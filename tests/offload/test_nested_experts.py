@@ -99,7 +99,7 @@ def as_ranks(folder, bits):
     """One rank: its prompt's answer, and bytes of an expert in the host copy that the node's ranks share."""
     offload = OffloadConfig(budget="2", bits=bits, store="ram")
     config = EngineConfig(dtype="float32", offload=offload, batch=BatchConfig(kv_tokens=256))
-    with process_groups(timeout_s=60) as groups, LLM(folder, config, groups=groups) as llm:
+    with process_groups() as groups, LLM(folder, config, groups=groups) as llm:
         prompts = [[5, 9, 30], [7]][groups.rank :: 2]
         (output,) = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
         llm.engine.experts.cache.check()
@@ -164,7 +164,7 @@ def as_ranks_of_auto(folder, plan, budget, dispatcher):
     )
     batch = BatchConfig(kv_tokens=256)
     config = EngineConfig(dtype="float32", offload=offload, parallel=parallel, batch=batch)
-    with process_groups(timeout_s=60) as groups, LLM(folder, config, groups=groups) as llm:
+    with process_groups() as groups, LLM(folder, config, groups=groups) as llm:
         prompts = [[5, 9, 30], [7]][groups.rank :: 2]
         (output,) = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
         cache = llm.engine.experts.cache

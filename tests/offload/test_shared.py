@@ -16,6 +16,7 @@ from moe.offload.index import ExpertIndex
 from moe.offload.shared import SharedStore
 from moe.offload.stores import FileStore, RamStore
 from tests.families import tiny_checkpoint
+from tests.patience import PATIENCE_S
 
 FORK = multiprocessing.get_context("fork")
 
@@ -46,7 +47,7 @@ def index(tmp_path_factory) -> ExpertIndex:
 def in_another_process(function, *args) -> int:
     process = FORK.Process(target=function, args=args)
     process.start()
-    process.join(60)
+    process.join(PATIENCE_S)
     return process.exitcode
 
 
@@ -99,7 +100,7 @@ def test_a_process_that_does_not_go_on_with_its_part_is_not_waited_for_for_ever(
     with pytest.raises(OSError, match=r"has not read its part .* in 0\.1 s: it may be stopped.*moe-experts-job"):
         SharedStore(Counting(index), "job", tmp_path, part_s=0.1)
     stopped.kill()
-    stopped.join(60)
+    stopped.join(PATIENCE_S)
     store = SharedStore(Counting(index), "job", tmp_path)
     assert same(store, index)
     store.close()

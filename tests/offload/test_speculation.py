@@ -11,6 +11,7 @@ import moe.offload.cache as cache_module
 from moe.offload.cache import ExpertCache
 from moe.offload.slot_map import State
 from tests.offload.test_cache import NUM_EXPERTS, Broken, Slow, check_wave, make_store
+from tests.patience import PATIENCE_S
 
 
 def experts_of(layer):
@@ -113,7 +114,7 @@ class Gated(Slow):
         with self.lock:
             self.reads.append((layer, expert))
         self.begun.release()
-        assert self.permits.acquire(timeout=20)
+        assert self.permits.acquire(timeout=PATIENCE_S)
         return self.store.read_into(layer, expert, out)
 
     def let(self, count):
@@ -121,7 +122,7 @@ class Gated(Slow):
 
     def wait_begun(self, count=1):
         for _ in range(count):
-            assert self.begun.acquire(timeout=20)
+            assert self.begun.acquire(timeout=PATIENCE_S)
 
 
 def cache_of(store, monkeypatch):
@@ -235,7 +236,7 @@ class GatedParts(Gated):
             with self.lock:
                 self.reads.append((layer, expert, nbytes))
             self.begun.release()
-            assert self.permits.acquire(timeout=20)
+            assert self.permits.acquire(timeout=PATIENCE_S)
             out.copy_(self.store.blobs[layer][expert])
             if nbytes < len(out):
                 yield nbytes

@@ -20,6 +20,7 @@ from moe.placement.machine import (
     measures_alone,
     save_machine,
 )
+from tests.patience import PATIENCE_S
 
 
 def machine(name="one", **fields):
@@ -121,8 +122,8 @@ def test_who_measures_while_another_does_waits_and_forgets_nothing(tmp_path):
             save_machine(file, replace(machine("one"), disks={**disks, disk: ()}))
 
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(measure, "first", lambda: waits.wait(20))
-        assert entered.wait(20)
-        pool.submit(measure, "second", lambda: True).result(20)
-        first.result(20)
+        first = pool.submit(measure, "first", lambda: waits.wait(PATIENCE_S))
+        assert entered.wait(PATIENCE_S)
+        pool.submit(measure, "second", lambda: True).result(PATIENCE_S)
+        first.result(PATIENCE_S)
     assert set(load_machine(file, "one").disks) == {"first", "second"}
