@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 from moe.kernels.cpu import instruction_sets
 from moe.kernels.cpu_linear import CpuLinear
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 
 pytestmark = pytest.mark.skipif(
     not instruction_sets() or not Path("/proc/self/task").exists(), reason="the compiled helper, or /proc, is absent"
@@ -63,10 +62,8 @@ def test_threads_belong_to_their_caller_take_no_signals_and_end_with_it() -> Non
             assert all(blocked(task) & 1 << 2 - 1 for task in new), "a worker may be given Ctrl-C"
 
     in_thread(work)
-    deadline = time.monotonic() + PATIENCE_S  # Python's thread is over before the system's
-    while workers() != before:
-        assert time.monotonic() < deadline, "workers outlive the thread that called"
-        time.sleep(0.01)
+    # Python's thread is over before the system's
+    until(lambda: workers() == before, told=lambda: "workers outlive the thread that called")
 
 
 def test_many_callers_at_once() -> None:
@@ -96,10 +93,13 @@ def test_nobody_is_called_up_for_what_others_do() -> None:
         lines = Path(f"/proc/self/task/{task}/status").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
 
+    def is_asleep(task: str) -> bool:
+        return "State:\tS" in Path(f"/proc/self/task/{task}/status").read_text()
+
     def work() -> None:
         torch.set_num_threads(6)
         linear(X)
-        time.sleep(0.1)  # they spin for less
+        until(lambda: all(is_asleep(task) for task in workers() - before))  # they spin for a while
         counts = {task: woken(task) for task in workers() - before}
         torch.set_num_threads(2)
         for _ in range(100):

@@ -65,10 +65,12 @@ def case_of(seed: int) -> Case:
     return Case(seed, ranks, dispatcher, budget, draw.randrange(NUM_LINES), 0.05 * draw.random())
 
 
-def write_requests(path: Path) -> None:
+def write_requests(path: Path, num_long: int = 0) -> None:
+    """NUM_LINES of growing length, then some as long as the model's context."""
     with path.open("w") as file:
-        for i in range(NUM_LINES):
-            body = {"prompt": "Once upon a time " + "there was " * (i % 5), "max_tokens": 4 + 4 * i}
+        for i in range(NUM_LINES + num_long):
+            body = {"prompt": "Once upon a time " + "there was " * (i % 5)}
+            body |= {"max_tokens": 4 + 4 * i if i < NUM_LINES else 900}
             body |= {"temperature": 0, "ignore_eos": True}
             line = {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")

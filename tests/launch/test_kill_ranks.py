@@ -15,6 +15,9 @@ def test_a_killed_rank_costs_no_finished_line(tmp_path):
     with LLM(kill_ranks.DEMO, EngineConfig(dtype="float32")) as llm:
         right = kill_ranks.right_answers(llm, tmp_path)
         for seed in seeds:
-            seen = kill_ranks.one_kill(kill_ranks.case_of(seed), tmp_path, llm, right, 0.0, heard=True)
-            assert seen.faults == (), seen
+            while True:  # until the kill was not too late
+                seen = kill_ranks.one_kill(kill_ranks.case_of(seed), tmp_path, llm, right, 0.0, heard=True)
+                assert seen.faults == (), seen
+                if seen.victim >= 0:
+                    break
             assert f"lost rank {seen.victim} in" in seen.sentence, seen

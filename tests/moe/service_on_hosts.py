@@ -38,13 +38,13 @@ def check_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt, length = "Once upon a time, there was", 150
     with LLM(DEMO, config_of("max_context=256")) as alone:
         right = alone.generate(prompt, SamplingParams(max_tokens=length, ignore_eos=True))[0].outputs[0].text
-    settings = [f"--set={one}" for one in (*SETTINGS, "max_context=256", "cluster.room_s=5", "cluster.answer_s=6")]
+    settings = [f"--set={one}" for one in (*SETTINGS, "max_context=256", "cluster.room_s=5", "cluster.answer_s=15")]
     settings.append("--set=cluster.cpus_per_host=1")
     args = _parser().parse_args(["serve", str(DEMO), "--hosts", "2", "--controller", "test", *settings])
     with loaded(args, engine_config(args)) as llm:
         service = Service(llm)
         url, stop = run_server(service, Uploads(service, tmp_path), Limits(drain_seconds=1))
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
         def streamed(fault: Callable[[], Any]) -> str:
             text = ""
@@ -81,8 +81,8 @@ def check_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["ray", "scale", "2", "--controller", "test"]) == 0
         assert main(["ray", "status", "--controller", "test"]) == 0
         assert "tinymoe: serving, generation" in capsys.readouterr().out
-        assert httpx.get(f"{url}/metrics").text.count("lost_hosts") > 0
-        live = httpx.get(f"{url}/live").json()
+        assert httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text.count("lost_hosts") > 0
+        live = httpx.get(f"{url}/live", timeout=PATIENCE_S).json()
         assert (live["slots"] >= 64, len(live["plan"]), len(live["events"]) > 3) == (True, 6, True)  # by loaded shares
         with client.completions.create(model="tinymoe", prompt=prompt, max_tokens=200, stream=True) as stream:
             next(iter(stream))

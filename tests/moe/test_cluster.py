@@ -28,6 +28,7 @@ from moe.params import SamplingParams
 from moe.placement.plan import Plan
 from tests.moe import chaos_cluster, ray_matrix
 from tests.moe.ray_session import DEMO, LABEL, ROOT, SETTINGS, config_of, two_nodes, until
+from tests.patience import PATIENCE_S
 
 ray = pytest.importorskip("ray")
 from moe.cluster.address import noted_address, ray_address  # noqa: E402
@@ -83,7 +84,7 @@ def lines(tmp_path_factory) -> tuple[Any, int, dict[str, Any]]:
 def serve(engine: ClusterEngine, at: int = -1, fault: Callable[[], Any] = lambda: None) -> list[list[int]]:
     """Answers of all requests; `fault` happens when `at` tokens have come."""
     requests: list[Request] = [engine.add_request(p, q) for p, q in zip(PROMPTS, PARAMS)]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while engine.has_work:
         engine.step()
         assert time.monotonic() < deadline, engine.crew.noted
@@ -116,7 +117,7 @@ def test_hosts_know_who_loads_beside_them(nodes):
     group = placement_group([{"CPU": 0.1}] * 3, strategy="SPREAD")
     places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index) for index in range(3)]
     actors = [ray.remote(num_cpus=0.1)(Asked).options(scheduling_strategy=place).remote() for place in places]
-    assert sorted(ray.get([actor.beside.remote() for actor in actors], timeout=60)) == [1, 2, 2]
+    assert sorted(ray.get([actor.beside.remote() for actor in actors], timeout=PATIENCE_S)) == [1, 2, 2]
     ray.util.remove_placement_group(group)
 
 
@@ -137,14 +138,14 @@ def test_a_killed_host_costs_no_token_and_a_spare_takes_its_place(cluster, expec
     generation = cluster.crew.generation
     assert serve(cluster, at, lambda: os.kill(pids(cluster)[which], signal.SIGKILL)) == expected
     assert cluster.crew.generation > generation
-    assert len(cluster.crew.alive) == 2
+    until(cluster, lambda: len(cluster.crew.alive) == 2)
 
 
 @contextmanager
 def head_that_stops(nodes) -> Iterator[Callable[[], None]]:
     """Yields what stops Ray's head; it is stopped still at the end: what needs it waits, those that live do not."""
     head = psutil.Process(nodes.head_node.all_processes["gcs_server"][0].process.pid)
-    too_late = threading.Timer(30, head.resume)
+    too_late = threading.Timer(50, head.resume)  # a node of Ray's ends without it after 60 s
 
     def stop() -> None:
         head.suspend()
@@ -200,7 +201,7 @@ def test_hosts_are_added_and_taken_away_in_the_middle_of_requests(cluster, nodes
         assert len(cluster.crew.alive) == 3
     until(cluster, lambda: len(cluster.crew.spare) == 1)
     assert serve(cluster, 60, lambda: cluster.scale(2)) == expected
-    assert len(cluster.crew.alive) == 2
+    until(cluster, lambda: len(cluster.crew.alive) == 2)
 
 
 def test_a_cancelled_request_is_said_no_more_of(cluster, expected):
@@ -259,18 +260,12 @@ def test_a_driver_that_is_killed_is_followed_by_another(llm, lines, nodes, tmp_p
         pytest.skip("once is enough")
     folder, _, right = lines
     target = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "moe.launch.ray_cluster", DEMO, folder / "in.jsonl", target, "--hosts", "1"]
+    command = [sys.executable, "-m", "tests.launch.ends_itself", 5, 0, "moe.launch.ray_cluster"]
+    command += [DEMO, folder / "in.jsonl", target, "--hosts", "1"]
     command += [f"--set={one}" for one in (*SETTINGS, "batch.max_sequences=2")]
-    with (tmp_path / "said").open("w") as said:
-        driver = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=said)
-    deadline = time.monotonic() + 240
-    while not (target.exists() and target.read_bytes().count(b"\n") >= 5):
-        assert driver.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    driver.kill()
-    driver.wait()
-    assert f"uses the Ray cluster at {nodes.address}, which was found" in (tmp_path / "said").read_text()
+    driver = subprocess.run(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+    assert driver.returncode == -signal.SIGKILL, driver.stderr
+    assert f"uses the Ray cluster at {nodes.address}, which was found" in driver.stderr
     progress = run_batch(llm, folder / "in.jsonl", target)
     assert 5 <= progress.resumed < 40
     assert chaos_cluster.answers(target).keys() == right.keys()
@@ -289,7 +284,13 @@ def test_a_job_that_is_submitted(nodes, lines, tmp_path):
     command += [f"--set={one}" for one in SETTINGS]
     environment = os.environ | {"RAY_ADDRESS": f"http://{nodes.webui_url}", "PYTHONPATH": str(ROOT)}
     said = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+        list(map(str, command)),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-3000:]
     assert "40 of 40 lines are in" in said.stdout
@@ -343,7 +344,9 @@ def test_rays_own_note_of_where_it_is(nodes):
 def test_a_cluster_that_asks_for_a_token_says_so_at_once(nodes):
     command = [sys.executable, "-m", "moe", "ray", "status", "--address", nodes.address]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    said = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     why = f"the Ray cluster at {nodes.address} refuses this process: .*token is missing or incorrect; if it asks for a"
     assert (said.returncode, bool(re.search(why, " ".join(said.stderr.split())))) == (2, True), said.stderr
 
@@ -362,7 +365,7 @@ def test_growth_without_room_ends_and_the_hosts_serve_on(nodes, expected):
         engine = llm.engine
         engine.scale(16)
         assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)] == expected
-        until(engine, lambda: engine.crew.target == 2, 60)
+        until(engine, lambda: engine.crew.target == 2)
         (why,) = {note.what for note in engine.crew.noted if "no room" in note.what}
         assert re.search(
             r"no room for 14 bundles of {'CPU': 1.0}: after 2 s the cluster has {'CPU': 8.0}, of which", why

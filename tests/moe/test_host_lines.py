@@ -11,14 +11,7 @@ import pytest
 from moe.cluster.lines import BEAT_S, Lifeline, Lines
 from moe.cluster.messages import Beat, Said
 from moe.engine.sampling import Logprobs
-from tests.patience import PATIENCE_S
-
-
-def until(condition, look=lambda: time.sleep(0.01)) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        look()
+from tests.patience import NEVER_S, PATIENCE_S, until
 
 
 def hear_until(lines: Lines, condition) -> None:
@@ -95,7 +88,7 @@ def test_a_line_says_when_its_host_is_gone_or_given_up():
         line = Lifeline("127.0.0.1", lines.port, "word", 3)
         line.start(beat)
         line.say([Said(5, (), "error", error="no room")])
-        time.sleep(60)
+        time.sleep(NEVER_S)
     assert lines.wait_for_words(3, 1, PATIENCE_S)
     line = lines.get(3)
     assert (line.steps, line.free_blocks, line.placed) == (17, 4, 2)
@@ -103,7 +96,7 @@ def test_a_line_says_when_its_host_is_gone_or_given_up():
     assert not line.is_closed
     os.kill(child, 9)
     os.waitpid(child, 0)
-    assert not lines.wait_for_words(3, 2, PATIENCE_S)
+    assert not lines.wait_for_words(3, 2, NEVER_S)
     assert line.is_closed
     assert lines.get(5) is None
     is_told = threading.Event()

@@ -125,7 +125,7 @@ def test_experts_move_by_themselves_and_no_token_changes(deepseek_v3, tmp_path, 
     with LLM(deepseek_v3, config_of(PlacementConfig())) as llm:
         expected = [o.outputs[0].token_ids for o in llm.generate(prompts_of(9), PARAMS)]
     uneven_plan(deepseek_v3, tmp_path / "uneven.json", ranks)
-    told = spawn(ranks, serve, str(deepseek_v3), str(tmp_path / "uneven.json"), EAGER, budget, True, time_limit_s=400)
+    told = spawn(ranks, serve, str(deepseek_v3), str(tmp_path / "uneven.json"), EAGER, budget, True)
     assert [one.answers for one in told] == [expected[rank::ranks] for rank in range(ranks)]
     assert all(one.has_changed for one in told), "all ranks took on another plan"
     assert all(before > after for before, after in told[0].turns)
@@ -143,7 +143,7 @@ def test_experts_move_by_themselves_and_no_token_changes(deepseek_v3, tmp_path, 
 def test_an_even_run_moves_nothing(deepseek_v3, tmp_path):
     Plan.contiguous(2, 8, 2).save(tmp_path / "even.json")
     calm = PlacementConfig(online=True, window=32, imbalance=1.9, calm=1.5, share=1.0)
-    told = spawn(2, serve, str(deepseek_v3), str(tmp_path / "even.json"), calm, "1.0", False, time_limit_s=400)
+    told = spawn(2, serve, str(deepseek_v3), str(tmp_path / "even.json"), calm, "1.0", False)
     assert not any(one.has_changed for one in told)
 
 

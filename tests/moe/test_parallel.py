@@ -1,11 +1,8 @@
 """Several gloo ranks, each with fewer slots than its share of the experts, say what one process says."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -227,20 +224,21 @@ def test_more_ranks_than_experts_are_refused_by_all_of_them(tmp_path):
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
-def torchrun(output: Path, *settings: str, num_lines: int | None = None, wait: bool = True, launcher=TORCHRUN):
+def torchrun(output: Path, num_lines: int | None = None, launcher=TORCHRUN, program: tuple[str, ...] = ()):
+    """The job, when it has ended, and what it printed. program: what runs `moe.launch.torchrun`."""
     source = ROOT / "examples" / "batch.jsonl"
     if num_lines is not None:
         lines = source.read_text().splitlines()
         source = output.with_suffix(".in")
         entries = [json.loads(lines[i % len(lines)]) | {"custom_id": f"c{i}"} for i in range(num_lines)]
         source.write_text("\n".join(json.dumps(e) for e in entries))
-    command = [sys.executable, "-m", *launcher, "moe.launch.torchrun"]
+    command = [sys.executable, "-m", *launcher, *program, "moe.launch.torchrun"]
     command += [str(DEMO), str(source), str(output), "--experts-in-memory", "0.25"]
-    command += [f"--set={s}" for s in ("dtype=float32", "threads=1", "parallel.timeout_seconds=20", *settings)]
+    command += [f"--set={s}" for s in ("dtype=float32", "threads=1")]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    return (process, process.communicate(timeout=200)[0]) if wait else (process, "")
+    return process, process.communicate(timeout=PATIENCE_S)[0]
 
 
 def results_of(path: Path) -> dict:
@@ -276,21 +274,12 @@ def test_launchers_write_the_batch_of_one_process(launcher, tmp_path):
 @pytest.mark.heavy
 def test_a_killed_rank_stops_the_others_and_a_restart_resumes(tmp_path):
     output = tmp_path / "out.jsonl"
-    process, _ = torchrun(output, num_lines=200, wait=False)
-    deadline = time.monotonic() + PATIENCE_S
-    while not (output.exists() and output.read_bytes().count(b"\n") >= 20):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no results were written"
-        time.sleep(0.2)
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    ranks = [int(line.split()[0]) for line in listing.splitlines() if line.split()[1:2] == [str(process.pid)]]
-    os.kill(ranks[1], signal.SIGKILL)
-    printed = process.communicate(timeout=PATIENCE_S)[0]
+    process, printed = torchrun(output, 200, program=("tests.launch.ends_itself", "20", "1"))
     assert process.returncode != 0
     assert "rank 0 of 2" in printed or "SIGKILL" in printed.upper() or "Signal 9" in printed, printed
     before = output.read_bytes()
     assert 20 <= before[: before.rfind(b"\n")].count(b"\n") + 1 < 200
-    again, printed = torchrun(output, num_lines=200)
+    again, printed = torchrun(output, 200)
     assert again.returncode == 0, printed
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert sorted(e["custom_id"] for e in lines) == sorted(f"c{i}" for i in range(200))

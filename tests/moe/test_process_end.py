@@ -30,7 +30,7 @@ def read(job):
     return Arrival(job, 0, None)
 
 Readers(2, read).put_ahead([Job(0, 0, 0, Batch(), due=1)])
-assert begun.wait(300)
+assert begun.wait(600)
 """
 
 SERVICE = f"""
@@ -41,7 +41,7 @@ from moe.service import Service
 begun = threading.Event()
 service = Service(LLM({str(TINY)!r}, experts_in_memory=0.5))
 service.submit([[1, 2, 3]] * 4, SamplingParams(max_tokens=400, ignore_eos=True), lambda delta: begun.set())
-assert begun.wait(300)
+assert begun.wait(600)
 """
 
 # What was registered first is called last: then no thread is left that may hold a tensor.

@@ -19,7 +19,7 @@ from moe.offload.policy import Access, Lfu, Lru, simulate
 from moe.offload.readers import Batch, Job
 from moe.offload.slot_map import State
 from moe.offload.stores import RamStore
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 
 NUM_EXPERTS = [5, 8, 3]
 
@@ -176,9 +176,11 @@ def test_a_disk_that_does_not_answer_is_told_and_left_behind(monkeypatch, caplog
     monkeypatch.setattr(readers_module, "_CLOSE_S", 0.05)
     store = Stuck(make_store())
     cache = ExpertCache(store, 4)
-    threading.Timer(0.3, store.answers.set).start()
+    words = "waits for experts since 0.1 s: the disk, or its file system, does not answer"  # the second
+    told = threading.Thread(target=lambda: (until(lambda: words in caplog.text), store.answers.set()))
+    told.start()
     run(cache, store, [(0, [1, 2])])  # all is as ever when it answers
-    assert "waits for experts since 0.1 s: the disk, or its file system, does not answer" in caplog.text
+    told.join(PATIENCE_S)
     store.answers.clear()
     cache._readers.put([Job(0, 3, cache.map.take(0), Batch())])
     cache.close()
@@ -189,6 +191,8 @@ def test_a_disk_that_does_not_answer_is_told_and_left_behind(monkeypatch, caplog
 
 
 def test_hits_come_first_while_misses_are_read(monkeypatch):
+    batches = []
+    monkeypatch.setattr(cache_module, "Batch", lambda: batches.append(Batch()) or batches[-1])
     monkeypatch.setattr(cache_module, "INLINE_READ_BYTES", 0)
     store = Slow(make_store(), 0.02)
     cache = ExpertCache(store, 16)
@@ -196,7 +200,7 @@ def test_hits_come_first_while_misses_are_read(monkeypatch):
     waves = cache.acquire(1, [0, 1, 2, 3, 4, 5])
     first = next(waves)
     assert first.experts.tolist() == [1, 4]
-    time.sleep(0.3)  # "the GEMM": all four misses arrive meanwhile
+    until(lambda: batches[-1].done.qsize() == 4)  # in "the GEMM" all four misses arrive
     second = next(waves)
     assert sorted(second.experts.tolist()) == [0, 2, 3, 5]
     assert next(waves, None) is None

@@ -16,7 +16,7 @@ from moe.offload.index import ExpertIndex
 from moe.offload.shared import SharedStore
 from moe.offload.stores import FileStore, RamStore
 from tests.families import tiny_checkpoint
-from tests.patience import PATIENCE_S
+from tests.patience import NEVER_S, PATIENCE_S
 
 FORK = multiprocessing.get_context("fork")
 
@@ -89,7 +89,7 @@ def test_what_a_killed_process_had_read_is_kept_and_the_rest_is_read(index, tmp_
 def begin_and_stop(path: Path, sender) -> None:
     fcntl.lockf(open_in_use(path), fcntl.LOCK_EX, 1, 7)
     sender.send("reads part 7")
-    time.sleep(60)
+    time.sleep(NEVER_S)
 
 
 def test_a_process_that_does_not_go_on_with_its_part_is_not_waited_for_for_ever(index, tmp_path):

@@ -15,6 +15,7 @@ from moe.placement.solve.milp import exflow, solve_milp
 from moe.placement.solve.program import Program, Weights
 from moe.placement.solve.relaxation import matching_bound, relax, violated_triangles
 from moe.placement.solve.solver import balance_by_swaps, fill_layer, plan_of, solve
+from tests.patience import PATIENCE_S
 from tests.placement.instances import brute_force, layer_assignments, transitions
 
 
@@ -33,11 +34,11 @@ def test_all_solvers_agree_with_brute_force(seed):
     truth = brute_force(program)
     assert solve_exact(program).cost == pytest.approx(truth, abs=1e-9)
     assert program.cost(plan_of(program, solve_exact(program))) == pytest.approx(truth, abs=1e-9)
-    exact = solve_milp(program, time_limit=30)
+    exact = solve_milp(program, time_limit=PATIENCE_S)
     assert exact.optimal
     assert exact.plan.value == pytest.approx(truth, abs=1e-6)
     assert exact.plan.bound == pytest.approx(truth, abs=1e-5)
-    assert solve(program, time_limit=60, rounds=200, seed=seed).cost == pytest.approx(truth, abs=1e-9)
+    assert solve(program, time_limit=PATIENCE_S, rounds=200, seed=seed).cost == pytest.approx(truth, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -50,22 +51,22 @@ def test_nodes_migration_and_misses_agree_with_brute_force(seed):
     nodes = Program.even(mass, 4, link_cost=links, weights=weights, present=present)
     truth = brute_force(nodes)
     assert solve_exact(nodes).cost == pytest.approx(truth, abs=1e-9)
-    assert solve_milp(nodes, time_limit=30).plan.value == pytest.approx(truth, abs=1e-6)
-    assert solve(nodes, time_limit=60, rounds=200).cost == pytest.approx(truth, abs=1e-9)
+    assert solve_milp(nodes, time_limit=PATIENCE_S).plan.value == pytest.approx(truth, abs=1e-6)
+    assert solve(nodes, time_limit=PATIENCE_S, rounds=200).cost == pytest.approx(truth, abs=1e-9)
     assert lower_bound(nodes, method="semidefinite", time_limit=1).value <= truth + 1e-9
     misses = Program.even(
         rng.random((1, 5, 5)), 2, weights=Weights(miss=2.0), fast_slots=np.array([3, 4]), load=rng.random((2, 5)) ** 4
     )
-    found = solve_milp(misses, time_limit=30).plan
+    found = solve_milp(misses, time_limit=PATIENCE_S).plan
     assert found.value == pytest.approx(brute_force(misses), abs=1e-6)
     assert misses.terms(found).miss > 0
 
 
 def test_replicas_in_the_program_never_cost_more():
     program = random_program(3, experts=4, layers=3, load=0.5)
-    single = solve_milp(program, time_limit=30).plan
-    spare = solve_milp(program, time_limit=30, replica_slots=3).plan
-    everywhere = solve_milp(program, time_limit=30, replica_slots=4).plan
+    single = solve_milp(program, time_limit=PATIENCE_S).plan
+    spare = solve_milp(program, time_limit=PATIENCE_S, replica_slots=3).plan
+    everywhere = solve_milp(program, time_limit=PATIENCE_S, replica_slots=4).plan
     assert spare.value <= single.value + 1e-9
     assert (spare.hosted.sum(axis=1) <= 3).all()
     assert program.terms(everywhere).cross == pytest.approx(0, abs=1e-9)
@@ -73,7 +74,7 @@ def test_replicas_in_the_program_never_cost_more():
 
 def test_warm_start_is_accepted_and_time_limit_still_gives_a_bound():
     program = Program.even(transitions(6, 8, 4), 4)
-    start = solve(program, time_limit=30, rounds=20).assignment
+    start = solve(program, time_limit=PATIENCE_S, rounds=20).assignment
     found = solve_milp(program, time_limit=2, warm=start)
     assert found.plan.value <= program.cost(Plan.from_assignment(start, 4)) + 1e-9
     assert 0 <= found.plan.bound <= solve_exact(program).cost + 1e-9
@@ -101,13 +102,13 @@ def test_eight_expert_models_are_solved_exactly(shape, figure):
     if figure:
         assert solved.cost == pytest.approx(figure, abs=1e-5)
     assert program.cost(plan_of(program, solved)) == pytest.approx(solved.cost, abs=1e-9)
-    assert solve(program, time_limit=60, rounds=120).cost >= solved.cost - 1e-9
+    assert solve(program, time_limit=PATIENCE_S, rounds=120).cost >= solved.cost - 1e-9
 
 
 def test_uneven_capacities_and_single_rank():
     program = Program.even(transitions(5, 10, 3), 3)
     assert program.capacities.tolist() == [4, 3, 3]
-    found = plan_of(program, solve(program, time_limit=30, rounds=20))
+    found = plan_of(program, solve(program, time_limit=PATIENCE_S, rounds=20))
     assert (found.hosted.sum(axis=1) == program.capacities).all()
     assert lower_bound(program, method="semidefinite", time_limit=1).value <= found.value
     alone = Program.even(transitions(3, 4, 2), 1)
@@ -126,8 +127,8 @@ def test_the_bound_is_below_the_optimum_and_close():
 @pytest.mark.parametrize("kind", ["topic", "zipf"])
 def test_sixteen_experts_beat_the_first_experiments(kind):
     program = Program.even(transitions(12, 16, 4, kind), 4)
-    bound = lower_bound(program, time_limit=60, iterations=100)
-    found = solve(program, time_limit=60, rounds=100, guide=bound.relaxation)
+    bound = lower_bound(program, time_limit=PATIENCE_S, iterations=100)
+    found = solve(program, time_limit=PATIENCE_S, rounds=100, guide=bound.relaxation)
     assert bound.value <= found.cost
     assert found.cost <= {"topic": 0.67212, "zipf": 0.5594}[kind]
     assert bound.value >= {"topic": 0.6494, "zipf": 0.4168}[kind]  # the b-matching figures
@@ -139,7 +140,7 @@ def test_any_multipliers_give_a_valid_bound(seed, ranks):
     program = random_program(seed, experts=2 * ranks, ranks=ranks, layers=3, load=0.0)
     truth = solve_exact(program).cost
     assert relax(program.transitions, ranks, time_limit=0.01).bound <= truth + 1e-9
-    assert relax(program.transitions, ranks, time_limit=60, max_cuts=500, iterations=120).bound <= truth + 1e-9
+    assert relax(program.transitions, ranks, time_limit=PATIENCE_S, max_cuts=500, iterations=120).bound <= truth + 1e-9
     assert load_bound(program) <= program.terms(plan_of(program, solve_exact(program))).load + 1e-9
 
 
@@ -191,7 +192,7 @@ def test_layer_subsolves(seed):
 
 def test_rounds_make_the_search_reproducible():
     program = Program.even(transitions(6, 16, 4), 4)
-    one, two = (solve(program, time_limit=100, rounds=25, seed=7) for _ in range(2))
+    one, two = (solve(program, time_limit=PATIENCE_S, rounds=25, seed=7) for _ in range(2))
     np.testing.assert_array_equal(one.assignment, two.assignment)
     costs = [cost for _, cost in one.history]
     assert costs == sorted(costs, reverse=True)
@@ -200,7 +201,7 @@ def test_rounds_make_the_search_reproducible():
 def test_exflow_program_matches_its_definition():
     rng = np.random.default_rng(0)
     paths = rng.integers(0, 4, (30, 3))
-    plan = exflow(paths, 4, 2, time_limit=20)
+    plan = exflow(paths, 4, 2, time_limit=PATIENCE_S)
     hops = plan.assignment[np.arange(3), paths]
     assert plan.value == pytest.approx((hops[:, 1:] != hops[:, :-1]).mean())
     mass = np.zeros((2, 4, 4))
@@ -208,9 +209,9 @@ def test_exflow_program_matches_its_definition():
         np.add.at(mass[layer], (paths[:, layer], paths[:, layer + 1]), 1)
     aggregated = solve_exact(Program.even(mass, 2)).cost
     assert plan.value == pytest.approx(aggregated, abs=1e-6)  # aggregation loses nothing
-    halves = exflow(rng.integers(0, 4, (20, 3)), 4, 4, time_limit=20, split="bipart")
+    halves = exflow(rng.integers(0, 4, (20, 3)), 4, 4, time_limit=PATIENCE_S, split="bipart")
     assert (halves.hosted.sum(axis=1) == 1).all()
-    staged = exflow(paths, 4, 4, time_limit=20, split="staged", num_nodes=2)
+    staged = exflow(paths, 4, 4, time_limit=PATIENCE_S, split="staged", num_nodes=2)
     assert (staged.hosted.sum(axis=1) == 1).all()
     nodes = staged.assignment[np.arange(3), paths] // 2  # the first stage is the direct program on two nodes
     assert (nodes[:, 1:] != nodes[:, :-1]).mean() == pytest.approx(plan.value)
@@ -260,7 +261,7 @@ def test_scalable_solver_is_optimal_on_95_percent_of_200_random_instances():
         mass = rng.random((2, experts, experts)) ** float(rng.choice([1, 3, 8]))
         program = Program.even(mass, ranks, weights=Weights(load=float(rng.choice([0.0, 0.5]))))
         truth = solve_exact(program).cost
-        found = solve(program, time_limit=60, rounds=50, seed=seed).cost
+        found = solve(program, time_limit=PATIENCE_S, rounds=50, seed=seed).cost
         assert found >= truth - 1e-9
         hits += found <= truth + 1e-9
         worst = max(worst, found / truth - 1)
