@@ -303,7 +303,7 @@ GUARDED += "sys.exit(run_guarded('moe x', Namespace(debug=False), lambda: __impo
         # as transformers does, so that it would be a fault of ours
         "try:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\nexcept BaseException:\n    raise ImportError",
         # a thread that the end of the process would wait for
-        "threading.Thread(target=time.sleep, args=(10**6,)).start(); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
+        "threading.Thread(target=threading.Event().wait).start(); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)",
     ],
 )
 def test_an_interrupt_within_an_import_is_one_sentence(tmp_path, body):

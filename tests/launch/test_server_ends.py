@@ -78,7 +78,7 @@ def test_a_step_that_does_not_end_is_left_behind(caplog):
 
     engine = SimpleNamespace(config=SimpleNamespace(batch=SimpleNamespace(num_running=1)), start=lambda: None)
     llm = SimpleNamespace(engine=engine, check_request=lambda *_: None, add=lambda *_: object(), step=step)
-    llm.abort = lambda samples: None
+    llm.abort, llm.system_fingerprint = lambda samples: None, "moe-0"
     service = Service(llm)
     service.submit([[1]], SamplingParams(), lambda delta: None)
     assert begun.wait(PATIENCE_S)
