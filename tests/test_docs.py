@@ -198,7 +198,7 @@ def test_what_is_shown_runs(page, folder, monkeypatch, capfd):
                 assert main(arguments) == 0, (shown, capfd.readouterr().err)
             else:
                 program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-                subprocess.run([*program[words[0]], *words[1:]], check=True, env=environment, timeout=240)
+                subprocess.run([*program[words[0]], *words[1:]], check=True, env=environment, timeout=PATIENCE_S)
     finally:
         for service in services:
             service.terminate()

@@ -5,10 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
@@ -198,6 +201,37 @@ def is_endless(call: ast.Call) -> bool:
     if isinstance(call.func.value, (ast.Constant, ast.JoinedStr)):  # "".join
         return False
     return (name in WAITS and len(call.args) < WAITS[name]) or (name in ENDLESS and len(call.args) < 2)
+
+
+LIMITED = {*WAITS, *ENDLESS, "poll", "settimeout", "wait_for_words"} - {"get"}  # by their last argument
+
+
+def limits_in(tree: ast.Module) -> Iterator[tuple[int, float]]:
+    """Lines and figures of the limits that stand in a test: of calls that wait, and deadlines."""
+    for node in ast.walk(tree):
+        given: list[ast.expr] = []
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+            given = [k.value for k in node.keywords if "timeout" in str(k.arg) or k.arg in ("time_limit_s", "meet_s")]
+            given += node.args[-1:] if name in LIMITED else []
+        elif isinstance(node, ast.BinOp) and ast.unparse(node.left) == "time.monotonic()":
+            given = [node.right]
+        for one in given:
+            if isinstance(one, ast.Constant) and type(one.value) in (int, float):
+                yield one.lineno, float(one.value)
+
+
+def test_no_test_bets_on_the_speed_of_the_machine():
+    """A limit is one that is run into, of some seconds, or tests/patience.py's; how long something took is no test."""
+    found = []
+    for path in (ROOT / "tests").glob("**/*.py"):
+        tree, name = tree_of(path), path.relative_to(ROOT)
+        found += [f"{name}:{line}: a limit of {s:g} s" for line, s in limits_in(tree) if 5 < s < PATIENCE_S]
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Assert)):
+            if any("time.monotonic() -" in ast.unparse(n) or "time.perf_counter() -" in ast.unparse(n)
+                   for n in ast.walk(node.test) if isinstance(n, ast.BinOp)):  # fmt: skip
+                found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    assert not found, found
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -33,14 +33,12 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_four_processes_ten_epochs_with_delays(tmp_path, dtype):
     assert run_processes(one_rank, 4, (str(tmp_path), make_shape(4, dtype), 10, SKEWS, 0.5), 500) == [0] * 4
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(600)
 def test_three_processes_play_each_of_two_ranks(tmp_path):
     """Real concurrency inside a rank, which the interpreter's own loop over programs cannot show."""
     barriers = [multiprocessing.get_context("spawn").Barrier(3) for _ in range(2)]

@@ -76,10 +76,9 @@ def plain_checkout(folder: Path) -> Path:
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(900)
 def test_the_whole_session_runs_without_a_gpu(tmp_path):
     checkout, out = plain_checkout(tmp_path / "checkout"), tmp_path / "out"
-    settings = {"OUT": str(out), "TINY": "1", "TRITON_INTERPRET": "1", "PYTHON": sys.executable, "BUDGET": "860"}
+    settings = {"OUT": str(out), "TINY": "1", "TRITON_INTERPRET": "1", "PYTHON": sys.executable, "BUDGET": "1700"}
     command = ["bash", str(checkout / "bench" / "gpu_session.sh")]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -262,7 +262,7 @@ class Server:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, max_open, str(folder)), daemon=True)
         self.process.start()
-        assert self.pipe.poll(300), "the server did not start"
+        assert self.pipe.poll(PATIENCE_S), "the server did not start"
         self.port = self.pipe.recv()
 
     def order(self, what: str):

@@ -9,6 +9,7 @@ from moe.batch import run_batch
 from moe.config import EngineConfig
 from moe.llm import LLM
 from tests.moe.test_parallel import results_of
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [Shape(mbit=100), Shape(mbit=100, delay_ms=5.0)]
@@ -33,9 +34,9 @@ def test_hosts_write_the_batch_of_one_process(dispatcher, shape, tmp_path):
         pytest.skip(f"no hosts here: {reason}")
     source, target = ROOT / "examples" / "batch.jsonl", tmp_path / "four.jsonl"
     command = ["-m", "moe.launch.torchrun", "examples/tinymoe", str(source), str(target), "--experts-in-memory=0.25"]
-    command += [f"--set=parallel.dispatcher={dispatcher}", "--set=dtype=float32", "--set=parallel.timeout_seconds=100"]
+    command += [f"--set=parallel.dispatcher={dispatcher}", "--set=dtype=float32"]
     with hosts(shape) as names:
-        run_ranks(names, command, timeout_s=300)
+        run_ranks(names, command, timeout_s=PATIENCE_S)
         assert trunk_bytes(names) > 1e5  # tokens did cross the link
     with LLM(ROOT / "examples" / "tinymoe", EngineConfig(dtype="float32")) as llm:
         run_batch(llm, source, tmp_path / "one.jsonl")

@@ -62,7 +62,7 @@ def test_kernels_are_measured_in_every_format():
     assert kinds == {("expert", f) for f in ("float32", "bfloat16", "bf12", "int8", "int4")} | {
         ("dense", f) for f in ("float32", "bfloat16", "bf12")
     }
-    assert all(0 < r.seconds < 1 for r in found)
+    assert all(r.seconds > 0 for r in found)
 
 
 @pytest.mark.heavy

@@ -17,6 +17,7 @@ from moe.launch.recording import read_recording, recording
 from moe.launch.server import Limits
 from tests.launch.serving import run_server
 from tests.moe.moe_cases import TINYMOE
+from tests.patience import PATIENCE_S
 from tests.placement.test_written import files_of_at_most
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -53,11 +54,11 @@ def browse(address, tmp_path, width, *options):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--timeout=20000"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1400", "--virtual-time-budget=3000"]
     dom = subprocess.run(
-        [*command, *options, "--dump-dom", address], capture_output=True, text=True, timeout=300, check=True
+        [*command, *options, "--dump-dom", address], capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     picture = tmp_path / "page.png"
     subprocess.run(
-        [*command, *options, f"--screenshot={picture}", address], capture_output=True, timeout=300, check=True
+        [*command, *options, f"--screenshot={picture}", address], capture_output=True, timeout=PATIENCE_S, check=True
     )
     return dom.stdout, picture
 

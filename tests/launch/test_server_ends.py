@@ -109,7 +109,7 @@ def test_the_command_drains_and_a_restart_goes_on_with_its_batches(chat_model, t
 
     def end(process, with_signal):
         process.send_signal(with_signal)
-        _, said = process.communicate(timeout=400)
+        _, said = process.communicate(timeout=PATIENCE_S)
         assert PROMPT not in said
         assert "Traceback" not in said
         return process.returncode

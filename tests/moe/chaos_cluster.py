@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "tinymoe"
 NUM_LINES, NUM_HOSTS = 200, 3
@@ -178,7 +180,7 @@ class Chaos:
                 time.sleep(0.02)
             self.send(host, signal.SIGCONT)
 
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + PATIENCE_S
         fleet.kill = withhold
         self.withheld = [self.pid(host)]
         self.kill_at_last = lambda: (setattr(fleet, "kill", kill), kill(host))

@@ -25,13 +25,14 @@ from bench.hosts import run_ip
 from moe.config import EngineConfig
 from moe.llm import LLM
 from moe.params import SamplingParams
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "tinymoe"
 PORT = 26379
 SETTINGS = [
     "dtype=float32", "threads=1", "offload.budget=0.25", "batch.kv_tokens=4096", "batch.max_sequences=3",
-    "parallel.timeout_seconds=120", "cluster.cpus_per_host=0.5", "cluster.gpus_per_host=0", "cluster.silence_s=3",
+    "parallel.timeout_seconds=600", "cluster.cpus_per_host=0.5", "cluster.gpus_per_host=0", "cluster.silence_s=10",
     "cluster.strategy=STRICT_SPREAD", "cluster.replaces=false",
 ]  # fmt: skip
 _RNG = random.Random(1)
@@ -65,7 +66,7 @@ def cut_and_mend(ray: Any, engine: Any, trunk: str) -> dict[str, Any]:
     ran_apart = is_there(far.info.pid)  # nobody could reach it
     serving = [host.number for host in engine.crew.alive]
     run_ip("link", "set", "trunk", "up", namespace=trunk)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while is_there(far.info.pid) and time.monotonic() < deadline:
         engine.step()
     again = [engine.add_request(p, q) for p, q in zip(PROMPTS, PARAMS)]
@@ -96,7 +97,7 @@ def _answers() -> bool:
 
 
 def _wait_for(condition: Callable[[], bool], nodes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert all(node.poll() is None for node in nodes), "a node of Ray has ended"
         assert time.monotonic() < deadline, "Ray's nodes do not come"

@@ -13,6 +13,7 @@ from test_parallel import DEMO
 
 from moe.placement.plan import Plan
 from moe.placement.topology import Topology
+from tests.patience import PATIENCE_S
 
 PROMPTS = ["Once upon a time there was a", "The dog ran", "Lily and Tom went to the park", "One day", "He said, I am"]
 BODY = {"max_tokens": 5, "temperature": 0}
@@ -23,7 +24,9 @@ MODES = [(d, c, t) for d in DISPATCHERS for c in ("exact", "partial") for t in (
 
 def command(*words: object) -> str:
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 

