@@ -1,6 +1,6 @@
 """Requests in and words out, between the thread that steps and its callers."""
 
-import time
+from types import SimpleNamespace
 
 from moe.cluster.desk import Desk, Outbox
 from moe.cluster.messages import Dealt, Said
@@ -105,16 +105,21 @@ def test_tokens_that_nobody_waits_for_are_told_together():
     assert len(said) == 3
 
 
-def test_tokens_that_nobody_waits_for_are_held_for_so_long():
+def test_tokens_that_nobody_waits_for_are_held_for_so_long(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("moe.cluster.desk.time", SimpleNamespace(monotonic=lambda: now[0]))
     said, engine = list[list[Said]](), EngineOfAFewTokens()
     desk = Desk(lambda words: said.append(list(words)), hold_s=0.02)
     desk.submit([dealt(1, 5, is_awaited=False)])
     desk.hand_over(engine)
     desk.stepped([engine.says(100, 10)])
     assert said == []
-    time.sleep(0.03)
+    now[0] += 0.019
     desk.stepped([engine.says(100, 11)])
-    assert said == [[Said(1, (10, 11))]]
+    assert said == []
+    now[0] += 0.002
+    desk.stepped([engine.says(100, 12)])
+    assert said == [[Said(1, (10, 11, 12))]]
 
 
 def test_an_end_is_told_at_once_when_others_may_come():
