@@ -203,7 +203,7 @@ def test_a_fork_is_refused_in_one_sentence(llm):
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(30)
+            signal.alarm(int(PATIENCE_S))
             llm.close()  # no effect
             llm.generate("A")
         except UnusableError as error:
