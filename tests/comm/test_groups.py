@@ -144,11 +144,17 @@ def test_a_meeting_that_is_called_off_says_when_and_not_only_its_limit(monkeypat
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": stores[0].port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in where.items():
         monkeypatch.setenv(name, str(value))
-    timer = threading.Timer(0.3, stores.clear)  # its end is seen by all who meet there
-    timer.start()
+    observer = connect("127.0.0.1", stores[0].port, PATIENCE_S)
+
+    def call_off() -> None:
+        observer.wait(["moe_generation_1/here_0"])
+        stores.clear()  # its end is seen by all who meet there
+
+    thread = threading.Thread(target=call_off)
+    thread.start()
     with pytest.raises(MissingPeers) as caught:
         start_groups(rank=0, world_size=2, timeout_s=NEVER_S)
-    timer.join()
+    thread.join()
     assert re.search(rf"given up after [\d.]+ s of {NEVER_S:g};", str(caught.value))
 
 
