@@ -226,7 +226,7 @@ def test_experts_move_while_hosts_serve_and_a_loss_starts_from_where_they_are(no
     settings += ["placement.share=1", "cluster.spares=1", f"parallel.plan={tmp_path / 'uneven.json'}"]
     with LLM(DEMO, config_of(*settings), hosts=2) as llm:
         engine = llm.engine
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         # A window may fall so that moves would not pay; the loop looks again while the load stays uneven.
         while not any("placement: moves" in note.what for note in engine.noted):
             assert serve(engine) == expected
