@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from math import floor
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,14 +109,11 @@ def _timed_calls() -> dict[str, float]:
     runners.why_not = lambda blocks, layers: "each call is timed"  # all layers in one call could not be divided
     sums = {"expert_seconds": 0.0, "dense_seconds": 0.0, "dense_bytes": 0.0}
 
-    def nbytes(linear: Any) -> int:
-        if linear is None:
-            return 0
-        tensors = [linear.weight, *(linear.coding or ())]
+    @cache  # to add it up takes longer than much of what is timed
+    def nbytes(one: Any) -> int:
+        linears = (one,) if isinstance(one, CpuLinear) else (one.block.q, one.block.k, one.block.v, one.block.o)
+        tensors = [t for linear in linears for t in (linear.weight, *(linear.coding or ()))]
         return sum(t.nbytes for t in tensors if hasattr(t, "nbytes"))
-
-    def parts(one: Any) -> Sequence[Any]:
-        return (one,) if isinstance(one, CpuLinear) else (one.block.q, one.block.k, one.block.v, one.block.o)
 
     def timed(kind: Any, method: str, what: str) -> None:
         plain = getattr(kind, method)
@@ -125,7 +123,7 @@ def _timed_calls() -> dict[str, float]:
             result = plain(self, *arguments, **options)
             sums[f"{what}_seconds"] += time.perf_counter() - begin
             if what == "dense":
-                sums["dense_bytes"] += sum(map(nbytes, parts(self)))
+                sums["dense_bytes"] += nbytes(self)
             return result
 
         setattr(kind, method, call)
