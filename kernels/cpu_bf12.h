@@ -152,15 +152,16 @@ static TARGET void NAME(widen_row)(const struct NAME(bf12_rows) *r, int i, int64
 
 /* Like tile, for W in bf12; x is PAIRS or DOT. scratch: SCRATCH_FLOATS. */
 static TARGET void NAME(tile_bf12)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0,
-                                   int64_t count, float *c, int64_t ldc, float *scratch) {
+                                   int64_t count, const struct then *then, float *c, int64_t ldc,
+                                   float *scratch) {
     struct NAME(bf12_rows) places[DOWN_TILE / NR], *r = places;
-    int64_t vectors = vectors_of(order, w->k), bytes = NR * w->row > AHEAD ? NR * w->row : AHEAD;
+    int64_t vectors = vectors_of(order, w->k), bytes = bytes_ahead(w->row, NR);
     const char *end = w->data + slot * w->slot + (n0 + count) * w->row;
     struct walk k = {.row = 2 * KC, .step = 4 * LANES, .ldc = ldc, .groups = 1};
     NAME(bf12_places)(w, slot, n0, count, r);
     for (int64_t n = 0; n < count; n += NR, r++) {
         if (rows <= MR) {
-            NAME(any_bf12_panel)(rows, order == DOT, r, w->k, x, ahead_of(r->p[0], end, bytes, w->row, NR, 64), c + n, ldc);
+            NAME(any_bf12_panel)(rows, order == DOT, r, w->k, x, ahead_of(r->p[0], end, w->row, NR, 64, then), c + n, ldc);
             continue;
         }
         for (int64_t k0 = 0; k0 < w->k; k0 += KC) {

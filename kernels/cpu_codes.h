@@ -49,8 +49,9 @@ struct NAME(rows) { /* of CODE_NR rows of W: a scale (EIGHTS: up to 8) a span, z
 };
 
 struct NAME(sum) { /* over elements [0, n) of those rows, whole vectors; groups of CODE_NR rows; strides in bytes */
-    int64_t n, row, step, first, ldc, groups, group, ahead;
-    const char *end; /* of the tile; ahead: how far to prefetch, 0 = not */
+    int64_t n, row, step, first, ldc, groups, group;
+    const char *end; /* of the tile */
+    const struct then *then; /* NULL: nothing is prefetched */
 };
 
 /* Lanes u * WIDTH and on of vector j of a span at p. half: 1 and 2 are the vectors j and j + 1 of a pair, 0 is neither. */
@@ -231,7 +232,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(code_panel)(int mr
         const float *x = x0;
         const char *w = w0;
         struct ahead ahead = {0};
-        if (k->ahead) ahead = ahead_of(w0, k->end, k->ahead, row, CODE_NR, 64);
+        if (k->then) ahead = ahead_of(w0, k->end, row, CODE_NR, 64, k->then);
         TABLE table[CODE_NR];
         UNROLL(8)
         for (int n = 0; n < CODE_NR; n++)
@@ -404,16 +405,16 @@ static TARGET void NAME(all_scales)(const struct NAME(codes) *q, int64_t slot, i
         last->scale[i] = last->scale[0], last->zero[i] = last->zero[0], last->table[i] = last->table[0];
 }
 
-/* To L1 the scales and zero points of the `count` rows of W after those from n on, which are most often the next tile of
- * this matrix: no row of codes hides how long they take. (Inlined: GCC drops calls of what only prefetches.) */
-SCALAR void NAME(next_scales)(const struct NAME(codes) *q, int64_t slot, int64_t n, int64_t count) {
+/* To L1 the scales and zero points of `count` rows of W that are read next: no row of codes hides how long they take.
+ * (Inlined: GCC drops calls of what only prefetches.) */
+SCALAR void NAME(next_scales)(const struct NAME(codes) *q, const struct then *then, int64_t count) {
     const struct coding *own = &q->w->coding;
     int64_t parts = own->interleaved ? own->parts : 1, num = count / parts / own->rows * own->groups;
-    int64_t bytes = num * scale_size(own->scale_kind);
+    int64_t size = scale_size(own->scale_kind), apart = own->row_blocks * own->groups;
     for (int64_t i = 0; i < parts; i++) {
-        struct place at = place_of(q->w, slot, n + i);
-        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at.scale + bytes + j, 0, 3);
-        for (int64_t j = 0; own->zero && j < num; j += 64) __builtin_prefetch(at.zero + num + j, 0, 3);
+        for (int64_t j = 0; then->scale && j < num * size; j += 64)
+            __builtin_prefetch(then->scale + i * apart * size + j, 0, 3);
+        for (int64_t j = 0; then->zero && j < num; j += 64) __builtin_prefetch(then->zero + i * apart + j, 0, 3);
     }
 }
 
@@ -423,6 +424,8 @@ struct NAME(tile_job) {
     struct NAME(codes) q;
     const float *x;
     int64_t rows, vectors, ldc;
+    const char *end; /* of the codes */
+    const struct then *then;
 };
 
 static TARGET void NAME(blocks)(const struct NAME(tile_job) *t, int code, struct NAME(sum) *k, int64_t k0, const char *w,
@@ -445,11 +448,10 @@ static TARGET void NAME(straight)(const struct NAME(tile_job) *t, const struct N
     const struct NAME(codes) *q = &t->q;
     int64_t whole = q->w->k / q->unit * q->unit, row = q->w->row, full = count / CODE_NR;
     struct NAME(sum) k = {.n = whole, .row = row, .step = q->span * q->bits / 8, .first = 1, .ldc = t->ldc};
-    k.end = w + count * row;
-    k.ahead = CODE_NR * row > AHEAD ? CODE_NR * row : AHEAD, k.group = CODE_NR * row;
+    k.end = t->end, k.then = t->then, k.group = CODE_NR * row;
     struct NAME(sum) last = k;
     k.groups = full, last.groups = count % CODE_NR != 0, last.row = 0; /* the first row of the last group again */
-    for (int64_t m = 0; whole && m < t->rows; m += MR, k.ahead = 0) {
+    for (int64_t m = 0; whole && m < t->rows; m += MR, k.then = NULL) {
         NAME(blocks)(t, q->code, &k, 0, w, r, m, c);
         NAME(blocks)(t, q->code, &last, 0, w + full * k.group, r + full, m, c + full * CODE_NR);
     }
@@ -511,21 +513,23 @@ static TARGET void NAME(by_decoding)(const struct NAME(tile_job) *t, const struc
 
 /* Like tile, for W stored as codes that are fast. */
 static TARGET void NAME(tile_codes)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0,
-                                    int64_t count, float *c, int64_t ldc, float *scratch) {
-    struct NAME(tile_job) t = {NAME(codes_of)(order, w), x, rows, vectors_of(order, w->k), ldc};
+                                    int64_t count, const struct then *then, float *c, int64_t ldc, float *scratch) {
+    const char *end = w->data + slot * w->slot + (n0 + count) * w->row;
+    struct NAME(tile_job) t = {NAME(codes_of)(order, w), x, rows, vectors_of(order, w->k), ldc, end, then};
     struct NAME(rows) r[DOWN_TILE / CODE_NR];
     int64_t most = (CODE_FLOATS - LANES) / (2 * t.q.floats) / CODE_NR * CODE_NR; /* rows whose scales there is room for */
     int64_t done = 0;
 #ifdef VAT
     done = NAME(in_lines)(&t.q, rows, n0, count);
-    if (done) NAME(tile_lines)(&t.q, x, rows, slot, n0, done, c, ldc, scratch + DOWN_TILE * KC);
+    if (done) NAME(tile_lines)(&t, slot, n0, done, c, scratch + DOWN_TILE * KC);
     c += done;
 #endif
     for (int64_t i = done, some; i < count; i += some, c += some) {
         const char *from = w->data + slot * w->slot + (n0 + i) * w->row;
         some = least(most, count - i);
         NAME(all_scales)(&t.q, slot, n0 + i, some, r, scratch + DOWN_TILE * KC);
-        NAME(next_scales)(&t.q, slot, n0 + i, some);
+        struct then more = i + some < count ? moe_then(w, slot, n0 + i + some) : *then;
+        NAME(next_scales)(&t.q, &more, some);
         if (rows > NAME(few_rows))
             NAME(by_decoding)(&t, r, from, some, c, scratch);
         else

@@ -28,6 +28,6 @@ void moe_decoded_tile(const struct kernels *k, const float *x, int64_t rows, con
         int64_t some = least(most, count - n);
         struct matrix plain = {.data = (const char *)decoded, .row = w->k * 4, .n = some, .k = w->k, .kind = F32};
         for (int64_t i = 0; i < some; i++) decode_row(w, slot, n0 + n + i, decoded + i * w->k);
-        k->tile(NATURAL, x, rows, &plain, plain.data, 0, some, c + n, ldc, scratch);
+        k->tile(NATURAL, x, rows, &plain, plain.data, 0, some, &NOTHING, c + n, ldc, scratch);
     }
 }

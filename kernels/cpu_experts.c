@@ -62,9 +62,21 @@ static void pack_task(struct run *r, int64_t task) {
     }
 }
 
-static void up_product(struct run *r, const struct rows *p, int64_t n0, int64_t n, float *c, int64_t ldc,
-                       float *scratch) {
-    moe_product(r->k, r->up.order, &r->l->up, p->slot, rows_at(r->x, &r->up, p), p->count, n0, n, c, ldc, scratch);
+static void up_product(struct run *r, const struct rows *p, int64_t n0, int64_t n, const struct then *then, float *c,
+                       int64_t ldc, float *scratch) {
+    moe_product(r->k, r->up.order, &r->l->up, p->slot, rows_at(r->x, &r->up, p), p->count, n0, n, then, c, ldc, scratch);
+}
+
+static struct then down_begin(const struct run *r, int64_t task) {
+    if (task >= r->num_parts * r->down_tiles) return (struct then){0};
+    return moe_then(&r->l->down, r->parts[task / r->down_tiles].slot, task % r->down_tiles * DOWN_TILE);
+}
+
+/* Where this task begins to read; beyond the last, what is likely this thread's first one of the next round. */
+static struct then up_begin(const struct run *r, int64_t task, int64_t thread) {
+    if (task >= r->num_parts * r->up_tiles) return down_begin(r, thread);
+    int64_t i0 = task % r->up_tiles * UP_TILE;
+    return moe_then(&r->l->up, r->parts[task / r->up_tiles].slot, r->l->interleaved ? 2 * i0 : i0);
 }
 
 /* Columns [i0, i0 + n) of h, whose last step is filled up with zeros. */
@@ -97,7 +109,7 @@ static void pack_h(struct run *r, const struct rows *p, const float *h, int64_t 
     }
 }
 
-static void up_task(struct run *r, int64_t task, float *c) {
+static void up_task(struct run *r, int64_t task, const struct then *then, float *c) {
     const struct layer *l = r->l;
     const struct rows *p = r->parts + task / r->up_tiles;
     int64_t i0 = task % r->up_tiles * UP_TILE, n = least(UP_TILE, l->down.k - i0), size = p->count * UP_TILE;
@@ -109,11 +121,13 @@ static void up_task(struct run *r, int64_t task, float *c) {
         memset(both, 0, 2 * size * sizeof(float));
     }
     if (l->interleaved) {
-        up_product(r, p, 2 * i0, 2 * n, both, 2 * UP_TILE, packed_w);
+        up_product(r, p, 2 * i0, 2 * n, then, both, 2 * UP_TILE, packed_w);
         for (int64_t i = 0; i < size; i++) gate[i] = both[2 * i], up[i] = both[2 * i + 1];
     } else {
-        up_product(r, p, i0, n, gate, UP_TILE, packed_w);
-        if (up) up_product(r, p, l->down.k + i0, n, up, UP_TILE, packed_w);
+        struct then second = *then;
+        if (up) second = moe_then(&l->up, p->slot, l->down.k + i0);
+        up_product(r, p, i0, n, &second, gate, UP_TILE, packed_w);
+        if (up) up_product(r, p, l->down.k + i0, n, then, up, UP_TILE, packed_w);
     }
     r->k->round(kind, gate, up ? 2 * size : size);
     r->k->activate(l, gate, up, size);
@@ -121,12 +135,12 @@ static void up_task(struct run *r, int64_t task, float *c) {
     pack_h(r, p, gate, i0, n);
 }
 
-static void down_task(struct run *r, int64_t task, float *c) {
+static void down_task(struct run *r, int64_t task, const struct then *then, float *c) {
     const struct matrix *w = &r->l->down;
     const struct rows *p = r->parts + task / r->down_tiles;
     int64_t n0 = task % r->down_tiles * DOWN_TILE, n = least(DOWN_TILE, w->n - n0);
-    moe_product(r->k, r->down.order, w, p->slot, rows_at(r->h, &r->down, p), p->count, n0, n, c, DOWN_TILE,
-                c + 2 * C_FLOATS);
+    moe_product(r->k, r->down.order, w, p->slot, rows_at(r->h, &r->down, p), p->count, n0, n, then, c,
+                DOWN_TILE, c + 2 * C_FLOATS);
     for (int64_t m = 0; m < p->count; m++) {
         r->k->round((int)r->c->x_kind, c + m * DOWN_TILE, n);
         memcpy(r->y + r->position[p->first + m] * w->n + n0, c + m * DOWN_TILE, n * sizeof(float));
@@ -145,17 +159,26 @@ static void combine_task(struct run *r, int64_t token, const float **y, float *w
                   (char *)c->out + token * hidden * size_of(c->x_kind));
 }
 
+static int64_t claim(struct run *r, int round) { return __atomic_fetch_add(&r->next[round], 1, __ATOMIC_RELAXED); }
+
+/* A task ahead, so that what it begins to read is asked for while another ends. */
 #define FOR_EACH_TASK(round, total) \
-    for (int64_t task; (task = __atomic_fetch_add(&r->next[round], 1, __ATOMIC_RELAXED)) < (total);)
+    for (int64_t task = claim(r, round), next; task < (total) && (next = claim(r, round), 1); task = next)
 
 static void work(void *run, const struct member *me) {
     struct run *r = run;
     float *private = r->private + me->thread * PRIVATE_FLOATS;
     FOR_EACH_TASK(0, r->num_parts) pack_task(r, task);
     moe_meet(me);
-    FOR_EACH_TASK(1, r->num_parts * r->up_tiles) up_task(r, task, private);
+    FOR_EACH_TASK(1, r->num_parts * r->up_tiles) {
+        struct then then = up_begin(r, next, me->thread);
+        up_task(r, task, &then, private);
+    }
     moe_meet(me);
-    FOR_EACH_TASK(2, r->num_parts * r->down_tiles) down_task(r, task, private);
+    FOR_EACH_TASK(2, r->num_parts * r->down_tiles) {
+        struct then then = down_begin(r, next);
+        down_task(r, task, &then, private);
+    }
     if (!r->c->topk_weights) return;
     moe_meet(me);
     const float **y = (const float **)(void *)private;

@@ -75,6 +75,11 @@ struct ahead { /* what is prefetched: n-th of the rows at once, s-th step: at + 
     int64_t row, step, past_l2; /* past_l2: to L1 alone */
 };
 
+struct then { /* what a thread reads after a tile: where that begins; NULL: nothing, or it is not known */
+    const char *codes, *scale, *zero;
+};
+static const struct then NOTHING;
+
 struct walk { /* one pass over W; strides in bytes */
     int64_t row, step, group, groups, steps, ldc, first;
     struct ahead ahead;
@@ -96,13 +101,13 @@ struct kernels {
     int64_t has_dot; /* can run DOT, DOT8 and DOT16 */
     void (*pack_x)(int order, int kind, const char *from, int64_t n, float *to, int64_t stride);
     void (*tile)(int order, const float *x, int64_t rows, const struct matrix *w, const char *base, int64_t n0,
-                 int64_t count, float *c, int64_t ldc, float *scratch);
+                 int64_t count, const struct then *then, float *c, int64_t ldc, float *scratch);
     void (*tile_codes)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count,
-                       float *c, int64_t ldc, float *scratch);
+                       const struct then *then, float *c, int64_t ldc, float *scratch);
     void (*tile_nested)(const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count, float *c,
                         int64_t ldc, float *scratch);
     void (*tile_bf12)(int order, const float *x, int64_t rows, const struct matrix *w, int64_t slot, int64_t n0, int64_t count,
-                      float *c, int64_t ldc, float *scratch);
+                      const struct then *then, float *c, int64_t ldc, float *scratch);
     int64_t (*shorten)(const char *from, int64_t n, int64_t k, int64_t parts, int64_t room, char *codes, char *words);
     void (*add_bias)(float *c, int64_t ldc, int64_t rows, const float *bias, int64_t n);
     void (*round)(int kind, float *v, int64_t n);
@@ -130,12 +135,19 @@ char *moe_scratch(size_t size);
 
 SCALAR int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* What `num` rows at `from` prefetch step after step: the same columns `bytes` later (the hardware loses streams at
- * pages); or, where weights go past L2, what lies there line after line, in the order that memory is fastest in. What is
- * beyond the end of the tile goes to L2, as another tile may be between. */
-SCALAR struct ahead ahead_of(const char *from, const char *end, int64_t bytes, int64_t row, int64_t num, int64_t step) {
-    if (!moe_past_l2) return (struct ahead){from + bytes, row, step, 0};
-    return (struct ahead){from + bytes, step, num * step, from + bytes + num * row <= end};
+/* How far `num` rows at once prefetch: whole such groups, so that what follows a tile begins where it does. */
+SCALAR int64_t bytes_ahead(int64_t row, int64_t num) { return (AHEAD + num * row - 1) / (num * row) * num * row; }
+
+/* What `num` rows at `from` prefetch step after step: the same columns `bytes_ahead` later (the hardware loses streams at
+ * pages); or, where weights go past L2, what lies there line after line, in the order that memory is fastest in. Beyond
+ * the end of the tile that is what the thread reads then. */
+SCALAR struct ahead ahead_of(const char *from, const char *end, int64_t row, int64_t num, int64_t step,
+                             const struct then *then) {
+    const char *at = from + bytes_ahead(row, num);
+    if (at >= end && !then->codes) return (struct ahead){from, 0, 0, 1}; /* what is in L1: nothing */
+    if (at >= end) at = then->codes + (at - end);
+    if (!moe_past_l2) return (struct ahead){at, row, step, 0};
+    return (struct ahead){at, step, num * step, 1};
 }
 
 /* The next `size` bytes, aligned to a cache line. */
@@ -189,8 +201,11 @@ SCALAR float *packed_row(const struct kernels *k, float *base, int64_t vectors, 
 void moe_decoded_tile(const struct kernels *k, const float *x, int64_t rows, const struct matrix *w, int64_t slot,
                       int64_t n0, int64_t count, float *c, int64_t ldc, float *scratch);
 
-/* c[m][i] = x row m * row n0 + i of W in this slot, + bias. scratch: SCRATCH_FLOATS. */
+/* c[m][i] = x row m * row n0 + i of W in this slot, + bias. scratch: SCRATCH_FLOATS. then: only the speed hangs on it. */
 void moe_product(const struct kernels *k, int order, const struct matrix *w, int64_t slot, const float *x, int64_t rows,
-                 int64_t n0, int64_t n, float *c, int64_t ldc, float *scratch);
+                 int64_t n0, int64_t n, const struct then *then, float *c, int64_t ldc, float *scratch);
+
+/* Where rows n0 and on of W begin. */
+struct then moe_then(const struct matrix *w, int64_t slot, int64_t n0);
 
 #endif

@@ -32,17 +32,29 @@ static void pack(struct run *r, int64_t row) {
     }
 }
 
+static int64_t claim(struct run *r) { return __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED); }
+
+static const struct part *part_of(const struct run *r, int64_t tile) {
+    const struct part *p = r->parts + r->num - 1;
+    while (tile < p->first) p--;
+    return p;
+}
+
 static void work(void *run, const struct member *me) {
     struct run *r = run;
     int64_t size = size_of(r->x_kind);
     float *c = r->private + me->thread * FLOATS;
     for (int64_t row; (row = __atomic_fetch_add(&r->packed, 1, __ATOMIC_RELAXED)) < r->rows;) pack(r, row);
     moe_meet(me);
-    for (int64_t tile; (tile = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED)) < r->tiles;) {
-        const struct part *p = r->parts + r->num - 1;
-        while (tile < p->first) p--;
+    for (int64_t tile = claim(r), next; tile < r->tiles; tile = next) {
+        const struct part *p = part_of(r, tile);
         int64_t width = p->w->n, n0 = (tile - p->first) * DOWN_TILE, n = least(DOWN_TILE, width - n0);
-        moe_product(r->k, p->order, p->w, 0, p->x, r->rows, n0, n, c, DOWN_TILE, c + C_FLOATS);
+        struct then then = {0};
+        if ((next = claim(r)) < r->tiles) {
+            const struct part *later = part_of(r, next);
+            then = moe_then(later->w, 0, (next - later->first) * DOWN_TILE);
+        }
+        moe_product(r->k, p->order, p->w, 0, p->x, r->rows, n0, n, &then, c, DOWN_TILE, c + C_FLOATS);
         for (int64_t m = 0; m < r->rows; m++) {
             const float *row = c + m * DOWN_TILE, one = 1.0f;
             r->k->combine((int)r->x_kind, &row, &one, 1, n, p->out + (m * width + n0) * size);

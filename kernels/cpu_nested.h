@@ -250,6 +250,6 @@ static TARGET void NAME(tile_nested)(const float *x, int64_t rows, const struct 
         }
         struct matrix plain = {.data = (const char *)decoded, .row = w->k * 4, .n = some, .k = w->k, .kind = F32};
         for (int64_t n = 0; n < some; n++) NAME(any_nested_row)(&p, r + n / NR, (int)(n % NR), apart, decoded + n * w->k);
-        NAME(tile)(NATURAL, x, rows, &plain, plain.data, 0, some, c, ldc, scratch);
+        NAME(tile)(NATURAL, x, rows, &plain, plain.data, 0, some, &NOTHING, c, ldc, scratch);
     }
 }

@@ -18,7 +18,8 @@ struct NAME(lines) { /* strides in bytes */
     const int8_t *zero;
     const float *table;
     float factor, *scales; /* room for the scales and zero points of lines_at_once rows */
-    int64_t row, scale_row, count, ldc, ahead;
+    int64_t row, scale_row, count, ldc;
+    const struct then *then; /* NULL: nothing is prefetched */
 };
 
 SCALAR TARGET TABLE NAME(line_table)(int is_dot, TABLE table) { return is_dot ? DOT_TABLE_OF(table) : table; }
@@ -92,17 +93,20 @@ SCALAR TARGET void NAME(line_rows)(int mr, int is_dot, int has_zero, const struc
     const int nr = mr <= NAME(line_mr) ? NAME(lines_at_once) : 2;
     const char *w = t->w, *scale = t->scale;
     const int8_t *zero = t->zero;
-    int64_t floats = t->q->floats, rows_ahead = t->ahead / t->row;
+    int64_t floats = t->q->floats, rows_ahead = bytes_ahead(t->row, nr) / t->row;
     for (int64_t n = 0; n < t->count; n += nr, w += nr * t->row, scale += nr * t->scale_row, c += nr) {
         struct ahead ahead = {w, 0, 0, 1}; /* what is in L1: nothing */
         NAME(widen_scales)((int)own->scale_kind, scale, nr * floats, t->factor, t->scales);
         if (has_zero) NAME(widen_scales)(INT8_ZERO, (const char *)zero, nr * floats, 1.0f, t->scales + nr * floats);
-        if (t->ahead) {
-            ahead = ahead_of(w, t->end, t->ahead, t->row, nr, 64);
-            for (int64_t j = 0; j < nr * t->scale_row; j += 64)
-                __builtin_prefetch(scale + rows_ahead * t->scale_row + j, 0, 3);
-            if (has_zero) /* a row of them is less than a line */
-                for (int j = 0; j < nr; j += 2) __builtin_prefetch(zero + (rows_ahead + j) * floats, 0, 3);
+        if (t->then) {
+            int64_t beyond = n + rows_ahead - t->count;
+            const char *later = beyond < 0 ? scale + rows_ahead * t->scale_row : t->then->scale + beyond * t->scale_row;
+            ahead = ahead_of(w, t->end, t->row, nr, 64, t->then);
+            for (int64_t j = 0; j < nr * t->scale_row; j += 64) __builtin_prefetch(later + j, 0, 3);
+            if (has_zero) { /* a row of them is less than a line */
+                const int8_t *next = beyond < 0 ? zero + rows_ahead * floats : (const int8_t *)t->then->zero + beyond * floats;
+                for (int j = 0; j < nr; j += 2) __builtin_prefetch(next + j * floats, 0, 3);
+            }
         }
         if (ahead.past_l2)
             NAME(line_panel)(mr, nr, is_dot, has_zero, 1, t, ahead, x, w, c);
@@ -138,19 +142,19 @@ static int64_t NAME(in_lines)(const struct NAME(codes) *q, int64_t rows, int64_t
     return whole;
 }
 
-static TARGET void NAME(tile_lines)(const struct NAME(codes) *q, const float *x, int64_t rows, int64_t slot, int64_t n0,
-                                    int64_t count, float *c, int64_t ldc, float *scratch) {
+static TARGET void NAME(tile_lines)(const struct NAME(tile_job) *job, int64_t slot, int64_t n0, int64_t count, float *c,
+                                    float *scratch) {
+    const struct NAME(codes) *q = &job->q;
     const struct matrix *w = q->w;
     struct place at = place_of(w, slot, n0);
-    int64_t size = scale_size((int)w->coding.scale_kind), row = w->row, least_ahead = NAME(lines_at_once) * row;
+    int64_t size = scale_size((int)w->coding.scale_kind), row = w->row;
     struct NAME(lines) t = {.q = q, .w = w->data + slot * w->slot + n0 * row, .scale = at.scale, .table = at.table,
                             .zero = (const int8_t *)at.zero, .factor = at.factor, .scales = scratch, .row = row,
-                            .scale_row = q->floats * size, .count = count, .ldc = ldc};
-    t.end = t.w + count * row, t.ahead = least_ahead > AHEAD ? least_ahead : AHEAD;
-    for (int64_t m = 0; m < rows; m += MR, t.ahead = 0) {
-        const float *from = x + m * vectors_of(q->code > NAME(decoded) ? DOT8 : EIGHTS, w->k) * LANES;
-        switch (least(MR, rows - m)) {
-#define CASE(M) case M: NAME(lines_##M)(&t, from, c + m * ldc); break;
+                            .scale_row = q->floats * size, .count = count, .ldc = job->ldc, .end = job->end, .then = job->then};
+    for (int64_t m = 0; m < job->rows; m += MR, t.then = NULL) {
+        const float *from = job->x + m * vectors_of(q->code > NAME(decoded) ? DOT8 : EIGHTS, w->k) * LANES;
+        switch (least(MR, job->rows - m)) {
+#define CASE(M) case M: NAME(lines_##M)(&t, from, c + m * job->ldc); break;
             CASES
 #undef CASE
         }

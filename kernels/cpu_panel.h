@@ -156,14 +156,14 @@ SCALAR int64_t NAME(straight_rows)(int order, const struct matrix *w) {
 /* C[m][n] = x row m * W row n0 + n for m < rows, n < count. x: blocks of MR rows, each [vectors][mr][16].
  * C has ldc columns, a multiple of 16 that is >= count: columns beyond count receive rubbish. */
 static TARGET void NAME(tile)(int order, const float *x, int64_t rows, const struct matrix *w, const char *base,
-                              int64_t n0, int64_t count, float *c, int64_t ldc, float *scratch) {
+                              int64_t n0, int64_t count, const struct then *then, float *c, int64_t ldc,
+                              float *scratch) {
     int64_t size = size_of(w->kind), vectors = vectors_of(order, w->k), per_step = w->kind == BF16 ? 2 * LANES : LANES;
     int64_t is_whole = w->k % per_step == 0;
     int64_t straight = is_whole && rows <= NAME(straight_rows)(order, w) ? count / NR * NR : 0;
     int64_t kind = order == DOT ? NAME(dotted) : w->kind;
     base += n0 * w->row;
     struct walk k = {.row = w->row, .step = per_step * size, .ldc = ldc, .groups = 1};
-    int64_t ahead = NR * w->row > AHEAD ? NR * w->row : AHEAD;
     for (int64_t n = 0; n < straight; n += NR)
         for (int64_t k0 = 0; k0 < w->k; k0 += KC) {
             k.steps = least(KC, w->k - k0) / per_step, k.first = k0 == 0;
@@ -171,7 +171,7 @@ static TARGET void NAME(tile)(int order, const float *x, int64_t rows, const str
                 int64_t mr = least(MR, rows - m);
                 const float *from = x + (m * vectors + vectors_of(order, k0) * mr) * LANES;
                 const char *row = base + n * w->row;
-                k.ahead = m ? (struct ahead){0} : ahead_of(row, base + count * w->row, ahead, w->row, NR, k.step);
+                k.ahead = m ? (struct ahead){0} : ahead_of(row, base + count * w->row, w->row, NR, k.step, then);
                 if (k.ahead.at) k.ahead.at += k0 / per_step * k.ahead.step;
                 NAME(any_panel)(mr, kind, from, row + k0 * size, &k, c + m * ldc + n);
             }

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu_scalars.h"
+#include "cpu_place.h"
 
 static const struct kernels *sets[5]; /* best first, NULL at the end */
 static pthread_once_t sets_once = PTHREAD_ONCE_INIT;
@@ -37,8 +37,8 @@ static double time_of(const struct kernels *k, const uint16_t *x, const uint16_t
     double best = 1e9;
     for (int turn = 0; turn < 8; turn++) {
         double start = seconds();
-        k->tile(order, scratch, PROBE_ROWS, &m, m.data, 0, PROBE_COLUMNS, c, PROBE_COLUMNS,
-                scratch + PROBE_ROWS * vectors * LANES);
+        k->tile(order, scratch, PROBE_ROWS, &m, m.data, 0, PROBE_COLUMNS, &NOTHING, c,
+                PROBE_COLUMNS, scratch + PROBE_ROWS * vectors * LANES);
         double took = seconds() - start;
         best = took < best ? took : best;
     }
@@ -125,16 +125,24 @@ char *moe_scratch(size_t size) {
 
 /* ---- a product ---- */
 
+struct then moe_then(const struct matrix *w, int64_t slot, int64_t n0) {
+    struct then t = {w->data + slot * w->slot + n0 * w->row, NULL, NULL};
+    if (!w->is_coded || !w->coding.scale) return t;
+    struct place at = place_of(w, slot, n0);
+    t.scale = at.scale, t.zero = at.zero;
+    return t;
+}
+
 void moe_product(const struct kernels *k, int order, const struct matrix *w, int64_t slot, const float *x, int64_t rows,
-                 int64_t n0, int64_t n, float *c, int64_t ldc, float *scratch) {
+                 int64_t n0, int64_t n, const struct then *then, float *c, int64_t ldc, float *scratch) {
     if (!w->is_coded)
-        k->tile(order, x, rows, w, w->data + slot * w->slot, n0, n, c, ldc, scratch);
+        k->tile(order, x, rows, w, w->data + slot * w->slot, n0, n, then, c, ldc, scratch);
     else if (w->coding.code == NESTED)
         k->tile_nested(x, rows, w, slot, n0, n, c, ldc, scratch);
     else if (w->coding.code == BF12)
-        k->tile_bf12(order, x, rows, w, slot, n0, n, c, ldc, scratch);
+        k->tile_bf12(order, x, rows, w, slot, n0, n, then, c, ldc, scratch);
     else if (codes_are_fast(w))
-        k->tile_codes(order, x, rows, w, slot, n0, n, c, ldc, scratch);
+        k->tile_codes(order, x, rows, w, slot, n0, n, then, c, ldc, scratch);
     else
         moe_decoded_tile(k, x, rows, w, slot, n0, n, c, ldc, scratch);
     if (w->bias) {
