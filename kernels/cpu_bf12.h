@@ -161,7 +161,8 @@ static TARGET void NAME(tile_bf12)(int order, const float *x, int64_t rows, cons
     NAME(bf12_places)(w, slot, n0, count, r);
     for (int64_t n = 0; n < count; n += NR, r++) {
         if (rows <= MR) {
-            NAME(any_bf12_panel)(rows, order == DOT, r, w->k, x, ahead_of(r->p[0], end, w->row, NR, 64, then), c + n, ldc);
+            struct ahead ahead = ahead_of(r->p[0], end, w->row, NR, 64, then);
+            NAME(any_bf12_panel)(rows, order == DOT, r, w->k, x, ahead, c + n, ldc);
             continue;
         }
         for (int64_t k0 = 0; k0 < w->k; k0 += KC) {

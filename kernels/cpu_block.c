@@ -203,7 +203,8 @@ static int attend_part(const struct task *t, const struct part *p) {
             for (int64_t j = 0, run; j < num; j += run) {
                 run = least(s->block_size - (key + j) % s->block_size, num - j);
                 float *score = r.score + h * p->num * SCORES + j;
-                k->tile(order, x + h * of_head, p->num, &keys, from + here[j], 0, run, &NOTHING, score, SCORES, scratch);
+                k->tile(order, x + h * of_head, p->num, &keys, from + here[j], 0, run, &NOTHING, score, SCORES,
+                        scratch);
             }
         }
         soften(&r, key, b->scale);

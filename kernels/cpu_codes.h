@@ -327,12 +327,14 @@ static TARGET struct NAME(codes) NAME(codes_of)(int order, const struct matrix *
 
 static TARGET void NAME(widen_scales)(int kind, const char *from, int64_t n, float factor, float *to) {
     int64_t done = 0; /* of what compilers turn into vectors badly */
-    for (; (kind == BF16 || kind == E4M3_SCALE || kind == F16) && done + LANES <= n; done += LANES)
+    for (; (kind == BF16 || kind == E4M3_SCALE || kind == F16 || kind == INT8_ZERO) && done + LANES <= n; done += LANES)
         UNROLL(4)
         for (int u = 0; u < SUB; u++) {
             VEC scale;
             if (kind == BF16)
                 scale = VLOAD_BF16((const uint16_t *)(const void *)from + done + u * WIDTH) * VSET(factor);
+            else if (kind == INT8_ZERO)
+                scale = NAME(byte_int8)(from + done + u * WIDTH) * VSET(factor);
             else if (kind == F16)
                 scale = VLOAD_F16((const uint16_t *)(const void *)from + done + u * WIDTH) * VSET(factor);
             else
@@ -363,11 +365,20 @@ static TARGET void NAME(lay_out)(const struct NAME(codes) *q, int kind, const ch
         NAME(widen_scales)(kind, from, blocks * groups, factor, to);
         return;
     }
+    if (columns > q->span) { /* all first, then forwards, never over what is still needed */
+        const float *own = to + blocks * (q->floats - groups);
+        NAME(widen_scales)(kind, from, blocks * groups, factor, to + blocks * (q->floats - groups));
+        for (int64_t b = 0; b < blocks; b++)
+            for (int64_t left = q->floats, some; left > 0; left -= some, to += some) {
+                float scale = *own++;
+                some = least(columns / q->span, left);
+                for (int64_t i = 0; i < some; i++) to[i] = scale;
+            }
+        return;
+    }
     for (int64_t b = 0; b < blocks; b++, to += q->floats, from += groups * scale_size(kind)) {
-        int is_wide = columns > q->span;
-        float *own = is_wide ? to + q->floats - groups : to; /* and then forwards, never over what is still needed */
-        NAME(widen_scales)(kind, from, groups, factor, own);
-        for (int64_t s = is_wide ? 0 : groups; s < q->floats; s++) to[s] = is_wide ? own[s * q->span / columns] : 0.0f;
+        NAME(widen_scales)(kind, from, groups, factor, to);
+        for (int64_t i = groups; i < q->floats; i++) to[i] = 0.0f;
     }
 }
 
@@ -450,7 +461,7 @@ static TARGET void NAME(straight)(const struct NAME(tile_job) *t, const struct N
     struct NAME(sum) k = {.n = whole, .row = row, .step = q->span * q->bits / 8, .first = 1, .ldc = t->ldc};
     k.end = t->end, k.then = t->then, k.group = CODE_NR * row;
     struct NAME(sum) last = k;
-    k.groups = full, last.groups = count % CODE_NR != 0, last.row = 0; /* the first row of the last group again */
+    k.groups = full, last.groups = count % CODE_NR != 0, last.row = 0, last.then = NULL; /* its first row again */
     for (int64_t m = 0; whole && m < t->rows; m += MR, k.then = NULL) {
         NAME(blocks)(t, q->code, &k, 0, w, r, m, c);
         NAME(blocks)(t, q->code, &last, 0, w + full * k.group, r + full, m, c + full * CODE_NR);

@@ -64,7 +64,8 @@ static void pack_task(struct run *r, int64_t task) {
 
 static void up_product(struct run *r, const struct rows *p, int64_t n0, int64_t n, const struct then *then, float *c,
                        int64_t ldc, float *scratch) {
-    moe_product(r->k, r->up.order, &r->l->up, p->slot, rows_at(r->x, &r->up, p), p->count, n0, n, then, c, ldc, scratch);
+    const float *x = rows_at(r->x, &r->up, p);
+    moe_product(r->k, r->up.order, &r->l->up, p->slot, x, p->count, n0, n, then, c, ldc, scratch);
 }
 
 static struct then down_begin(const struct run *r, int64_t task) {

@@ -138,8 +138,8 @@ SCALAR int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 /* How far `num` rows at once prefetch: whole such groups, so that what follows a tile begins where it does. */
 SCALAR int64_t bytes_ahead(int64_t row, int64_t num) { return (AHEAD + num * row - 1) / (num * row) * num * row; }
 
-/* What `num` rows at `from` prefetch step after step: the same columns `bytes_ahead` later (the hardware loses streams at
- * pages); or, where weights go past L2, what lies there line after line, in the order that memory is fastest in. Beyond
+/* What `num` rows at `from` prefetch step after step: the same columns `bytes_ahead` later (the hardware loses
+ * streams at pages); or, where weights go past L2, what lies there line after line, in the order that memory is fastest in. Beyond
  * the end of the tile that is what the thread reads then. */
 SCALAR struct ahead ahead_of(const char *from, const char *end, int64_t row, int64_t num, int64_t step,
                              const struct then *then) {
@@ -201,7 +201,7 @@ SCALAR float *packed_row(const struct kernels *k, float *base, int64_t vectors, 
 void moe_decoded_tile(const struct kernels *k, const float *x, int64_t rows, const struct matrix *w, int64_t slot,
                       int64_t n0, int64_t count, float *c, int64_t ldc, float *scratch);
 
-/* c[m][i] = x row m * row n0 + i of W in this slot, + bias. scratch: SCRATCH_FLOATS. then: only the speed hangs on it. */
+/* c[m][i] = x row m * row n0 + i of W in this slot, + bias. scratch: SCRATCH_FLOATS. then: changes the speed alone. */
 void moe_product(const struct kernels *k, int order, const struct matrix *w, int64_t slot, const float *x, int64_t rows,
                  int64_t n0, int64_t n, const struct then *then, float *c, int64_t ldc, float *scratch);
 
