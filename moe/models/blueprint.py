@@ -26,6 +26,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from moe.models import fields
 from moe.models.families import FoundExperts, find_experts
 from moe.models.generation import GenerationDefaults, read_generation
+from moe.models.on_meta import on_meta, without_values
 from moe.models.towers import beside_the_text, hollow
 from moe.offload.checkpoint import Checkpoint
 from moe.offload.formats.config import read_quantisation
@@ -213,8 +214,9 @@ def read_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Any:
             "parts to every model that is built meanwhile; build the LLM before it, or in another process"
         )
     try:
-        with torch.device("meta"):
+        with on_meta():
             skeleton = auto.from_config(config, trust_remote_code=trust_remote_code)
+        without_values(skeleton)
     except Exception as error:  # of any kind: sizes that do not fit each other fail in each architecture's own code
         raise ValueError(
             f"{folder}: transformers cannot build {name} as config.json describes it: {type(error).__name__}: "

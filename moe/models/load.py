@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from moe.models.blueprint import Blueprint, first_line
 from moe.models.dense_packed import pack_dense, packable, shorten_dense, tied_weights
 from moe.models.families import slot_class
+from moe.models.on_meta import quick_meta
 from moe.models.towers import CODE_OF_MODELS, absent_class, prune
 
 _UNTOLD = ("_scale", ".inv_freq")  # of activations and KV caches, which are not rounded here; computed, not read
@@ -48,7 +49,7 @@ def load_dense(
     kept = [matrix for matrix in kept if packable(blueprint.skeleton, matrix)]
     places = {matrix.name: torch.zeros((), dtype=dtype).expand(matrix.shape) for matrix in kept}  # take no memory
     dense = places | _dense_tensors(blueprint, [n for n in wanted if n not in places], dtype)
-    with quiet(), _patched(_replacements(blueprint)):
+    with quiet(), quick_meta(), _patched(_replacements(blueprint)):
         model, info = type(blueprint.skeleton).from_pretrained(
             None,
             config=blueprint.config,

@@ -63,7 +63,14 @@ def test_commands_of_no_model_import_no_code_of_models(trace, tmp_path):
     assert not imported_by_command("top", "http://127.0.0.1:9", "--once", status=2) & {*MODELS, "torch"}
 
 
-NOT_TO_RUN = {"torch._dynamo.utils", "torch.distributed.tensor", "scipy.optimize", "sklearn", "torch._inductor"}
+NOT_TO_RUN = {
+    "sympy",
+    "torch._dynamo.utils",
+    "torch.distributed.tensor",
+    "scipy.optimize",
+    "sklearn",
+    "torch._inductor",
+}
 ALONE = "from moe.launch.lean import import_only_what_runs; import_only_what_runs()"
 
 
