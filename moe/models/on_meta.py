@@ -1,6 +1,6 @@
 """Models without weights, quickly: torch works out sizes on the meta device in Python, for which it imports sympy, a
 fifth of what `moe info` takes. Made so, a model needs none of that: nothing is drawn for weights that have no memory,
-and positions, which rotary embeddings compute with, are numbers in memory.
+and positions, which rotary embeddings compute with, are numbers in memory until they meet what has none.
 """
 
 from collections.abc import Iterator
@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 _META = torch.device("meta")
 
@@ -32,15 +33,26 @@ class quick_meta(TorchFunctionMode):  # a context, named as torch names them
             weight = args[0] if args else kwargs["tensor"]
             if weight.is_meta:
                 return weight
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+            if len({one.is_meta for one in given}) < 2:
+                raise
+            return func(*tree_map(_sizes, args), **tree_map(_sizes, kwargs))
 
 
 def without_values(model: nn.Module) -> None:
     """All of its buffers on the meta device, too."""
     for module in model.modules():
-        for name, kept in module.named_buffers(recurse=False):
-            if not kept.is_meta:
-                module._buffers[name] = torch.empty_strided(kept.shape, kept.stride(), dtype=kept.dtype, device=_META)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = _sizes(buffer)
+
+
+def _sizes(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
 
 
 def _is_meta(device: Any) -> bool:

@@ -64,3 +64,14 @@ def test_weights_with_memory_are_drawn():
         assert torch.arange(3).tolist() == [0, 1, 2]
         assert nn.init.normal_(torch.zeros(3, device="meta")).is_meta
     assert drawn.std() > 0.5
+
+
+def test_positions_that_meet_what_has_no_memory():
+    with on_meta():
+        weight = torch.ones(3)
+        sums = [torch.arange(3) + weight, torch.where(torch.arange(3) > 1, weight, torch.arange(3))]
+        sums.append(torch.cat([torch.arange(2) / 2, torch.zeros(1)]))
+        assert not torch.arange(3).is_meta
+        with pytest.raises(RuntimeError, match="broadcast"):
+            torch.arange(3) + torch.ones(4)
+    assert [(one.is_meta, tuple(one.shape)) for one in sums] == [(True, (3,))] * 3
