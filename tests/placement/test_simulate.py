@@ -25,6 +25,7 @@ from moe.placement.stats.report import (
 from moe.placement.topology import Topology
 from moe.placement.trace import RoutingTrace
 from moe.placement.wire_format import ModelSizes, WireFormat
+from tests.patience import PATIENCE_S
 from tests.placement.instances import random_hosted, topic_trace
 
 HIERARCHICAL = Workload(wire=WireFormat(dispatcher="hierarchical"))
@@ -220,7 +221,7 @@ def test_place_from_a_running_plan_reports_the_migration(tmp_path, capsys):
     trace = topic_trace(800, 2, 16, 3, seed=1)
     trace.save(tmp_path / "t.safetensors")
     Plan.random(2, 16, 4).save(tmp_path / "old.json")
-    options = ["--topology", "laptopx4", "--seconds", 1, "--present", tmp_path / "old.json"]
+    options = ["--topology", "laptopx4", "--seconds", PATIENCE_S, "--rounds", 20, "--present", tmp_path / "old.json"]
     assert run("place", tmp_path / "t.safetensors", "--out", tmp_path / "n.json", *options) == 0
     assert "pays back after" in capsys.readouterr().out
     options[-1] = tmp_path / "n.json"  # the best that is found from there: no seconds, no search
