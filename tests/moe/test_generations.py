@@ -205,6 +205,10 @@ class Broken(Exception):
     """What a stage fails with."""
 
 
+def broken_job() -> str:
+    return f"broken-{os.getpid()}"
+
+
 STAGES = {  # where each stage has done all but its last line
     "read": "assemble.lossy_modes",
     "dense": "assemble.Dense",
@@ -234,7 +238,9 @@ def open_things() -> dict[str, int]:
     return {
         "threads": len(threads),  # without transformers', which loads by some and does not wait for their end
         "files": psutil.Process().num_fds(),
-        "shared memory": len(list(Path("/dev/shm").glob("moe-experts-broken*"))),  # other tests run beside this one
+        "shared memory": len(
+            list(Path("/dev/shm").glob(f"moe-experts-{broken_job()}*"))
+        ),  # other tests run beside this one
         "slabs": alive.count(ExpertCache),
         "seams": alive.count(RoutingSeam),
     }
@@ -261,7 +267,7 @@ def fail(where: str, config: EngineConfig) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"moe.engine.{where}", breaks)
         try:
-            Engine(DEMO, config, groups, share=None if groups else Share(Plan.contiguous(*SHAPE, 1), 0, "broken"))
+            Engine(DEMO, config, groups, share=None if groups else Share(Plan.contiguous(*SHAPE, 1), 0, broken_job()))
         except Broken:
             return
     raise AssertionError(f"{where} was not reached")
