@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from moe.kernels.calibrated import spread
-from moe.kernels.nested import Planes, nested_values, pack_plane, residual_scale
+from moe.kernels.nested import nested_values, pack_plane, residual_scale
 
 # Multiples of a group's root mean square that are tried for the base's scale: small ones serve 2 bits, large ones 4.
 _STEPS = tuple(0.42 + 0.03 * i for i in range(16))
 _ALONE = {2: 0.118, 3: 0.0345, 4: 0.0095}  # least mean square error of normal weights in so many bits alone (Max, 1960)
 
 
-def encode_nested(w: Tensor, columns: int, x: Tensor | None = None) -> Planes:
-    """w: [n, k] fp32; columns: that share scales; x: inputs [T, k] fp32, None or no rows: rounds to the nearest.
+def encode_nested(w: Tensor, columns: int, x: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The planes of all levels, as `nested_values` reads them. w: [n, k] fp32; columns: that share scales; x: inputs
+    [T, k] fp32, None or no rows: rounds to the nearest.
 
     With inputs the four-bit weights are those of GPTQ (kernels/calibrated.py): what a column loses is moved to those to
     its right, and a group's scale is chosen for the weights as they are by then; the last plane returns to the weights
@@ -43,13 +44,13 @@ def encode_nested(w: Tensor, columns: int, x: Tensor | None = None) -> Planes:
                 _move_losses(target, stored, group, scales[-1], moved)
     scale, scale3, scale4 = (torch.stack(each, 1).reshape(n, -1) for each in zip(*scales))
     codes = pack_plane(stored[0], 2), pack_plane(stored[1], 1), pack_plane(stored[2], 1)
-    planes = Planes(codes[0], scale, codes[1], scale3, codes[2], scale4)
+    planes = (codes[0], scale, codes[1], scale3, codes[2], scale4)
     left = w - nested_values(planes, 4, k, columns)
     padded = torch.nn.functional.pad(left, (0, -k % columns)).unflatten(1, (-1, columns))
     scale8 = (padded.abs().amax(-1) / 7.5).half()
     steps = padded / torch.where(scale8 > 0, scale8.float(), 1.0)[..., None]
     fields = (steps + 7.5).round().clamp(0, 15).to(torch.uint8).flatten(1)[:, :k]
-    return planes._replace(codes8=pack_plane(fields, 4), scale8=scale8)
+    return *planes, pack_plane(fields, 4), scale8
 
 
 class _Scales(NamedTuple):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moe.kernels.bf12 import bytes_of_row, decode_bf12
-from moe.kernels.nested import Planes, nested_values, plane_bytes
+from moe.kernels.nested import nested_values, plane_bytes
 
 CodeName = Literal["e4m3", "int8", "int4", "e2m1", "lut4", "nested", "bf12"]
 NIBBLE_CODES: frozenset[CodeName] = frozenset({"int4", "e2m1", "lut4"})
@@ -130,8 +130,9 @@ def decode(codes: Tensor, coding: Coding, columns: int, slot: int, *, interleave
     else:
         bits, *more = coding.residual
         own = (None if t is None else t[slot] if t.dim() == 4 else apart(t[slot]) for t in more)
-        planes = Planes(apart(codes), coding.scale[slot], *own)
-        decoded = list(nested_values(planes, int(bits[slot, 0]), columns, coding.block[1]))
+        decoded = list(
+            nested_values((apart(codes), coding.scale[slot], *own), int(bits[slot, 0]), columns, coding.block[1])
+        )
     if parts == 1:
         return decoded[0]
     return torch.stack(decoded, 1).flatten(0, 1) if interleaved else torch.cat(decoded)

@@ -18,28 +18,13 @@ brings the next of 8 columns everywhere (`bit_of`). The columns after them follo
 
 # mypy: allow-untyped-calls
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 LEVELS = (2, 3, 4, 8)
 PLANES = {2: 2, 3: 1, 4: 1, 8: 4}  # level -> bits of a column in the plane that reaches it
-
-
-class Planes(NamedTuple):
-    """One matrix [..., n, k] in nested precision, for groups of columns: G = ceil(k / columns)."""
-
-    codes: Tensor  # uint8 [..., n, plane_bytes(2, k)]
-    scale: Tensor  # float16 [..., n, G]
-    codes3: Tensor | None = None  # uint8 [..., n, plane_bytes(1, k)]; None from here on where less is held
-    scale3: Tensor | None = None  # uint8 [..., n, G]
-    codes4: Tensor | None = None
-    scale4: Tensor | None = None
-    codes8: Tensor | None = None  # uint8 [..., n, plane_bytes(4, k)]
-    scale8: Tensor | None = None  # float16 [..., n, G]
-
-
 BLOCK = 256  # columns
 
 
@@ -73,20 +58,27 @@ def unpack_plane(plane: Tensor, bits: int, columns: int) -> Tensor:
     return plane[..., at // 8] >> (at % 8).to(torch.uint8) & (1 << bits) - 1
 
 
-def nested_values(planes: Planes, level: int, columns: int, group: int) -> Tensor:
-    """Weights in fp32 [..., n, columns], read at `level` bits. Planes above it may be anything: they are not read."""
-    of = torch.arange(columns, device=planes.codes.device) // group
-    scale = planes.scale.float()
-    w = (2 * unpack_plane(planes.codes, 2, columns).float() - 3) * scale[..., of]
-    for bits, codes, stored in ((3, planes.codes3, planes.scale3), (4, planes.codes4, planes.scale4)):
-        if level >= bits:
-            assert codes is not None, (level, bits)
-            assert stored is not None, (level, bits)
-            w = w + (2 * unpack_plane(codes, 1, columns).float() - 1) * residual_scale(scale, stored)[..., of]
-    if level >= 8:
-        assert planes.codes8 is not None, level
-        assert planes.scale8 is not None, level
-        w = w + (unpack_plane(planes.codes8, 4, columns).float() - 7.5) * planes.scale8.float()[..., of]
+def nested_values(planes: Sequence[Tensor | None], level: int, columns: int, group: int) -> Tensor:
+    """Weights in fp32 [..., n, columns], read at `level` bits.
+
+    planes: codes and scales of one level after another, uint8 [..., n, plane_bytes] and [..., n, G] (float16 of 2 and 8
+    bits, else uint8), G = ceil(columns / group). Those above `level` may be anything, None too: they are not read.
+    """
+    of = torch.arange(columns, device=None if planes[0] is None else planes[0].device) // group
+    w = scale = torch.zeros(())
+    for bits, codes, stored in zip(LEVELS, planes[::2], planes[1::2]):
+        if bits > level:
+            break
+        assert codes is not None, (level, bits)
+        assert stored is not None, (level, bits)
+        steps = unpack_plane(codes, PLANES[bits], columns).float()
+        if bits == 2:
+            scale = stored.float()
+            w = (2 * steps - 3) * scale[..., of]
+        elif bits == 8:
+            w = w + (steps - 7.5) * stored.float()[..., of]
+        else:
+            w = w + (2 * steps - 1) * residual_scale(scale, stored)[..., of]
     return w
 
 

@@ -11,6 +11,7 @@ from moe.engine.known import probed
 from moe.launch.console import err, out
 from moe.launch.progress import batch_progress
 from moe.models.blueprint import Blueprint, read_blueprint
+from moe.models.load import loaded_bytes
 from moe.models.neighbours import why_not_packed
 from moe.offload.budget import format_bytes, slots_within
 from moe.offload.check import check_folder
@@ -25,12 +26,12 @@ def info(args: argparse.Namespace) -> int:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("architecture", f"{type(b.skeleton).__name__} ({b.config.model_type})")
     table.add_row("context", f"{b.max_context or 'no limit'} tokens")
-    decoded = b.quantised.labels(b.coded_dense)
-    table.add_row("dense weights", format_bytes(b.dense_bytes) + (f", decoded from {decoded}" if decoded else ""))
+    kept, choice = choose_keep(EngineConfig(), b, probed(EngineConfig()), torch.device("cpu"))
+    dense, told = _dense(b, shortens=kept.stored is not None)
+    table.add_row("dense weights", told)
     reason = why_not_packed(b.skeleton, b.max_context)
     table.add_row("batching", "packed, continuous" if reason is None else f"one sequence at a time: {reason}")
     if b.experts:
-        kept, choice = choose_keep(EngineConfig(), b, probed(EngineConfig()), torch.device("cpu"))
         site, blob = kept.sites[0], max(layout.nbytes for layout in kept.layouts)
         kinds = {(s.num_experts, s.hidden_size, s.intermediate_size) for s in b.index.sites}
         shape = f"{site.hidden_size} x {site.intermediate_size}" if len(kinds) == 1 else "of several sizes"
@@ -46,7 +47,7 @@ def info(args: argparse.Namespace) -> int:
             "on disk", "packed" if b.checkpoint.packed else "original checkpoint (moe pack makes reads faster)"
         )
         step = b.top_k * len(b.experts)
-        free = max(0, available_memory() - b.dense_bytes) * 9 // 10
+        free = max(0, available_memory() - dense) * 9 // 10
         of_layer, counts = [layout.nbytes for layout in kept.layouts], [site.num_experts for site in kept.sites]
         fits = slots_within(free, of_layer, counts)
         table.add_row("smallest budget", f"1 expert ({format_bytes(blob)}); slow: every layer runs in waves")
@@ -64,6 +65,19 @@ def info(args: argparse.Namespace) -> int:
         table.add_row("experts", "none in slots: the whole model is kept in memory")
     out.print(table)
     return 0
+
+
+def _dense(blueprint: Blueprint, *, shortens: bool) -> tuple[int, str]:
+    """What default settings take on a CPU, and that with the smaller ways to keep them. shortens: bf16 becomes bf12."""
+    short = blueprint.dtype == torch.bfloat16
+    taken = loaded_bytes(blueprint, blueprint.dtype, short=short, shortens=shortens)
+    packed = loaded_bytes(blueprint, blueprint.dtype, packed=True, short=short, shortens=shortens)
+    told = format_bytes(taken)
+    if taken < blueprint.dense_bytes:
+        told += ", linear layers in bf12"
+    elif decoded := blueprint.quantised.labels(blueprint.coded_dense):
+        told += f", decoded from {decoded}"
+    return taken, told + (f" ({format_bytes(packed)} with dense=packed)" if packed < taken else "")
 
 
 def _check(blueprint: Blueprint) -> int:

@@ -39,7 +39,7 @@ _SAYS = {
     400: "what is wrong, with the field at fault in `param`",
     401: "the key is missing or wrong",
     404: "there is none of that name",
-    413: "the body has no length, or is too long",
+    413: "the body is too long",
     429: "the queue is full; Retry-After says when to try again",
     500: "the request ended with an error of its own",
     503: "the model cannot be used any more",

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.gpus:
         kept, _ = choose_keep(EngineConfig(), blueprint, case.machine, torch.device("cpu"))
         blueprint = replace(blueprint, index=kept)
-    sizes = sizes_of(blueprint)
+    sizes = sizes_of(blueprint, on_cpu=not args.gpus)
     plan = None if args.plan is None else Plan.load(args.plan)
     trace = even_routing(sizes, work.sequences) if args.trace is None else RoutingTrace.load(args.trace)
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -199,11 +199,19 @@ def _slots(
 ) -> int:
     """Of all ranks that share the experts; of one, if each has all of them to itself."""
     total = sizes.num_layers * sizes.num_experts
+    of_layer, counts = [layout.nbytes for layout in blueprint.index.layouts], [sizes.num_experts] * sizes.num_layers
     sharing = ranks if is_shared else 1
     if args.slots is not None:
-        return max(sharing, int(args.slots * total))
+        kind, value = parse_budget(args.slots, "--slots")
+        slots = value if kind == "experts" else value * total
+        if kind == "bytes":
+            slots = slots_within(value, of_layer, counts)
+        if slots <= 0 or (kind != "fraction" and slots < sharing):
+            one = format_bytes(max(of_layer))
+            raise ValueError(f"--slots ({args.slots}) must hold an expert ({one}) of each rank, {sharing} at least")
+        return min(total, max(sharing, int(slots)))
     memory, left = _room(args, case, sizes, work, ranks, is_shared)
-    slots = slots_within(left, [x.nbytes for x in blueprint.index.layouts], [sizes.num_experts] * sizes.num_layers)
+    slots = slots_within(left, of_layer, counts)
     if slots < sharing:
         raise ValueError(
             f"{format_bytes(memory)} of a rank hold no expert beside dense weights and KV cache; raise --ram, or take "

@@ -5,8 +5,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from moe.models.blueprint import Blueprint
+from moe.models.load import loaded_bytes
 from moe.offload.in_place import in_place
 from moe.offload.policy import Access, Lfu, misses_of
 from moe.offload.predictor import Transitions
@@ -39,8 +41,8 @@ def _attention_of(text: Any) -> _Attention:
     return _Attention(heads * dim, 2 * (getattr(text, "num_key_value_heads", None) or heads) * dim)
 
 
-def sizes_of(blueprint: Blueprint) -> Sizes:
-    """Raises ValueError for a model whose layers differ, or without experts in slots."""
+def sizes_of(blueprint: Blueprint, *, on_cpu: bool = True) -> Sizes:
+    """on_cpu: bf16 may become bf12. Raises ValueError for a model whose layers differ, or without experts in slots."""
     index = blueprint.index
     kinds = {(s.num_experts, s.hidden_size, s.intermediate_size, s.gated) for s in index.sites}
     if len(kinds) != 1 or len({layout.nbytes for layout in index.layouts}) != 1:
@@ -54,6 +56,8 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
         if not name.startswith(inside) and not tables & set(name.split("."))
     )
     dtype = str(blueprint.dtype).removeprefix("torch.")
+    short = on_cpu and blueprint.dtype == torch.bfloat16
+    dense = loaded_bytes(blueprint, blueprint.dtype, short=short, shortens=index.stored is not None)
     attention = _attention_of(text)
     format_ = layout.gate_up_format
     files = in_place(index.in_files)
@@ -65,7 +69,7 @@ def sizes_of(blueprint: Blueprint) -> Sizes:
         hidden_size=site.hidden_size,
         query_size=attention.query_size,
         dense_weights=weights,
-        dense_bytes=blueprint.dense_bytes,
+        dense_bytes=dense,
         dtype=dtype,
         expert_weights=(site.parts + 1) * site.hidden_size * site.intermediate_size,
         expert_bytes=layout.nbytes,

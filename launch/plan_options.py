@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from moe.config import MOST_THREADS
-from moe.launch.options import add_trust_option, named_path, real, whole
+from moe.launch.options import add_trust_option, named_path, whole
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,7 +27,9 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     plan.add_argument("--gpus", metavar="[N x]KIND", help="by published figures in place of this machine: 4xh200")
     plan.add_argument("--ram", help="for the whole model, such as 16GiB (default: what is free here)")
     plan.add_argument(
-        "--slots", type=real(1e-9, 1), help="share of the experts in slots, in place of what memory gives"
+        "--slots",
+        metavar="BUDGET",
+        help="experts in slots, in place of what fits: 0.25 (fraction), 64 (experts) or 6GiB",
     )
     plan.add_argument("--nvme", metavar="BYTES/s", help="of reads, such as 3GB, in place of what the probe measured")
     plan.add_argument("--link", metavar="BYTES/s,SECONDS", help="between ranks, such as 10GB,2e-5 (default: no wire)")

@@ -37,6 +37,7 @@ from moe.launch.uploads import Uploads
 from moe.metrics import exposition
 from moe.openai import CHAT, COMPLETIONS, Ask, BadRequest, json_of, parse_request
 from moe.service import Delta, QueueFull, Service, Ticket
+from moe.told import is_told
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +185,7 @@ class _Border:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = self._why_refused(Request(scope)) if scope["type"] == "http" else None
+        receive = receive if scope["type"] != "http" else self._up_to_limit(scope["path"], receive)
         begun = is_stream = False
 
         async def say(message: Message) -> None:
@@ -209,11 +211,27 @@ class _Border:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.api_key is not None and path not in ("/health", "/") and not _is_same(given, self.api_key):
             return _refused(401, "the API key is missing or wrong", "authentication_error")
-        limit = self.limits.file_bytes if path == "/v1/files" else self.limits.body_bytes
-        length = request.headers.get("content-length", "0" if path.endswith("/cancel") else "")
-        if request.method == "POST" and not (length.isdecimal() and int(length) <= limit):
-            return _refused(413, f"a body must have a content-length of at most {limit} bytes")
+        limit, length = self._limit(path), request.headers.get("content-length", "0")
+        if not (length.isdecimal() and int(length) <= limit):
+            return _refused(413, f"{path}: {_too_long(limit)}")
         return None
+
+    def _limit(self, path: str) -> int:
+        return self.limits.file_bytes if path == "/v1/files" else self.limits.body_bytes
+
+    def _up_to_limit(self, path: str, receive: Receive) -> Receive:
+        """Ends the call where its body grows longer: it may come in chunks, without a length."""
+        limit, read = self._limit(path), 0
+
+        async def take() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > limit:
+                raise HTTPException(413, _too_long(limit))
+            return message
+
+        return take
 
 
 def _model(service: Service) -> dict[str, Any]:
@@ -222,6 +240,10 @@ def _model(service: Service) -> dict[str, Any]:
 
 def _is_stream(message: Message) -> bool:
     return any(name == b"content-type" and value.startswith(EVENTS.encode()) for name, value in message["headers"])
+
+
+def _too_long(limit: int) -> str:
+    return f"a body may have at most {limit} bytes"
 
 
 def _is_same(given: str, key: str) -> bool:
@@ -272,8 +294,13 @@ async def _answer(service: Service, limits: Limits, request: Request, url: str) 
         return response
     except BadRequest as error:
         return _refused(400, str(error), param=error.param)
-    except ValueError as error:
-        return _refused(400, str(error), code=_TOO_LONG if isinstance(error, ContextExceeded) else None)
+    except (HTTPException, ClientDisconnect):  # while its body came
+        raise
+    except Exception as error:  # of any kind: a tokenizer's own code runs here
+        if isinstance(error, ValueError) and is_told(error):
+            return _refused(400, str(error), code=_TOO_LONG if isinstance(error, ContextExceeded) else None)
+        log.error("a fault of the server refused a request: %s", type(error).__name__)  # the rest may hold its prompt
+        return _refused(500, f"a fault of the server, {type(error).__name__}: {error}", "server_error")
     if ask.stream:
         headers = {"Cache-Control": "no-store"}
         return StreamingResponse(_stream(call, limits.seconds), media_type=EVENTS, headers=headers)

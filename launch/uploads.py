@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, result_line
+from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, refused_line, result_line
 from moe.llm import LLM
 from moe.openai import Ask, BadRequest, custom_id_of, json_of, lines_of, parse_batch_line
 from moe.placement.written import written_whole
 from moe.service import Delta, QueueFull, Service
+from moe.told import is_told
 
 _WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer
 _DAY = 24 * 3600
@@ -273,10 +274,8 @@ class _Run:
             self._tickets[number] = self.service.submit(prompts, ask.params, deliver)
         except QueueFull:
             return False
-        except ValueError as error:
-            self.results.write(failed_line(number, custom_id, "invalid_request", str(error)))
         except Exception as error:  # of any kind: a tokenizer's own code runs here
-            self.results.write(failed_line(number, custom_id, "server_error", f"{type(error).__name__}: {error}"))
+            self.results.write(refused_line(number, custom_id, error))
         return True
 
     def wait(self, seconds: float) -> None:
@@ -307,7 +306,7 @@ def _error_of(error: Exception) -> dict[str, str]:
     if isinstance(error, OSError) and error.errno is not None:
         why = f"{os.strerror(error.errno)}: what is finished is in the files of this batch; see to the folder of the "
         return {"code": "server_error", "message": why + "server's --state, and send the other lines again"}
-    code = "invalid_request" if isinstance(error, ValueError) else "server_error"
+    code = "invalid_request" if isinstance(error, ValueError) and is_told(error) else "server_error"
     return {"code": code, "message": str(error) or type(error).__name__}
 
 

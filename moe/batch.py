@@ -32,6 +32,7 @@ from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, json_of, l
 from moe.outputs import Completion
 from moe.prompts import PromptEncoder
 from moe.system_fingerprint import system_fingerprint
+from moe.told import is_told
 from moe.tools import format_of
 
 
@@ -194,10 +195,8 @@ class _Run:
             self.names.check(custom_id, number)
             entry = _read_line(self.llm, number, fields)
             self.llm.check_request(entry.tokens, entry.ask.params)
-        except ValueError as error:
-            self.results.write(failed_line(number, custom_id, "invalid_request", str(error)))
         except Exception as error:  # of any kind: a tokenizer's own code runs here
-            self.results.write(failed_line(number, custom_id, "server_error", f"{type(error).__name__}: {error}"))
+            self.results.write(refused_line(number, custom_id, error))
         else:
             self.queueing.append(entry)
 
@@ -207,7 +206,7 @@ class _Run:
             sample = self.llm.add(entry.tokens, entry.ask.params.sample(index), index, is_awaited=False)
         except ValueError as error:
             self.queueing.popleft()
-            self.results.write(failed_line(entry.line, entry.custom_id, "invalid_request", str(error)))
+            self.results.write(refused_line(entry.line, entry.custom_id, error))
             return
         entry.samples.append(sample)
         self.entry_of[id(sample)] = entry
@@ -261,6 +260,13 @@ def failed_line(number: int, custom_id: str | None, code: str, sentence: str) ->
     """The result of a line that cannot be served."""
     error = {"code": code, "message": f"line {number}: {sentence}"}
     return {"id": f"line-{number}", "custom_id": custom_id, "response": None, "error": error}
+
+
+def refused_line(number: int, custom_id: str | None, error: Exception) -> dict[str, Any]:
+    """The result of a line that was not taken in: by a sentence on what it asks for, or by a fault of ours."""
+    if isinstance(error, ValueError) and is_told(error):
+        return failed_line(number, custom_id, "invalid_request", str(error))
+    return failed_line(number, custom_id, "server_error", f"{type(error).__name__}: {error}")
 
 
 class NamesOfLines:

@@ -331,8 +331,8 @@ class _Pieces:
         self._is_whole, self._rest = False, ""  # of a line that goes on
 
     def of(self, received: str) -> list[str]:
-        """httpx would cut lines at U+2028, too, which JSON may hold as it is."""
-        *lines, self._rest = (self._rest + received).split("\n")
+        """Lines end with \\n, \\r\\n or \\r; httpx would cut them at U+2028, too, which JSON may hold as it is."""
+        *lines, self._rest = re.split(r"[\r\n]+", self._rest + received)
         return [text for line in lines for text in self._of_line(line)]
 
     def _of_line(self, line: str) -> list[str]:

@@ -16,11 +16,12 @@ class Budget(NamedTuple):
     value: float
 
 
-def parse_budget(text: str | int | float) -> Budget:
+def parse_budget(text: str | int | float, name: str = "offload.budget") -> Budget:
     """ "6GiB" or "800 MB" are bytes (MB = 10^6), "64" or "64 experts" experts, "0.25" or "25%" a fraction of them all.
 
     Numbers mean the same as their text: 64 experts, 0.25 a fraction, 1.0 all of them. A bare 1 is refused: it reads as
-    one expert and as all of them; "1 expert" and 1.0 do not. Raises ValueError for anything else, too.
+    one expert and as all of them; "1 expert" and 1.0 do not. Raises ValueError for anything else, too, which names the
+    option or setting `name`.
     """
     written = str(text).strip()
     if match := _BYTES.fullmatch(written):
@@ -30,7 +31,7 @@ def parse_budget(text: str | int | float) -> Budget:
     if match := _EXPERTS.fullmatch(written):
         if float(match[1]) == 1 and not match[2]:
             raise ValueError(
-                f"offload.budget {written} could be one expert or all of them: a whole number is a number of experts, "
+                f"{name} {written} could be one expert or all of them: a whole number is a number of experts, "
                 "a fraction needs a point or a %; give 1.0 or 100% for all, '1 expert' for one"
             )
         return Budget("experts", float(match[1]))
@@ -42,7 +43,7 @@ def parse_budget(text: str | int | float) -> Budget:
     if 0 <= value <= 1:
         return Budget("fraction", value)
     raise ValueError(
-        f"offload.budget {written[:40]!r} is not understood; give bytes (6GiB), a number of experts (64) or a fraction "
+        f"{name} {written[:40]!r} is not understood; give bytes (6GiB), a number of experts (64) or a fraction "
         "of them (0.25 or 25%, at most 1.0)"
     )
 

@@ -18,7 +18,7 @@ from moe.kernels.calibrated import encode_calibrated
 from moe.kernels.encode import Encoded, encode
 from moe.kernels.encode_nested import encode_nested
 from moe.kernels.formats import decode
-from moe.kernels.nested import LEVELS, Planes
+from moe.kernels.nested import LEVELS
 from moe.kernels.reference import activation_reference, dequantized
 from moe.kernels.weights import Activation
 from moe.offload.formats.slot import BF12, WHOLE, MatrixFormat
@@ -199,13 +199,12 @@ def _relative(again: Tensor, w: Tensor) -> float:
     return float((again - w).double().norm() / w.double().norm().clamp(min=1e-300))
 
 
-def _place_planes(planes: Planes, made: dict[str, Tensor], name: str, part: int, is_woven: bool) -> None:
+def _place_planes(planes: Sequence[Tensor], made: dict[str, Tensor], name: str, part: int, is_woven: bool) -> None:
     """One part's planes into the views of one blob."""
     ends = ("", ".scale", *(f".{what}{level}" for level in LEVELS[1:] for what in ("codes", "scale")))
-    n = len(planes.codes)
+    n = len(planes[0])
     rows = slice(part, None, 2) if is_woven else slice(part * n, (part + 1) * n)
     for end, piece in zip(ends, planes):
-        assert piece is not None, end
         view = made[name + end][0]
         view[part if "scale" in end else rows] = piece
 

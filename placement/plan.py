@@ -27,9 +27,8 @@ class Plan:
     """Where the E logical experts of L layers live on G ranks.
 
     phy2log: int32 [L, P], P = G * P_local, -1 = empty. Every expert is somewhere; no rank holds one twice in a layer.
-    fast_slots: per rank, how many of its physical experts (all layers together) fit in fast memory; None = all.
-    host_slots: per node, how many fit in host memory; None = all. objective/value/bound/seconds/solver: what was
-    minimised, the plan's cost, the proven lower bound, the time it took and by which method; None = not known.
+    objective/value/bound/seconds/solver: what was minimised, the plan's cost, the proven lower bound, the time it took
+    and by which method; None = not known.
     sizes: of the model it was solved for; None = not known.
     """
 
@@ -42,8 +41,6 @@ class Plan:
     value: float | None = None
     bound: float | None = None
     seconds: float | None = None
-    fast_slots: tuple[int, ...] | None = None
-    host_slots: tuple[int, ...] | None = None
     sizes: ModelSizes | None = None
     hosted: NDArray[np.bool_] = field(init=False, repr=False)
     log2phy: NDArray[np.int32] = field(init=False, repr=False)
@@ -75,14 +72,6 @@ class Plan:
         homeless = np.argwhere(copies.sum(axis=1) == 0)
         if homeless.size:
             raise ValueError(f"layer {homeless[0][0]}: expert {homeless[0][1]} is on no rank ({len(homeless)} in all)")
-        for name in ("fast_slots", "host_slots"):
-            budget = getattr(self, name)
-            if budget is not None and (
-                min(budget, default=-1) < 0 or (name == "fast_slots" and len(budget) != self.num_ranks)
-            ):
-                raise ValueError(
-                    f"{name} is {budget}; give one number >= 0 per {'rank' if name == 'fast_slots' else 'node'}"
-                )
         if self.bound is not None and self.value is not None and self.bound > self.value + 1e-6 * (1 + abs(self.value)):
             raise ValueError(f"the bound ({self.bound}) exceeds the plan's value ({self.value}); one of them is wrong")
         for name, value in (
@@ -139,7 +128,7 @@ class Plan:
         return np.arange(self.num_physical) // self.physical_per_rank
 
     def with_result(self, **fields: Any) -> "Plan":
-        """The same placement with other notes (solver, objective, value, bound, seconds, budgets)."""
+        """The same placement with other notes (solver, objective, value, bound, seconds)."""
         return replace(self, **fields)
 
     @staticmethod
@@ -203,22 +192,22 @@ class Plan:
         if not isinstance(found, str) or found not in FORMATS:
             raise ValueError(f"{path} is not a plan of format {FORMAT!r}")
         sizes = ModelSizes.of(str(path), fields.pop("sizes", None) if found == FORMAT else None)
+        for name in _FORMER & fields.keys():
+            del fields[name]
         fields = checked(str(path), fields, _STORED)
         table = np.array(integers(str(path), "phy2log", fields.pop("phy2log"), axes=2))
-        for name in ("fast_slots", "host_slots"):
-            fields[name] = None if fields[name] is None else tuple(integers(str(path), name, fields[name]))
         try:
             return Plan(phy2log=table, sizes=sizes, **fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 
+_FORMER = {"fast_slots", "host_slots"}  # of plans that were written when these were stored
 _NONE = type(None)
 _STORED: Mapping[str, Kinds] = {
     **dict.fromkeys(("num_experts", "num_ranks"), (int,)),
     **dict.fromkeys(("model", "solver", "objective"), (str,)),
     **dict.fromkeys(("value", "bound", "seconds"), (*NUMBER, _NONE)),
-    **dict.fromkeys(("fast_slots", "host_slots"), (list, _NONE)),
     "phy2log": (list,),
 }
 

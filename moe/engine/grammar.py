@@ -34,8 +34,8 @@ _LONGEST = 10_000  # characters that a form may spell out in a row: some 3 ms a 
 class Constraint:
     """Of one request: which tokens may follow what it said so far. matcher: fresh, and nobody else's."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary, self._num_read = matcher, vocabulary, 0
+    def __init__(self, matcher: Any, tokenizer: Any, vocabulary: int) -> None:
+        self._matcher, self._tokenizer, self._vocabulary, self._num_read = matcher, tokenizer, vocabulary, 0
 
     def allowed(self, output: Sequence[int]) -> Tensor:
         """Bool [V]. output: the answer's tokens so far. Raises ValueError if it broke the form or is too complex."""
@@ -43,7 +43,22 @@ class Constraint:
         mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         bits = np.unpackbits(mask, count=self._vocabulary, bitorder="little")
+        is_one = np.count_nonzero(mask) == 1 and bits.sum() == 1
+        if is_one and (spelled := self._spelled(int(bits.argmax()))) is not None:
+            bits[:] = 0
+            bits[spelled] = 1
         return torch.from_numpy(bits).bool()
+
+    def _spelled(self, token: int) -> int | None:
+        """Where only the text of a special token can follow, llguidance asks for that token, which has no text: the
+        ordinary token that its text begins with. None where `token` is what is meant."""
+        if not self._tokenizer.is_special_token(token):
+            return None
+        text = self._matcher.compute_ff_bytes()
+        if not text.startswith(self._tokenizer.decode_bytes([token])):
+            return None  # the end, or a grammar that names the token itself
+        ordinary = _ordinary(self._tokenizer)
+        return next((ordinary[text[:n]] for n in range(len(text), 0, -1) if text[:n] in ordinary), None)
 
     def is_complete(self, output: Sequence[int]) -> bool:
         """Whether nothing but the end can follow."""
@@ -84,7 +99,12 @@ class Grammars:
 
     def of(self, wanted: StructuredOutputsParams | None) -> Constraint | None:
         """The state of a request that has said nothing yet."""
-        return None if wanted is None else Constraint(self._matcher(wanted).deep_copy(), self.vocabulary)
+        if wanted is None:
+            return None
+        return Constraint(self._matcher(wanted).deep_copy(), self._tokenizer(), self.vocabulary)
+
+    def _tokenizer(self) -> Any:
+        return _read_tokenizer(self._folder, self.vocabulary, self._eos_ids, self._trusts)
 
     def _matcher(self, wanted: StructuredOutputsParams) -> Any:
         """Fresh; to be copied."""
@@ -104,7 +124,7 @@ class Grammars:
         return found
 
     def _compile(self, llguidance: Any, wanted: StructuredOutputsParams) -> Any:
-        tokenizer = _read_tokenizer(self._folder, self.vocabulary, self._eos_ids, self._trusts)
+        tokenizer = self._tokenizer()
         form, text = wanted.form
         try:
             if (longest := max(map(len, _spelled_out(form, text)), default=0)) > _LONGEST:
@@ -134,6 +154,13 @@ def _read_tokenizer(folder: Path, vocabulary: int, eos_ids: tuple[int, ...], tru
     if not eos_ids and tokenizer.eos_token_id is None:
         raise ValueError(f"structured_outputs need a token that ends an answer; {folder.name} names none")
     return from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(eos_ids) or None)
+
+
+@lru_cache(maxsize=2)
+def _ordinary(tokenizer: Any) -> dict[bytes, int]:
+    """Tokens that are not special, by their bytes."""
+    every = range(tokenizer.vocab_size)
+    return {tokenizer.decode_bytes([token]): token for token in every if not tokenizer.is_special_token(token)}
 
 
 def _grammar(llguidance: Any, form: str, text: str) -> str:

@@ -118,7 +118,7 @@ def pack_dense(model: nn.Module, matrices: list[StoredMatrix]) -> None:
 
     All lie in one stretch of memory, in large pages: in small ones a step of int4 took 4 to 6 % longer.
     """
-    left = aligned_bytes(sum(_room(kind) for matrix in matrices for kind in _pieces(matrix).values()))
+    left = aligned_bytes(sum(_room_of(matrix.format, matrix.shape) for matrix in matrices))
     for matrix in matrices:
         views = {}
         for name, read in matrix.views().items():
@@ -128,24 +128,31 @@ def pack_dense(model: nn.Module, matrices: list[StoredMatrix]) -> None:
         _replace(model, path, matrix.shape, matrix.format, views)
 
 
+def shortenable(model: nn.Module, blueprint: Blueprint) -> dict[str, tuple[int, int]]:
+    """[N, K] of the linear layers that may become bf12, by path: all but routers and weights that are another's."""
+    tied = tied_weights(model)
+    shared, found = {*tied, *tied.values()}, dict[str, tuple[int, int]]()
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear and f"{path}.weight" not in shared:
+            n, k = module.weight.shape
+            if n and k <= MOST_COLUMNS and not _routes(blueprint, path, n):
+                found[path] = n, k
+    return found
+
+
 def shorten_dense(model: nn.Module, blueprint: Blueprint) -> None:
     """Puts bf12 (kernels/bf12.py) in place of bf16 linear layers that become smaller: the same bits of fewer bytes.
 
-    All but routers and weights that are another's, too. A weight is given back before the next is made.
+    A weight is given back before the next is made.
     """
-    tied = tied_weights(model)
-    shared = {*tied, *tied.values()}
-    formats = dict[str, MatrixFormat]()
-    for path, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and f"{path}.weight" not in shared:
-            weight = module.weight.detach()
-            is_plain = weight.is_contiguous() and len(weight) and weight.shape[1] <= MOST_COLUMNS
-            if is_plain and not _routes(blueprint, path, len(weight)):
-                formats[path] = short_format(most_rare_of(weight), weight.shape[1])
+    shapes, formats = shortenable(model, blueprint), dict[str, MatrixFormat]()
+    for path, (_, k) in shapes.items():
+        weight = model.get_parameter(f"{path}.weight").detach()
+        if weight.dtype == torch.bfloat16 and weight.is_contiguous():
+            formats[path] = short_format(most_rare_of(weight), k)
     formats = {path: layout for path, layout in formats.items() if layout.code is not None}
-    shapes = {path: (int(n), int(k)) for path in formats for n, k in [model.get_parameter(f"{path}.weight").shape]}
     pieces = {path: layout.pieces(1, *shapes[path]) for path, layout in formats.items()}
-    left = aligned_bytes(sum(_room(piece) for each in pieces.values() for piece in each.values()))
+    left = aligned_bytes(sum(_room_of(layout, shapes[path]) for path, layout in formats.items()))
     for path, layout in formats.items():
         views = {}
         for name, piece in pieces[path].items():
@@ -171,3 +178,8 @@ def _pieces(matrix: StoredMatrix) -> dict[str, PieceKind]:
 def _room(piece: PieceKind) -> int:
     """Bytes, whole cache lines."""
     return -(-prod(piece.shape) * piece.dtype.itemsize // 64) * 64
+
+
+def _room_of(layout: MatrixFormat, shape: tuple[int, ...]) -> int:
+    """Bytes of a packed layer."""
+    return sum(map(_room, layout.pieces(1, *shape).values()))

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.utils import logging as transformers_logging
 
 from moe.models.blueprint import Blueprint, first_line
-from moe.models.dense_packed import pack_dense, packable, shorten_dense, tied_weights
+from moe.models.dense_packed import pack_dense, packable, shorten_dense, shortenable, tied_weights
 from moe.models.families import slot_class
 from moe.models.on_meta import quick_meta
 from moe.models.towers import CODE_OF_MODELS, absent_class, prune
+from moe.offload.formats.stored import StoredMatrix
+from moe.offload.short_floats import short_format
 
 _UNTOLD = ("_scale", ".inv_freq")  # of activations and KV caches, which are not rounded here; computed, not read
 _DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -42,11 +45,9 @@ def load_dense(
     Raises ValueError if dense tensors are missing.
     Peak memory: the dense weights and one tensor; if `dtype` is narrower than the stored one, both forms of them.
     """
-    found, wanted = blueprint.quantised, dense_keys(blueprint)
+    wanted = dense_keys(blueprint)
     _check_stored(blueprint, wanted)
-    kept = [found.matrices[n] for n in wanted if n in found.matrices]
-    kept = [matrix for matrix in kept if packed or (short and matrix.format.code == "bf12")]
-    kept = [matrix for matrix in kept if packable(blueprint.skeleton, matrix)]
+    kept = _kept(blueprint, wanted, packed, short)
     places = {matrix.name: torch.zeros((), dtype=dtype).expand(matrix.shape) for matrix in kept}  # take no memory
     dense = places | _dense_tensors(blueprint, [n for n in wanted if n not in places], dtype)
     with quiet(), quick_meta(), _patched(_replacements(blueprint)):
@@ -79,6 +80,29 @@ def load_dense(
     if blueprint.generation.decoder_start_token_id is not None:
         model.generation_config.decoder_start_token_id = blueprint.generation.decoder_start_token_id
     return model.eval()
+
+
+def loaded_bytes(
+    blueprint: Blueprint, dtype: torch.dtype, *, packed: bool = False, short: bool = False, shortens: bool = False
+) -> int:
+    """What `load_dense` leaves in memory, known from headers: rows that become bf12 are taken to have few rare weights,
+    as those of trained models do."""
+    kept = {matrix.name: matrix.format for matrix in _kept(blueprint, dense_keys(blueprint), packed, short)}
+    shapes = {f"{path}.weight": shape for path, shape in shortenable(blueprint.skeleton, blueprint).items()}
+    coded = {name: (layout, blueprint.quantised.matrices[name].shape) for name, layout in kept.items()}
+    for name, shape in shapes.items() if shortens and dtype == torch.bfloat16 else ():
+        if name not in coded and (layout := short_format(0, shape[1])).code is not None:
+            coded[name] = layout, shape
+    pieces = [piece for layout, shape in coded.values() for piece in layout.pieces(1, *shape).values()]
+    plain = sum(prod(shape) for _, shape in coded.values()) * dtype.itemsize
+    return blueprint.dense_bytes_in(dtype) - plain + sum(piece.nbytes for piece in pieces)
+
+
+def _kept(blueprint: Blueprint, names: Sequence[str], packed: bool, short: bool) -> list[StoredMatrix]:
+    """The dense matrices that stay as they are stored."""
+    matrices = [blueprint.quantised.matrices[name] for name in names if name in blueprint.quantised.matrices]
+    matrices = [matrix for matrix in matrices if packed or (short and matrix.format.code == "bf12")]
+    return [matrix for matrix in matrices if packable(blueprint.skeleton, matrix)]
 
 
 def _check_stored(blueprint: Blueprint, names: Sequence[str]) -> None:

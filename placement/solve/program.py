@@ -6,7 +6,7 @@ cost = cross * (mass of consecutive-layer transitions, each times the link cost 
      + miss * (expert uses that find the expert outside their rank's fast memory / all uses)
 
 Each term is a fraction, so weights compare: with the default weights and link cost 0/1 the value is the crossing
-fraction. `Weights.in_seconds` gives the weights that make the value the predicted seconds per step.
+fraction.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe.placement.plan import Plan, even_capacities
-from moe.placement.topology import Topology
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -35,32 +34,6 @@ class Weights:
         values = {name: getattr(self, name) for name in self.__slots__}
         if min(values.values()) < 0 or not np.isfinite(list(values.values())).all():
             raise ValueError(f"weights must be finite and >= 0, they are {values}")
-
-    @staticmethod
-    def in_seconds(
-        topology: Topology,
-        *,
-        transitions: float,
-        token_bytes: float,
-        expert_seconds: float,
-        expert_bytes: float,
-        uses: float,
-        experts: int,
-        steps: float,
-    ) -> "Weights":
-        """Weights in seconds per step.
-
-        transitions/uses: token transitions and expert uses per step; token_bytes: hidden state in bytes;
-        expert_seconds: expert compute of a perfectly balanced step; experts: L * E; steps: over how many steps a
-        migration may pay itself back.
-        """
-        unit = topology.intra if topology.num_ranks > topology.num_nodes else topology.inter
-        return Weights(
-            cross=transitions * token_bytes / unit.bandwidth / topology.num_ranks,
-            load=expert_seconds,
-            migration=experts * expert_bytes / unit.bandwidth / topology.num_ranks / steps,
-            miss=uses * expert_bytes / topology.host.bandwidth / topology.num_ranks,
-        )
 
 
 class Terms(NamedTuple):

@@ -36,9 +36,9 @@ def test_every_level_refines_the_one_before(columns):
     errors = [float((nested_values(planes, b, columns, 64) - w).norm() / w.norm()) for b in LEVELS]
     assert all(error < BOUNDS[b] for b, error in zip(LEVELS, errors)), errors
     assert errors == sorted(errors, reverse=True)
-    scale, signs = planes.scale.float(), 2 * unpack_plane(planes.codes3, 1, columns).float() - 1
+    scale, signs = planes[1].float(), 2 * unpack_plane(planes[2], 1, columns).float() - 1
     step = nested_values(planes, 3, columns, 64) - nested_values(planes, 2, columns, 64)
-    size = (scale * planes.scale3.float() / 256)[:, torch.arange(columns) // 64]
+    size = (scale * planes[3].float() / 256)[:, torch.arange(columns) // 64]
     assert torch.allclose(step, signs * size, atol=1e-8)  # fp32 rounding of a sum of weights of 0.02
 
 

@@ -139,10 +139,12 @@ ANSWERS = [
 ]
 
 
-def test_a_stream_is_cut_at_the_ends_of_its_lines_alone():
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_stream_is_cut_at_the_ends_of_its_lines_alone(end):
     """JSON may hold what ends a line in Python: U+2028 and its like, which many servers send as they are."""
     odd = "a\u2028b\u2029c\x85d"
-    body = f'data: {{"choices": [{{"text": "{odd}", "finish_reason": null}}]}}\r\n\r\ndata: [DONE]'
+    chunk = f'data: {{"choices": [{{"text": "{odd}", "finish_reason": null}}]}}'
+    body = f"{chunk}{end}{end}{chunk}{end}{end}data: [DONE]"
 
     async def reply(said):
         size = len(body.encode())
@@ -154,8 +156,8 @@ def test_a_stream_is_cut_at_the_ends_of_its_lines_alone():
 
     with answering(reply) as url:
         with Client(url, model="m", retries=0) as client:
-            assert list(client.stream("a")) == [odd]
-        assert asyncio.run(collect(url)) == [odd]
+            assert list(client.stream("a")) == [odd, odd]
+        assert asyncio.run(collect(url)) == [odd, odd]
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

@@ -66,6 +66,13 @@ def test_a_slower_disk_makes_reads_bind(capfd, probe_file):
     assert "waiting" in slow
 
 
+def test_slots_are_said_as_budgets_are(capfd, probe_file):
+    nbytes = read_blueprint(TINYMOE).index.layouts[0].nbytes
+    for said, slots in (("24", 24), ("1 expert", 1), ("100%", 96), ("0.001", 1), ("200", 96), (f"{30 * nbytes} B", 30)):
+        status, out, err = plan(capfd, "--probe-file", probe_file, "--slots", said)
+        assert (status, f" {slots} of 96" in " ".join(out.split())) == (0, True), out + err
+
+
 @pytest.mark.parametrize("family", IN_SLOTS)
 def test_a_token_of_kv_takes_what_the_engine_sees_it_take(family, tmp_path):
     """Whether a layer keeps keys and values of its heads, or latents that they are made of."""
@@ -120,9 +127,14 @@ def test_more_ranks_or_replicas(capfd, probe_file):
         (("--workload", "0x64+1"), "must be SEQUENCESxPROMPT+NEW"),
         (("--gpus", "4xa100"), "published figures, such as 4xh200"),
         (("--gpus", "0xh200"), "published figures, such as 4xh200"),
-        (("--slots", "1", "--against", "fast.jsonl"), "fast.jsonl"),
-        (("--slots", "1", "--against", "0"), "above 0"),
-        (("--ranks", "2", "--slots", "1"), "2 ranks need a link"),
+        (("--slots", "1.0", "--against", "fast.jsonl"), "fast.jsonl"),
+        (("--slots", "1.0", "--against", "0"), "above 0"),
+        (("--ranks", "2", "--slots", "1.0"), "2 ranks need a link"),
+        (("--slots", "1"), "--slots 1 could be one expert or all of them"),
+        (("--slots", "1.5"), "--slots '1.5' is not understood; give bytes (6GiB)"),
+        (("--slots", "0"), "must hold an expert"),
+        (("--slots", "10 B"), "must hold an expert"),
+        (("--slots", "3", "--ranks", "4", "--link", "1GB,1e-5"), "of each rank, 4 at least"),
         (("--ranks", "17", "--link", "1GB,1e-5"), "rank 16 of 17 would have none of the 16 experts of a layer"),
         (("--link", "fast"), "must be BYTES/s,SECONDS"),
         (("--link", "1GB,nan"), "must be BYTES/s,SECONDS"),
@@ -153,7 +165,7 @@ def test_gpus_by_published_figures(capfd, tmp_path):
 
 
 def test_a_plan_of_moe_place_says_where_experts_are(capfd, tmp_path, probe_file):
-    here = ("--probe-file", probe_file, "--slots", 1, "--link", "1MB,1e-4", "--workload", "4x64+64")
+    here = ("--probe-file", probe_file, "--slots", "1.0", "--link", "1MB,1e-4", "--workload", "4x64+64")
     blocks, replicated = Plan.contiguous(6, 16, 2), tmp_path / "all.json"
     blocks.save(tmp_path / "blocks.json")
     everywhere = np.tile(np.arange(16, dtype=np.int16), (6, 2))
@@ -173,9 +185,9 @@ def test_here_measures_what_is_not_known(capfd, tmp_path, monkeypatch, probe_fil
     known = probed(EngineConfig(probe_file=probe_file))
     monkeypatch.setattr(measure, "probe", lambda folder, machine: known)
     file = tmp_path / "new.json"
-    assert plan(capfd, "--probe-file", file, "--slots", 1, "--here")[0] == 0
+    assert plan(capfd, "--probe-file", file, "--slots", "1.0", "--here")[0] == 0
     monkeypatch.setattr(measure, "probe", None)
-    assert plan(capfd, "--probe-file", file, "--slots", 1, "--here")[0] == 0
+    assert plan(capfd, "--probe-file", file, "--slots", "1.0", "--here")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -175,12 +175,18 @@ def test_hugging_faces_client(served, right, monkeypatch):
         assert error.value.response.status_code == 400
 
 
-def test_other_statuses(served, client):
+def test_other_statuses(served, right, client):
     with httpx.Client(base_url=served.url, timeout=PATIENCE_S) as http:
         assert http.post("/v1/completions", content=b"{").status_code == 400
         assert http.post("/v1/completions", content=b"[" * 100_000).status_code == 400
         assert http.post("/v1/completions", content=b" " * (2 << 20)).status_code == 413
-        assert http.post("/v1/completions", content=iter([b"{}"])).status_code == 413  # no length: not read
+        assert (
+            http.post("/v1/completions", content=iter([b" " * (1 << 20), b"{}"])).status_code == 413
+        )  # without a length
+        asked = json.dumps({"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
+        said = http.post("/v1/completions", content=iter([asked[:9], asked[9:]]))
+        assert (said.status_code, said.json()["choices"][0]["text"]) == (200, right.text)
+        assert http.post("/v1/completions").status_code == 400
         assert http.get("/v1/models/other").status_code == 404
         assert http.get("/v1/files/..%2Fsecret").status_code == 404
         assert http.get("/v1/batches/no").status_code == 404
@@ -191,6 +197,14 @@ def test_other_statuses(served, client):
         assert {"moe_hits", "moe_time_between_tokens_seconds", "moe_accepted", "moe_free_blocks"} <= families
         live = http.get("/live").json()
         assert (live["slots"], len(live["heat"]), len(live["heat"][0])) == (48, 6, 16)
+
+
+def test_a_fault_of_ours_is_not_the_callers(served, monkeypatch, caplog):
+    monkeypatch.setattr(served.service.llm.encoder, "encode", lambda prompt: int("secret"))
+    said = httpx.post(f"{served.url}/v1/completions", json={"prompt": "A"})
+    assert (said.status_code, said.json()["error"]["type"]) == (500, "server_error")
+    assert "ValueError" in caplog.text
+    assert "secret" not in caplog.text
 
 
 ENDLESS = {"extra_body": {"ignore_eos": True}}  # all of `max_tokens`
@@ -243,7 +257,7 @@ LONG = json.dumps({"prompt": PROMPT, "max_tokens": 40, "ignore_eos": True, "stre
         (b"", 400),  # no request at all
         (b"GET /health HTTP/1.1\r\n", 400),
         (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n", 400),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", 413),  # refused before the body comes
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", 400),  # in place of the first chunk
         (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 20\r\n\r\n", 400),  # while the app waits for the rest
         (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 20\r\n\r\n5\r\nABCDE\r\n", 400),
         (HEAD + b"Content-Length: 2\r\n\r\n{}", 400),  # after a body, refused
@@ -258,7 +272,7 @@ def test_what_is_no_http_is_one_line_in_the_log_wherever_it_comes(served, caplog
     with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as line:
         if is_split and begins:
             line.sendall(begins)
-            if begins.startswith(HEAD + b"Transfer-Encoding") and status == 400:
+            if begins.startswith(HEAD + b"Transfer-Encoding"):
                 time.sleep(0.2)  # the app has begun to read, and cannot answer yet
             elif b"\r\n\r\n" in begins:  # what is not a whole request has no answer yet
                 line.recv(1, socket.MSG_PEEK)

@@ -208,6 +208,13 @@ def test_what_a_bad_request_is_told(llm, tmp_path, line, words):
     assert words in result["error"]["message"]
 
 
+def test_a_fault_of_ours_is_not_the_lines(llm, tmp_path, monkeypatch):
+    monkeypatch.setattr(llm.encoder, "encode", lambda prompt: int("x"))
+    (result,) = run(llm, tmp_path, request("a")).values()
+    assert result["error"]["code"] == "server_error"
+    assert "ValueError: invalid literal for int()" in result["error"]["message"]
+
+
 def test_a_name_used_twice(llm, tmp_path):
     results = run(llm, tmp_path, request("a"), request("b"), request("a", PROMPTS[1]))
     assert [results[n]["error"] is None for n in (1, 2, 3)] == [True, True, False]

@@ -11,6 +11,7 @@ from moe.launch.cli import main
 from moe.llm import LLM
 from moe.models.blueprint import read_blueprint
 from moe.models.dense_packed import PackedLinear
+from moe.models.load import loaded_bytes
 from moe.offload.integrity import check_dense
 from moe.params import SamplingParams
 
@@ -31,6 +32,8 @@ def says(folder, dense):
         model = llm.engine.model
         nbytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
         assert llm.engine.state().dense_bytes <= nbytes  # tied tensors count once
+        foreseen = loaded_bytes(llm.engine.blueprint, torch.float32, packed=dense == "packed")
+        assert foreseen == llm.engine.state().dense_bytes
         assert any(("decoded at load" if dense == "decoded" else "packed where") in note for note in llm.engine.notes)
         packed = sum(isinstance(module, PackedLinear) for module in model.modules())
         return [o.outputs[0].token_ids for o in outputs], rows, nbytes, packed

@@ -120,6 +120,26 @@ def test_the_mask_is_what_the_parser_takes_token_by_token(llm):
         output = [*output, int(torch.multinomial(allowed.float(), 1, generator=generator))]
 
 
+@pytest.mark.parametrize(
+    "form",
+    [{"regex": r"a?<\|doc\|>b"}, {"choice": ["<|doc|>", "<|doc|>b"]}, {"json": {"const": "<|doc|>"}}],
+    ids=["regex", "choice", "json"],
+)
+def test_the_text_of_a_special_token_is_spelled(llm, form):
+    """It was the token itself, which has no text."""
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=8, structured_outputs=StructuredOutputsParams(**form))
+    answer = llm.generate(PROMPT, params)[0].outputs[0]
+    assert answer.finish_reason == "stop"
+    assert re.fullmatch(r'a?<\|doc\|>b?|"<\|doc\|>"', answer.text), answer
+    assert answer.token_ids == llm.generate(PROMPT, params)[0].outputs[0].token_ids
+
+
+def test_a_grammar_may_name_a_special_token(llm):
+    form = StructuredOutputsParams(grammar='start: "a" <|doc|> "b"')
+    allowed = Grammars(TINYMOE, 2048, [0], False).of(form).allowed(llm.encode("a"))
+    assert allowed.nonzero()[:, 0].tolist() == [0]
+
+
 def test_a_replay_goes_on_as_it_would_have(llm):
     """What a request said elsewhere is read before its next token: ranks may be lost."""
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=8, structured_outputs=FORMS["json"])
