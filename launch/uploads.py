@@ -26,6 +26,7 @@ from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, refu
 from moe.llm import LLM
 from moe.openai import Ask, BadRequest, custom_id_of, json_of, lines_of, parse_batch_line
 from moe.placement.written import written_whole
+from moe.plain_text import read_object
 from moe.service import Delta, QueueFull, Service
 from moe.told import is_told
 
@@ -355,11 +356,15 @@ def _read_json(folder: Path, id: str) -> dict[str, Any] | None:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
-    """None if it is not there, or was deleted since somebody saw it."""
+    """None if it is not there, or was deleted since somebody saw it. Raises ValueError for another's file."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = read_object(path)
     except OSError:  # not there, or a name that is too long to be
         return None
+    except ValueError as error:
+        raise ValueError(f"{error}; it is no record of this server: move it away") from None
+    if found.get("id") != path.stem:
+        raise ValueError(f"{path} is no record of this server; move it away")
     return found
 
 

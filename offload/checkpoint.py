@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.offload.recognise import check_files, why_no_weights, why_not_a_folder
+from moe.plain_text import read_object
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -61,7 +62,7 @@ class Checkpoint:
         folder = Path(folder)
         packed = None
         if (folder / PACKED_FILE).is_file():
-            packed = _read_json(folder / PACKED_FILE)
+            packed = read_object(folder / PACKED_FILE)
             if packed.get("version") != PACKED_VERSION or not isinstance(packed.get("files"), list):
                 raise ValueError(
                     f"{folder / PACKED_FILE} has version {packed.get('version')!r}, this program reads "
@@ -105,16 +106,6 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return data.view(info.dtype).view(info.shape)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
 def _shard_names(folder: Path) -> tuple[list[Any], str]:
     """File names of the shards, and what lists them (for messages)."""
     if not folder.is_dir():
@@ -122,7 +113,7 @@ def _shard_names(folder: Path) -> tuple[list[Any], str]:
     check_files(folder)
     if (folder / "model.safetensors.index.json").is_file():
         index = folder / "model.safetensors.index.json"
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map; download it again")
         return sorted(set(map(str, weight_map.values()))), index.name

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.offload.checkpoint import Checkpoint, TensorInfo
+from moe.plain_text import read_object
 
 _TENSORS, _BYTES = 8, 4096  # of a kind that are looked at; of a tensor
 _NO_WEIGHTS = ("_name_or_path", "_commit_hash", "transformers_version")  # in config.json: who wrote it, and where
@@ -25,7 +26,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """16 hexadecimal digits: of the tensors, of config.json, and of what `pack` wrote about the experts.
 
     The same weights in other shards have the same. Costs some 100 reads of 4 KiB, however large the folder, and the
-    hash of its header: docs/ray.md has the time. Raises OSError for a file that cannot be read.
+    hash of its header: docs/ray.md has the time. Raises OSError for a file that cannot be read, ValueError for a
+    config.json that is none.
     """
     found = hashlib.blake2b(digest_size=8)
     kinds: dict[str, list[TensorInfo]] = defaultdict(list)
@@ -50,8 +52,7 @@ def _config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    config = json.loads(path.read_bytes())
-    return {name: value for name, value in config.items() if name not in _NO_WEIGHTS}
+    return {name: value for name, value in read_object(path).items() if name not in _NO_WEIGHTS}
 
 
 def _sample(info: TensorInfo) -> bytes:

@@ -178,7 +178,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
         raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     try:
         said = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: transformers cannot read it: it is not valid JSON: {error}") from None
     known = isinstance(said, dict) and said.get("model_type") in CONFIG_MAPPING
     if isinstance(said, dict) and "auto_map" in said and not known and not trust_remote_code:

@@ -1,12 +1,12 @@
 """What a model's folder says of generating with it: end tokens, and the sampling that its makers recommend."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe.params import SamplingParams
+from moe.plain_text import read_object
 
 # As vLLM and SGLang take them over: by name, whether or not `do_sample` is set.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
@@ -35,12 +35,7 @@ def read_generation(folder: Path, config: Any) -> GenerationDefaults:
     path = folder / "generation_config.json"
     said: Any = {}
     if path.is_file():
-        try:
-            said = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(said, dict):
-            raise ValueError(f"{path} must be a JSON object, it is {json.dumps(said)[:60]}")
+        said = read_object(path)
     text = config.get_text_config()
     eos = said.get("eos_token_id")
     for fallback in (text, config):

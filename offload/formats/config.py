@@ -1,11 +1,11 @@
 """What a folder's configuration says about quantised weights: only what the tensors cannot tell, and what to refuse."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moe.offload.formats.stored import Quantisation
+from moe.plain_text import read_object
 
 # Files that hold it where config.json does not: ModelOpt, GPTQ, AWQ.
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -72,7 +72,7 @@ def _activations(method: str, said: dict[str, Any]) -> str:
 
 
 def _said(folder: Path) -> dict[str, Any]:
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     for inner in (config, *(v for v in config.values() if isinstance(v, dict))):
         for name in ("quantization_config", "compression_config"):
             if isinstance(inner.get(name), dict) and inner[name]:
@@ -80,18 +80,8 @@ def _said(folder: Path) -> dict[str, Any]:
                 return found
     for name in _FILES:
         if (folder / name).is_file():
-            return _json(folder / name)
+            return read_object(folder / name)
     return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
 
 
 def _values(said: Any, *names: str) -> Iterator[Any]:

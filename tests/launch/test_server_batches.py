@@ -240,3 +240,11 @@ def test_a_batch_is_cancelled(served, client):
     client.batches.cancel(batch.id)
     assert finished(client, batch).status == "cancelled"
     idle(served)
+
+
+@pytest.mark.parametrize("said", ["{", "[]", "{}"])
+def test_a_file_that_is_no_record_is_named(tmp_path, said):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "mine.json").write_text(said)
+    with pytest.raises(ValueError, match=r"mine.json .*is no record of this server.* move it away"):
+        Uploads(None, tmp_path)

@@ -15,6 +15,7 @@ from moe.batch import BatchProgress, finished_batch, run_batch
 from moe.config import EngineConfig
 from moe.llm import LLM
 from moe.params import SamplingParams
+from moe.told import is_told
 from tests.moe.moe_cases import ROOT, TINYMOE, check_whole, config
 
 PROMPTS = ["Once upon a time", "ROMEO:\nO, she", "def read(self", "Two plus two is", "A", "The cat sat on"]
@@ -322,6 +323,15 @@ def test_answers_of_another_model_or_with_other_settings_are_not_mixed(llm, tmp_
             assert (tmp_path / "out.jsonl").read_bytes() == before
     with LLM(TINYMOE, config("8", max_sequences=2)) as few_slots:  # which change no answer
         assert run_batch(few_slots, source, tmp_path / "out.jsonl").finished == 3
+
+
+def test_a_broken_config_of_a_model_that_answered_is_one_sentence(llm, tmp_path):
+    run(llm, tmp_path, request("a"))
+    shutil.copytree(TINYMOE, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON") as error:
+        finished_batch(tmp_path / "other", EngineConfig(), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert is_told(error.value)
 
 
 def test_output_of_another_file_is_refused_and_stays_as_it_is(llm, tmp_path):

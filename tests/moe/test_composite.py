@@ -168,7 +168,8 @@ def test_end_tokens_of_generation_config_are_honoured(tmp_path):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ("[1]", "must be a JSON object"),
+        ("[1]", "holds a list, expected a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
         ("{", "not valid JSON"),
         ('{"eos_token_id": "</s>"}', "must be a token id"),
         ('{"temperature": "hot"}', "temperature ('hot') must be a number"),
