@@ -32,7 +32,6 @@ from moe.launch.options import (
     named_path,
     whole,
 )
-from moe.told import is_told
 from moe.uncollected import uncollected
 
 
@@ -120,8 +119,7 @@ def _is_users(error: Exception) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     says_disk = "SafetensorError" in names and "I/O error" in str(error)
     says_memory = isinstance(error, RuntimeError) and "memory" in str(error)
-    is_sentence = isinstance(error, OSError) or (isinstance(error, ValueError) and is_told(error))
-    return is_sentence or bool(names & ours) or says_memory or says_disk
+    return isinstance(error, (ValueError, OSError)) or bool(names & ours) or says_memory or says_disk
 
 
 def _is_of_memory(error: Exception) -> bool:

@@ -37,7 +37,6 @@ from moe.launch.uploads import Uploads
 from moe.metrics import exposition
 from moe.openai import CHAT, COMPLETIONS, Ask, BadRequest, json_of, parse_request
 from moe.service import Delta, QueueFull, Service, Ticket
-from moe.told import is_told
 
 log = logging.getLogger(__name__)
 
@@ -294,13 +293,8 @@ async def _answer(service: Service, limits: Limits, request: Request, url: str) 
         return response
     except BadRequest as error:
         return _refused(400, str(error), param=error.param)
-    except (HTTPException, ClientDisconnect):  # while its body came
-        raise
-    except Exception as error:  # of any kind: a tokenizer's own code runs here
-        if isinstance(error, ValueError) and is_told(error):
-            return _refused(400, str(error), code=_TOO_LONG if isinstance(error, ContextExceeded) else None)
-        log.error("a fault of the server refused a request: %s", type(error).__name__)  # the rest may hold its prompt
-        return _refused(500, f"a fault of the server, {type(error).__name__}: {error}", "server_error")
+    except ValueError as error:
+        return _refused(400, str(error), code=_TOO_LONG if isinstance(error, ContextExceeded) else None)
     if ask.stream:
         headers = {"Cache-Control": "no-store"}
         return StreamingResponse(_stream(call, limits.seconds), media_type=EVENTS, headers=headers)

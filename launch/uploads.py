@@ -28,7 +28,6 @@ from moe.openai import Ask, BadRequest, custom_id_of, json_of, lines_of, parse_b
 from moe.placement.written import written_whole
 from moe.plain_text import read_object
 from moe.service import Delta, QueueFull, Service
-from moe.told import is_told
 
 _WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer
 _DAY = 24 * 3600
@@ -307,7 +306,7 @@ def _error_of(error: Exception) -> dict[str, str]:
     if isinstance(error, OSError) and error.errno is not None:
         why = f"{os.strerror(error.errno)}: what is finished is in the files of this batch; see to the folder of the "
         return {"code": "server_error", "message": why + "server's --state, and send the other lines again"}
-    code = "invalid_request" if isinstance(error, ValueError) and is_told(error) else "server_error"
+    code = "invalid_request" if isinstance(error, ValueError) else "server_error"
     return {"code": code, "message": str(error) or type(error).__name__}
 
 

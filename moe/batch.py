@@ -32,7 +32,6 @@ from moe.openai import Ask, BadRequest, PromptLogprobs, custom_id_of, json_of, l
 from moe.outputs import Completion
 from moe.prompts import PromptEncoder
 from moe.system_fingerprint import system_fingerprint
-from moe.told import is_told
 from moe.tools import format_of
 
 
@@ -263,8 +262,8 @@ def failed_line(number: int, custom_id: str | None, code: str, sentence: str) ->
 
 
 def refused_line(number: int, custom_id: str | None, error: Exception) -> dict[str, Any]:
-    """The result of a line that was not taken in: by a sentence on what it asks for, or by a fault of ours."""
-    if isinstance(error, ValueError) and is_told(error):
+    """The result of a line that was not taken in."""
+    if isinstance(error, ValueError):
         return failed_line(number, custom_id, "invalid_request", str(error))
     return failed_line(number, custom_id, "server_error", f"{type(error).__name__}: {error}")
 

@@ -15,7 +15,6 @@ from moe.batch import BatchProgress, finished_batch, run_batch
 from moe.config import EngineConfig
 from moe.llm import LLM
 from moe.params import SamplingParams
-from moe.told import is_told
 from tests.moe.moe_cases import ROOT, TINYMOE, check_whole, config
 
 PROMPTS = ["Once upon a time", "ROMEO:\nO, she", "def read(self", "Two plus two is", "A", "The cat sat on"]
@@ -209,13 +208,6 @@ def test_what_a_bad_request_is_told(llm, tmp_path, line, words):
     assert words in result["error"]["message"]
 
 
-def test_a_fault_of_ours_is_not_the_lines(llm, tmp_path, monkeypatch):
-    monkeypatch.setattr(llm.encoder, "encode", lambda prompt: int("x"))
-    (result,) = run(llm, tmp_path, request("a")).values()
-    assert result["error"]["code"] == "server_error"
-    assert "ValueError: invalid literal for int()" in result["error"]["message"]
-
-
 def test_a_name_used_twice(llm, tmp_path):
     results = run(llm, tmp_path, request("a"), request("b"), request("a", PROMPTS[1]))
     assert [results[n]["error"] is None for n in (1, 2, 3)] == [True, True, False]
@@ -329,9 +321,8 @@ def test_a_broken_config_of_a_model_that_answered_is_one_sentence(llm, tmp_path)
     run(llm, tmp_path, request("a"))
     shutil.copytree(TINYMOE, tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON") as error:
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         finished_batch(tmp_path / "other", EngineConfig(), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert is_told(error.value)
 
 
 def test_output_of_another_file_is_refused_and_stays_as_it_is(llm, tmp_path):
