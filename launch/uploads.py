@@ -24,9 +24,9 @@ from typing import Any
 
 from moe.batch import BatchProgress, NamesOfLines, ResultFile, failed_line, refused_line, result_line
 from moe.llm import LLM
+from moe.offload.json_object import read_object
 from moe.openai import Ask, BadRequest, custom_id_of, json_of, lines_of, parse_batch_line
 from moe.placement.written import written_whole
-from moe.plain_text import read_object
 from moe.service import Delta, QueueFull, Service
 
 _WINDOW = 32  # lines of a batch on their way at a time; the queue is for those who wait for an answer

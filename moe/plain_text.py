@@ -1,9 +1,7 @@
 """Text that people write: UTF-8, with or without the mark that some editors begin it with. Loads nothing heavy."""
 
 import codecs
-import json
 from pathlib import Path
-from typing import Any
 
 
 def utf8_of(content: bytes, name: str | Path) -> bytes:
@@ -19,14 +17,3 @@ def read_text(path: Path) -> str:
         return utf8_of(path.read_bytes(), path).decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Of a JSON file. Raises ValueError for anything else, OSError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe.offload.json_object import read_object
 from moe.offload.recognise import check_files, why_no_weights, why_not_a_folder
-from moe.plain_text import read_object
 
 DTYPES = {
     "BOOL": torch.bool,

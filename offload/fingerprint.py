@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.offload.checkpoint import Checkpoint, TensorInfo
-from moe.plain_text import read_object
+from moe.offload.json_object import read_object
 
 _TENSORS, _BYTES = 8, 4096  # of a kind that are looked at; of a tensor
 _NO_WEIGHTS = ("_name_or_path", "_commit_hash", "transformers_version")  # in config.json: who wrote it, and where

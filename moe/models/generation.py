@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe.offload.json_object import read_object
 from moe.params import SamplingParams
-from moe.plain_text import read_object
 
 # As vLLM and SGLang take them over: by name, whether or not `do_sample` is set.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")

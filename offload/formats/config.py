@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.offload.formats.stored import Quantisation
-from moe.plain_text import read_object
+from moe.offload.json_object import read_object
 
 # Files that hold it where config.json does not: ModelOpt, GPTQ, AWQ.
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
