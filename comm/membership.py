@@ -185,6 +185,14 @@ def interrupt(groups: Groups) -> None:
             raise AssertionError(f"rank {groups.rank}: rank {peer} sent what nobody sends")
 
 
+def _told_number(name: str, otherwise: int) -> int:
+    """Of the environment of a job."""
+    text = os.environ.get(name) or str(otherwise)
+    if not text.isdecimal():
+        raise ValueError(f"{name} ({text[:40]!r}) of the environment is no number: torchrun sets it; leave it unset")
+    return int(text)
+
+
 def start_groups(
     *,
     ranks_per_node: int | None = None,
@@ -200,10 +208,10 @@ def start_groups(
     for several. rank, world_size: None = RANK and WORLD_SIZE, or a run of one. MASTER_ADDR and MASTER_PORT say where to
     meet. Raises ValueError for a mesh that does not fit, MissingPeers when the ranks do not meet within `timeout_s`.
     """
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    rank = _told_number("RANK", 0) if rank is None else rank
+    world_size = _told_number("WORLD_SIZE", 1) if world_size is None else world_size
     if ranks_per_node is None:
-        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+        ranks_per_node = _told_number("LOCAL_WORLD_SIZE", 0) or _told_number("LOCAL_SIZE", 0) or world_size
     if ranks_per_node < 1 or world_size % ranks_per_node:
         raise ValueError(
             f"world size {world_size} is not a multiple of ranks_per_node ({ranks_per_node}); "

@@ -218,3 +218,13 @@ def test_deepspeeds_launcher_says_local_size(monkeypatch):
     monkeypatch.setenv("LOCAL_SIZE", "2")
     with pytest.raises(ValueError, match=r"world size 3 is not a multiple of ranks_per_node \(2\)"):
         start_groups(rank=0, world_size=3)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("text", ["two", "-1", "1.0"])
+def test_what_a_job_tells_must_be_numbers(monkeypatch, name, text):
+    for other in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=rf"^{name} \('{text}'\) of the environment is no number"):
+        start_groups()
