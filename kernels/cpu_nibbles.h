@@ -152,7 +152,7 @@ static int64_t NAME(in_lines)(const struct NAME(codes) *q, int64_t rows, int64_t
     const struct matrix *w = q->w;
     const struct coding *own = &w->coding;
     int64_t of_part = w->n / own->parts, whole = count / NAME(lines_at_once) * NAME(lines_at_once);
-    if (!q->by_lane || rows > NAME(few_rows) || w->k % q->unit) return 0;
+    if (!q->by_lane || rows > NAME(few_line_rows) || w->k % q->unit) return 0;
     if (own->rows != 1 || (own->interleaved && own->parts > 1) || n0 % of_part + whole > of_part) return 0;
     return whole;
 }
