@@ -19,7 +19,7 @@ from moe.offload.promised import own_memory, own_promised
 
 _SHARE_OF_FREE = 0.9  # the rest is for activations, buffers and the rest of the machine
 _READERS = 4  # whose buffers may hold an expert each, where nobody says how many
-_UNSEEN = 16 << 20  # what the allocator keeps, stacks of threads
+_UNSEEN = 40 << 20  # what allocators keep, stacks of threads; nothing that was freed at the start is left to serve it
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ def num_blocks(
 
 
 def free_room(device: torch.device, config: EngineConfig, sizes: Sizes, sharers: Sharers = ALONE) -> int:
-    """Bytes for KV and slots: a tenth of what is free stays, or what steps and reads take, if that is more."""
+    """Bytes for KV and slots: a tenth of what is free stays, or what steps and reads take if that is more, and `_UNSEEN`."""
     batch, free = config.batch, free_memory(device, sharers)
     step = batch.max_tokens * sizes.token_bytes + batch.max_sequences * sizes.row_bytes
     reads = (config.offload.readers or _READERS) * max(sizes.read_bytes, *sizes.expert_bytes)
-    return free - max(int(free * (1 - _SHARE_OF_FREE)), step + reads + _UNSEEN)
+    return free - max(int(free * (1 - _SHARE_OF_FREE)), step + reads) - _UNSEEN
