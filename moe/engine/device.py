@@ -132,7 +132,7 @@ def num_blocks(
 
 
 def free_room(device: torch.device, config: EngineConfig, sizes: Sizes, sharers: Sharers = ALONE) -> int:
-    """Bytes for KV and slots: `_UNSEEN` and a tenth of what is free stay, or what steps and reads take if that is more."""
+    """Bytes for KV and slots: a tenth of what is free stays, or what steps and reads take if more; and `_UNSEEN`."""
     batch, free = config.batch, free_memory(device, sharers)
     step = batch.max_tokens * sizes.token_bytes + batch.max_sequences * sizes.row_bytes
     reads = (config.offload.readers or _READERS) * max(sizes.read_bytes, *sizes.expert_bytes)
