@@ -132,8 +132,8 @@ def num_blocks(
 
 
 def free_room(device: torch.device, config: EngineConfig, sizes: Sizes, sharers: Sharers = ALONE) -> int:
-    """Bytes for KV and slots: a tenth of what is free stays, or what steps and reads take if more; and `_UNSEEN`."""
-    batch, free = config.batch, free_memory(device, sharers)
+    """Bytes for KV and slots: `_UNSEEN` stays free, and a tenth of the rest, or what steps and reads take if more."""
+    batch, free = config.batch, free_memory(device, sharers) - _UNSEEN
     step = batch.max_tokens * sizes.token_bytes + batch.max_sequences * sizes.row_bytes
     reads = (config.offload.readers or _READERS) * max(sizes.read_bytes, *sizes.expert_bytes)
-    return free - max(int(free * (1 - _SHARE_OF_FREE)), step + reads) - _UNSEEN
+    return free - max(int(free * (1 - _SHARE_OF_FREE)), step + reads)
