@@ -29,6 +29,7 @@
 #define CODE_SUB 2
 #define HAS_NIBBLES 1
 #define SUM_BLOCK NAME(sum)
+#define IN_ORDER __asm__ volatile("" ::: "memory")
 
 SCALAR TARGET __m128 NAME(fold)(VEC v[2]) {
     __m256 eight = _mm256_add_ps(v[0], v[1]);

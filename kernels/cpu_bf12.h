@@ -66,6 +66,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_block)(int mr,
                 __builtin_prefetch(ahead->at, 0, 0);
             else
                 __builtin_prefetch(ahead->at, 0, 2);
+        IN_ORDER;
         VEC v[BF12_STEPS * SUB];
         NAME(widen)(r->p[n] + k0 / BF12_BLOCK * BF12_BYTES, e + n, v);
         if (__builtin_expect(is_rare, 0)) {
@@ -80,6 +81,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_block)(int mr,
         UNROLL(4)
         for (int s = 0; s < BF12_STEPS; s++) {
             if (s >= steps) break;
+            IN_ORDER;
             UNROLL(8)
             for (int m = 0; m < mr; m++)
                 UNROLL(8)

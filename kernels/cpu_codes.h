@@ -134,6 +134,7 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
             for (int m = 0; m < mr; m++)                                                                                \
                 sum[m][n][u] =                                                                                          \
                     VFMA(VLOAD(x + (((j) + half / 2) * mr + m) * LANES + (u0 + u) * WIDTH), value, sum[m][n][u]);       \
+            if (code == INT8) IN_ORDER; /* of others nothing was gained */                                              \
         }
 #define PREFETCH                                                     \
     if (u0 == 0 && ahead->at) {                                      \
@@ -144,7 +145,8 @@ static inline __attribute__((always_inline)) TARGET void NAME(add_span)(int mr, 
             else                                                     \
                 __builtin_prefetch(ahead->at + n * ahead->row, 0, 2); \
         ahead->at += ahead->step;                                    \
-    }
+    }                                                                \
+    if (code == INT8) IN_ORDER;
         int64_t j = 0;
 #define ADD_DOT(j, value)                   \
     UNROLL(8)                               \

@@ -1,9 +1,10 @@
 /* Products of packed x and W, compiled once per instruction set (included by cpu_avx512.c, cpu_avx2.c, cpu_plain.c).
  *
  * The includer defines NAME(x), ISA (a string), TARGET, VEC, WIDTH (floats in a VEC), VZERO, VLOAD, VODD and VEVEN
- * (the odd and the even of the 2 * WIDTH bf16 in a VEC), VLOAD_BF16, VLOAD_F16, VFMA, MR, NR (rows of x and of W in a register block) and, where it
- * has them, SUM_BLOCK (a faster sum of lanes), VDOT (vdpbf16ps), VNIBBLES, VNEXT, DOT_TABLE, VTWO, VLESS_ZERO,
- * VLINE_E4M3 and E4M3_TABLES (cpu_codes.h). The order of sums: cpu_experts.h.
+ * (the odd and the even of the 2 * WIDTH bf16 in a VEC), VLOAD_BF16, VLOAD_F16, VFMA, MR, NR (rows of x and of W in a
+ * register block) and, where it has them, SUM_BLOCK (a faster sum of lanes), IN_ORDER (what is before it is not computed
+ * after it, nor the other way: decoded ahead of all sums, weights would fill the few registers), VDOT (vdpbf16ps),
+ * VNIBBLES, VNEXT, DOT_TABLE, VTWO, VLESS_ZERO, VLINE_E4M3 and E4M3_TABLES (cpu_codes.h). The order of sums: cpu_experts.h.
  */
 
 #define SUB (LANES / WIDTH) /* vectors that make up 16 lanes */
@@ -20,6 +21,9 @@
 #define VLESS_ZERO(line, j, zero) (line)
 #define DOT_TABLE(from) NAME(table_at)(from)
 #define DOT_TABLE_OF(table) (table)
+#endif
+#ifndef IN_ORDER
+#define IN_ORDER (void)0
 #endif
 #define PRAGMA(x) _Pragma(#x)
 #define UNROLL(n) PRAGMA(GCC unroll n)
